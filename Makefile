@@ -1,0 +1,73 @@
+# llmpar: `make` builds every example and tool into build/; `make help` lists the targets.
+CC      ?= cc
+CXX     ?= c++
+CLANG   ?= clang
+CFLAGS  ?= -O3 -march=native
+TFLAGS  ?= -O1 -g
+LDLIBS  += -lpthread -lm
+FUZZ_S  ?= 60
+B       := build
+STRICT  := -std=c99 -Wall -Wextra -Wpedantic -Wconversion -Wshadow
+
+EXAMPLES := $(patsubst examples/%.c,$(B)/%,$(wildcard examples/*.c))
+TESTS    := $(patsubst tests/%.c,$(B)/%,$(wildcard tests/test_*.c))
+TOOLS    := $(B)/golden_check $(B)/make_synthetic
+BENCHES  := $(patsubst tests/%.c,$(B)/%,$(wildcard tests/bench_*.c))
+FUZZERS  := $(patsubst tests/%.c,$(B)/%,$(wildcard tests/fuzz_*.c))
+
+# CBLAS is optional: `make CBLAS=1` or found by itself for the benchmarks.
+ifneq ($(CBLAS),)
+CFLAGS += -DLLMPAR_CBLAS $(CBLAS_CFLAGS)
+LDLIBS += $(if $(CBLAS_LIBS),$(CBLAS_LIBS),-lopenblas)
+endif
+
+.PHONY: all help demo test stress bench hygiene sanitize fuzz corpus clean
+all: $(EXAMPLES) $(TOOLS)
+
+help:
+	@echo "make            build every example and tool into build/"
+	@echo "make demo       the same readable text from a real checkpoint on 1, 2, 3 and 4 thread-ranks"
+	@echo "make test       all tests, seeded and short; last line: N passed, N failed"
+	@echo "make stress     the same tests with the full counts (minutes)"
+	@echo "make bench      speed of planner, kernels, decode and prefill, with ratios to this machine's limits"
+	@echo "make hygiene    warnings, language standards, symbols, contents, README snippets"
+	@echo "make sanitize   all tests under ASan+UBSan and under TSan"
+	@echo "make fuzz       libFuzzer on every parser, FUZZ_S=60 seconds each"
+	@echo "make clean      remove build/"
+	@echo "variables: CC CXX CFLAGS CBLAS=1 FUZZ_S LLMPAR_SEED"
+
+$(B):
+	@mkdir -p $(B)
+
+$(EXAMPLES): $(B)/%: examples/%.c llmpar.h | $(B)
+	$(CC) $(CFLAGS) $(STRICT) -I. $< -o $@ $(LDLIBS)
+$(TESTS): $(B)/%: tests/%.c llmpar.h tests/test.h | $(B)
+	$(CC) $(TFLAGS) $(STRICT) -I. -Itests $< -o $@ $(LDLIBS)
+$(TOOLS) $(BENCHES): $(B)/%: tests/%.c llmpar.h tests/test.h | $(B)
+	$(CC) $(CFLAGS) $(STRICT) -I. -Itests $< -o $@ $(LDLIBS)
+
+demo: $(B)/llama
+	@sh tests/demo.sh
+
+test: all $(TESTS)
+	@sh tests/run.sh $(TESTS) tests/cli.sh tests/golden.sh
+
+stress: all $(TESTS)
+	@LLMPAR_STRESS=1 sh tests/run.sh $(TESTS) tests/cli.sh tests/golden.sh
+
+bench: $(BENCHES) $(TOOLS) $(B)/llama
+	@sh tests/bench.sh
+
+hygiene: $(B)/hello
+	@sh tests/hygiene.sh
+
+sanitize:
+	@sh tests/sanitize.sh
+
+$(FUZZERS): $(B)/%: tests/%.c llmpar.h | $(B)
+	$(CLANG) -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -I. -Itests $< -o $@ $(LDLIBS)
+fuzz: $(FUZZERS)
+	@sh tests/fuzz.sh $(FUZZ_S) $(FUZZERS)
+
+clean:
+	rm -rf $(B)

@@ -1,0 +1,149 @@
+// llama.c - generates text from a Hugging Face checkpoint folder, split over thread-ranks of any mesh of dp (rows) and tp (heads, MLP, vocabulary).
+//
+//   cc -O3 -march=native -I. examples/llama.c -o build/llama -lpthread -lm
+//   build/llama tests/golden/shakespeare-dense --mesh tp=3 --prompt "KING RICHARD:" --steps 200
+//   build/llama DIR --mesh dp=2,tp=2 --ids prompts.txt --steps 64        (decimal ids, a sequence a line; prints the new ids, a line each)
+//
+// Prints the text to stdout; progress and a table (bytes read and memory per rank, collectives per layer, tokens/s) to stderr.
+#define LLMPAR_IMPLEMENTATION
+#include "llmpar.h"
+#define TRY(call) do { llmpar_status try_ = (call); if (try_) return try_; } while (0)
+
+typedef struct options {
+    const char *folder, *prompt, *ids_file, *dtype;
+    llmpar_mesh mesh;
+    bool sp;
+    long steps;
+    double temperature, top_p;
+    uint64_t seed;
+    int32_t *ids, *lengths, rows, longest;     // ids[rows][stride]
+    int64_t stride;
+    llmpar_engine_stats *stats;                // [ranks]
+} options;
+
+static void progress(llmpar_log_level level, const char *text, void *user) { (void)level; (void)user; fprintf(stderr, isatty(2) ? "\r%s   " : "%s\n", text); }
+
+static int fail(const char *format, const char *what, long long a, long long b) { fprintf(stderr, format, what, a, b); return fputc('\n', stderr), 1; }
+
+// One line of the table: the collectives that a plan makes in a layer, and the speed.
+static void describe(const char *phase, const llmpar_plan *plan, const llmpar_mesh *mesh, int64_t tokens, double seconds) {
+    int64_t calls[LLMPAR_COLLECTIVE_COUNT] = { 0 }, bytes = 0, layers = 0;
+    for (int s = 0; s < plan->n_segments; s++) {
+        const llmpar_segment *segment = &plan->segment[s];
+        if (segment->block < 0) continue;
+        layers += segment->repeats;
+        for (int i = segment->first_step; i < segment->end_step; i++) {
+            const llmpar_step *step = &plan->step[i];
+            if (step->op >= 0 || step->move.kind == LLMPAR_SLICE) continue;
+            llmpar_tensor tensor = llmpar_plan_tensor(plan, step->in[0]);
+            calls[step->move.kind] += segment->repeats;
+            bytes += segment->repeats * llmpar_move_payload_bytes(&step->move, &tensor, mesh, 0);
+        }
+    }
+    fprintf(stderr, "%-8s a layer has", phase);
+    for (int k = 0; k < LLMPAR_COLLECTIVE_COUNT; k++) if (calls[k]) fprintf(stderr, " %.3g %s,", (double)calls[k] / (double)layers, llmpar_collective_name((llmpar_collective)k));
+    fprintf(stderr, " %.1f KB of payload a rank; %lld tokens in %.3f s: %.1f tokens/s\n", 1e-3 * (double)bytes / (double)layers, (long long)tokens, seconds,
+            seconds > 0 ? (double)tokens / seconds : 0);
+}
+
+// Runs on every rank. All ranks have the same logits, bit for bit, and the same seed: they draw the same tokens.
+static llmpar_status rank_main(llmpar_comm *world, void *user, llmpar_error *err) {
+    options *o = (options *)user;
+    llmpar_engine_desc desc = { .folder = o->folder, .mesh = &o->mesh, .world = world, .max_batch = o->rows, .max_prompt = o->longest < 512 ? o->longest : 512,
+        .max_context = o->longest + o->steps - 1, .sequence_parallel = o->sp, .keep_dtype = !o->dtype, .round_weights = o->dtype != NULL };
+    uint64_t state = o->seed;
+    llmpar_engine *engine;
+    const float *logits;
+    if (o->dtype) TRY(llmpar_dtype_parse(o->dtype, &desc.weight_dtype, err));
+    if (world->rank == 0) desc.log.fn = progress;
+    TRY(llmpar_engine_create(&desc, &engine, err));
+    const int64_t v = llmpar_engine_model(engine)->vocabulary;
+    float *scratch = malloc((size_t)v * sizeof *scratch);
+    int32_t *order = malloc((size_t)v * sizeof *order), *next = calloc((size_t)o->rows, sizeof *next), *lengths = calloc((size_t)o->rows, sizeof *lengths);
+    int32_t *fresh = calloc((size_t)(o->rows * o->steps), sizeof *fresh), *n_fresh = calloc((size_t)o->rows, sizeof *n_fresh), alive = o->rows;
+    if (!scratch || !order || !next || !lengths || !fresh || !n_fresh) return err->status = LLMPAR_NO_MEMORY;
+    if (world->rank == 0 && o->prompt) fputc('\n', stderr), fputs(o->prompt, stdout);
+    TRY(llmpar_engine_step(engine, o->ids, o->lengths, o->rows, o->stride, &logits, err));
+    for (long s = 0; s < o->steps; s++) {
+        for (int32_t row = 0; row < o->rows; row++) {
+            if (s && !lengths[row]) continue;                                              // has ended before
+            next[row] = llmpar_sample(logits + row * v, v, o->temperature, o->top_p, &state, scratch, order);
+            if (next[row] < 0) return snprintf(err->text, sizeof err->text, "row %d: the logits are not numbers", (int)row), err->status = LLMPAR_BAD_FILE;
+            if (!(lengths[row] = !llmpar_engine_is_eos(engine, next[row]))) { alive--; continue; }
+            fresh[row * o->steps + n_fresh[row]++] = next[row];
+            if (world->rank == 0 && o->prompt) putchar(next[row]), fflush(stdout);
+        }
+        if (!alive || s + 1 == o->steps) break;
+        TRY(llmpar_engine_step(engine, next, lengths, o->rows, 1, &logits, err));
+    }
+    o->stats[world->rank] = llmpar_engine_get_stats(engine);
+    if (world->rank == 0) {
+        for (int32_t row = 0; row < o->rows && !o->prompt; row++)
+            for (int32_t i = 0; i <= n_fresh[row]; i++) i < n_fresh[row] ? printf("%s%d", i ? " " : "", (int)fresh[row * o->steps + i]) : putchar('\n');
+        fprintf(stderr, "\n");
+        describe("prefill", llmpar_engine_plan(engine, 0), &o->mesh, o->stats->prefill_tokens, o->stats->prefill_s);
+        describe("decode",  llmpar_engine_plan(engine, 1), &o->mesh, o->stats->decode_tokens,  o->stats->decode_s);
+    }
+    free(scratch); free(order); free(next); free(lengths); free(fresh); free(n_fresh);
+    return llmpar_engine_free(engine), LLMPAR_OK;
+}
+
+// Fills ids and lengths from --prompt (a byte a token) or --ids.
+static int read_prompts(options *o, const llmpar_model *model) {
+    char *line = NULL;
+    size_t room = 0;
+    FILE *file = o->prompt ? NULL : strcmp(o->ids_file, "-") == 0 ? stdin : fopen(o->ids_file, "r");
+    o->stride = model->positions;
+    if (o->prompt && model->vocabulary != 256) return fail("%s: --prompt needs a vocabulary of 256 (bytes), this one has %lld; pass --ids", o->folder, model->vocabulary, 0);
+    if (!o->prompt && !file) return fail("cannot read %s", o->ids_file, 0, 0);
+    for (bool more = true; more && (o->prompt || getline(&line, &room, file) > 0); more = !o->prompt) {
+        int32_t n = 0;
+        o->ids = realloc(o->ids, (size_t)(o->rows + 1) * (size_t)o->stride * sizeof(int32_t));
+        o->lengths = realloc(o->lengths, (size_t)(o->rows + 1) * sizeof(int32_t));
+        if (!o->ids || !o->lengths) return fail("out of memory%s", "", 0, 0);
+        for (const char *at = o->prompt ? o->prompt : line; *at && *at != '\n'; n++) {
+            char *end;
+            long id = o->prompt ? (unsigned char)*at : strtol(at, &end, 10);
+            if (n >= o->stride) return fail("a prompt is longer than the model's positions%s: %lld", "", model->positions, 0);
+            if (!o->prompt && end == at) return fail("%s: line %lld is not a list of decimal ids", o->ids_file, o->rows + 1, 0);
+            at = o->prompt ? at + 1 : end + strspn(end, " \t\r");
+            o->ids[o->rows * o->stride + n] = id < 0 || id > INT32_MAX ? -1 : (int32_t)id; // the engine says which one is wrong
+        }
+        if (n > o->longest) o->longest = n;
+        if (n) o->lengths[o->rows++] = n;
+    }
+    if (free(line), file && file != stdin) fclose(file);
+    if (!o->rows) return fail("%s", "the prompt is empty", 0, 0);
+    if (o->longest + o->steps - 1 <= model->positions) return 0;
+    return fail("%s: a prompt of %lld tokens leaves room for --steps %lld", "past the model's positions", o->longest, model->positions - o->longest + 1);
+}
+
+int main(int argc, char **argv) {
+    static const char *const names[] = { "--mesh", "--prompt", "--ids", "--steps", "--dtype", "--temperature", "--top-p", "--seed" };
+    const char *value[] = { "tp=1", NULL, NULL, "64", NULL, "0", "1", "0" };
+    llmpar_error err = LLMPAR_ZERO;
+    options o = { 0 };
+    for (int i = 1; i < argc; i++) {
+        int known = -1;
+        for (int k = 0; k < 8; k++) if (strcmp(argv[i], names[k]) == 0 && i + 1 < argc) known = k;
+        if (known >= 0) value[known] = argv[++i];
+        else if (strcmp(argv[i], "--sp") == 0) o.sp = true;
+        else if (argv[i][0] != '-' && !o.folder) o.folder = argv[i];
+        else return fail("unknown option, or one without its value: %s", argv[i], 0, 0);
+    }
+    o.prompt = value[1]; o.ids_file = value[2]; o.steps = atol(value[3]); o.dtype = value[4];
+    o.temperature = atof(value[5]); o.top_p = atof(value[6]); o.seed = strtoull(value[7], NULL, 10);
+    if (!o.folder || !o.prompt == !o.ids_file || o.steps < 1)
+        return fail("usage: llama DIR [--mesh tp=3] --prompt TEXT | --ids FILE|- [--steps N] [--dtype f32|bf16|f16] [--sp] [--temperature 0] [--top-p 1] [--seed 0]%s", "", 0, 0);
+    llmpar_checkpoint *files;
+    if (llmpar_mesh_parse(value[0], &o.mesh, &err) || llmpar_checkpoint_open(&(llmpar_checkpoint_desc){ .folder = o.folder }, &files, &err))
+        return fail("%s", err.text, 0, 0);
+    if (read_prompts(&o, llmpar_checkpoint_model(files))) return 1;
+    llmpar_checkpoint_close(files);
+    llmpar_threads_desc threads = { .n_ranks = llmpar_mesh_size(&o.mesh) };
+    o.stats = calloc((size_t)threads.n_ranks, sizeof *o.stats);
+    if (!o.stats || llmpar_threads_run(&threads, rank_main, &o, &err)) return fail("%s", err.text, 0, 0);
+    for (int r = 0; r < threads.n_ranks; r++)
+        fprintf(stderr, "rank %d of %s: %.2f MB read, %.2f MB of memory\n", r, value[0], 1e-6 * (double)o.stats[r].weight_bytes_read, 1e-6 * (double)o.stats[r].memory_bytes);
+    return free(o.ids), free(o.lengths), free(o.stats), 0;
+}

@@ -1,0 +1,265 @@
+// golden_check DIR MESH [--sp] [--dtype f32|bf16]
+// Runs a checkpoint on thread-ranks and compares with what Hugging Face computed (DIR/expected.safetensors): the logits of input_ids, the residual stream after
+// every layer, and the greedy continuation, each step of it one decode with the KV cache whose logits must equal those of one prefill of all tokens.
+// --sp: Megatron's sequence parallelism in prefill (decode drops it). --dtype bf16: weights are rounded on load, and the reference is this program's own
+// run of one rank with the same rounding. After every run the calls and payload bytes that the plans predict must be those that comm counted, on every rank.
+// stdout: max |dlogits| X  hidden Y  greedy N/N     (Y: largest max|dh| / max|h| of a layer; exit 1 beyond 1e-4 or when a token differs)
+#define LLMPAR_IMPLEMENTATION
+#include "llmpar.h"
+#include "golden.h"
+#include "traffic.h"
+#define LIMIT 1e-4
+#define TRY(call) do { llmpar_status try_ = (call); if (try_) return try_; } while (0)
+
+typedef struct result {            // what one run of a model gives
+    int64_t  b, t, v, h, layers, steps;
+    float   *logits;               // [b, t, v] of the prefill
+    float  **hidden;               // [layers + 1] of [b, t, h]
+    int32_t *greedy;               // [b, steps]
+    float   *decode;               // [steps, b, v]: logits after greedy token i
+    double   decode_gap;           // decode against one prefill of all tokens
+} result;
+
+typedef struct block { float *data; llmpar_tensor layout; } block;         // one rank's part of one hidden state
+typedef struct check {
+    const char *folder;
+    llmpar_mesh mesh;
+    bool     sequence_parallel, round;
+    const int32_t *ids;            // [b, t]
+    result  *to;
+    block   *seen;                 // [ranks][layers + 1]
+    double  *gap;                  // [ranks]
+} check;
+typedef struct watch { const check *job; int rank; bool on; } watch;         // `on` only while the prefill runs
+
+static void *must(void *memory) { if (!memory) { fprintf(stderr, "out of memory\n"); exit(2); } return memory; }
+
+// Takes the first value of h0, of every layer's h2 and of the final norm, as this rank has it.
+static void see(int step, int round, const llmpar_tensor *out, const void *data, void *user) {
+    const watch *w = (const watch *)user;
+    int64_t layers = w->job->to->layers, at = -1;
+    (void)step;
+    if (strcmp(out->name, "h0") == 0) at = 0;
+    else if (strcmp(out->name, "h2") == 0) at = round + 1 < layers ? round + 1 : -1;
+    else if (strcmp(out->name, "hidden") == 0) at = layers;
+    if (!w->on || at < 0) return;
+    block *b = &w->job->seen[w->rank * (layers + 1) + at];
+    if (b->data) return;
+    size_t bytes = (size_t)llmpar_tensor_local_elements(out, &w->job->mesh, w->rank) * sizeof(float);
+    b->data   = (float *)must(malloc(bytes + 1));
+    b->layout = *out;
+    memcpy(b->data, data, bytes);
+}
+
+// The whole tensor from the ranks' blocks: sums over partial axes, takes one copy along replicated ones.
+static void assemble(const check *job, int64_t at, float *whole) {
+    result *r = job->to;
+    memset(whole, 0, (size_t)(r->b * r->t * r->h) * sizeof(float));
+    for (int rank = 0; rank < llmpar_mesh_size(&job->mesh); rank++) {
+        block *b = &job->seen[rank * (r->layers + 1) + at];
+        llmpar_range range[3];
+        int32_t coord[LLMPAR_MAX_AXES];
+        bool copy = false;
+        if (!b->data) { fprintf(stderr, "hidden.%d: no value was seen on rank %d\n", (int)at, rank); exit(1); }
+        llmpar_mesh_coord(&job->mesh, rank, coord);
+        for (int a = 0; a < job->mesh.n_axes; a++) copy = copy || (b->layout.sharding.dim[a] == LLMPAR_REPLICATED && coord[a] > 0);
+        for (int d = 0; d < 3; d++) range[d] = llmpar_tensor_local(&b->layout, &job->mesh, rank, d);
+        const float *from = b->data;
+        for (int64_t i = 0; !copy && i < range[0].count; i++)
+            for (int64_t j = 0; j < range[1].count; j++)
+                for (int64_t k = 0; k < range[2].count; k++)
+                    whole[((range[0].first + i) * r->t + range[1].first + j) * r->h + range[2].first + k] += *from++;
+        free(b->data);
+        b->data = NULL;
+    }
+}
+
+static int32_t largest(const float *logits, int64_t n) {
+    int64_t best = 0;
+    for (int64_t i = 1; i < n; i++) if (logits[i] > logits[best]) best = i;
+    return (int32_t)best;
+}
+static double distance(const float *a, const float *b, int64_t n) {
+    double most = 0;
+    for (int64_t i = 0; i < n; i++) {
+        double d = fabs((double)a[i] - (double)b[i]);
+        if (!(d <= most)) most = d;                                                        // NaN too
+    }
+    return most;
+}
+
+static llmpar_status open_engine(const check *job, llmpar_comm *world, int64_t prompt, int64_t context, llmpar_engine **engine, llmpar_error *err) {
+    llmpar_engine_desc desc = LLMPAR_ZERO;
+    desc.folder = job->folder;
+    desc.mesh   = &job->mesh;
+    desc.world  = world;
+    desc.max_batch   = job->to->b;
+    desc.max_prompt  = prompt;
+    desc.max_context = context;
+    desc.sequence_parallel = job->sequence_parallel;
+    desc.all_logits    = true;
+    desc.round_weights = job->round;
+    desc.weight_dtype  = LLMPAR_BF16;
+    return llmpar_engine_create(&desc, engine, err);
+}
+
+// Prefill of input_ids, then greedy tokens one by one. all[b][t + steps] gets all tokens. Rank 0 fills the result.
+static llmpar_status generate(const check *job, llmpar_comm *world, int32_t *all, int32_t *lengths, float *decode, llmpar_error *err) {
+    result *r = job->to;
+    const float *logits;
+    llmpar_engine *engine;
+    int64_t length = r->t + r->steps;
+    watch w = { job, world->rank, true };
+    TRY(open_engine(job, world, r->t, length, &engine, err));
+    llmpar_exec_watch(llmpar_engine_exec(engine, 0), see, &w);
+    for (int64_t i = 0; i < r->b; i++) lengths[i] = (int32_t)r->t;
+    TRY(llmpar_engine_step(engine, job->ids, lengths, (int32_t)r->b, r->t, &logits, err));
+    w.on = false;
+    if (world->rank == 0) memcpy(r->logits, logits, (size_t)(r->b * r->t * r->v) * sizeof(float));
+    int32_t *next = (int32_t *)must(malloc((size_t)r->b * sizeof(int32_t)));
+    for (int64_t i = 0; i < r->b; i++) {
+        memcpy(all + i * length, job->ids + i * r->t, (size_t)r->t * sizeof(int32_t));
+        next[i] = largest(logits + (i * r->t + r->t - 1) * r->v, r->v);
+        lengths[i] = 1;
+    }
+    for (int64_t s = 0; s < r->steps; s++) {
+        for (int64_t i = 0; i < r->b; i++) all[i * length + r->t + s] = next[i];
+        TRY(llmpar_engine_step(engine, next, lengths, (int32_t)r->b, 1, &logits, err));
+        memcpy(decode + s * r->b * r->v, logits, (size_t)(r->b * r->v) * sizeof(float));
+        for (int64_t i = 0; i < r->b; i++) next[i] = largest(logits + i * r->v, r->v);
+    }
+    free(next);
+    TRY(check_traffic(engine, world->rank, err));
+    llmpar_engine_free(engine);
+    return LLMPAR_OK;
+}
+
+static llmpar_status rank_main(llmpar_comm *world, void *user, llmpar_error *err) {
+    check *job = (check *)user;
+    result *r = job->to;
+    const float *logits;
+    llmpar_engine *engine;
+    int64_t length = r->t + r->steps;
+    int32_t *all = (int32_t *)must(malloc((size_t)(r->b * length) * sizeof(int32_t))), *lengths = (int32_t *)must(malloc((size_t)r->b * sizeof(int32_t)));
+    float *decode = (float *)must(malloc((size_t)(r->steps * r->b * r->v) * sizeof(float)));
+    double gap = 0;
+    TRY(generate(job, world, all, lengths, decode, err));
+    // One prefill of all tokens: the reference of every decode step.
+    TRY(open_engine(job, world, length, length, &engine, err));
+    for (int64_t i = 0; i < r->b; i++) lengths[i] = (int32_t)length;
+    TRY(llmpar_engine_step(engine, all, lengths, (int32_t)r->b, length, &logits, err));
+    for (int64_t s = 0; s < r->steps; s++)
+        for (int64_t i = 0; i < r->b; i++) gap = fmax(gap, distance(decode + (s * r->b + i) * r->v, logits + (i * length + r->t + s) * r->v, r->v));
+    TRY(check_traffic(engine, world->rank, err));
+    llmpar_engine_free(engine);
+    job->gap[world->rank] = gap;
+    if (world->rank == 0) {
+        for (int64_t i = 0; i < r->b; i++) memcpy(r->greedy + i * r->steps, all + i * length + r->t, (size_t)r->steps * sizeof(int32_t));
+        memcpy(r->decode, decode, (size_t)(r->steps * r->b * r->v) * sizeof(float));
+    }
+    free(all); free(lengths); free(decode);
+    return LLMPAR_OK;
+}
+
+static llmpar_status run_ranks(check *job, llmpar_error *err) {
+    int ranks = llmpar_mesh_size(&job->mesh);
+#ifndef LLMPAR_NO_THREADS
+    llmpar_threads_desc threads = LLMPAR_ZERO;
+    threads.n_ranks = ranks;
+    return llmpar_threads_run(&threads, rank_main, job, err);
+#else
+    llmpar_comm *world;
+    if (ranks > 1) { snprintf(err->text, sizeof err->text, "built with LLMPAR_NO_THREADS: one rank only"); return LLMPAR_UNSUPPORTED; }
+    TRY(llmpar_comm_self(NULL, &world, err));
+    llmpar_status status = rank_main(world, job, err);
+    llmpar_comm_free(world);
+    return status;
+#endif
+}
+
+static float *room(int64_t n) { return (float *)must(calloc((size_t)n + 1, sizeof(float))); }
+
+// Runs the model on a mesh; sizes are taken from `like`. Exits with the error's text when it fails.
+static result run(const char *folder, const char *mesh, bool sequence_parallel, bool round, const int32_t *ids, const result *like) {
+    llmpar_error err = LLMPAR_ZERO;
+    result r = *like;
+    check job = LLMPAR_ZERO;
+    r.logits = room(r.b * r.t * r.v);
+    r.decode = room(r.steps * r.b * r.v);
+    r.greedy = (int32_t *)must(calloc((size_t)(r.b * r.steps) + 1, sizeof(int32_t)));
+    r.hidden = (float **)must(calloc((size_t)r.layers + 1, sizeof(float *)));
+    job.folder = folder;
+    job.sequence_parallel = sequence_parallel;
+    job.round = round;
+    job.ids = ids;
+    job.to  = &r;
+    if (llmpar_mesh_parse(mesh, &job.mesh, &err)) { fprintf(stderr, "%s\n", err.text); exit(1); }
+    job.seen = (block *)must(calloc((size_t)llmpar_mesh_size(&job.mesh) * (size_t)(r.layers + 1), sizeof(block)));
+    job.gap  = (double *)must(calloc((size_t)llmpar_mesh_size(&job.mesh), sizeof(double)));
+    if (run_ranks(&job, &err)) { fprintf(stderr, "%s: %s\n", mesh, err.text); exit(1); }
+    for (int64_t i = 0; i <= r.layers; i++) assemble(&job, i, r.hidden[i] = room(r.b * r.t * r.h));
+    for (int i = 0; i < llmpar_mesh_size(&job.mesh); i++) r.decode_gap = fmax(r.decode_gap, job.gap[i]);
+    free(job.seen); free(job.gap);
+    return r;
+}
+static void discard(result *r) {
+    for (int64_t i = 0; i <= r->layers; i++) free(r->hidden[i]);
+    free(r->hidden); free(r->logits); free(r->greedy); free(r->decode);
+}
+
+static result read_expected(const char *folder, int32_t **ids) {
+    golden_file file;
+    result r = LLMPAR_ZERO;
+    int64_t dim[4];
+    char name[32];
+    if (!golden_open(&file, folder, "expected.safetensors")) { fprintf(stderr, "cannot read %s/expected.safetensors\n", folder); exit(2); }
+    *ids     = (int32_t *)must(golden_ids(&file, "input_ids", dim));
+    r.logits = (float *)must(golden_f32(&file, "logits", dim));
+    r.b = dim[0]; r.t = dim[1]; r.v = dim[2];
+    r.greedy = (int32_t *)must(golden_ids(&file, "greedy", dim));
+    r.steps  = dim[1];
+    for (int64_t n, more = 1; more; r.layers += more) { snprintf(name, sizeof name, "hidden.%d", (int)r.layers); more = golden_find(&file, name, dim, &n) != NULL; }
+    r.hidden = (float **)must(calloc((size_t)r.layers, sizeof(float *)));
+    r.layers--;
+    for (int64_t i = 0; i <= r.layers; i++) { snprintf(name, sizeof name, "hidden.%d", (int)i); r.hidden[i] = (float *)must(golden_f32(&file, name, dim)); }
+    r.h = dim[2];
+    golden_close(&file);
+    return r;
+}
+
+static int usage(void) {
+    fprintf(stderr, "usage: golden_check DIR MESH [--sp] [--dtype f32|bf16]      for example: golden_check tests/golden/llama dp=2,tp=3\n");
+    return 2;
+}
+
+int main(int argc, char **argv) {
+    bool sp = false, round = false;
+    int32_t *ids;
+    double hidden = 0, logits;
+    int64_t same = 0;
+    if (argc < 3) return usage();
+    for (int i = 3; i < argc; i++) {
+        if (strcmp(argv[i], "--sp") == 0) sp = true;
+        else if (strcmp(argv[i], "--dtype") == 0 && i + 1 < argc && strcmp(argv[i + 1], "f32")  == 0) round = false, i++;
+        else if (strcmp(argv[i], "--dtype") == 0 && i + 1 < argc && strcmp(argv[i + 1], "bf16") == 0) round = true, i++;
+        else return usage();
+    }
+    result want = read_expected(argv[1], &ids);
+    if (round) {                                                                           // the file's results are of unrounded weights
+        result own = run(argv[1], "tp=1", false, true, ids, &want);
+        discard(&want);
+        want = own;
+    }
+    result got = run(argv[1], argv[2], sp, round, ids, &want);
+    logits = fmax(distance(got.logits, want.logits, got.b * got.t * got.v), got.decode_gap);
+    for (int64_t i = 0; i <= got.layers; i++) {
+        double most = 0, d = distance(got.hidden[i], want.hidden[i], got.b * got.t * got.h);
+        for (int64_t j = 0; j < got.b * got.t * got.h; j++) most = fmax(most, fabs((double)want.hidden[i][j]));
+        if (!(d / most <= hidden)) hidden = d / most;
+    }
+    for (int64_t i = 0; i < got.b * got.steps; i++) same += got.greedy[i] == want.greedy[i];
+    printf("max |dlogits| %.2g  hidden %.2g  greedy %lld/%lld\n", logits, hidden, (long long)same, (long long)(got.b * got.steps));
+    bool good = logits <= LIMIT && hidden <= LIMIT && same == got.b * got.steps;
+    discard(&want); discard(&got); free(ids);
+    return good ? 0 : 1;
+}

@@ -1,0 +1,1262 @@
+// Collectives of the self and the threads backend against a serial reference, and every way in which ranks can fail each other.
+#define LLMPAR_IMPLEMENTATION
+#include "llmpar.h"
+#include "test.h"
+
+// Checks in rank functions return an error, which llmpar_threads_run brings home; the runner's own checks are for one thread.
+static llmpar_status bad(llmpar_error *err, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    err->status = LLMPAR_DOES_NOT_FIT;
+    vsnprintf(err->text, sizeof err->text, format, args);
+    va_end(args);
+    return err->status;
+}
+#define NEED(condition) do { if (!(condition)) return bad(err, "%s:%d: %s", __FILE__, __LINE__, #condition); } while (0)
+#define TRY(call) do { llmpar_status try_ = (call); if (try_) return try_; } while (0)
+
+static uint64_t rank_random(uint64_t *state) {
+    uint64_t z = (*state += 0x9e3779b97f4a7c15u);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+static int64_t rank_below(uint64_t *state, int64_t n) { return (int64_t)(rank_random(state) % (uint64_t)n); }
+
+// Random elements; floats with a few NaN, infinities and signed zeros.
+static void fill(char *data, int64_t n, llmpar_dtype dtype, uint64_t seed) {
+    int64_t bytes = llmpar_dtype_bytes(dtype);
+    for (int64_t i = 0; i < n; i++) {
+        uint64_t bits = rank_random(&seed);
+        if (dtype <= LLMPAR_F16) {
+            static const float odd[] = { NAN, INFINITY, -INFINITY, 0.0f, -0.0f };
+            float f = (float)((double)(bits >> 11) / 9007199254740992.0 * 4 - 2);
+            if (bits % 61 == 0) f = odd[bits / 61 % 5];
+            llmpar_convert(data + i * bytes, dtype, &f, LLMPAR_F32, 1, NULL);
+        } else memcpy(data + i * bytes, &bits, (size_t)bytes);
+    }
+}
+
+// One element over n members, in member order: the definition.
+static void reduce_one(char *out, char *const *in, int n, int64_t at, llmpar_dtype dtype, llmpar_reduce reduce) {
+    int64_t bytes = llmpar_dtype_bytes(dtype);
+    if (dtype <= LLMPAR_F16) {
+        float acc = 0, v;
+        for (int i = 0; i < n; i++) {
+            llmpar_convert(&v, LLMPAR_F32, in[i] + at * bytes, dtype, 1, NULL);
+            if (i == 0) acc = v;
+            else if (reduce == LLMPAR_SUM) acc += v;
+            else if (isnan(acc) || isnan(v)) acc = isnan(v) ? v : acc;
+            else if (reduce == LLMPAR_MAX ? v > acc : v < acc) acc = v;
+        }
+        llmpar_convert(out, dtype, &acc, LLMPAR_F32, 1, NULL);
+        return;
+    }
+    uint64_t acc = 0;
+    for (int i = 0; i < n; i++) {
+        int64_t v = 0;
+        int32_t w;
+        if (dtype == LLMPAR_I32) { memcpy(&w, in[i] + at * bytes, 4); v = w; } else memcpy(&v, in[i] + at * bytes, 8);
+        if (i == 0) acc = (uint64_t)v;
+        else if (reduce == LLMPAR_SUM) acc += (uint64_t)v;
+        else if (reduce == LLMPAR_MAX ? v > (int64_t)acc : v < (int64_t)acc) acc = (uint64_t)v;
+    }
+    memcpy(out, &acc, (size_t)bytes);                                                      // little-endian: the low bytes
+}
+
+// Equal bits, or both NaN.
+static int same_elements(const char *a, const char *b, int64_t n, llmpar_dtype dtype) {
+    int64_t bytes = llmpar_dtype_bytes(dtype);
+    if (n == 0 || memcmp(a, b, (size_t)(n * bytes)) == 0) return 1;
+    for (int64_t i = 0; i < n; i++) {
+        float x = 0, y = 0;
+        if (memcmp(a + i * bytes, b + i * bytes, (size_t)bytes) == 0) continue;
+        if (dtype > LLMPAR_F16) return 0;
+        llmpar_convert(&x, LLMPAR_F32, a + i * bytes, dtype, 1, NULL);
+        llmpar_convert(&y, LLMPAR_F32, b + i * bytes, dtype, 1, NULL);
+        if (!isnan(x) || !isnan(y)) return 0;
+    }
+    return 1;
+}
+
+// One collective of all members of a group: what goes in, what has to come out. Made by one thread, read by all.
+enum { MOST = 16 };
+typedef struct {
+    llmpar_collective kind;
+    llmpar_dtype  dtype;
+    llmpar_reduce reduce;
+    int     n, root, in_place;
+    int64_t count, counts[MOST], matrix[MOST][MOST];   // matrix[i][j]: elements from i to j
+    char   *in[MOST], *want[MOST];
+    int64_t in_n[MOST], want_n[MOST];
+} job;
+
+static void job_free(job *j) {
+    for (int i = 0; i < j->n; i++) { free(j->in[i]); free(j->want[i]); }
+}
+
+static void job_sizes(job *j, int64_t size, uint64_t *seed) {
+    int64_t total = 0;
+    j->count = size;
+    for (int i = 0; i < j->n; i++) {                                                       // every third member has nothing
+        j->counts[i] = rank_below(seed, 3) == 0 ? 0 : rank_below(seed, 2 * size / j->n + 1);
+        total += j->counts[i];
+    }
+    for (int i = 0; i < j->n; i++)
+        for (int k = 0; k < j->n; k++) j->matrix[i][k] = rank_below(seed, 3) == 0 ? 0 : rank_below(seed, 2 * size / (j->n * j->n) + 2);
+    for (int i = 0; i < j->n; i++) {
+        int64_t sent = 0, got = 0;
+        for (int k = 0; k < j->n; k++) { sent += j->matrix[i][k]; got += j->matrix[k][i]; }
+        j->in_n[i] = j->want_n[i] = size;
+        if (j->kind == LLMPAR_ALL_GATHER)     { j->in_n[i] = j->counts[i]; j->want_n[i] = total; }
+        if (j->kind == LLMPAR_REDUCE_SCATTER) { j->in_n[i] = total; j->want_n[i] = j->counts[i]; }
+        if (j->kind == LLMPAR_ALL_TO_ALL || j->kind == LLMPAR_PERMUTE) { j->in_n[i] = sent; j->want_n[i] = got; }
+    }
+}
+
+static void job_make(job *j, llmpar_collective kind, llmpar_dtype dtype, llmpar_reduce reduce, int n, int64_t size, uint64_t *seed) {
+    int64_t bytes = llmpar_dtype_bytes(dtype), at = 0;
+    memset(j, 0, sizeof *j);
+    j->kind = kind; j->dtype = dtype; j->reduce = reduce; j->n = n;
+    j->root     = (int)rank_below(seed, n);
+    j->in_place = (int)rank_below(seed, 2);
+    job_sizes(j, size, seed);
+    for (int i = 0; i < n; i++) {
+        j->in[i]   = (char *)malloc((size_t)(j->in_n[i] * bytes) + 1);
+        j->want[i] = (char *)malloc((size_t)(j->want_n[i] * bytes) + 1);
+        fill(j->in[i], j->in_n[i], dtype, rank_random(seed));
+    }
+    for (int i = 0; i < n; i++) {
+        int64_t to = 0;
+        if (kind == LLMPAR_BROADCAST) memcpy(j->want[i], j->in[j->root], (size_t)(size * bytes));
+        for (int k = 0; k < n && kind == LLMPAR_ALL_GATHER; to += j->counts[k++]) memcpy(j->want[i] + to * bytes, j->in[k], (size_t)(j->counts[k] * bytes));
+        for (int k = 0; k < n && (kind == LLMPAR_ALL_TO_ALL || kind == LLMPAR_PERMUTE); to += j->matrix[k++][i]) {
+            int64_t from = 0;
+            for (int m = 0; m < i; m++) from += j->matrix[k][m];
+            memcpy(j->want[i] + to * bytes, j->in[k] + from * bytes, (size_t)(j->matrix[k][i] * bytes));
+        }
+        if (kind == LLMPAR_ALL_REDUCE && i > 0) memcpy(j->want[i], j->want[0], (size_t)(size * bytes));
+        else if (kind == LLMPAR_ALL_REDUCE || kind == LLMPAR_REDUCE_SCATTER)
+            for (int64_t e = 0; e < j->want_n[i]; e++) reduce_one(j->want[i] + e * bytes, j->in, n, (kind == LLMPAR_ALL_REDUCE ? 0 : at) + e, dtype, reduce);
+        at += j->counts[i];
+    }
+}
+
+// A member's buffers for a job, one byte past malloc's alignment when `skew`.
+typedef struct { char *memory, *send, *recv; int64_t sends[MOST], recvs[MOST]; } buffers;
+static llmpar_call job_call(const job *j, int me, int skew, buffers *b) {
+    int64_t bytes = llmpar_dtype_bytes(j->dtype), in = j->in_n[me] * bytes, out = j->want_n[me] * bytes, before = 0;
+    llmpar_call call = LLMPAR_ZERO;
+    b->memory = (char *)malloc((size_t)(in + out) + 2);
+    b->recv   = b->memory + skew;
+    b->send   = b->recv + out;
+    memset(b->recv, 0x5a, (size_t)out);
+    for (int i = 0; i < me; i++) before += j->counts[i] * bytes;
+    if (j->in_place && (j->kind == LLMPAR_ALL_REDUCE || j->kind == LLMPAR_BROADCAST)) b->send = b->recv;
+    if (j->in_place && j->kind == LLMPAR_ALL_GATHER) b->send = b->recv + before;
+    if (j->in_place && j->kind == LLMPAR_REDUCE_SCATTER) { b->send = b->memory + skew; b->recv = b->send + before; }
+    if (j->kind != LLMPAR_BROADCAST || me == j->root) memcpy(b->send, j->in[me], (size_t)in);
+    for (int i = 0; i < j->n; i++) {
+        b->sends[i] = j->matrix[me][i];
+        b->recvs[i] = j->kind == LLMPAR_ALL_TO_ALL || j->kind == LLMPAR_PERMUTE ? j->matrix[i][me] : j->counts[i];
+    }
+    call.kind = j->kind; call.dtype = j->dtype; call.reduce = j->reduce; call.peer = j->root; call.count = j->count;
+    call.send = b->send; call.recv = b->recv; call.send_counts = b->sends; call.recv_counts = b->recvs;
+    return call;
+}
+static int job_good(const job *j, int me, const buffers *b) { return same_elements(b->recv, j->want[me], j->want_n[me], j->dtype); }
+
+// The blocking function that belongs to a call, where there is one.
+static llmpar_status blocking(llmpar_comm *comm, const llmpar_call *c, llmpar_error *err) {
+    llmpar_request request;
+    switch (c->kind) {
+    case LLMPAR_ALL_REDUCE:     return llmpar_all_reduce(comm, c->send, c->recv, c->count, c->dtype, c->reduce, err);
+    case LLMPAR_ALL_GATHER:     return llmpar_all_gather(comm, c->send, c->recv, c->recv_counts, c->dtype, err);
+    case LLMPAR_REDUCE_SCATTER: return llmpar_reduce_scatter(comm, c->send, c->recv, c->recv_counts, c->dtype, c->reduce, err);
+    case LLMPAR_ALL_TO_ALL:     return llmpar_all_to_all(comm, c->send, c->send_counts, c->recv, c->recv_counts, c->dtype, err);
+    case LLMPAR_BROADCAST:
+        if (c->send == c->recv) return llmpar_broadcast(comm, c->recv, c->count, c->dtype, c->peer, err);
+        break;
+    default: break;
+    }
+    TRY(llmpar_start(comm, c, &request, err));
+    return llmpar_wait(&request, err);
+}
+
+static llmpar_status job_run(llmpar_comm *comm, const job *j, int skew, llmpar_error *err) {
+    buffers b;
+    llmpar_call call = job_call(j, comm->rank, skew, &b);
+    llmpar_status status = blocking(comm, &call, err);
+    if (!status && !job_good(j, comm->rank, &b))
+        status = bad(err, "%s %s %d, %d ranks, %lld elements: wrong result", llmpar_collective_name(j->kind), llmpar_dtype_name(j->dtype), j->reduce, j->n,
+                     (long long)j->count);
+    free(b.memory);
+    return status;
+}
+
+static void test_self(void) {
+    TEST("self: every collective is a copy") {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_comm *self = NULL;
+        CHECK_OK(llmpar_comm_self(NULL, &self, &err), err);
+        for (int kind = LLMPAR_ALL_REDUCE; kind <= LLMPAR_BROADCAST; kind++)
+            for (int d = 0; d < LLMPAR_DTYPE_COUNT; d++) {
+                bool reduces = kind == LLMPAR_ALL_REDUCE || kind == LLMPAR_REDUCE_SCATTER;
+                uint64_t seed = test_random();
+                job j;
+                if (reduces && d == LLMPAR_U8) continue;
+                job_make(&j, (llmpar_collective)kind, (llmpar_dtype)d, LLMPAR_SUM, 1, 1000, &seed);
+                CHECK_OK(job_run(self, &j, 1, &err), err);
+                job_free(&j);
+            }
+        CHECK_OK(llmpar_barrier(self, &err), err);
+        CHECK_EQ(self->stats.calls[LLMPAR_ALL_REDUCE], 5);
+        CHECK_EQ(self->stats.payload_bytes[LLMPAR_ALL_REDUCE], 1000 * (4 + 2 + 2 + 4 + 8));
+        CHECK_EQ(self->stats.calls[LLMPAR_BARRIER], 1);
+        llmpar_comm_free(self);
+    }
+    TEST("self: groups, messages to itself, errors") {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_comm *self = NULL, *sub = NULL;
+        llmpar_mesh one, two;
+        CHECK_OK(llmpar_comm_self(NULL, &self, &err), err);
+        CHECK_OK(llmpar_mesh_parse("tp=1", &one, &err), err);
+        CHECK_OK(llmpar_mesh_parse("tp=2", &two, &err), err);
+        CHECK_OK(llmpar_comm_group(self, &one, 1, &sub, &err), err);
+        int32_t a[3] = { 1, 2, 3 }, b[3] = { 0, 0, 0 };
+        llmpar_call recv = LLMPAR_ZERO;
+        recv.kind = LLMPAR_RECV; recv.recv = b; recv.count = 3; recv.dtype = LLMPAR_I32;
+        llmpar_request request;
+        bool done = true;
+        CHECK_OK(llmpar_start(sub, &recv, &request, &err), err);
+        CHECK_OK(llmpar_test(&request, &done, &err), err);
+        CHECK(!done);
+        CHECK_OK(llmpar_send(sub, a, 3, LLMPAR_I32, 0, &err), err);
+        CHECK_OK(llmpar_test(&request, &done, &err), err);
+        CHECK(done && b[2] == 3);
+        CHECK_OK(llmpar_wait(&request, &err), err);
+        CHECK_FAIL(llmpar_send(sub, a, 3, LLMPAR_I32, 0, &err), LLMPAR_MISMATCH, err, "no counterpart");
+        llmpar_comm_free(sub);
+        CHECK_FAIL(llmpar_all_reduce(self, a, b, -5, LLMPAR_F32, LLMPAR_SUM, &err), LLMPAR_BAD_ARGUMENT, err, "count is -5");
+        CHECK_FAIL(llmpar_barrier(self, &err), LLMPAR_ABORTED, err, "count is -5");
+        llmpar_comm_free(self);
+        CHECK_OK(llmpar_comm_self(NULL, &self, &err), err);
+        CHECK(llmpar_comm_group(self, &two, 1, &sub, &err) != LLMPAR_OK && sub == NULL);
+        llmpar_comm_free(self);
+        llmpar_comm_free(NULL);
+        CHECK_FAIL(llmpar_barrier(NULL, &err), LLMPAR_BAD_ARGUMENT, err, "NULL");
+        CHECK(llmpar_barrier(NULL, NULL) == LLMPAR_BAD_ARGUMENT);
+    }
+}
+
+#ifndef LLMPAR_NO_THREADS
+static llmpar_threads_desc desc_of(int n, double timeout_s) {
+    llmpar_threads_desc desc = LLMPAR_ZERO;
+    desc.n_ranks = n;
+    desc.timeout_s = timeout_s;
+    return desc;
+}
+static void pause_ms(int ms) {
+    struct timespec t;
+    t.tv_sec = 0; t.tv_nsec = ms * 1000000L;
+    nanosleep(&t, NULL);
+}
+static double now_s(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static const llmpar_dtype sums[] = { LLMPAR_F32, LLMPAR_BF16, LLMPAR_F16, LLMPAR_I32, LLMPAR_I64 };      // what can be reduced
+
+// ---- Every collective x dtype x reduction x size x ranks ----
+
+typedef struct { uint64_t seed; job j; int jobs; } grid;
+static llmpar_status grid_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    static const int64_t sizes[] = { 0, 1, 3, 1000, 100003 };
+    grid *g = (grid *)user;
+    int turn = world->size;
+    for (int kind = LLMPAR_ALL_REDUCE; kind <= LLMPAR_BROADCAST; kind++)
+        for (int d = 0; d < LLMPAR_DTYPE_COUNT; d++)
+            for (int r = LLMPAR_SUM; r <= LLMPAR_MIN; r++)
+                for (int s = 0; s < 5; s++) {
+                    bool reduces = kind == LLMPAR_ALL_REDUCE || kind == LLMPAR_REDUCE_SCATTER;
+                    if (!reduces && r != LLMPAR_SUM) continue;
+                    if (reduces && d == LLMPAR_U8) continue;
+                    if (s == 4 && !test_stress() && turn++ % (reduces ? 15 : 6)) continue; // the large size on one dtype and reduction in turn
+                    if (world->rank == 0) {
+                        job_make(&g->j, (llmpar_collective)kind, (llmpar_dtype)d, (llmpar_reduce)r, world->size, sizes[s], &g->seed);
+                        g->jobs++;
+                    }
+                    TRY(llmpar_barrier(world, err));
+                    TRY(job_run(world, &g->j, s & 1, err));
+                    TRY(llmpar_barrier(world, err));
+                    if (world->rank == 0) job_free(&g->j);
+                }
+    return LLMPAR_OK;
+}
+static void test_grid(void) {
+    for (int n = 1; n <= 8; n++) {
+        char name[64];
+        snprintf(name, sizeof name, "every collective, dtype, reduction, size: %d ranks", n);
+        TEST(name) {
+            llmpar_error err = LLMPAR_ZERO;
+            llmpar_threads_desc desc = desc_of(n, 20);
+            grid g;
+            memset(&g, 0, sizeof g);
+            g.seed = test_random();
+            CHECK_OK(llmpar_threads_run(&desc, grid_rank, &g, &err), err);
+            CHECK(g.jobs > 200);
+        }
+    }
+}
+
+// ---- The bits do not depend on the algorithm or on the run ----
+
+typedef struct { float *in[8], *whole[8], *pieces[8]; int64_t n; } bits;
+static llmpar_status bits_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    bits *b = (bits *)user;
+    TRY(llmpar_all_reduce(world, b->in[world->rank], b->whole[world->rank], b->n, LLMPAR_F32, LLMPAR_SUM, err));                // direct
+    for (int64_t at = 0; at < b->n; at += 1000)                                                                               // boxed
+        TRY(llmpar_all_reduce(world, b->in[world->rank] + at, b->pieces[world->rank] + at, b->n - at < 1000 ? b->n - at : 1000, LLMPAR_F32, LLMPAR_SUM, err));
+    return LLMPAR_OK;
+}
+static void test_bits(void) {
+    TEST("the same bits on every member, in whole or in pieces, at every run") {
+        for (int n = 2; n <= 8; n++) {
+            llmpar_error err = LLMPAR_ZERO;
+            llmpar_threads_desc desc = desc_of(n, 20);
+            bits b;
+            b.n = 20001;
+            size_t bytes = (size_t)b.n * sizeof(float);
+            float *first = (float *)malloc(bytes);
+            for (int i = 0; i < n; i++) {
+                b.in[i] = (float *)malloc(bytes); b.whole[i] = (float *)malloc(bytes); b.pieces[i] = (float *)malloc(bytes);
+                for (int64_t k = 0; k < b.n; k++) b.in[i][k] = (float)(test_uniform() * (k % 7 ? 1.0 : 1e6));
+            }
+            for (int run = 0; run < 5; run++) {
+                CHECK_OK(llmpar_threads_run(&desc, bits_rank, &b, &err), err);
+                if (run == 0) memcpy(first, b.whole[0], bytes);
+                for (int i = 0; i < n; i++) {
+                    CHECK(memcmp(b.whole[i], first, bytes) == 0);
+                    CHECK(memcmp(b.pieces[i], first, bytes) == 0);
+                }
+            }
+            for (int i = 0; i < n; i++) { free(b.in[i]); free(b.whole[i]); free(b.pieces[i]); }
+            free(first);
+        }
+    }
+}
+
+// ---- Groups of a mesh ----
+
+static llmpar_status group_sum(llmpar_comm *group, int64_t mine, int64_t want, llmpar_error *err) {
+    int64_t sum = 0;
+    TRY(llmpar_all_reduce(group, &mine, &sum, 1, LLMPAR_I64, LLMPAR_SUM, err));
+    if (sum != want) return bad(err, "sum %lld, want %lld", (long long)sum, (long long)want);
+    return LLMPAR_OK;
+}
+static llmpar_status groups_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    llmpar_mesh mesh;
+    llmpar_comm *tp, *dp, *all, *none, *again, *pair;
+    int r = world->rank, d = r / 3, t = r % 3;
+    (void)user;
+    TRY(llmpar_mesh_parse("dp=2,tp=3", &mesh, err));
+    TRY(llmpar_comm_group(world, &mesh, 2, &tp, err));
+    TRY(llmpar_comm_group(world, &mesh, 1, &dp, err));
+    TRY(llmpar_comm_group(world, &mesh, 3, &all, err));
+    TRY(llmpar_comm_group(world, &mesh, 0, &none, err));
+    TRY(llmpar_comm_group(world, &mesh, 2, &again, err));
+    NEED(tp->size == 3 && tp->rank == t && dp->size == 2 && dp->rank == d && all->size == 6 && all->rank == r && none->size == 1 && again != tp);
+    for (int round = 0; round < 200; round++) {                                            // each group at its own pace
+        TRY(group_sum(tp, r + round, d * 9 + 3 + 3 * round, err));
+        TRY(group_sum(again, 1, 3, err));
+        if (round % 3 == 0) TRY(group_sum(dp, r, 2 * t + 3, err));
+        if (round % 50 == d) TRY(group_sum(none, 7, 7, err));
+        if (round % 20 == 0) TRY(group_sum(all, 1, 6, err));
+    }
+    NEED(tp->stats.calls[LLMPAR_ALL_REDUCE] == 200 && tp->stats.payload_bytes[LLMPAR_ALL_REDUCE] == 1600 && world->stats.calls[LLMPAR_ALL_REDUCE] == 0);
+    llmpar_mesh line;                                                                      // a group of a group: dp=1, tp=3 over tp's three members
+    TRY(llmpar_mesh_parse("a=3", &line, err));
+    TRY(llmpar_comm_group(tp, &line, 1, &pair, err));
+    TRY(group_sum(pair, r, d * 9 + 3, err));
+    if (r % 2) llmpar_comm_free(tp);                                                       // any order; what is not freed goes with the world
+    llmpar_comm_free(pair);
+    if (r % 2 == 0) llmpar_comm_free(tp);
+    llmpar_comm_free(none);
+    if (r != 4) llmpar_comm_free(dp);
+    llmpar_comm_free(all);
+    llmpar_comm_free(world);                                                               // does nothing
+    for (int i = 0; i < 20; i++) {                                                         // made and freed again and again
+        TRY(llmpar_comm_group(world, &mesh, (llmpar_axes)(1 + i % 3), &pair, err));
+        TRY(group_sum(pair, 1, pair->size, err));
+        llmpar_comm_free(pair);
+    }
+    return LLMPAR_OK;
+}
+static void test_groups(void) {
+    TEST("groups of dp=2,tp=3 at the same time") {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(6, 20);
+        CHECK_OK(llmpar_threads_run(&desc, groups_rank, NULL, &err), err);
+    }
+}
+
+// ---- Non-blocking ----
+
+static llmpar_status flight_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    enum { FLIGHT = 40 };
+    job *jobs = (job *)user;
+    buffers b[FLIGHT];
+    llmpar_request request[FLIGHT];
+    bool done = false;
+    for (int i = 0; i < FLIGHT; i++) {
+        llmpar_call call = job_call(&jobs[i], world->rank, i & 1, &b[i]);
+        TRY(llmpar_start(world, &call, &request[i], err));
+    }
+    while (!done) TRY(llmpar_test(&request[FLIGHT / 2], &done, err));
+    for (int i = FLIGHT - 1; i >= 0; i--) {                                                // in the wrong order, twice
+        TRY(llmpar_wait(&request[i], err));
+        TRY(llmpar_wait(&request[i], err));
+        NEED(request[i].comm == NULL);
+    }
+    for (int i = 0; i < FLIGHT; i++) {
+        if (!job_good(&jobs[i], world->rank, &b[i])) return bad(err, "job %d is wrong", i);
+        free(b[i].memory);
+    }
+    return LLMPAR_OK;
+}
+
+// A rank that has only started a large call need not come back for the others to finish it.
+static llmpar_status away_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    enum { N = 50000 };
+    float *data = (float *)malloc(N * sizeof *data);
+    int32_t word = 5;
+    llmpar_status status;
+    llmpar_request request;
+    llmpar_call call = LLMPAR_ZERO;
+    (void)user;
+    for (int i = 0; i < N; i++) data[i] = (float)(world->rank + 1);
+    call.kind = LLMPAR_ALL_REDUCE; call.send = call.recv = data; call.count = N; call.dtype = LLMPAR_F32;
+    status = llmpar_start(world, &call, &request, err);
+    if (!status && world->rank == 1) status = llmpar_recv(world, &word, 1, LLMPAR_I32, 0, err);        // before the wait
+    if (!status) status = llmpar_wait(&request, err);
+    if (!status && world->rank == 0) status = llmpar_send(world, &word, 1, LLMPAR_I32, 1, err);        // after it
+    for (int i = 0; i < N && !status; i++)
+        if (data[i] != (float)(world->size * (world->size + 1) / 2)) status = bad(err, "data[%d] is %g", i, (double)data[i]);
+    free(data);
+    return status;
+}
+
+static void test_flight(void) {
+    TEST("40 collectives in flight, of every kind, waited for in reverse order") {
+        for (int n = 1; n <= 5; n += 2) {
+            llmpar_error err = LLMPAR_ZERO;
+            llmpar_threads_desc desc = desc_of(n, 20);
+            job jobs[40];
+            uint64_t seed = test_random();
+            for (int i = 0; i < 40; i++)
+                job_make(&jobs[i], (llmpar_collective)(LLMPAR_ALL_REDUCE + rank_below(&seed, 6)), sums[rank_below(&seed, 5)],
+                         (llmpar_reduce)rank_below(&seed, 3), n, rank_below(&seed, i % 4 ? 300 : 9000), &seed);
+            CHECK_OK(llmpar_threads_run(&desc, flight_rank, jobs, &err), err);
+            for (int i = 0; i < 40; i++) job_free(&jobs[i]);
+        }
+    }
+    TEST("a started call finishes without the rank that started it") {
+        for (int n = 2; n <= 4; n++) {
+            llmpar_error err = LLMPAR_ZERO;
+            llmpar_threads_desc desc = desc_of(n, 5);
+            CHECK_OK(llmpar_threads_run(&desc, away_rank, NULL, &err), err);
+        }
+    }
+}
+
+// ---- Send and Recv ----
+
+static llmpar_status mail_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    enum { BIG = 30000, MANY = 60 };
+    static const int64_t none = 0;
+    int n = world->size, r = world->rank, next = (r + 1) % n, last = (r + n - 1) % n;
+    int32_t word[MANY], got[MANY];
+    int32_t *big = (int32_t *)malloc(2 * BIG * sizeof *big), *in = big + BIG;
+    llmpar_request send, recv, many[MANY];
+    (void)user; (void)none;
+    for (int i = 0; i < BIG; i++) { big[i] = r * BIG + i; in[i] = 0; }
+    for (int i = 0; i < MANY; i++) word[i] = r * 1000 + i;
+    for (int i = 0; i < 100; i++) {                                                        // small: both may send first
+        TRY(llmpar_send(world, word + i % MANY, 1, LLMPAR_I32, next, err));
+        TRY(llmpar_recv(world, got, 1, LLMPAR_I32, last, err));
+        NEED(got[0] == last * 1000 + i % MANY);
+    }
+    for (int i = 0; i < 6; i++) TRY(llmpar_send(world, word + i, 1, LLMPAR_I32, next, err));   // in the order they were sent
+    for (int i = 0; i < 6; i++) {
+        TRY(llmpar_recv(world, got + i, 1, LLMPAR_I32, last, err));
+        NEED(got[i] == last * 1000 + i);
+    }
+    for (int i = 0; i < MANY; i++) {                                                       // many receives first, sends later, waits backwards
+        llmpar_call call = LLMPAR_ZERO;
+        call.kind = LLMPAR_RECV; call.recv = got + i; call.count = 1; call.dtype = LLMPAR_I32; call.peer = last;
+        TRY(llmpar_start(world, &call, &many[i], err));
+    }
+    for (int i = 0; i < MANY; i++) TRY(llmpar_send(world, word + i, 1, LLMPAR_I32, next, err));
+    for (int i = MANY - 1; i >= 0; i--) {
+        TRY(llmpar_wait(&many[i], err));
+        NEED(got[i] == last * 1000 + i);
+    }
+    for (int order = 0; order < 2; order++) {                                              // large, either order
+        llmpar_call s = LLMPAR_ZERO, v = LLMPAR_ZERO;
+        s.kind = LLMPAR_SEND; s.send = big; s.count = BIG; s.dtype = LLMPAR_I32; s.peer = next;
+        v.kind = LLMPAR_RECV; v.recv = in;  v.count = BIG; v.dtype = LLMPAR_I32; v.peer = last;
+        if ((order + r) % 2) { TRY(llmpar_start(world, &s, &send, err)); TRY(llmpar_start(world, &v, &recv, err)); }
+        else { TRY(llmpar_start(world, &v, &recv, err)); TRY(llmpar_start(world, &s, &send, err)); }
+        if (order) { TRY(llmpar_wait(&send, err)); TRY(llmpar_wait(&recv, err)); }
+        else       { TRY(llmpar_wait(&recv, err)); TRY(llmpar_wait(&send, err)); }
+        for (int i = 0; i < BIG; i++) NEED(in[i] == last * BIG + i);
+        memset(in, 0, BIG * sizeof *in);
+        TRY(llmpar_barrier(world, err));
+    }
+    for (int i = 0; i < n; i++) {                                                          // everybody to everybody, blocking, one pair at a time, empty messages too
+        for (int k = 0; k < n; k++) {
+            if (i == k) continue;
+            if (r == i) TRY(llmpar_send(world, big, i == 0 ? 0 : BIG, LLMPAR_I32, k, err));
+            if (r == k) TRY(llmpar_recv(world, in, i == 0 ? 0 : BIG, LLMPAR_I32, i, err));
+            if (r == k && i > 0) NEED(in[BIG - 1] == (i + 1) * BIG - 1);
+        }
+    }
+    NEED(world->stats.payload_bytes[LLMPAR_RECV] >= 4 * 100);
+    free(big);
+    return LLMPAR_OK;
+}
+
+// More small messages than boxes and entries: the sender waits for room, and nothing is lost.
+static llmpar_status flood_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    (void)user;
+    for (int32_t i = 0; i < 2000; i++) {
+        int32_t got = -1;
+        if (world->rank == 0) TRY(llmpar_send(world, &i, 1, LLMPAR_I32, 1, err));
+        else TRY(llmpar_recv(world, &got, 1, LLMPAR_I32, 0, err));
+        NEED(world->rank == 0 || got == i);
+    }
+    return LLMPAR_OK;
+}
+
+// 65 in flight is an error, and the other rank hears of it.
+static llmpar_status crowd_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    int32_t word[65];
+    llmpar_request request[65];
+    llmpar_status status = LLMPAR_OK;
+    (void)user;
+    if (world->rank == 1) return llmpar_recv(world, word, 1, LLMPAR_I32, 0, err);
+    for (int i = 0; i < 65 && !status; i++) {
+        llmpar_call call = LLMPAR_ZERO;
+        call.kind = LLMPAR_RECV; call.recv = word + i; call.count = 1; call.dtype = LLMPAR_I32; call.peer = 1;
+        status = llmpar_start(world, &call, &request[i], err);
+    }
+    return status;
+}
+
+static void test_mail(void) {
+    for (int n = 1; n <= 4; n++) {
+        char name[64];
+        snprintf(name, sizeof name, "Send and Recv around a ring of %d", n);
+        TEST(name) {
+            llmpar_error err = LLMPAR_ZERO;
+            llmpar_threads_desc desc = desc_of(n, 10);
+            CHECK_OK(llmpar_threads_run(&desc, mail_rank, NULL, &err), err);
+        }
+    }
+    TEST("a flood of small messages; too many in flight") {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(2, 10);
+        CHECK_OK(llmpar_threads_run(&desc, flood_rank, NULL, &err), err);
+        CHECK_FAIL(llmpar_threads_run(&desc, crowd_rank, NULL, &err), LLMPAR_UNSUPPORTED, err, "rank 0: rank 0 has 64 Send and Recv in flight");
+    }
+}
+
+// ---- Ranks that disagree: what each rank saw ----
+
+typedef struct {
+    int what, n;
+    llmpar_status status[8], after[8];
+    char text[8][1024];
+    double seconds[8];
+    int64_t released;              // ranks that have come out of their call, under the lock
+    pthread_mutex_t lock;
+} clash;
+
+typedef struct { const char *name; llmpar_status status; const char *part; } clash_case;
+static const clash_case clashes[] = {
+    { "count",         LLMPAR_MISMATCH, "rank 2 called AllReduce #2 f32[4096] sum, ranks 0, 1, 3 AllReduce #2 f32[8192] sum" },
+    { "dtype",         LLMPAR_MISMATCH, "rank 2 called AllReduce #2 bf16[8] sum, ranks 0, 1, 3 AllReduce #2 f32[8] sum" },
+    { "reduction",     LLMPAR_MISMATCH, "rank 2 called AllReduce #2 f32[8] max, ranks 0, 1, 3 AllReduce #2 f32[8] sum" },
+    { "kind",          LLMPAR_MISMATCH, "rank 2 called Barrier #2, ranks 0, 1, 3 AllReduce #2 f32[8] sum" },
+    { "root",          LLMPAR_MISMATCH, "rank 2 called Broadcast #2 f32[8] from rank 1, ranks 0, 1, 3 Broadcast #2 f32[8] from rank 0" },
+    { "gather counts", LLMPAR_MISMATCH, "rank 2 called AllGather #2 f32[4] with counts[1] = 0, ranks 0, 1, 3 AllGather #2 f32[4] with counts[1] = 1" },
+    { "pair counts",   LLMPAR_MISMATCH, "AllToAll #2 f32[4]: rank 2 sends 1 elements to rank 3, which expects 2" },
+    { "scatter total", LLMPAR_MISMATCH, "rank 2 called ReduceScatter #2 f32[5] sum, ranks 0, 1, 3 ReduceScatter #2 f32[4] sum" },
+};
+
+static llmpar_status clash_call(llmpar_comm *world, int what, llmpar_error *err) {
+    static const int64_t ones[4] = { 1, 1, 1, 1 };
+    float *data = (float *)calloc(2 * 8192, sizeof *data);
+    int odd = world->rank == 2;
+    int64_t counts[4] = { 1, 1, 1, 1 };
+    llmpar_status status = LLMPAR_OK;
+    switch (what) {
+    case 0: status = llmpar_all_reduce(world, data, data, odd ? 4096 : 8192, LLMPAR_F32, LLMPAR_SUM, err); break;
+    case 1: status = llmpar_all_reduce(world, data, data, 8, odd ? LLMPAR_BF16 : LLMPAR_F32, LLMPAR_SUM, err); break;
+    case 2: status = llmpar_all_reduce(world, data, data, 8, LLMPAR_F32, odd ? LLMPAR_MAX : LLMPAR_SUM, err); break;
+    case 3: status = odd ? llmpar_barrier(world, err) : llmpar_all_reduce(world, data, data, 8, LLMPAR_F32, LLMPAR_SUM, err); break;
+    case 4: status = llmpar_broadcast(world, data, 8, LLMPAR_F32, odd, err); break;
+    case 5: if (odd) { counts[1] = 0; counts[3] = 2; } status = llmpar_all_gather(world, data, data + 100, counts, LLMPAR_F32, err); break;
+    case 6: if (world->rank == 3) counts[2] = 2; status = llmpar_all_to_all(world, data, ones, data + 100, counts, LLMPAR_F32, err); break;
+    case 7: if (odd) counts[0] = 2; status = llmpar_reduce_scatter(world, data, data + 100, counts, LLMPAR_F32, LLMPAR_SUM, err); break;
+    default: break;
+    }
+    free(data);
+    return status;
+}
+static void clash_note(clash *c, int rank, llmpar_status status, double began, llmpar_comm *world, const llmpar_error *err) {
+    llmpar_error later = LLMPAR_ZERO;
+    c->status[rank] = status;
+    c->seconds[rank] = now_s() - began;
+    snprintf(c->text[rank], sizeof c->text[rank], "%s", status ? err->text : "");
+    c->after[rank] = status ? llmpar_barrier(world, &later) : LLMPAR_OK;
+    pthread_mutex_lock(&c->lock);
+    c->released++;
+    pthread_mutex_unlock(&c->lock);
+}
+static void clash_linger(clash *c, int others) {                                            // a rank that stays away until the others have given up
+    for (int i = 0; i < 4000; i++) {
+        pthread_mutex_lock(&c->lock);
+        int64_t n = c->released;
+        pthread_mutex_unlock(&c->lock);
+        if (n >= others) return;
+        pause_ms(1);
+    }
+}
+static llmpar_status clash_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    clash *c = (clash *)user;
+    llmpar_error seen = LLMPAR_ZERO;
+    TRY(llmpar_barrier(world, err));
+    double began = now_s();
+    llmpar_status status = clash_call(world, c->what, &seen);
+    clash_note(c, world->rank, status, began, world, &seen);
+    return LLMPAR_OK;
+}
+static llmpar_status clash_mail_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    clash *c = (clash *)user;
+    llmpar_error seen = LLMPAR_ZERO;
+    float *data = (float *)calloc(5000, sizeof *data);
+    llmpar_status status;
+    TRY(llmpar_barrier(world, err));
+    double began = now_s();
+    if (c->what && world->rank == 0) pause_ms(20);
+    if (world->rank == 0) status = llmpar_send(world, data, 5000, LLMPAR_F32, 1, &seen);
+    else status = llmpar_recv(world, data, 2500, LLMPAR_F32, 0, &seen);
+    clash_note(c, world->rank, status, began, world, &seen);
+    free(data);
+    return LLMPAR_OK;
+}
+
+static void clash_init(clash *c, int what, int n) {
+    memset(c, 0, sizeof *c);
+    c->what = what;
+    c->n = n;
+    pthread_mutex_init(&c->lock, NULL);
+}
+
+static void test_clash(void) {
+    for (int i = 0; i < (int)(sizeof clashes / sizeof clashes[0]); i++) {
+        char name[64];
+        snprintf(name, sizeof name, "ranks disagree: %s", clashes[i].name);
+        TEST(name) for (int run = 0; run < 10; run++) {
+            llmpar_error err = LLMPAR_ZERO;
+            llmpar_threads_desc desc = desc_of(4, 20);
+            clash c;
+            clash_init(&c, i, 4);
+            CHECK_OK(llmpar_threads_run(&desc, clash_rank, &c, &err), err);
+            for (int r = 0; r < 4; r++) {
+                CHECK_EQ(c.status[r], clashes[i].status);
+                CHECK_STR(c.text[r], clashes[i].part);
+                CHECK_EQ(c.after[r], LLMPAR_ABORTED);
+                CHECK(c.seconds[r] < 10);
+            }
+        }
+    }
+    TEST("ranks disagree: Send and Recv, either first") for (int what = 0; what < 2; what++) {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(2, 20);
+        clash c;
+        clash_init(&c, what, 2);
+        CHECK_OK(llmpar_threads_run(&desc, clash_mail_rank, &c, &err), err);
+        for (int r = 0; r < 2; r++) {
+            CHECK_EQ(c.status[r], LLMPAR_MISMATCH);
+            CHECK_STR(c.text[r], "rank 0 sends f32[5000] to rank 1, which receives f32[2500]");
+            CHECK_EQ(c.after[r], LLMPAR_ABORTED);
+        }
+    }
+}
+
+// ---- Late, dead, gone, aborted ----
+
+static llmpar_status late_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    clash *c = (clash *)user;
+    llmpar_error seen = LLMPAR_ZERO;
+    llmpar_status status = LLMPAR_OK;
+    float *data = (float *)calloc(40000, sizeof *data);
+    TRY(llmpar_barrier(world, err));
+    double began = now_s();
+    if (world->rank == 2) clash_linger(c, world->size - 1);
+    else if (c->what == 0) status = llmpar_all_reduce(world, data, data, 40000, LLMPAR_F32, LLMPAR_SUM, &seen);
+    else if (c->what == 1) status = llmpar_all_reduce(world, data, data, 4, LLMPAR_F32, LLMPAR_SUM, &seen);
+    else if (c->what == 2) status = world->rank == 1 ? llmpar_send(world, data, 40000, LLMPAR_F32, 2, &seen) : llmpar_recv(world, data, 4, LLMPAR_F32, 2, &seen);
+    else {                                                                                 // by polling
+        llmpar_request request;
+        llmpar_call call = LLMPAR_ZERO;
+        bool done = false;
+        call.kind = LLMPAR_ALL_REDUCE; call.send = call.recv = data; call.count = 40000; call.dtype = LLMPAR_F32;
+        status = llmpar_start(world, &call, &request, &seen);
+        while (!status && !done) status = llmpar_test(&request, &done, &seen);
+    }
+    if (world->rank != 2) clash_note(c, world->rank, status, began, world, &seen);
+    free(data);                                                                            // nobody writes it any more (ASan)
+    return LLMPAR_OK;
+}
+static llmpar_status gone_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    clash *c = (clash *)user;
+    llmpar_error seen = LLMPAR_ZERO;
+    float word = 0;
+    TRY(llmpar_barrier(world, err));
+    double began = now_s();
+    if (world->rank == 2 && c->what == 0) return LLMPAR_OK;
+    if (world->rank == 2) return bad(err, "cannot read weights");
+    clash_note(c, world->rank, llmpar_all_reduce(world, &word, &word, 1, LLMPAR_F32, LLMPAR_SUM, &seen), began, world, &seen);
+    return c->status[world->rank] == LLMPAR_ABORTED ? LLMPAR_ABORTED : LLMPAR_OK;
+}
+static llmpar_status left_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    clash *c = (clash *)user;
+    llmpar_error seen = LLMPAR_ZERO;
+    llmpar_mesh mesh;
+    llmpar_comm *group;
+    TRY(llmpar_mesh_parse("dp=2,tp=2", &mesh, err));
+    TRY(llmpar_comm_group(world, &mesh, 2, &group, err));
+    TRY(llmpar_barrier(group, err));
+    TRY(llmpar_barrier(world, err));
+    double began = now_s();
+    if (world->rank == 2) { llmpar_comm_free(group); clash_linger(c, 3); return LLMPAR_OK; }
+    clash_note(c, world->rank, llmpar_barrier(world->rank == 3 ? group : world, &seen), began, world, &seen);
+    return LLMPAR_OK;
+}
+static llmpar_status unmade_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    clash *c = (clash *)user;
+    llmpar_error seen = LLMPAR_ZERO;
+    llmpar_mesh mesh;
+    llmpar_comm *group;
+    if (world->rank == 1) { clash_linger(c, 1); return LLMPAR_OK; }
+    TRY(llmpar_mesh_parse("tp=2", &mesh, err));
+    TRY(llmpar_comm_group(world, &mesh, 1, &group, err));
+    clash_note(c, 0, llmpar_barrier(group, &seen), now_s(), world, &seen);
+    return LLMPAR_OK;
+}
+
+typedef struct { llmpar_threads *threads; clash *c; int rank; } outsider;
+static void *outsider_main(void *argument) {
+    outsider *o = (outsider *)argument;
+    llmpar_error seen = LLMPAR_ZERO;
+    llmpar_comm *world = llmpar_threads_comm(o->threads, o->rank);
+    float *data = (float *)calloc(5000, sizeof *data);
+    double began = now_s();
+    clash_note(o->c, o->rank, llmpar_all_reduce(world, data, data, 5000, LLMPAR_F32, LLMPAR_SUM, &seen), began, world, &seen);
+    free(data);
+    return NULL;
+}
+
+static void test_late(void) {
+    static const char *const what[] = { "AllReduce #2 f32[40000] sum for rank 2; the last collective that rank 2 called there is #1", "AllReduce #2 f32[4] sum for rank 2",
+                                        "rank 2", "AllReduce #2 f32[40000] sum for rank 2" };
+    for (int i = 0; i < 4; i++) {
+        char name[64];
+        snprintf(name, sizeof name, "a late rank: deadline, kind %d", i);
+        TEST(name) {
+            llmpar_error err = LLMPAR_ZERO;
+            llmpar_threads_desc desc = desc_of(3, 0.05);
+            clash c;
+            int late = 0;
+            clash_init(&c, i, 3);
+            CHECK_OK(llmpar_threads_run(&desc, late_rank, &c, &err), err);
+            for (int r = 0; r < 2; r++) {
+                CHECK(c.status[r] == LLMPAR_TIMEOUT || c.status[r] == LLMPAR_ABORTED);
+                late += c.status[r] == LLMPAR_TIMEOUT;
+                CHECK(strstr(c.text[r], what[i]) != NULL);
+                CHECK_EQ(c.after[r], LLMPAR_ABORTED);
+                CHECK(c.status[r] == LLMPAR_ABORTED || c.seconds[r] >= 0.045);
+                CHECK(c.seconds[r] < 2);
+            }
+            CHECK(late >= 1);
+        }
+    }
+    TEST("a rank that never makes the group") {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(2, 0.05);
+        clash c;
+        clash_init(&c, 0, 2);
+        CHECK_OK(llmpar_threads_run(&desc, unmade_rank, &c, &err), err);
+        CHECK_EQ(c.status[0], LLMPAR_TIMEOUT);
+        CHECK(strstr(c.text[0], "rank 1 has not called llmpar_comm_group for it yet") != NULL);
+    }
+    TEST("a rank whose function has returned is not waited for") {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(4, 30);
+        clash c;
+        clash_init(&c, 0, 4);
+        llmpar_status status = llmpar_threads_run(&desc, gone_rank, &c, &err);
+        CHECK(status == LLMPAR_OK || status == LLMPAR_ABORTED);
+        for (int r = 0; r < 4; r++) if (r != 2) CHECK(strstr(c.text[r], "waits in AllReduce #2 f32[1] sum for rank 2, whose function has returned") && c.seconds[r] < 5);
+    }
+    TEST("a dead rank: its error comes home, the others are aborted") {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(4, 30);
+        clash c;
+        clash_init(&c, 1, 4);
+        CHECK_FAIL(llmpar_threads_run(&desc, gone_rank, &c, &err), LLMPAR_DOES_NOT_FIT, err, "rank 2: cannot read weights");
+        for (int r = 0; r < 4; r++) {
+            if (r == 2) continue;
+            CHECK_EQ(c.status[r], LLMPAR_ABORTED);
+            CHECK_STR(c.text[r], "aborted: rank 2: cannot read weights");
+            CHECK(c.seconds[r] < 5);
+        }
+    }
+    TEST("a rank that has freed the group is not waited for; other groups hear of it") {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(4, 30);
+        clash c;
+        clash_init(&c, 0, 4);
+        CHECK_OK(llmpar_threads_run(&desc, left_rank, &c, &err), err);
+        CHECK_EQ(c.status[3], LLMPAR_MISMATCH);
+        CHECK_STR(c.text[3], "rank 3 waits in Barrier #2 for rank 2, which has freed its end of the group");
+        CHECK_EQ(c.status[0], LLMPAR_ABORTED);
+        CHECK_STR(c.text[0], "aborted: rank 3 waits in Barrier #2 for rank 2, which has freed its end of the group");
+    }
+    TEST("abort from another thread") for (int sleepy = 0; sleepy < 2; sleepy++) {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(3, 30);
+        clash c;
+        pthread_t thread[2];
+        outsider o[2];
+        clash_init(&c, 0, 3);
+        llmpar_threads *threads = NULL;
+        CHECK_OK(llmpar_threads_create(&desc, &threads, &err), err);
+        CHECK(llmpar_threads_comm(threads, 3) == NULL && llmpar_threads_comm(threads, -1) == NULL);
+        for (int i = 0; i < 2; i++) {
+            o[i].threads = threads; o[i].c = &c; o[i].rank = i;
+            pthread_create(&thread[i], NULL, outsider_main, &o[i]);
+        }
+        if (sleepy) pause_ms(30);
+        llmpar_threads_abort(threads, 2, "the power has failed");
+        llmpar_threads_abort(threads, 1, "too late to be the reason");
+        for (int i = 0; i < 2; i++) {
+            pthread_join(thread[i], NULL);
+            CHECK_EQ(c.status[i], LLMPAR_ABORTED);
+            CHECK_STR(c.text[i], "aborted: rank 2: the power has failed");
+            CHECK(c.seconds[i] < 5);
+        }
+        llmpar_threads_free(threads);
+    }
+}
+
+// ---- Arguments ----
+
+typedef struct { const char *name; llmpar_status status; const char *part; } argument_case;
+static const argument_case arguments[] = {
+    { "negative count",   LLMPAR_BAD_ARGUMENT, "AllReduce: count is -1; it must be >= 0" },
+    { "count overflow",   LLMPAR_OVERFLOW,     "AllReduce: 4611686018427387904 elements of 4 bytes" },
+    { "NULL send",        LLMPAR_BAD_ARGUMENT, "AllReduce: send is NULL" },
+    { "NULL recv",        LLMPAR_BAD_ARGUMENT, "AllReduce: recv is NULL" },
+    { "dtype",            LLMPAR_BAD_ARGUMENT, "AllReduce: dtype 77 is not known" },
+    { "u8",               LLMPAR_UNSUPPORTED,  "AllReduce: u8 cannot be reduced" },
+    { "reduction",        LLMPAR_BAD_ARGUMENT, "AllReduce: reduce is 9" },
+    { "overlap",          LLMPAR_BAD_ARGUMENT, "overlap" },
+    { "root",             LLMPAR_BAD_ARGUMENT, "Broadcast: member 2 does not exist; the group has members 0..1" },
+    { "peer",             LLMPAR_BAD_ARGUMENT, "Send: member -1 does not exist" },
+    { "counts NULL",      LLMPAR_BAD_ARGUMENT, "AllGather: counts is NULL" },
+    { "negative counts",  LLMPAR_BAD_ARGUMENT, "AllToAll: recv_counts[1] is -3" },
+    { "counts overflow",  LLMPAR_OVERFLOW,     "ReduceScatter: counts add up" },
+    { "kind",             LLMPAR_UNSUPPORTED,  "is not a call" },
+    { "gather overlap",   LLMPAR_BAD_ARGUMENT, "AllGather: send" },
+    { "mesh too large",   LLMPAR_BAD_ARGUMENT, "" },
+    { "axes",             LLMPAR_BAD_ARGUMENT, "more than the mesh's 1 axes" },
+    { "request NULL",     LLMPAR_BAD_ARGUMENT, "request is NULL" },
+};
+static llmpar_status argument_call(llmpar_comm *world, int what, llmpar_error *err) {
+    float data[16] = { 0 };
+    int64_t good[2] = { 1, 1 }, below[2] = { 1, -3 }, huge[2] = { INT64_MAX, 1 };
+    llmpar_call call = LLMPAR_ZERO;
+    llmpar_request request;
+    llmpar_mesh mesh;
+    llmpar_comm *group;
+    llmpar_dtype f = LLMPAR_F32;
+    switch (what) {
+    case 0:  return llmpar_all_reduce(world, data, data, -1, f, LLMPAR_SUM, err);
+    case 1:  return llmpar_all_reduce(world, data, data, (int64_t)1 << 62, f, LLMPAR_SUM, err);
+    case 2:  return llmpar_all_reduce(world, NULL, data, 1, f, LLMPAR_SUM, err);
+    case 3:  return llmpar_all_reduce(world, data, NULL, 1, f, LLMPAR_SUM, err);
+    case 4:  return llmpar_all_reduce(world, data, data, 1, (llmpar_dtype)77, LLMPAR_SUM, err);
+    case 5:  return llmpar_all_reduce(world, data, data, 1, LLMPAR_U8, LLMPAR_SUM, err);
+    case 6:  return llmpar_all_reduce(world, data, data, 1, f, (llmpar_reduce)9, err);
+    case 7:  return llmpar_all_reduce(world, data, data + 1, 2, f, LLMPAR_SUM, err);
+    case 8:  return llmpar_broadcast(world, data, 1, f, 2, err);
+    case 9:  return llmpar_send(world, data, 1, f, -1, err);
+    case 10: return llmpar_all_gather(world, data, data + 4, NULL, f, err);
+    case 11: return llmpar_all_to_all(world, data, good, data + 4, below, f, err);
+    case 12: return llmpar_reduce_scatter(world, data, data + 4, huge, f, LLMPAR_SUM, err);
+    case 13: call.kind = LLMPAR_SLICE; return llmpar_start(world, &call, &request, err);
+    case 14: return llmpar_all_gather(world, data + !world->rank, data, good, f, err);
+    case 15: TRY(llmpar_mesh_parse("tp=3", &mesh, err)); return llmpar_comm_group(world, &mesh, 1, &group, err);
+    case 16: TRY(llmpar_mesh_parse("tp=2", &mesh, err)); return llmpar_comm_group(world, &mesh, 6, &group, err);
+    default: return llmpar_start(world, &call, NULL, err);
+    }
+}
+static llmpar_status argument_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    clash *c = (clash *)user;
+    llmpar_error seen = LLMPAR_ZERO;
+    TRY(llmpar_barrier(world, err));
+    double began = now_s();
+    clash_note(c, world->rank, world->rank == 1 ? argument_call(world, c->what, &seen) : llmpar_barrier(world, &seen), began, world, &seen);
+    if (world->rank == 1) NEED(world->stats.calls[LLMPAR_ALL_REDUCE] == 0);
+    return LLMPAR_OK;
+}
+static llmpar_status ran_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    (void)world; (void)err;
+    ++*(int *)user;
+    return LLMPAR_OK;
+}
+static void test_arguments(void) {
+    for (int i = 0; i < (int)(sizeof arguments / sizeof arguments[0]); i++) {
+        char name[64];
+        snprintf(name, sizeof name, "bad argument: %s", arguments[i].name);
+        TEST(name) {
+            llmpar_error err = LLMPAR_ZERO;
+            llmpar_threads_desc desc = desc_of(2, 30);
+            clash c;
+            clash_init(&c, i, 2);
+            CHECK_OK(llmpar_threads_run(&desc, argument_rank, &c, &err), err);
+            CHECK_EQ(c.status[1], arguments[i].status);
+            CHECK(strstr(c.text[1], arguments[i].part) != NULL);
+            CHECK_EQ(c.status[0], LLMPAR_ABORTED);
+            CHECK(strstr(c.text[0], "rank 1: ") != NULL && strstr(c.text[0], arguments[i].part) != NULL);
+            CHECK(c.seconds[0] < 5);
+        }
+    }
+    TEST("bad worlds") {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(0, 0);
+        llmpar_threads *threads = NULL;
+        CHECK_FAIL(llmpar_threads_create(&desc, &threads, &err), LLMPAR_BAD_ARGUMENT, err, "n_ranks is 0");
+        CHECK_FAIL(llmpar_threads_run(&desc, groups_rank, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "n_ranks is 0");
+        desc = desc_of(2, -1);
+        CHECK_FAIL(llmpar_threads_create(&desc, &threads, &err), LLMPAR_BAD_ARGUMENT, err, "timeout_s is -1");
+        desc = desc_of(2, 0);
+        CHECK_FAIL(llmpar_threads_run(&desc, NULL, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "fn is NULL");
+        int ran = 0;
+        desc.stack_bytes = 1;
+        CHECK_FAIL(llmpar_threads_run(&desc, ran_rank, &ran, &err), LLMPAR_BAD_ARGUMENT, err, "stack_bytes 1");
+        desc.stack_bytes = SIZE_MAX / 16 / 4096 * 4096;
+        CHECK_FAIL(llmpar_threads_run(&desc, ran_rank, &ran, &err), LLMPAR_NO_MEMORY, err, "cannot start the thread of rank 1 of 2");
+        CHECK_EQ(ran, 0);
+        desc.n_ranks = 1;
+        desc.stack_bytes = 0;
+        CHECK_OK(llmpar_threads_run(&desc, ran_rank, &ran, &err), err);
+        CHECK_EQ(ran, 1);
+        CHECK(llmpar_threads_run(&desc, ran_rank, &ran, NULL) == LLMPAR_OK);
+        llmpar_threads_free(NULL);
+        llmpar_threads_abort(NULL, 0, NULL);
+    }
+}
+
+// ---- Statistics ----
+
+static llmpar_status stats_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    float a[64] = { 0 }, b[64];
+    int64_t counts[3] = { 4, 0, 2 }, sends[3] = { 1, 2, 3 }, recvs[3];
+    int r = world->rank;
+    (void)user;
+    for (int i = 0; i < 3; i++) recvs[i] = r + 1;
+    for (int i = 0; i < 7; i++) TRY(llmpar_all_reduce(world, a, b, 10, LLMPAR_BF16, LLMPAR_MAX, err));
+    TRY(llmpar_all_gather(world, a, b, counts, LLMPAR_F32, err));
+    TRY(llmpar_reduce_scatter(world, a, b, counts, LLMPAR_I64, LLMPAR_SUM, err));
+    TRY(llmpar_all_to_all(world, a, sends, b, recvs, LLMPAR_F32, err));
+    TRY(llmpar_broadcast(world, a, 5, LLMPAR_U8, 1, err));
+    TRY(llmpar_barrier(world, err));
+    if (r == 0) TRY(llmpar_send(world, a, 3, LLMPAR_F16, 2, err));
+    if (r == 2) TRY(llmpar_recv(world, a, 3, LLMPAR_F16, 0, err));
+    const llmpar_comm_stats *s = &world->stats;
+    NEED(s->calls[LLMPAR_ALL_REDUCE] == 7 && s->payload_bytes[LLMPAR_ALL_REDUCE] == 140);
+    NEED(s->calls[LLMPAR_ALL_GATHER] == 1 && s->payload_bytes[LLMPAR_ALL_GATHER] == 24);
+    NEED(s->calls[LLMPAR_REDUCE_SCATTER] == 1 && s->payload_bytes[LLMPAR_REDUCE_SCATTER] == 48);
+    NEED(s->calls[LLMPAR_ALL_TO_ALL] == 1 && s->payload_bytes[LLMPAR_ALL_TO_ALL] == 24);
+    NEED(s->calls[LLMPAR_BROADCAST] == 1 && s->payload_bytes[LLMPAR_BROADCAST] == 5);
+    NEED(s->calls[LLMPAR_BARRIER] == 1 && s->payload_bytes[LLMPAR_BARRIER] == 0);
+    NEED(s->calls[LLMPAR_SEND] == (r == 0) && s->payload_bytes[LLMPAR_SEND] == 6 * (r == 0));
+    NEED(s->calls[LLMPAR_RECV] == (r == 2) && s->payload_bytes[LLMPAR_RECV] == 6 * (r == 2));
+    NEED(s->calls[LLMPAR_SLICE] == 0 && s->calls[LLMPAR_PERMUTE] == 0);
+    return LLMPAR_OK;
+}
+static void test_stats(void) {
+    TEST("statistics come from the arguments") {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(3, 20);
+        CHECK_OK(llmpar_threads_run(&desc, stats_rank, NULL, &err), err);
+    }
+}
+
+// ---- Memory ----
+
+typedef struct { int64_t calls, frees, fail_at, live_bytes, during, frees_during; } meter;
+static void *meter_alloc(size_t bytes, void *user) {
+    meter *m = (meter *)user;
+    if (++m->calls == m->fail_at) return NULL;                                             // no lock: the library calls from one thread at a time (TSan)
+    m->live_bytes += (int64_t)bytes;
+    return malloc(bytes);
+}
+static void meter_free(void *memory, size_t bytes, void *user) {
+    meter *m = (meter *)user;
+    m->frees++;
+    m->live_bytes -= (int64_t)bytes;
+    free(memory);
+}
+static llmpar_status memory_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    llmpar_mesh mesh;
+    llmpar_comm *tp, *dp;
+    meter *m = (meter *)user;
+    float *data = (float *)calloc(9000, sizeof *data);
+    TRY(llmpar_mesh_parse("dp=2,tp=2", &mesh, err));
+    llmpar_status status = llmpar_comm_group(world, &mesh, 2, &tp, err);
+    if (!status) status = llmpar_comm_group(world, &mesh, 1, &dp, err);
+    if (!status) status = llmpar_barrier(world, err);
+    int64_t before = status ? 0 : m->calls;
+    if (!status) status = llmpar_all_reduce(tp, data, data, 9000, LLMPAR_F32, LLMPAR_SUM, err);
+    if (!status) status = llmpar_all_reduce(dp, data, data, 90, LLMPAR_F32, LLMPAR_SUM, err);
+    if (!status) status = llmpar_barrier(world, err);
+    if (!status && world->rank == 0) m->during = m->calls - before;
+    if (!status) status = llmpar_barrier(world, err);
+    if (!status) llmpar_comm_free(tp);                                                     // by all members: the memory comes back at once
+    if (!status && world->rank % 2) llmpar_comm_free(dp);                                  // by some: with the world
+    if (!status) status = llmpar_barrier(world, err);
+    if (!status && world->rank == 0) m->frees_during = m->frees;
+    free(data);
+    return status;
+}
+static void test_memory(void) {
+    TEST("every allocation fails once: clean error, no leak, nobody hangs; none during collectives") {
+        int64_t n = 0;
+        for (int64_t fail_at = 0; fail_at <= n; fail_at++) {
+            llmpar_error err = LLMPAR_ZERO;
+            llmpar_threads_desc desc = desc_of(4, 30);
+            meter m;
+            memset(&m, 0, sizeof m);
+            m.fail_at = fail_at;
+            desc.allocator.alloc = meter_alloc; desc.allocator.free = meter_free; desc.allocator.user = &m;
+            llmpar_status status = llmpar_threads_run(&desc, memory_rank, &m, &err);
+            if (fail_at == 0) { n = m.calls; CHECK_OK(status, err); CHECK_EQ(m.during, 0); CHECK_EQ(n, 7); CHECK(m.frees_during >= 2); }
+            else CHECK_EQ(status, LLMPAR_NO_MEMORY);
+            CHECK_EQ(m.live_bytes, 0);
+        }
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_comm *self = NULL;
+        meter m;
+        memset(&m, 0, sizeof m);
+        m.fail_at = 1;
+        llmpar_allocator allocator;
+        allocator.alloc = meter_alloc; allocator.free = meter_free; allocator.user = &m;
+        CHECK_FAIL(llmpar_comm_self(&allocator, &self, &err), LLMPAR_NO_MEMORY, err, "no memory");
+        CHECK(self == NULL);
+        CHECK_OK(llmpar_comm_self(&allocator, &self, &err), err);
+        llmpar_comm_free(self);
+        CHECK_EQ(m.live_bytes, 0);
+    }
+}
+
+// ---- Random programs ----
+
+// The same random sequence on every rank: collectives on random groups, blocking or started and waited for later, messages in between.
+typedef struct { uint64_t seed; int steps; int64_t done; } chaos;
+enum { CHAOS_OPEN = 6 };
+typedef struct { job j; buffers b; llmpar_request request; int used, me; } open_call;
+
+static llmpar_status chaos_settle(open_call *o, llmpar_error *err) {
+    if (!o->used) return LLMPAR_OK;
+    o->used = 0;
+    llmpar_status status = llmpar_wait(&o->request, err);
+    if (!status && !job_good(&o->j, o->me, &o->b)) status = bad(err, "%s of %d is wrong", llmpar_collective_name(o->j.kind), o->j.n);
+    job_free(&o->j);
+    free(o->b.memory);
+    return status;
+}
+static llmpar_status chaos_step(llmpar_comm **groups, uint64_t *shared, open_call *open, llmpar_error *err) {
+    int which = (int)rank_below(shared, 4), slot = (int)rank_below(shared, CHAOS_OPEN), wait_now = (int)rank_below(shared, 2);
+    uint64_t seed = rank_random(shared);
+    llmpar_comm *group = groups[which];
+    int64_t size = rank_below(&seed, 5) ? rank_below(&seed, 200) : rank_below(&seed, 6000);
+    llmpar_collective kind = (llmpar_collective)(LLMPAR_ALL_REDUCE + rank_below(&seed, 6));
+    open_call *o = &open[slot];
+    TRY(chaos_settle(o, err));
+    job_make(&o->j, kind, sums[rank_below(&seed, 5)], (llmpar_reduce)rank_below(&seed, 3), group->size, size, &seed);
+    llmpar_call call = job_call(&o->j, group->rank, (int)(seed & 1), &o->b);
+    o->me = group->rank;
+    o->used = 1;
+    TRY(llmpar_start(group, &call, &o->request, err));
+    return wait_now ? chaos_settle(o, err) : LLMPAR_OK;
+}
+static llmpar_status chaos_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    chaos *c = (chaos *)user;
+    uint64_t shared = c->seed;
+    llmpar_comm *groups[4];
+    llmpar_mesh mesh;
+    open_call open[CHAOS_OPEN];
+    llmpar_status status = LLMPAR_OK;
+    memset(open, 0, sizeof open);
+    TRY(llmpar_mesh_parse("dp=2,tp=3", &mesh, err));
+    groups[0] = world;
+    for (unsigned i = 1; i < 4; i++) TRY(llmpar_comm_group(world, &mesh, i, &groups[i], err));
+    for (int i = 0; i < c->steps && !status; i++) status = chaos_step(groups, &shared, open, err);
+    for (int i = 0; i < CHAOS_OPEN && !status; i++) status = chaos_settle(&open[i], err);
+    return status;
+}
+static void test_chaos(void) {
+    TEST("random programs over random groups, several calls in flight") {
+        for (int i = 0; i < (test_stress() ? 100 : 4); i++) {
+            llmpar_error err = LLMPAR_ZERO;
+            llmpar_threads_desc desc = desc_of(6, 20);
+            chaos c;
+            memset(&c, 0, sizeof c);
+            c.seed = test_random();
+            c.steps = 150;
+            CHECK_OK(llmpar_threads_run(&desc, chaos_rank, &c, &err), err);
+        }
+    }
+}
+
+// An abort in the middle of traffic: every rank comes out, and frees its buffers at once.
+static llmpar_status storm_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    chaos *c = (chaos *)user;
+    uint64_t mine = c->seed + (uint64_t)world->rank;
+    int doomed = c->steps % world->size;
+    int64_t last = (int64_t)(c->seed % 60);
+    static const float zeros[3000] = { 0 };
+    for (int64_t i = 0; ; i++) {
+        int64_t n = (int64_t)((c->seed >> (i % 32)) % 3000) + 1;
+        float *data = (float *)calloc((size_t)n, sizeof *data);
+        llmpar_request request;
+        llmpar_call call = LLMPAR_ZERO;
+        call.kind = i % 3 ? LLMPAR_ALL_REDUCE : LLMPAR_BROADCAST; call.send = call.recv = data; call.count = n; call.dtype = LLMPAR_F32;
+        if (i % 4 == 3) {                                                                  // pairs exchange messages; an odd one out sends to itself
+            call.kind = world->rank % 2 ? LLMPAR_RECV : LLMPAR_SEND;
+            call.peer = world->rank ^ 1;
+            if (call.peer == world->size) { call.kind = LLMPAR_RECV; call.peer = world->rank; }
+        }
+        llmpar_status status = llmpar_start(world, &call, &request, err);
+        if (!status && i % 4 == 3 && call.peer == world->rank) status = llmpar_send(world, zeros, n, LLMPAR_F32, world->rank, err);
+        if (i == last && world->rank == doomed) {                                          // dies with a call in flight, between two, or by a wrong count
+            switch (c->steps % 3) {
+            case 0: llmpar_comm_abort(world, "struck"); break;
+            case 1: status = llmpar_all_reduce(world, data, data, n + 1, (llmpar_dtype)99, LLMPAR_SUM, err); break;
+            default: break;
+            }
+            llmpar_comm_abort(world, "struck by lightning");
+            (void)llmpar_wait(&request, NULL);
+            free(data);
+            return status ? status : bad(err, "struck");
+        }
+        if (!status) status = llmpar_wait(&request, err);
+        free(data);                                                                        // nobody writes it any more (ASan)
+        if (status) return status;
+        if (rank_below(&mine, 16) == 0) sched_yield();
+    }
+}
+static void test_storm(void) {
+    TEST("a rank dies in the middle of traffic: the others come out with its name") {
+        for (int i = 0; i < (test_stress() ? 1000 : 60); i++) {
+            llmpar_error err = LLMPAR_ZERO;
+            llmpar_threads_desc desc = desc_of(2 + i % 7, 20);
+            chaos c;
+            char name[32];
+            memset(&c, 0, sizeof c);
+            c.seed = test_random();
+            c.steps = i;
+            snprintf(name, sizeof name, "rank %d:", i % desc.n_ranks);
+            double began = now_s();
+            CHECK(llmpar_threads_run(&desc, storm_rank, &c, &err) != LLMPAR_OK);
+            CHECK(strstr(err.text, name) != NULL);
+            CHECK(now_s() - began < 5);
+        }
+    }
+}
+
+// ---- More ranks than cores ----
+
+static llmpar_status crowded_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    int calls = *(int *)user;
+    for (int i = 0; i < calls; i++) {
+        float x[4] = { 1, 2, 3, (float)i };
+        TRY(llmpar_all_reduce(world, x, x, 4, LLMPAR_F32, LLMPAR_SUM, err));
+        NEED(x[0] == (float)world->size && x[3] == (float)(i * world->size));
+    }
+    return LLMPAR_OK;
+}
+// Who waits long sleeps, and is woken at once: by a collective, by a message.
+static llmpar_status sleepy_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    int32_t word = 0;
+    (void)user;
+    for (int i = 0; i < 10; i++) {
+        if (world->rank == i % 2) pause_ms(15);
+        TRY(llmpar_barrier(world, err));
+        if (world->rank == 0) { pause_ms(15); TRY(llmpar_send(world, &word, 1, LLMPAR_I32, 1, err)); }
+        else TRY(llmpar_recv(world, &word, 1, LLMPAR_I32, 0, err));
+    }
+    return LLMPAR_OK;
+}
+static void test_sleepy(void) {
+    TEST("a sleeping rank is woken at once") {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(2, 20);
+        double began = now_s();
+        CHECK_OK(llmpar_threads_run(&desc, sleepy_rank, NULL, &err), err);
+        CHECK(now_s() - began < 0.9);                                                      // 0.3 s of pauses; a sleep that runs out takes 0.1 s, twenty of them 2 s
+    }
+}
+static void test_crowded(void) {
+    TEST("8 ranks, thousands of small calls, whatever the number of cores") {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(8, 20);
+        int calls = test_stress() ? 50000 : 5000;
+        double began = now_s();
+        CHECK_OK(llmpar_threads_run(&desc, crowded_rank, &calls, &err), err);
+        double seconds = now_s() - began;
+        printf("  %.1f us a call\n", 1e6 * seconds / calls);
+        CHECK(seconds < 10.0 * calls / 5000);
+    }
+}
+#endif
+
+int main(void) {
+    test_seed(20260);
+    test_self();
+#ifndef LLMPAR_NO_THREADS
+    test_grid();
+    test_bits();
+    test_groups();
+    test_flight();
+    test_mail();
+    test_clash();
+    test_late();
+    test_arguments();
+    test_stats();
+    test_memory();
+    test_chaos();
+    test_storm();
+    test_sleepy();
+    test_crowded();
+#endif
+    return test_done();
+}

@@ -1,0 +1,32 @@
+// Compares the collectives that an engine's plans predict with those that its communicators counted. Include after llmpar.h.
+#ifndef TRAFFIC_H
+#define TRAFFIC_H
+#include <stdio.h>
+
+// Calls and payload bytes of this rank, per kind and axes: prediction x runs = count, exactly. LLMPAR_MISMATCH and a text when they differ.
+static inline llmpar_status check_traffic(llmpar_engine *engine, int rank, llmpar_error *err) {
+    llmpar_engine_stats stats = llmpar_engine_get_stats(engine);
+    for (int phase = 0; phase < 2; phase++) {
+        llmpar_traffic want[64], got[64];
+        int64_t runs = phase ? stats.decode_runs : stats.prefill_runs, seen = 0, planned = 0;
+        int n_want = llmpar_plan_traffic(llmpar_engine_plan(engine, phase), rank, want, 64);
+        int n_got  = llmpar_exec_traffic(llmpar_engine_exec(engine, phase), got, 64);
+        for (int i = 0; i < n_got; i++) seen += got[i].calls;
+        for (int i = 0; i < n_want; i++) {
+            llmpar_traffic g = { want[i].kind, want[i].axes, 0, 0 };
+            for (int j = 0; j < n_got; j++) if (got[j].kind == g.kind && got[j].axes == g.axes) { g.calls += got[j].calls; g.payload_bytes += got[j].payload_bytes; }
+            planned += want[i].calls * runs;
+            if (g.calls == want[i].calls * runs && g.payload_bytes == want[i].payload_bytes * runs) continue;
+            snprintf(err->text, sizeof err->text, "%s, %s over axes %x: the plan predicts %lld calls and %lld bytes in %lld runs, comm counted %lld and %lld",
+                     phase ? "decode" : "prefill", llmpar_collective_name(g.kind), (unsigned)g.axes, (long long)(want[i].calls * runs),
+                     (long long)(want[i].payload_bytes * runs), (long long)runs, (long long)g.calls, (long long)g.payload_bytes);
+            return err->status = LLMPAR_MISMATCH;
+        }
+        if (seen != planned) {
+            snprintf(err->text, sizeof err->text, "%s: the plan predicts %lld calls, comm counted %lld", phase ? "decode" : "prefill", (long long)planned, (long long)seen);
+            return err->status = LLMPAR_MISMATCH;
+        }
+    }
+    return LLMPAR_OK;
+}
+#endif
