@@ -3,7 +3,7 @@ CC      ?= cc
 CXX     ?= c++
 CLANG   ?= clang
 CFLAGS  ?= -O3 -march=native
-TFLAGS  ?= -O1 -g
+TFLAGS  ?= -O1 -g -D_POSIX_C_SOURCE=200809L
 LDLIBS  += -lpthread -lm
 FUZZ_S  ?= 60
 B       := build

@@ -353,6 +353,8 @@ typedef struct llmpar_hardware {
 // At 512 MiB the same curves reach 250 to 445 GB/s of the 450 (AllReduce of 8: 445, the others about 330): pass the bandwidth that you measure.
 // Values only: nothing is probed.
 LLMPAR_DEF llmpar_hardware llmpar_hardware_default(void);
+// Thread-ranks of one process, a core each: 129e9 FLOP/s (one-thread sgemm), 44e9 B/s of memory, links of 25e9 B/s and 0.2 us, as measured on two cores of a Zen 5 server.
+LLMPAR_DEF llmpar_hardware llmpar_hardware_threads(void);
 
 // Payload = what a rank hands to the call, on the larger side: AllReduce the array, AllGather the gathered array, ReduceScatter the array before
 // it is scattered, AllToAll / Permute / Send / Recv / Broadcast the bytes that the rank sends (receives), Slice and Barrier 0.
@@ -723,9 +725,11 @@ typedef struct llmpar_build_desc {
     int64_t batch, seq;            // rows and new tokens of each; 0 = 1. Prefill: seq = prompt; decode: seq = 1
     int64_t context;               // slots per row in the KV cache; 0 = no cache: attention sees only the new tokens
     int64_t context_used;          // keys that a query meets, for the cost only; 0 = context, or seq without a cache
-    llmpar_dtype weight_dtype, activation_dtype;
-    bool    pin_weights;           // as Megatron: heads, intermediate and vocabulary split over axis "tp" where the mesh has one; weights whole along all other axes
-    bool    pin_batch;             // rows of caches and of the output split over axis "dp" where the mesh has one, kv heads over "tp": prefill and decode agree on the cache
+    llmpar_dtype weight_dtype, activation_dtype;   // matrices; norm weights and biases are always f32
+    bool    pin_weights;           // as Megatron: heads, intermediate and vocabulary split over axis "tp" where the mesh has one; weights whole
+                                   //   along all other axes
+    bool    pin_batch;             // rows of inputs, caches and output split over axis "dp" where the mesh has one, kv heads of caches over "tp":
+                                   //   prefill and decode agree on the cache
     bool    whole_output;          // the output is pinned whole on every rank, whatever pin_batch says: no collective is left to the caller
     bool    sequence_parallel;     // the residual stream is pinned to [B_dp, S_tp, H]
     bool    last_only;             // logits of one token per row (input "last"[B] says which), else of all
@@ -734,9 +738,10 @@ typedef struct llmpar_build_desc {
     bool    no_head;               // ends with the last norm: output "hidden"
     int64_t layers;                // 0 = the model's
 } llmpar_build_desc;
-// Writes the graph into g (fresh from llmpar_graph_init): input "ids"[B, S] i32, weights named as llmpar_weight_name says with tag = kind, caches "k_cache", "v_cache"
-// [B, K, C, D], layers as one repeat block. Node names: h0 (embeddings), h (the block's carry), x, q, k, v (after rope), o, h1 (h + o), x1, h2 (what leaves a layer), hidden
-// (after the last norm), logits. Weights and caches have the same node numbers in every graph of one model that has a head and a cache, whatever batch, seq, ... are.
+// Writes the graph into g (fresh from llmpar_graph_init): input "ids"[B, S] i32, weights named as llmpar_weight_name says with tag = kind, caches
+// "k_cache", "v_cache" [B, K, C, D], layers as one repeat block. Node names: h0 (embeddings), h (the block's carry), x, q, k (after rope), v, o,
+// h1 (h + o), x1, h2 (what leaves a layer), hidden (after the last norm), logits. Weights and caches have the same node numbers in every graph of a
+// model that has a head and a cache, whatever batch, seq and the flags are: llmpar_exec can share them.
 // Errors: the model's, sizes below 0, context below seq, loss together with last_only or no_head; then the graph's.
 LLMPAR_DEF llmpar_status llmpar_build(const llmpar_model *model, const llmpar_build_desc *desc, llmpar_graph *g, llmpar_error *err);
 
@@ -1024,8 +1029,8 @@ typedef struct llmpar_engine_desc {
     const llmpar_mesh *mesh;       // axes dp (rows) and tp (heads, intermediate, vocabulary); others are an error until they are implemented
     llmpar_comm      *world;       // mesh rank = comm rank; must outlive the engine
     int64_t           max_batch;   // rows; 0 = 1. Split over dp; more dp ranks than rows is legal
-    int64_t           max_prompt;  // tokens per row of one prefill run; 0 = max_context. Shorter prompts are padded to it, longer ones run in pieces: near the
-                                   //   usual length is best
+    int64_t           max_prompt;  // tokens per row of one prefill run; 0 = max_context. Shorter prompts are padded to it, longer ones run in pieces:
+                                   //   near the usual length is best
     int64_t           max_context; // tokens of a row in the KV cache, prompt included; 0 = the model's positions
     bool              sequence_parallel;   // pin the residual stream to [B_dp, S_tp, H] in prefill (Megatron SP); decode has S = 1 and drops it
     bool              all_logits;  // a step returns the logits of every new token, not of each row's last one
@@ -1033,22 +1038,23 @@ typedef struct llmpar_engine_desc {
     bool              round_weights;   // round all weights to weight_dtype on load; matrices are kept in it, which halves what decode reads
     llmpar_dtype      weight_dtype;    // with round_weights
     const llmpar_ops *ops;         // NULL = llmpar_ops_cpu(); copied
-    llmpar_hardware   hardware;    // for the plans' costs and, with memory_bytes, their limit; zeroed = llmpar_hardware_default
+    llmpar_hardware   hardware;    // for the plans' costs and, with memory_bytes, their limit; zeroed = llmpar_hardware_threads
     llmpar_allocator  allocator;
     llmpar_log        log;         // progress of loading
 } llmpar_engine_desc;
-// Collective; blocks until every rank has loaded. When one rank fails, all fail, with its error ("rank 2: ..."). A rank that loads for longer than the
-// others may wait needs a longer timeout_s of the world. Errors: the checkpoint's, the plan's, an axis of size > 1 other than dp and tp, max_context past
-// the model's positions, no memory.
+// Collective; blocks until every rank has loaded. When one rank fails all fail, with its error ("rank 2: ..."). Where ranks load for very different
+// times the world's timeout_s must be longer than that. Errors: the checkpoint's, the plan's, an axis of size > 1 other than dp and tp, max_context
+// past the model's positions, no memory.
 LLMPAR_DEF llmpar_status llmpar_engine_create(const llmpar_engine_desc *desc, llmpar_engine **engine, llmpar_error *err);
 LLMPAR_DEF void          llmpar_engine_free(llmpar_engine *engine);
 LLMPAR_DEF const llmpar_model *llmpar_engine_model(const llmpar_engine *engine);
-LLMPAR_DEF bool          llmpar_engine_is_eos(const llmpar_engine *engine, int64_t token);    // does this token end a sequence?
-// Runs a batch of rows. ids[rows][stride], lengths[rows]: new tokens of each row (0 = none now), appended after what the row has in the cache; the ids past a
-// row's length are not read. Rows are numbered from 0 and keep their number from step to step. A step of at most 1 token per row uses the decode plan.
-// *logits: [rows, V] of each row's last new token, or with all_logits [rows, stride, V] (stride <= max_prompt); complete, the same bits on every rank, owned by
-// the engine, valid until the next call; zeros where a row has no token. Blocks. Errors: more rows than max_batch, a length below 0 or over stride, a row past max_context, an
-// id outside of the vocabulary: nothing has changed then. When a collective fails the rows are as before the step, but the world is of no use any more.
+LLMPAR_DEF bool          llmpar_engine_is_eos(const llmpar_engine *engine, int64_t token);    // does config.json say that this token ends a sequence?
+// Runs a batch of rows. ids[rows][stride], lengths[rows]: new tokens of each row (0 = none now), appended after what the row has in the cache; the ids
+// past a row's length are not read. Rows are numbered from 0 and keep their number from step to step. A step of at most 1 token per row uses the
+// decode plan. *logits: [rows, V] of each row's last new token, or with all_logits [rows, stride, V] (stride <= max_prompt); complete, the same bits on
+// every rank, owned by the engine, valid until the next call; zeros where a row has no token. Blocks. Errors: more rows than max_batch, a length below
+// 0 or over stride, a row past max_context, an id outside of the vocabulary: nothing has changed then. When a collective fails the rows are as before
+// the step, but the world is of no use any more.
 LLMPAR_DEF llmpar_status llmpar_engine_step(llmpar_engine *engine, const int32_t *ids, const int32_t *lengths, int32_t rows, int64_t stride,
                                             const float **logits, llmpar_error *err);
 LLMPAR_DEF llmpar_status llmpar_engine_reset(llmpar_engine *engine);                          // forgets all rows; local
@@ -2605,6 +2611,29 @@ LLMPAR_DEF llmpar_status llmpar_tensor_layout_svg(const llmpar_tensor *tensor, c
 LLMPAR_DEF const char *llmpar_collective_name(llmpar_collective kind) {
     static const char name[][16] = { "Slice", "AllReduce", "AllGather", "ReduceScatter", "AllToAll", "Permute", "Broadcast", "Send", "Recv", "Barrier" };
     return (unsigned)kind < (unsigned)LLMPARI_COUNT(name) ? name[kind] : "unknown collective";
+}
+
+// `given`, or `otherwise` where nothing but the memory limit is given.
+LLMPARI_FN llmpar_hardware llmpari_hardware_or(const llmpar_hardware *given, llmpar_hardware otherwise) {
+    bool any = given->hbm_bytes_per_s != 0 || given->flops_per_s != 0 || given->launch_s != 0;
+    for (int a = 0; a < LLMPAR_MAX_AXES; a++)
+        any = any || given->link[a].kind != LLMPAR_LINK_SWITCH || given->link[a].bytes_per_s != 0 || given->link[a].latency_s != 0;
+    if (any) return *given;
+    otherwise.memory_bytes = given->memory_bytes;
+    return otherwise;
+}
+
+LLMPAR_DEF llmpar_hardware llmpar_hardware_threads(void) {
+    llmpar_hardware hardware;
+    memset(&hardware, 0, sizeof hardware);
+    for (int a = 0; a < LLMPAR_MAX_AXES; a++) {
+        hardware.link[a].kind        = LLMPAR_LINK_SWITCH;
+        hardware.link[a].bytes_per_s = 25e9;
+        hardware.link[a].latency_s   = 0.2e-6;
+    }
+    hardware.hbm_bytes_per_s = 44e9;
+    hardware.flops_per_s     = 129e9;
+    return hardware;
 }
 
 LLMPAR_DEF llmpar_hardware llmpar_hardware_default(void) {
@@ -4287,14 +4316,16 @@ LLMPARI_FN bool llmpari_index_splits(const llmpar_graph *g, const llmpar_op *op,
 
 LLMPAR_DEF int llmpar_op_choices(const llmpar_graph *g, int id, bool linear, llmpar_choice *choices, int capacity) {
     const llmpar_op *op = &g->op[id];
-    bool twice = op->n_in > 1 && op->in[0] == op->in[1];
-    unsigned masks = 0;            // bit m: partial mask m is legal
+    unsigned masks = 0;            // bit m: operands of mask m may be partial sums while the others are whole
     int n = 0;
     switch (op->kind) {
-    case LLMPAR_OP_EINSUM: case LLMPAR_OP_MUL: masks = twice ? 0 : 1u << 1 | 1u << 2; break;   // linear in each operand, not in both at once
-    case LLMPAR_OP_ADD:   masks = twice ? 1u << 3 : 1u << 1 | 1u << 2 | 1u << 3; break;        // the whole operand is added once, on coordinate 0
-    case LLMPAR_OP_UNARY: masks = op->function == LLMPARI_NEGATE ? 1u << 1 : 0; break;
+    case LLMPAR_OP_EINSUM: case LLMPAR_OP_MUL: masks = 1u << 1 | 1u << 2; break;               // linear in each operand, not in both at once
+    case LLMPAR_OP_ADD:       masks = 1u << 1 | 1u << 2 | 1u << 3; break;                      // the whole operand is added once, on coordinate 0
+    case LLMPAR_OP_UNARY:     masks = op->function == LLMPARI_NEGATE ? 1u << 1 : 0; break;
     case LLMPAR_OP_ROPE: case LLMPAR_OP_TAKE: masks = 1u << 1; break;
+    case LLMPAR_OP_EMBED:     masks = 1u << 2; break;                                          // linear in the table
+    case LLMPAR_OP_ATTENTION: masks = op->cache[0] < 0 ? 1u << 4 : 0; break;                   // linear in v; a cache holds whole values
+    case LLMPAR_OP_NORM:      masks = op->n_in == 2 ? 1u << 2 : op->n_in == 3 ? 1u << 6 : 0; break;   // linear in the weight (and bias)
     default: break;
     }
     for (int i = -1; i < op->n_indices; i++)
@@ -4302,7 +4333,7 @@ LLMPAR_DEF int llmpar_op_choices(const llmpar_graph *g, int id, bool linear, llm
             if (n < capacity) { choices[n].index = (int8_t)i; choices[n].partial = 0; }
             n++;
         }
-    for (unsigned m = 1; m < 4 && linear; m++)
+    for (unsigned m = 1; m < 8 && linear; m++)
         if (masks >> m & 1u) {
             if (n < capacity) { choices[n].index = -1; choices[n].partial = (uint8_t)m; }
             n++;
@@ -4817,7 +4848,10 @@ LLMPARI_FN llmpar_sharding llmpari_operand_sharding(const llmpari_enumeration *e
         } else if (index >= 0) {
             int d = 0;
             while (d < LLMPAR_MAX_DIMS && op->index_of[slot][d] != index) d++;
-            if (d < LLMPAR_MAX_DIMS) sharding.dim[a] = (int8_t)d;
+            // One kv head serves all query heads: k and v stay whole where query heads are split.
+            bool whole = op->kind == LLMPAR_OP_ATTENTION && slot < op->n_in && d < LLMPAR_MAX_DIMS && !(llmpari_class_of(e->s, op->in[slot])->split_dims >> d & 1u);
+            if (whole) sharding.dim[a] = LLMPAR_REPLICATED;
+            else if (d < LLMPAR_MAX_DIMS) sharding.dim[a] = (int8_t)d;
             else if (slot == op->n_in && op->kind != LLMPAR_OP_CROSS_ENTROPY) sharding.dim[a] = LLMPAR_PARTIAL;
         } else if (slot < op->n_in ? partial >> slot & 1 : partial) sharding.dim[a] = LLMPAR_PARTIAL;
         if (sharding.dim[a] >= 0)
@@ -4897,7 +4931,8 @@ LLMPARI_FN bool llmpari_index_allowed(const llmpari_solver *s, const llmpar_op *
     for (int slot = 0; slot <= op->n_in; slot++) {
         int node = slot < op->n_in ? op->in[slot] : op->out;
         for (int d = 0; d < s->g->node[node].tensor.n_dims; d++)
-            if (op->index_of[slot][d] == index && !llmpari_splittable(s->g, &s->g->node[node].tensor.dim[d])) return false;
+            if (op->index_of[slot][d] == index && !(op->kind == LLMPAR_OP_ATTENTION && slot > 0 && slot < op->n_in && d == 2) &&
+                !llmpari_splittable(s->g, &s->g->node[node].tensor.dim[d])) return false;
     }
     return true;
 }
@@ -5335,27 +5370,32 @@ LLMPARI_FN bool llmpari_mentions(const llmpari_table *table, int32_t id) {
 // Replaces the wanted states of op `id` in a table's scope by its strategy, which says them all. Frees the table.
 LLMPARI_FN llmpari_table *llmpari_expand(llmpari_solver *s, llmpari_table *table, int32_t id) {
     const llmpari_op_info *info = &s->info[id];
-    int32_t scope[LLMPARI_MAX_SCOPE];
-    int n = 0, first = -1, last = -1;
+    int32_t scope[LLMPARI_MAX_SCOPE], own = LLMPARI_VAR(id, LLMPARI_STRATEGY);
+    int n = 0, at = -1, wanted = 0;
     if (!table) return NULL;
     for (int i = 0; i < table->n_vars; i++) {
-        if (table->var[i] / 8 == id && table->var[i] % 8 < LLMPARI_OUT) {
-            if (first < 0) { first = i; scope[n++] = LLMPARI_VAR(id, LLMPARI_STRATEGY); }
-            last = i;
-        } else scope[n++] = table->var[i];
+        bool state = table->var[i] / 8 == id && table->var[i] % 8 < LLMPARI_OUT;
+        wanted += state;
+        if (!state && table->var[i] != own) { scope[n++] = table->var[i]; continue; }
+        if (at < 0) { at = n; scope[n++] = own; }
     }
-    if (first < 0) return table;                    // its strategy already
+    if (!wanted) return table;                      // its strategy already, or not in the scope
     llmpari_table *wide = llmpari_table_new(s, table->rows, scope, n);
     if (!wide) return NULL;
-    int64_t inner = 1, outer = table->rows, middle = 1;
-    for (int i = 0; i < first; i++) outer *= table->extent[i];
-    for (int i = first; i <= last; i++) middle *= table->extent[i];
-    for (int i = last + 1; i < table->n_vars; i++) inner *= table->extent[i];
+    int64_t inner = 1, outer = table->rows, middle = 1, stride[LLMPARI_OUT + 2], step = 1;
+    for (int i = at + 1; i < n; i++) inner *= wide->extent[i];
+    for (int i = 0; i < at; i++) outer *= wide->extent[i];
+    for (int k = 0; k < LLMPARI_OUT + 2; k++) stride[k] = 0;
+    for (int i = table->n_vars - 1; i >= 0; i--) {  // the op's variables stand side by side
+        if (table->var[i] / 8 == id && (table->var[i] % 8 < LLMPARI_OUT || table->var[i] == own)) { stride[table->var[i] % 8] = step; middle *= table->extent[i]; }
+        step *= table->extent[i];
+    }
     for (int64_t o = 0; o < outer; o++)
         for (int32_t k = 0; k < info->count; k++) {
-            int64_t at = 0;
-            for (int i = first; i <= last; i++) at = at * table->extent[i] + info->index[table->var[i] % 8][k];
-            memcpy(wide->x + (o * info->count + k) * inner, table->x + (o * middle + at) * inner, (size_t)inner * sizeof *wide->x);
+            int64_t from = stride[LLMPARI_STRATEGY] * k;
+            for (int slot = 0; slot < LLMPARI_OUT; slot++)
+                if (stride[slot]) from += stride[slot] * info->index[slot][k];
+            memcpy(wide->x + (o * info->count + k) * inner, table->x + o * middle * inner + from, (size_t)inner * sizeof *wide->x);
         }
     llmpari_table_free(s, table);
     return wide;
@@ -5490,6 +5530,7 @@ LLMPARI_FN llmpar_status llmpari_op_close(llmpari_solver *s, int32_t id, llmpari
         with[i] = llmpari_expand(s, with[i], id);
         if (!with[i]) return LLMPAR_NO_MEMORY;
     }
+    LLMPARI_TRY(llmpari_expand_shared(s, with, n));
     joined = n == 1 ? with[0] : llmpari_join(s, with, n, -1);
     if (!joined) return LLMPAR_NO_MEMORY;
     for (int i = 0; i < n && joined != with[0]; i++) llmpari_table_free(s, with[i]);
@@ -5499,6 +5540,8 @@ LLMPARI_FN llmpar_status llmpari_op_close(llmpari_solver *s, int32_t id, llmpari
     pair[0] = joined;
     pair[1] = s->below[id];
     s->below[id] = NULL;
+    if (pair[1]) LLMPARI_TRY(llmpari_expand_shared(s, pair, 2));
+    joined = pair[0];
     if (id == s->keep && pair[1]) {                 // the strategy stays a variable: what hangs below it, by strategy
         int32_t scope[LLMPARI_MAX_SCOPE];
         memcpy(scope, pair[1]->var, (size_t)pair[1]->n_vars * sizeof *scope);
@@ -6483,6 +6526,8 @@ LLMPARI_FN int llmpari_shared_source(const llmpar_graph *g, bool limited) {
     for (int node = 0; node < g->n_nodes; node++) {
         int32_t part = -1, uses = 0;
         const llmpar_node *n = &g->node[node];
+        for (int b = 0; b < g->n_blocks; b++)
+            if (g->block[b].start == node) part = 2 * b;          // handed on to a block: used in front of it
         if (n->pinned || (n->block >= 0 && !limited) || (n->role != LLMPAR_ROLE_WEIGHT && n->role != LLMPAR_ROLE_INPUT)) continue;
         for (int o = 0; o < g->n_ops; o++)
             for (int i = 0; i < g->op[o].n_in; i++) {
@@ -6555,7 +6600,7 @@ LLMPARI_FN int32_t llmpari_plan_marks(const llmpar_plan *plan, llmpari_mark *mar
         llmpari_mark mark;
         if (plan->step[i].op >= 0 || move->kind == LLMPAR_SLICE) continue;
         mark.node = plan->value[plan->step[i].out].node;
-        mark.what = llmpari_what(move->kind, move->axes, move->from_dim, move->to_dim);
+        mark.what = llmpari_what((int)move->kind, move->axes, move->from_dim, move->to_dim);
         int32_t k = 0;
         while (k < n && k < capacity && (marks[k].node != mark.node || marks[k].what != mark.what)) k++;
         if (k < n) continue;
@@ -6625,11 +6670,9 @@ LLMPARI_FN llmpar_status llmpari_pin_prices(llmpari_solver *s, llmpar_plan *plan
 LLMPAR_DEF llmpar_status llmpar_solve(llmpar_graph *g, const llmpar_solve_desc *desc, llmpar_plan *plan, llmpar_error *err) {
     llmpari_solver s;
     llmpar_error local;
-    llmpar_hardware none;
     double seconds = INFINITY;
     memset(&s, 0, sizeof s);
     memset(&local, 0, sizeof local);
-    memset(&none, 0, sizeof none);
     memset(plan, 0, sizeof *plan);
     if (g->error.status) { if (err) *err = g->error; return g->error.status; }
     if (g->open_block >= 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "a repeat block is still open: call llmpar_repeat_end");
@@ -6640,7 +6683,7 @@ LLMPAR_DEF llmpar_status llmpar_solve(llmpar_graph *g, const llmpar_solve_desc *
     s.scratch.block_bytes = 16384;
     s.lasting.allocator   = g->arena->allocator;
     s.lasting.block_bytes = 16384;
-    s.hardware = desc && memcmp(&desc->hardware, &none, sizeof none) != 0 ? desc->hardware : llmpar_hardware_default();
+    s.hardware = desc ? llmpari_hardware_or(&desc->hardware, llmpar_hardware_default()) : llmpar_hardware_default();
     s.limit_bytes  = s.hardware.memory_bytes;
     plan->graph    = g;
     plan->hardware = s.hardware;
@@ -7425,7 +7468,7 @@ LLMPARI_FN llmpar_status llmpari_config_sizes(const llmpari_config *config, cons
 }
 
 LLMPARI_FN llmpar_status llmpari_config_switches(const llmpari_config *config, const llmpari_architecture *architecture, llmpar_model *model) {
-    bool attention, mlp;
+    bool attention = false, mlp = false;
     LLMPARI_TRY(llmpari_config_bool(config, LLMPARI_C_ATTENTION_BIAS, false, &attention));
     LLMPARI_TRY(llmpari_config_bool(config, LLMPARI_C_MLP_BIAS, false, &mlp));
     LLMPARI_TRY(llmpari_config_bool(config, LLMPARI_C_TIED, false, &model->tied_head));
@@ -7814,7 +7857,10 @@ LLMPARI_FN void llmpari_build_end(const llmpari_builder *b, int h, int norm, int
     llmpar_graph *g = b->g;
     bool last = b->desc->last_only;
     char text[128];
-    if (last) h = llmpar_take(g, h, "S", llmpar_input(g, llmpari_build_text(b, "last[B_dp]", b->desc->pin_batch, text)));
+    if (last) {
+        int rows = llmpar_input(g, llmpari_build_text(b, "last[B_dp]", b->desc->pin_batch, text));
+        h = llmpar_take(g, h, "S", rows);
+    }
     int hidden = llmpar_name(g, llmpar_norm(g, h, norm, "H", b->model->norm_eps), "hidden");
     if (b->desc->no_head) {
         llmpari_build_output(b, hidden, "hidden", last ? "[B_dp, H]" : b->desc->sequence_parallel ? "[B_dp, S_tp, H]" : "[B_dp, S, H]");
@@ -7850,11 +7896,11 @@ LLMPARI_FN void llmpari_build_sizes(const llmpari_builder *b) {
 
 LLMPARI_FN llmpar_status llmpari_build_check(const llmpar_build_desc *d, llmpar_error *err) {
     if (d->batch < 0 || d->seq < 0 || d->context < 0 || d->context_used < 0 || d->layers < 0 || d->layers > INT32_MAX)
-        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "batch=%lld seq=%lld context=%lld context_used=%lld layers=%lld; all must be 0 (the default) or more",
-                            (long long)d->batch, (long long)d->seq, (long long)d->context, (long long)d->context_used, (long long)d->layers);
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "batch=%lld seq=%lld context=%lld context_used=%lld layers=%lld; all must be 0 (the default) "
+                            "or more", (long long)d->batch, (long long)d->seq, (long long)d->context, (long long)d->context_used, (long long)d->layers);
     if (d->context && d->context < d->seq)
-        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "context=%lld slots cannot take seq=%lld new tokens; pass a context of at least seq, or 0 for no cache",
-                            (long long)d->context, (long long)d->seq);
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "context=%lld slots cannot take seq=%lld new tokens; pass a context of at least seq, or 0 for "
+                            "no cache", (long long)d->context, (long long)d->seq);
     if (d->loss && (d->last_only || d->no_head))
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "loss needs the logits of every token; clear last_only and no_head");
     if (d->weight_dtype > LLMPAR_F16 || d->activation_dtype > LLMPAR_F16)
@@ -9747,7 +9793,7 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_check(const char *image, size_t imag
                                                   llmpar_error *err) {
     llmpari_header header;
     unsigned char first[8];
-    int64_t header_bytes;
+    int64_t header_bytes = 0;
     if (!image && image_bytes) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "header is NULL");
     if (file_bytes < 8 || image_bytes < 8)
         return LLMPARI_FAIL(err, LLMPAR_BAD_FILE, "header: %lld bytes of a file of %lld; a safetensors file begins with an 8-byte length",
@@ -9955,7 +10001,7 @@ LLMPARI_FN llmpar_status llmpari_shard_open(llmpar_checkpoint *checkpoint, const
     llmpari_file *file = &checkpoint->file[number];
     unsigned char first[8];
     char path[LLMPARI_PATH], *text;
-    int64_t header_bytes;
+    int64_t header_bytes = 0;
     LLMPARI_TRY(llmpari_path(folder, name, path, err));
     file->path = (char *)llmpar_arena_alloc(&checkpoint->arena, strlen(path) + 1);
     if (!file->path) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the path \"%.300s\"", path);
@@ -10450,35 +10496,39 @@ LLMPARI_INLINE const void *llmpari_at(const void *p, llmpar_dtype dtype, int64_t
 
 // ---- few rows of a: every row of b[n, k] is read once from memory and meets all rows of a -------------------------------------------------------
 
-// sum[i] (+)= row[length] . x[i * stride ..] for ROWS rows of x, packed by llmpari_pack_few; length <= KC. `next` is what will be read after this row:
-// the hardware prefetcher does not see a jump coming and is late with 16-bit rows even without one (measured 0.78 of the read bandwidth, with this 0.9).
+// sum[j][i] (+)= row j of b . row i of x, for `count` rows of b and ROWS rows of x, packed by llmpari_pack_few; length <= KC. Rows at `next`, as
+// far apart as those of b, are fetched meanwhile: the hardware prefetcher does not see a jump coming, and is late with 16-bit rows even without one
+// (measured 0.78 of the read bandwidth, with this 0.9 and more).
 #define LLMPARI_DEFINE_DOT(name, type, chunk, ROWS, prefetch) \
-LLMPARI_FN void name(const void *row_, int64_t length, const void *next, const float *x, int64_t stride, bool add, float *sum) { \
-    const type *row = (const type *)row_; \
+LLMPARI_FN void name(const void *b, int64_t ldb, int64_t count, int64_t length, const void *next, const float *x, int64_t stride, bool add, \
+                     float (*sum)[LLMPARI_FEW]) { \
     const int64_t whole = length - length % LLMPARI_CHUNK; \
-    llmpari_vec acc[ROWS][LLMPARI_CHAINS], w[LLMPARI_CHAINS]; \
-    LLMPARI_UNROLL for (int i = 0; i < ROWS; i++) LLMPARI_UNROLL for (int c = 0; c < LLMPARI_CHAINS; c++) acc[i][c] = llmpari_zero(); \
-    for (int64_t e = 0; e < whole; e += LLMPARI_CHUNK, x += LLMPARI_CHUNK) { \
-        if (prefetch) { \
-            LLMPARI_PREFETCH((const type *)next + e); \
-            if (sizeof(type) == 4) LLMPARI_PREFETCH((const type *)next + e + 16); \
+    for (int64_t j = 0; j < count; j++) { \
+        const type *row = (const type *)b + j * ldb, *after = (const type *)next + j * ldb; \
+        llmpari_vec acc[ROWS][LLMPARI_CHAINS], w[LLMPARI_CHAINS]; \
+        LLMPARI_UNROLL for (int i = 0; i < ROWS; i++) LLMPARI_UNROLL for (int c = 0; c < LLMPARI_CHAINS; c++) acc[i][c] = llmpari_zero(); \
+        for (int64_t e = 0; e < whole; e += LLMPARI_CHUNK) { \
+            if (prefetch) { \
+                LLMPARI_PREFETCH(after + e); \
+                if (sizeof(type) == 4) LLMPARI_PREFETCH(after + e + 16); \
+            } \
+            chunk(row + e, w); \
+            LLMPARI_UNROLL for (int i = 0; i < ROWS; i++) LLMPARI_UNROLL for (int c = 0; c < LLMPARI_CHAINS; c++) \
+                acc[i][c] += llmpari_load(x + i * stride + e + c * LLMPARI_LANES) * w[c]; \
         } \
-        chunk(row + e, w); \
-        LLMPARI_UNROLL for (int i = 0; i < ROWS; i++) LLMPARI_UNROLL for (int c = 0; c < LLMPARI_CHAINS; c++) \
-            acc[i][c] += llmpari_load(x + i * stride + c * LLMPARI_LANES) * w[c]; \
-    } \
-    if (whole < length) { \
-        type rest[LLMPARI_CHUNK]; \
-        memset(rest, 0, sizeof rest); \
-        memcpy(rest, row + whole, (size_t)(length - whole) * sizeof(type)); \
-        chunk(rest, w); \
-        LLMPARI_UNROLL for (int i = 0; i < ROWS; i++) LLMPARI_UNROLL for (int c = 0; c < LLMPARI_CHAINS; c++) \
-            acc[i][c] += llmpari_load(x + i * stride + c * LLMPARI_LANES) * w[c]; \
-    } \
-    LLMPARI_UNROLL for (int i = 0; i < ROWS; i++) { \
-        float t[LLMPARI_CHUNK]; \
-        LLMPARI_UNROLL for (int c = 0; c < LLMPARI_CHAINS; c++) llmpari_store(t + c * LLMPARI_LANES, acc[i][c]); \
-        sum[i] = add ? sum[i] + llmpari_tree(t) : llmpari_tree(t); \
+        if (whole < length) { \
+            type rest[LLMPARI_CHUNK]; \
+            memset(rest, 0, sizeof rest); \
+            memcpy(rest, row + whole, (size_t)(length - whole) * sizeof(type)); \
+            chunk(rest, w); \
+            LLMPARI_UNROLL for (int i = 0; i < ROWS; i++) LLMPARI_UNROLL for (int c = 0; c < LLMPARI_CHAINS; c++) \
+                acc[i][c] += llmpari_load(x + i * stride + whole + c * LLMPARI_LANES) * w[c]; \
+        } \
+        LLMPARI_UNROLL for (int i = 0; i < ROWS; i++) { \
+            float t[LLMPARI_CHUNK]; \
+            LLMPARI_UNROLL for (int c = 0; c < LLMPARI_CHAINS; c++) llmpari_store(t + c * LLMPARI_LANES, acc[i][c]); \
+            sum[j][i] = add ? sum[j][i] + llmpari_tree(t) : llmpari_tree(t); \
+        } \
     } \
 }
 LLMPARI_DEFINE_DOT(llmpari_dot_f32,   float,    llmpari_chunk_f32,  1, 0)
@@ -10490,7 +10540,8 @@ LLMPARI_DEFINE_DOT(llmpari_dot4_bf16, uint16_t, llmpari_chunk_bf16, 4, 1)
 LLMPARI_DEFINE_DOT(llmpari_dot_f16,   uint16_t, llmpari_chunk_f16,  1, 1)
 LLMPARI_DEFINE_DOT(llmpari_dot2_f16,  uint16_t, llmpari_chunk_f16,  2, 1)
 LLMPARI_DEFINE_DOT(llmpari_dot4_f16,  uint16_t, llmpari_chunk_f16,  4, 1)
-typedef void (*llmpari_dot_fn)(const void *row, int64_t length, const void *next, const float *x, int64_t stride, bool add, float *sum);
+typedef void (*llmpari_dot_fn)(const void *b, int64_t ldb, int64_t count, int64_t length, const void *next, const float *x, int64_t stride, bool add,
+                               float (*sum)[LLMPARI_FEW]);
 
 // Row of a in the order of b's chunks, padded with zeros to a whole chunk.
 LLMPARI_FN void llmpari_pack_few(float *to, const float *a, int64_t k, bool paired) {
@@ -10504,43 +10555,44 @@ LLMPARI_FN void llmpari_pack_few(float *to, const float *a, int64_t k, bool pair
     }
 }
 
-// One row of b, elements [k0, k1), with all rows of a; `after` is the element of b that is read then.
-LLMPARI_FN void llmpari_few_rows_part(const llmpar_gemm *g, const llmpari_dot_fn *dot, const float *x, int64_t stride, int64_t j, int64_t k0, int64_t k1,
-                                      int64_t after, float *sum) {
-    for (int64_t k = k0; k < k1; k += LLMPARI_KC) {
-        const int64_t length = llmpari_min(LLMPARI_KC, k1 - k), at = j * g->ldb + k;
-        const void *row = llmpari_at(g->b, g->b_dtype, at), *next = llmpari_at(g->b, g->b_dtype, k + length < k1 ? at + length : after);
-        for (int64_t i = 0; i < g->m; ) {
-            const int64_t left = llmpari_min(LLMPARI_ROWS, g->m - i);
-            const int size = left >= 4 ? 2 : left >= 2 ? 1 : 0;
-            dot[size](row, length, next, x + i * stride + k, stride, k > 0 || g->accumulate, sum + i);
-            i += (int64_t)1 << size;
-        }
-    }
-}
-
-// Rows of b in groups and in parts, so that the part of a that they meet stays in the first-level cache; rows that are short enough go whole, one after
-// another, which the hardware prefetcher likes best.
-LLMPARI_FN void llmpari_gemm_few_rows(const llmpar_gemm *g, float *x) {
+// `count` rows of b from row j, elements [k, k + length), with all rows of a.
+LLMPARI_FN void llmpari_few_rows_part(const llmpar_gemm *g, const float *x, int64_t stride, int64_t j, int64_t count, int64_t k, int64_t length, const void *next,
+                                      float (*sum)[LLMPARI_FEW]) {
     static const llmpari_dot_fn dots[3][3] = { { llmpari_dot_f32,  llmpari_dot2_f32,  llmpari_dot4_f32  },
                                                { llmpari_dot_bf16, llmpari_dot2_bf16, llmpari_dot4_bf16 },
                                                { llmpari_dot_f16,  llmpari_dot2_f16,  llmpari_dot4_f16  } };
     const llmpari_dot_fn *dot = dots[g->b_dtype == LLMPAR_F32 ? 0 : g->b_dtype == LLMPAR_BF16 ? 1 : 2];
+    const void *b = llmpari_at(g->b, g->b_dtype, j * g->ldb + k);
+    for (int64_t i = 0; i < g->m; ) {
+        const int64_t left = llmpari_min(LLMPARI_ROWS, g->m - i);
+        const int size = left >= 4 ? 2 : left >= 2 ? 1 : 0;
+        dot[size](b, g->ldb, count, length, next, x + i * stride + k, stride, k > 0 || g->accumulate, (float (*)[LLMPARI_FEW])(sum[0] + i));
+        i += (int64_t)1 << size;
+    }
+}
+
+// Rows of b in groups, and in parts of k so that the part of a that they meet stays in the first-level cache. A row that is one part goes whole, and rows
+// follow one another, which the hardware prefetcher likes best. next: see llmpari_gemm_portable.
+LLMPARI_FN void llmpari_gemm_few_rows(const llmpar_gemm *g, float *x, const void *next) {
     const int64_t stride = llmpari_round_up(g->k, LLMPARI_CHUNK), part = LLMPARI_NEAR / g->m / LLMPARI_KC * LLMPARI_KC;
-    const int64_t group = g->k <= part ? 1 : LLMPARI_GROUP;
+    const int64_t group = g->k <= LLMPARI_KC || g->k > part ? LLMPARI_GROUP : 1;
     float sum[LLMPARI_GROUP][LLMPARI_FEW];
     for (int64_t i = 0; i < g->m; i++) llmpari_pack_few(x + i * stride, g->a + i * g->lda, g->k, g->b_dtype != LLMPAR_F32);
     for (int64_t j0 = 0; j0 < g->n; j0 += group) {
-        const int64_t j1 = llmpari_min(j0 + group, g->n);
-        if (g->accumulate) for (int64_t j = j0; j < j1; j++) for (int64_t i = 0; i < g->m; i++) sum[j - j0][i] = g->c[i * g->ldc + j];
+        const int64_t count = llmpari_min(group, g->n - j0);
+        if (g->accumulate) for (int64_t j = 0; j < count; j++) for (int64_t i = 0; i < g->m; i++) sum[j][i] = g->c[i * g->ldc + j0 + j];
         for (int64_t k0 = 0; k0 < g->k; k0 += part) {
             const int64_t k1 = llmpari_min(k0 + part, g->k);
-            for (int64_t j = j0; j < j1; j++) {
-                const int64_t after = j + 1 < j1 ? (j + 1) * g->ldb + k0 : k1 < g->k ? j0 * g->ldb + k1 : llmpari_min(j1, g->n - 1) * g->ldb;
-                llmpari_few_rows_part(g, dot, x, stride, j, k0, k1, after, sum[j - j0]);
-            }
+            if (k1 - k0 <= LLMPARI_KC) {
+                const void *rows = next ? llmpari_at(next, g->b_dtype, j0 * g->ldb + k0) : llmpari_at(g->b, g->b_dtype, (j0 + 1) * g->ldb + k0);
+                llmpari_few_rows_part(g, x, stride, j0, count, k0, k1 - k0, rows, sum);
+            } else for (int64_t j = 0; j < count; j++)
+                for (int64_t k = k0; k < k1; k += LLMPARI_KC) {                            // then comes the rest of the part, or the next row
+                    const int64_t after = (j0 + j) * g->ldb + (k + LLMPARI_KC < k1 ? k + LLMPARI_KC : g->ldb + k0);
+                    llmpari_few_rows_part(g, x, stride, j0 + j, 1, k, llmpari_min(LLMPARI_KC, k1 - k), llmpari_at(g->b, g->b_dtype, after), sum + j);
+                }
         }
-        for (int64_t j = j0; j < j1; j++) for (int64_t i = 0; i < g->m; i++) g->c[i * g->ldc + j] = sum[j - j0][i];
+        for (int64_t j = 0; j < count; j++) for (int64_t i = 0; i < g->m; i++) g->c[i * g->ldc + j0 + j] = sum[j][i];
     }
 }
 
@@ -10710,12 +10762,13 @@ LLMPARI_FN void llmpari_gemm_packed(const llmpar_gemm *g, float *a) {
 // The scratch as the kernels want it: a vector that straddles two cache lines costs two loads (measured: half the speed).
 LLMPARI_FN float *llmpari_aligned(float *scratch) { return scratch ? scratch + ((64u - ((uintptr_t)scratch & 63u)) & 63u) / 4u : scratch; }
 
-LLMPARI_FN void llmpari_gemm_portable(const llmpar_gemm *g) {
+// next: what will be read soon, in the layout of b, when that is not b's next rows; NULL otherwise.
+LLMPARI_FN void llmpari_gemm_portable(const llmpar_gemm *g, const void *next) {
     float *scratch = llmpari_aligned(g->scratch);
     if (g->m <= 0 || g->n <= 0) return;
     if (g->k <= 0) { if (!g->accumulate) for (int64_t i = 0; i < g->m; i++) memset(g->c + i * g->ldc, 0, (size_t)g->n * 4); }
     else if (g->m > LLMPARI_FEW) llmpari_gemm_packed(g, scratch);
-    else if (g->b_transposed)    llmpari_gemm_few_rows(g, scratch);
+    else if (g->b_transposed)    llmpari_gemm_few_rows(g, scratch, next);
     else                         llmpari_gemm_few_columns(g, scratch);
 }
 
@@ -10754,7 +10807,7 @@ LLMPARI_FN void llmpari_op_gemm(void *user, const llmpar_gemm *g) {
 #ifdef LLMPAR_CBLAS
     if (llmpari_gemm_suits_cblas(g)) { llmpari_gemm_cblas(g); return; }
 #endif
-    llmpari_gemm_portable(g);
+    llmpari_gemm_portable(g, NULL);
 }
 
 // Does not shrink when m, n or k grow, and covers both layouts of b and every path.
@@ -10944,9 +10997,10 @@ LLMPAR_DEF int64_t llmpar_attention_scratch(int64_t queries, int64_t n_keys, int
     return llmpari_attention_rows(rows, d) + llmpar_gemm_scratch(rows, llmpari_max(1, llmpari_min(n_keys, LLMPARI_KEYS)), d, LLMPAR_F32);
 }
 
-// out[ROWS][d] += p[ROWS][keys] * v[keys, d], key after key, COLUMNS vectors at a time; returns how many columns were done.
+// out[ROWS][d] += p[ROWS][keys] * v[keys, d], key after key, COLUMNS vectors at a time from column i on; returns the column it has come to. Rows at `next`
+// (NULL = none) are fetched meanwhile.
 #define LLMPARI_DEFINE_WEIGHT(name, ROWS, COLUMNS) \
-LLMPARI_FN int64_t name(float *out, int64_t out_stride, const float *p, int64_t p_stride, const float *v, int64_t v_stride, int64_t keys, int64_t i, int64_t d) { \
+LLMPARI_FN int64_t name(float *out, int64_t out_stride, const float *p, int64_t p_stride, const float *v, int64_t v_stride, int64_t keys, const float *next, int64_t i, int64_t d) { \
     for (; i + COLUMNS * LLMPARI_LANES <= d; i += COLUMNS * LLMPARI_LANES) { \
         llmpari_vec acc[ROWS][COLUMNS]; \
         const float *at = v + i; \
@@ -10955,6 +11009,7 @@ LLMPARI_FN int64_t name(float *out, int64_t out_stride, const float *p, int64_t 
         for (int64_t j = 0; j < keys; j++, at += v_stride) \
             LLMPARI_UNROLL for (int c = 0; c < COLUMNS; c++) { \
                 llmpari_vec w = llmpari_load(at + c * LLMPARI_LANES); \
+                if (next && c * LLMPARI_LANES % 16 == 0) LLMPARI_PREFETCH(next + j * v_stride + i + c * LLMPARI_LANES); \
                 LLMPARI_KEEP(w); \
                 LLMPARI_UNROLL for (int r = 0; r < ROWS; r++) acc[r][c] += p[r * p_stride + j] * w; \
             } \
@@ -10968,14 +11023,16 @@ LLMPARI_DEFINE_WEIGHT(llmpari_weight_4,      4, 1)
 LLMPARI_DEFINE_WEIGHT(llmpari_weight_1_wide, 1, LLMPARI_WIDE)
 LLMPARI_DEFINE_WEIGHT(llmpari_weight_1,      1, 1)
 
-LLMPARI_FN void llmpari_weight(float *out, int64_t rows, int64_t d, const float *p, const float *v, int64_t v_stride, int64_t keys) {
+LLMPARI_FN void llmpari_weight(float *out, int64_t rows, int64_t d, const float *p, const float *v, int64_t v_stride, int64_t keys,
+                               const float *next) {
     int64_t i = 0;
     if (rows == 4) {
-        i = llmpari_weight_4_wide(out, d, p, LLMPARI_KEYS, v, v_stride, keys, 0, d);
-        i = llmpari_weight_4(out, d, p, LLMPARI_KEYS, v, v_stride, keys, i, d);
+        i = llmpari_weight_4_wide(out, d, p, LLMPARI_KEYS, v, v_stride, keys, next, 0, d);
+        i = llmpari_weight_4(out, d, p, LLMPARI_KEYS, v, v_stride, keys, next, i, d);
     } else for (int64_t r = 0; r < rows; r++) {
-        i = llmpari_weight_1_wide(out + r * d, d, p + r * LLMPARI_KEYS, LLMPARI_KEYS, v, v_stride, keys, 0, d);
-        i = llmpari_weight_1(out + r * d, d, p + r * LLMPARI_KEYS, LLMPARI_KEYS, v, v_stride, keys, i, d);
+        i = llmpari_weight_1_wide(out + r * d, d, p + r * LLMPARI_KEYS, LLMPARI_KEYS, v, v_stride, keys, next, 0, d);
+        i = llmpari_weight_1(out + r * d, d, p + r * LLMPARI_KEYS, LLMPARI_KEYS, v, v_stride, keys, next, i, d);
+        next = NULL;
     }
     if (i < d) for (int64_t r = 0; r < rows; r++)
         for (int64_t j = 0; j < keys; j++)
@@ -11022,7 +11079,7 @@ LLMPARI_FN void llmpari_attention_keys(llmpari_attention *a, const float *k, con
     score.b = k + first * g->kv_stride_token; score.ldb = g->kv_stride_token; score.b_dtype = LLMPAR_F32; score.b_transposed = true;
     score.c = a->score; score.ldc = LLMPARI_KEYS;
     score.scratch = a->gemm;
-    llmpari_gemm_portable(&score);
+    llmpari_gemm_portable(&score, v + first * g->kv_stride_token);                         // while k is read, v is fetched, and the other way round
     for (int64_t r = 0; r < a->rows; r++) {
         const llmpar_range see = llmpari_attention_sees(a, r, first, count);
         if (see.count == 0) continue;
@@ -11041,7 +11098,8 @@ LLMPARI_FN void llmpari_attention_keys(llmpari_attention *a, const float *k, con
         }
         if (see.count > 0)
             llmpari_weight(a->out + r * g->d, rows, g->d, a->score + r * LLMPARI_KEYS + see.first,
-                           v + (first + see.first) * g->kv_stride_token, g->kv_stride_token, see.count);
+                           v + (first + see.first) * g->kv_stride_token, g->kv_stride_token, see.count,
+                           r == 0 && a->rows <= LLMPARI_FEW ? k + (first + count + see.first) * g->kv_stride_token : NULL);
     }
 }
 
@@ -11401,7 +11459,7 @@ LLMPARI_FN const char *llmpari_exec_op_text(int kind) {
 
 LLMPARI_FN llmpar_status llmpari_exec_prep_wrong(const llmpari_exec_prep *p, const char *what, const char *name) {
     return LLMPARI_FAIL(p->err, LLMPAR_BAD_ARGUMENT, "step %d (%s) of the plan: %s (%s); llmpar_solve makes no such plan", (int)p->index,
-                        llmpari_exec_op_text(p->op ? p->op->kind : -1), what, name);
+                        p->op ? llmpari_exec_op_text(p->op->kind) : "move", what, name);
 }
 
 // Partial sums come from where the strategy says, once: else the result would be counted twice or not be reduced.
@@ -12930,7 +12988,8 @@ LLMPARI_FN llmpar_status llmpari_engine_sizes(llmpar_engine *e, llmpar_error *er
     if (!d->max_context) d->max_context = e->model.positions;
     if (!d->max_prompt)  d->max_prompt  = d->max_context;
     if (d->max_context > e->model.positions)
-        return LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "max_context=%lld is past the model's %lld positions", (long long)d->max_context, (long long)e->model.positions);
+        return LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "max_context=%lld is past the model's %lld positions", (long long)d->max_context,
+                            (long long)e->model.positions);
     if (d->max_prompt > d->max_context)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "max_prompt=%lld is more than max_context=%lld, the tokens that a row may have in all",
                             (long long)d->max_prompt, (long long)d->max_context);
@@ -12938,7 +12997,8 @@ LLMPARI_FN llmpar_status llmpari_engine_sizes(llmpar_engine *e, llmpar_error *er
 }
 
 // The dtype that all files have for a weight, f32 when layers differ (one node of the graph stands for all layers) or it is missing.
-LLMPARI_FN llmpar_dtype llmpari_engine_file_dtype(const llmpar_engine *e, const llmpar_checkpoint *checkpoint, llmpar_weight_kind kind, int64_t layers) {
+LLMPARI_FN llmpar_dtype llmpari_engine_file_dtype(const llmpar_engine *e, const llmpar_checkpoint *checkpoint, llmpar_weight_kind kind,
+                                                  int64_t layers) {
     llmpar_dtype dtype = LLMPAR_F32;
     for (int64_t layer = 0; layer < layers; layer++) {
         const llmpar_file_tensor *found = NULL;
@@ -12952,7 +13012,9 @@ LLMPARI_FN llmpar_dtype llmpari_engine_file_dtype(const llmpar_engine *e, const 
     return dtype;
 }
 
-LLMPARI_FN int64_t llmpari_engine_rounds(const llmpar_graph *g, int node) { return g->node[node].block < 0 ? 1 : g->block[g->node[node].block].repeats; }
+LLMPARI_FN int64_t llmpari_engine_rounds(const llmpar_graph *g, int node) {
+    return g->node[node].block < 0 ? 1 : g->block[g->node[node].block].repeats;
+}
 
 // Builds and solves one plan.
 LLMPARI_FN llmpar_status llmpari_engine_solve(llmpar_engine *e, const llmpar_checkpoint *checkpoint, int which, llmpar_error *err) {
@@ -12976,17 +13038,19 @@ LLMPARI_FN llmpar_status llmpari_engine_solve(llmpar_engine *e, const llmpar_che
     for (int i = 0; i < g->n_nodes && d->keep_dtype && !d->round_weights; i++)
         if (g->node[i].role == LLMPAR_ROLE_WEIGHT && llmpari_weight_is_matrix(g->node[i].tag))
             g->node[i].tensor.dtype = llmpari_engine_file_dtype(e, checkpoint, (llmpar_weight_kind)g->node[i].tag, llmpari_engine_rounds(g, i));
-    solve.hardware = d->hardware;
+    solve.hardware = llmpari_hardware_or(&d->hardware, llmpar_hardware_threads());
     LLMPARI_TRY(llmpar_solve(g, &solve, &phase->plan, err));
     phase->ids  = llmpar_find(g, "ids");
     phase->last = llmpar_find(g, "last");
     phase->position = (int32_t *)llmpar_arena_alloc(&e->arena, (size_t)(d->max_batch * phase->seq) * sizeof(int32_t));
-    if (!phase->position) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the positions of %lld x %lld tokens", (long long)d->max_batch, (long long)phase->seq);
+    if (!phase->position)
+        return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the positions of %lld x %lld tokens", (long long)d->max_batch, (long long)phase->seq);
     return LLMPAR_OK;
 }
 
 // All that a rank can do on its own: description, plans, arrays.
-LLMPARI_FN llmpar_status llmpari_engine_prepare(const llmpar_engine_desc *desc, llmpar_engine **engine, llmpar_checkpoint **checkpoint, llmpar_error *err) {
+LLMPARI_FN llmpar_status llmpari_engine_prepare(const llmpar_engine_desc *desc, llmpar_engine **engine, llmpar_checkpoint **checkpoint,
+                                                llmpar_error *err) {
     llmpar_checkpoint_desc files;
     int64_t n;
     LLMPARI_TRY(llmpari_engine_check(desc, err));
@@ -13054,7 +13118,8 @@ LLMPARI_FN llmpar_status llmpari_engine_load(llmpar_engine *e, llmpar_checkpoint
         for (int64_t round = 0; round < llmpari_engine_rounds(g, i); round++, done++) {
             llmpar_tensor layout;
             void *memory = llmpar_exec_data(e->phase[0].exec, i, (int)round, &layout);
-            LLMPARI_TRY(llmpar_checkpoint_read_weight(checkpoint, (llmpar_weight_kind)g->node[i].tag, round, &layout, &e->mesh, rank, memory, layout.dtype, err));
+            LLMPARI_TRY(llmpar_checkpoint_read_weight(checkpoint, (llmpar_weight_kind)g->node[i].tag, round, &layout, &e->mesh, rank, memory,
+                                                      layout.dtype, err));
             if (e->desc.round_weights && e->desc.weight_dtype != LLMPAR_F32 && layout.dtype == LLMPAR_F32)
                 LLMPARI_TRY(llmpari_engine_round((float *)memory, llmpar_tensor_local_elements(&layout, &e->mesh, rank), e->desc.weight_dtype, err));
             if ((done + 1) * 10 / total == said) continue;
@@ -13113,26 +13178,29 @@ typedef struct llmpari_batch { const int32_t *ids, *lengths; int64_t rows, strid
 LLMPARI_FN llmpar_status llmpari_engine_check_row(const llmpar_engine *e, const llmpari_batch *b, int64_t row, llmpar_error *err) {
     int64_t length = b->lengths[row];
     if (length < 0 || length > b->stride)
-        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "row %lld has length %lld; expected 0 to stride=%lld", (long long)row, (long long)length, (long long)b->stride);
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "row %lld has length %lld; expected 0 to stride=%lld", (long long)row, (long long)length,
+                            (long long)b->stride);
     if (length > e->desc.max_context - e->used[row])
-        return LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "row %lld: %lld tokens in the cache and %lld new ones are past max_context=%lld (the model has %lld positions); %s",
-                            (long long)row, (long long)e->used[row], (long long)length, (long long)e->desc.max_context, (long long)e->model.positions,
-                            e->desc.max_context < e->model.positions ? "create the engine with a larger max_context" : "generate fewer tokens or shorten the prompt");
+        return LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "row %lld: %lld tokens in the cache and %lld new ones are past max_context=%lld (the model has %lld "
+                            "positions); %s", (long long)row, (long long)e->used[row], (long long)length, (long long)e->desc.max_context,
+                            (long long)e->model.positions, e->desc.max_context < e->model.positions ? "create the engine with a larger max_context"
+                                                                                                    : "generate fewer tokens or shorten the prompt");
     for (int64_t t = 0; t < length; t++) {
         int32_t id = b->ids[row * b->stride + t];
         if (id < 0 || id >= e->model.vocabulary)
-            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "row %lld token %lld has id %d, outside of the vocabulary of %lld", (long long)row, (long long)t, (int)id,
-                                (long long)e->model.vocabulary);
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "row %lld token %lld has id %d, outside of the vocabulary of %lld", (long long)row,
+                                (long long)t, (int)id, (long long)e->model.vocabulary);
     }
     return LLMPAR_OK;
 }
 
 LLMPARI_FN llmpar_status llmpari_engine_check_batch(const llmpar_engine *e, llmpari_batch *b, llmpar_error *err) {
     if (b->rows < 1 || b->rows > e->desc.max_batch)
-        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "a batch of %lld rows; expected 1 to max_batch=%lld", (long long)b->rows, (long long)e->desc.max_batch);
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "a batch of %lld rows; expected 1 to max_batch=%lld", (long long)b->rows,
+                            (long long)e->desc.max_batch);
     if (b->stride < 1 || (e->desc.all_logits && b->stride > e->desc.max_prompt))
-        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "stride=%lld; expected 1 or more, and with all_logits at most max_prompt=%lld", (long long)b->stride,
-                            (long long)e->desc.max_prompt);
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "stride=%lld; expected 1 or more, and with all_logits at most max_prompt=%lld",
+                            (long long)b->stride, (long long)e->desc.max_prompt);
     b->longest = 0;
     for (int64_t row = 0; row < b->rows; row++) {
         LLMPARI_TRY(llmpari_engine_check_row(e, b, row, err));
@@ -13180,6 +13248,7 @@ LLMPARI_FN void llmpari_engine_collect(llmpar_engine *e, const llmpari_phase *ph
 LLMPAR_DEF llmpar_status llmpar_engine_step(llmpar_engine *engine, const int32_t *ids, const int32_t *lengths, int32_t rows, int64_t stride,
                                             const float **logits, llmpar_error *err) {
     llmpari_batch b;
+    memset(&b, 0, sizeof b);
     b.ids = ids; b.lengths = lengths; b.rows = rows; b.stride = stride;
     LLMPARI_TRY(llmpari_engine_check_batch(engine, &b, err));
     memset(engine->logits, 0, (size_t)(b.rows * (engine->desc.all_logits ? stride : 1) * engine->model.vocabulary) * sizeof(float));

@@ -58,7 +58,7 @@ static void assemble(const check *job, int64_t at, float *whole) {
     for (int rank = 0; rank < llmpar_mesh_size(&job->mesh); rank++) {
         block *b = &job->seen[rank * (r->layers + 1) + at];
         llmpar_range range[3];
-        int32_t coord[LLMPAR_MAX_AXES];
+        int32_t coord[LLMPAR_MAX_AXES] = { 0 };
         bool copy = false;
         if (!b->data) { fprintf(stderr, "hidden.%d: no value was seen on rank %d\n", (int)at, rank); exit(1); }
         llmpar_mesh_coord(&job->mesh, rank, coord);

@@ -87,15 +87,18 @@ int main(int argc, char **argv) {
         else { fprintf(stderr, "unknown option %s\n", argv[i]); return 2; }
     }
     int64_t h = value[0], layers = value[1], heads = value[2], kv = value[3], ffn = value[4], v = value[5], d = heads ? h / heads : 0;
-    if (!folder || h < 1 || layers < 1 || heads < 1 || kv < 1 || ffn < 1 || v < 1 || heads % kv || h % heads) { fprintf(stderr, "usage: make_synthetic DIR [--hidden N] ...\n"); return 2; }
+    if (!folder || h < 1 || layers < 1 || heads < 1 || kv < 1 || ffn < 1 || v < 1 || heads % kv || h % heads) {
+        fprintf(stderr, "usage: make_synthetic DIR [--hidden N] ...; kv divides heads, heads divides hidden\n");
+        return 2;
+    }
     snprintf(path, sizeof path, "%s/config.json", folder);
     FILE *config = fopen(path, "w");
     if (!config) { fprintf(stderr, "cannot write %s\n", path); return 1; }
-    fprintf(config, "{\"architectures\": [\"LlamaForCausalLM\"], \"model_type\": \"llama\", \"hidden_act\": \"silu\", \"hidden_size\": %lld, \"num_hidden_layers\": %lld,\n"
-            " \"num_attention_heads\": %lld, \"num_key_value_heads\": %lld, \"head_dim\": %lld, \"intermediate_size\": %lld, \"vocab_size\": %lld,\n"
-            " \"max_position_embeddings\": %lld, \"rms_norm_eps\": 1e-05, \"rope_theta\": 10000.0, \"tie_word_embeddings\": %s, \"torch_dtype\": \"%s\", \"eos_token_id\": null}\n",
-            (long long)h, (long long)layers, (long long)heads, (long long)kv, (long long)d, (long long)ffn, (long long)v, (long long)value[6], tied ? "true" : "false",
-            bf16 ? "bfloat16" : "float32");
+    fprintf(config, "{\"architectures\": [\"LlamaForCausalLM\"], \"model_type\": \"llama\", \"hidden_act\": \"silu\", \"eos_token_id\": null,\n"
+            " \"hidden_size\": %lld, \"num_hidden_layers\": %lld, \"num_attention_heads\": %lld, \"num_key_value_heads\": %lld, \"head_dim\": %lld,\n"
+            " \"intermediate_size\": %lld, \"vocab_size\": %lld, \"max_position_embeddings\": %lld, \"rms_norm_eps\": 1e-05, \"rope_theta\": 10000.0,\n"
+            " \"tie_word_embeddings\": %s, \"torch_dtype\": \"%s\"}\n", (long long)h, (long long)layers, (long long)heads, (long long)kv, (long long)d,
+            (long long)ffn, (long long)v, (long long)value[6], tied ? "true" : "false", bf16 ? "bfloat16" : "float32");
     if (fclose(config)) return 1;
     shape *list = (shape *)malloc((size_t)(layers * 9 + 3) * sizeof *list);
     if (!list) return 1;

@@ -6,7 +6,7 @@ for kind in address,undefined thread; do
     for source in tests/test_*.c tests/golden_check.c; do
         program=$dir/$(basename "$source" .c)
         if [ ! -x "$program" ] || [ "$source" -nt "$program" ] || [ llmpar.h -nt "$program" ]; then
-            $CC -O1 -g -fsanitize=$kind -fno-sanitize-recover=all -I. -Itests "$source" -o "$program" -lpthread -lm || { failed=1; continue; }
+            $CC -O1 -g -D_POSIX_C_SOURCE=200809L -fsanitize=$kind -fno-sanitize-recover=all -I. -Itests "$source" -o "$program" -lpthread -lm || { failed=1; continue; }
         fi
         case $source in tests/golden_check.c) ;; *) programs="$programs $program" ;; esac
     done

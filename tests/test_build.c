@@ -160,7 +160,14 @@ static void test_same_numbers(void) {
 }
 
 static void test_errors(void) {
-    static const struct { const char *name; int64_t batch, seq, context; bool loss, last_only, no_head; int64_t heads; llmpar_status status; const char *part; } bad[] = {
+    static const struct {
+        const char *name;
+        int64_t batch, seq, context;
+        bool loss, last_only, no_head;
+        int64_t heads;
+        llmpar_status status;
+        const char *part;
+    } bad[] = {
         { "negative batch",     -1, 1, 0, false, false, false, 6, LLMPAR_BAD_ARGUMENT, "batch=-1" },
         { "context below seq",   1, 8, 4, false, false, false, 6, LLMPAR_BAD_ARGUMENT, "context=4" },
         { "loss with last_only", 1, 8, 0, true,  true,  false, 6, LLMPAR_BAD_ARGUMENT, "every token" },

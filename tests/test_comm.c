@@ -475,12 +475,11 @@ static void test_flight(void) {
 
 static llmpar_status mail_rank(llmpar_comm *world, void *user, llmpar_error *err) {
     enum { BIG = 30000, MANY = 60 };
-    static const int64_t none = 0;
     int n = world->size, r = world->rank, next = (r + 1) % n, last = (r + n - 1) % n;
     int32_t word[MANY], got[MANY];
     int32_t *big = (int32_t *)malloc(2 * BIG * sizeof *big), *in = big + BIG;
     llmpar_request send, recv, many[MANY];
-    (void)user; (void)none;
+    (void)user;
     for (int i = 0; i < BIG; i++) { big[i] = r * BIG + i; in[i] = 0; }
     for (int i = 0; i < MANY; i++) word[i] = r * 1000 + i;
     for (int i = 0; i < 100; i++) {                                                        // small: both may send first
@@ -1080,7 +1079,7 @@ static void test_memory(void) {
 // ---- Random programs ----
 
 // The same random sequence on every rank: collectives on random groups, blocking or started and waited for later, messages in between.
-typedef struct { uint64_t seed; int steps; int64_t done; } chaos;
+typedef struct { uint64_t seed; int steps; } chaos;
 enum { CHAOS_OPEN = 6 };
 typedef struct { job j; buffers b; llmpar_request request; int used, me; } open_call;
 

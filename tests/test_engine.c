@@ -44,7 +44,7 @@ static llmpar_status on_rank(llmpar_comm *world, void *user, llmpar_error *err) 
     if (p->allocator[rank].alloc) desc.allocator = p->allocator[rank];
     p->status[rank] = llmpar_engine_create(&desc, &engine, err);
     memcpy(p->text[rank], err->text, sizeof p->text[rank]);
-    if (p->status[rank]) return p->desc.max_batch < 0 ? p->status[rank] : LLMPAR_OK;       // looked at by the test; the other ranks go on alike
+    if (p->status[rank]) return LLMPAR_OK;                                                 // looked at by the test
     llmpar_status status = p->fn ? p->fn(engine, rank, p->user, err) : LLMPAR_OK;
     llmpar_engine_free(engine);
     return status;
@@ -152,7 +152,8 @@ static void test_golden(void) {
             CHECK_OK(run_on(&p, runs[i].model, runs[i].mesh, &err), err);
             for (int r = 0; r < llmpar_mesh_size(&p.mesh); r++) {
                 CHECK_STR(p.text[r], "");
-                if (!g.logits[r]) { CHECK(false); continue; }
+                CHECK(g.logits[r] != NULL);
+                if (!g.logits[0] || !g.logits[r]) continue;
                 if (!r) CHECK_NEAR(distance(g.logits[0], g.e.logits, g.e.b * g.e.t * g.e.v), 0, 1e-4);
                 else CHECK(memcmp(g.logits[r], g.logits[0], (size_t)(g.e.b * g.e.t * g.e.v) * sizeof(float)) == 0);
             }
@@ -168,7 +169,8 @@ static void test_golden(void) {
 
 typedef struct feed { expected e; int kind; double worst; } feed;
 enum { FEED_RAGGED, FEED_PIECES, FEED_DECODE, FEED_STAGGERED, FEED_RESET, FEED_KINDS };
-static const char *const feed_name[] = { "rows of different lengths", "prompts in pieces of max_prompt", "token by token", "one row decodes while the other one reads", "again after a reset" };
+static const char *const feed_name[] = { "rows of different lengths", "prompts in pieces of max_prompt", "token by token",
+    "one row decodes while the other one reads", "again after a reset" };
 
 // Feeds up to n[row] more tokens of each row (what a row had before: done[row]) and compares each row's last logits.
 static llmpar_status feed_step(llmpar_engine *engine, int rank, feed *f, int64_t *done, const int32_t *n, llmpar_error *err) {
@@ -200,7 +202,7 @@ static llmpar_status feed_all(llmpar_engine *engine, int rank, void *user, llmpa
     for (int round = 0; round < (f->kind == FEED_RESET ? 2 : 1); round++) {
         int64_t done[4] = { 0, 0, 0, 0 };
         TRY(llmpar_engine_reset(engine));
-        for (int s = 0; done[0] < f->e.t || done[1] < f->e.t; s++) {
+        for (int s = 0; done[0] < f->e.t || (f->e.b > 1 && done[1] < f->e.t); s++) {
             TRY(feed_step(engine, rank, f, done, steps[f->kind][s < 3 ? s : 3], err));
             if (f->kind == FEED_RESET && round == 0 && s == 1) break;                      // leave something in the cache
         }
@@ -209,7 +211,9 @@ static llmpar_status feed_all(llmpar_engine *engine, int rank, void *user, llmpa
 }
 
 static void test_feeding(void) {
-    static const struct { const char *model, *mesh; int64_t batch, prompt; } runs[] = { { "llama", "tp=1", 2, 8 }, { "llama-odd", "dp=2,tp=2", 3, 7 }, { "qwen2", "tp=3", 2, 5 }, { "llama", "dp=4", 2, 8 } };
+    static const struct { const char *model, *mesh; int64_t batch, prompt; } runs[] = {
+        { "llama", "tp=1", 2, 8 }, { "llama-odd", "dp=2,tp=2", 3, 7 }, { "qwen2", "tp=3", 2, 5 }, { "llama", "dp=4", 2, 8 }, { "mistral", "tp=2", 1, 6 },
+    };
     for (size_t i = 0; i < sizeof runs / sizeof *runs; i++)
         for (int kind = 0; kind < FEED_KINDS; kind++) {
                 if (!can_run(runs[i].mesh)) continue;
@@ -521,11 +525,12 @@ static void test_memory(void) {
 
 // ---- replaced ops: each kernel in turn goes through a counting wrapper
 
-typedef struct wrapper { llmpar_ops inner; int64_t calls[MAX_RANKS][10]; int rank; } wrapper;
+typedef struct wrapper { llmpar_ops inner; int64_t calls[10]; } wrapper;
 #define WRAP(name, type, index) \
-    static void wrap_##name(void *user, const type *args) { wrapper *w = (wrapper *)user; w->calls[0][index]++; w->inner.name(w->inner.user, args); }
-WRAP(gemm, llmpar_gemm, 0) WRAP(norm, llmpar_norm_args, 1) WRAP(rope, llmpar_rope_args, 2) WRAP(attention, llmpar_attention_args, 3) WRAP(unary, llmpar_unary_args, 4)
-WRAP(binary, llmpar_binary_args, 5) WRAP(gated, llmpar_gated_args, 6) WRAP(bias, llmpar_bias_args, 7) WRAP(softmax, llmpar_softmax_args, 8) WRAP(embed, llmpar_embed_args, 9)
+    static void wrap_##name(void *user, const type *args) { wrapper *w = (wrapper *)user; w->calls[index]++; w->inner.name(w->inner.user, args); }
+WRAP(gemm, llmpar_gemm, 0)          WRAP(norm, llmpar_norm_args, 1)     WRAP(rope, llmpar_rope_args, 2)   WRAP(attention, llmpar_attention_args, 3)
+WRAP(unary, llmpar_unary_args, 4)   WRAP(binary, llmpar_binary_args, 5) WRAP(gated, llmpar_gated_args, 6) WRAP(bias, llmpar_bias_args, 7)
+WRAP(softmax, llmpar_softmax_args, 8) WRAP(embed, llmpar_embed_args, 9)
 
 // A table whose kernel `which` is wrapped (-1: none). One table has one user, so the kernels that are not wrapped must not look at theirs.
 static llmpar_ops wrapped(wrapper *w, int which) {
@@ -563,7 +568,7 @@ static void test_ops(void) {
             CHECK(g.logits[0] != NULL);
             if (g.logits[0] && plain) CHECK(memcmp(g.logits[0], plain, (size_t)n * sizeof(float)) == 0);
             // A Llama has no softmax of its own; its activation and product run as one gated kernel.
-            if (which >= 0 && which != 8 && which != 4 && which != 6) CHECK(w.calls[0][which] > 0);
+            if (which >= 0 && which != 8 && which != 4 && which != 6) CHECK(w.calls[which] > 0);
             if (which < 0) plain = g.logits[0]; else free(g.logits[0]);
             free_expected(&g.e);
         }

@@ -342,8 +342,9 @@ static void add_op(builder *b) {
     case 7: add_norm(b); break;
     case 8: keep(b, llmpar_softmax(g, a, tensor_of(b, a)->dim[test_below(n)].name)); break;
     case 9: {                                                  // act(gate) * up
-        int up = llmpar_unary(g, LLMPAR_NEGATE, a);
-        keep(b, test_below(2) ? llmpar_mul(g, llmpar_silu(g, a), up) : llmpar_mul(g, up, llmpar_silu(g, a)));
+        int gate = llmpar_silu(g, a), up = llmpar_unary(g, LLMPAR_NEGATE, test_below(3) ? a : gate);
+        if (test_below(3) == 0) keep(b, gate);
+        keep(b, test_below(2) ? llmpar_mul(g, gate, up) : llmpar_mul(g, up, gate));
         break; }
     case 10:
         if (n >= 2) {
@@ -1224,6 +1225,71 @@ static void test_wrong_plans(void) {
     llmpar_comm_free(comm);
 }
 
+// The same on two ranks: a value whose sharding does not fit its op, and a share that is laid out otherwise.
+typedef struct wrong { world *w; llmpar_plan plan, shared; const char *part; int bad[MAX_RANKS]; } wrong;
+static llmpar_status wrong_rank(llmpar_comm *comm, void *user, llmpar_error *err) {
+    wrong *x = (wrong *)user;
+    llmpar_exec *exec = NULL, *share = NULL;
+    llmpar_exec_desc desc = LLMPAR_ZERO;
+    llmpar_error mine = LLMPAR_ZERO;
+    desc.world = comm; desc.rope_frequencies = x->w->frequencies;
+    if (x->shared.graph) {
+        desc.plan = &x->shared;
+        llmpar_status status = llmpar_exec_create(&desc, &share, err);
+        if (status) return status;
+        desc.share = share;
+    }
+    desc.plan = &x->plan;
+    if (llmpar_exec_create(&desc, &exec, &mine) != LLMPAR_BAD_ARGUMENT || exec || !strstr(mine.text, x->part)) {
+        printf("rank %d: \"%s\", want \"%s\"\n", comm->rank, mine.text, x->part);
+        x->bad[comm->rank] = 1;
+    }
+    llmpar_exec_free(exec);
+    llmpar_exec_free(share);
+    return LLMPAR_OK;
+}
+
+static void test_wrong_shardings(void) {
+    static const char *const part[] = { "partial sums do not fit the strategy on an axis (x)", "its operands hold different parts of a dim", "cannot share wq" };
+    for (int what = 0; what < 3; what++) {
+        wrong x;
+        llmpar_threads_desc desc = LLMPAR_ZERO;
+        llmpar_error err = LLMPAR_ZERO;
+        int done = 0;
+        memset(&x, 0, sizeof x);
+        x.w = new_world("x=2");
+        x.part = part[what];
+        small_model(x.w, 3);
+        for (int tries = 0; tries < 50 && !done; tries++) {
+            CHECK(random_plan(x.w, &x.plan));
+            for (int i = 0; i < x.plan.n_steps && !done && what < 2; i++) {
+                llmpar_step *step = &x.plan.step[i];
+                if (step->op < 0 || x.w->g.op[step->op].kind != LLMPAR_OP_EINSUM) continue;
+                llmpar_value *value = &x.plan.value[what ? step->in[0] : step->out];
+                done = what ? value->sharding.dim[0] >= 0 && x.plan.value[step->in[1]].sharding.dim[0] >= 0 : value->sharding.dim[0] == LLMPAR_PARTIAL;
+                if (done && what) {
+                    x.plan.value[x.plan.n_values].node = value->node;
+                    step->in[0] = x.plan.n_values++;
+                    value = &x.plan.value[step->in[0]];
+                }
+                if (done) value->sharding = llmpar_sharding_replicated();
+            }
+            done = done || what == 2;
+        }
+        CHECK(done);
+        if (what == 2) {
+            x.shared = x.plan;
+            llmpar_pin(&x.w->g, llmpar_find(&x.w->g, "wq"), "[N, D, H]");
+            CHECK(random_plan(x.w, &x.plan));
+        }
+        desc.n_ranks = 2;
+        desc.timeout_s = 20;
+        CHECK_OK(llmpar_threads_run(&desc, wrong_rank, &x, &err), err);
+        CHECK(!x.bad[0] && !x.bad[1]);
+        free_world(x.w);
+    }
+}
+
 // ---- every allocation fails once
 
 typedef struct limited { int64_t left, live; } limited;
@@ -1335,6 +1401,7 @@ int main(int argc, char **argv) {
     TEST("buffers are reused") test_memory();
     TEST("errors name values and remedy") test_errors();
     TEST("plans that no solver makes are refused") test_wrong_plans();
+    TEST("shardings that do not fit are refused on every rank") test_wrong_shardings();
     TEST("every allocation fails once, on one rank of three") test_no_memory();
     TEST("a rank that does not come") test_absent();
     TEST("nothing is left behind") CHECK_EQ(live, 0);

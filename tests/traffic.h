@@ -14,7 +14,11 @@ static inline llmpar_status check_traffic(llmpar_engine *engine, int rank, llmpa
         for (int i = 0; i < n_got; i++) seen += got[i].calls;
         for (int i = 0; i < n_want; i++) {
             llmpar_traffic g = { want[i].kind, want[i].axes, 0, 0 };
-            for (int j = 0; j < n_got; j++) if (got[j].kind == g.kind && got[j].axes == g.axes) { g.calls += got[j].calls; g.payload_bytes += got[j].payload_bytes; }
+            for (int j = 0; j < n_got; j++) {
+                if (got[j].kind != g.kind || got[j].axes != g.axes) continue;
+                g.calls += got[j].calls;
+                g.payload_bytes += got[j].payload_bytes;
+            }
             planned += want[i].calls * runs;
             if (g.calls == want[i].calls * runs && g.payload_bytes == want[i].payload_bytes * runs) continue;
             snprintf(err->text, sizeof err->text, "%s, %s over axes %x: the plan predicts %lld calls and %lld bytes in %lld runs, comm counted %lld and %lld",

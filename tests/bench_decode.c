@@ -1,0 +1,453 @@
+// Speed of a whole model through the engine: a synthetic Llama (make_synthetic) on thread-ranks, against the limits of this machine measured in the same run.
+//   bench_decode F32_FOLDER BF16_FOLDER [--ranks 1,2] [--rounds 7] [--tokens 8] [--context 512] [--only decode|prefill] [--torch COMMAND]
+// Decode: the bytes that a token touches (weights, keys and values) times tokens/s, as a part of what as many threads read at most ("probe"); bf16 weights, kept
+// in bf16, against f32. Prefill: the rate of its products, over the wall time of the whole prefill, as a part of cblas_sgemm's on the same list of shapes.
+// Everything is interleaved round by round; a figure is the median of the rounds, a ratio the median of the rounds' ratios. No time is ever asserted.
+// COMMAND (python3 tests/bench_torch.py) is a peer that decodes the same sizes when told to on its stdin, in the same rounds.
+#define LLMPAR_IMPLEMENTATION
+#include "llmpar.h"
+#include <sched.h>
+#include <sys/wait.h>
+
+#ifndef BENCH_FLAGS
+#define BENCH_FLAGS "not given (-DBENCH_FLAGS)"
+#endif
+#define TRY(call) do { llmpar_status try_ = (call); if (try_) return try_; } while (0)
+enum { MAX_RANKS = 8, MAX_ROUNDS = 101, MAX_PRODUCTS = 4096, F32 = 0, BF16 = 1, KINDS = 2 };
+#define PROBE_BYTES ((int64_t)512 << 20)               // of all threads together: far more than the last-level cache
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+static int ascending(const void *a, const void *b) { return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b); }
+static double median(const double *values, int n) {
+    double sorted[MAX_ROUNDS];
+    memcpy(sorted, values, (size_t)n * sizeof *sorted);
+    qsort(sorted, (size_t)n, sizeof *sorted, ascending);
+    return n % 2 ? sorted[n / 2] : (sorted[n / 2 - 1] + sorted[n / 2]) / 2;
+}
+
+// ---- how far apart two processors are: one-way time of a cache line --------------------------------------------------------------------------------------
+
+enum { PONGS = 2000, BURSTS = 15 };
+static struct { char before[128]; int turn; char after[128]; } line;
+
+static void *pong(void *arg) {
+    const int me = (int)(intptr_t)arg;
+    for (int i = 0; i < PONGS * BURSTS; i++) {
+        for (int spins = 0; __atomic_load_n(&line.turn, __ATOMIC_ACQUIRE) != me; ) if (++spins == 4096) { spins = 0; sched_yield(); }
+        __atomic_store_n(&line.turn, !me, __ATOMIC_RELEASE);
+    }
+    return NULL;
+}
+static const char *distance(const char *when) {
+    pthread_t thread;
+    double ns[BURSTS];
+    line.turn = 0;
+    if (pthread_create(&thread, NULL, pong, (void *)(intptr_t)1)) return "unknown";
+    for (int b = 0; b < BURSTS; b++) {
+        const double start = now();
+        for (int i = 0; i < PONGS; i++) {
+            for (int spins = 0; __atomic_load_n(&line.turn, __ATOMIC_ACQUIRE) != 0; ) if (++spins == 4096) { spins = 0; sched_yield(); }
+            __atomic_store_n(&line.turn, 1, __ATOMIC_RELEASE);
+        }
+        ns[b] = 1e9 * (now() - start) / (2 * PONGS);
+    }
+    pthread_join(thread, NULL);
+    const char *label = median(ns, BURSTS) < 45 ? "near" : "far";
+    printf("one-way cache line latency %s: %.0f ns: %s\n", when, median(ns, BURSTS), label);
+    return label;
+}
+
+// ---- what the ranks share --------------------------------------------------------------------------------------------------------------------------------
+
+typedef struct product { int64_t m, n, k; const void *b; int64_t ldb; bool b_transposed; } product;
+
+typedef struct bench_rank {
+    llmpar_ops base;
+    bool    recording, timing;         // the gemm wrapper's: note the shapes; take the time
+    product list[MAX_PRODUCTS];        // of one prefill
+    int     n_products;
+    double  gemm_s;
+    int64_t weight_bytes[KINDS], kv_bytes_per_key;     // that a decoded token touches here
+    double  probe[2 * MAX_ROUNDS + 1], decode[KINDS][MAX_ROUNDS], prefill[MAX_ROUNDS], gemms[MAX_ROUNDS], blas[MAX_ROUNDS + 1];
+    double  kv_bytes[KINDS][MAX_ROUNDS];               // a token, mean of the round
+    int64_t memory[KINDS];
+} bench_rank;
+
+typedef struct bench {
+    const char *folder[KINDS], *torch;
+    int     rounds, tokens, n_ranks;
+    int64_t context;
+    bool    decode, prefill;
+    llmpar_mesh mesh;
+    pthread_barrier_t barrier;
+    bench_rank *rank;
+    double  torch_s[KINDS][MAX_ROUNDS];
+    FILE   *to_torch, *from_torch;
+    int     missed;
+} bench;
+
+static volatile float sink;
+
+// Reads p[n] as fast as it can: independent sums, a vector each.
+static float read_all(const float *p, int64_t n) {
+    llmpari_vec acc[8];
+    float t[LLMPARI_LANES], sum = 0;
+    LLMPARI_UNROLL for (int c = 0; c < 8; c++) acc[c] = llmpari_zero();
+    for (int64_t i = 0; i + 8 * LLMPARI_LANES <= n; i += 8 * LLMPARI_LANES)
+        LLMPARI_UNROLL for (int c = 0; c < 8; c++) acc[c] += llmpari_load(p + i + c * LLMPARI_LANES);
+    for (int c = 0; c < 8; c++) {
+        llmpari_store(t, acc[c]);
+        for (int l = 0; l < LLMPARI_LANES; l++) sum += t[l];
+    }
+    return sum;
+}
+
+static double probe(bench *b, const float *memory, int64_t n) {
+    pthread_barrier_wait(&b->barrier);
+    const double start = now();
+    sink = read_all(memory, n);
+    return now() - start;
+}
+
+static void watched_gemm(void *user, const llmpar_gemm *g) {
+    bench_rank *r = (bench_rank *)user;
+    if (r->recording && r->n_products < MAX_PRODUCTS) {
+        product *p = &r->list[r->n_products++];
+        p->m = g->m; p->n = g->n; p->k = g->k; p->b = g->b; p->ldb = g->ldb; p->b_transposed = g->b_transposed;
+    }
+    const double start = r->timing ? now() : 0;
+    r->base.gemm(r->base.user, g);
+    if (r->timing) r->gemm_s += now() - start;
+}
+static void *same_user(llmpar_ops *ops, bench_rank *r) { r->base = *ops; ops->user = r; ops->gemm = watched_gemm; return r; }
+
+// Bytes of this rank's weights that a decoded token reads (of the embedding table a row), and of a key and a value of all layers.
+static void count_bytes(llmpar_engine *e, int32_t rank, int64_t *weights, int64_t *per_key) {
+    const llmpar_graph *g = llmpar_engine_plan(e, 1)->graph;
+    int64_t matrix = 0, cache = 0;
+    for (int i = 0; i < g->n_nodes; i++) {
+        const llmpar_node *node = &g->node[i];
+        llmpar_tensor layout;
+        if ((node->role != LLMPAR_ROLE_WEIGHT && node->role != LLMPAR_ROLE_CACHE) || !llmpar_exec_data(llmpar_engine_exec(e, 1), i, 0, &layout)) continue;
+        int64_t bytes = llmpar_tensor_local_elements(&layout, &g->mesh, rank) * llmpar_dtype_bytes(layout.dtype);
+        if (node->block >= 0) bytes *= g->block[node->block].repeats;
+        if (node->role == LLMPAR_ROLE_CACHE) cache += bytes / layout.dim[2].size;              // [B, K, C, D]
+        else if (node->tag == LLMPAR_W_EMBED) matrix += layout.dim[1].size * llmpar_dtype_bytes(layout.dtype);
+        else matrix += bytes;
+    }
+    *weights = matrix;
+    *per_key = cache;
+}
+
+// ---- one rank --------------------------------------------------------------------------------------------------------------------------------------------
+
+typedef struct worker { bench *b; bench_rank *r; llmpar_engine *engine[KINDS]; int32_t rank, *ids, *order, next[KINDS]; float *scratch; int64_t v, used[KINDS]; } worker;
+
+static llmpar_status prompt(worker *w, int kind, llmpar_error *err) {
+    const int32_t length = (int32_t)w->b->context;
+    const float *logits;
+    uint64_t state = 0;
+    TRY(llmpar_engine_reset(w->engine[kind]));
+    TRY(llmpar_engine_step(w->engine[kind], w->ids, &length, 1, length, &logits, err));
+    w->next[kind] = llmpar_sample(logits, w->v, 0, 1, &state, w->scratch, w->order);
+    w->used[kind] = length;
+    return LLMPAR_OK;
+}
+
+static llmpar_status decode_round(worker *w, int kind, int round, llmpar_error *err) {
+    const int32_t one = 1;
+    const float *logits;
+    uint64_t state = 0;
+    double keys = 0;
+    pthread_barrier_wait(&w->b->barrier);
+    const double start = now();
+    for (int t = 0; t < w->b->tokens; t++) {
+        TRY(llmpar_engine_step(w->engine[kind], &w->next[kind], &one, 1, 1, &logits, err));
+        w->next[kind] = llmpar_sample(logits, w->v, 0, 1, &state, w->scratch, w->order);
+        keys += (double)++w->used[kind];
+    }
+    w->r->decode[kind][round]   = (now() - start) / w->b->tokens;
+    w->r->kv_bytes[kind][round] = keys / w->b->tokens * (double)w->r->kv_bytes_per_key;
+    return LLMPAR_OK;
+}
+
+// The others sleep meanwhile (a pthread barrier does not spin for long).
+static void torch_round(worker *w, int kind, int round) {
+    double seconds = 0;
+    pthread_barrier_wait(&w->b->barrier);
+    if (w->rank || !w->b->to_torch) return;
+    fprintf(w->b->to_torch, "%s %d\n", kind == F32 ? "f32" : "bf16", w->b->tokens);
+    fflush(w->b->to_torch);
+    if (fscanf(w->b->from_torch, "%lf", &seconds) != 1) { fclose(w->b->to_torch); w->b->to_torch = NULL; return; }
+    w->b->torch_s[kind][round] = seconds / w->b->tokens;
+}
+
+static llmpar_status run_decode(worker *w, llmpar_error *err) {
+    const int64_t floats = PROBE_BYTES / 4 / w->b->n_ranks;
+    float *memory = NULL;
+    if (posix_memalign((void **)&memory, 64, (size_t)floats * 4)) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the probe");
+    for (int64_t i = 0; i < floats; i++) memory[i] = 0.01f * (float)(i % 37);
+    for (int kind = 0; kind < KINDS; kind++) {
+        TRY(prompt(w, kind, err));
+        TRY(decode_round(w, kind, 0, err));                                                // warm
+    }
+    w->r->probe[0] = probe(w->b, memory, floats);
+    for (int round = 0; round < w->b->rounds; round++)
+        for (int kind = 0; kind < KINDS; kind++) {
+            TRY(decode_round(w, kind, round, err));
+            w->r->probe[2 * round + kind + 1] = probe(w->b, memory, floats);
+            if (w->b->torch) torch_round(w, kind, round);
+        }
+    free(memory);
+    return LLMPAR_OK;
+}
+
+#ifdef LLMPAR_CBLAS
+// The products of one prefill by cblas_sgemm alone: the same shapes, the same weights in the same order.
+static double replay(worker *w, const float *a, float *c) {
+    pthread_barrier_wait(&w->b->barrier);
+    const double start = now();
+    for (int i = 0; i < w->r->n_products; i++) {
+        const product *p = &w->r->list[i];
+        cblas_sgemm(CblasRowMajor, CblasNoTrans, p->b_transposed ? CblasTrans : CblasNoTrans, (int)p->m, (int)p->n, (int)p->k, 1.0f, a, (int)p->k,
+                    (const float *)p->b, (int)p->ldb, 0.0f, c, (int)p->n);
+    }
+    return now() - start;
+}
+static llmpar_status run_prefill(worker *w, llmpar_error *err) {
+    int64_t a_floats = 1, c_floats = 1;
+    w->r->recording = true;
+    TRY(prompt(w, F32, err));
+    w->r->recording = false;
+    for (int i = 0; i < w->r->n_products; i++) {
+        a_floats = llmpari_max(a_floats, w->r->list[i].m * w->r->list[i].k);
+        c_floats = llmpari_max(c_floats, w->r->list[i].m * w->r->list[i].n);
+    }
+    float *a = NULL, *c = NULL;
+    if (posix_memalign((void **)&a, 64, (size_t)a_floats * 4) || posix_memalign((void **)&c, 64, (size_t)c_floats * 4))
+        return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the products");
+    for (int64_t i = 0; i < a_floats; i++) a[i] = 0.01f * (float)(i % 37);
+    w->r->blas[0] = replay(w, a, c);                                                       // warm
+    w->r->blas[0] = replay(w, a, c);
+    for (int round = 0; round < w->b->rounds; round++) {
+        pthread_barrier_wait(&w->b->barrier);
+        const double start = now();
+        w->r->gemm_s = 0;
+        w->r->timing = true;
+        TRY(prompt(w, F32, err));
+        w->r->timing = false;
+        w->r->prefill[round] = now() - start;
+        w->r->gemms[round]   = w->r->gemm_s;
+        w->r->blas[round + 1] = replay(w, a, c);
+    }
+    free(a);
+    free(c);
+    return LLMPAR_OK;
+}
+#endif
+
+static llmpar_status rank_main(llmpar_comm *world, void *user, llmpar_error *err) {
+    bench *b = (bench *)user;
+    worker w;
+    memset(&w, 0, sizeof w);
+    w.b = b;
+    w.rank = world->rank;
+    w.r = &b->rank[world->rank];
+    w.ids = (int32_t *)malloc((size_t)b->context * sizeof *w.ids);
+    if (!w.ids) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the prompt");
+    for (int kind = 0; kind < KINDS; kind++) {
+        llmpar_engine_desc desc = LLMPAR_ZERO;
+        llmpar_ops ops = llmpar_ops_cpu();
+        if (kind == BF16 && !b->decode) continue;
+        if (kind == F32) same_user(&ops, w.r);
+        desc.folder = b->folder[kind]; desc.mesh = &b->mesh; desc.world = world; desc.max_prompt = b->context; desc.keep_dtype = true; desc.ops = &ops;
+        desc.max_context = b->context + (int64_t)(b->rounds + 1) * b->tokens;
+        TRY(llmpar_engine_create(&desc, &w.engine[kind], err));
+        count_bytes(w.engine[kind], w.rank, &w.r->weight_bytes[kind], &w.r->kv_bytes_per_key);
+        w.r->memory[kind] = llmpar_engine_get_stats(w.engine[kind]).memory_bytes;
+    }
+    w.v = llmpar_engine_model(w.engine[F32])->vocabulary;
+    w.scratch = (float *)malloc((size_t)w.v * sizeof *w.scratch);
+    w.order   = (int32_t *)malloc((size_t)w.v * sizeof *w.order);
+    if (!w.scratch || !w.order) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for sampling");
+    for (int64_t i = 0; i < b->context; i++) w.ids[i] = (int32_t)(i * 7919 % w.v);
+    if (b->decode) TRY(run_decode(&w, err));
+#ifdef LLMPAR_CBLAS
+    if (b->prefill) TRY(run_prefill(&w, err));
+#endif
+    for (int kind = 0; kind < KINDS; kind++) llmpar_engine_free(w.engine[kind]);
+    free(w.ids); free(w.scratch); free(w.order);
+    return LLMPAR_OK;
+}
+
+// ---- the tables ------------------------------------------------------------------------------------------------------------------------------------------
+
+static void goal(bench *b, double ratio, double least) {
+    b->missed += ratio < least;
+    printf("  goal %.2f: %s\n", least, ratio < least ? "MISSED" : "met");
+}
+
+// The slowest rank's time.
+static double slowest(const bench *b, size_t member, int i) {
+    double most = 0;
+    for (int r = 0; r < b->n_ranks; r++) {
+        double t;
+        memcpy(&t, (const char *)&b->rank[r] + member + (size_t)i * sizeof t, sizeof t);
+        if (t > most) most = t;
+    }
+    return most;
+}
+
+static void report_decode(bench *b) {
+    double probes[2 * MAX_ROUNDS + 1], time[KINDS][MAX_ROUNDS], rate[KINDS][MAX_ROUNDS], ratio[KINDS][MAX_ROUNDS], gain[MAX_ROUNDS], peer[MAX_ROUNDS], bytes[KINDS] = { 0 };
+    double low = 0, high = 0, memory = 0;
+    for (int i = 0; i <= 2 * b->rounds; i++) probes[i] = (double)PROBE_BYTES / slowest(b, offsetof(bench_rank, probe), i);
+    for (int i = 0; i <= 2 * b->rounds; i++) { low = i && low < probes[i] ? low : probes[i]; high = i && high > probes[i] ? high : probes[i]; }
+    for (int r = 0; r < b->n_ranks; r++) memory += (double)(b->rank[r].memory[F32] + b->rank[r].memory[BF16]);
+    for (int i = 0; i < b->rounds; i++)
+        for (int kind = 0; kind < KINDS; kind++) {
+            double touched = 0;
+            for (int r = 0; r < b->n_ranks; r++) touched += (double)b->rank[r].weight_bytes[kind] + b->rank[r].kv_bytes[kind][i];
+            time[kind][i]  = slowest(b, offsetof(bench_rank, decode) + (size_t)kind * sizeof b->rank->decode[0], i);
+            rate[kind][i]  = touched / time[kind][i];
+            ratio[kind][i] = rate[kind][i] / ((probes[2 * i + kind] + probes[2 * i + kind + 1]) / 2);
+            bytes[kind]    = touched;
+        }
+    for (int i = 0; i < b->rounds; i++) gain[i] = time[F32][i] / time[BF16][i];
+    double sorted[MAX_ROUNDS];
+    for (int i = 0; i < b->rounds; i++) sorted[i] = (probes[2 * i] + probes[2 * i + 1]) / 2;
+    printf("decode, %d rank%s, after a prompt of %lld tokens; read probe %.1f GB/s (%.1f to %.1f); both engines hold %.2f GB\n", b->n_ranks, b->n_ranks > 1 ? "s" : "",
+           (long long)b->context, 1e-9 * median(sorted, b->rounds), 1e-9 * low, 1e-9 * high, 1e-9 * memory);
+    for (int kind = 0; kind < KINDS; kind++) {
+        printf("  %-4s %6.2f ms a token, %6.1f tokens/s, %7.1f MB a token, %5.1f GB/s, %.3f of the probe%s", kind == F32 ? "f32" : "bf16", 1e3 * median(time[kind], b->rounds),
+               1 / median(time[kind], b->rounds), 1e-6 * bytes[kind], 1e-9 * median(rate[kind], b->rounds), median(ratio[kind], b->rounds), kind == F32 ? "" : "\n");
+        if (kind == F32) goal(b, median(ratio[kind], b->rounds), 0.85);
+    }
+    printf("  bf16 / f32 tokens/s %.2f", median(gain, b->rounds));
+    goal(b, median(gain, b->rounds), 1.7);
+    for (int kind = 0; kind < KINDS && b->to_torch; kind++) {
+        for (int i = 0; i < b->rounds; i++) peer[i] = b->torch_s[kind][i] / time[kind][i];
+        printf("  PyTorch %-4s %6.1f tokens/s; llmpar is %.2f x as fast\n", kind == F32 ? "f32" : "bf16", 1 / median(b->torch_s[kind], b->rounds), median(peer, b->rounds));
+    }
+}
+
+#ifdef LLMPAR_CBLAS
+static void report_prefill(bench *b) {
+    double whole[MAX_ROUNDS], own[MAX_ROUNDS], rate[MAX_ROUNDS], blas[MAX_ROUNDS], part[MAX_ROUNDS], flops = 0;
+    for (int r = 0; r < b->n_ranks; r++)
+        for (int i = 0; i < b->rank[r].n_products; i++) flops += 2.0 * (double)b->rank[r].list[i].m * (double)b->rank[r].list[i].n * (double)b->rank[r].list[i].k;
+    for (int i = 0; i < b->rounds; i++) {
+        double mean = (slowest(b, offsetof(bench_rank, blas), i) + slowest(b, offsetof(bench_rank, blas), i + 1)) / 2, wall = slowest(b, offsetof(bench_rank, prefill), i);
+        rate[i]  = flops / wall;
+        blas[i]  = flops / mean;
+        whole[i] = mean / wall;
+        own[i]   = mean / slowest(b, offsetof(bench_rank, gemms), i);
+        part[i]  = slowest(b, offsetof(bench_rank, gemms), i) / wall;
+    }
+    printf("prefill f32, %d rank%s, %lld tokens: %.1f GFLOP in %d products a rank; cblas_sgemm alone %.1f GFLOP/s\n", b->n_ranks, b->n_ranks > 1 ? "s" : "", (long long)b->context,
+           1e-9 * flops, b->rank[0].n_products, 1e-9 * median(blas, b->rounds));
+    printf("  %.1f tokens/s, %.1f GFLOP/s over the whole prefill, %.3f of cblas_sgemm", (double)b->context * median(rate, b->rounds) / flops, 1e-9 * median(rate, b->rounds), median(whole, b->rounds));
+    goal(b, median(whole, b->rounds), 0.7);
+    printf("  (the products take %.0f %% of the time, at %.2f of cblas_sgemm's rate)\n", 100 * median(part, b->rounds), median(own, b->rounds));
+}
+#endif
+
+// ---- the peer --------------------------------------------------------------------------------------------------------------------------------------------
+
+// Starts `COMMAND ranks context` and waits until it says that it is ready.
+static pid_t start_torch(bench *b) {
+    int in[2], out[2];
+    char ranks[16], context[24], line_[64] = "";
+    if (!b->torch || pipe(in) || pipe(out)) return -1;
+    pid_t child = fork();
+    if (child < 0) return -1;
+    if (child == 0) {
+        char command[1024];
+        snprintf(ranks, sizeof ranks, "%d", b->n_ranks);
+        snprintf(context, sizeof context, "%lld", (long long)b->context);
+        snprintf(command, sizeof command, "exec %s %s %s", b->torch, ranks, context);
+        dup2(in[0], 0); dup2(out[1], 1);
+        close(in[0]); close(in[1]); close(out[0]); close(out[1]);
+        execl("/bin/sh", "sh", "-c", command, (char *)NULL);
+        _exit(127);
+    }
+    close(in[0]); close(out[1]);
+    b->to_torch = fdopen(in[1], "w");
+    b->from_torch = fdopen(out[0], "r");
+    if (!b->from_torch || !fgets(line_, sizeof line_, b->from_torch) || strncmp(line_, "ready", 5) != 0) {
+        printf("SKIP PyTorch: %s did not start\n", b->torch);
+        if (b->to_torch) fclose(b->to_torch);
+        b->to_torch = NULL;
+    } else printf("PyTorch %s", line_ + 6);
+    return child;
+}
+
+static int run_ranks(bench *b, int n) {
+    llmpar_error err = LLMPAR_ZERO;
+    llmpar_threads_desc threads = LLMPAR_ZERO;
+    char mesh[16];
+    pid_t child = -1;
+    b->n_ranks = n;
+    b->rank = (bench_rank *)calloc((size_t)n, sizeof *b->rank);
+    snprintf(mesh, sizeof mesh, "tp=%d", n);
+    if (!b->rank || llmpar_mesh_parse(mesh, &b->mesh, &err) || pthread_barrier_init(&b->barrier, NULL, (unsigned)n)) { printf("cannot set up %s: %s\n", mesh, err.text); return 1; }
+    signal(SIGPIPE, SIG_IGN);
+    if (b->decode) child = start_torch(b);
+    threads.n_ranks = n;
+    if (llmpar_threads_run(&threads, rank_main, b, &err)) { printf("%s: %s\n", mesh, err.text); return 1; }
+    if (b->decode) report_decode(b);
+#ifdef LLMPAR_CBLAS
+    if (b->prefill) report_prefill(b);
+#endif
+    if (b->to_torch) fclose(b->to_torch);
+    if (b->from_torch) fclose(b->from_torch);
+    b->to_torch = b->from_torch = NULL;
+    if (child > 0) waitpid(child, NULL, 0);
+    pthread_barrier_destroy(&b->barrier);
+    free(b->rank);
+    return 0;
+}
+
+int main(int argc, char **argv) {
+    bench b;
+    const char *ranks = "1,2", *only = "";
+    memset(&b, 0, sizeof b);
+    b.rounds = 7; b.tokens = 8; b.context = 512;
+    for (int i = 1; i < argc; i++) {
+        const char *value = i + 1 < argc ? argv[i + 1] : "";
+        if (argv[i][0] != '-') { if (b.folder[F32]) b.folder[BF16] = argv[i]; else b.folder[F32] = argv[i]; continue; }
+        if      (strcmp(argv[i], "--ranks") == 0)   ranks = value;
+        else if (strcmp(argv[i], "--only") == 0)    only = value;
+        else if (strcmp(argv[i], "--torch") == 0)   b.torch = value;
+        else if (strcmp(argv[i], "--rounds") == 0)  b.rounds = atoi(value);
+        else if (strcmp(argv[i], "--tokens") == 0)  b.tokens = atoi(value);
+        else if (strcmp(argv[i], "--context") == 0) b.context = atoll(value);
+        else { printf("unknown option %s\n", argv[i]); return 2; }
+        i++;
+    }
+    b.decode  = strcmp(only, "prefill") != 0;
+    b.prefill = strcmp(only, "decode") != 0;
+    if (!b.folder[BF16] || b.rounds < 1 || b.rounds > MAX_ROUNDS || b.tokens < 1 || b.context < 2) {
+        printf("usage: bench_decode F32_FOLDER BF16_FOLDER [--ranks 1,2] [--rounds 7] [--tokens 8] [--context 512] [--only decode|prefill] [--torch COMMAND]\n");
+        return 2;
+    }
+    printf("compiler %s, flags %s, %d lanes; medians of %d interleaved rounds of %d tokens\n", __VERSION__, BENCH_FLAGS, LLMPARI_LANES, b.rounds, b.tokens);
+#ifndef LLMPAR_CBLAS
+    if (b.prefill) printf("SKIP prefill against cblas_sgemm: built without LLMPAR_CBLAS\n");
+#endif
+    const char *before = distance("before");
+    for (const char *at = ranks; *at; at += strcspn(at, ","), at += *at == ',') {
+        int n = atoi(at);
+        if (n < 1 || n > MAX_RANKS) { printf("--ranks %s: expected numbers from 1 to %d\n", ranks, MAX_RANKS); return 2; }
+        fflush(stdout);
+        if (run_ranks(&b, n)) return 1;
+    }
+    const char *after = distance("after");
+    printf("processors: %s\n", strcmp(before, after) == 0 ? before : "mixed");
+    printf("%d goals missed\n", b.missed);
+    return 0;
+}

@@ -1,0 +1,317 @@
+#!/bin/sh
+# The command-line contracts of the examples and tools: what they print, what they refuse, and the bytes that llama reads of a checkpoint (strace).
+# A program that is not built is skipped by name. Last line: N passed, N failed[, N skipped].
+B=${B:-build}; T=$B/cli; G=tests/golden; S=$G/shakespeare-dense
+rm -rf "$T"; mkdir -p "$T"; passed=0; failed=0; skipped=0
+ok()   { passed=$((passed + 1)); }
+bad()  { failed=$((failed + 1)); echo "FAIL $*"; }
+skip() { skipped=$((skipped + 1)); echo "SKIP $*"; }
+limit=""; command -v timeout > /dev/null && limit="timeout 120"
+here() { [ -x "$B/$1" ] || { skip "$1: $B/$1 is not built"; return 1; }; }
+
+# good NAME PATTERN COMMAND...: ends with 0, and a line of its output matches.
+good() {
+    name=$1; pattern=$2; shift 2
+    $limit "$@" > "$T/out" 2> "$T/err" < /dev/null; status=$?
+    if [ $status -ne 0 ]; then bad "$name: exit $status: $*"; tail -n 3 "$T/err"
+    elif ! cat "$T/out" "$T/err" | grep -E -q -e "$pattern"; then bad "$name: no line matches \"$pattern\": $*"; head -n 20 "$T/out"
+    else ok; fi
+}
+# fails NAME PATTERN COMMAND...: ends by itself with an error code, writes nothing to stdout and says why on stderr.
+fails() {
+    name=$1; pattern=$2; shift 2
+    $limit "$@" > "$T/out" 2> "$T/err" < /dev/null; status=$?
+    if [ $status -eq 0 ] || [ $status -ge 124 ]; then bad "$name: exit $status: $*"; head -n 5 "$T/err"
+    elif [ -s "$T/out" ]; then bad "$name: an error, but stdout has \"$(head -n 1 "$T/out")\": $*"
+    elif ! grep -E -q -e "$pattern" "$T/err"; then bad "$name: the error does not match \"$pattern\": $*"; head -n 5 "$T/err"
+    else ok; fi
+}
+# copy MODEL NAME: a copy of a golden checkpoint to be damaged.
+copy() { rm -rf "$T/$2"; mkdir "$T/$2"; cp "$G/$1"/* "$T/$2/"; chmod -R u+w "$T/$2"; }
+# edit FILE SED-EXPRESSION: in place, for binary files too; the file must change.
+edit() { LC_ALL=C sed "$2" "$1" > "$T/edited"; if cmp -s "$1" "$T/edited"; then bad "cli.sh: \"$2\" changes nothing in $1"; fi; cp "$T/edited" "$1"; }
+
+# ---- heads N K D TP [--lambda X] [--even] [--same-ratio] [--pack vllm|megatron]; the numbers are the cases of the attention reference
+heads_tests() {
+    h=$B/heads
+    good "attention 1"  '^rank 5: q 40-47 \(8\)  kv 5-5 .* rows q \[5120,6144\) kv \[640,768\)' $h 64 8 128 8 --even
+    good "attention 1, packed rows" '^rank 5: .*k\[1024,1152\)<-\[640,768\) v\[1152,1280\)'     $h 64 8 128 8 --even --pack vllm
+    good "attention 1, megatron's rows" '^rank 5: .*packed q\[0,1024\)'                         $h 64 8 128 8 --even --pack megatron
+    good "attention 2"  '^rank 5: q 20-23 \(4\)  kv 2-2 .* rows q \[2560,3072\) kv \[256,384\)' $h 64 8 128 16 --even
+    good "attention 3, TP32" '^rank 31: q 62-63 \(2\)  kv 7-7 '                                 $h 64 8 128 32 --even
+    good "attention 3, TP4"  '^rank 2: q 32-47 \(16\)  kv 4-5 .* kv \[512,768\)'                $h 64 8 128 4 --even
+    good "attention 4, TP16" '^rank 15: q 30-31 \(2\)  kv 7-7 '                                 $h 32 8 128 16 --even
+    good "attention 4, TP32" '^rank 31: q 31-31 \(1\)  kv 7-7 '                                 $h 32 8 128 32 --even
+    good "attention 5"  '^rank 15: q 120-127 \(8\)  kv 7-7 .* q \[15360,16384\)'                $h 128 8 128 16 --even
+    good "attention 6"  '^rank 3: q 21-27 \(7\)  kv 3-3 .* q \[2688,3584\)'                     $h 28 4 128 4 --even
+    good "attention 7, TP8"  '^rank 7: q 35-39 \(5\)  kv 7-7 '                                  $h 40 8 128 8 --even
+    good "attention 7, TP40" '^rank 7: q 7-7 \(1\)  kv 1-1 '                                    $h 40 8 128 40 --even
+    good "attention 8"  '^rank 7: q 7-7 \(1\)  kv 0-0 .* q \[1792,2048\)'                       $h 8 1 256 8 --even
+    good "attention 9"  '^slowest 5 '                     $h 28 4 128 8
+    good "attention 10" '^slowest 12 '                    $h 28 4 128 3
+    good "attention 11" '^slowest 6 '                     $h 28 4 128 6
+    good "attention 11 warns that TP4 holds fewer" 'warning.*4' $h 28 4 128 6
+    good "attention 12, TP6" '^slowest 13 .* 12 kv heads' $h 64 8 128 6
+    good "attention 12, TP3" '^slowest 25 '               $h 64 8 128 3
+    good "attention 12, whole groups from lambda 6 on" ' 8 kv heads held, 0 of them' $h 64 8 128 3 --lambda 6.5
+    good "same ratio: no rank with a ragged group" ' 0 of them copies'               $h 64 8 128 6 --same-ratio
+    good "more ranks than heads: a rank may hold none" '^rank [0-9]*: q none \(0\)'  $h 4 2 64 7
+    $h 64 8 128 6 | grep -c '^rank' | grep -q '^6$' && ok || bad "heads prints a line per rank"
+    # Every query head once, in order, over all ranks; each belongs to one run.
+    for parts in 1 3 5 6 7 11 64; do
+        $h 64 8 128 $parts | awk '/^rank/ { n = split($0, word, /[ ]+/); for (i = 1; i <= n; i++) if (word[i] ~ /^[0-9]+-[0-9]+:[0-9]+$/) {
+            split(word[i], r, /[-:]/); for (q = r[1]; q <= r[2]; q++) { if (q != next_q || int(q / 8) != r[3]) wrong = 1; next_q++ } } }
+            END { exit wrong || next_q != 64 }' && ok || bad "heads: the runs of 64 heads on $parts ranks are not each head once, with its kv head"
+    done
+    fails "even split that does not divide" 'even degrees are 1 2 4 8 16 32 64' $h 64 8 128 6 --even
+    fails "even split, 28/4 heads"          'even degrees are 1 2 4 28'       $h 28 4 128 3 --even
+    fails "n_kv does not divide n_q"        '10.*3'                 $h 10 3 64 2
+    fails "no arguments"                    'usage'                 $h
+    fails "three numbers"                   'usage'                 $h 64 8 128
+    fails "five numbers"                    'usage'                 $h 64 8 128 8 8
+    fails "no ranks"                        'usage'                 $h 64 8 128 0
+    fails "negative"                        'usage'                 $h 64 -8 128 8
+    fails "not a number"                    '12x'                   $h 64 8 12x 8
+    fails "a number past 31 bits"           '4294967296'            $h 64 8 128 4294967296
+    fails "lambda without a number"         'lambda'                $h 64 8 128 8 --lambda
+    fails "lambda 0"                        'lambda'                $h 64 8 128 8 --lambda 0
+    fails "lambda nan"                      'lambda'                $h 64 8 128 8 --lambda nan
+    fails "two modes"                       'exclude'               $h 64 8 128 8 --even --same-ratio
+    fails "unknown packing"                 'vllm or megatron'      $h 64 8 128 8 --pack gguf
+    fails "unknown option"                  '\-\-evn'               $h 64 8 128 8 --evn
+}
+
+# ---- golden_check DIR MESH [--sp] [--dtype f32|bf16]
+golden_tests() {
+    g=$B/golden_check; line='^max \|dlogits\| [0-9.e+-]+  hidden [0-9.e+-]+  greedy 48/48$'
+    good "golden_check's line"         "$line" $g $G/llama tp=3
+    good "golden_check --sp"           "$line" $g $G/llama tp=2 --sp
+    good "golden_check --dtype bf16"   "$line" $g $G/llama tp=2 --dtype bf16
+    good "golden_check --dtype f32"    "$line" $g $G/llama dp=2 --dtype f32
+    good "the order of axes is free"   "$line" $g $G/llama tp=2,dp=2
+    for axis in pp cp ep; do fails "axis $axis is not implemented" "\"$axis\"" $g $G/llama $axis=2; done
+    fails "unknown axis"               '"zz"'           $g $G/llama zz=2
+    fails "axis twice"                 'tp.*twice'      $g $G/llama tp=2,tp=2
+    fails "size 0"                     'size 0'         $g $G/llama tp=0
+    fails "a mesh that is none"        'tp'             $g $G/llama tp
+    fails "more ranks than threads"    '100000'         $g $G/llama tp=100000
+    fails "a product past 31 bits"     '[0-9]'          $g $G/llama dp=65536,tp=65536
+    fails "missing folder"             'no-such-folder' $g $G/no-such-folder tp=1
+    fails "unknown dtype"              'usage'          $g $G/llama tp=1 --dtype f8
+    fails "unknown option"             'usage'          $g $G/llama tp=1 --ps
+    fails "no mesh"                    'usage'          $g $G/llama
+    fails "an architecture to come"    'MixtralForCausalLM.*LlamaForCausalLM|LlamaForCausalLM.*MixtralForCausalLM' $g $G/mixtral tp=1
+    # One exponent bit of one weight of the last norm: the numbers must differ, and the program must say so by its exit code.
+    copy llama-odd bent; m=$T/bent/model.safetensors
+    edit "$T/bent/config.json" 's/"rope_theta": 10000.0/"rope_theta": 10100.0/'
+    $g "$T/bent" tp=1 > "$T/out" 2>&1; status=$?
+    { [ $status -eq 1 ] && grep -q '^max |dlogits|' "$T/out"; } && ok || bad "golden_check accepts other logits: exit $status, $(cat "$T/out")"
+    # Damaged files: each error names the file or tensor, what was found and what was expected.
+    copy llama-odd cut; size=$(wc -c < "$G/llama-odd/model.safetensors"); head -c $((size - 1000)) "$G/llama-odd/model.safetensors" > "$T/cut/model.safetensors"
+    fails "truncated file"             'cut/model.safetensors.*[0-9]' $g "$T/cut" tp=2
+    head -c 5 "$G/llama-odd/model.safetensors" > "$T/cut/model.safetensors"
+    fails "file of 5 bytes"            'cut/model.safetensors.*5'     $g "$T/cut" tp=2
+    : > "$T/cut/model.safetensors"
+    fails "empty file"                 'cut/model.safetensors'        $g "$T/cut" tp=2
+    { printf '\377\377\377\377\377\377\0\0'; tail -c +9 "$G/llama-odd/model.safetensors"; } > "$T/cut/model.safetensors"
+    fails "header longer than the file" 'cut/model.safetensors.*281474976710655' $g "$T/cut" tp=1
+    rm "$T/cut/model.safetensors"
+    fails "no weights"                 'safetensors'                  $g "$T/cut" tp=1
+    copy llama-odd odd; m=$T/odd/model.safetensors
+    edit "$m" 's/"model.norm.weight"/"model.norm.weighX"/'
+    fails "missing tensor"             'model.norm.weight'            $g "$T/odd" tp=2
+    copy llama-odd odd; edit "$m" 's/"model.norm.weight":{"dtype":"F32"/"model.norm.weight":{"dtype":"I32"/'
+    fails "wrong dtype"                'model.norm.weight.*(I32|i32)' $g "$T/odd" tp=2
+    copy llama-odd odd; edit "$m" 's/"lm_head.weight":{"dtype":"F32","shape":\[151,60\]/"lm_head.weight":{"dtype":"F32","shape":[60,151]/'
+    fails "wrong shape"                'lm_head.weight.*60.*151'      $g "$T/odd" tp=2
+    copy llama-odd odd; edit "$m" 's/"shape":\[151,60\],"data_offsets":\[36240,72480\]/"shape":[151,60],"data_offsets":[36236,72476]/'
+    fails "offsets that overlap"       '(embed_tokens|lm_head).*36236|36236.*(embed_tokens|lm_head)' $g "$T/odd" tp=2
+    copy llama-odd odd; edit "$T/odd/config.json" 's/"num_key_value_heads": 3/"num_key_value_heads": 4/'
+    fails "n_kv does not divide n_heads" '6.*4|4.*6'                  $g "$T/odd" tp=1
+    copy llama-odd odd; edit "$T/odd/config.json" 's/"hidden_size": 60/"hidden_size": 0/'
+    fails "size 0 in config.json"      'hidden_size'                  $g "$T/odd" tp=1
+    copy llama-odd odd; edit "$T/odd/config.json" 's/"intermediate_size": 100/"intermediate_size": 9223372036854775807/'
+    fails "a size that overflows"      'intermediate_size'            $g "$T/odd" tp=1
+    copy llama-odd odd; edit "$T/odd/config.json" 's/"LlamaForCausalLM"/"GptForCausalLM"/; s/"model_type": "llama"/"model_type": "gpt"/'
+    fails "unknown architecture lists the known ones" 'GptForCausalLM.*LlamaForCausalLM.*Qwen3' $g "$T/odd" tp=1
+    rm "$T/odd/config.json"
+    fails "no config.json"             'odd/config.json'              $g "$T/odd" tp=1
+    copy llama-bf16 shards; rm "$T/shards/model-00002-of-00002.safetensors"
+    fails "a shard that is missing"    'model-00002-of-00002'         $g "$T/shards" tp=2
+}
+
+# ---- llama DIR --mesh tp=3 --prompt TEXT | --ids FILE|- --steps N [--dtype] [--sp] [--temperature] [--top-p] [--seed]
+# same NAME A-FILE COMMAND...: stdout equals the file.
+same() {
+    name=$1; want=$2; shift 2
+    if ! $limit "$@" > "$T/out" 2> "$T/err"; then bad "$name: $*"; tail -n 3 "$T/err"
+    elif ! cmp -s "$want" "$T/out"; then bad "$name: another output: $*"; head -n 3 "$want" "$T/out"
+    else ok; fi
+}
+llama_tests() {
+    l=$B/llama; run="$l $S --prompt ROMEO: --steps 60"
+    $run > "$T/text" 2> "$T/table"
+    [ "$(wc -c < "$T/text")" -eq 66 ] && ok || bad "llama: 6 bytes of prompt and 60 new ones are not $(wc -c < "$T/text")"
+    for mesh in tp=2 tp=3 tp=4 dp=2,tp=2 tp=2,dp=2 dp=3; do same "the same text at $mesh" "$T/text" $run --mesh $mesh; done
+    same "the same text with --sp" "$T/text" $run --mesh tp=3 --sp
+    good "the table: ranks and bytes"    '^rank 2 .*MB read' $run --mesh tp=3
+    good "the table: collectives"        '^decode .* 2 AllReduce.* payload .*tokens/s' $run --mesh tp=3
+    good "the table: prefill"            '^prefill .* AllReduce.*tokens/s'             $run --mesh tp=3
+    good "progress while loading"        'loaded .* weights' $run --mesh tp=2
+    good "--dtype bf16"                  'ROMEO:' $run --mesh tp=2 --dtype bf16
+    # The same draw on every rank and for every mesh; another seed, another text.
+    draw="$run --temperature 0.8 --top-p 0.9"
+    $draw --seed 7 > "$T/drawn" 2> /dev/null; $draw --seed 8 > "$T/drawn8" 2> /dev/null
+    same "a draw repeats"                "$T/drawn" $draw --seed 7
+    for tp in 2 3 5; do same "the same draw at tp=$tp" "$T/drawn" $draw --seed 7 --mesh tp=$tp; done
+    cmp -s "$T/drawn" "$T/drawn8" && bad "seeds 7 and 8 draw the same text" || ok
+    cmp -s "$T/drawn" "$T/text" && bad "a temperature of 0.8 draws the greedy text" || ok
+    same "a tiny top-p is greedy"        "$T/text" $run --temperature 0.8 --top-p 0.000001 --seed 3
+    # Ids: a line per sequence, of different length; only the new ids come out.
+    printf '82 79 77 69 79 58\n84 111\n' > "$T/ids"
+    $l $S --ids "$T/ids" --steps 60 > "$T/new" 2> /dev/null
+    [ "$(wc -l < "$T/new")" -eq 2 ] && [ "$(head -n 1 "$T/new" | wc -w)" -eq 60 ] && ok || bad "--ids: two lines of 60 ids each"
+    { printf 'ROMEO:'; for id in $(head -n 1 "$T/new"); do printf "\\$(printf %03o "$id")"; done; } > "$T/as-text"
+    cmp -s "$T/as-text" "$T/text" && ok || bad "--ids and --prompt write different tokens"
+    for mesh in tp=3 dp=2 dp=3,tp=2; do same "the same ids at $mesh" "$T/new" $l $S --ids "$T/ids" --steps 60 --mesh $mesh; done
+    $l $S --ids - --steps 60 < "$T/ids" > "$T/out" 2> /dev/null; cmp -s "$T/out" "$T/new" && ok || bad "--ids - differs from --ids FILE"
+    good "another vocabulary by ids"     '^[0-9 ]+$' $l $G/llama --ids "$T/small" --steps 3
+    good "all positions used up"         'ROMEO:' $l $S --prompt ROMEO: --steps 443
+    fails "more steps than positions"    'room for --steps 443'  $l $S --prompt ROMEO: --steps 444
+    fails "--prompt needs bytes"         '256.*160|160.*256'     $l $G/llama --prompt hello
+    fails "a prompt that is too long"    '448'                   $l $S --prompt "$(head -c 449 /dev/zero | tr '\0' a)" --steps 1
+    fails "an empty prompt"              'empty'                 $l $S --prompt ""
+    printf '1 2 256\n' > "$T/wrong"; fails "an id past the vocabulary" '256' $l $S --ids "$T/wrong" --mesh tp=2
+    printf '1 -2\n'    > "$T/wrong"; fails "a negative id"             'token|id' $l $S --ids "$T/wrong"
+    printf '1 2\n3 x 4\n' > "$T/wrong"; fails "not an id"              'line 2'   $l $S --ids "$T/wrong"
+    : > "$T/wrong";                  fails "no ids"                    'empty'    $l $S --ids "$T/wrong"
+    fails "a missing file of ids"        'no-such-file'     $l $S --ids "$T/no-such-file"
+    fails "prompt and ids"               'usage'            $l $S --ids "$T/ids" --prompt a
+    fails "neither prompt nor ids"       'usage'            $l $S
+    fails "no folder"                    'usage'            $l --prompt a
+    fails "a missing folder"             'no-such-folder'   $l $G/no-such-folder --prompt a
+    fails "0 steps"                      'steps'            $l $S --prompt a --steps 0
+    fails "steps that are no number"     'steps.*5x'        $l $S --prompt a --steps 5x
+    fails "a temperature below 0"        'temperature'      $l $S --prompt a --steps 2 --temperature -1
+    fails "a top-p past 1"               'top-p'            $l $S --prompt a --steps 2 --top-p 2
+    fails "a seed that is no number"     'seed.*x'          $l $S --prompt a --steps 2 --seed x
+    fails "unknown dtype"                'f8'               $l $S --prompt a --steps 2 --dtype f8
+    fails "a dtype that holds no weights" 'i32'             $l $S --prompt a --steps 2 --dtype i32
+    fails "unknown option"               '\-\-bogus'        $l $S --prompt a --bogus
+    fails "an option without its value"  '\-\-steps'        $l $S --prompt a --steps
+    fails "pipeline stages are to come"  '"pp"'             $l $S --prompt a --mesh pp=2
+    fails "unknown axis"                 '"zz"'             $l $S --prompt a --mesh zz=2
+    fails "axis twice"                   'twice'            $l $S --prompt a --mesh tp=2,tp=2
+    fails "a mesh larger than any machine" '1000000'        $l $S --prompt a --mesh tp=1000000
+    copy llama-odd cut; head -c 100000 "$G/llama-odd/model.safetensors" > "$T/cut/model.safetensors"
+    fails "truncated file"               'cut/model.safetensors.*100000' $l "$T/cut" --ids "$T/small" --mesh tp=2
+}
+
+# Each rank reads its own slices only: the bytes that pread returns for the checkpoint's files are the slices, computed here from the shapes and the heads,
+# and for each rank and the program's own look the header and the config. Nothing else reads or maps these files.
+strace_tests() {
+    if ! command -v strace > /dev/null || ! strace -o /dev/null true 2> /dev/null; then skip "strace: not installed or not permitted"; return; fi
+    header=$(($(od -A n -t u8 -N 8 "$S/model.safetensors") + 8)); config=$(wc -c < "$S/config.json")
+    h=192; d=32; n=6; k=2; i=512; v=256; layers=4
+    for tp in 1 2 3 4 5 6 7 8; do
+        rm -f "$T"/trace.*
+        strace -ff -y -s 0 -e trace=read,pread64,readv,preadv,preadv2,mmap,sendfile -o "$T/trace" "$B/llama" $S --mesh tp=$tp --prompt a --steps 2 > /dev/null 2> "$T/err" ||
+            { bad "llama under strace at tp=$tp"; continue; }
+        slots=$("$B/heads" $n $k $d $tp | sed -n 's/^slowest.*; \([0-9]*\) kv heads held.*/\1/p')
+        slices=$((2 * (layers * (2 * h * d * (n + slots) + 3 * i * h) + 2 * v * h) + 2 * tp * (2 * layers + 1) * h))
+        most=$((slices + (tp + 1) * (header + config)))
+        total=$(cat "$T"/trace.* | awk '/^pread64\(/ && /shakespeare-dense\// { sum += $NF } END { printf "%d", sum }')
+        others=$(cat "$T"/trace.* | grep -v '^pread64(' | grep -c 'shakespeare-dense/')
+        said=$(sed -n 's/^rank .*: \([0-9.]*\) MB read.*/\1/p' "$T/err" | awk '{ sum += $1 } END { printf "%d", sum * 1e6 }')
+        if [ "$total" -gt 0 ] && [ "$total" -le "$most" ] && [ "$total" -ge "$slices" ] && [ "$others" -eq 0 ]; then ok
+        else bad "tp=$tp: pread returned $total bytes; slices $slices + $((tp + 1)) x (header $header + config $config) = $most; $others other reads"; fi
+        gap=$((total - header - config - said)); [ $gap -lt 0 ] && gap=$((-gap))
+        [ $gap -le $((tp * 5100)) ] && ok || bad "tp=$tp: llama says $said bytes, pread returned $((total - header - config)) to its ranks"
+    done
+}
+
+# ---- engine DIR MESH
+engine_tests() {
+    e=$B/engine
+    good "an engine of its own at tp=3"   '^tp=3: max \|dlogits\| [0-9.]+e-0[5-9]$' $e $G/llama tp=3
+    good "an engine of its own at tp=5"   '^tp=5: max \|dlogits\| [0-9.]+e-0[5-9]$' $e $G/llama-odd tp=5
+    fails "tp alone"                      'tp'              $e $G/llama dp=2,tp=2
+    fails "a missing folder"              'no-such-folder'  $e $G/no-such-folder tp=3
+    # It uses layouts, heads, files and collectives: with dead code removed no op, graph, plan or executor is left in it.
+    if ${CC:-cc} -O1 -std=c99 -ffunction-sections -fdata-sections -DLLMPAR_STATIC -I. examples/engine.c -o "$T/engine" -Wl,--gc-sections -lpthread -lm 2> "$T/err"; then
+        used=$(nm "$T/engine" | awk '{ print $NF }' | grep -E '^llmpari?_(op|ops|exec|executor|graph|solve|plan|engine|einsum)_' | head -n 5 | tr '\n' ' ')
+        [ -z "$used" ] && ok || bad "engine uses $used"
+    else skip "engine's symbols: the linker cannot remove dead code"; fi
+}
+
+# ---- explain
+explain_tests() {
+    x=$B/explain; size=I=8192,J=2048,K=4096; mesh="--mesh x=4,y=2"
+    good "a contraction over a split dim is reduced"  'AllReduce'    $x $mesh --size $size 'A[I,J_x] * B[J_x,K] -> C[I,K]'
+    good "a free result stays partial"                'U_x'          $x $mesh --size $size 'A[I,J_x] * B[J_x,K] -> C'
+    good "a split result is scattered"                'ReduceScatter' $x $mesh --size $size 'A[I,J_x] * B[J_x,K] -> C[I_x,K]'
+    good "an outer dim needs nothing"                 'C\[I_x'       $x $mesh --size $size 'A[I_x,J] * B[J,K] -> C'
+    good "a gather"                                   'AllGather'    $x $mesh --size $size 'A[I,J_x] * B[J,K] -> C[I,K]' --dtype f32
+    good "links, memory and speed"                    'AllReduce'    $x $mesh --size $size --dtype bf16 --link x=4.5e11,1e-6,switch --link y=5e10,1e-5,ring --hbm 3.35e12 --flops 9.9e14 'A[I,J_x] * B[J_x,K] -> C[I,K]'
+    good "a reshard"                                  'AllToAll'     $x $mesh --size I=8192,J=2048 --reshard 'A[I_x,J]' 'A[I,J_x]'
+    good "a reshard of two axes"                      '[0-9]'        $x $mesh --size I=8192,J=2048 --reshard 'A[I_x,J_y]' 'A[I_y,J_x]'
+    good "a layout"                                   '[0-3]'        $x --mesh tp=4 --size H=8,N=8,D=4 --layout 'W[H, N_tp, D]'
+    good "a layout as a picture"                      ''             $x --mesh tp=4 --size H=8,N=8,D=4 --layout 'W[H, N_tp, D]' --svg "$T/layout.svg"
+    grep -q '<svg' "$T/layout.svg" 2> /dev/null && ok || bad "--svg wrote no picture"
+    model="$x --model llama-3-8b --mesh tp=8"
+    pins="--pin wq=[H,N_tp,D] --pin wk=[H,K_tp,D] --pin wv=[H,K_tp,D]"
+    good "decode of a known model"                    'AllReduce'    $model --phase decode --batch 8 --context 4096
+    good "prefill of a known model"                   'AllReduce|ReduceScatter|AllGather' $model --phase prefill --batch 1 --seq 4096
+    good "pinned weights have a price"                '[Pp]in'       $model --phase decode --batch 8 --context 4096 $pins
+    good "a folder"                                   '[0-9]'        $x --model $G/llama --mesh tp=3 --phase decode --batch 2 --context 64
+    good "tensor names"                               'q_proj'       $model --phase decode --batch 1 --context 64 --names
+    good "a larger model"                             '[0-9]'        $x --model llama-3-70b --mesh dp=2,tp=8 --phase decode --batch 16 --context 1024
+    fails "memory that cannot be enough"              '[Mm]emory|bytes' $model --phase decode --batch 8 --context 4096 --mem 1000000
+    fails "unknown axis"                              'z'            $x $mesh --size $size 'A[I_z,J] * B[J,K] -> C[I,K]'
+    fails "unknown axis of a link"                    'z'            $x $mesh --size $size --link z=1e9,1e-6 'A[I,J] * B[J,K] -> C'
+    fails "axis twice"                                'x'            $x $mesh --size $size 'A[I_x,J_x] * B[J,K] -> C'
+    fails "a dim without its size"                    'K'            $x $mesh --size I=8,J=8 'A[I,J] * B[J,K] -> C'
+    fails "a size of 0"                               '0'            $x $mesh --size I=0,J=8,K=8 'A[I,J] * B[J,K] -> C'
+    fails "a bad mesh"                                'x'            $x --mesh x --size $size 'A[I,J] * B[J,K] -> C'
+    fails "a bad notation"                            '.'            $x $mesh --size $size 'A[I,J * B[J,K] -> C'
+    fails "unknown topology"                          'star'         $x $mesh --size $size --link x=1e9,1e-6,star 'A[I,J] * B[J,K] -> C'
+    fails "unknown dtype"                             'f8'           $x $mesh --size $size --dtype f8 'A[I,J] * B[J,K] -> C'
+    fails "unknown model"                             'gpt-9'        $x --model gpt-9 --mesh tp=2 --phase decode --batch 1 --context 8
+    fails "unknown phase"                             'dance'        $x --model llama-3-8b --mesh tp=2 --phase dance --batch 1 --context 8
+    fails "a pin on no weight"                        'wx'           $model --phase decode --batch 1 --context 64 --pin 'wx=[H,N_tp,D]'
+    fails "reshard of another shape"                  '.'            $x $mesh --size I=8,J=8,K=8 --reshard 'A[I_x,J]' 'A[I,K]'
+    fails "unknown option"                            '\-\-bogus'    $x --bogus
+    fails "no arguments"                              '[Uu]sage|usage' $x
+}
+
+# ---- what an example's first comment says it prints, it prints: the lines indented by three that are no commands, each a line of the first command's output.
+# Numbers like 4.1e-06 depend on the compiler: only their place is compared.
+header_tests() {
+    for source in examples/*.c; do
+        name=$(basename "$source" .c); here "$name" || continue
+        awk '!/^\/\// { exit } { sub(/^\/\/ ?/, ""); print }' "$source" > "$T/header"
+        command=$(sed -n 's/^  *build\/\('"$name"'.*\)$/\1/p; s/^   *\.\/\('"$name"'.*\)$/\1/p' "$T/header" | head -n 1 | sed 's/   .*$//')
+        [ -n "$command" ] || command=$name
+        sed -n 's/^  \( *\)\([^ ].*\)$/\2/p' "$T/header" | grep -v -E '^(cc |build/|\./|#|\.\.\.)' | sed -E 's/[0-9.]+e-[0-9]+/E/' > "$T/expected"
+        eval "\"$B\"/$command" < /dev/null 2> /dev/null | sed -E 's/[0-9.]+e-[0-9]+/E/; s/^ *//' > "$T/printed"
+        if [ ! -s "$T/expected" ]; then bad "$source: the first comment shows no output"; continue; fi
+        missing=$(while IFS= read -r line; do grep -F -x -q -e "$line" "$T/printed" || printf '%s\n' "$line"; done < "$T/expected")
+        if [ -z "$missing" ]; then ok; else bad "$source: the first comment shows lines that \"$command\" does not print:"; printf '%s\n' "$missing" | head -n 5; fi
+    done
+    for target in $(sed -n 's/^\.PHONY: *//p' Makefile); do
+        case $target in all|help) continue ;; esac
+        make -s help | grep -q "^make $target" && ok || bad "make help does not name $target"
+    done
+}
+
+printf '1 2 3\n' > "$T/small"
+here heads        && heads_tests
+here golden_check && golden_tests
+here llama        && llama_tests
+here llama        && here heads && strace_tests
+here engine       && engine_tests
+here explain      && explain_tests
+here hello        && good "hello" '.' "$B/hello"
+header_tests
+if [ $skipped -gt 0 ]; then echo "$passed passed, $failed failed, $skipped skipped"; else echo "$passed passed, $failed failed"; fi
+[ $failed = 0 ]
