@@ -14,6 +14,7 @@ TESTS    := $(patsubst tests/%.c,$(B)/%,$(wildcard tests/test_*.c))
 TOOLS    := $(B)/golden_check $(B)/make_synthetic
 BENCHES  := $(patsubst tests/%.c,$(B)/%,$(wildcard tests/bench_*.c))
 FUZZERS  := $(patsubst tests/%.c,$(B)/%,$(wildcard tests/fuzz_*.c))
+REPLAYS  := $(patsubst tests/%.c,$(B)/%_main,$(wildcard tests/fuzz_*.c))
 
 # CBLAS is optional: `make CBLAS=1` or found by itself for the benchmarks.
 ifneq ($(CBLAS),)
@@ -21,7 +22,7 @@ CFLAGS += -DLLMPAR_CBLAS $(CBLAS_CFLAGS)
 LDLIBS += $(if $(CBLAS_LIBS),$(CBLAS_LIBS),-lopenblas)
 endif
 
-.PHONY: all help demo test stress bench hygiene sanitize fuzz corpus clean
+.PHONY: all help demo test stress bench hygiene sanitize fuzz clean
 all: $(EXAMPLES) $(TOOLS)
 
 help:
@@ -49,11 +50,11 @@ $(TOOLS) $(BENCHES): $(B)/%: tests/%.c llmpar.h tests/test.h | $(B)
 demo: $(B)/llama
 	@sh tests/demo.sh
 
-test: all $(TESTS)
-	@sh tests/run.sh $(TESTS) tests/cli.sh tests/golden.sh
+test: all $(TESTS) $(REPLAYS)
+	@sh tests/run.sh $(TESTS) $(REPLAYS) tests/cli.sh tests/golden.sh
 
-stress: all $(TESTS)
-	@LLMPAR_STRESS=1 sh tests/run.sh $(TESTS) tests/cli.sh tests/golden.sh
+stress: all $(TESTS) $(REPLAYS)
+	@LLMPAR_STRESS=1 sh tests/run.sh $(TESTS) $(REPLAYS) tests/cli.sh tests/golden.sh
 
 bench: $(BENCHES) $(TOOLS) $(B)/llama
 	@sh tests/bench.sh
@@ -64,9 +65,12 @@ hygiene: $(B)/hello
 sanitize:
 	@sh tests/sanitize.sh
 
-$(FUZZERS): $(B)/%: tests/%.c llmpar.h | $(B)
-	$(CLANG) -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -I. -Itests $< -o $@ $(LDLIBS)
-fuzz: $(FUZZERS)
+# Each fuzz target twice: without libFuzzer it runs its own texts and seeded variations of them (`make test`) and writes the texts for libFuzzer to start from.
+$(REPLAYS): $(B)/%_main: tests/%.c llmpar.h tests/fuzz.h | $(B)
+	$(CC) $(TFLAGS) $(STRICT) -DLLMPAR_STATIC -DFUZZ_MAIN -I. -Itests $< -o $@ $(LDLIBS)
+$(FUZZERS): $(B)/%: tests/%.c llmpar.h tests/fuzz.h | $(B)
+	$(CLANG) -g -O1 -DLLMPAR_STATIC -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -I. -Itests $< -o $@ $(LDLIBS)
+fuzz: $(FUZZERS) $(REPLAYS)
 	@sh tests/fuzz.sh $(FUZZ_S) $(FUZZERS)
 
 clean:

@@ -1095,6 +1095,9 @@ LLMPAR_DEF llmpar_exec       *llmpar_engine_exec(llmpar_engine *engine, int phas
 #ifndef LLMPAR_NO_THREADS
 #include <pthread.h>
 #endif
+#if defined(__STRICT_ANSI__) && !defined(CLOCK_MONOTONIC)
+#error "llmpar: -std=c99 hides pread and clock_gettime: in the file with LLMPAR_IMPLEMENTATION include llmpar.h first, once, or pass -D_POSIX_C_SOURCE=200809L"
+#endif
 
 #if (defined(LLMPAR_MALLOC) && !defined(LLMPAR_FREE)) || (!defined(LLMPAR_MALLOC) && defined(LLMPAR_FREE))
 #error "llmpar: define both of LLMPAR_MALLOC and LLMPAR_FREE, or neither"
@@ -1492,7 +1495,7 @@ LLMPAR_DEF llmpar_status llmpar_mesh_parse(const char *text, llmpar_mesh *mesh, 
     scan.at   = 0;
     do {
         llmpar_axis axis;
-        int64_t size;
+        int64_t size = 0;              // gcc -O2 does not see that llmpari_scan_size sets it
         LLMPARI_TRY(llmpari_scan_name(&scan, "the name of an axis (a mesh is written \"dp=2,tp=4\")", axis.name, err));
         if (!llmpari_scan_take(&scan, '=')) return llmpari_scan_fail(&scan, "'=' and the size of the axis", err);
         LLMPARI_TRY(llmpari_scan_size(&scan, INT32_MAX, &size, err));
@@ -4223,7 +4226,8 @@ LLMPAR_DEF int llmpar_cross_entropy(llmpar_graph *g, int logits, int labels) {
     if (g->error.status) return -1;
     op.dim = g->node[logits].tensor.n_dims - 1;
     if (op.n_indices > known || op.dim < 0 || g->node[labels].tensor.n_dims != op.dim || memcmp(op.index_of[0], op.index_of[1], (size_t)op.dim) != 0)
-        return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "cross entropy: labels %s must have the dims of %s but the last, in the same order", g->node[labels].tensor.name, g->node[logits].tensor.name);
+        return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "cross entropy: labels %s must have the dims of %s but the last, in the same order",
+                                  g->node[labels].tensor.name, g->node[logits].tensor.name);
     g->node[labels].tensor.dtype = LLMPAR_I32;
     return llmpari_op_add(g, &op, op.index_of[1], op.dim);
 }
@@ -4322,7 +4326,7 @@ LLMPAR_DEF int llmpar_op_choices(const llmpar_graph *g, int id, bool linear, llm
     case LLMPAR_OP_EINSUM: case LLMPAR_OP_MUL: masks = 1u << 1 | 1u << 2; break;               // linear in each operand, not in both at once
     case LLMPAR_OP_ADD:       masks = 1u << 1 | 1u << 2 | 1u << 3; break;                      // the whole operand is added once, on coordinate 0
     case LLMPAR_OP_UNARY:     masks = op->function == LLMPARI_NEGATE ? 1u << 1 : 0; break;
-    case LLMPAR_OP_ROPE: case LLMPAR_OP_TAKE: masks = 1u << 1; break;
+    case LLMPAR_OP_ROPE: case LLMPAR_OP_TAKE: case LLMPAR_OP_OUTPUT: masks = 1u << 1; break;   // an output may be pinned as partial sums
     case LLMPAR_OP_EMBED:     masks = 1u << 2; break;                                          // linear in the table
     case LLMPAR_OP_ATTENTION: masks = op->cache[0] < 0 ? 1u << 4 : 0; break;                   // linear in v; a cache holds whole values
     case LLMPAR_OP_NORM:      masks = op->n_in == 2 ? 1u << 2 : op->n_in == 3 ? 1u << 6 : 0; break;   // linear in the weight (and bias)
@@ -4701,6 +4705,7 @@ typedef struct llmpari_stretch {      // a stretch of ops: a block, or what stan
     int32_t first_op, end_op, block;
     int32_t entry, exit;           // nodes made outside before / used outside after; -1
     double  *after;                // [states of exit]: least cost of all that comes later; NULL without an exit
+    int32_t  hand_first, hand_count;   // states in which the exit may be handed on, while a memory limit is searched; count 0: all
     int16_t *policy;               // block: [repeats][states of entry] -> state in which the carry leaves the round
 } llmpari_stretch;
 
@@ -4844,7 +4849,9 @@ LLMPARI_FN llmpar_sharding llmpari_operand_sharding(const llmpari_enumeration *e
     for (int i = 0; i < e->n_axes; i++) {
         int a = e->axis[i], index = info->choice[e->choice[a]].index, partial = info->choice[e->choice[a]].partial;
         if (slot > op->n_in) {                       // cache [B, K, C, D]: batch and heads as q's
-            sharding.dim[a] = (int8_t)(index < 0 ? -1 : index == op->index_of[0][0] ? 0 : index == op->index_of[0][2] ? 1 : -1);
+            int d = index < 0 ? -1 : index == op->index_of[0][0] ? 0 : index == op->index_of[0][2] ? 1 : -1;
+            if (d == 1 && op->cache[0] >= 0 && !(llmpari_class_of(e->s, op->cache[0])->split_dims >> 1 & 1u)) d = -1;   // one kv head: whole
+            sharding.dim[a] = (int8_t)d;
         } else if (index >= 0) {
             int d = 0;
             while (d < LLMPAR_MAX_DIMS && op->index_of[slot][d] != index) d++;
@@ -4861,25 +4868,27 @@ LLMPARI_FN llmpar_sharding llmpari_operand_sharding(const llmpari_enumeration *e
     return sharding;
 }
 
+// Items of a dim on the rank that has most, when the axes on `index` split it.
+LLMPARI_FN int64_t llmpari_most_of_dim(const llmpari_enumeration *e, const llmpar_dim *dim, int index) {
+    llmpar_tensor one;
+    memset(&one, 0, sizeof one);
+    one.n_dims   = 1;
+    one.dtype    = LLMPAR_U8;
+    one.dim[0]   = *dim;
+    one.sharding = llmpar_sharding_replicated();
+    for (int k = 0; k < e->on_index[index]; k++) {
+        one.sharding.dim  [e->list[index][k]] = 0;
+        one.sharding.order[e->list[index][k]] = (int8_t)k;
+    }
+    return llmpar_tensor_max_local_bytes(&one, &e->s->g->mesh);
+}
+
 // Items of an index on the rank that has most. The first operand that has the index tells how it is cut.
 LLMPARI_FN int64_t llmpari_most_items(const llmpari_enumeration *e, int index) {
     const llmpar_op *op = &e->s->g->op[e->op];
-    if (!e->on_index[index]) return op->index_size[index];
-    for (int slot = 0; slot < op->n_in; slot++)
+    for (int slot = 0; slot < op->n_in && e->on_index[index]; slot++)
         for (int d = 0; d < LLMPAR_MAX_DIMS; d++)
-            if (op->index_of[slot][d] == index) {
-                llmpar_tensor one;
-                memset(&one, 0, sizeof one);
-                one.n_dims   = 1;
-                one.dtype    = LLMPAR_U8;
-                one.dim[0]   = e->s->g->node[op->in[slot]].tensor.dim[d];
-                one.sharding = llmpar_sharding_replicated();
-                for (int k = 0; k < e->on_index[index]; k++) {
-                    one.sharding.dim  [e->list[index][k]] = 0;
-                    one.sharding.order[e->list[index][k]] = (int8_t)k;
-                }
-                return llmpar_tensor_max_local_bytes(&one, &e->s->g->mesh);
-            }
+            if (op->index_of[slot][d] == index) return llmpari_most_of_dim(e, &e->s->g->node[op->in[slot]].tensor.dim[d], index);
     return op->index_size[index];
 }
 
@@ -4897,9 +4906,7 @@ LLMPARI_FN double llmpari_op_seconds(const llmpari_enumeration *e, double operan
         if (op->causal && !op->context) flops /= 2;
         if (op->decode_rows) {
             double per_key = 2.0 * (double)(llmpari_most_items(e, op->index_of[0][0]) * k->dim[3].size * llmpar_dtype_bytes(k->dtype));
-            int kv = op->index_of[0][2];
-            int64_t heads = k->dim[2].size;
-            if (e->on_index[kv]) heads = (llmpari_most_items(e, kv) * k->dim[2].size + op->index_size[kv] - 1) / op->index_size[kv];
+            int64_t heads = llmpari_most_of_dim(e, &k->dim[2], op->index_of[0][2]);   // copies that several ranks need included
             bytes += per_key * (double)heads * (keys + tokens);
         }
         break;
@@ -5732,6 +5739,7 @@ typedef struct llmpari_tracer {
     int32_t *leaf;                 // [op][LLMPAR_MAX_OPERANDS]: the copy that an operand reads
     int32_t *root;                 // [node]: the copy that it is made in
     int32_t exit_copy;
+    int32_t tree_first;            // copies from here on belong to the tree that is walked
 } llmpari_tracer;
 
 LLMPARI_FN llmpar_status llmpari_trace_grow(llmpari_tracer *t, llmpar_arena *arena, void **array, int32_t n, int32_t *capacity, size_t size) {
@@ -5844,7 +5852,13 @@ LLMPARI_FN llmpar_status llmpari_tree_close(llmpari_solver *s, int node, llmpari
 LLMPARI_FN llmpar_status llmpari_tree_walk(llmpari_tracer *t, const llmpari_move_tree *tree, int mask, int32_t node, int32_t copy, int32_t *leaf) {
     for (;;) {
         int32_t next = tree[mask].next[t->copy[copy].state];
-        if (next >= 0) { LLMPARI_TRY(llmpari_copy_new(t, node, next, copy, &copy)); continue; }
+        if (next >= 0) {                            // a state is made once: branches that take the same free slice share it
+            int32_t known = t->tree_first;          // not what came before the pin
+            while (known < t->n_copies && (t->copy[known].node != node || t->copy[known].state != next)) known++;
+            if (known < t->n_copies) copy = known;
+            else LLMPARI_TRY(llmpari_copy_new(t, node, next, copy, &copy));
+            continue;
+        }
         if (next == -1) {
             int i = 0;
             while (1 << i != mask) i++;
@@ -5926,6 +5940,7 @@ LLMPARI_FN llmpar_status llmpari_trace_bus(llmpari_tracer *t, const llmpari_stre
         }
         if (node != part->exit || part->block < 0) LLMPARI_TRY(llmpari_tree_close(s, node, &tree[mask]));
     }
+    t->tree_first = t->n_copies;
     if (m) LLMPARI_TRY(llmpari_tree_walk(t, tree, full, node, copy, leaf));
     for (int i = 0; i < m; i++) {
         if (consumer[i] < 0) t->exit_copy = leaf[i];
@@ -6101,6 +6116,22 @@ LLMPARI_FN llmpar_status llmpari_trace_part(llmpari_tracer *t, const llmpari_str
 
 // ---- the whole graph
 
+// A tensor made in front of a block is used behind it only as the block's result.
+LLMPARI_FN llmpar_status llmpari_check_crossing(llmpari_solver *s) {
+    const llmpar_graph *g = s->g;
+    for (int o = 0; o < g->n_ops; o++)
+        for (int i = 0; i < g->op[o].n_in; i++) {
+            const llmpar_node *node = &g->node[g->op[o].in[i]];
+            for (int b = 0; b < g->n_blocks; b++) {
+                bool in_front = node->producer >= 0 ? node->producer < g->block[b].first_op : false;
+                for (int c = 0; c < b; c++) in_front = in_front || g->block[c].result == g->op[o].in[i];
+                if (in_front && o >= g->block[b].end_op)
+                    return LLMPARI_FAIL(s->err, LLMPAR_UNSUPPORTED, "%s is made in front of a repeat block and used behind it: the planner carries one tensor through a block", node->tensor.name);
+            }
+        }
+    return LLMPAR_OK;
+}
+
 // Blocks, and what stands before, between and after them.
 LLMPARI_FN llmpar_status llmpari_stretches(llmpari_solver *s, llmpari_stretch **parts, int32_t *n_parts) {
     const llmpar_graph *g = s->g;
@@ -6203,7 +6234,7 @@ LLMPARI_FN int64_t llmpari_value_bytes(const llmpar_plan *plan, int32_t value) {
 }
 
 // What a node's copies are used for inside a segment. Positions count ops; copies are made right after their tensor is.
-typedef struct llmpari_life { int32_t made, last; bool stored, used; } llmpari_life;
+typedef struct llmpari_life { int32_t made, first, last; bool stored, used; } llmpari_life;
 
 // Numbers the ops of a segment; *position = how many there are.
 LLMPARI_FN llmpar_status llmpari_plan_lives(llmpari_solver *s, const llmpar_plan *plan, const llmpar_segment *segment, llmpari_life *life, int32_t *position) {
@@ -6211,14 +6242,17 @@ LLMPARI_FN llmpar_status llmpari_plan_lives(llmpari_solver *s, const llmpar_plan
     int32_t n = 0, *made = (int32_t *)llmpar_arena_alloc(&s->scratch, ((size_t)g->n_nodes + 1) * sizeof *made);
     if (!made) return LLMPARI_FAIL(s->err, LLMPAR_NO_MEMORY, "no memory for the lives of %d values", (int)plan->n_values);
     for (int node = 0; node < g->n_nodes; node++) made[node] = -1;
-    for (int32_t v = 0; v < plan->n_values; v++) { life[v].made = life[v].last = -2; life[v].stored = life[v].used = false; }
+    for (int32_t v = 0; v < plan->n_values; v++) { life[v].made = life[v].last = -2; life[v].first = INT32_MAX; life[v].stored = life[v].used = false; }
     for (int32_t i = segment->first_step; i < segment->end_step; i++) {
         const llmpar_step *step = &plan->step[i];
         for (int k = 0; k < LLMPAR_MAX_OPERANDS; k++) {
             if (step->in[k] < 0) continue;
             llmpari_life *in = &life[step->in[k]];
             if (in->made == -2) { in->made = -1; in->stored = true; }         // nobody made it here
-            if (step->op >= 0) { in->last = n; in->used = true; }
+            if (step->op < 0) continue;
+            in->first = (int32_t)llmpari_min(in->first, n);
+            in->last  = g->op[step->op].kind == LLMPAR_OP_OUTPUT ? INT32_MAX : (int32_t)llmpari_max(in->last, n);   // the caller reads it after the run
+            in->used  = true;
         }
         if (step->out >= 0) {
             int32_t node = plan->value[step->out].node;
@@ -6247,7 +6281,7 @@ LLMPARI_FN int64_t llmpari_live_bytes(const llmpar_plan *plan, const llmpari_lif
             int role = g->node[plan->value[v].node].role;
             const llmpari_life *l = &life[v];
             if (l->made == -2 || role == LLMPAR_ROLE_CACHE || (role == LLMPAR_ROLE_WEIGHT && l->stored)) continue;
-            if (role == LLMPAR_ROLE_WEIGHT) { at_op += l->used && l->last == i ? bytes[v] : 0; continue; }   // gathered for its op alone
+            if (role == LLMPAR_ROLE_WEIGHT) { at_op += l->used && l->first <= i && l->last >= i ? bytes[v] : 0; continue; }   // gathered for its readers
             if (l->stored && l->made == i) at_op += bytes[v];
             else if (l->made < i && l->used && l->last >= i) at_op += bytes[v];
             if (l->made == i ? l->stored || l->used : l->made < i && l->used && l->last > i) after += bytes[v];
@@ -6321,6 +6355,8 @@ LLMPARI_FN llmpar_status llmpari_bound(llmpari_solver *s, llmpari_stretch *parts
         if (!i) *cost = table->x[0];
         else if (parts[i].block >= 0) LLMPARI_TRY(llmpari_rounds(s, &parts[i], table, parts[i - 1].after));
         else memcpy(parts[i - 1].after, table->x, (size_t)table->rows * sizeof *table->x);
+        for (int32_t v = 0; i && parts[i - 1].hand_count && v < llmpari_rows_of(s, parts[i - 1].exit); v++)
+            if (v < parts[i - 1].hand_first || v >= parts[i - 1].hand_first + parts[i - 1].hand_count) parts[i - 1].after[v] = INFINITY;
         llmpari_table_free(s, table);
     }
     return LLMPAR_OK;
@@ -6384,24 +6420,57 @@ LLMPARI_FN llmpar_status llmpari_fit_look(llmpari_fit *f, double price, double *
     return LLMPAR_OK;
 }
 
-// No plan in play needs fewer bytes: the least that every op's weights and caches take, and the least that the largest result takes.
+// Bytes that live while an op runs, at least: its operands and its result.
+LLMPARI_FN double llmpari_fit_live(const llmpari_solver *s, int o, const llmpari_strategy *strategy) {
+    const llmpar_op *op = &s->g->op[o];
+    double bytes = op->kind == LLMPAR_OP_OUTPUT ? 0 : (double)llmpari_class_of(s, op->out)->space.local_bytes[strategy->state[LLMPARI_OUT]];
+    for (int k = 0; k < op->n_in; k++) {
+        bool again = s->g->node[op->in[k]].role == LLMPAR_ROLE_WEIGHT;
+        for (int l = 0; l < k; l++) again = again || (op->in[l] == op->in[k] && strategy->state[l] == strategy->state[k]);
+        if (!again) bytes += (double)llmpari_class_of(s, op->in[k])->space.local_bytes[strategy->state[k]];
+    }
+    return bytes;
+}
+
+// No plan in play needs fewer bytes: what every op's weights and caches take at least, and what lives at the op where that is most.
 LLMPARI_FN double llmpari_fit_floor(const llmpari_fit *f) {
     const llmpari_solver *s = f->s;
-    double stays = 0, live = 0;
-    for (int o = 0; o < s->g->n_ops; o++) {
-        const llmpari_op_info *info = &s->info[o];
-        const llmpari_space *out = &llmpari_class_of(s, s->g->op[o].out)->space;
-        double least = INFINITY, made = INFINITY;
-        for (int32_t i = info->first; i < info->first + info->count; i++) {
-            const llmpari_strategy *strategy = &info->strategy[i];
-            double bytes = s->g->op[o].kind == LLMPAR_OP_OUTPUT ? 0 : (double)out->local_bytes[strategy->state[LLMPARI_OUT]];
-            least = strategy->bytes < least ? strategy->bytes : least;
-            made  = bytes < made ? bytes : made;
+    double stays = 0, most = 0;
+    for (int pass = 0; pass < 2; pass++)
+        for (int o = 0; o < s->g->n_ops; o++) {
+            const llmpari_op_info *info = &s->info[o];
+            double least = INFINITY, both = INFINITY;
+            for (int32_t i = info->first; i < info->first + info->count; i++) {
+                const llmpari_strategy *strategy = &info->strategy[i];
+                double live = strategy->bytes + (pass ? llmpari_fit_live(s, o, strategy) : 0);
+                least = strategy->bytes < least ? strategy->bytes : least;
+                both  = live < both ? live : both;
+            }
+            if (!pass) stays += least;
+            else if (both - least > most) most = both - least;
         }
-        stays += least;
-        live = made > live ? made : live;
+    return stays + most;
+}
+
+LLMPARI_FN llmpar_status llmpari_fit_branch(llmpari_fit *f);
+
+// All strategies are chosen: what is left is the state in which a tensor is handed on to a block.
+LLMPARI_FN llmpar_status llmpari_fit_hand(llmpari_fit *f) {
+    for (int32_t i = 0; i < f->n_parts; i++) {
+        llmpari_stretch *part = &f->parts[i];
+        if (part->exit < 0 || part->block >= 0 || part->hand_count == 1) continue;
+        int32_t first = part->hand_first, kept = part->hand_count, count = kept ? kept : llmpari_rows_of(f->s, part->exit);
+        if (count < 2) continue;
+        part->hand_count = count / 2;
+        llmpar_status status = llmpari_fit_branch(f);
+        part->hand_first = first + count / 2;
+        part->hand_count = count - count / 2;
+        if (!status) status = llmpari_fit_branch(f);
+        part->hand_first = first;
+        part->hand_count = kept;
+        return status;
     }
-    return stays + live;
+    return LLMPAR_OK;
 }
 
 // Halves the strategies of the op whose choice matters most for memory, and looks into both halves.
@@ -6421,12 +6490,13 @@ LLMPARI_FN llmpar_status llmpari_fit_branch(llmpari_fit *f) {
         const llmpari_op_info *info = &s->info[o];
         double low = INFINITY, high = 0;
         for (int32_t i = info->first; i < info->first + info->count; i++) {
-            low  = info->strategy[i].bytes < low ? info->strategy[i].bytes : low;
-            high = info->strategy[i].bytes > high ? info->strategy[i].bytes : high;
+            double bytes = info->strategy[i].bytes + llmpari_fit_live(s, o, &info->strategy[i]);
+            low  = bytes < low ? bytes : low;
+            high = bytes > high ? bytes : high;
         }
         if (info->count > 1 && high - low + 1e-9 * info->count > spread) { spread = high - low + 1e-9 * info->count; at = o; }
     }
-    if (at < 0) return LLMPAR_OK;
+    if (at < 0) return llmpari_fit_hand(f);
     int32_t first = s->info[at].first, count = s->info[at].count, half = count / 2;
     llmpari_op_restrict(s, at, first, half);
     llmpar_status status = llmpari_fit_branch(f);
@@ -6512,6 +6582,7 @@ LLMPARI_FN llmpar_status llmpari_solve_fit(llmpari_solver *s, llmpari_stretch *p
 LLMPARI_FN llmpar_status llmpari_solve_once(llmpari_solver *s, double *seconds, llmpar_plan *plan) {
     llmpari_stretch *parts;
     int32_t n_parts = 0;
+    LLMPARI_TRY(llmpari_check_crossing(s));
     LLMPARI_TRY(llmpari_solver_init(s));
     LLMPARI_TRY(llmpari_stretches(s, &parts, &n_parts));
     if (s->limit_bytes) return llmpari_solve_fit(s, parts, n_parts, seconds, plan);
@@ -6528,12 +6599,12 @@ LLMPARI_FN int llmpari_shared_source(const llmpar_graph *g, bool limited) {
         const llmpar_node *n = &g->node[node];
         for (int b = 0; b < g->n_blocks; b++)
             if (g->block[b].start == node) part = 2 * b;          // handed on to a block: used in front of it
-        if (n->pinned || (n->block >= 0 && !limited) || (n->role != LLMPAR_ROLE_WEIGHT && n->role != LLMPAR_ROLE_INPUT)) continue;
+        if (n->pinned || (n->block >= 0 && n->role == LLMPAR_ROLE_WEIGHT && !limited) || (n->role != LLMPAR_ROLE_WEIGHT && n->role != LLMPAR_ROLE_INPUT)) continue;
         for (int o = 0; o < g->n_ops; o++)
             for (int i = 0; i < g->op[o].n_in; i++) {
                 if (g->op[o].in[i] != node) continue;
                 if (limited && n->role == LLMPAR_ROLE_WEIGHT && ++uses == 2) return node;   // its bytes count, and no op owns it
-                if (n->block >= 0) continue;
+                if (n->block >= 0 && n->role == LLMPAR_ROLE_WEIGHT) continue;   // one per round; an input is the same in all rounds
                 int32_t before = 0;
                 for (int b = 0; b < g->n_blocks; b++) before += g->block[b].end_op <= o;
                 int32_t here = 2 * before + (g->op[o].block >= 0);
@@ -6715,7 +6786,6 @@ LLMPAR_DEF int llmpar_plan_traffic(const llmpar_plan *plan, int32_t rank, llmpar
             if (step->op < 0) {
                 llmpar_tensor tensor = llmpar_plan_tensor(plan, step->in[0]);
                 bytes = llmpar_move_payload_bytes(&step->move, &tensor, &plan->graph->mesh, rank);
-                if (kind == LLMPAR_PERMUTE) calls = bytes > 0;
             } else {
                 llmpar_tensor loss = llmpar_plan_tensor(plan, step->out);
                 bytes = 3 * 4 * llmpar_tensor_local_elements(&loss, &plan->graph->mesh, rank);
@@ -6784,7 +6854,11 @@ LLMPARI_FN void llmpari_explain_step(const llmpar_plan *plan, const llmpar_step 
         llmpari_append(line, sizeof line, &at, "%s", text);
     }
     if (step->out >= 0) llmpari_value_text(plan, step->out, text);
-    else snprintf(text, sizeof text, "%s", plan->graph->node[op->out].tensor.name);
+    else {                                          // an output: the operand's layout under the output's name
+        llmpar_tensor tensor = llmpar_plan_tensor(plan, step->in[0]);
+        memcpy(tensor.name, plan->graph->node[op->out].tensor.name, sizeof tensor.name);
+        llmpar_tensor_print(&tensor, &plan->graph->mesh, text, sizeof text);
+    }
     llmpari_append(line, sizeof line, &at, "%s -> %s", infix ? "" : ")", text);
     llmpari_print(sink, "%-88s  %s", line, seconds);
     if (step->inner) {
@@ -10369,7 +10443,7 @@ typedef int32_t  llmpari_ivec;
 
 #if defined(__clang__)
 #define LLMPARI_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
+#elif defined(__GNUC__) && !defined(__CUDACC__)
 #define LLMPARI_UNROLL _Pragma("GCC unroll 32")
 #else
 #define LLMPARI_UNROLL
@@ -10399,7 +10473,7 @@ typedef int32_t  llmpari_ivec;
 #define LLMPARI_NC   528           // rows of b that are packed at a time when a has more than MC rows; a multiple of every NR and of 48
 #define LLMPARI_NC_FEW 96          // the same when it has not
 #define LLMPARI_FEW    8           // up to so many rows of a, b is streamed and not packed
-#define LLMPARI_NEAR   8192        // floats of a that stay in the first-level cache meanwhile; at least FEW * KC
+#define LLMPARI_NEAR   8192        // floats of a that stay in the first-level cache meanwhile (measured; 4096 for three f32 rows and more)
 #define LLMPARI_GROUP  16          // rows of b that are read in turns when the rows of a are longer than that
 #define LLMPARI_CONVERT 32         // CBLAS: from so many rows of a on, 16-bit b is converted for it (below, the blocked loops convert while packing)
 #define LLMPARI_COLUMNS 2048       // b[k, n] and few rows of a: columns x rows of a that are summed at a time
@@ -10496,51 +10570,55 @@ LLMPARI_INLINE const void *llmpari_at(const void *p, llmpar_dtype dtype, int64_t
 
 // ---- few rows of a: every row of b[n, k] is read once from memory and meets all rows of a -------------------------------------------------------
 
-// sum[j][i] (+)= row j of b . row i of x, for `count` rows of b and ROWS rows of x, packed by llmpari_pack_few; length <= KC. Rows at `next`, as
-// far apart as those of b, are fetched meanwhile: the hardware prefetcher does not see a jump coming, and is late with 16-bit rows even without one
-// (measured 0.78 of the read bandwidth, with this 0.9 and more).
-#define LLMPARI_DEFINE_DOT(name, type, chunk, ROWS, prefetch) \
-LLMPARI_FN void name(const void *b, int64_t ldb, int64_t count, int64_t length, const void *next, const float *x, int64_t stride, bool add, \
+// sum[j][i] (+)= row j of b . row i of x, for `count` rows of b and ROWS rows of x, packed by llmpari_pack_few, KC elements at a time. Meanwhile what
+// lies at `next` is fetched, as far from it as the element in work is from b (NULL = nothing).
+#define LLMPARI_DEFINE_DOT(name, type, chunk, ROWS) \
+LLMPARI_FN void name(const void *b, int64_t ldb, int64_t count, int64_t length, const void *next, const float *x, int64_t stride, bool accumulate, \
                      float (*sum)[LLMPARI_FEW]) { \
-    const int64_t whole = length - length % LLMPARI_CHUNK; \
     for (int64_t j = 0; j < count; j++) { \
-        const type *row = (const type *)b + j * ldb, *after = (const type *)next + j * ldb; \
-        llmpari_vec acc[ROWS][LLMPARI_CHAINS], w[LLMPARI_CHAINS]; \
-        LLMPARI_UNROLL for (int i = 0; i < ROWS; i++) LLMPARI_UNROLL for (int c = 0; c < LLMPARI_CHAINS; c++) acc[i][c] = llmpari_zero(); \
-        for (int64_t e = 0; e < whole; e += LLMPARI_CHUNK) { \
-            if (prefetch) { \
-                LLMPARI_PREFETCH(after + e); \
-                if (sizeof(type) == 4) LLMPARI_PREFETCH(after + e + 16); \
+        const type *row = (const type *)b + j * ldb; \
+        for (int64_t k = 0; k < length; k += LLMPARI_KC) { \
+            const int64_t end = llmpari_min(LLMPARI_KC, length - k), whole = end - end % LLMPARI_CHUNK; \
+            const type *at = row + k, *after = next ? (const type *)next + j * ldb + k : NULL; \
+            const bool add = k > 0 || accumulate; \
+            const float *from = x + k; \
+            llmpari_vec acc[ROWS][LLMPARI_CHAINS], w[LLMPARI_CHAINS]; \
+            LLMPARI_UNROLL for (int i = 0; i < ROWS; i++) LLMPARI_UNROLL for (int c = 0; c < LLMPARI_CHAINS; c++) acc[i][c] = llmpari_zero(); \
+            for (int64_t e = 0; e < whole; e += LLMPARI_CHUNK) { \
+                if (after) { \
+                    LLMPARI_PREFETCH(after + e); \
+                    if (sizeof(type) == 4) LLMPARI_PREFETCH(after + e + 16); \
+                } \
+                chunk(at + e, w); \
+                LLMPARI_UNROLL for (int i = 0; i < ROWS; i++) LLMPARI_UNROLL for (int c = 0; c < LLMPARI_CHAINS; c++) \
+                    acc[i][c] += llmpari_load(from + i * stride + e + c * LLMPARI_LANES) * w[c]; \
             } \
-            chunk(row + e, w); \
-            LLMPARI_UNROLL for (int i = 0; i < ROWS; i++) LLMPARI_UNROLL for (int c = 0; c < LLMPARI_CHAINS; c++) \
-                acc[i][c] += llmpari_load(x + i * stride + e + c * LLMPARI_LANES) * w[c]; \
-        } \
-        if (whole < length) { \
-            type rest[LLMPARI_CHUNK]; \
-            memset(rest, 0, sizeof rest); \
-            memcpy(rest, row + whole, (size_t)(length - whole) * sizeof(type)); \
-            chunk(rest, w); \
-            LLMPARI_UNROLL for (int i = 0; i < ROWS; i++) LLMPARI_UNROLL for (int c = 0; c < LLMPARI_CHAINS; c++) \
-                acc[i][c] += llmpari_load(x + i * stride + whole + c * LLMPARI_LANES) * w[c]; \
-        } \
-        LLMPARI_UNROLL for (int i = 0; i < ROWS; i++) { \
-            float t[LLMPARI_CHUNK]; \
-            LLMPARI_UNROLL for (int c = 0; c < LLMPARI_CHAINS; c++) llmpari_store(t + c * LLMPARI_LANES, acc[i][c]); \
-            sum[j][i] = add ? sum[j][i] + llmpari_tree(t) : llmpari_tree(t); \
+            if (whole < end) { \
+                type rest[LLMPARI_CHUNK]; \
+                memset(rest, 0, sizeof rest); \
+                memcpy(rest, at + whole, (size_t)(end - whole) * sizeof(type)); \
+                chunk(rest, w); \
+                LLMPARI_UNROLL for (int i = 0; i < ROWS; i++) LLMPARI_UNROLL for (int c = 0; c < LLMPARI_CHAINS; c++) \
+                    acc[i][c] += llmpari_load(from + i * stride + whole + c * LLMPARI_LANES) * w[c]; \
+            } \
+            LLMPARI_UNROLL for (int i = 0; i < ROWS; i++) { \
+                float t[LLMPARI_CHUNK]; \
+                LLMPARI_UNROLL for (int c = 0; c < LLMPARI_CHAINS; c++) llmpari_store(t + c * LLMPARI_LANES, acc[i][c]); \
+                sum[j][i] = add ? sum[j][i] + llmpari_tree(t) : llmpari_tree(t); \
+            } \
         } \
     } \
 }
-LLMPARI_DEFINE_DOT(llmpari_dot_f32,   float,    llmpari_chunk_f32,  1, 0)
-LLMPARI_DEFINE_DOT(llmpari_dot2_f32,  float,    llmpari_chunk_f32,  2, 1)
-LLMPARI_DEFINE_DOT(llmpari_dot4_f32,  float,    llmpari_chunk_f32,  4, 1)
-LLMPARI_DEFINE_DOT(llmpari_dot_bf16,  uint16_t, llmpari_chunk_bf16, 1, 1)
-LLMPARI_DEFINE_DOT(llmpari_dot2_bf16, uint16_t, llmpari_chunk_bf16, 2, 1)
-LLMPARI_DEFINE_DOT(llmpari_dot4_bf16, uint16_t, llmpari_chunk_bf16, 4, 1)
-LLMPARI_DEFINE_DOT(llmpari_dot_f16,   uint16_t, llmpari_chunk_f16,  1, 1)
-LLMPARI_DEFINE_DOT(llmpari_dot2_f16,  uint16_t, llmpari_chunk_f16,  2, 1)
-LLMPARI_DEFINE_DOT(llmpari_dot4_f16,  uint16_t, llmpari_chunk_f16,  4, 1)
-typedef void (*llmpari_dot_fn)(const void *b, int64_t ldb, int64_t count, int64_t length, const void *next, const float *x, int64_t stride, bool add,
+LLMPARI_DEFINE_DOT(llmpari_dot_f32,   float,    llmpari_chunk_f32,  1)
+LLMPARI_DEFINE_DOT(llmpari_dot2_f32,  float,    llmpari_chunk_f32,  2)
+LLMPARI_DEFINE_DOT(llmpari_dot4_f32,  float,    llmpari_chunk_f32,  4)
+LLMPARI_DEFINE_DOT(llmpari_dot_bf16,  uint16_t, llmpari_chunk_bf16, 1)
+LLMPARI_DEFINE_DOT(llmpari_dot2_bf16, uint16_t, llmpari_chunk_bf16, 2)
+LLMPARI_DEFINE_DOT(llmpari_dot4_bf16, uint16_t, llmpari_chunk_bf16, 4)
+LLMPARI_DEFINE_DOT(llmpari_dot_f16,   uint16_t, llmpari_chunk_f16,  1)
+LLMPARI_DEFINE_DOT(llmpari_dot2_f16,  uint16_t, llmpari_chunk_f16,  2)
+LLMPARI_DEFINE_DOT(llmpari_dot4_f16,  uint16_t, llmpari_chunk_f16,  4)
+typedef void (*llmpari_dot_fn)(const void *b, int64_t ldb, int64_t count, int64_t length, const void *next, const float *x, int64_t stride, bool accumulate,
                                float (*sum)[LLMPARI_FEW]);
 
 // Row of a in the order of b's chunks, padded with zeros to a whole chunk.
@@ -10571,27 +10649,27 @@ LLMPARI_FN void llmpari_few_rows_part(const llmpar_gemm *g, const float *x, int6
     }
 }
 
+// What to fetch while rows of b from `at` on are read. f32 rows that follow one another are best left to the hardware; it is late with 16-bit rows (0.78 of
+// the read bandwidth, 0.9 with help), and does not see a jump to another row coming.
+LLMPARI_FN const void *llmpari_few_rows_next(const llmpar_gemm *g, const void *next, int64_t at, bool whole) {
+    if (next) return llmpari_at(next, g->b_dtype, at);
+    if (whole && g->ldb == g->k) return g->b_dtype == LLMPAR_F32 && g->m == 1 ? NULL : llmpari_at(g->b, g->b_dtype, at + (g->b_dtype == LLMPAR_F32 ? 1024 : 2048));
+    return llmpari_at(g->b, g->b_dtype, at + g->ldb);
+}
+
 // Rows of b in groups, and in parts of k so that the part of a that they meet stays in the first-level cache. A row that is one part goes whole, and rows
 // follow one another, which the hardware prefetcher likes best. next: see llmpari_gemm_portable.
 LLMPARI_FN void llmpari_gemm_few_rows(const llmpar_gemm *g, float *x, const void *next) {
-    const int64_t stride = llmpari_round_up(g->k, LLMPARI_CHUNK), part = LLMPARI_NEAR / g->m / LLMPARI_KC * LLMPARI_KC;
-    const int64_t group = g->k <= LLMPARI_KC || g->k > part ? LLMPARI_GROUP : 1;
+    const int64_t stride = llmpari_round_up(g->k, LLMPARI_CHUNK), near = g->b_dtype == LLMPAR_F32 && g->m > 2 ? LLMPARI_NEAR / 2 : LLMPARI_NEAR;
+    const int64_t part = llmpari_max(LLMPARI_KC, near / g->m / LLMPARI_KC * LLMPARI_KC);
+    const int64_t group = g->m <= LLMPARI_ROWS ? LLMPARI_GROUP : LLMPARI_GROUP / 4;        // rows are read again for the next ROWS rows of a
     float sum[LLMPARI_GROUP][LLMPARI_FEW];
     for (int64_t i = 0; i < g->m; i++) llmpari_pack_few(x + i * stride, g->a + i * g->lda, g->k, g->b_dtype != LLMPAR_F32);
     for (int64_t j0 = 0; j0 < g->n; j0 += group) {
         const int64_t count = llmpari_min(group, g->n - j0);
         if (g->accumulate) for (int64_t j = 0; j < count; j++) for (int64_t i = 0; i < g->m; i++) sum[j][i] = g->c[i * g->ldc + j0 + j];
-        for (int64_t k0 = 0; k0 < g->k; k0 += part) {
-            const int64_t k1 = llmpari_min(k0 + part, g->k);
-            if (k1 - k0 <= LLMPARI_KC) {
-                const void *rows = next ? llmpari_at(next, g->b_dtype, j0 * g->ldb + k0) : llmpari_at(g->b, g->b_dtype, (j0 + 1) * g->ldb + k0);
-                llmpari_few_rows_part(g, x, stride, j0, count, k0, k1 - k0, rows, sum);
-            } else for (int64_t j = 0; j < count; j++)
-                for (int64_t k = k0; k < k1; k += LLMPARI_KC) {                            // then comes the rest of the part, or the next row
-                    const int64_t after = (j0 + j) * g->ldb + (k + LLMPARI_KC < k1 ? k + LLMPARI_KC : g->ldb + k0);
-                    llmpari_few_rows_part(g, x, stride, j0 + j, 1, k, llmpari_min(LLMPARI_KC, k1 - k), llmpari_at(g->b, g->b_dtype, after), sum + j);
-                }
-        }
+        for (int64_t k = 0; k < g->k; k += part)
+            llmpari_few_rows_part(g, x, stride, j0, count, k, llmpari_min(part, g->k - k), llmpari_few_rows_next(g, next, j0 * g->ldb + k, g->k <= part), sum);
         for (int64_t j = 0; j < count; j++) for (int64_t i = 0; i < g->m; i++) g->c[i * g->ldc + j0 + j] = sum[j][i];
     }
 }
@@ -11347,6 +11425,7 @@ typedef struct llmpari_exec_slot {      // one buffer: a weight of one round, an
     int64_t bytes, at;             // place in the memory of activations
     int32_t first, last;           // turns: made in, last used in
     int32_t base;                  // slot that this one is a part of, or -1
+    int32_t value;                 // the value of the plan in a weight, cache or input; -1 = nothing uses it
     bool    fixed, viewed;         // lives as long as the exec; others are parts of it
 } llmpari_exec_slot;
 
@@ -11388,7 +11467,6 @@ struct llmpar_exec {
     llmpari_exec_slot *slot;
     llmpari_exec_turn *turn;
     int32_t      *node_slot;       // per node: slot of a weight, cache or input (round r: + r), or -1
-    int32_t      *node_value;      //           and its value
     int32_t      *output_slot;     // per step: slot of an output, or -1
     llmpar_axes   comm_axes[1 << LLMPAR_MAX_AXES];
     llmpar_comm **comm;
@@ -11465,10 +11543,11 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_wrong(const llmpari_exec_prep *p, con
 // Partial sums come from where the strategy says, once: else the result would be counted twice or not be reduced.
 LLMPARI_FN bool llmpari_exec_partial_legal(const llmpari_exec_prep *p, int axis) {
     const llmpar_op *op = p->op;
-    int operands = 0, lost = 0;    // partial operands; is a dim that the result lacks split?
+    unsigned mask = 0;             // partial operands
+    int operands = 0, lost = 0;    // how many they are; is a dim that the result lacks split?
     for (int s = 0; s < op->n_in; s++) {
         int d = p->in[s]->tensor.sharding.dim[axis];
-        if (d == LLMPAR_PARTIAL) operands++;
+        if (d == LLMPAR_PARTIAL) { mask |= 1u << s; operands++; }
         else if (d >= 0) {
             bool kept = false;
             for (int e = 0; e < p->out->part.n; e++) kept = kept || op->index_of[op->n_in][e] == op->index_of[s][d];
@@ -11476,14 +11555,18 @@ LLMPARI_FN bool llmpari_exec_partial_legal(const llmpari_exec_prep *p, int axis)
         }
     }
     int out = p->out->tensor.sharding.dim[axis] == LLMPAR_PARTIAL;
+    unsigned linear = 0;           // the operands in which, all at once, the op is linear
     switch (op->kind) {
     case LLMPAR_OP_EINSUM: case LLMPAR_OP_MUL: case LLMPAR_OP_EMBED: case LLMPAR_OP_TAKE: return operands + lost == out;
-    case LLMPAR_OP_ADD:  return (operands > 0) == (out > 0);
-    case LLMPAR_OP_ROPE: return operands == out;
-    case LLMPAR_OP_UNARY: return op->function == LLMPAR_NEGATE ? operands == out : operands + out == 0;
+    case LLMPAR_OP_ADD:       return (operands > 0) == (out > 0);
     case LLMPAR_OP_CROSS_ENTROPY: return operands + out == 0 && lost == (int)(p->step->inner >> axis & 1u);
-    default: return operands + out + lost == 0;
+    case LLMPAR_OP_ROPE:      linear = 1u; break;
+    case LLMPAR_OP_UNARY:     linear = op->function == LLMPAR_NEGATE ? 1u : 0; break;
+    case LLMPAR_OP_ATTENTION: linear = op->decode_rows ? 0 : 4u; break;
+    case LLMPAR_OP_NORM:      linear = op->n_in == 3 ? 6u : op->n_in == 2 ? 2u : 0; break;
+    default: break;
     }
+    return !lost && mask == (out ? linear : 0) && (!out || linear);
 }
 
 // Every dim of the op must have the same range in all operands; the kv heads of an attention go by the query heads, which it checks itself.
@@ -12444,6 +12527,9 @@ LLMPARI_FN llmpar_status llmpari_exec_tasks(llmpar_exec *x, llmpar_error *err) {
         p.task->gated = -1;
         for (int s = 0; s < p.task->n_in; s++) p.in[s] = &x->value[p.step->in[s]];
         p.out = p.step->out >= 0 ? &x->value[p.step->out] : NULL;
+        for (int s = 0; p.op && s < p.task->n_in; s++)
+            if (plan->value[p.step->in[s]].node != p.op->in[s])
+                return llmpari_exec_prep_wrong(&p, "it reads another tensor than the op names", x->graph->node[p.op->in[s]].tensor.name);
         LLMPARI_TRY(p.op ? llmpari_exec_prep_op(&p) : llmpari_exec_prep_move(&p));
         x->scratch_bytes = llmpari_max(x->scratch_bytes, p.task->scratch_bytes);
     }
@@ -12473,11 +12559,12 @@ LLMPARI_FN void llmpari_exec_gates(llmpar_exec *x, const llmpar_segment *segment
 // While turns are laid out.
 typedef struct llmpari_exec_unroll { int32_t *now; int32_t carry; } llmpari_exec_unroll;                 // per value: its slot, or -1; slot of the carry that enters
 
-LLMPARI_FN int32_t llmpari_exec_new_slot(llmpar_exec *x, int64_t elements, llmpar_dtype dtype, int32_t first) {
+LLMPARI_FN int32_t llmpari_exec_new_slot(llmpar_exec *x, int32_t value, int32_t first) {
     llmpari_exec_slot *slot = &x->slot[x->n_slots];
-    slot->bytes = LLMPARI_EXEC_ALIGN(elements * llmpar_dtype_bytes(dtype));
     slot->first = slot->last = first;
     slot->base  = -1;
+    slot->value = value;
+    if (value >= 0) slot->bytes = LLMPARI_EXEC_ALIGN(x->value[value].part.elements * llmpar_dtype_bytes(x->value[value].tensor.dtype));
     return x->n_slots++;
 }
 
@@ -12487,33 +12574,39 @@ LLMPARI_FN int32_t llmpari_exec_node_rounds(const llmpar_graph *g, int32_t node)
     return n->block >= 0 && n->role != LLMPAR_ROLE_INPUT ? g->block[n->block].repeats : 1;
 }
 
-LLMPARI_FN llmpar_status llmpari_exec_fixed(llmpar_exec *x, llmpar_error *err) {
+// Which values they hold is known when they are used: rounds may differ in their layouts.
+LLMPARI_FN void llmpari_exec_fixed(llmpar_exec *x) {
     for (int32_t v = 0; v < x->plan->n_values; v++) {
-        int32_t node = x->plan->value[v].node, role = x->graph->node[node].role;
-        if (role == LLMPAR_ROLE_ACTIVATION || x->value[v].producer >= 0) continue;
-        if (x->node_value[node] >= 0) {
-            llmpar_sharding a = llmpar_sharding_normalise(&x->value[v].tensor.sharding, x->mesh),
-                            b = llmpar_sharding_normalise(&x->value[x->node_value[node]].tensor.sharding, x->mesh);
-            if (!llmpar_sharding_equal(&a, &b)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the plan keeps %s in two layouts", x->value[v].tensor.name);
-            continue;
-        }
-        if (llmpar_sharding_partial(&x->value[v].tensor.sharding))
-            return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "%s is kept as partial sums; weights, caches and inputs are whole", x->value[v].tensor.name);
-        x->node_value[node] = v;
-        x->node_slot[node]  = x->n_slots;
-        for (int32_t r = 0; r < llmpari_exec_node_rounds(x->graph, node); r++) {
-            int32_t slot = llmpari_exec_new_slot(x, x->value[v].part.elements, x->value[v].tensor.dtype, 0);
-            x->slot[slot].fixed = true;
-        }
+        int32_t node = x->plan->value[v].node;
+        if (x->graph->node[node].role == LLMPAR_ROLE_ACTIVATION || x->value[v].producer >= 0 || x->node_slot[node] >= 0) continue;
+        x->node_slot[node] = x->n_slots;
+        for (int32_t r = 0; r < llmpari_exec_node_rounds(x->graph, node); r++) x->slot[llmpari_exec_new_slot(x, -1, 0)].fixed = true;
     }
+}
+
+// A weight, cache or input gets its layout from the first step that uses it; all others must agree.
+LLMPARI_FN llmpar_status llmpari_exec_settle(llmpar_exec *x, int32_t at, int32_t value, llmpar_error *err) {
+    llmpari_exec_slot *slot = &x->slot[at];
+    const llmpari_exec_copy *copy = &x->value[value];
+    if (slot->value == value) return LLMPAR_OK;
+    if (slot->value >= 0) {
+        llmpar_sharding a = llmpar_sharding_normalise(&copy->tensor.sharding, x->mesh), b = llmpar_sharding_normalise(&x->value[slot->value].tensor.sharding, x->mesh);
+        return llmpar_sharding_equal(&a, &b) ? LLMPAR_OK : LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the plan keeps %s in two layouts", copy->tensor.name);
+    }
+    if (llmpar_sharding_partial(&copy->tensor.sharding))
+        return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "%s is kept as partial sums; weights, caches and inputs are whole", copy->tensor.name);
+    slot->value = value;
+    slot->bytes = LLMPARI_EXEC_ALIGN(copy->part.elements * llmpar_dtype_bytes(copy->tensor.dtype));
     return LLMPAR_OK;
 }
 
 // The slot that holds a value in this round; notes that turn t uses it.
 LLMPARI_FN llmpar_status llmpari_exec_use(llmpar_exec *x, const llmpari_exec_unroll *u, int32_t value, int32_t round, int32_t t, int32_t *slot, llmpar_error *err) {
     int32_t node = x->plan->value[value].node, at = u->now[value];
-    if (at < 0 && x->value[value].producer < 0 && x->node_slot[node] >= 0)
+    if (at < 0 && x->value[value].producer < 0 && x->node_slot[node] >= 0) {
         at = x->node_slot[node] + (llmpari_exec_node_rounds(x->graph, node) > 1 ? round : 0);
+        LLMPARI_TRY(llmpari_exec_settle(x, at, value, err));
+    }
     if (at < 0)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "turn %d of the plan uses %s before anything makes it; llmpar_solve makes no such plan", (int)t, x->value[value].tensor.name);
     int32_t whole = x->slot[at].base >= 0 ? x->slot[at].base : at;
@@ -12542,7 +12635,7 @@ LLMPARI_FN llmpar_status llmpari_exec_add_turn(llmpar_exec *x, llmpari_exec_unro
         return LLMPAR_OK;
     }
     const llmpari_exec_copy *out = &x->value[step->out];
-    turn->out = u->now[step->out] = llmpari_exec_new_slot(x, out->part.elements, out->tensor.dtype, t);
+    turn->out = u->now[step->out] = llmpari_exec_new_slot(x, step->out, t);
     if (task->view_at >= 0) {
         llmpari_exec_slot *view = &x->slot[turn->out], *of = &x->slot[turn->in[0]];
         view->base = of->base >= 0 ? of->base : turn->in[0];
@@ -12578,16 +12671,15 @@ LLMPARI_FN llmpar_status llmpari_exec_add_turns(llmpar_exec *x, llmpar_error *er
     if (turns + fixed > INT32_MAX / 2) return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "the plan has %lld steps in all rounds", (long long)turns);
     x->slot = (llmpari_exec_slot *)llmpar_arena_alloc(&x->arena, (size_t)(turns + fixed + 1) * sizeof *x->slot);
     x->turn = (llmpari_exec_turn *)llmpar_arena_alloc(&x->arena, (size_t)(turns + 1) * sizeof *x->turn);
-    x->node_slot   = (int32_t *)llmpar_arena_alloc(&x->arena, (size_t)(2 * x->graph->n_nodes + 1) * sizeof(int32_t));
+    x->node_slot   = (int32_t *)llmpar_arena_alloc(&x->arena, (size_t)(x->graph->n_nodes + 1) * sizeof(int32_t));
     x->output_slot = (int32_t *)llmpar_arena_alloc(&x->arena, (size_t)(plan->n_steps + 1) * sizeof(int32_t));
     u.now   = (int32_t *)llmpar_arena_alloc(&x->arena, (size_t)(plan->n_values + 1) * sizeof(int32_t));
     u.carry = -1;
     if (!x->slot || !x->turn || !x->node_slot || !x->output_slot || !u.now) return llmpari_exec_memory(err);
-    x->node_value = x->node_slot + x->graph->n_nodes;
-    for (int32_t n = 0; n < 2 * x->graph->n_nodes; n++) x->node_slot[n] = -1;
+    for (int32_t n = 0; n < x->graph->n_nodes; n++) x->node_slot[n] = -1;
     for (int32_t i = 0; i < plan->n_steps;  i++) x->output_slot[i] = -1;
     for (int32_t v = 0; v < plan->n_values; v++) u.now[v] = -1;
-    LLMPARI_TRY(llmpari_exec_fixed(x, err));
+    llmpari_exec_fixed(x);
     for (int32_t k = 0; k < plan->n_segments; k++) {
         llmpari_exec_gates(x, &plan->segment[k]);
         LLMPARI_TRY(llmpari_exec_segment(x, &u, &plan->segment[k], err));
@@ -12665,29 +12757,31 @@ LLMPARI_FN llmpar_status llmpari_exec_lay_out(llmpar_exec *x, llmpar_error *err)
 }
 
 // The buffer of a weight or cache in the exec that owns it, which must lay it out alike.
-LLMPARI_FN llmpar_status llmpari_exec_borrow(llmpar_exec *x, int32_t node, llmpar_error *err) {
+LLMPARI_FN llmpar_status llmpari_exec_borrow(llmpar_exec *x, int32_t node, int32_t round, llmpar_error *err) {
     const llmpar_exec *from = x->share;
-    const llmpari_exec_copy *mine = &x->value[x->node_value[node]];
+    llmpari_exec_slot *slot = &x->slot[x->node_slot[node] + round];
+    if (slot->value < 0) return LLMPAR_OK;
+    const llmpari_exec_copy *mine = &x->value[slot->value];
     int other = llmpar_find(from->graph, mine->tensor.name);
-    if (other < 0 || from->node_slot[other] < 0)
-        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is not in the exec whose weights and caches are to be shared; build both graphs of the same nodes", mine->tensor.name);
-    const llmpari_exec_copy *theirs = &from->value[from->node_value[other]];
-    int32_t rounds = llmpari_exec_node_rounds(x->graph, node);
-    bool same = mine->tensor.dtype == theirs->tensor.dtype && mine->part.n == theirs->part.n && rounds == llmpari_exec_node_rounds(from->graph, other) &&
-                x->graph->node[node].role == from->graph->node[other].role;
+    bool there = other >= 0 && from->node_slot[other] >= 0 && round < llmpari_exec_node_rounds(from->graph, other);
+    if (!there || from->slot[from->node_slot[other] + round].value < 0)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s of round %d is not in the exec whose weights and caches are to be shared; build both graphs of the same nodes",
+                            mine->tensor.name, (int)round);
+    const llmpari_exec_slot *theirs = &from->slot[from->node_slot[other] + round];
+    const llmpari_exec_copy *copy = &from->value[theirs->value];
+    bool same = mine->tensor.dtype == copy->tensor.dtype && mine->part.n == copy->part.n && x->graph->node[node].role == from->graph->node[other].role;
     for (int d = 0; same && d < mine->part.n; d++) {
-        llmpar_range a = mine->part.range[d], b = theirs->part.range[d];
-        same = a.count == b.count && (!a.count || a.first == b.first) && mine->tensor.dim[d].size == theirs->tensor.dim[d].size;
+        llmpar_range a = mine->part.range[d], b = copy->part.range[d];
+        same = a.count == b.count && (!a.count || a.first == b.first) && mine->tensor.dim[d].size == copy->tensor.dim[d].size;
     }
     if (!same) {
         char a[256], b[256];
         llmpar_tensor_print(&mine->tensor, x->mesh, a, sizeof a);
-        llmpar_tensor_print(&theirs->tensor, from->mesh, b, sizeof b);
-        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d cannot share %s (%s, %d rounds): the other exec keeps it as %s (%s, %d rounds); pin it alike in both graphs",
-                            (int)x->rank, a, llmpar_dtype_name(mine->tensor.dtype), (int)rounds, b, llmpar_dtype_name(theirs->tensor.dtype),
-                            (int)llmpari_exec_node_rounds(from->graph, other));
+        llmpar_tensor_print(&copy->tensor, from->mesh, b, sizeof b);
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d cannot share %s (%s): the other exec keeps it as %s (%s); pin it alike in both graphs", (int)x->rank, a,
+                            llmpar_dtype_name(mine->tensor.dtype), b, llmpar_dtype_name(copy->tensor.dtype));
     }
-    for (int32_t r = 0; r < rounds; r++) x->slot[x->node_slot[node] + r].data = from->slot[from->node_slot[other] + r].data;
+    slot->data = theirs->data;
     return LLMPAR_OK;
 }
 
@@ -12715,11 +12809,11 @@ LLMPARI_FN llmpar_status llmpari_exec_allocate(llmpar_exec *x, llmpar_error *err
         for (int32_t n = 0; n < x->graph->n_nodes; n++) {
             if (x->node_slot[n] < 0) continue;
             bool input = x->graph->node[n].role == LLMPAR_ROLE_INPUT;
-            if (!input && x->share) {
-                if (pass == 0) LLMPARI_TRY(llmpari_exec_borrow(x, n, err));
-                continue;
-            }
             for (int32_t r = 0; r < llmpari_exec_node_rounds(x->graph, n); r++) {
+                if (!input && x->share) {
+                    if (pass == 0) LLMPARI_TRY(llmpari_exec_borrow(x, n, r, err));
+                    continue;
+                }
                 llmpari_exec_slot *slot = &x->slot[x->node_slot[n] + r];
                 if (pass == 0) { if (input) work += slot->bytes; else state += slot->bytes; continue; }
                 slot->data = input ? work_at : state_at;
@@ -12812,8 +12906,10 @@ LLMPAR_DEF void llmpar_exec_free(llmpar_exec *x) {
 
 LLMPAR_DEF void *llmpar_exec_data(llmpar_exec *x, int node, int round, llmpar_tensor *tensor) {
     if (node < 0 || node >= x->graph->n_nodes || x->node_slot[node] < 0 || round < 0 || round >= llmpari_exec_node_rounds(x->graph, node)) return NULL;
-    if (tensor) *tensor = x->value[x->node_value[node]].tensor;
-    return x->slot[x->node_slot[node] + round].data;
+    const llmpari_exec_slot *slot = &x->slot[x->node_slot[node] + round];
+    if (slot->value < 0) return NULL;
+    if (tensor) *tensor = x->value[slot->value].tensor;
+    return slot->data;
 }
 
 LLMPAR_DEF const float *llmpar_exec_output(llmpar_exec *x, const char *name, llmpar_tensor *tensor) {

@@ -1,42 +1,45 @@
 // llama.c - generates text from a Hugging Face checkpoint folder, split over thread-ranks of any mesh of dp (rows) and tp (heads, MLP, vocabulary).
-//
 //   cc -O3 -march=native -I. examples/llama.c -o build/llama -lpthread -lm
 //   build/llama tests/golden/shakespeare-dense --mesh tp=3 --prompt "KING RICHARD:" --steps 200
 //   build/llama DIR --mesh dp=2,tp=2 --ids prompts.txt --steps 64        (decimal ids, a sequence a line; prints the new ids, a line each)
 //
-// Prints the text to stdout; progress and a table (bytes read and memory per rank, collectives per layer, tokens/s) to stderr.
+// Prints the text to stdout, the same for every mesh; progress and a table (bytes read and memory per rank, collectives per layer, tokens/s) to stderr:
+//   KING RICHARD:
+//   The gods that thou art thou art thou liest,
+//   That we have seen to the sea shall be so.
+//   ...
 #define LLMPAR_IMPLEMENTATION
 #include "llmpar.h"
 #define TRY(call) do { llmpar_status try_ = (call); if (try_) return try_; } while (0)
 
 typedef struct options {
     const char *folder, *prompt, *ids_file, *dtype;
-    llmpar_mesh mesh;
-    bool sp;
-    long steps;
-    double temperature, top_p;
-    uint64_t seed;
+    llmpar_mesh mesh; bool sp; long steps;
+    double temperature, top_p; uint64_t seed;
     int32_t *ids, *lengths, rows, longest;     // ids[rows][stride]
-    int64_t stride;
-    llmpar_engine_stats *stats;                // [ranks]
+    int64_t stride; llmpar_engine_stats *stats;   // stats[ranks]
 } options;
 
 static void progress(llmpar_log_level level, const char *text, void *user) { (void)level; (void)user; fprintf(stderr, isatty(2) ? "\r%s   " : "%s\n", text); }
 
 static int fail(const char *format, const char *what, long long a, long long b) { fprintf(stderr, format, what, a, b); return fputc('\n', stderr), 1; }
 
+static double number(const char *option, const char *text, double least, double most) {
+    char *end; double x = strtod(text, &end);
+    if (*end || end == text || !(x >= least && x <= most)) fprintf(stderr, "%s %s: a number from %g to %g is expected\n", option, text, least, most), exit(1);
+    return x;
+}
+
 // One line of the table: the collectives that a plan makes in a layer, and the speed.
 static void describe(const char *phase, const llmpar_plan *plan, const llmpar_mesh *mesh, int64_t tokens, double seconds) {
     int64_t calls[LLMPAR_COLLECTIVE_COUNT] = { 0 }, bytes = 0, layers = 0;
     for (int s = 0; s < plan->n_segments; s++) {
         const llmpar_segment *segment = &plan->segment[s];
-        if (segment->block < 0) continue;
-        layers += segment->repeats;
+        if (segment->block >= 0) layers += segment->repeats; else continue;
         for (int i = segment->first_step; i < segment->end_step; i++) {
             const llmpar_step *step = &plan->step[i];
             if (step->op >= 0 || step->move.kind == LLMPAR_SLICE) continue;
-            llmpar_tensor tensor = llmpar_plan_tensor(plan, step->in[0]);
-            calls[step->move.kind] += segment->repeats;
+            llmpar_tensor tensor = llmpar_plan_tensor(plan, step->in[0]); calls[step->move.kind] += segment->repeats;
             bytes += segment->repeats * llmpar_move_payload_bytes(&step->move, &tensor, mesh, 0);
         }
     }
@@ -51,9 +54,7 @@ static llmpar_status rank_main(llmpar_comm *world, void *user, llmpar_error *err
     options *o = (options *)user;
     llmpar_engine_desc desc = { .folder = o->folder, .mesh = &o->mesh, .world = world, .max_batch = o->rows, .max_prompt = o->longest < 512 ? o->longest : 512,
         .max_context = o->longest + o->steps - 1, .sequence_parallel = o->sp, .keep_dtype = !o->dtype, .round_weights = o->dtype != NULL };
-    uint64_t state = o->seed;
-    llmpar_engine *engine;
-    const float *logits;
+    uint64_t state = o->seed; llmpar_engine *engine; const float *logits;
     if (o->dtype) TRY(llmpar_dtype_parse(o->dtype, &desc.weight_dtype, err));
     if (world->rank == 0) desc.log.fn = progress;
     TRY(llmpar_engine_create(&desc, &engine, err));
@@ -131,9 +132,9 @@ int main(int argc, char **argv) {
         else if (argv[i][0] != '-' && !o.folder) o.folder = argv[i];
         else return fail("unknown option, or one without its value: %s", argv[i], 0, 0);
     }
-    o.prompt = value[1]; o.ids_file = value[2]; o.steps = atol(value[3]); o.dtype = value[4];
-    o.temperature = atof(value[5]); o.top_p = atof(value[6]); o.seed = strtoull(value[7], NULL, 10);
-    if (!o.folder || !o.prompt == !o.ids_file || o.steps < 1)
+    o.prompt = value[1]; o.ids_file = value[2]; o.steps = (long)number("--steps", value[3], 1, 1e9); o.dtype = value[4];
+    o.temperature = number("--temperature", value[5], 0, 1e6); o.top_p = number("--top-p", value[6], 0, 1); o.seed = (uint64_t)number("--seed", value[7], 0, 9e15);
+    if (!o.folder || !o.prompt == !o.ids_file)
         return fail("usage: llama DIR [--mesh tp=3] --prompt TEXT | --ids FILE|- [--steps N] [--dtype f32|bf16|f16] [--sp] [--temperature 0] [--top-p 1] [--seed 0]%s", "", 0, 0);
     llmpar_checkpoint *files;
     if (llmpar_mesh_parse(value[0], &o.mesh, &err) || llmpar_checkpoint_open(&(llmpar_checkpoint_desc){ .folder = o.folder }, &files, &err))

@@ -1,8 +1,9 @@
 // Speed of a whole model through the engine: a synthetic Llama (make_synthetic) on thread-ranks, against the limits of this machine measured in the same run.
-//   bench_decode F32_FOLDER BF16_FOLDER [--ranks 1,2] [--rounds 7] [--tokens 8] [--context 512] [--only decode|prefill] [--torch COMMAND]
+//   bench_decode F32_FOLDER BF16_FOLDER [--ranks 1,2] [--rounds 9] [--tokens 4] [--context 512] [--only decode|prefill] [--torch COMMAND]
 // Decode: the bytes that a token touches (weights, keys and values) times tokens/s, as a part of what as many threads read at most ("probe"); bf16 weights, kept
 // in bf16, against f32. Prefill: the rate of its products, over the wall time of the whole prefill, as a part of cblas_sgemm's on the same list of shapes.
-// Everything is interleaved round by round; a figure is the median of the rounds, a ratio the median of the rounds' ratios. No time is ever asserted.
+// Everything is interleaved round by round; a figure is the median of the rounds, a ratio the median of the rounds' ratios. No time is ever asserted. A round in
+// which some rank did not have its processor for itself (CPU time under 0.97 of the wall time) is repeated, for REPEAT_S seconds and REPEATS times the rounds in all.
 // COMMAND (python3 tests/bench_torch.py) is a peer that decodes the same sizes when told to on its stdin, in the same rounds.
 #define LLMPAR_IMPLEMENTATION
 #include "llmpar.h"
@@ -13,14 +14,15 @@
 #define BENCH_FLAGS "not given (-DBENCH_FLAGS)"
 #endif
 #define TRY(call) do { llmpar_status try_ = (call); if (try_) return try_; } while (0)
-enum { MAX_RANKS = 8, MAX_ROUNDS = 101, MAX_PRODUCTS = 4096, F32 = 0, BF16 = 1, KINDS = 2 };
+enum { MAX_RANKS = 8, MAX_ROUNDS = 101, MAX_PRODUCTS = 4096, REPEATS = 4, REPEAT_S = 20, F32 = 0, BF16 = 1, KINDS = 2 };
 #define PROBE_BYTES ((int64_t)512 << 20)               // of all threads together: far more than the last-level cache
 
-static double now(void) {
+static double clock_s(clockid_t id) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(id, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
+static double now(void) { return clock_s(CLOCK_MONOTONIC); }
 static int ascending(const void *a, const void *b) { return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b); }
 static double median(const double *values, int n) {
     double sorted[MAX_ROUNDS];
@@ -56,8 +58,9 @@ static const char *distance(const char *when) {
         ns[b] = 1e9 * (now() - start) / (2 * PONGS);
     }
     pthread_join(thread, NULL);
-    const char *label = median(ns, BURSTS) < 45 ? "near" : "far";
-    printf("one-way cache line latency %s: %.0f ns: %s\n", when, median(ns, BURSTS), label);
+    qsort(ns, BURSTS, sizeof *ns, ascending);                                              // a quarter of the way up: other work only adds
+    const char *label = ns[BURSTS / 4] < 45 ? "near" : ns[BURSTS / 4] < 300 ? "far" : "unknown, the processors are busy";
+    printf("one-way cache line latency %s: %.0f ns: %s\n", when, ns[BURSTS / 4], label);
     return label;
 }
 
@@ -68,11 +71,12 @@ typedef struct product { int64_t m, n, k; const void *b; int64_t ldb; bool b_tra
 typedef struct bench_rank {
     llmpar_ops base;
     bool    recording, timing;         // the gemm wrapper's: note the shapes; take the time
+    bool    quiet;                     // nothing else ran on this rank's processor in this round
     product list[MAX_PRODUCTS];        // of one prefill
     int     n_products;
     double  gemm_s;
     int64_t weight_bytes[KINDS], kv_bytes_per_key;     // that a decoded token touches here
-    double  probe[2 * MAX_ROUNDS + 1], decode[KINDS][MAX_ROUNDS], prefill[MAX_ROUNDS], gemms[MAX_ROUNDS], blas[MAX_ROUNDS + 1];
+    double  probe[3 * MAX_ROUNDS], decode[KINDS][MAX_ROUNDS], prefill[MAX_ROUNDS], gemms[MAX_ROUNDS], blas[MAX_ROUNDS];
     double  kv_bytes[KINDS][MAX_ROUNDS];               // a token, mean of the round
     int64_t memory[KINDS];
 } bench_rank;
@@ -86,6 +90,9 @@ typedef struct bench {
     pthread_barrier_t barrier;
     bench_rank *rank;
     double  torch_s[KINDS][MAX_ROUNDS];
+    int     repeated, disturbed;       // rounds
+    double  began;                     // when rank 0 began the rounds
+    bool    late;                      // no time for repeats any more
     FILE   *to_torch, *from_torch;
     int     missed;
 } bench;
@@ -106,13 +113,6 @@ static float read_all(const float *p, int64_t n) {
     return sum;
 }
 
-static double probe(bench *b, const float *memory, int64_t n) {
-    pthread_barrier_wait(&b->barrier);
-    const double start = now();
-    sink = read_all(memory, n);
-    return now() - start;
-}
-
 static void watched_gemm(void *user, const llmpar_gemm *g) {
     bench_rank *r = (bench_rank *)user;
     if (r->recording && r->n_products < MAX_PRODUCTS) {
@@ -123,7 +123,6 @@ static void watched_gemm(void *user, const llmpar_gemm *g) {
     r->base.gemm(r->base.user, g);
     if (r->timing) r->gemm_s += now() - start;
 }
-static void *same_user(llmpar_ops *ops, bench_rank *r) { r->base = *ops; ops->user = r; ops->gemm = watched_gemm; return r; }
 
 // Bytes of this rank's weights that a decoded token reads (of the embedding table a row), and of a key and a value of all layers.
 static void count_bytes(llmpar_engine *e, int32_t rank, int64_t *weights, int64_t *per_key) {
@@ -145,7 +144,45 @@ static void count_bytes(llmpar_engine *e, int32_t rank, int64_t *weights, int64_
 
 // ---- one rank --------------------------------------------------------------------------------------------------------------------------------------------
 
-typedef struct worker { bench *b; bench_rank *r; llmpar_engine *engine[KINDS]; int32_t rank, *ids, *order, next[KINDS]; float *scratch; int64_t v, used[KINDS]; } worker;
+typedef struct worker {
+    bench      *b;
+    bench_rank *r;
+    llmpar_engine *engine[KINDS];
+    int32_t rank, *ids, *order, next[KINDS];
+    float  *scratch;
+    int64_t v, used[KINDS];
+    double  wall, cpu;             // when the span began that is being timed
+} worker;
+
+// A span that all ranks begin together; its wall time.
+static void begin(worker *w) {
+    pthread_barrier_wait(&w->b->barrier);
+    w->wall = now();
+    w->cpu  = clock_s(CLOCK_THREAD_CPUTIME_ID);
+}
+static double end(worker *w) {
+    const double wall = now() - w->wall, cpu = clock_s(CLOCK_THREAD_CPUTIME_ID) - w->cpu;
+    if (cpu < 0.97 * wall) w->r->quiet = false;
+    return wall;
+}
+// Does the round count? The same answer on every rank.
+static bool accept_round(worker *w, int *repeats_left) {
+    bool quiet = true;
+    if (!w->rank) w->b->late = now() - w->b->began > REPEAT_S;
+    pthread_barrier_wait(&w->b->barrier);
+    for (int r = 0; r < w->b->n_ranks; r++) quiet = quiet && w->b->rank[r].quiet;
+    pthread_barrier_wait(&w->b->barrier);
+    w->r->quiet = true;
+    if (quiet || *repeats_left == 0 || w->b->late) { if (!w->rank) w->b->disturbed += !quiet; return true; }
+    if (!w->rank) w->b->repeated++;
+    --*repeats_left;
+    return false;
+}
+static double probe(worker *w, const float *memory, int64_t n) {
+    begin(w);
+    sink = read_all(memory, n);
+    return end(w);
+}
 
 static llmpar_status prompt(worker *w, int kind, llmpar_error *err) {
     const int32_t length = (int32_t)w->b->context;
@@ -163,14 +200,13 @@ static llmpar_status decode_round(worker *w, int kind, int round, llmpar_error *
     const float *logits;
     uint64_t state = 0;
     double keys = 0;
-    pthread_barrier_wait(&w->b->barrier);
-    const double start = now();
+    begin(w);
     for (int t = 0; t < w->b->tokens; t++) {
         TRY(llmpar_engine_step(w->engine[kind], &w->next[kind], &one, 1, 1, &logits, err));
         w->next[kind] = llmpar_sample(logits, w->v, 0, 1, &state, w->scratch, w->order);
         keys += (double)++w->used[kind];
     }
-    w->r->decode[kind][round]   = (now() - start) / w->b->tokens;
+    w->r->decode[kind][round]   = end(w) / w->b->tokens;
     w->r->kv_bytes[kind][round] = keys / w->b->tokens * (double)w->r->kv_bytes_per_key;
     return LLMPAR_OK;
 }
@@ -195,13 +231,17 @@ static llmpar_status run_decode(worker *w, llmpar_error *err) {
         TRY(prompt(w, kind, err));
         TRY(decode_round(w, kind, 0, err));                                                // warm
     }
-    w->r->probe[0] = probe(w->b, memory, floats);
-    for (int round = 0; round < w->b->rounds; round++)
+    if (!w->rank) w->b->began = now();
+    for (int round = 0, left = (REPEATS - 1) * w->b->rounds; round < w->b->rounds; ) {
+        w->r->quiet = true;
+        w->r->probe[3 * round] = probe(w, memory, floats);
         for (int kind = 0; kind < KINDS; kind++) {
             TRY(decode_round(w, kind, round, err));
-            w->r->probe[2 * round + kind + 1] = probe(w->b, memory, floats);
-            if (w->b->torch) torch_round(w, kind, round);
+            w->r->probe[3 * round + kind + 1] = probe(w, memory, floats);
         }
+        for (int kind = 0; kind < KINDS && w->b->torch; kind++) torch_round(w, kind, round);
+        round += accept_round(w, &left);
+    }
     free(memory);
     return LLMPAR_OK;
 }
@@ -209,14 +249,13 @@ static llmpar_status run_decode(worker *w, llmpar_error *err) {
 #ifdef LLMPAR_CBLAS
 // The products of one prefill by cblas_sgemm alone: the same shapes, the same weights in the same order.
 static double replay(worker *w, const float *a, float *c) {
-    pthread_barrier_wait(&w->b->barrier);
-    const double start = now();
+    begin(w);
     for (int i = 0; i < w->r->n_products; i++) {
         const product *p = &w->r->list[i];
         cblas_sgemm(CblasRowMajor, CblasNoTrans, p->b_transposed ? CblasTrans : CblasNoTrans, (int)p->m, (int)p->n, (int)p->k, 1.0f, a, (int)p->k,
                     (const float *)p->b, (int)p->ldb, 0.0f, c, (int)p->n);
     }
-    return now() - start;
+    return end(w);
 }
 static llmpar_status run_prefill(worker *w, llmpar_error *err) {
     int64_t a_floats = 1, c_floats = 1;
@@ -231,18 +270,19 @@ static llmpar_status run_prefill(worker *w, llmpar_error *err) {
     if (posix_memalign((void **)&a, 64, (size_t)a_floats * 4) || posix_memalign((void **)&c, 64, (size_t)c_floats * 4))
         return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the products");
     for (int64_t i = 0; i < a_floats; i++) a[i] = 0.01f * (float)(i % 37);
-    w->r->blas[0] = replay(w, a, c);                                                       // warm
-    w->r->blas[0] = replay(w, a, c);
-    for (int round = 0; round < w->b->rounds; round++) {
-        pthread_barrier_wait(&w->b->barrier);
-        const double start = now();
+    replay(w, a, c);                                                                       // warm
+    if (!w->rank) w->b->began = now();
+    for (int round = 0, left = (REPEATS - 1) * w->b->rounds; round < w->b->rounds; ) {
+        w->r->quiet = true;
         w->r->gemm_s = 0;
         w->r->timing = true;
+        begin(w);
         TRY(prompt(w, F32, err));
+        w->r->prefill[round] = end(w);
         w->r->timing = false;
-        w->r->prefill[round] = now() - start;
-        w->r->gemms[round]   = w->r->gemm_s;
-        w->r->blas[round + 1] = replay(w, a, c);
+        w->r->gemms[round] = w->r->gemm_s;
+        w->r->blas[round]  = replay(w, a, c);
+        round += accept_round(w, &left);
     }
     free(a);
     free(c);
@@ -263,9 +303,9 @@ static llmpar_status rank_main(llmpar_comm *world, void *user, llmpar_error *err
         llmpar_engine_desc desc = LLMPAR_ZERO;
         llmpar_ops ops = llmpar_ops_cpu();
         if (kind == BF16 && !b->decode) continue;
-        if (kind == F32) same_user(&ops, w.r);
+        if (kind == F32) { w.r->base = ops; ops.user = w.r; ops.gemm = watched_gemm; }
         desc.folder = b->folder[kind]; desc.mesh = &b->mesh; desc.world = world; desc.max_prompt = b->context; desc.keep_dtype = true; desc.ops = &ops;
-        desc.max_context = b->context + (int64_t)(b->rounds + 1) * b->tokens;
+        desc.max_context = b->context + (int64_t)(REPEATS * b->rounds + 1) * b->tokens;
         TRY(llmpar_engine_create(&desc, &w.engine[kind], err));
         count_bytes(w.engine[kind], w.rank, &w.r->weight_bytes[kind], &w.r->kv_bytes_per_key);
         w.r->memory[kind] = llmpar_engine_get_stats(w.engine[kind]).memory_bytes;
@@ -303,10 +343,10 @@ static double slowest(const bench *b, size_t member, int i) {
 }
 
 static void report_decode(bench *b) {
-    double probes[2 * MAX_ROUNDS + 1], time[KINDS][MAX_ROUNDS], rate[KINDS][MAX_ROUNDS], ratio[KINDS][MAX_ROUNDS], gain[MAX_ROUNDS], peer[MAX_ROUNDS], bytes[KINDS] = { 0 };
+    double probes[3 * MAX_ROUNDS], time[KINDS][MAX_ROUNDS], rate[KINDS][MAX_ROUNDS], ratio[KINDS][MAX_ROUNDS], gain[MAX_ROUNDS], peer[MAX_ROUNDS], bytes[KINDS] = { 0 };
     double low = 0, high = 0, memory = 0;
-    for (int i = 0; i <= 2 * b->rounds; i++) probes[i] = (double)PROBE_BYTES / slowest(b, offsetof(bench_rank, probe), i);
-    for (int i = 0; i <= 2 * b->rounds; i++) { low = i && low < probes[i] ? low : probes[i]; high = i && high > probes[i] ? high : probes[i]; }
+    for (int i = 0; i < 3 * b->rounds; i++) probes[i] = (double)PROBE_BYTES / slowest(b, offsetof(bench_rank, probe), i);
+    for (int i = 0; i < 3 * b->rounds; i++) { low = i && low < probes[i] ? low : probes[i]; high = i && high > probes[i] ? high : probes[i]; }
     for (int r = 0; r < b->n_ranks; r++) memory += (double)(b->rank[r].memory[F32] + b->rank[r].memory[BF16]);
     for (int i = 0; i < b->rounds; i++)
         for (int kind = 0; kind < KINDS; kind++) {
@@ -314,14 +354,14 @@ static void report_decode(bench *b) {
             for (int r = 0; r < b->n_ranks; r++) touched += (double)b->rank[r].weight_bytes[kind] + b->rank[r].kv_bytes[kind][i];
             time[kind][i]  = slowest(b, offsetof(bench_rank, decode) + (size_t)kind * sizeof b->rank->decode[0], i);
             rate[kind][i]  = touched / time[kind][i];
-            ratio[kind][i] = rate[kind][i] / ((probes[2 * i + kind] + probes[2 * i + kind + 1]) / 2);
+            ratio[kind][i] = rate[kind][i] / ((probes[3 * i + kind] + probes[3 * i + kind + 1]) / 2);
             bytes[kind]    = touched;
         }
     for (int i = 0; i < b->rounds; i++) gain[i] = time[F32][i] / time[BF16][i];
-    double sorted[MAX_ROUNDS];
-    for (int i = 0; i < b->rounds; i++) sorted[i] = (probes[2 * i] + probes[2 * i + 1]) / 2;
+    double middle[MAX_ROUNDS];
+    for (int i = 0; i < b->rounds; i++) middle[i] = median(&probes[3 * i], 3);
     printf("decode, %d rank%s, after a prompt of %lld tokens; read probe %.1f GB/s (%.1f to %.1f); both engines hold %.2f GB\n", b->n_ranks, b->n_ranks > 1 ? "s" : "",
-           (long long)b->context, 1e-9 * median(sorted, b->rounds), 1e-9 * low, 1e-9 * high, 1e-9 * memory);
+           (long long)b->context, 1e-9 * median(middle, b->rounds), 1e-9 * low, 1e-9 * high, 1e-9 * memory);
     for (int kind = 0; kind < KINDS; kind++) {
         printf("  %-4s %6.2f ms a token, %6.1f tokens/s, %7.1f MB a token, %5.1f GB/s, %.3f of the probe%s", kind == F32 ? "f32" : "bf16", 1e3 * median(time[kind], b->rounds),
                1 / median(time[kind], b->rounds), 1e-6 * bytes[kind], 1e-9 * median(rate[kind], b->rounds), median(ratio[kind], b->rounds), kind == F32 ? "" : "\n");
@@ -341,11 +381,11 @@ static void report_prefill(bench *b) {
     for (int r = 0; r < b->n_ranks; r++)
         for (int i = 0; i < b->rank[r].n_products; i++) flops += 2.0 * (double)b->rank[r].list[i].m * (double)b->rank[r].list[i].n * (double)b->rank[r].list[i].k;
     for (int i = 0; i < b->rounds; i++) {
-        double mean = (slowest(b, offsetof(bench_rank, blas), i) + slowest(b, offsetof(bench_rank, blas), i + 1)) / 2, wall = slowest(b, offsetof(bench_rank, prefill), i);
+        double alone = slowest(b, offsetof(bench_rank, blas), i), wall = slowest(b, offsetof(bench_rank, prefill), i);
         rate[i]  = flops / wall;
-        blas[i]  = flops / mean;
-        whole[i] = mean / wall;
-        own[i]   = mean / slowest(b, offsetof(bench_rank, gemms), i);
+        blas[i]  = flops / alone;
+        whole[i] = alone / wall;
+        own[i]   = alone / slowest(b, offsetof(bench_rank, gemms), i);
         part[i]  = slowest(b, offsetof(bench_rank, gemms), i) / wall;
     }
     printf("prefill f32, %d rank%s, %lld tokens: %.1f GFLOP in %d products a rank; cblas_sgemm alone %.1f GFLOP/s\n", b->n_ranks, b->n_ranks > 1 ? "s" : "", (long long)b->context,
@@ -399,6 +439,8 @@ static int run_ranks(bench *b, int n) {
     if (b->decode) child = start_torch(b);
     threads.n_ranks = n;
     if (llmpar_threads_run(&threads, rank_main, b, &err)) { printf("%s: %s\n", mesh, err.text); return 1; }
+    if (b->repeated) printf("%d rounds were disturbed by other work and repeated%s\n", b->repeated, b->disturbed ? "; too many: disturbed ones count" : "");
+    b->repeated = b->disturbed = 0;
     if (b->decode) report_decode(b);
 #ifdef LLMPAR_CBLAS
     if (b->prefill) report_prefill(b);
@@ -416,7 +458,7 @@ int main(int argc, char **argv) {
     bench b;
     const char *ranks = "1,2", *only = "";
     memset(&b, 0, sizeof b);
-    b.rounds = 7; b.tokens = 8; b.context = 512;
+    b.rounds = 9; b.tokens = 4; b.context = 512;
     for (int i = 1; i < argc; i++) {
         const char *value = i + 1 < argc ? argv[i + 1] : "";
         if (argv[i][0] != '-') { if (b.folder[F32]) b.folder[BF16] = argv[i]; else b.folder[F32] = argv[i]; continue; }
@@ -432,9 +474,10 @@ int main(int argc, char **argv) {
     b.decode  = strcmp(only, "prefill") != 0;
     b.prefill = strcmp(only, "decode") != 0;
     if (!b.folder[BF16] || b.rounds < 1 || b.rounds > MAX_ROUNDS || b.tokens < 1 || b.context < 2) {
-        printf("usage: bench_decode F32_FOLDER BF16_FOLDER [--ranks 1,2] [--rounds 7] [--tokens 8] [--context 512] [--only decode|prefill] [--torch COMMAND]\n");
+        printf("usage: bench_decode F32_FOLDER BF16_FOLDER [--ranks 1,2] [--rounds 9] [--tokens 4] [--context 512] [--only decode|prefill] [--torch COMMAND]\n");
         return 2;
     }
+    setvbuf(stdout, NULL, _IOLBF, 0);
     printf("compiler %s, flags %s, %d lanes; medians of %d interleaved rounds of %d tokens\n", __VERSION__, BENCH_FLAGS, LLMPARI_LANES, b.rounds, b.tokens);
 #ifndef LLMPAR_CBLAS
     if (b.prefill) printf("SKIP prefill against cblas_sgemm: built without LLMPAR_CBLAS\n");

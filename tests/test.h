@@ -62,5 +62,7 @@ static inline uint64_t test_random(void) {
 }
 static inline int64_t test_below(int64_t n) { return (int64_t)(test_random() % (uint64_t)n); }            // 0 .. n-1
 static inline double  test_uniform(void) { return (double)(test_random() >> 11) / 9007199254740992.0; }   // [0, 1)
+// LLMPAR_SHORT asks for fewer random cases: under a sanitizer each takes 10 to 20 times as long.
+static inline int     test_short(void)  { const char *text = getenv("LLMPAR_SHORT");  return text && text[0] && text[0] != '0'; }
 static inline int     test_stress(void) { const char *text = getenv("LLMPAR_STRESS"); return text && text[0] && text[0] != '0'; }
 #endif

@@ -894,9 +894,10 @@ static int try_random(uint64_t seed, int solved, int *ok) {
         if (solved) {
             llmpar_solve_desc desc = LLMPAR_ZERO;
             llmpar_status status = llmpar_solve(&w->g, &desc, &plan, &err);
-            if (status) { printf("solve: %s\n", err.text); *ok = 0; }
+            if (status == LLMPAR_UNSUPPORTED || status == LLMPAR_DOES_NOT_FIT) ran = 0;      // pins that exclude each other; tensors that pass a block by
+            else if (status) { printf("solve: %s\n", err.text); *ok = 0; }
         } else *ok = random_plan(w, &plan);
-        *ok = *ok && run_plan(w, &plan, test_below(4) == 0, 1);
+        *ok = *ok && (!ran || run_plan(w, &plan, test_below(4) == 0, 1));
         if (!*ok) {
             char mesh[64];
             llmpar_mesh_print(&w->mesh, mesh, sizeof mesh);
@@ -969,7 +970,7 @@ static llmpar_status run_pair(llmpar_comm *comm, void *user, llmpar_error *err) 
         status = llmpar_exec_run(exec[i], p->w[i]->position, err);
         if (!status && !same_block(p->w[i], exec[i], comm->rank)) p->bad[comm->rank] |= 1 << i;
     }
-    if (!status && llmpar_exec_bytes(exec[1]) >= llmpar_exec_bytes(exec[0])) p->bad[comm->rank] |= 4;
+    if (!status && exec[1]->state_bytes) p->bad[comm->rank] |= 4;
     llmpar_exec_free(exec[1]);
     llmpar_exec_free(exec[0]);
     return status;
@@ -1180,10 +1181,10 @@ static void test_errors(void) {
     llmpar_name(&w2->g, llmpar_find(&w2->g, "wq"), "wQ");
     CHECK(random_plan(w2, &plan2));
     desc.plan = &plan2;
-    CHECK_FAIL(llmpar_exec_create(&desc, &other, &err), LLMPAR_BAD_ARGUMENT, err, "wQ is not in the exec");
+    CHECK_FAIL(llmpar_exec_create(&desc, &other, &err), LLMPAR_BAD_ARGUMENT, err, "wQ of round 0 is not in the exec");
     llmpar_name(&w2->g, llmpar_find(&w2->g, "wQ"), "wq");
     w2->g.node[llmpar_find(&w2->g, "wk")].tensor.dtype = LLMPAR_BF16;
-    CHECK_FAIL(llmpar_exec_create(&desc, &other, &err), LLMPAR_BAD_ARGUMENT, err, "cannot share wk[K_x, D, H] (bf16, 2 rounds)");
+    CHECK_FAIL(llmpar_exec_create(&desc, &other, &err), LLMPAR_BAD_ARGUMENT, err, "cannot share wk[K_x, D, H] (bf16)");
     w2->g.node[llmpar_find(&w2->g, "wk")].tensor.dtype = LLMPAR_F32;
     w2->g.node[plan2.value[plan2.step[plan2.n_steps - 2].out].node].tensor.dtype = LLMPAR_BF16;
     CHECK_FAIL(llmpar_exec_create(&desc, &other, &err), LLMPAR_UNSUPPORTED, err, "activations");
@@ -1388,7 +1389,7 @@ int main(int argc, char **argv) {
         for (int k = 0; k < LLMPAR_OP_KIND_COUNT; k++) CHECK(random_ops[k] > 0);
     }
     TEST("the solver's plans equal the reference") {
-        int ran = 0, want = test_stress() ? 2000 : 50;
+        int ran = 0, want = test_stress() ? 2000 : test_short() ? 10 : 50;
         for (uint64_t i = 0; ran < want; i++) { int ok; ran += try_random(seed * 2000003 + i, 1, &ok); CHECK(ok); }
     }
     test_state = seed;

@@ -1,0 +1,49 @@
+#!/bin/sh
+# make bench: builds every tests/bench_*.c with optimisation (with CBLAS where it is found) and runs it. Prints the machine, the flags, medians and ratios with
+# their goals; a missed goal is reported and fails nothing, because times depend on what else the machine does. Exit status: did every program run?
+#   CC CFLAGS (-O3 -march=native)   CBLAS_CFLAGS CBLAS_LIBS (-lopenblas)   LLMPAR_BENCH=PART  only the programs whose name has PART   PYTHON (python3)
+B=${B:-build}; D=$B/bench; CC=${CC:-cc}; CFLAGS=${CFLAGS:--O3 -march=native}; PYTHON=${PYTHON:-python3}
+mkdir -p "$D"; failed=0
+export OPENBLAS_NUM_THREADS=1
+
+echo "machine: $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo 2> /dev/null | head -n 1), $(getconf _NPROCESSORS_ONLN) processors; load $(cut -d ' ' -f 1-3 /proc/loadavg 2> /dev/null)"
+echo "CPU flags:$(sed -n 's/^flags[^:]*://p' /proc/cpuinfo 2> /dev/null | head -n 1 | tr ' ' '\n' | grep -E '^(avx|fma|f16c|sse4|amx|asimd|sve)' | tr '\n' ' ' | sed 's/^/ /')"
+echo "compiler: $($CC --version | head -n 1); flags: $CFLAGS"
+
+printf '#include <cblas.h>\nint main(void) { float x = 1; return (int)cblas_sdot(1, &x, 1, &x, 1) - 1; }\n' > "$D/cblas.c"
+cblas=""
+for libs in "${CBLAS_LIBS:--lopenblas}" -lcblas; do
+    if $CC $CBLAS_CFLAGS "$D/cblas.c" -o "$D/cblas" $libs 2> /dev/null && "$D/cblas"; then cblas="-DLLMPAR_CBLAS $CBLAS_CFLAGS"; break; fi
+done
+if [ -n "$cblas" ]; then echo "CBLAS: $libs, one thread per rank"; else libs=""; echo "SKIP CBLAS: no cblas.h with a library (Debian: apt-get install libopenblas-dev)"; fi
+if $PYTHON -c 'import torch' 2> /dev/null; then torch="$PYTHON tests/bench_torch.py"; else torch=""; echo "SKIP PyTorch: $PYTHON cannot import torch"; fi
+
+# The checkpoints of bench_decode, written once.
+synthetic() { # synthetic FOLDER OPTION...
+    folder=$1; shift
+    [ -f "$folder/model.safetensors" ] && return
+    rm -rf "$folder.part"; mkdir -p "$folder.part"
+    "$B/make_synthetic" "$folder.part" "$@" && rm -rf "$folder" && mv "$folder.part" "$folder"
+}
+run() { # run TITLE COMMAND...
+    echo; echo "== $1"; shift
+    { "$@" 2>&1; echo $? > "$D/status"; } | tee -a "$D/all"
+    [ "$(cat "$D/status")" = 0 ] || { failed=$((failed + 1)); echo "FAILED: $*"; }
+}
+: > "$D/all"
+for source in tests/bench_*.c; do
+    name=$(basename "$source" .c); program=$D/$name
+    case $name in *"$LLMPAR_BENCH"*) ;; *) continue ;; esac
+    if ! $CC $CFLAGS -std=c99 $cblas -DBENCH_FLAGS="\"$CFLAGS\"" -I. -Itests "$source" -o "$program" -lpthread -lm $libs; then failed=$((failed + 1)); echo "FAILED: $source does not build"; continue; fi
+    if [ "$name" != bench_decode ]; then run "$name" "$program"; continue; fi
+    if ! synthetic "$B/synthetic-f32" || ! synthetic "$B/synthetic-bf16" --dtype bf16; then failed=$((failed + 1)); echo "FAILED: cannot write the synthetic checkpoints into $B"; continue; fi
+    run "$name" "$program" "$B/synthetic-f32" "$B/synthetic-bf16" ${torch:+--torch "$torch"}
+    # OpenBLAS versions older than the processor pick slow kernels for it: against the faster ones too.
+    if [ -n "$cblas" ] && [ -z "$OPENBLAS_CORETYPE" ] && grep -q avx512f /proc/cpuinfo 2> /dev/null; then
+        run "$name, prefill with OPENBLAS_CORETYPE=SkylakeX" env OPENBLAS_CORETYPE=SkylakeX "$program" "$B/synthetic-f32" "$B/synthetic-bf16" --only prefill
+    fi
+done
+echo
+echo "goals missed:"
+grep -E 'MISSED|[1-9][0-9]* goals missed$' "$D/all" || echo "none"
+[ $failed = 0 ]
