@@ -4641,7 +4641,7 @@ LLMPAR_DEF int64_t llmpar_heads_kv_bytes_per_token(const llmpar_heads *heads, in
 #define LLMPARI_MAX_SCOPE     12
 #define LLMPARI_MAX_CONSUMERS 8
 #define LLMPARI_MAX_TOGETHER  32            // tables that are joined at a time
-#define LLMPARI_TABLE_ENTRIES (64 << 20)    // a table larger than this (512 MiB) is refused
+#define LLMPARI_TABLE_ENTRIES (4 << 20)     // a table larger than this (32 MiB) is refused
 
 typedef struct llmpari_class {     // tensors with the same dims share states and moves
     llmpar_tensor  tensor;
@@ -6762,6 +6762,7 @@ LLMPAR_DEF llmpar_status llmpar_solve(llmpar_graph *g, const llmpar_solve_desc *
     if (!status && desc && desc->runner_up) status = llmpari_runner_up(&s, plan);
     if (!status && desc && desc->runner_up) status = llmpari_pin_prices(&s, plan);
     if (status && !local.status) LLMPARI_FAIL(&local, status, "no memory for planning tables");
+    if (status) status = local.status;              // what the first one to notice said
     llmpari_solver_reset(&s);
     if (status && err) *err = local;
     return status;
@@ -10433,7 +10434,14 @@ typedef float    llmpari_vec  __attribute__((vector_size(4 * LLMPARI_LANES)));
 typedef uint32_t llmpari_uvec __attribute__((vector_size(4 * LLMPARI_LANES)));
 typedef int32_t  llmpari_ivec __attribute__((vector_size(4 * LLMPARI_LANES)));
 typedef float    llmpari_vec4 __attribute__((vector_size(16)));
+typedef int32_t  llmpari_ivec4 __attribute__((vector_size(16)));
 #define LLMPARI_MASK(condition) ((llmpari_uvec)(condition))
+#if defined(__clang__)
+#define LLMPARI_SHUFFLE(x, y, i0, i1, i2, i3) __builtin_shufflevector(x, y, i0, i1, i2, i3)
+#else
+#define LLMPARI_SHUFFLE(x, y, i0, i1, i2, i3) __builtin_shuffle(x, y, llmpari_indices(i0, i1, i2, i3))
+LLMPARI_FN llmpari_ivec4 llmpari_indices(int32_t i0, int32_t i1, int32_t i2, int32_t i3) { llmpari_ivec4 v = { i0, i1, i2, i3 }; return v; }
+#endif
 #else
 typedef float    llmpari_vec;
 typedef uint32_t llmpari_uvec;
@@ -10528,24 +10536,37 @@ LLMPARI_INLINE void llmpari_chunk_f16(const uint16_t *b, llmpari_vec w[LLMPARI_C
 // Element of a chunk that lane `lane` (0..31) of the dot product takes.
 LLMPARI_INLINE int llmpari_chunk_at(int lane, bool paired) { return !paired ? lane : lane < 16 ? 2 * lane : 2 * (lane - 16) + 1; }
 
-// The 32 partial sums of a dot product, added as a fixed tree: halves of 16, 8, 4, 2, 1.
+// The 32 partial sums of a dot product, added as a fixed tree: halves of 16, 8, 4, 2, 1. llmpari_tree4 does four at a time with the same bits.
+#if LLMPARI_LANES == 16                // both compilers make scalar code of the last levels when left alone
+LLMPARI_INLINE llmpari_vec4 llmpari_tree_to_4(const float t[LLMPARI_CHUNK]) {
+    const llmpari_vec v = llmpari_load(t) + llmpari_load(t + 16);
+    llmpari_vec4 q[4];
+    memcpy(q, &v, sizeof q);
+    return (q[0] + q[2]) + (q[1] + q[3]);
+}
+LLMPARI_INLINE float llmpari_tree(const float t[LLMPARI_CHUNK]) {
+    const llmpari_vec4 q = llmpari_tree_to_4(t);
+    return (q[0] + q[2]) + (q[1] + q[3]);
+}
+LLMPARI_INLINE void llmpari_tree4(const float *t, float sum[4]) {
+    const llmpari_vec4 a = llmpari_tree_to_4(t), b = llmpari_tree_to_4(t + 32), c = llmpari_tree_to_4(t + 64), d = llmpari_tree_to_4(t + 96);
+    const llmpari_vec4 ab = LLMPARI_SHUFFLE(a, b, 0, 1, 4, 5) + LLMPARI_SHUFFLE(a, b, 2, 3, 6, 7);
+    const llmpari_vec4 cd = LLMPARI_SHUFFLE(c, d, 0, 1, 4, 5) + LLMPARI_SHUFFLE(c, d, 2, 3, 6, 7);
+    const llmpari_vec4 all = LLMPARI_SHUFFLE(ab, cd, 0, 2, 4, 6) + LLMPARI_SHUFFLE(ab, cd, 1, 3, 5, 7);
+    memcpy(sum, &all, sizeof all);
+}
+#else
 LLMPARI_INLINE float llmpari_tree(const float t[LLMPARI_CHUNK]) {
     float u[LLMPARI_CHUNK];
     llmpari_vec v[LLMPARI_CHAINS];
     LLMPARI_UNROLL for (int c = 0; c < LLMPARI_CHAINS; c++) v[c] = llmpari_load(t + c * LLMPARI_LANES);
     LLMPARI_UNROLL for (int half = LLMPARI_CHAINS / 2; half > 0; half /= 2) LLMPARI_UNROLL for (int c = 0; c < half; c++) v[c] += v[c + half];
     llmpari_store(u, v[0]);
-#if LLMPARI_LANES == 16                // both compilers make scalar code of these levels when left alone
-    llmpari_vec4 q[4];
-    memcpy(q, u, sizeof q);
-    q[0] = (q[0] + q[2]) + (q[1] + q[3]);
-    memcpy(u, q, sizeof q[0]);
-    return (u[0] + u[2]) + (u[1] + u[3]);
-#else
     LLMPARI_UNROLL for (int half = LLMPARI_LANES / 2; half > 0; half /= 2) LLMPARI_UNROLL for (int l = 0; l < half; l++) u[l] += u[l + half];
     return u[0];
-#endif
 }
+LLMPARI_INLINE void llmpari_tree4(const float *t, float sum[4]) { for (int e = 0; e < 4; e++) sum[e] = llmpari_tree(t + e * LLMPARI_CHUNK); }
+#endif
 
 LLMPARI_INLINE int64_t llmpari_round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -10796,7 +10817,7 @@ LLMPARI_FN void llmpari_tile(int64_t steps, const float *a, const float *b, floa
         LLMPARI_UNROLL for (int i = 0; i < LLMPARI_MR; i++) LLMPARI_UNROLL for (int j = 0; j < LLMPARI_NR; j++)
             llmpari_store(t[i * LLMPARI_NR + j] + c * LLMPARI_LANES, acc[i][j]);
     }
-    for (int e = 0; e < LLMPARI_MR * LLMPARI_NR; e++) sum[e] = llmpari_tree(t[e]);
+    for (int e = 0; e < LLMPARI_MR * LLMPARI_NR; e += 4) llmpari_tree4(t[e], sum + e);
 }
 
 // c[i0.., j0..] (+)= packed a . packed b, for `rows` x `columns` of c. A panel of b stays in the first-level cache while all tiles of a pass.

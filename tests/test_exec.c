@@ -1201,7 +1201,7 @@ static void test_wrong_plans(void) {
     llmpar_error err = LLMPAR_ZERO;
     llmpar_comm *comm = NULL;
     CHECK_OK(llmpar_comm_self(NULL, &comm, &err), err);
-    for (int what = 0; what < 4; what++) {
+    for (int what = 0; what < 5; what++) {
         llmpar_plan plan;
         llmpar_exec *exec = NULL;
         llmpar_exec_desc desc = LLMPAR_ZERO;
@@ -1212,12 +1212,18 @@ static void test_wrong_plans(void) {
         const char *part = "";
         switch (what) {
         case 0:                                                // a value from the future
-            for (int i = 0; i < plan.n_steps; i++)
-                if (plan.step[i].op >= 0 && w->g.op[plan.step[i].op].kind == LLMPAR_OP_ROPE) plan.step[i].in[0] = plan.step[i].out;
+            for (int i = plan.n_steps - 1; i > 0; i--)
+                if (plan.step[i].op >= 0 && w->g.op[plan.step[i].op].kind == LLMPAR_OP_ROPE) {
+                    llmpar_step step = plan.step[i];
+                    plan.step[i]     = plan.step[i - 1];
+                    plan.step[i - 1] = step;
+                    break;
+                }
             part = "before anything makes it";
             break;
         case 1: plan.segment[0].carry_out = -1; part = "no segment hands on"; break;
         case 2: plan.graph = NULL; part = "NULL"; break;
+        case 3: plan.step[2].in[0] = plan.step[0].out; part = "it reads another tensor than the op names"; break;
         default: w->mesh = w->g.mesh; llmpar_mesh_parse("x=2", &w->g.mesh, &err); part = "mesh x=2 has 2 ranks"; break;
         }
         CHECK_FAIL(llmpar_exec_create(&desc, &exec, &err), LLMPAR_BAD_ARGUMENT, err, part);
