@@ -15,7 +15,7 @@ cblas=""
 for libs in "${CBLAS_LIBS:--lopenblas}" -lcblas; do
     if $CC $CBLAS_CFLAGS "$D/cblas.c" -o "$D/cblas" $libs 2> /dev/null && "$D/cblas"; then cblas="-DLLMPAR_CBLAS $CBLAS_CFLAGS"; break; fi
 done
-if [ -n "$cblas" ]; then echo "CBLAS: $libs, one thread per rank"; else libs=""; echo "SKIP CBLAS: no cblas.h with a library (Debian: apt-get install libopenblas-dev)"; fi
+if [ -n "$cblas" ]; then echo "CBLAS: $libs, one thread per rank, OPENBLAS_CORETYPE ${OPENBLAS_CORETYPE:-not set}"; else libs=""; echo "SKIP CBLAS: no cblas.h with a library (Debian: apt-get install libopenblas-dev)"; fi
 if $PYTHON -c 'import torch' 2> /dev/null; then torch="$PYTHON tests/bench_torch.py"; else torch=""; echo "SKIP PyTorch: $PYTHON cannot import torch"; fi
 
 # The checkpoints of bench_decode, written once.
@@ -38,8 +38,8 @@ for source in tests/bench_*.c; do
     if [ "$name" != bench_decode ]; then run "$name" "$program"; continue; fi
     if ! synthetic "$B/synthetic-f32" || ! synthetic "$B/synthetic-bf16" --dtype bf16; then failed=$((failed + 1)); echo "FAILED: cannot write the synthetic checkpoints into $B"; continue; fi
     run "$name" "$program" "$B/synthetic-f32" "$B/synthetic-bf16" ${torch:+--torch "$torch"}
-    # OpenBLAS versions older than the processor pick slow kernels for it: against the faster ones too.
-    if [ -n "$cblas" ] && [ -z "$OPENBLAS_CORETYPE" ] && grep -q avx512f /proc/cpuinfo 2> /dev/null; then
+    # An OpenBLAS older than the processor, or OPENBLAS_CORETYPE in the environment, picks slow kernels for it: against the faster ones too.
+    if [ -n "$cblas" ] && [ "$OPENBLAS_CORETYPE" != SkylakeX ] && grep -q avx512f /proc/cpuinfo 2> /dev/null; then
         run "$name, prefill with OPENBLAS_CORETYPE=SkylakeX" env OPENBLAS_CORETYPE=SkylakeX "$program" "$B/synthetic-f32" "$B/synthetic-bf16" --only prefill
     fi
 done
