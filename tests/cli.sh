@@ -254,7 +254,7 @@ explain_tests() {
     good "a gather"                                   'AllGather'    $x $mesh --size $size 'A[I,J_x] * B[J,K] -> C[I,K]' --dtype f32
     good "links, memory and speed"                    '^total'    $x $mesh --size $size --dtype bf16 --link x=4.5e11,1e-6,switch --link y=5e10,1e-5,ring --hbm 3.35e12 --flops 9.9e14 'A[I,J_x] * B[J_x,K] -> C[I,K]'
     good "a reshard"                                  'AllToAll'     $x $mesh --size I=8192,J=2048 --reshard 'A[I_x,J]' 'A[I,J_x]'
-    good "a reshard of two axes"                      '[0-9]'        $x $mesh --size I=8192,J=2048 --reshard 'A[I_x,J_y]' 'A[I_y,J_x]'
+    good "a reshard of two axes"                      'AllToAll|Permute' $x $mesh --size I=8192,J=2048 --reshard 'A[I_x,J_y]' 'A[I_y,J_x]'
     good "a layout"                                   '[0-3]'        $x --mesh tp=4 --size H=8,N=8,D=4 --layout 'W[H, N_tp, D]'
     good "a layout as a picture"                      ''             $x --mesh tp=4 --size H=8,N=8,D=4 --layout 'W[H, N_tp, D]' --svg "$T/layout.svg"
     grep -q '<svg' "$T/layout.svg" 2> /dev/null && ok || bad "--svg wrote no picture"
@@ -267,19 +267,19 @@ explain_tests() {
     good "tensor names"                               'q_proj'       $model --phase decode --batch 1 --context 64 --names
     good "a larger model"                             '[0-9]'        $x --model llama-3-70b --mesh dp=2,tp=8 --phase decode --batch 16 --context 1024
     fails "memory that cannot be enough"              'fits into' $model --phase decode --batch 8 --context 4096 --mem 1000000
-    fails "unknown axis"                              'z'            $x $mesh --size $size 'A[I_z,J] * B[J,K] -> C[I,K]'
+    fails "unknown axis"                              'axis "z"' $x $mesh --size $size 'A[I_z,J] * B[J,K] -> C[I,K]'
     fails "unknown axis of a link"                    'z'            $x $mesh --size $size --link z=1e9,1e-6 'A[I,J] * B[J,K] -> C'
-    fails "axis twice"                                'x'            $x $mesh --size $size 'A[I_x,J_x] * B[J,K] -> C'
-    fails "a dim without its size"                    'K'            $x $mesh --size I=8,J=8 'A[I,J] * B[J,K] -> C'
-    fails "a size of 0"                               '0'            $x $mesh --size I=0,J=8,K=8 'A[I,J] * B[J,K] -> C'
+    fails "axis twice"                                '"x".*twice' $x $mesh --size $size 'A[I_x,J_x] * B[J,K] -> C'
+    fails "a dim without its size"                    'dim K.*size' $x $mesh --size I=8,J=8 'A[I,J] * B[J,K] -> C'
+    fails "a size of 0"                               'I has size 0' $x $mesh --size I=0,J=8,K=8 'A[I,J] * B[J,K] -> C'
     fails "a bad mesh"                                'x'            $x --mesh x --size $size 'A[I,J] * B[J,K] -> C'
-    fails "a bad notation"                            '.'            $x $mesh --size $size 'A[I,J * B[J,K] -> C'
+    fails "a bad notation"                            'column 6' $x $mesh --size $size 'A[I,J * B[J,K] -> C'
     fails "unknown topology"                          'star'         $x $mesh --size $size --link x=1e9,1e-6,star 'A[I,J] * B[J,K] -> C'
     fails "unknown dtype"                             'f8'           $x $mesh --size $size --dtype f8 'A[I,J] * B[J,K] -> C'
     fails "unknown model"                             'gpt-9'        $x --model gpt-9 --mesh tp=2 --phase decode --batch 1 --context 8
     fails "unknown phase"                             'dance'        $x --model llama-3-8b --mesh tp=2 --phase dance --batch 1 --context 8
     fails "a pin on no weight"                        'wx'           $model --phase decode --batch 1 --context 64 --pin 'wx=[H,N_tp,D]'
-    fails "reshard of another shape"                  '.'            $x $mesh --size I=8,J=8,K=8 --reshard 'A[I_x,J]' 'A[I,K]'
+    fails "reshard of another shape"                  'dim K' $x $mesh --size I=8,J=8,K=8 --reshard 'A[I_x,J]' 'A[I,K]'
     fails "unknown option"                            '\-\-bogus'    $x --bogus
     fails "no arguments"                              '[Uu]sage|usage' $x
 }

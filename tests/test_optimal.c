@@ -644,48 +644,67 @@ static int roles_work(const small_op *o, const roles *r, int parts) {
     return 1;
 }
 
+// Fresh data: all operands, three addends of each for partial sums, and the result.
+static void small_data(small_op *o) {
+    static double store[4 * 4][DATA];
+    const shape *s = &o->s;
+    block in[3], out;
+    for (int i = 0; i <= s->n_in; i++) {
+        int64_t n = 1;
+        for (int d = 0; d < s->n_dims[i]; d++) n *= o->size[i][d];
+        if (n > DATA) { printf("the small op is too large\n"); exit(1); }
+        o->full[i] = store[4 * i];
+        for (int p = 0; p < 3; p++) o->addend[i][p] = store[4 * i + 1 + p];
+        for (int64_t e = 0; e < n; e++) {
+            double x = is_id(s, i) ? (double)test_below(3) : test_uniform() * 2 - 1, a = test_uniform(), b = test_uniform();
+            o->full[i][e] = x; o->addend[i][0][e] = a; o->addend[i][1][e] = b; o->addend[i][2][e] = x - a - b;
+        }
+    }
+    for (int i = 0; i < s->n_in; i++) in[i] = view_of(o, i, WHOLE, 1, 0);
+    out = view_of(o, s->n_in, WHOLE, 1, 0);
+    o->out = out.x;
+    run_op(s, in, &out, 0);
+}
+// Not worth a trial: nothing whole becomes partial (an add of two whole operands on one rank would), a cache holds no partial sums, an output changes nothing.
+static int is_barred(const shape *s, const roles *r) {
+    for (int i = 0; i < s->n_in && s->cached; i++) if (r->at[i] == PARTIAL) return 1;
+    if (s->kind == LLMPAR_OP_OUTPUT && r->at[0] != r->at[1]) return 1;
+    return s->kind == LLMPAR_OP_ADD && r->at[2] == PARTIAL && r->at[0] != PARTIAL && r->at[1] != PARTIAL;
+}
+// The one op with collectives inside: it may split the vocabulary.
+static int has_collectives(const shape *s, const roles *r) {
+    return s->kind == LLMPAR_OP_CROSS_ENTROPY && r->at[0] == s->n_dims[0] - 1 && r->at[1] == WHOLE && r->at[2] == WHOLE;
+}
+
+#define TRIALS 16                  // ids are small numbers: one trial may show what holds by chance only
 static const legality *legality_of(const shape *s) {
     for (int i = 0; i < n_laws; i++) if (memcmp(&laws[i].key, s, sizeof *s) == 0) return &laws[i];
     if (n_laws == 512) n_laws = 0;
     legality *law = &laws[n_laws++];
     small_op o;
-    static double store[5 * 4][DATA];
-    int n_store = 0, count[4] = { 1, 1, 1, 1 };
+    int count[4] = { 1, 1, 1, 1 }, all = 1;
     memset(&o, 0, sizeof o);
     memset(law, 0, sizeof *law);
     o.s = law->key = *s;
     small_sizes(&o);
-    for (int i = 0; i <= s->n_in; i++) {
-        int64_t n = 1;
-        for (int d = 0; d < s->n_dims[i]; d++) n *= o.size[i][d];
-        if (n > DATA) { printf("the small op is too large\n"); exit(1); }
-        o.full[i] = store[n_store++];
-        for (int p = 0; p < 3; p++) o.addend[i][p] = store[n_store++];
-        for (int64_t e = 0; e < n; e++) {
-            double x = is_id(s, i) ? (double)test_below(3) : test_uniform() * 2 - 1, a = test_uniform(), b = test_uniform();
-            o.full[i][e] = x; o.addend[i][0] [e] = a; o.addend[i][1][e] = b; o.addend[i][2][e] = x - a - b;
-        }
-        count[i] = s->n_dims[i] + 1 + (is_id(s, i) ? 0 : 1);
-    }
-    block in[3], out = view_of(&o, s->n_in, WHOLE, 1, 0);
-    o.out = out.x;
-    for (int i = 0; i < s->n_in; i++) in[i] = view_of(&o, i, WHOLE, 1, 0);
-    run_op(s, in, &out, 0);
-    int all = 1;
-    for (int i = 0; i <= s->n_in; i++) all *= count[i];
+    small_data(&o);
+    for (int i = 0; i <= s->n_in; i++) { count[i] = s->n_dims[i] + 1 + !is_id(s, i); all *= count[i]; }
     for (int c = 0; c < all; c++) {
         roles r;
         int rest = c;
         memset(&r, 0, sizeof r);
-        for (int i = 0; i <= s->n_in; i++) { r.at[i] = (int8_t)(rest % count[i]); rest /= count[i]; r.at[i] = (int8_t)(r.at[i] == s->n_dims[i] ? WHOLE : r.at[i] > s->n_dims[i] ? PARTIAL : r.at[i]); }
-        for (int i = 0; i < s->n_in && s->cached; i++) if (r.at[i] == PARTIAL) goto next;                 // a cache holds no partial sums
-        if (s->kind == LLMPAR_OP_OUTPUT && r.at[0] != r.at[1]) goto next;
-        if (s->kind == LLMPAR_OP_ADD && r.at[2] == PARTIAL && r.at[0] != PARTIAL && r.at[1] != PARTIAL) goto next;   // nothing whole becomes partial
-        int works = roles_work(&o, &r, 3);
-        // The one op with collectives inside: it may split the vocabulary.
-        if (s->kind == LLMPAR_OP_CROSS_ENTROPY && r.at[0] == s->n_dims[0] - 1 && r.at[1] == WHOLE && r.at[2] == WHOLE) works = 1;
-        if (works && law->n < 256) law->r[law->n++] = r;
-    next:;
+        for (int i = 0; i <= s->n_in; i++) {
+            int k = rest % count[i];
+            rest /= count[i];
+            r.at[i] = (int8_t)(k < s->n_dims[i] ? k : k == s->n_dims[i] ? WHOLE : PARTIAL);
+        }
+        if (!is_barred(s, &r) && (has_collectives(s, &r) || roles_work(&o, &r, 3)) && law->n < 256) law->r[law->n++] = r;
+    }
+    for (int trial = 1; trial < TRIALS; trial++) {
+        int kept = 0;
+        small_data(&o);
+        for (int i = 0; i < law->n; i++) if (has_collectives(s, &law->r[i]) || roles_work(&o, &law->r[i], 3)) law->r[kept++] = law->r[i];
+        law->n = kept;
     }
     return law;
 }
@@ -717,7 +736,7 @@ static unsigned may_split(const llmpar_graph *g, const llmpar_tensor *t) {
     return dims;
 }
 
-// Every operand must hold the same range of an index on every rank; kv heads exactly those of the rank's queries; what is summed over must not overlap.
+// Every operand must hold the same range of an index on every rank; kv heads exactly those of the rank's queries; nothing is summed over kv heads, whose parts may overlap.
 static int aligned(const world *w, int o, const strategy *s) {
     const llmpar_op *op = &w->g->op[o];
     for (int r = 0; r < n_ranks; r++) {
@@ -743,15 +762,8 @@ static int aligned(const world *w, int o, const strategy *s) {
             const space *sp = w->op[o].sp[i];
             const state *x = &sp->s[s->in[i]];
             int index = op->index_of[i][d], kept = 0, axes[AXES];
-            int64_t total = 0;
             for (int e = 0; e < w->op[o].sp[op->n_in]->tensor.n_dims; e++) kept |= op->index_of[op->n_in][e] == index;
-            if (kept || op->kind == LLMPAR_OP_CROSS_ENTROPY || !axes_of_dim(x, d, axes)) continue;
-            for (int r = 0; r < n_ranks; r++) {
-                int first = 1;                     // one rank of each part counts
-                for (int q = 0; q < r; q++) first = first && part_number(x, d, q) != part_number(x, d, r);
-                total += first ? sp->part[s->in[i]][r][d].count : 0;
-            }
-            if (total != sp->tensor.dim[d].size) return 0;
+            if (!kept && axes_of_dim(x, d, axes) && sp->tensor.dim[d].split.kind == LLMPAR_SPLIT_KV_HEADS) return 0;
         }
     return 1;
 }
@@ -1809,7 +1821,7 @@ static int random_graph(llmpar_graph *g, llmpar_arena *arena, const recipe *r) {
         if (g->node[i].role != LLMPAR_ROLE_ACTIVATION || g->node[i].block >= 0 || i < x.first_visible || uses(g, i) || chance(0.2)) continue;
         node_dims(g, i, dims);
         sprintf(name, "y%d", i);
-        llmpar_output(g, i, chance(0.5) ? random_layout(&x, name, dims, 0, text) : name);
+        llmpar_output(g, i, chance(0.5) ? random_layout(&x, name, dims, r->runs ? 0 : 0.05, text) : name);
     }
     return g->error.status == LLMPAR_OK && g->n_ops > 0 && g->n_nodes < 250;
 }
@@ -2078,7 +2090,6 @@ static int joint_works(const world *w, int o, const small_op *op, const strategy
 }
 
 static void check_joint(const char *name, int which) {
-    static double store[8][DATA];
     static world w;
     llmpar_arena arena = LLMPAR_ZERO;
     llmpar_graph g;
@@ -2107,21 +2118,12 @@ static void check_joint(const char *name, int which) {
     }
     TEST(name) {
         CHECK_OK(g.error.status, g.error);
-        int o = g.n_ops - 1, all = 0, bad = 0, n_store = 0;
+        int o = g.n_ops - 1, all = 0, bad = 0;
         small_op op;
         world_set(&w, &g);
         memset(&op, 0, sizeof op);
         op.s = shape_of(&g, &g.op[o]);
         small_sizes(&op);
-        block in[3], out;
-        for (int i = 0; i <= op.s.n_in; i++) {
-            op.full[i] = store[n_store++];
-            for (int e = 0; e < 27; e++) op.full[i][e] = is_id(&op.s, i) ? (double)test_below(3) : test_uniform() * 2 - 1;
-        }
-        for (int i = 0; i < op.s.n_in; i++) in[i] = view_of(&op, i, WHOLE, 1, 0);
-        out = view_of(&op, op.s.n_in, WHOLE, 1, 0);
-        op.out = out.x;
-        run_op(&op.s, in, &out, 0);
         const op_info *info = &w.op[o];
         int n0 = info->sp[0]->n, n1 = op.s.n_in > 1 ? info->sp[1]->n : 1, n2 = info->sp[op.s.n_in]->n;
         for (int i = 0; i < n0 * n1 * n2; i++) {
@@ -2134,7 +2136,8 @@ static void check_joint(const char *name, int which) {
             for (int k = 0; k < op.s.n_in; k++) made_partial |= is_id(&op.s, k) && !is_whole(&info->sp[k]->s[s.in[k]]);
             if (made_partial) continue;
             for (int k = 0; k < info->n; k++) known |= memcmp(info->s[k].in, s.in, sizeof s.in) == 0 && info->s[k].out == s.out;
-            int works = joint_works(&w, o, &op, &s);
+            int works = 1;
+            for (int trial = 0; trial < TRIALS && works; trial++) { small_data(&op); works = joint_works(&w, o, &op, &s); }
             all += works;
             bad += works != known;
         }
@@ -2172,7 +2175,8 @@ static void check_pins(llmpar_graph *g, uint64_t seed) {
     for (int i = 0; i < g->n_nodes; i++) {         // without one pin
         llmpar_node *n = &g->node[i];
         llmpar_sharding pin = n->tensor.sharding;
-        if (!n->pinned || !plan.pin_seconds) continue;
+        bool frees = n->producer >= 0 && g->op[n->producer].kind == LLMPAR_OP_OUTPUT && llmpar_sharding_partial(&pin);   // without it the output must be whole
+        if (!n->pinned || !plan.pin_seconds || frees) continue;
         llmpar_unpin(g, i);
         llmpar_status status = solve_now(g, 0, 0, &other, &err);
         n->pinned = true;
@@ -2191,7 +2195,9 @@ static void check_pins(llmpar_graph *g, uint64_t seed) {
         x.g = g;
         x.no_small = x.one_kv_head = 1;
         node_dims(g, i, dims);
-        llmpar_pin(g, i, random_layout(&x, "p", dims, 0.05, text));
+        // An output is whole unless it is pinned otherwise: partial sums there are no restriction.
+        int ends = n->producer >= 0 && g->op[n->producer].kind == LLMPAR_OP_OUTPUT;
+        llmpar_pin(g, i, random_layout(&x, "p", dims, ends ? 0 : 0.05, text));
         if (!solve_now(g, 0, 0, &other, &err) && other.seconds < least - slack) wrong(g, "a random pin makes it cheaper", seed, least, other.seconds);
         llmpar_unpin(g, i);
     }
@@ -2348,14 +2354,14 @@ int main(void) {
     test_seed(test_stress() ? (uint64_t)time(NULL) : 1);            // fresh graphs in every stress run
     joint();
     run("merged as one by one",  (recipe){ 1, 3, 1, 3, 0.3, 0.1, 0, 0 }, check_merging, 150, 5000);
-    run("one axis, 3 to 8 ops",  (recipe){ 3, 8, 1, 3, 0.3, 0.1, 0, 0 }, check_graph, 1500, 60000);
-    run("two axes, up to 5 ops", (recipe){ 2, 5, 2, 3, 0.2, 0.1, 0, 0 }, check_graph, 600, 30000);
-    run("three axes, 3 ops",     (recipe){ 1, 3, 3, 2, 0.1, 0.0, 0, 0 }, check_graph, 30, 1500);
-    if (test_stress()) run("a memory limit, one axis",  (recipe){ 1, 4, 1, 3, 0.3, 0.15, 0, 0 }, check_fit, 300, 20000);
+    run("one axis, 3 to 8 ops",  (recipe){ 3, 8, 1, 3, 0.3, 0.1, 0, 0 }, check_graph, 800, 60000);
+    run("two axes, up to 5 ops", (recipe){ 2, 5, 2, 3, 0.2, 0.1, 0, 0 }, check_graph, 300, 30000);
+    run("three axes, 3 ops",     (recipe){ 1, 3, 3, 2, 0.1, 0.0, 0, 0 }, check_graph, 15, 1500);
+    if (test_stress()) run("a memory limit, one axis",  (recipe){ 1, 4, 1, 3, 0.3, 0.15, 0, 0 }, check_fit, 200, 20000);
     if (test_stress()) run("a memory limit, two axes",  (recipe){ 1, 2, 2, 2, 0.1, 0.0, 0, 0 }, check_fit, 50, 3000);
-    run("pins in larger graphs, one axis",  (recipe){ 6, 14, 1, 3, 0.3, 0.1, 1, 0 }, check_pins, 60, 2000);
-    run("pins in larger graphs, two axes",  (recipe){ 6, 10, 2, 3, 0.3, 0.1, 1, 0 }, check_pins, 12, 500);
-    run("run on thread-ranks, one axis",    (recipe){ 2, 6, 1, 3, 0.3, 0.2, 0, 1 }, check_run, 60, 2500);
-    run("run on thread-ranks, two axes",    (recipe){ 2, 4, 2, 3, 0.3, 0.2, 0, 1 }, check_run, 30, 1000);
+    run("pins in larger graphs, one axis",  (recipe){ 6, 14, 1, 3, 0.3, 0.1, 1, 0 }, check_pins, 40, 2000);
+    run("pins in larger graphs, two axes",  (recipe){ 6, 10, 2, 3, 0.3, 0.1, 1, 0 }, check_pins, 8, 500);
+    run("run on thread-ranks, one axis",    (recipe){ 2, 6, 1, 3, 0.3, 0.2, 0, 1 }, check_run, 50, 2500);
+    run("run on thread-ranks, two axes",    (recipe){ 2, 4, 2, 3, 0.3, 0.2, 0, 1 }, check_run, 20, 1000);
     return test_done();
 }
