@@ -4698,8 +4698,12 @@ typedef struct llmpari_bus {       // per node, while one segment is solved
     int32_t        n_waiting;
     llmpari_table *waiting[LLMPARI_MAX_CONSUMERS];    // what consumers ask for, rows = wanted state, before any move
     int32_t        consumer[LLMPARI_MAX_CONSUMERS], slot[LLMPARI_MAX_CONSUMERS];   // op and operand; -1: the next segment
-    llmpari_table *kept;           // T, when a trace wants it
+    const llmpari_table *kept;     // T, while its part is traced
 } llmpari_bus;
+
+// What a sweep did, for the trace, which goes through it from the last to the first: a bus was joined (op -1; table: its T), or an op was minimised out (table: what it
+// was minimised over, by strategy; below: what hangs below it, by result), node: at the bus whose states are the table's rows, -1 = no rows.
+typedef struct llmpari_event { int32_t op, node; llmpari_table *table, *below; } llmpari_event;
 
 typedef struct llmpari_stretch {      // a stretch of ops: a block, or what stands between blocks
     int32_t first_op, end_op, block;
@@ -4707,6 +4711,8 @@ typedef struct llmpari_stretch {      // a stretch of ops: a block, or what stan
     double  *after;                // [states of exit]: least cost of all that comes later; NULL without an exit
     int32_t  hand_first, hand_count;   // states in which the exit may be handed on, while a memory limit is searched; count 0: all
     int16_t *policy;               // block: [repeats][states of entry] -> state in which the carry leaves the round
+    llmpari_event *event;          // of the last sweep, when the solver retains them
+    int32_t  n_events;
 } llmpari_stretch;
 
 typedef struct llmpari_solver {
@@ -4726,9 +4732,9 @@ typedef struct llmpari_solver {
     int32_t        n_factors;
     int32_t       *open_slots;     // [op]: bus operands whose bus is not joined yet
     llmpari_table **below;         // [op]: T of the result of an op with several operands, as a factor over its OUT variable; NULL = nothing below
-    int32_t        keep;           // op that a sweep must not minimise out; -1
+    int32_t       *choice;         // [op]: strategy (first + choice) that the trace has chosen
     int32_t        tau;            // state in which the block's carry leaves the round that is traced
-    bool           retain;         // a sweep keeps every bus's table
+    bool           retain;         // sweeps keep their tables for a trace
     const llmpari_mark *known;     // the collectives of a plan already found, when another one is sought
     int32_t        n_known;
     int64_t        limit_bytes;    // 0 = none
@@ -5343,6 +5349,23 @@ LLMPARI_FN llmpar_status llmpari_close(llmpari_solver *s, int node, llmpari_tabl
 
 // ---- one sweep through a part, last op first
 
+// Notes what a sweep did and keeps its tables; without `retain` they are freed.
+LLMPARI_FN void llmpari_event_add(llmpari_solver *s, llmpari_stretch *part, int32_t op, int32_t node, llmpari_table *table, llmpari_table *below) {
+    llmpari_event *event = &part->event[part->n_events];
+    if (!s->retain) { llmpari_table_free(s, table); llmpari_table_free(s, below); return; }
+    event->op = op; event->node = node; event->table = table; event->below = below;
+    part->n_events++;
+}
+
+LLMPARI_FN void llmpari_events_free(llmpari_solver *s, llmpari_stretch *parts, int32_t n_parts) {
+    for (int32_t i = 0; i < n_parts; i++)
+        while (parts[i].n_events) {
+            llmpari_event *event = &parts[i].event[--parts[i].n_events];
+            llmpari_table_free(s, event->table);
+            llmpari_table_free(s, event->below);
+        }
+}
+
 LLMPARI_FN llmpari_table *llmpari_table_row(llmpari_solver *s, const llmpari_table *table, int32_t row) {
     llmpari_table *one = llmpari_table_new(s, 1, table->var, table->n_vars);
     if (one) memcpy(one->x, table->x + row * table->width, (size_t)table->width * sizeof *one->x);
@@ -5497,8 +5520,8 @@ LLMPARI_FN llmpar_status llmpari_bus_serve(llmpari_solver *s, int node, llmpari_
     return *result ? LLMPAR_OK : LLMPAR_NO_MEMORY;
 }
 
-// min over the strategies with the same result: strategy -> OUT in the scope. Frees the table.
-LLMPARI_FN llmpari_table *llmpari_to_result(llmpari_solver *s, llmpari_table *table, int32_t id) {
+// min over the strategies with the same result: strategy -> OUT in the scope.
+LLMPARI_FN llmpari_table *llmpari_to_result(llmpari_solver *s, const llmpari_table *table, int32_t id) {
     const llmpari_op_info *info = &s->info[id];
     int32_t scope[LLMPARI_MAX_SCOPE];
     int at = llmpari_scope_find(table, LLMPARI_VAR(id, LLMPARI_STRATEGY));
@@ -5515,14 +5538,13 @@ LLMPARI_FN llmpari_table *llmpari_to_result(llmpari_solver *s, llmpari_table *ta
             double *to = result->x + (o * info->n_states[LLMPARI_OUT] + info->index[LLMPARI_OUT][k]) * inner;
             for (int64_t j = 0; j < inner; j++) to[j] = from[j] < to[j] ? from[j] : to[j];
         }
-    llmpari_table_free(s, table);
     return result;
 }
 
-// All operands of op `id` have met: joins what mentions it, adds its own cost and what hangs below it, and minimises it out (unless it is kept).
-LLMPARI_FN llmpar_status llmpari_op_close(llmpari_solver *s, int32_t id, llmpari_table **rows) {
+// All operands of op `id` have met: joins what mentions it, adds its own cost and what hangs below it, and minimises it out. `rows`: the table of bus `node`, or NULL.
+LLMPARI_FN llmpar_status llmpari_op_close(llmpari_solver *s, llmpari_stretch *part, int32_t id, int32_t node, llmpari_table **rows) {
     const llmpari_op_info *info = &s->info[id];
-    llmpari_table *with[LLMPARI_MAX_TOGETHER], *joined, *pair[2];
+    llmpari_table *with[LLMPARI_MAX_TOGETHER], *joined, *below = s->below[id], *pair[2];
     int32_t own = LLMPARI_VAR(id, LLMPARI_STRATEGY), result = LLMPARI_VAR(id, LLMPARI_OUT);
     int n = 0, kept = 0;
     bool in_rows = rows && *rows && llmpari_mentions(*rows, id);
@@ -5544,31 +5566,16 @@ LLMPARI_FN llmpar_status llmpari_op_close(llmpari_solver *s, int32_t id, llmpari
     int64_t inner = llmpari_stride(joined, own);
     for (int64_t at = 0, k = 0; at < joined->rows * joined->width; at += inner, k = k + 1 == info->count ? 0 : k + 1)
         for (int64_t j = 0; j < inner; j++) joined->x[at + j] += info->strategy[info->first + k].cost;
-    pair[0] = joined;
-    pair[1] = s->below[id];
     s->below[id] = NULL;
-    if (pair[1]) LLMPARI_TRY(llmpari_expand_shared(s, pair, 2));
-    joined = pair[0];
-    if (id == s->keep && pair[1]) {                 // the strategy stays a variable: what hangs below it, by strategy
-        int32_t scope[LLMPARI_MAX_SCOPE];
-        memcpy(scope, pair[1]->var, (size_t)pair[1]->n_vars * sizeof *scope);
-        scope[0] = own;
-        llmpari_table *wide = llmpari_table_new(s, 1, scope, pair[1]->n_vars);
-        if (!wide) return LLMPAR_NO_MEMORY;
-        int64_t each = wide->width / info->count;
-        for (int32_t k = 0; k < info->count; k++)
-            memcpy(wide->x + k * each, pair[1]->x + info->index[LLMPARI_OUT][k] * each, (size_t)each * sizeof *wide->x);
-        llmpari_table_free(s, pair[1]);
-        pair[1] = wide;
-        joined = llmpari_join(s, pair, 2, -1);
-    } else if (id != s->keep) {
-        pair[0] = llmpari_to_result(s, joined, id);
-        if (!pair[0]) return LLMPAR_NO_MEMORY;
-        joined = pair[1] ? llmpari_join(s, pair, 2, result) : pair[0];
-    }
+    pair[0] = joined; pair[1] = below;
+    if (below) LLMPARI_TRY(llmpari_expand_shared(s, pair, 2));
+    llmpari_event event = { id, in_rows ? node : -1, pair[0], pair[1] };
+    pair[0] = llmpari_to_result(s, event.table, id);
+    if (!pair[0]) return LLMPAR_NO_MEMORY;
+    joined = below ? llmpari_join(s, pair, 2, result) : pair[0];
     if (!joined) return LLMPAR_NO_MEMORY;
     if (joined != pair[0]) llmpari_table_free(s, pair[0]);
-    llmpari_table_free(s, pair[1]);
+    llmpari_event_add(s, part, id, event.node, event.table, event.below);
     if (in_rows) *rows = joined;
     else s->factor[s->n_factors++] = joined;
     return LLMPAR_OK;
@@ -5585,7 +5592,7 @@ LLMPARI_FN bool llmpari_blocked(const llmpari_solver *s, const llmpari_stretch *
 }
 
 // Closes every op all of whose operands have been joined, as soon as nothing else mentions it.
-LLMPARI_FN llmpar_status llmpari_close_ready(llmpari_solver *s, const llmpari_stretch *part, llmpari_table **rows) {
+LLMPARI_FN llmpar_status llmpari_close_ready(llmpari_solver *s, llmpari_stretch *part, int32_t node, llmpari_table **rows) {
     for (bool closed = true; closed;) {
         closed = false;
         for (int32_t id = part->end_op - 1; id >= part->first_op; id--) {
@@ -5593,8 +5600,8 @@ LLMPARI_FN llmpar_status llmpari_close_ready(llmpari_solver *s, const llmpari_st
             bool known = rows && llmpari_mentions(*rows, id);
             for (int f = 0; f < s->n_factors; f++) known = known || llmpari_mentions(s->factor[f], id);
             if (!known || llmpari_blocked(s, part, id)) continue;
-            LLMPARI_TRY(llmpari_op_close(s, id, rows));
-            s->open_slots[id] = -1;                 // done; a kept op's strategy may stay in the scope
+            LLMPARI_TRY(llmpari_op_close(s, part, id, node, rows));
+            s->open_slots[id] = -1;                 // done
             closed = true;
         }
     }
@@ -5654,18 +5661,12 @@ LLMPARI_FN llmpar_status llmpari_op_ask(llmpari_solver *s, int id, const llmpari
 }
 
 // T of one bus; ops that end here are closed.
-LLMPARI_FN llmpar_status llmpari_bus_finish(llmpari_solver *s, const llmpari_stretch *part, int node, llmpari_table **result) {
+LLMPARI_FN llmpar_status llmpari_bus_finish(llmpari_solver *s, llmpari_stretch *part, int node, llmpari_table **result) {
     llmpari_bus *bus = &s->bus[node];
     for (int i = 0; i < bus->n_waiting; i++)
         if (bus->consumer[i] >= 0 && s->info[bus->consumer[i]].n_bus >= 2) s->open_slots[bus->consumer[i]]--;
     LLMPARI_TRY(llmpari_bus_serve(s, node, result));
-    LLMPARI_TRY(llmpari_close_ready(s, part, result));
-    if (s->retain) {
-        bus->kept = llmpari_table_new(s, (*result)->rows, (*result)->var, (*result)->n_vars);
-        if (!bus->kept) return LLMPAR_NO_MEMORY;
-        memcpy(bus->kept->x, (*result)->x, (size_t)((*result)->rows * (*result)->width) * sizeof *(*result)->x);
-    }
-    return LLMPAR_OK;
+    return llmpari_close_ready(s, part, node, result);
 }
 
 // A block's carry that is not pinned leaves in the state in which its op makes it: moves belong to the round after.
@@ -5685,17 +5686,17 @@ LLMPARI_FN llmpar_status llmpari_exit_ask(llmpari_solver *s, const llmpari_stret
     return llmpari_bus_ask(s, part->exit, want, -1, 0);
 }
 
-// Least cost of a part (and, outside blocks, of all after it): *result has rows = states of the entry (1 without one, or when entry_row is given), and in its scope the
-// state in which the carry leaves (blocks, unless it is pinned) and the strategy of s->keep.
-LLMPARI_FN llmpar_status llmpari_sweep(llmpari_solver *s, const llmpari_stretch *part, int32_t entry_row, llmpari_table **result) {
+// Least cost of a part (and, outside blocks, of all after it): *result has rows = states of the entry (1 without one), and in its scope the state in which the carry
+// leaves (blocks, unless it is pinned).
+LLMPARI_FN llmpar_status llmpari_sweep(llmpari_solver *s, llmpari_stretch *part, llmpari_table **result) {
     llmpari_table *table, *entry = NULL;
     for (int o = part->first_op; o < part->end_op; o++) s->open_slots[o] = s->info[o].n_bus;
     LLMPARI_TRY(llmpari_exit_ask(s, part));
     for (int o = part->end_op - 1; o >= part->first_op; o--) {
-        if (s->g->op[o].out == part->exit && llmpari_leaves_as_made(s, part)) { LLMPARI_TRY(llmpari_op_ask(s, o, NULL)); continue; }
-        LLMPARI_TRY(llmpari_bus_finish(s, part, s->g->op[o].out, &table));
+        table = NULL;
+        if (s->g->op[o].out != part->exit || !llmpari_leaves_as_made(s, part)) LLMPARI_TRY(llmpari_bus_finish(s, part, s->g->op[o].out, &table));
         LLMPARI_TRY(llmpari_op_ask(s, o, table));
-        llmpari_table_free(s, table);
+        llmpari_event_add(s, part, -1, s->g->op[o].out, table, NULL);
     }
     for (int node = s->g->n_nodes - 1; node >= 0; node--) {
         const llmpar_node *n = &s->g->node[node];
@@ -5707,19 +5708,15 @@ LLMPARI_FN llmpar_status llmpari_sweep(llmpari_solver *s, const llmpari_stretch 
         for (int32_t v = 1; v < c->space.n_states && !n->pinned; v++)
             for (int64_t j = 0; j < table->width && !llmpar_sharding_partial(&c->space.state[v]); j++)
                 if (table->x[v * table->width + j] < source->x[j]) source->x[j] = table->x[v * table->width + j];
-        llmpari_table_free(s, table);
-        LLMPARI_TRY(llmpari_close_ready(s, part, NULL));
+        llmpari_event_add(s, part, -1, node, table, NULL);
+        LLMPARI_TRY(llmpari_close_ready(s, part, -1, NULL));
     }
     if (part->entry >= 0) {
         LLMPARI_TRY(llmpari_bus_finish(s, part, part->entry, &entry));
-        if (entry_row >= 0) {
-            table = llmpari_table_row(s, entry, entry_row);
-            llmpari_table_free(s, entry);
-            entry = table;
-        }
+        llmpari_event_add(s, part, -1, part->entry, NULL, NULL);
         LLMPARI_TRY(llmpari_factor_add(s, entry));
     }
-    LLMPARI_TRY(llmpari_close_ready(s, part, NULL));
+    LLMPARI_TRY(llmpari_close_ready(s, part, -1, NULL));
     *result = llmpari_join(s, s->factor, s->n_factors, -1);
     for (int f = 0; f < s->n_factors; f++) llmpari_table_free(s, s->factor[f]);
     s->n_factors = 0;
@@ -5887,7 +5884,30 @@ LLMPARI_FN llmpar_status llmpari_trace_path(llmpari_tracer *t, int node, int32_t
     return LLMPAR_OK;
 }
 
-// What a consumer (op -1: the exit) asks of a bus, all variables being fixed: cost by wanted state.
+// Where the chosen values of a table's variables lead inside a row; the strategies of op `open` are not chosen yet: it is left at its first.
+LLMPARI_FN int64_t llmpari_table_at(const llmpari_solver *s, const llmpari_stretch *part, const llmpari_table *table, int32_t open) {
+    int64_t at = 0, stride = 1;
+    for (int i = table->n_vars - 1; i >= 0; i--) {
+        int32_t op = table->var[i] / 8, kind = table->var[i] % 8, value = 0;
+        const llmpari_op_info *info = &s->info[op];
+        if (kind == LLMPARI_OUT && s->g->op[op].out == part->exit)       // the variable that stays: in which state the carry leaves
+            while (info->state[kind][value] != s->tau) value++;
+        else if (op != open) value = kind == LLMPARI_STRATEGY ? s->choice[op] : info->index[kind][s->choice[op]];
+        at += value * stride;
+        stride *= table->extent[i];
+    }
+    return at;
+}
+
+// Strategy `i` (of those in play) of an op with one operand on a bus, and all that hangs below it.
+LLMPARI_FN double llmpari_cost_below(const llmpari_solver *s, const llmpari_stretch *part, int32_t op, int32_t i) {
+    const llmpari_strategy *strategy = &s->info[op].strategy[s->info[op].first + i];
+    const llmpari_table *below = s->bus[s->g->op[op].out].kept;
+    if (below) return strategy->cost + below->x[strategy->state[LLMPARI_OUT] * below->width + llmpari_table_at(s, part, below, -1)];
+    return s->g->op[op].out == part->exit && strategy->state[LLMPARI_OUT] != s->tau ? INFINITY : strategy->cost;
+}
+
+// What a consumer (op -1: the exit) asks of a bus, all variables being chosen: cost by wanted state.
 LLMPARI_FN void llmpari_leaf_costs(const llmpari_solver *s, const llmpari_stretch *part, int32_t op, int32_t slot, double *cost, int32_t n) {
     for (int32_t v = 0; v < n; v++) cost[v] = INFINITY;
     if (op < 0) {
@@ -5895,11 +5915,11 @@ LLMPARI_FN void llmpari_leaf_costs(const llmpari_solver *s, const llmpari_stretc
         return;
     }
     const llmpari_op_info *info = &s->info[op];
-    const llmpari_table *below = s->bus[s->g->op[op].out].kept;
+    if (info->n_bus >= 2) { cost[info->strategy[info->first + s->choice[op]].state[slot]] = 0; return; }
     for (int32_t i = 0; i < info->count; i++) {
-        const llmpari_strategy *strategy = &info->strategy[info->first + i];
-        double c = info->n_bus >= 2 ? 0 : strategy->cost + (below ? below->x[strategy->state[LLMPARI_OUT]] : 0);
-        if (c < cost[strategy->state[slot]]) cost[strategy->state[slot]] = c;
+        int32_t state = info->strategy[info->first + i].state[slot];
+        double c = llmpari_cost_below(s, part, op, i);
+        if (c < cost[state]) cost[state] = c;
     }
 }
 
@@ -5961,32 +5981,50 @@ LLMPARI_FN void llmpari_strategy_view(llmpari_solver *s, int id, const llmpari_s
     }
 }
 
-// The op's strategy: the one that is fixed, or the cheapest that takes its operand as it comes.
-LLMPARI_FN const llmpari_strategy *llmpari_trace_strategy(const llmpari_tracer *t, int id) {
+// Chooses the strategy of an op with several operands: the best with all that was chosen before.
+LLMPARI_FN llmpar_status llmpari_trace_choose(llmpari_solver *s, const llmpari_stretch *part, const llmpari_event *event, int32_t row) {
+    const llmpari_op_info *info = &s->info[event->op];
+    const llmpari_table *table = event->table, *below = event->below;
+    const double *x = table->x + row * table->width + llmpari_table_at(s, part, table, event->op), *y = below ? below->x + llmpari_table_at(s, part, below, event->op) : NULL;
+    int64_t step = llmpari_stride(table, LLMPARI_VAR(event->op, LLMPARI_STRATEGY)), out = below ? llmpari_stride(below, LLMPARI_VAR(event->op, LLMPARI_OUT)) : 0;
+    bool leaves = s->g->op[event->op].out == part->exit && !below;
+    double least = INFINITY;
+    for (int32_t i = 0; i < info->count; i++) {
+        if (leaves && info->strategy[info->first + i].state[LLMPARI_OUT] != s->tau) continue;
+        double c = x[i * step] + (y ? y[info->index[LLMPARI_OUT][i] * out] : 0);
+        if (c < least) { least = c; s->choice[event->op] = i; }
+    }
+    return least < INFINITY ? LLMPAR_OK : LLMPARI_FAIL(s->err, LLMPAR_DOES_NOT_FIT, "no plan reaches the pins: values that are whole cannot become partial sums");
+}
+
+// The op's strategy: the one that is chosen, or the cheapest that takes its operand as it comes.
+LLMPARI_FN const llmpari_strategy *llmpari_trace_strategy(const llmpari_tracer *t, const llmpari_stretch *part, int id) {
     const llmpari_solver *s = t->s;
     const llmpari_op_info *info = &s->info[id];
-    const llmpari_table *below = s->bus[s->g->op[id].out].kept;
     const llmpari_strategy *best = NULL;
     double least = INFINITY;
+    if (info->n_bus >= 2) return &info->strategy[info->first + s->choice[id]];
     for (int32_t i = 0; i < info->count; i++) {
         const llmpari_strategy *strategy = &info->strategy[info->first + i];
         bool fits = true;
         for (int slot = 0; slot < s->g->op[id].n_in; slot++)
             if (info->bus[slot] && t->copy[t->leaf[id * LLMPAR_MAX_OPERANDS + slot]].state != strategy->state[slot]) fits = false;
-        double c = strategy->cost + (below ? below->x[strategy->state[LLMPARI_OUT]] : 0);
-        if (fits && (c < least || !best)) { best = strategy; least = c; }
+        double c = fits ? llmpari_cost_below(s, part, id, i) : INFINITY;
+        if (c < least) { best = strategy; least = c; }
     }
     return best;
 }
 
-LLMPARI_FN llmpar_status llmpari_trace_op(llmpari_tracer *t, const llmpari_stretch *part, int id) {
+// Appends an op with the moves of its operands. *root gets the copy that it makes, -1: none.
+LLMPARI_FN llmpar_status llmpari_trace_op(llmpari_tracer *t, const llmpari_stretch *part, int id, int32_t *root) {
     llmpari_solver *s = t->s;
     const llmpar_op *op = &s->g->op[id];
     const llmpari_op_info *info = &s->info[id];
     llmpari_enumeration e;
     int32_t in[LLMPAR_MAX_OPERANDS], cache[2], copy;
     double bytes = 0;
-    const llmpari_strategy *strategy = llmpari_trace_strategy(t, id);
+    const llmpari_strategy *strategy = llmpari_trace_strategy(t, part, id);
+    *root = -1;
     if (!strategy) return LLMPARI_FAIL(s->err, LLMPAR_DOES_NOT_FIT, "no legal strategy for %s under the pins", s->g->node[op->out].tensor.name);
     llmpari_strategy_view(s, id, strategy, &e);
     for (int slot = 0; slot < op->n_in; slot++) {
@@ -6023,35 +6061,31 @@ LLMPARI_FN llmpar_status llmpari_trace_op(llmpari_tracer *t, const llmpari_stret
     step->seconds = llmpari_op_seconds(&e, bytes, (double)llmpari_class_of(s, op->out)->space.local_bytes[strategy->state[LLMPAR_MAX_OPERANDS]]);
     step->inner   = llmpari_inner_axes(&e, &step->seconds);
     if (ends) return LLMPAR_OK;
-    LLMPARI_TRY(llmpari_copy_new(t, op->out, strategy->state[LLMPAR_MAX_OPERANDS], -1, &copy));
-    t->copy[copy].value = value;
-    return llmpari_trace_bus(t, part, op->out, copy);
+    LLMPARI_TRY(llmpari_copy_new(t, op->out, strategy->state[LLMPAR_MAX_OPERANDS], -1, root));
+    t->copy[*root].value = value;
+    return LLMPAR_OK;
 }
 
-// Fixes the variables of a part one by one, each at a value that still reaches the optimum.
-LLMPARI_FN llmpar_status llmpari_trace_fix(llmpari_solver *s, const llmpari_stretch *part, int32_t entry_row) {
-    llmpari_table *table;
-    for (int o = part->end_op - 1; o >= part->first_op; o--) {
-        llmpari_op_info *info = &s->info[o];
-        if (info->n_bus < 2 || info->count == 1) continue;
-        s->keep = o;
-        LLMPARI_TRY(llmpari_sweep(s, part, entry_row, &table));
-        s->keep = -1;
-        int32_t best = 0;
-        for (int64_t i = 0; i < table->width; i++)
-            if (table->x[i] < table->x[best]) best = (int32_t)i;
-        if (table->x[best] == INFINITY) return LLMPARI_FAIL(s->err, LLMPAR_DOES_NOT_FIT, "no plan reaches the pins: values that are whole cannot become partial sums");
-        llmpari_table_free(s, table);
-        llmpari_op_restrict(s, o, info->first + best, 1);
+// The copy that a source (input, shared weight, entry of the part) is stored in.
+LLMPARI_FN llmpar_status llmpari_trace_source(llmpari_tracer *t, const llmpari_stretch *part, const llmpari_event *event, int32_t entry, int32_t *root) {
+    const llmpari_solver *s = t->s;
+    const llmpar_node *n = &s->g->node[event->node];
+    const llmpari_class *c = llmpari_class_of(s, event->node);
+    int32_t state = event->node == part->entry ? entry : n->pinned ? llmpari_state_find(&c->space, &n->tensor.sharding) : -1;
+    for (int32_t v = 0; v < c->space.n_states && state < 0; v++) state = llmpar_sharding_partial(&c->space.state[v]) ? -1 : v;
+    if (event->node != part->entry && !n->pinned) {
+        const double *x = event->table->x + llmpari_table_at(s, part, event->table, -1);
+        for (int32_t v = state + 1; v < c->space.n_states; v++)
+            if (!llmpar_sharding_partial(&c->space.state[v]) && x[v * event->table->width] < x[state * event->table->width]) state = v;
     }
-    return LLMPAR_OK;
+    LLMPARI_TRY(llmpari_copy_new(t, event->node, state, -1, root));
+    return llmpari_value_new(t, event->node, &c->space.state[state], &t->copy[*root].value);
 }
 
 // Appends one segment: the part with its entry in state `entry` (-1: none), its carry leaving in `tau` (blocks). *exit gets the state in which its exit is handed on.
 LLMPARI_FN llmpar_status llmpari_trace_part(llmpari_tracer *t, const llmpari_stretch *part, int32_t entry, int32_t tau, int32_t *exit) {
     llmpari_solver *s = t->s;
     llmpar_plan *plan = t->plan;
-    llmpari_table *table;
     llmpar_arena_mark mark = llmpar_arena_save(&s->scratch);
     llmpar_segment segment;
     memset(&segment, 0, sizeof segment);
@@ -6060,53 +6094,32 @@ LLMPARI_FN llmpar_status llmpari_trace_part(llmpari_tracer *t, const llmpari_str
     segment.repeats    = 1;
     segment.carry_in   = segment.carry_out = -1;
     s->tau = tau;
-    int32_t *in_play = (int32_t *)llmpar_arena_alloc(&s->scratch, 2 * (size_t)(part->end_op - part->first_op) * sizeof *in_play + 1);
-    if (!in_play) return LLMPARI_FAIL(s->err, LLMPAR_NO_MEMORY, "no memory to trace %d ops", (int)s->g->n_ops);
-    for (int o = part->first_op; o < part->end_op; o++) {
-        in_play[2 * (o - part->first_op)]     = s->info[o].first;
-        in_play[2 * (o - part->first_op) + 1] = s->info[o].count;
-    }
-    if (part->block >= 0 && llmpari_leaves_as_made(s, part)) {
-        int producer = s->g->node[part->exit].producer, first = s->info[producer].first, end = first + s->info[producer].count, count = 0;
-        while (s->info[producer].strategy[first].state[LLMPARI_OUT] != tau) first++;
-        while (first + count < end && s->info[producer].strategy[first + count].state[LLMPARI_OUT] == tau) count++;
-        llmpari_op_restrict(s, producer, first, count);
-    }
-    LLMPARI_TRY(llmpari_trace_fix(s, part, entry));
-    s->retain = true;
-    LLMPARI_TRY(llmpari_sweep(s, part, entry, &table));
-    s->retain = false;
-    if (table->x[0] == INFINITY) return LLMPARI_FAIL(s->err, LLMPAR_DOES_NOT_FIT, "no plan reaches the pins: values that are whole cannot become partial sums");
-    llmpari_table_free(s, table);
     t->copy = NULL;
     t->n_copies = t->copy_capacity = 0;
     t->exit_copy = -1;
     t->leaf = (int32_t *)llmpar_arena_alloc(&s->scratch, ((size_t)s->g->n_ops + 1) * LLMPAR_MAX_OPERANDS * sizeof *t->leaf);
     if (!t->leaf) return LLMPARI_FAIL(s->err, LLMPAR_NO_MEMORY, "no memory to trace %d ops", (int)s->g->n_ops);
-    for (int node = 0; node < s->g->n_nodes; node++) {           // the sources
-        const llmpar_node *n = &s->g->node[node];
-        const llmpari_table *kept = s->bus[node].kept;
-        const llmpari_class *c = llmpari_class_of(s, node);
-        int32_t state = entry, copy;
-        if (!kept || (node != part->entry && n->producer >= 0)) continue;
-        if (node != part->entry) {
-            state = n->pinned ? llmpari_state_find(&c->space, &n->tensor.sharding) : -1;
-            for (int32_t v = 0; v < c->space.n_states && !n->pinned; v++)
-                if (!llmpar_sharding_partial(&c->space.state[v]) && (state < 0 || kept->x[v] < kept->x[state])) state = v;
-        }
-        LLMPARI_TRY(llmpari_copy_new(t, node, state, -1, &copy));
-        LLMPARI_TRY(llmpari_value_new(t, node, &c->space.state[state], &t->copy[copy].value));
-        if (node == part->entry) segment.carry_in = t->copy[copy].value;
-        LLMPARI_TRY(llmpari_trace_bus(t, part, node, copy));
+    for (int32_t i = 0; i < part->n_events; i++)
+        if (part->event[i].op < 0) s->bus[part->event[i].node].kept = part->event[i].table;
+    int32_t node = -1, root = -1;                                // the bus that was reached last, and its root
+    for (int32_t i = part->n_events - 1; i >= -1; i--) {
+        const llmpari_event *event = i < 0 ? NULL : &part->event[i];
+        if (event && event->op >= 0) { LLMPARI_TRY(llmpari_trace_choose(s, part, event, event->node >= 0 ? t->copy[root].state : 0)); continue; }
+        if (root >= 0) LLMPARI_TRY(llmpari_trace_bus(t, part, node, root));
+        if (!event) break;
+        node = event->node;
+        int32_t producer = s->g->node[node].producer;
+        if (producer >= part->first_op && producer < part->end_op) { LLMPARI_TRY(llmpari_trace_op(t, part, producer, &root)); continue; }
+        LLMPARI_TRY(llmpari_trace_source(t, part, event, entry, &root));
+        if (node == part->entry) segment.carry_in = t->copy[root].value;
     }
-    for (int o = part->first_op; o < part->end_op; o++) LLMPARI_TRY(llmpari_trace_op(t, part, o));
     if (t->exit_copy >= 0) {
         LLMPARI_TRY(llmpari_copy_make(t, t->exit_copy));
         segment.carry_out = t->copy[t->exit_copy].value;
         *exit = t->copy[t->exit_copy].state;
     }
-    for (int o = part->first_op; o < part->end_op; o++) llmpari_op_restrict(s, o, in_play[2 * (o - part->first_op)], in_play[2 * (o - part->first_op) + 1]);
-    for (int node = 0; node < s->g->n_nodes; node++) { llmpari_table_free(s, s->bus[node].kept); s->bus[node].kept = NULL; }
+    for (int32_t i = 0; i < part->n_events; i++)
+        if (part->event[i].op < 0) s->bus[part->event[i].node].kept = NULL;
     segment.end_step = plan->n_steps;
     llmpar_arena_restore(&s->scratch, mark);
     LLMPARI_TRY(llmpari_trace_grow(t, t->arena, (void **)&plan->segment, plan->n_segments, &t->segment_capacity, sizeof *plan->segment));
@@ -6149,6 +6162,8 @@ LLMPARI_FN llmpar_status llmpari_stretches(llmpari_solver *s, llmpari_stretch **
         part->exit     = inside ? g->block[b].carry_out : b < g->n_blocks ? g->block[b].start : -1;
         if (!inside && part->exit >= 0 && part->exit != part->entry && g->node[part->exit].producer >= 0 && g->node[part->exit].producer < part->first_op)
             return LLMPARI_FAIL(s->err, LLMPAR_UNSUPPORTED, "%s starts a block but was made before the block in front of it; only a block's result goes on", g->node[part->exit].tensor.name);
+        part->event = (llmpari_event *)llmpar_arena_alloc(&s->scratch, (size_t)(2 * (part->end_op - part->first_op) + g->n_nodes + 1) * sizeof *part->event);
+        if (!part->event) return LLMPARI_FAIL(s->err, LLMPAR_NO_MEMORY, "no memory to trace %d ops", (int)(part->end_op - part->first_op));
         part->after = part->exit < 0 ? NULL : (double *)llmpar_arena_alloc(&s->scratch, (size_t)llmpari_rows_of(s, part->exit) * sizeof *part->after);
         if (part->exit >= 0 && !part->after) return LLMPARI_FAIL(s->err, LLMPAR_NO_MEMORY, "no memory for the states of %s", g->node[part->exit].tensor.name);
     }
@@ -6333,9 +6348,10 @@ LLMPARI_FN llmpar_status llmpari_solver_init(llmpari_solver *s) {
     s->info       = (llmpari_op_info *)llmpar_arena_alloc(&s->scratch, ops * sizeof *s->info);
     s->open_slots = (int32_t         *)llmpar_arena_alloc(&s->scratch, ops * sizeof *s->open_slots);
     s->below      = (llmpari_table  **)llmpar_arena_alloc(&s->scratch, ops * sizeof *s->below);
-    if (!s->classes || !s->class_of || !s->n_uses || !s->bus || !s->info || !s->open_slots || !s->below)
+    s->choice     = (int32_t         *)llmpar_arena_alloc(&s->scratch, ops * sizeof *s->choice);
+    if (!s->classes || !s->class_of || !s->n_uses || !s->bus || !s->info || !s->open_slots || !s->below || !s->choice)
         return LLMPARI_FAIL(s->err, LLMPAR_NO_MEMORY, "no memory to plan %d ops", (int)g->n_ops);
-    s->tau = s->keep = -1;
+    s->tau = -1;
     for (int o = 0; o < g->n_ops; o++)
         for (int i = 0; i < g->op[o].n_in; i++) s->n_uses[g->op[o].in[i]]++;
     for (int node = 0; node < g->n_nodes; node++) {
@@ -6351,7 +6367,7 @@ LLMPARI_FN llmpar_status llmpari_solver_init(llmpari_solver *s) {
 LLMPARI_FN llmpar_status llmpari_bound(llmpari_solver *s, llmpari_stretch *parts, int32_t n_parts, double *cost) {
     llmpari_table *table;
     for (int32_t i = n_parts - 1; i >= 0; i--) {
-        LLMPARI_TRY(llmpari_sweep(s, &parts[i], -1, &table));
+        LLMPARI_TRY(llmpari_sweep(s, &parts[i], &table));
         if (!i) *cost = table->x[0];
         else if (parts[i].block >= 0) LLMPARI_TRY(llmpari_rounds(s, &parts[i], table, parts[i - 1].after));
         else memcpy(parts[i - 1].after, table->x, (size_t)table->rows * sizeof *table->x);
@@ -6364,6 +6380,7 @@ LLMPARI_FN llmpar_status llmpari_bound(llmpari_solver *s, llmpari_stretch *parts
 
 LLMPARI_FN llmpar_status llmpari_plan_found(llmpari_solver *s, llmpari_stretch *parts, int32_t n_parts, llmpar_arena *arena, llmpar_plan *plan) {
     LLMPARI_TRY(llmpari_trace(s, parts, n_parts, arena, plan));
+    llmpari_events_free(s, parts, n_parts);
     for (int32_t k = 0; k < plan->n_segments; k++)
         for (int32_t i = plan->segment[k].first_step; i < plan->segment[k].end_step; i++) plan->seconds += plan->segment[k].repeats * plan->step[i].seconds;
     return llmpari_plan_bytes(s, plan);
@@ -6399,10 +6416,11 @@ LLMPARI_FN llmpar_status llmpari_fit_look(llmpari_fit *f, double price, double *
     *fits = false;
     llmpar_arena_mark mark = llmpar_arena_save(&s->scratch);
     llmpari_set_price(s, price);
+    s->retain = true;
     LLMPARI_TRY(llmpari_bound(s, f->parts, f->n_parts, &cost));
     *bound = cost - price * (double)s->limit_bytes;
     *stays = 0;
-    if (!(*bound < f->least * (1 - 1e-12))) { llmpar_arena_restore(&s->scratch, mark); return LLMPAR_OK; }
+    if (!(*bound < f->least * (1 - 1e-12))) { llmpari_events_free(s, f->parts, f->n_parts); llmpar_arena_restore(&s->scratch, mark); return LLMPAR_OK; }
     memset(&plan, 0, sizeof plan);
     plan.graph    = s->g;
     plan.hardware = s->hardware;
@@ -6586,6 +6604,7 @@ LLMPARI_FN llmpar_status llmpari_solve_once(llmpari_solver *s, double *seconds, 
     LLMPARI_TRY(llmpari_solver_init(s));
     LLMPARI_TRY(llmpari_stretches(s, &parts, &n_parts));
     if (s->limit_bytes) return llmpari_solve_fit(s, parts, n_parts, seconds, plan);
+    s->retain = plan != NULL;
     LLMPARI_TRY(llmpari_bound(s, parts, n_parts, seconds));
     if (!plan) return LLMPAR_OK;
     if (*seconds == INFINITY) return LLMPARI_FAIL(s->err, LLMPAR_DOES_NOT_FIT, "no plan reaches the pins: values that are whole cannot become partial sums");
