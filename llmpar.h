@@ -4767,6 +4767,7 @@ LLMPARI_FN bool llmpari_splittable(const llmpar_graph *g, const llmpar_dim *dim)
 LLMPARI_FN llmpar_status llmpari_class_find(llmpari_solver *s, int node) {
     const llmpar_tensor *tensor = &s->g->node[node].tensor;
     bool sums = s->g->node[node].role == LLMPAR_ROLE_ACTIVATION || (s->g->node[node].pinned && llmpar_sharding_partial(&tensor->sharding));
+    for (int b = 0; b < s->g->n_blocks; b++) sums = sums || s->g->block[b].start == node;   // the states of what a block carries on
     for (int c = 0; c < s->n_classes; c++)
         if (s->classes[c].sums == sums && llmpari_same_dims(&s->classes[c].tensor, tensor)) { s->class_of[node] = c; return LLMPAR_OK; }
     llmpari_class *fresh = &s->classes[s->n_classes];
@@ -5890,7 +5891,7 @@ LLMPARI_FN int64_t llmpari_table_at(const llmpari_solver *s, const llmpari_stret
     for (int i = table->n_vars - 1; i >= 0; i--) {
         int32_t op = table->var[i] / 8, kind = table->var[i] % 8, value = 0;
         const llmpari_op_info *info = &s->info[op];
-        if (kind == LLMPARI_OUT && s->g->op[op].out == part->exit)       // the variable that stays: in which state the carry leaves
+        if (kind == LLMPARI_OUT && s->g->op[op].out == part->exit && llmpari_leaves_as_made(s, part))   // the variable that stays
             while (info->state[kind][value] != s->tau) value++;
         else if (op != open) value = kind == LLMPARI_STRATEGY ? s->choice[op] : info->index[kind][s->choice[op]];
         at += value * stride;
