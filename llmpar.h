@@ -5491,7 +5491,9 @@ LLMPARI_FN llmpar_status llmpari_bus_serve(llmpari_solver *s, int node, llmpari_
         for (int32_t v = 0; v < bus->waiting[0]->rows; v++) bus->waiting[0]->x[v] = 0;
         full = 1;
     }
-    LLMPARI_TRY(llmpari_expand_shared(s, bus->waiting, bus->n_waiting));
+    if (seek) LLMPARI_TRY(llmpari_expand_shared(s, bus->waiting, bus->n_waiting));
+    for (int i = 0; i < bus->n_waiting; i++) LLMPARI_TRY(llmpari_close(s, node, bus->waiting[i], NULL));
+    if (!seek) LLMPARI_TRY(llmpari_expand_shared(s, bus->waiting, bus->n_waiting));     // they are narrower before
     for (int mask = 1; mask <= full; mask++) {
         int low = mask & -mask, i = 0;
         while (1 << i != low) i++;
@@ -5503,7 +5505,7 @@ LLMPARI_FN llmpar_status llmpari_bus_serve(llmpari_solver *s, int node, llmpari_
             pair[0] = serve[sub]; pair[1] = serve[mask ^ sub];
             if (sub & low) llmpari_join_into(s, serve[mask], pair, 2, -1);
         }
-        LLMPARI_TRY(llmpari_close(s, node, serve[mask], NULL));
+        if (mask != low) LLMPARI_TRY(llmpari_close(s, node, serve[mask], NULL));
         extra[mask] = seek ? llmpari_table_new(s, serve[mask]->rows, serve[mask]->var, serve[mask]->n_vars) : NULL;
         if (!seek) continue;
         if (!extra[mask]) return LLMPAR_NO_MEMORY;
@@ -5518,7 +5520,15 @@ LLMPARI_FN llmpar_status llmpari_bus_serve(llmpari_solver *s, int node, llmpari_
     *result = pinned ? llmpari_through_pin(s, node, serve[full], extra[full]) : seek ? extra[full] : serve[full];
     if (*result != serve[full]) llmpari_table_free(s, serve[full]);
     if (*result != extra[full]) llmpari_table_free(s, extra[full]);
-    return *result ? LLMPAR_OK : LLMPAR_NO_MEMORY;
+    if (!*result) return LLMPAR_NO_MEMORY;
+    for (int32_t v = 0; v < (*result)->rows && n->producer >= 0; v++) {      // states that its op does not make: no more work on these
+        const llmpari_op_info *info = &s->info[n->producer];
+        int32_t k = 0;
+        while (k < info->n_states[LLMPARI_OUT] && info->state[LLMPARI_OUT][k] != v) k++;
+        if (k == info->n_states[LLMPARI_OUT])
+            for (int64_t j = 0; j < (*result)->width; j++) (*result)->x[v * (*result)->width + j] = INFINITY;
+    }
+    return LLMPAR_OK;
 }
 
 // min over the strategies with the same result: strategy -> OUT in the scope.
@@ -6201,8 +6211,18 @@ LLMPARI_FN llmpar_status llmpari_rounds(llmpari_solver *s, llmpari_stretch *part
             part->policy[r * n + v] = (int16_t)(as_made ? leaves[best] : pin);
             before[v] = row[best] + now[as_made ? leaves[best] : pin];
         }
+        // Once a round costs the same from every state and does what the round behind it does, all rounds in front of it do too.
+        double each = before[0] - now[0];
+        bool steady = r + 1 < rounds && memcmp(part->policy + r * n, part->policy + (r + 1) * n, (size_t)n * sizeof *part->policy) == 0;
+        for (int32_t v = 0; v < n && steady; v++) steady = fabs(before[v] - now[v] - each) <= 1e-14 * before[v];
         memcpy(now, before, (size_t)n * sizeof *now);
+        if (!steady) continue;
+        for (int32_t v = 0; v < n; v++) before[v] = now[v] + r * each;
+        for (int32_t k = 0; k < r; k++) memcpy(part->policy + k * n, part->policy + r * n, (size_t)n * sizeof *part->policy);
+        break;
     }
+    for (int32_t v = 0; v < n; v++)                 // among equals: a state that the rounds keep and that is no partial sum
+        if (part->policy[v] == v && !llmpar_sharding_partial(&llmpari_class_of(s, part->exit)->space.state[v])) before[v] *= 1 - 1e-13;
     llmpar_arena_restore(&s->scratch, mark);
     return LLMPAR_OK;
 }
