@@ -3445,15 +3445,30 @@ LLMPARI_FN void llmpari_web_order(const llmpari_space *space, llmpari_web *web) 
     }
 }
 
-// to[i] = min(to[i], via[i] + weight); did anything get smaller?
-LLMPARI_FN bool llmpari_relax(double *to, const double *via, double weight, int32_t n) {
-    int smaller = 0;
-    for (int32_t i = 0; i < n; i++) {
+// to[i] = min(to[i], via[i] + weight). Written so that compilers vectorise it.
+LLMPARI_FN void llmpari_min_plus(double *LLMPARI_RESTRICT to, const double *LLMPARI_RESTRICT via, double weight, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
         double d = via[i] + weight;
-        smaller |= d < to[i];
         to[i] = d < to[i] ? d : to[i];
     }
-    return smaller != 0;
+}
+
+// The same; did anything get smaller?
+LLMPARI_FN bool llmpari_relax(double *LLMPARI_RESTRICT to, const double *LLMPARI_RESTRICT via, double weight, int64_t n) {
+    int changed = 0;
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        int smaller = 0;
+        for (int k = 0; k < 32; k++) smaller |= via[i + k] + weight < to[i + k];
+        if (smaller) llmpari_min_plus(to + i, via + i, weight, 32);
+        changed |= smaller;
+    }
+    for (; i < n; i++) {
+        double d = via[i] + weight;
+        changed |= d < to[i];
+        to[i] = d < to[i] ? d : to[i];
+    }
+    return changed != 0;
 }
 
 // Rows order[first .. end) are improved by the rows of their neighbours until nothing changes (Bellman-Ford on whole rows, in place, forth and back).
@@ -4648,7 +4663,8 @@ typedef struct llmpari_class {     // tensors with the same dims share states an
     uint32_t       split_dims;
     bool           sums, has_edges;   // sums: partial states occur
     llmpari_space  space;
-    int32_t       *edge_first;     // [n_states + 1] into the two below: the moves that END in a state
+    int8_t        *n_partial;      // [n_states]: axes with partial sums
+    int32_t       *edge_first;     // [n_states + 1] into those below: the moves that END in a state
     int32_t       *edge_from;
     uint32_t      *edge_what;      // llmpari_what of the move
     double        *edge_weight;
@@ -4792,7 +4808,8 @@ LLMPARI_FN llmpar_status llmpari_class_edges(llmpari_solver *s, llmpari_class *c
     llmpar_arena_mark mark = llmpar_arena_save(&s->scratch);
     llmpari_edge *edges = (llmpari_edge *)llmpar_arena_alloc(&s->scratch, (size_t)c->space.max_moves * sizeof *edges);
     c->edge_first = (int32_t *)llmpar_arena_alloc(&s->lasting, ((size_t)n + 2) * sizeof *c->edge_first);
-    if (!edges || !c->edge_first) return LLMPARI_FAIL(s->err, LLMPAR_NO_MEMORY, "no memory for the moves of %d shardings", (int)n);
+    c->n_partial  = (int8_t  *)llmpar_arena_alloc(&s->lasting, (size_t)n);
+    if (!edges || !c->edge_first || !c->n_partial) return LLMPARI_FAIL(s->err, LLMPAR_NO_MEMORY, "no memory for the moves of %d shardings", (int)n);
     for (int32_t v = 0; v < n; v++) {
         int32_t m = llmpari_moves(&c->space, v, edges);
         for (int32_t i = 0; i < m; i++) c->edge_first[edges[i].to + 2]++;
@@ -4812,6 +4829,7 @@ LLMPARI_FN llmpar_status llmpari_class_edges(llmpari_solver *s, llmpari_class *c
             c->edge_weight[at] = edges[i].weight;
         }
     }
+    for (int32_t v = 0; v < n; v++) c->n_partial[v] = (int8_t)llmpari_axes_count(llmpar_sharding_partial(&c->space.state[v]));
     c->has_edges = true;
     llmpar_arena_restore(&s->scratch, mark);
     return LLMPAR_OK;
@@ -5112,30 +5130,60 @@ LLMPARI_FN void llmpari_op_restrict(llmpari_solver *s, int id, int32_t first, in
     llmpari_op_refresh(s, id);
 }
 
-// Sorts the strategies by the state of the result (stable) and makes room for the lists of states.
+// Sorts the strategies by the state of the result (stable).
 LLMPARI_FN llmpar_status llmpari_op_sort(llmpari_solver *s, int id) {
     llmpari_op_info *info = &s->info[id];
-    int32_t n = info->n_strategies, at = 0;
+    int32_t n = info->n_strategies, n_states = llmpari_rows_of(s, s->g->op[id].out);
     llmpari_strategy *sorted = (llmpari_strategy *)llmpar_arena_alloc(&s->scratch, (size_t)n * sizeof *sorted);
-    int16_t *room = (int16_t *)llmpar_arena_alloc(&s->scratch, (size_t)n * 2 * (LLMPARI_OUT + 1) * sizeof *room);
-    if (!sorted || !room) return LLMPARI_FAIL(s->err, LLMPAR_NO_MEMORY, "no memory for %d strategies", (int)n);
-    for (int32_t state = 0; at < n; state++)
-        for (int32_t i = 0; i < n; i++)
-            if (info->strategy[i].state[LLMPARI_OUT] == state) sorted[at++] = info->strategy[i];
+    int32_t *at = (int32_t *)llmpar_arena_alloc(&s->scratch, ((size_t)n_states + 1) * sizeof *at);
+    if (!sorted || !at) return LLMPARI_FAIL(s->err, LLMPAR_NO_MEMORY, "no memory for %d strategies", (int)n);
+    for (int32_t i = 0; i < n; i++) at[info->strategy[i].state[LLMPARI_OUT] + 1]++;
+    for (int32_t v = 0; v < n_states; v++) at[v + 1] += at[v];
+    for (int32_t i = 0; i < n; i++) sorted[at[info->strategy[i].state[LLMPARI_OUT]]++] = info->strategy[i];
     info->strategy = sorted;
+    return LLMPAR_OK;
+}
+
+// Makes room for the lists of states and puts all strategies in play.
+LLMPARI_FN llmpar_status llmpari_op_begin(llmpari_solver *s, int id) {
+    llmpari_op_info *info = &s->info[id];
+    size_t n = (size_t)info->n_strategies;
+    int16_t *room = (int16_t *)llmpar_arena_alloc(&s->scratch, n * 2 * (size_t)(info->n_bus + 1) * sizeof *room);
+    if (!room) return LLMPARI_FAIL(s->err, LLMPAR_NO_MEMORY, "no memory for the states of %d strategies", (int)n);
     for (int k = 0; k <= LLMPARI_OUT; k++) {
         if (k < LLMPARI_OUT && !info->bus[k]) continue;
-        info->state[k] = room + 2 * k * n;
-        info->index[k] = info->state[k] + n;
+        info->state[k] = room;
+        info->index[k] = room + n;
+        room += 2 * n;
     }
     llmpari_op_restrict(s, id, 0, -1);
     return LLMPAR_OK;
+}
+
+// Do two nodes have the same states, and the same one if they are pinned?
+LLMPARI_FN bool llmpari_same_node(const llmpari_solver *s, int a, int b) {
+    if (a < 0 || b < 0) return a == b;
+    const llmpar_node *x = &s->g->node[a], *y = &s->g->node[b];
+    return s->class_of[a] == s->class_of[b] && x->role == y->role && x->pinned == y->pinned && (s->n_uses[a] > 1) == (s->n_uses[b] > 1) &&
+        memcmp(&x->tensor.sharding, &y->tensor.sharding, sizeof x->tensor.sharding) == 0;
+}
+
+// Have two ops the same strategies? A layer's two norms do, for example.
+LLMPARI_FN bool llmpari_same_op(const llmpari_solver *s, int first, int second) {
+    const llmpar_op *a = &s->g->op[first], *b = &s->g->op[second];
+    if (a->kind != b->kind || a->n_in != b->n_in || a->block != b->block || a->dim != b->dim || a->function != b->function || a->causal != b->causal ||
+        a->context != b->context || a->decode_rows != b->decode_rows || memcmp(a->index_of, b->index_of, sizeof a->index_of) != 0) return false;
+    for (int i = 0; i < a->n_in; i++)
+        if (!llmpari_same_node(s, a->in[i], b->in[i])) return false;
+    return llmpari_same_node(s, a->out, b->out) && llmpari_same_node(s, a->cache[0], b->cache[0]) && llmpari_same_node(s, a->cache[1], b->cache[1]) && !s->ban.what && s->extra < 0;
 }
 
 LLMPARI_FN llmpar_status llmpari_op_strategies(llmpari_solver *s, int id) {
     const llmpar_op *op = &s->g->op[id];
     llmpari_op_info *info = &s->info[id];
     llmpari_enumeration e;
+    for (int other = 0; other < id; other++)
+        if (llmpari_same_op(s, other, id)) { *info = s->info[other]; return llmpari_op_begin(s, id); }
     llmpari_enumeration_init(s, id, &e);
     info->n_choices = llmpar_op_choices(s->g, id, true, info->choice, LLMPAR_MAX_CHOICES);
     for (int c = 0; c < info->n_choices; c++)
@@ -5161,7 +5209,8 @@ LLMPARI_FN llmpar_status llmpari_op_strategies(llmpari_solver *s, int id) {
     }
     if (!info->n_strategies)
         return LLMPARI_FAIL(s->err, LLMPAR_DOES_NOT_FIT, "no legal strategy for %s: the pins on its operands or caches exclude each other", s->g->node[op->out].tensor.name);
-    return llmpari_op_sort(s, id);
+    LLMPARI_TRY(llmpari_op_sort(s, id));
+    return llmpari_op_begin(s, id);
 }
 
 // ---- tables
@@ -5239,25 +5288,6 @@ LLMPARI_FN int64_t llmpari_stride(const llmpari_table *table, int32_t var) {
     return stride;
 }
 
-// The two inner loops: out[j] = min(out[j], add + in[j]), and whether that would change anything. Written so that compilers vectorise them.
-LLMPARI_FN void llmpari_min_plus(double *LLMPARI_RESTRICT out, const double *LLMPARI_RESTRICT in, double add, int64_t n) {
-    for (int64_t j = 0; j < n; j++) {
-        double c = add + in[j];
-        out[j] = c < out[j] ? c : out[j];
-    }
-}
-LLMPARI_FN bool llmpari_any_better(const double *LLMPARI_RESTRICT out, const double *LLMPARI_RESTRICT in, double add, int64_t n) {
-    int64_t j = 0;
-    for (; j + 16 <= n; j += 16) {
-        int better = 0;
-        for (int k = 0; k < 16; k++) better |= add + in[j + k] < out[j + k];
-        if (better) return true;
-    }
-    for (; j < n; j++)
-        if (add + in[j] < out[j]) return true;
-    return false;
-}
-
 // into[row][scope] = min(into, min over `var` of the sum of the tables); var < 0: just the sum.
 LLMPARI_FN void llmpari_join_into(const llmpari_solver *s, llmpari_table *into, llmpari_table *const *tables, int n, int32_t var) {
     int64_t stride[LLMPARI_MAX_TOGETHER][LLMPARI_MAX_SCOPE], over[LLMPARI_MAX_TOGETHER], base[LLMPARI_MAX_TOGETHER];
@@ -5319,29 +5349,37 @@ LLMPARI_FN llmpari_table *llmpari_join(llmpari_solver *s, llmpari_table *const *
 LLMPARI_FN llmpar_status llmpari_close(llmpari_solver *s, int node, llmpari_table *table, const llmpari_table *plain) {
     llmpari_class *c = llmpari_class_of(s, node);
     LLMPARI_TRY(llmpari_class_edges(s, c));
-    int32_t n = table->rows, head = 0, waiting = n;
+    int32_t n = table->rows;
     llmpar_arena_mark mark = llmpar_arena_save(&s->scratch);
     int32_t *queue = (int32_t *)llmpar_arena_alloc(&s->scratch, (size_t)n * sizeof *queue);
     bool *queued = (bool *)llmpar_arena_alloc(&s->scratch, (size_t)n * sizeof *queued);
     if (!queue || !queued) return LLMPARI_FAIL(s->err, LLMPAR_NO_MEMORY, "no memory to close a planning table");
-    for (int32_t v = 0; v < n; v++) { queue[v] = v; queued[v] = true; }
     for (int32_t u = 0; u < n && plain; u++)
         for (int32_t i = c->edge_first[u]; i < c->edge_first[u + 1]; i++)
             if (llmpari_unknown(s, node, c->edge_what[i]) && !llmpari_banned(s, node, c->edge_what[i]))
                 llmpari_min_plus(table->x + c->edge_from[i] * table->width, plain->x + u * table->width, c->edge_weight[i], table->width);
-    while (waiting) {
-        int32_t u = queue[head];
-        head = head + 1 == n ? 0 : head + 1;
-        waiting--;
-        queued[u] = false;
-        const double *from = table->x + u * table->width;
-        for (int32_t i = c->edge_first[u]; i < c->edge_first[u + 1]; i++) {
-            double weight = c->edge_weight[i], *to = table->x + c->edge_from[i] * table->width;
-            if (c->edge_from[i] == u || !llmpari_any_better(to, from, weight, table->width) || llmpari_banned(s, node, c->edge_what[i])) continue;
-            llmpari_min_plus(to, from, weight, table->width);
-            if (queued[c->edge_from[i]]) continue;
-            queued[c->edge_from[i]] = true;
-            queue[(head + waiting++) % n] = c->edge_from[i];
+    for (int32_t partial = 0; partial <= s->g->mesh.n_axes; partial++) {     // partial axes only go: states with fewer of them are settled first
+        int32_t head = 0, waiting = 0;
+        for (int32_t v = 0; v < n; v++) {
+            int64_t j = 0;
+            if (c->n_partial[v] != partial) continue;
+            while (j < table->width && table->x[v * table->width + j] == INFINITY) j++;
+            queued[v] = j < table->width;
+            if (queued[v]) queue[waiting++] = v;
+        }
+        while (waiting) {
+            int32_t u = queue[head];
+            head = head + 1 == n ? 0 : head + 1;
+            waiting--;
+            queued[u] = false;
+            const double *from = table->x + u * table->width;
+            for (int32_t i = c->edge_first[u]; i < c->edge_first[u + 1]; i++) {
+                double weight = c->edge_weight[i], *to = table->x + c->edge_from[i] * table->width;
+                if (c->edge_from[i] == u || llmpari_banned(s, node, c->edge_what[i]) || !llmpari_relax(to, from, weight, table->width)) continue;
+                if (queued[c->edge_from[i]] || c->n_partial[c->edge_from[i]] != partial) continue;
+                queued[c->edge_from[i]] = true;
+                queue[(head + waiting++) % n] = c->edge_from[i];
+            }
         }
     }
     llmpar_arena_restore(&s->scratch, mark);
