@@ -5785,7 +5785,7 @@ typedef struct llmpari_tracer {
     int32_t *leaf;                 // [op][LLMPAR_MAX_OPERANDS]: the copy that an operand reads
     int32_t *root;                 // [node]: the copy that it is made in
     int32_t exit_copy;
-    int32_t tree_first;            // copies from here on belong to the tree that is walked
+    int32_t tree_root, tree_first; // the tree that is walked: its root, and the copies from tree_first on
 } llmpari_tracer;
 
 LLMPARI_FN llmpar_status llmpari_trace_grow(llmpari_tracer *t, llmpar_arena *arena, void **array, int32_t n, int32_t *capacity, size_t size) {
@@ -5901,7 +5901,8 @@ LLMPARI_FN llmpar_status llmpari_tree_walk(llmpari_tracer *t, const llmpari_move
         if (next >= 0) {                            // a state is made once: branches that take the same free slice share it
             int32_t known = t->tree_first;          // not what came before the pin
             while (known < t->n_copies && (t->copy[known].node != node || t->copy[known].state != next)) known++;
-            if (known < t->n_copies) copy = known;
+            if (t->copy[t->tree_root].state == next) copy = t->tree_root;
+            else if (known < t->n_copies) copy = known;
             else LLMPARI_TRY(llmpari_copy_new(t, node, next, copy, &copy));
             continue;
         }
@@ -6010,6 +6011,7 @@ LLMPARI_FN llmpar_status llmpari_trace_bus(llmpari_tracer *t, const llmpari_stre
         if (node != part->exit || part->block < 0) LLMPARI_TRY(llmpari_tree_close(s, node, &tree[mask]));
     }
     t->tree_first = t->n_copies;
+    t->tree_root  = copy;
     if (m) LLMPARI_TRY(llmpari_tree_walk(t, tree, full, node, copy, leaf));
     for (int i = 0; i < m; i++) {
         if (consumer[i] < 0) t->exit_copy = leaf[i];
