@@ -631,6 +631,7 @@ typedef struct llmpar_plan {
     llmpar_step    *step;
     llmpar_segment *segment;
     double  seconds;               // all rounds
+    double  least_seconds;         // no plan takes less: equal to seconds, unless a memory limit left too many cases to look at all of them
     int64_t weight_bytes, cache_bytes, activation_bytes;   // of the rank that has most: all rounds' weights, caches, and the largest live set
     double *pin_seconds;           // [nodes]: what the pin of each pinned node costs: the optimum gains that much without it; NULL = not asked for
     double  runner_up_seconds;     // the cheapest plan whose list of collectives differs; 0 = not asked for, or there is none
@@ -4680,7 +4681,8 @@ LLMPARI_FN uint32_t llmpari_what(int kind, llmpar_axes axes, int from_dim, int t
 typedef struct llmpari_strategy {
     double  cost;                  // seconds, and what its bytes are worth while a memory limit is on
     double  seconds;               // of the op and of the moves of its own weights
-    double  bytes;                 // that stay: its own weights and its caches, on the rank with most
+    double  bytes;                 // that stay: its own weights and its caches of one round, on the rank with most
+    double  gathered;              // bytes of the copies of its own weights while it runs
     int16_t state[LLMPAR_MAX_OPERANDS + 1];   // operands on a bus, then the output; for weights of its own the state they are stored in
     int8_t  choice[LLMPAR_MAX_AXES];          // per axis, into the op's choices
     int8_t  order[LLMPAR_MAX_AXES];
@@ -4723,9 +4725,12 @@ typedef struct llmpari_event { int32_t op, node; llmpari_table *table, *below; }
 
 typedef struct llmpari_stretch {      // a stretch of ops: a block, or what stands between blocks
     int32_t first_op, end_op, block;
+    int32_t first_round, rounds;   // of the block; rounds 1 elsewhere
     int32_t entry, exit;           // nodes made outside before / used outside after; -1
     double  *after;                // [states of exit]: least cost of all that comes later; NULL without an exit
-    int32_t  hand_first, hand_count;   // states in which the exit may be handed on, while a memory limit is searched; count 0: all
+    int32_t  hand[2];              // first and count of the states in which the exit may be handed on, while a memory limit is searched; count 0: all
+    int32_t *play;                 // [ops of the part][2], under a memory limit: first and count of the strategies in play ...
+    bool    **dead;                // [ops of the part][strategies]: ... but for these, which cannot fit
     int16_t *policy;               // block: [repeats][states of entry] -> state in which the carry leaves the round
     llmpari_event *event;          // of the last sweep, when the solver retains them
     int32_t  n_events;
@@ -4754,7 +4759,10 @@ typedef struct llmpari_solver {
     const llmpari_mark *known;     // the collectives of a plan already found, when another one is sought
     int32_t        n_known;
     int64_t        limit_bytes;    // 0 = none
-    double         lambda;         // seconds that one byte that stays is worth
+    double         lambda;         // seconds that one byte is worth that stays, or that lives while op `watched` of a part runs
+    const llmpari_stretch *watched_part;
+    int32_t        watched;
+    int32_t       *stored;         // [node][2], under a memory limit: first and count of the states in which a source may be stored; count 0: all
     llmpari_mark   ban;            // a collective that must not occur (what 0: none)
     int32_t        extra;          // node that must get a collective that is not known (-1: none)
 } llmpari_solver;
@@ -4978,8 +4986,8 @@ LLMPARI_FN void llmpari_strategy_keep(llmpari_enumeration *e, const llmpari_stra
         bool same = old->state[LLMPARI_OUT] == fresh->state[LLMPARI_OUT];
         for (int k = 0; k < s->g->op[e->op].n_in; k++) same = same && (!info->bus[k] || old->state[k] == fresh->state[k]);
         if (!same) continue;
-        if (old->seconds <= fresh->seconds && (!s->limit_bytes || old->bytes <= fresh->bytes)) return;
-        if (fresh->seconds <= old->seconds && (!s->limit_bytes || fresh->bytes <= old->bytes)) { *old = *fresh; return; }
+        if (old->seconds <= fresh->seconds && (!s->limit_bytes || (old->bytes <= fresh->bytes && old->gathered <= fresh->gathered))) return;
+        if (fresh->seconds <= old->seconds && (!s->limit_bytes || (fresh->bytes <= old->bytes && fresh->gathered <= old->gathered))) { *old = *fresh; return; }
     }
     if (info->n_strategies == e->capacity) {
         int32_t more = e->capacity ? 2 * e->capacity : 64;
@@ -5003,13 +5011,15 @@ LLMPARI_FN void llmpari_strategy_store(llmpari_enumeration *e, llmpari_strategy 
     int32_t wanted = fresh->state[slot], n = space->n_states;
     if (s->g->node[op->in[slot]].pinned) as_is.state[slot] = (int16_t)llmpari_state_find(space, &s->g->node[op->in[slot]].tensor.sharding);
     as_is.bytes += (double)space->local_bytes[as_is.state[slot]];
+    if (as_is.state[slot] != wanted) as_is.gathered += (double)space->local_bytes[wanted];
     llmpari_strategy_store(e, &as_is, slot + 1);
     for (int32_t v = 0; v < n && s->limit_bytes && !s->g->node[op->in[slot]].pinned; v++) {
         if (space->local_bytes[v] >= space->local_bytes[wanted] || e->weight_cost[slot][v * n + wanted] == INFINITY) continue;
         llmpari_strategy finer = *fresh;
         finer.state[slot] = (int16_t)v;
-        finer.bytes   += (double)space->local_bytes[v];
-        finer.seconds += e->weight_cost[slot][v * n + wanted];
+        finer.bytes    += (double)space->local_bytes[v];
+        finer.gathered += (double)space->local_bytes[wanted];
+        finer.seconds  += e->weight_cost[slot][v * n + wanted];
         llmpari_strategy_store(e, &finer, slot + 1);
     }
 }
@@ -5130,6 +5140,12 @@ LLMPARI_FN void llmpari_op_restrict(llmpari_solver *s, int id, int32_t first, in
     llmpari_op_refresh(s, id);
 }
 
+// May an unpinned source be stored in state v?
+LLMPARI_FN bool llmpari_may_store(const llmpari_solver *s, int node, int32_t v) {
+    const int32_t *range = s->stored ? s->stored + 2 * node : NULL;
+    return !llmpar_sharding_partial(&llmpari_class_of(s, node)->space.state[v]) && (!range || !range[1] || (v >= range[0] && v < range[0] + range[1]));
+}
+
 // Sorts the strategies by the state of the result (stable).
 LLMPARI_FN llmpar_status llmpari_op_sort(llmpari_solver *s, int id) {
     llmpari_op_info *info = &s->info[id];
@@ -5142,6 +5158,48 @@ LLMPARI_FN llmpar_status llmpari_op_sort(llmpari_solver *s, int id) {
     for (int32_t i = 0; i < n; i++) sorted[at[info->strategy[i].state[LLMPARI_OUT]]++] = info->strategy[i];
     info->strategy = sorted;
     return LLMPAR_OK;
+}
+
+LLMPARI_FN double llmpari_state_bytes(const llmpari_solver *s, int node, int32_t state) { return (double)llmpari_class_of(s, node)->space.local_bytes[state]; }
+
+// Bytes that live while an op runs, at least: its operands and its result.
+LLMPARI_FN double llmpari_fit_live(const llmpari_solver *s, int o, const llmpari_strategy *strategy) {
+    const llmpar_op *op = &s->g->op[o];
+    double bytes = op->kind == LLMPAR_OP_OUTPUT ? 0 : strategy->gathered + llmpari_state_bytes(s, op->out, strategy->state[LLMPARI_OUT]);
+    for (int k = 0; k < op->n_in; k++) {
+        bool again = s->g->node[op->in[k]].role == LLMPAR_ROLE_WEIGHT;
+        for (int l = 0; l < k; l++) again = again || (op->in[l] == op->in[k] && strategy->state[l] == strategy->state[k]);
+        if (!again) bytes += llmpari_state_bytes(s, op->in[k], strategy->state[k]);
+    }
+    return bytes;
+}
+
+// Under a memory limit: what the search has left of a part's strategies, and what their bytes are worth.
+LLMPARI_FN void llmpari_part_play(llmpari_solver *s, const llmpari_stretch *part) {
+    for (int o = part->first_op; o < part->end_op && part->play; o++) {
+        llmpari_op_info *info = &s->info[o];
+        const int32_t *play = part->play + 2 * (o - part->first_op);
+        if (info->first != play[0] || info->count != play[1]) llmpari_op_restrict(s, o, play[0], play[1]);
+        bool watched = part == s->watched_part && o == s->watched;
+        for (int32_t i = info->first; i < info->first + info->count; i++) {
+            llmpari_strategy *strategy = &info->strategy[i];
+            strategy->cost = strategy->seconds + s->lambda * (strategy->bytes + (watched ? llmpari_fit_live(s, o, strategy) : 0));
+            if (part->dead[o - part->first_op][i]) strategy->cost = INFINITY;
+        }
+    }
+}
+
+// Under a memory limit: sorts the strategies by their bytes (Shell's sort), so that halves of them differ in what matters.
+LLMPARI_FN void llmpari_op_sort_bytes(llmpari_solver *s, int id) {
+    llmpari_op_info *info = &s->info[id];
+    for (int32_t gap = info->n_strategies / 2; gap > 0; gap /= 2)
+        for (int32_t i = gap; i < info->n_strategies; i++) {
+            llmpari_strategy it = info->strategy[i];
+            double bytes = it.bytes + llmpari_fit_live(s, id, &it);
+            int32_t at = i;
+            for (; at >= gap && info->strategy[at - gap].bytes + llmpari_fit_live(s, id, &info->strategy[at - gap]) > bytes; at -= gap) info->strategy[at] = info->strategy[at - gap];
+            info->strategy[at] = it;
+        }
 }
 
 // Makes room for the lists of states and puts all strategies in play.
@@ -5182,7 +5240,7 @@ LLMPARI_FN llmpar_status llmpari_op_strategies(llmpari_solver *s, int id) {
     const llmpar_op *op = &s->g->op[id];
     llmpari_op_info *info = &s->info[id];
     llmpari_enumeration e;
-    for (int other = 0; other < id; other++)
+    for (int other = 0; other < id && !s->limit_bytes; other++)       // under a limit every op's costs differ
         if (llmpari_same_op(s, other, id)) { *info = s->info[other]; return llmpari_op_begin(s, id); }
     llmpari_enumeration_init(s, id, &e);
     info->n_choices = llmpar_op_choices(s->g, id, true, info->choice, LLMPAR_MAX_CHOICES);
@@ -5203,13 +5261,11 @@ LLMPARI_FN llmpar_status llmpari_op_strategies(llmpari_solver *s, int id) {
     }
     llmpari_enumerate(&e, 0);
     LLMPARI_TRY(e.status);
-    for (int i = 0; i < info->n_strategies; i++) {
-        if (op->block >= 0) info->strategy[i].bytes *= s->g->block[op->block].repeats;
-        info->strategy[i].cost = info->strategy[i].seconds;
-    }
+    for (int i = 0; i < info->n_strategies; i++) info->strategy[i].cost = info->strategy[i].seconds;
     if (!info->n_strategies)
         return LLMPARI_FAIL(s->err, LLMPAR_DOES_NOT_FIT, "no legal strategy for %s: the pins on its operands or caches exclude each other", s->g->node[op->out].tensor.name);
     LLMPARI_TRY(llmpari_op_sort(s, id));
+    if (s->limit_bytes) llmpari_op_sort_bytes(s, id);
     return llmpari_op_begin(s, id);
 }
 
@@ -5739,6 +5795,7 @@ LLMPARI_FN llmpar_status llmpari_exit_ask(llmpari_solver *s, const llmpari_stret
 // leaves (blocks, unless it is pinned).
 LLMPARI_FN llmpar_status llmpari_sweep(llmpari_solver *s, llmpari_stretch *part, llmpari_table **result) {
     llmpari_table *table, *entry = NULL;
+    llmpari_part_play(s, part);
     for (int o = part->first_op; o < part->end_op; o++) s->open_slots[o] = s->info[o].n_bus;
     LLMPARI_TRY(llmpari_exit_ask(s, part));
     for (int o = part->end_op - 1; o >= part->first_op; o--) {
@@ -5752,11 +5809,12 @@ LLMPARI_FN llmpar_status llmpari_sweep(llmpari_solver *s, llmpari_stretch *part,
         if (node == part->entry || !s->bus[node].n_waiting) continue;
         LLMPARI_TRY(llmpari_bus_finish(s, part, node, &table));
         const llmpari_class *c = llmpari_class_of(s, node);
-        llmpari_table *source = llmpari_table_row(s, table, n->pinned ? llmpari_state_find(&c->space, &n->tensor.sharding) : 0);
+        int32_t first = n->pinned ? llmpari_state_find(&c->space, &n->tensor.sharding) : 0;
+        while (!n->pinned && !llmpari_may_store(s, node, first)) first++;
+        llmpari_table *source = llmpari_table_row(s, table, first);
         LLMPARI_TRY(llmpari_factor_add(s, source));
-        for (int32_t v = 1; v < c->space.n_states && !n->pinned; v++)
-            for (int64_t j = 0; j < table->width && !llmpar_sharding_partial(&c->space.state[v]); j++)
-                if (table->x[v * table->width + j] < source->x[j]) source->x[j] = table->x[v * table->width + j];
+        for (int32_t v = first + 1; v < c->space.n_states && !n->pinned; v++)
+            if (llmpari_may_store(s, node, v)) llmpari_min_plus(source->x, table->x + v * table->width, 0, table->width);
         llmpari_event_add(s, part, -1, node, table, NULL);
         LLMPARI_TRY(llmpari_close_ready(s, part, -1, NULL));
     }
@@ -6123,11 +6181,11 @@ LLMPARI_FN llmpar_status llmpari_trace_source(llmpari_tracer *t, const llmpari_s
     const llmpar_node *n = &s->g->node[event->node];
     const llmpari_class *c = llmpari_class_of(s, event->node);
     int32_t state = event->node == part->entry ? entry : n->pinned ? llmpari_state_find(&c->space, &n->tensor.sharding) : -1;
-    for (int32_t v = 0; v < c->space.n_states && state < 0; v++) state = llmpar_sharding_partial(&c->space.state[v]) ? -1 : v;
+    for (int32_t v = 0; v < c->space.n_states && state < 0; v++) state = llmpari_may_store(s, event->node, v) ? v : -1;
     if (event->node != part->entry && !n->pinned) {
         const double *x = event->table->x + llmpari_table_at(s, part, event->table, -1);
         for (int32_t v = state + 1; v < c->space.n_states; v++)
-            if (!llmpar_sharding_partial(&c->space.state[v]) && x[v * event->table->width] < x[state * event->table->width]) state = v;
+            if (llmpari_may_store(s, event->node, v) && x[v * event->table->width] < x[state * event->table->width]) state = v;
     }
     LLMPARI_TRY(llmpari_copy_new(t, event->node, state, -1, root));
     return llmpari_value_new(t, event->node, &c->space.state[state], &t->copy[*root].value);
@@ -6145,6 +6203,7 @@ LLMPARI_FN llmpar_status llmpari_trace_part(llmpari_tracer *t, const llmpari_str
     segment.repeats    = 1;
     segment.carry_in   = segment.carry_out = -1;
     s->tau = tau;
+    llmpari_part_play(s, part);
     t->copy = NULL;
     t->n_copies = t->copy_capacity = 0;
     t->exit_copy = -1;
@@ -6196,21 +6255,27 @@ LLMPARI_FN llmpar_status llmpari_check_crossing(llmpari_solver *s) {
     return LLMPAR_OK;
 }
 
+#define LLMPARI_FIT_ROUNDS 8       // under a memory limit the rounds of a block of at most so many may differ in any way; those of longer ones share their strategies
+
 // Blocks, and what stands before, between and after them.
 LLMPARI_FN llmpar_status llmpari_stretches(llmpari_solver *s, llmpari_stretch **parts, int32_t *n_parts) {
     const llmpar_graph *g = s->g;
-    int32_t n = 2 * g->n_blocks + 1;
+    int32_t n = g->n_blocks + 1, b = 0, round = -1;
+    for (int k = 0; k < g->n_blocks; k++) n += s->limit_bytes && g->block[k].repeats <= LLMPARI_FIT_ROUNDS ? g->block[k].repeats : 1;
     *parts = (llmpari_stretch *)llmpar_arena_alloc(&s->scratch, (size_t)n * sizeof **parts);
     if (!*parts) return LLMPARI_FAIL(s->err, LLMPAR_NO_MEMORY, "no memory for %d parts", (int)n);
     for (int32_t i = 0; i < n; i++) {
         llmpari_stretch *part = &(*parts)[i];
-        int32_t b = i / 2;
-        bool inside = i % 2 != 0;
-        part->block    = inside ? b : -1;
-        part->first_op = inside ? g->block[b].first_op : b ? g->block[b - 1].end_op : 0;
-        part->end_op   = inside ? g->block[b].end_op : b < g->n_blocks ? g->block[b].first_op : g->n_ops;
-        part->entry    = inside ? g->block[b].carry_in : b ? g->block[b - 1].result : -1;
-        part->exit     = inside ? g->block[b].carry_out : b < g->n_blocks ? g->block[b].start : -1;
+        bool inside = round >= 0;                   // round -1: what stands in front of block b
+        part->block       = inside ? b : -1;
+        part->first_round = inside ? round : 0;
+        part->rounds      = inside && !(s->limit_bytes && g->block[b].repeats <= LLMPARI_FIT_ROUNDS) ? g->block[b].repeats : 1;
+        part->first_op    = inside ? g->block[b].first_op : b ? g->block[b - 1].end_op : 0;
+        part->end_op      = inside ? g->block[b].end_op : b < g->n_blocks ? g->block[b].first_op : g->n_ops;
+        part->entry       = inside ? g->block[b].carry_in : b ? g->block[b - 1].result : -1;
+        part->exit        = inside ? g->block[b].carry_out : b < g->n_blocks ? g->block[b].start : -1;
+        round = inside ? round + part->rounds : 0;
+        if (inside && round == g->block[b].repeats) { b++; round = -1; }
         if (!inside && part->exit >= 0 && part->exit != part->entry && g->node[part->exit].producer >= 0 && g->node[part->exit].producer < part->first_op)
             return LLMPARI_FAIL(s->err, LLMPAR_UNSUPPORTED, "%s starts a block but was made before the block in front of it; only a block's result goes on", g->node[part->exit].tensor.name);
         part->event = (llmpari_event *)llmpar_arena_alloc(&s->scratch, (size_t)(2 * (part->end_op - part->first_op) + g->n_nodes + 1) * sizeof *part->event);
@@ -6224,7 +6289,7 @@ LLMPARI_FN llmpar_status llmpari_stretches(llmpari_solver *s, llmpari_stretch **
 
 // Runs the rounds of a block backwards over its matrix; before[] gets the cost by the state in which the carry enters the first round.
 LLMPARI_FN llmpar_status llmpari_rounds(llmpari_solver *s, llmpari_stretch *part, const llmpari_table *matrix, double *before) {
-    int32_t n = matrix->rows, rounds = s->g->block[part->block].repeats, pin = llmpari_state_find(&llmpari_class_of(s, part->exit)->space, &s->g->node[part->exit].tensor.sharding);
+    int32_t n = matrix->rows, rounds = part->rounds, pin = llmpari_state_find(&llmpari_class_of(s, part->exit)->space, &s->g->node[part->exit].tensor.sharding);
     const int16_t *leaves = s->info[s->g->node[part->exit].producer].state[LLMPARI_OUT];   // column k of the matrix: the carry leaves in this state
     bool as_made = llmpari_leaves_as_made(s, part);
     llmpar_arena_mark mark;
@@ -6276,12 +6341,12 @@ LLMPARI_FN llmpar_status llmpari_trace(llmpari_solver *s, llmpari_stretch *parts
     int32_t state = -1;
     for (int32_t i = 0; i < n_parts; i++) {
         llmpari_stretch *part = &parts[i];
-        int32_t rounds = part->block < 0 ? 1 : s->g->block[part->block].repeats, n = part->entry < 0 ? 0 : llmpari_rows_of(s, part->entry);
+        int32_t rounds = part->rounds, n = part->entry < 0 ? 0 : llmpari_rows_of(s, part->entry);
         for (int32_t r = 0; r < rounds;) {
             int32_t tau = part->block < 0 ? -1 : part->policy[r * n + state], same = 1, entry = state, exit = state;
             LLMPARI_TRY(llmpari_trace_part(&t, part, part->entry < 0 ? -1 : entry, tau, &exit));
             while (part->block >= 0 && r + same < rounds && exit == entry && part->policy[(r + same) * n + exit] == tau) same++;
-            plan->segment[plan->n_segments - 1].first_round = part->block < 0 ? 0 : r;
+            plan->segment[plan->n_segments - 1].first_round = part->first_round + r;
             plan->segment[plan->n_segments - 1].repeats     = same;
             r += same;
             state = exit;
@@ -6432,8 +6497,8 @@ LLMPARI_FN llmpar_status llmpari_bound(llmpari_solver *s, llmpari_stretch *parts
         if (!i) *cost = table->x[0];
         else if (parts[i].block >= 0) LLMPARI_TRY(llmpari_rounds(s, &parts[i], table, parts[i - 1].after));
         else memcpy(parts[i - 1].after, table->x, (size_t)table->rows * sizeof *table->x);
-        for (int32_t v = 0; i && parts[i - 1].hand_count && v < llmpari_rows_of(s, parts[i - 1].exit); v++)
-            if (v < parts[i - 1].hand_first || v >= parts[i - 1].hand_first + parts[i - 1].hand_count) parts[i - 1].after[v] = INFINITY;
+        for (int32_t v = 0; i && parts[i - 1].hand[1] && v < llmpari_rows_of(s, parts[i - 1].exit); v++)
+            if (v < parts[i - 1].hand[0] || v >= parts[i - 1].hand[0] + parts[i - 1].hand[1]) parts[i - 1].after[v] = INFINITY;
         llmpari_table_free(s, table);
     }
     return LLMPAR_OK;
@@ -6444,44 +6509,44 @@ LLMPARI_FN llmpar_status llmpari_plan_found(llmpari_solver *s, llmpari_stretch *
     llmpari_events_free(s, parts, n_parts);
     for (int32_t k = 0; k < plan->n_segments; k++)
         for (int32_t i = plan->segment[k].first_step; i < plan->segment[k].end_step; i++) plan->seconds += plan->segment[k].repeats * plan->step[i].seconds;
+    plan->least_seconds = plan->seconds;
     return llmpari_plan_bytes(s, plan);
 }
 
-// ---- a memory limit: branch and bound over the strategies in play. The bound is Lagrange's: for any price of memory, the least (seconds + price * bytes that stay)
-// - price * limit is at most the time of any plan that fits.
+// ---- a memory limit: branch and bound over the strategies in play, the states that sources are stored in and those in which tensors are handed on to blocks: together
+// they settle what lives when. The bound is Lagrange's: for any price of memory, the least (seconds + price * bytes that stay) - price * limit is at most the time of
+// any plan that fits. Strategies that cannot fit whatever the others are fall out first.
 
 typedef struct llmpari_fit {
-    llmpari_solver *s;
-    llmpari_stretch   *parts;
-    int32_t n_parts, n_nodes;
+    llmpari_solver  *s;
+    llmpari_stretch *parts;
+    int32_t n_parts, n_cases, max_cases;
     double  price, least;          // of memory; seconds of the best plan that fits
     double  smallest;              // bytes of the smallest plan seen
+    double  open;                  // no plan among the cases that were not looked at takes less
+    double  fixed;                 // bytes of weights with several readers: these are pinned by now, and no op owns them
+    double  hopeless;              // a bound beyond this many seconds says that nothing fits
     llmpar_plan  best, small;
     llmpar_arena arena[3];         // of best, small and the plan that is being looked at
 } llmpari_fit;
-#define LLMPARI_FIT_NODES 20000
-
-LLMPARI_FN void llmpari_set_price(llmpari_solver *s, double price) {
-    s->lambda = price;
-    for (int o = 0; o < s->g->n_ops; o++)
-        for (int i = 0; i < s->info[o].n_strategies; i++) s->info[o].strategy[i].cost = s->info[o].strategy[i].seconds + price * s->info[o].strategy[i].bytes;
-}
+#define LLMPARI_FIT_WORK 4000000   // strategies looked at, in all cases together
 
 LLMPARI_FN double llmpari_plan_total(const llmpar_plan *plan) { return (double)(plan->weight_bytes + plan->cache_bytes + plan->activation_bytes); }
 
-// Bounds the strategies in play at a price of memory and looks at the plan that attains it. *bound <= seconds of every plan in play that fits.
-LLMPARI_FN llmpar_status llmpari_fit_look(llmpari_fit *f, double price, double *bound, double *stays, bool *fits) {
+// Bounds the strategies in play at a price of memory and looks at the plan that attains it. *bound <= seconds of every plan in play that fits. across: bytes that live
+// while the watched op runs besides its own.
+LLMPARI_FN llmpar_status llmpari_fit_look(llmpari_fit *f, double price, double across, double *bound, double *stays, bool *fits) {
     llmpari_solver *s = f->s;
     llmpar_plan plan;
     double cost = INFINITY;
     *fits = false;
     llmpar_arena_mark mark = llmpar_arena_save(&s->scratch);
-    llmpari_set_price(s, price);
+    s->lambda = price;
     s->retain = true;
     LLMPARI_TRY(llmpari_bound(s, f->parts, f->n_parts, &cost));
-    *bound = cost - price * (double)s->limit_bytes;
+    *bound = cost - price * ((double)s->limit_bytes - f->fixed - across);
     *stays = 0;
-    if (!(*bound < f->least * (1 - 1e-12))) { llmpari_events_free(s, f->parts, f->n_parts); llmpar_arena_restore(&s->scratch, mark); return LLMPAR_OK; }
+    if (!(*bound < f->least * (1 - 1e-12)) || *bound > f->hopeless) { llmpari_events_free(s, f->parts, f->n_parts); llmpar_arena_restore(&s->scratch, mark); return LLMPAR_OK; }
     memset(&plan, 0, sizeof plan);
     plan.graph    = s->g;
     plan.hardware = s->hardware;
@@ -6499,90 +6564,249 @@ LLMPARI_FN llmpar_status llmpari_fit_look(llmpari_fit *f, double price, double *
     return LLMPAR_OK;
 }
 
-// Bytes that live while an op runs, at least: its operands and its result.
-LLMPARI_FN double llmpari_fit_live(const llmpari_solver *s, int o, const llmpari_strategy *strategy) {
-    const llmpar_op *op = &s->g->op[o];
-    double bytes = op->kind == LLMPAR_OP_OUTPUT ? 0 : (double)llmpari_class_of(s, op->out)->space.local_bytes[strategy->state[LLMPARI_OUT]];
-    for (int k = 0; k < op->n_in; k++) {
-        bool again = s->g->node[op->in[k]].role == LLMPAR_ROLE_WEIGHT;
-        for (int l = 0; l < k; l++) again = again || (op->in[l] == op->in[k] && strategy->state[l] == strategy->state[k]);
-        if (!again) bytes += (double)llmpari_class_of(s, op->in[k])->space.local_bytes[strategy->state[k]];
-    }
-    return bytes;
-}
-
-// No plan in play needs fewer bytes: what every op's weights and caches take at least, and what lives at the op where that is most.
-LLMPARI_FN double llmpari_fit_floor(const llmpari_fit *f) {
-    const llmpari_solver *s = f->s;
-    double stays = 0, most = 0;
-    for (int pass = 0; pass < 2; pass++)
-        for (int o = 0; o < s->g->n_ops; o++) {
-            const llmpari_op_info *info = &s->info[o];
-            double least = INFINITY, both = INFINITY;
-            for (int32_t i = info->first; i < info->first + info->count; i++) {
-                const llmpari_strategy *strategy = &info->strategy[i];
-                double live = strategy->bytes + (pass ? llmpari_fit_live(s, o, strategy) : 0);
-                least = strategy->bytes < least ? strategy->bytes : least;
-                both  = live < both ? live : both;
+// Bytes that live while op `o` of a part runs because others need them later, at least: made before and read after it, neither its operand nor its result.
+LLMPARI_FN double llmpari_fit_across(const llmpari_solver *s, const llmpari_stretch *part, int o) {
+    const llmpar_graph *g = s->g;
+    double total = 0;
+    for (int node = 0; node < g->n_nodes; node++) {
+        const llmpar_node *n = &g->node[node];
+        double most = 0;
+        bool touched = node == g->op[o].out;
+        for (int k = 0; k < g->op[o].n_in; k++) touched = touched || g->op[o].in[k] == node;
+        if (touched || n->role == LLMPAR_ROLE_WEIGHT || n->role == LLMPAR_ROLE_CACHE || n->producer >= o) continue;
+        for (int c = part->first_op; c < part->end_op; c++)
+            for (int k = 0; k < g->op[c].n_in; k++) {
+                double least = INFINITY;
+                const int32_t *play = part->play + 2 * (c - part->first_op);
+                if (g->op[c].in[k] != node || (c < o && g->op[c].kind != LLMPAR_OP_OUTPUT)) continue;     // what an output reads lives to the end
+                for (int32_t i = play[0]; i < play[0] + play[1]; i++) {
+                    double bytes = llmpari_state_bytes(s, node, s->info[c].strategy[i].state[k]);
+                    if (!part->dead[c - part->first_op][i] && bytes < least) least = bytes;
+                }
+                if (least < INFINITY && least > most) most = least;
             }
-            if (!pass) stays += least;
-            else if (both - least > most) most = both - least;
-        }
-    return stays + most;
+        total += most;
+    }
+    return total;
 }
 
-LLMPARI_FN llmpar_status llmpari_fit_branch(llmpari_fit *f);
-
-// All strategies are chosen: what is left is the state in which a tensor is handed on to a block.
-LLMPARI_FN llmpar_status llmpari_fit_hand(llmpari_fit *f) {
-    for (int32_t i = 0; i < f->n_parts; i++) {
-        llmpari_stretch *part = &f->parts[i];
-        if (part->exit < 0 || part->block >= 0 || part->hand_count == 1) continue;
-        int32_t first = part->hand_first, kept = part->hand_count, count = kept ? kept : llmpari_rows_of(f->s, part->exit);
-        if (count < 2) continue;
-        part->hand_count = count / 2;
-        llmpar_status status = llmpari_fit_branch(f);
-        part->hand_first = first + count / 2;
-        part->hand_count = count - count / 2;
-        if (!status) status = llmpari_fit_branch(f);
-        part->hand_first = first;
-        part->hand_count = kept;
-        return status;
+// Bytes of copies that are made as soon as a node is there in state v, at least: for the consumer that needs the largest.
+LLMPARI_FN double llmpari_fit_copies(const llmpari_solver *s, const llmpari_stretch *part, int node, int32_t v) {
+    double most = 0;
+    for (int c = part->first_op; c <= part->end_op; c++) {
+        bool leaves = c == part->end_op, as_is = false;          // the last one: what is handed on
+        for (int k = 0; k < (leaves ? 1 : s->g->op[c].n_in); k++) {
+            double least = INFINITY;
+            if (leaves ? node != part->exit || !part->hand[1] : s->g->op[c].in[k] != node || !s->info[c].bus[k]) continue;
+            int32_t first = leaves ? part->hand[0] : part->play[2 * (c - part->first_op)], count = leaves ? part->hand[1] : part->play[2 * (c - part->first_op) + 1];
+            for (int32_t i = first; i < first + count && !as_is; i++) {
+                int32_t wanted = leaves ? i : s->info[c].strategy[i].state[k];
+                if (!leaves && part->dead[c - part->first_op][i]) continue;
+                as_is = wanted == v;
+                if (llmpari_state_bytes(s, node, wanted) < least) least = llmpari_state_bytes(s, node, wanted);
+            }
+            if (!as_is && least < INFINITY && least > most) most = least;
+        }
     }
-    return LLMPAR_OK;
+    return most;
 }
 
-// Halves the strategies of the op whose choice matters most for memory, and looks into both halves.
-LLMPARI_FN llmpar_status llmpari_fit_branch(llmpari_fit *f) {
-    llmpari_solver *s = f->s;
-    double bound, stays, spread = -1;
-    int32_t at = -1;
-    bool fits;
-    if (f->n_nodes++ == LLMPARI_FIT_NODES)
-        return LLMPARI_FAIL(s->err, LLMPAR_UNSUPPORTED, "the memory limit leaves more than %d cases to search; pin some weights", LLMPARI_FIT_NODES);
-    if (llmpari_fit_floor(f) > (double)s->limit_bytes) return LLMPAR_OK;
-    LLMPARI_TRY(llmpari_fit_look(f, 0, &bound, &stays, &fits));
-    if (fits || !(bound < f->least * (1 - 1e-12))) return LLMPAR_OK;      // the best of all in play fits, or none is good enough
-    LLMPARI_TRY(llmpari_fit_look(f, f->price, &bound, &stays, &fits));
-    if (!(bound < f->least * (1 - 1e-12))) return LLMPAR_OK;
-    for (int o = 0; o < s->g->n_ops; o++) {
-        const llmpari_op_info *info = &s->info[o];
-        double low = INFINITY, high = 0;
-        for (int32_t i = info->first; i < info->first + info->count; i++) {
-            double bytes = info->strategy[i].bytes + llmpari_fit_live(s, o, &info->strategy[i]);
-            low  = bytes < low ? bytes : low;
-            high = bytes > high ? bytes : high;
+// Bytes that live when a part begins, at least: what enters it, its sources, and the copies that are made of them.
+LLMPARI_FN double llmpari_fit_enter(const llmpari_fit *f, int32_t p) {
+    const llmpari_solver *s = f->s;
+    const llmpar_graph *g = s->g;
+    const llmpari_stretch *part = &f->parts[p], *before = p ? &f->parts[p - 1] : NULL;
+    double total = 0;
+    for (int node = 0; node < g->n_nodes; node++) {
+        const llmpar_node *n = &g->node[node];
+        double least = INFINITY;
+        bool enters = node == part->entry, used = node == part->exit;
+        if (n->role == LLMPAR_ROLE_WEIGHT || n->role == LLMPAR_ROLE_CACHE || (n->producer >= 0 && !enters)) continue;
+        for (int o = part->first_op; o < part->end_op && !used; o++)
+            for (int k = 0; k < g->op[o].n_in; k++) used = used || g->op[o].in[k] == node;
+        if (!used || (!enters && n->role != LLMPAR_ROLE_INPUT)) continue;
+        int32_t pin = n->pinned && !enters ? llmpari_state_find(&llmpari_class_of(s, node)->space, &n->tensor.sharding) : -1;
+        int producer = enters && before->block >= 0 ? g->node[before->exit].producer : -1;
+        if (enters && producer >= 0 && g->node[before->exit].pinned) pin = llmpari_state_find(&llmpari_class_of(s, node)->space, &g->node[before->exit].tensor.sharding);
+        const int32_t *range = !enters ? s->stored + 2 * node : producer >= 0 ? before->play + 2 * (producer - before->first_op) : before->hand;
+        for (int32_t i = pin < 0 ? range[0] : 0; i < (pin < 0 ? range[0] + range[1] : 1); i++) {
+            int32_t v = pin >= 0 ? pin : producer >= 0 ? s->info[producer].strategy[i].state[LLMPARI_OUT] : i;
+            if (pin < 0 && producer >= 0 && before->dead[producer - before->first_op][i]) continue;
+            double bytes = llmpari_state_bytes(s, node, v);
+            if (bytes >= least) continue;
+            bytes += llmpari_fit_copies(s, part, node, v);
+            least = bytes < least ? bytes : least;
         }
-        if (info->count > 1 && high - low + 1e-9 * info->count > spread) { spread = high - low + 1e-9 * info->count; at = o; }
+        if (least < INFINITY) total += least;
     }
-    if (at < 0) return llmpari_fit_hand(f);
-    int32_t first = s->info[at].first, count = s->info[at].count, half = count / 2;
-    llmpari_op_restrict(s, at, first, half);
-    llmpar_status status = llmpari_fit_branch(f);
-    llmpari_op_restrict(s, at, first + half, count - half);
-    if (!status) status = llmpari_fit_branch(f);
-    llmpari_op_restrict(s, at, first, count);
+    return total;
+}
+
+// Marks the strategies that cannot fit, whatever the others are. False: an op has none left.
+LLMPARI_FN bool llmpari_fit_prune(const llmpari_fit *f) {
+    const llmpari_solver *s = f->s;
+    bool again = true;
+    for (int32_t p = 0; p < f->n_parts; p++)
+        for (int o = f->parts[p].first_op; o < f->parts[p].end_op; o++) memset(f->parts[p].dead[o - f->parts[p].first_op], 0, (size_t)s->info[o].n_strategies);
+    for (int pass = 0; pass < 4 && again; pass++) {
+        double stays = f->fixed;
+        again = false;
+        for (int all = 0; all < 2; all++)           // first what must stay in all, then what each op can afford
+            for (int32_t p = 0; p < f->n_parts; p++) {
+                const llmpari_stretch *part = &f->parts[p];
+                if (all && stays + llmpari_fit_enter(f, p) > (double)s->limit_bytes) return false;
+                for (int o = part->first_op; o < part->end_op; o++) {
+                    const int32_t *play = part->play + 2 * (o - part->first_op);
+                    bool *dead = part->dead[o - part->first_op];
+                    double least = INFINITY, across = all ? llmpari_fit_across(s, part, o) : 0;
+                    for (int32_t i = play[0]; i < play[0] + play[1]; i++)
+                        if (!dead[i] && s->info[o].strategy[i].bytes < least) least = s->info[o].strategy[i].bytes;
+                    if (least == INFINITY) return false;
+                    if (!all) { stays += least * part->rounds; continue; }
+                    for (int32_t i = play[0]; i < play[0] + play[1]; i++) {
+                        const llmpari_strategy *strategy = &s->info[o].strategy[i];
+                        double needed = stays + (strategy->bytes - least) * part->rounds + across, room = (double)s->limit_bytes - needed;
+                        if (dead[i]) continue;
+                        bool fits = llmpari_fit_live(s, o, strategy) <= room;
+                        if (fits && s->g->op[o].kind != LLMPAR_OP_OUTPUT) {
+                            int32_t v = strategy->state[LLMPARI_OUT];
+                            fits = llmpari_state_bytes(s, s->g->op[o].out, v) + llmpari_fit_copies(s, part, s->g->op[o].out, v) <= room;
+                        }
+                        if (!fits) dead[i] = again = true;
+                    }
+                }
+            }
+    }
+    return true;
+}
+
+LLMPARI_FN llmpar_status llmpari_fit_branch(llmpari_fit *f, double bound);
+
+// Looks at both halves of a range of choices.
+LLMPARI_FN llmpar_status llmpari_fit_halves(llmpari_fit *f, int32_t *range, double bound) {
+    int32_t first = range[0], count = range[1];
+    range[1] = count / 2;
+    llmpar_status status = llmpari_fit_branch(f, bound);
+    range[0] = first + count / 2;
+    range[1] = count - count / 2;
+    if (!status) status = llmpari_fit_branch(f, bound);
+    range[0] = first;
+    range[1] = count;
     return status;
+}
+
+// How much the states in [first, first + count) of a tensor differ in bytes.
+LLMPARI_FN double llmpari_fit_spread(const llmpari_solver *s, int node, int32_t first, int32_t count) {
+    double low = INFINITY, high = 0;
+    for (int32_t v = first; v < first + count; v++) {
+        double bytes = llmpari_state_bytes(s, node, v);
+        low  = bytes < low ? bytes : low;
+        high = bytes > high ? bytes : high;
+    }
+    return high - low;
+}
+
+// Watches the op at which most bytes must live. Returns what lives there besides its operands and its result.
+LLMPARI_FN double llmpari_fit_watch(const llmpari_fit *f) {
+    llmpari_solver *s = f->s;
+    double most = -1, result = 0;
+    for (int32_t p = 0; p < f->n_parts; p++) {
+        const llmpari_stretch *part = &f->parts[p];
+        for (int o = part->first_op; o < part->end_op; o++) {
+            const int32_t *play = part->play + 2 * (o - part->first_op);
+            double least = INFINITY, across = llmpari_fit_across(s, part, o);
+            for (int32_t i = play[0]; i < play[0] + play[1]; i++) {
+                double live = llmpari_fit_live(s, o, &s->info[o].strategy[i]);
+                if (!part->dead[o - part->first_op][i] && live < least) least = live;
+            }
+            if (least + across <= most) continue;
+            most = least + across;
+            result = across;
+            s->watched_part = part;
+            s->watched = o;
+        }
+    }
+    return result;
+}
+
+// Halves what matters most for memory: the strategies of an op, the states a source is stored in, or those in which a tensor is handed on. bound: of the case that this
+// one is a half of.
+LLMPARI_FN llmpar_status llmpari_fit_branch(llmpari_fit *f, double bound) {
+    llmpari_solver *s = f->s;
+    double stays, spread = -1, tighter;
+    int32_t *at = NULL;
+    bool fits;
+    llmpar_status status = LLMPAR_OK;
+    if (f->n_cases++ >= f->max_cases) { f->open = bound < f->open ? bound : f->open; return LLMPAR_OK; }
+    if (!llmpari_fit_prune(f)) return LLMPAR_OK;
+    LLMPARI_TRY(llmpari_fit_look(f, 0, 0, &bound, &stays, &fits));
+    if (fits || !(bound < f->least * (1 - 1e-12))) return LLMPAR_OK;      // the best of all in play fits, or none is good enough
+    double across = llmpari_fit_watch(f);
+    for (int k = 0; k < 2 && !status; k++) {         // what memory is worth, then so much that only the least memory counts
+        status = llmpari_fit_look(f, k ? 1e3 * f->hopeless : f->price, across, &tighter, &stays, &fits);
+        if (tighter > bound) bound = tighter;
+        if (bound > f->hopeless) break;
+    }
+    s->watched_part = NULL;
+    LLMPARI_TRY(status);
+    if (bound > f->hopeless) return LLMPAR_OK;
+    if (!(bound < f->least * (1 - 1e-12))) return LLMPAR_OK;
+    for (int32_t p = 0; p < f->n_parts; p++)
+        for (int o = f->parts[p].first_op; o < f->parts[p].end_op; o++) {
+            int32_t *play = f->parts[p].play + 2 * (o - f->parts[p].first_op);
+            double low = INFINITY, high = 0;
+            for (int32_t i = play[0]; i < play[0] + play[1]; i++) {
+                double bytes = s->info[o].strategy[i].bytes + llmpari_fit_live(s, o, &s->info[o].strategy[i]);
+                if (f->parts[p].dead[o - f->parts[p].first_op][i]) continue;
+                low  = bytes < low ? bytes : low;
+                high = bytes > high ? bytes : high;
+            }
+            if (play[1] > 1 && high - low + 1e-9 * play[1] > spread) { spread = high - low + 1e-9 * play[1]; at = play; }
+        }
+    for (int32_t p = 0; p < f->n_parts; p++) {
+        int32_t *hand = f->parts[p].hand;
+        double differ = hand[1] > 1 ? llmpari_fit_spread(s, f->parts[p].exit, hand[0], hand[1]) + 1e-9 * hand[1] : -1;
+        if (differ > spread) { spread = differ; at = hand; }
+    }
+    for (int node = 0; node < s->g->n_nodes; node++) {
+        int32_t *stored = s->stored + 2 * node;
+        double differ = stored[1] > 1 ? llmpari_fit_spread(s, node, stored[0], stored[1]) + 1e-9 * stored[1] : -1;
+        if (differ > spread) { spread = differ; at = stored; }
+    }
+    return at ? llmpari_fit_halves(f, at, bound) : LLMPAR_OK;
+}
+
+// Everything is in play.
+LLMPARI_FN llmpar_status llmpari_fit_begin(llmpari_fit *f) {
+    llmpari_solver *s = f->s;
+    int64_t work = 1;
+    s->stored = (int32_t *)llmpar_arena_alloc(&s->scratch, 2 * (size_t)s->g->n_nodes * sizeof *s->stored);
+    if (!s->stored) return LLMPARI_FAIL(s->err, LLMPAR_NO_MEMORY, "no memory to search %d tensors", (int)s->g->n_nodes);
+    for (int node = 0; node < s->g->n_nodes; node++) {
+        const llmpar_node *n = &s->g->node[node];
+        bool source = n->role == LLMPAR_ROLE_INPUT && !n->pinned;
+        if (n->role == LLMPAR_ROLE_WEIGHT && n->pinned && s->n_uses[node] > 1)
+            f->fixed += (n->block >= 0 ? s->g->block[n->block].repeats : 1) * llmpari_state_bytes(s, node, llmpari_state_find(&llmpari_class_of(s, node)->space, &n->tensor.sharding));
+        s->stored[2 * node + 1] = source ? llmpari_rows_of(s, node) : 0;
+        while (source && llmpar_sharding_partial(&llmpari_class_of(s, node)->space.state[s->stored[2 * node + 1] - 1])) s->stored[2 * node + 1]--;
+    }
+    for (int32_t p = 0; p < f->n_parts; p++) {
+        llmpari_stretch *part = &f->parts[p];
+        size_t n = (size_t)(part->end_op - part->first_op) + 1;
+        part->play = (int32_t *)llmpar_arena_alloc(&s->scratch, 2 * n * sizeof *part->play);
+        part->dead = (bool   **)llmpar_arena_alloc(&s->scratch, n * sizeof *part->dead);
+        for (int o = part->first_op; o < part->end_op && part->play && part->dead; o++) {
+            bool *dead = (bool *)llmpar_arena_alloc(&s->scratch, (size_t)s->info[o].n_strategies);
+            if (!dead) { part->dead = NULL; break; }
+            part->dead[o - part->first_op] = dead;
+            part->play[2 * (o - part->first_op) + 1] = s->info[o].n_strategies;
+            work += s->info[o].n_strategies;
+        }
+        if (part->block < 0 && part->exit >= 0) part->hand[1] = llmpari_rows_of(s, part->exit);
+        if (!part->play || !part->dead) return LLMPARI_FAIL(s->err, LLMPAR_NO_MEMORY, "no memory to search %d ops", (int)s->g->n_ops);
+    }
+    f->max_cases = (int32_t)llmpari_max(100, LLMPARI_FIT_WORK / work);
+    return LLMPAR_OK;
 }
 
 // Copies a plan into the graph's arena.
@@ -6625,21 +6849,22 @@ LLMPARI_FN llmpar_status llmpari_fit_refuse(const llmpari_fit *f) {
 
 LLMPARI_FN llmpar_status llmpari_solve_fit(llmpari_solver *s, llmpari_stretch *parts, int32_t n_parts, double *seconds, llmpar_plan *plan) {
     llmpari_fit f;
-    double bound, stays, low = 0, high, best = -INFINITY;
-    bool fits;
-    llmpar_status status;
+    double bound = 0, stays, low = 0, high, best = -INFINITY;
+    bool fits = false;
     memset(&f, 0, sizeof f);
     f.s = s; f.parts = parts; f.n_parts = n_parts;
-    f.least = f.smallest = INFINITY;
+    f.least = f.smallest = f.open = f.hopeless = INFINITY;
     for (int i = 0; i < 3; i++) f.arena[i].allocator = s->scratch.allocator;
-    status = llmpari_fit_look(&f, 0, &bound, &stays, &fits);
+    llmpar_status status = llmpari_fit_begin(&f);
+    if (!status) status = llmpari_fit_look(&f, 0, 0, &bound, &stays, &fits);
+    f.hopeless = 1e6 * (f.small.graph ? f.small.seconds : 1);
     if (!status && !fits && bound < INFINITY) {      // the price that gives the highest bound, by bisection on a log scale
         high = (f.small.seconds > 0 ? f.small.seconds : 1e-9) / (double)s->limit_bytes;
         for (int i = 0; i < 60 && !status; i++) {
             double price = low > 0 ? sqrt(low * high) : high;
             double keep = f.least;
             f.least = INFINITY;                     // look at the plan whatever it costs
-            status = llmpari_fit_look(&f, price, &bound, &stays, &fits);
+            status = llmpari_fit_look(&f, price, 0, &bound, &stays, &fits);
             if (f.least > keep) f.least = keep;
             if (bound > best) { best = bound; f.price = price; }
             if (stays > (double)s->limit_bytes) { low = price; if (low >= high) high *= 16; } else high = price;
@@ -6648,10 +6873,16 @@ LLMPARI_FN llmpar_status llmpari_solve_fit(llmpari_solver *s, llmpari_stretch *p
             if (low == 0) high = price / 16;
             if (low == 0 && i > 20) break;
         }
-        if (!status) status = llmpari_fit_branch(&f);
+        if (!status) status = llmpari_fit_branch(&f, 0);
     }
-    llmpari_set_price(s, 0);
-    if (!status && f.least < INFINITY) { *seconds = f.least; status = plan ? llmpari_plan_copy(s, &f.best, plan) : LLMPAR_OK; }
+    if (!status && f.least < INFINITY) {
+        *seconds = f.least;
+        if (plan) {
+            status = llmpari_plan_copy(s, &f.best, plan);
+            plan->least_seconds = f.open < f.least ? f.open : f.least;
+        }
+    } else if (!status && f.open < INFINITY)
+        status = LLMPARI_FAIL(s->err, LLMPAR_UNSUPPORTED, "the memory limit leaves more than %d cases to search and none of these fits; pin some tensors", (int)f.max_cases);
     else if (!status) status = f.small.graph ? llmpari_fit_refuse(&f) : LLMPARI_FAIL(s->err, LLMPAR_DOES_NOT_FIT, "no plan reaches the pins: values that are whole cannot become partial sums");
     for (int i = 0; i < 3; i++) llmpar_arena_free(&f.arena[i]);
     return status;
@@ -6968,6 +7199,8 @@ LLMPAR_DEF llmpar_status llmpar_explain(const llmpar_plan *plan, llmpar_sink sin
     llmpari_bytes_text(caches, plan->cache_bytes);
     llmpari_bytes_text(live, plan->activation_bytes);
     llmpari_seconds_text(seconds, plan->seconds);
+    if (plan->least_seconds < plan->seconds)
+        llmpari_print(&sink, "the memory limit leaves too many cases: another plan that fits may be up to %.2g%% faster\n", 100 * (plan->seconds / plan->least_seconds - 1));
     llmpari_print(&sink, "total %s; a rank holds at most %s of weights, %s of KV cache, %s of live activations\n", seconds, weights, caches, live);
     for (int node = 0; node < plan->graph->n_nodes && plan->pin_seconds; node++)
         if (plan->graph->node[node].pinned) {

@@ -1948,7 +1948,8 @@ static void check_graph(llmpar_graph *g, uint64_t seed) {
     double slack = tolerance(&w) * (p.n + 1), least;
     if (status) {
         least = status == LLMPAR_DOES_NOT_FIT ? brute_force(&w, &p, 1e300) : 0;
-        if (status != LLMPAR_DOES_NOT_FIT) wrong(g, err.text, seed, 0, 0);
+        if (status == LLMPAR_UNSUPPORTED && strstr(err.text, "several operands together")) count_skipped++;     // a table that is too large: it says so
+        else if (status != LLMPAR_DOES_NOT_FIT) wrong(g, err.text, seed, 0, 0);
         else if (too_many) count_skipped++;
         else if (least < INFINITY) wrong(g, err.text, seed, INFINITY, least);
         else count_none++;
@@ -1980,7 +1981,8 @@ static void check_fit(llmpar_graph *g, uint64_t seed) {
     double slack = tolerance(&w) * (p.n + 1), least;
     if (status) {
         least = search_all(&w, &p, limit, INFINITY);
-        if (status != LLMPAR_DOES_NOT_FIT) wrong(g, err.text, seed, 0, 0);
+        if (status == LLMPAR_UNSUPPORTED && strstr(err.text, "cases to search")) count_skipped++;      // it says that it gave up
+        else if (status != LLMPAR_DOES_NOT_FIT) wrong(g, err.text, seed, 0, 0);
         else if (least < INFINITY) wrong(g, err.text, seed, INFINITY, least);
         else if (too_many) count_skipped++;
         else count_refused++;
@@ -1989,7 +1991,8 @@ static void check_fit(llmpar_graph *g, uint64_t seed) {
         if (plan.weight_bytes + plan.cache_bytes + plan.activation_bytes > limit) wrong(g, "the plan does not fit", seed, (double)(plan.weight_bytes + plan.cache_bytes + plan.activation_bytes), (double)limit);
         if (plan.seconds < free_seconds * (1 - 1e-9) - slack) wrong(g, "a limit makes it faster", seed, plan.seconds, free_seconds);
         least = search_all(&w, &p, limit, plan.seconds * (1 + 1e-9) + slack);
-        if (least < plan.seconds * (1 - 1e-9) - slack) wrong(g, "not the optimum under the limit", seed, plan.seconds, least);
+        if (least < plan.least_seconds * (1 - 1e-9) - slack) wrong(g, "not the optimum under the limit", seed, plan.least_seconds, least);
+        else if (plan.least_seconds < plan.seconds) count_skipped++;
         else if (too_many) count_skipped++;
         else if (least > plan.seconds * (1 + 0.9e-9) + slack) wrong(g, "the plan is cheaper than any assignment", seed, plan.seconds, least);
         else count_equal++;
@@ -2020,6 +2023,7 @@ static void run(const char *name, recipe r, void (*check)(llmpar_graph *, uint64
         for (int i = 0; i < n; i++) one_graph(only ? strtoull(only, NULL, 10) : test_random(), &r, check);
         printf("%s: %d graphs equal, %d without a plan, %d refused, %d skipped\n", name, (int)count_equal, (int)count_none, (int)count_refused, (int)count_skipped);
         CHECK(only || count_equal + count_refused > n / 2);
+        CHECK(only || count_skipped <= n / 50 + 4);
     }
 }
 
@@ -2357,8 +2361,8 @@ int main(void) {
     run("one axis, 3 to 8 ops",  (recipe){ 3, 8, 1, 3, 0.3, 0.1, 0, 0 }, check_graph, 800, 60000);
     run("two axes, up to 5 ops", (recipe){ 2, 5, 2, 3, 0.2, 0.1, 0, 0 }, check_graph, 300, 30000);
     run("three axes, 3 ops",     (recipe){ 1, 3, 3, 2, 0.1, 0.0, 0, 0 }, check_graph, 15, 1500);
-    if (test_stress()) run("a memory limit, one axis",  (recipe){ 1, 4, 1, 3, 0.3, 0.15, 0, 0 }, check_fit, 200, 20000);
-    if (test_stress()) run("a memory limit, two axes",  (recipe){ 1, 2, 2, 2, 0.1, 0.0, 0, 0 }, check_fit, 50, 3000);
+    run("a memory limit, one axis",  (recipe){ 1, 4, 1, 3, 0.3, 0.15, 0, 0 }, check_fit, 200, 20000);
+    run("a memory limit, two axes",  (recipe){ 1, 2, 2, 2, 0.1, 0.0, 0, 0 }, check_fit, 50, 3000);
     run("pins in larger graphs, one axis",  (recipe){ 6, 14, 1, 3, 0.3, 0.1, 1, 0 }, check_pins, 40, 2000);
     run("pins in larger graphs, two axes",  (recipe){ 6, 10, 2, 3, 0.3, 0.1, 1, 0 }, check_pins, 8, 500);
     run("run on thread-ranks, one axis",    (recipe){ 2, 6, 1, 3, 0.3, 0.2, 0, 1 }, check_run, 50, 2500);
