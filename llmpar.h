@@ -6529,7 +6529,7 @@ typedef struct llmpari_fit {
     llmpar_plan  best, small;
     llmpar_arena arena[3];         // of best, small and the plan that is being looked at
 } llmpari_fit;
-#define LLMPARI_FIT_WORK 4000000   // strategies looked at, in all cases together
+#define LLMPARI_FIT_WORK 1000000   // strategies looked at, in all cases together
 
 LLMPARI_FN double llmpari_plan_total(const llmpar_plan *plan) { return (double)(plan->weight_bytes + plan->cache_bytes + plan->activation_bytes); }
 
