@@ -455,6 +455,8 @@ typedef struct llmpar_node {       // one tensor of a graph
     int32_t tag;                   // for the caller (llmpar_weight_kind); -1 = none
 } llmpar_node;
 
+typedef enum llmpar_activation { LLMPAR_SILU = 0, LLMPAR_GELU, LLMPAR_GELU_TANH, LLMPAR_RELU, LLMPAR_EXP, LLMPAR_SQUARE, LLMPAR_NEGATE } llmpar_activation;
+
 typedef struct llmpar_op {
     int32_t kind;                  // llmpar_op_kind
     int32_t n_in;
@@ -467,7 +469,7 @@ typedef struct llmpar_op {
     int64_t index_size[LLMPAR_MAX_INDICES];
     int8_t  index_of[LLMPAR_MAX_OPERANDS + 1][LLMPAR_MAX_DIMS];   // [operand][dim] -> index; [n_in] = the output; -1 beyond the dims
     int32_t dim;                   // norm, softmax: dim of operand 0; rope: the sequence dim; take: the dim taken from; cross entropy: the vocabulary dim
-    int32_t function;              // unary: llmpar_activation
+    llmpar_activation function;    // unary
     bool    causal, layer_norm;    // attention; norm
     int64_t window, context;       // attention: sliding window (0 = none); keys that a query meets in all, for the cost (0 = size of k's sequence dim)
     double  eps, scale;            // norm; attention: factor of the scores (0 = 1/sqrt(D))
@@ -509,7 +511,7 @@ LLMPAR_DEF int  llmpar_name (llmpar_graph *g, int node, const char *name);      
 LLMPAR_DEF int llmpar_einsum(llmpar_graph *g, const char *dims, int a, int b);                // "B S H, H I -> B S I"; sums over what is not on the right
 LLMPAR_DEF int llmpar_add (llmpar_graph *g, int a, int b);                                    // b's dims by name are all of a's, or some (a bias)
 LLMPAR_DEF int llmpar_mul (llmpar_graph *g, int a, int b);
-LLMPAR_DEF int llmpar_unary(llmpar_graph *g, int function, int x);                            // llmpar_activation; LLMPAR_NEGATE is linear, the others are not
+LLMPAR_DEF int llmpar_unary(llmpar_graph *g, llmpar_activation function, int x);              // LLMPAR_NEGATE is linear, the others are not
 LLMPAR_DEF int llmpar_silu(llmpar_graph *g, int x);
 LLMPAR_DEF int llmpar_norm(llmpar_graph *g, int x, int weight, const char *dim, double eps);  // RMSNorm over dim; weight[dim] or -1
 LLMPAR_DEF int llmpar_layer_norm(llmpar_graph *g, int x, int weight, int bias, const char *dim, double eps);
@@ -655,7 +657,6 @@ LLMPAR_DEF llmpar_status llmpar_explain(const llmpar_plan *plan, llmpar_sink sin
 // I intermediate, N query heads, K kv heads, D head dim, V vocabulary, L layers.
 
 typedef enum llmpar_rope_kind { LLMPAR_ROPE_DEFAULT = 0, LLMPAR_ROPE_LINEAR, LLMPAR_ROPE_LLAMA3 } llmpar_rope_kind;
-typedef enum llmpar_activation { LLMPAR_SILU = 0, LLMPAR_GELU, LLMPAR_GELU_TANH, LLMPAR_RELU, LLMPAR_EXP, LLMPAR_SQUARE, LLMPAR_NEGATE } llmpar_activation;
 
 typedef struct llmpar_rope_scaling {
     llmpar_rope_kind kind;
@@ -3784,7 +3785,6 @@ LLMPAR_DEF void llmpar_permute_peers(const llmpar_move *move, const llmpar_tenso
 // >>graph (impl)   1. writing a graph
 // ============================================================================================================
 
-#define LLMPARI_NEGATE 6           // LLMPAR_NEGATE, whose enum stands in section model
 
 // Records the first error of a graph; building calls return -1 from then on.
 #define LLMPARI_GRAPH_FAIL(g, code, ...) ((g)->error.status ? -1 : (LLMPARI_FAIL(&(g)->error, code, __VA_ARGS__), -1))
@@ -4084,13 +4084,14 @@ LLMPARI_FN int llmpari_binary(llmpar_graph *g, int kind, int a, int b) {
 LLMPAR_DEF int llmpar_add(llmpar_graph *g, int a, int b) { return llmpari_binary(g, LLMPAR_OP_ADD, a, b); }
 LLMPAR_DEF int llmpar_mul(llmpar_graph *g, int a, int b) { return llmpari_binary(g, LLMPAR_OP_MUL, a, b); }
 
-LLMPAR_DEF int llmpar_unary(llmpar_graph *g, int function, int x) {
+LLMPAR_DEF int llmpar_unary(llmpar_graph *g, llmpar_activation function, int x) {
+    if ((int)function < 0 || function > LLMPAR_NEGATE) return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "there is no activation %d", (int)function);
     llmpar_op op = llmpari_op_new(g, LLMPAR_OP_UNARY, 1, x, -1, -1);
     llmpari_op_dims(g, &op, 0);
     op.function = function;
     return llmpari_op_add_like(g, &op);
 }
-LLMPAR_DEF int llmpar_silu(llmpar_graph *g, int x) { return llmpar_unary(g, 0, x); }         // LLMPAR_SILU is 0
+LLMPAR_DEF int llmpar_silu(llmpar_graph *g, int x) { return llmpar_unary(g, LLMPAR_SILU, x); }
 
 // op.dim = the dim of operand 0 that is called `name`.
 LLMPARI_FN void llmpari_op_find_dim(llmpar_graph *g, llmpar_op *op, const char *name, const char *what) {
@@ -4341,7 +4342,7 @@ LLMPAR_DEF int llmpar_op_choices(const llmpar_graph *g, int id, bool linear, llm
     switch (op->kind) {
     case LLMPAR_OP_EINSUM: case LLMPAR_OP_MUL: masks = 1u << 1 | 1u << 2; break;               // linear in each operand, not in both at once
     case LLMPAR_OP_ADD:       masks = 1u << 1 | 1u << 2 | 1u << 3; break;                      // the whole operand is added once, on coordinate 0
-    case LLMPAR_OP_UNARY:     masks = op->function == LLMPARI_NEGATE ? 1u << 1 : 0; break;
+    case LLMPAR_OP_UNARY:     masks = op->function == LLMPAR_NEGATE ? 1u << 1 : 0; break;
     case LLMPAR_OP_ROPE: case LLMPAR_OP_TAKE: case LLMPAR_OP_OUTPUT: masks = 1u << 1; break;   // an output may be pinned as partial sums
     case LLMPAR_OP_EMBED:     masks = 1u << 2; break;                                          // linear in the table
     case LLMPAR_OP_ATTENTION: masks = op->cache[0] < 0 ? 1u << 4 : 0; break;                   // linear in v; a cache holds whole values
@@ -7140,7 +7141,7 @@ LLMPARI_FN void llmpari_move_text(const llmpar_plan *plan, const llmpar_step *st
 LLMPARI_FN const char *llmpari_op_name(const llmpar_op *op) {
     static const char *const name[] = { ".", "+", "*", "unary", "norm", "softmax", "rope", "attention", "embed", "take", "cross entropy", "output" };
     static const char *const function[] = { "silu", "gelu", "gelu_tanh", "relu", "exp", "square", "negate" };
-    return op->kind == LLMPAR_OP_UNARY && op->function >= 0 && op->function < LLMPARI_COUNT(function) ? function[op->function] : name[op->kind];
+    return op->kind == LLMPAR_OP_UNARY ? function[op->function] : name[op->kind];
 }
 
 LLMPARI_FN void llmpari_explain_step(const llmpar_plan *plan, const llmpar_step *step, const llmpar_sink *sink) {
@@ -8205,7 +8206,7 @@ LLMPARI_FN int llmpari_build_attention(const llmpari_builder *b, int x) {
 LLMPARI_FN int llmpari_build_mlp(const llmpari_builder *b, int x) {
     int gate = llmpari_build_linear(b, "B S H, I H -> B S I", x, llmpari_build_weight(b, LLMPAR_W_GATE), LLMPAR_W_GATE_BIAS);
     int up   = llmpari_build_linear(b, "B S H, I H -> B S I", x, llmpari_build_weight(b, LLMPAR_W_UP), LLMPAR_W_UP_BIAS);
-    int a    = llmpar_mul(b->g, llmpar_unary(b->g, (int)b->model->activation, gate), up);
+    int a    = llmpar_mul(b->g, llmpar_unary(b->g, b->model->activation, gate), up);
     return llmpari_build_linear(b, "B S I, H I -> B S H", a, llmpari_build_weight(b, LLMPAR_W_DOWN), LLMPAR_W_DOWN_BIAS);
 }
 
@@ -12320,7 +12321,7 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_unary(llmpari_exec_prep *p) {
     llmpar_unary_args *how = (llmpar_unary_args *)llmpari_exec_prep_how(p, sizeof *how);
     if (!how) return llmpari_exec_prep_memory(p);
     how->n    = p->out->part.elements;
-    how->kind = (llmpar_activation)p->op->function;
+    how->kind = p->op->function;
     p->task->overwrites = 1u;
     llmpari_exec_prep_f32(p, 0);
     if (how->n) p->task->run = llmpari_exec_run_unary;

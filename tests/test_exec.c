@@ -340,7 +340,7 @@ static void add_attention(builder *b) {
 static void add_op(builder *b) {
     llmpar_graph *g = &b->w->g;
     int a = pick(b), n = tensor_of(b, a)->n_dims;
-    static const int functions[] = { LLMPAR_SILU, LLMPAR_GELU, LLMPAR_GELU_TANH, LLMPAR_RELU, LLMPAR_SQUARE, LLMPAR_NEGATE, LLMPAR_NEGATE };
+    static const llmpar_activation functions[] = { LLMPAR_SILU, LLMPAR_GELU, LLMPAR_GELU_TANH, LLMPAR_RELU, LLMPAR_SQUARE, LLMPAR_NEGATE, LLMPAR_NEGATE };
     switch (test_below(14)) {
     case 0: case 1: case 2: add_einsum(b); break;
     case 3: case 4: keep(b, add_binary(b, a, 0)); break;
