@@ -49,7 +49,7 @@ static void set_hardware(void) {
     printf("%s, %.4g FLOP/s, HBM %.4g B/s\n", llmpar_dtype_name(g.weight_dtype), hardware.flops_per_s, hardware.hbm_bytes_per_s);
     for (const llmpar_link *l = hardware.link; l < hardware.link + g.mesh.n_axes; l++) {
         printf("axis %s: %s, %.4g B/s, latency ", g.mesh.axis[l - hardware.link].name, kinds[l->kind], l->bytes_per_s);
-        if (l->latency_s) printf("%.3g us\n", l->latency_s > 0 ? l->latency_s * 1e6 : 0); else puts("as measured on H100");
+        if (l->latency_s != 0) printf("%.3g us\n", l->latency_s > 0 ? l->latency_s * 1e6 : 0); else puts("as measured on H100");
     }
 }
 static void set_sizes(void) {

