@@ -1001,7 +1001,8 @@ typedef struct llmpar_exec_desc {
 LLMPAR_DEF llmpar_status llmpar_exec_create(const llmpar_exec_desc *desc, llmpar_exec **exec, llmpar_error *err);
 LLMPAR_DEF void          llmpar_exec_free(llmpar_exec *exec);
 // Where this rank's block of a weight or cache (round = repeat, 0 outside blocks) or of an input lies: fill it before running. Its layout: *tensor, may be NULL.
-// Weights have the node's dtype; inputs are i32 when their dtype is I32, else f32; caches f32.
+// Weights have the node's dtype; inputs are i32 when their dtype is I32, else f32; caches f32. Rounds of a repeat block may differ in their layouts.
+// The blocks of an input in partial sums ({U_x}) add up to its values over x: write them where the coordinate on x is 0; elsewhere leave the zeros of creation.
 LLMPAR_DEF void *llmpar_exec_data(llmpar_exec *exec, int node, int round, llmpar_tensor *tensor);
 // position[B, S] of every token of the global batch (row-major, the same on every rank, kept by the caller during the run); -1 = padding. NULL = 0 .. S-1 in each row.
 LLMPAR_DEF llmpar_status llmpar_exec_run(llmpar_exec *exec, const int32_t *position, llmpar_error *err);
@@ -4344,8 +4345,7 @@ LLMPARI_FN bool llmpari_index_splits(const llmpar_graph *g, const llmpar_op *op,
     case LLMPAR_OP_NORM: case LLMPAR_OP_SOFTMAX: return index != op->index_of[0][op->dim];
     case LLMPAR_OP_ROPE:      return index != op->index_of[0][3];
     case LLMPAR_OP_ATTENTION: return index == op->index_of[0][0] || index == op->index_of[0][1] || index == op->index_of[0][2];
-    case LLMPAR_OP_EINSUM:    return llmpari_index_in(op, op->n_in, index) || !llmpari_index_covers(g, op, index);
-    default:                  return true;
+    default:                  return llmpari_index_in(op, op->n_in, index) || !llmpari_index_covers(g, op, index);     // no sum over overlapping parts
     }
 }
 
@@ -13002,10 +13002,10 @@ LLMPARI_FN llmpar_status llmpari_exec_settle(llmpar_exec *x, int32_t at, int32_t
         llmpar_sharding a = llmpar_sharding_normalise(&copy->tensor.sharding, x->mesh),
             b = llmpar_sharding_normalise(&x->value[slot->value].tensor.sharding, x->mesh);
         if (llmpar_sharding_equal(&a, &b)) return LLMPAR_OK;
-        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the plan keeps %s in two layouts", copy->tensor.name);
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the plan keeps %s in two layouts in one round; llmpar_solve makes no such plan", copy->tensor.name);
     }
-    if (llmpar_sharding_partial(&copy->tensor.sharding))
-        return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "%s is kept as partial sums; weights, caches and inputs are whole", copy->tensor.name);
+    if (llmpar_sharding_partial(&copy->tensor.sharding) && x->graph->node[x->plan->value[value].node].role != LLMPAR_ROLE_INPUT)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is kept as partial sums: weights and caches hold none; llmpar_solve makes no such plan", copy->tensor.name);
     slot->value = value;
     slot->bytes = LLMPARI_EXEC_ALIGN(copy->part.elements * llmpar_dtype_bytes(copy->tensor.dtype));
     return LLMPAR_OK;

@@ -367,6 +367,8 @@ static void choices(void) {
         llmpar_cross_entropy(&g, logits, ids);         CHECK_STR(choices_of_last(true), "B S V -");
         llmpar_attention(&g, q, k, v, &desc);          CHECK_STR(choices_of_last(false), "B S N -");
         CHECK_STR(choices_of_last(true), "B S N - p4");            // linear in v
+        llmpar_take(&g, v, "K", row);                  CHECK_STR(choices_of_last(true), "B T D - p1");     // the parts of K overlap: not summed over
+        llmpar_cross_entropy(&g, llmpar_take(&g, v, "D", row), llmpar_input(&g, "labels[B, T]")); CHECK_STR(choices_of_last(true), "B T -");
         CHECK_OK(g.error.status, g.error);
     }
     TEST("choices that do not fit the array are counted") {
