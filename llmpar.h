@@ -4780,6 +4780,7 @@ typedef struct llmpari_solver {
     int32_t       *stored;         // [node][2], under a memory limit: first and count of the states in which a source may be stored; count 0: all
     llmpari_mark   ban;            // a collective that must not occur (what 0: none)
     int32_t        extra;          // node that must get a collective that is not known (-1: none)
+    bool           brief;          // under a memory limit a good plan is enough: for runner-up and prices of pins
 } llmpari_solver;
 
 LLMPARI_FN bool llmpari_same_dims(const llmpar_tensor *a, const llmpar_tensor *b) {
@@ -6822,7 +6823,7 @@ LLMPARI_FN llmpar_status llmpari_fit_begin(llmpari_fit *f) {
         if (part->block < 0 && part->exit >= 0) part->hand[1] = llmpari_rows_of(s, part->exit);
         if (!part->play || !part->dead) return LLMPARI_FAIL(s->err, LLMPAR_NO_MEMORY, "no memory to search %d ops", (int)s->g->n_ops);
     }
-    f->max_cases = (int32_t)llmpari_max(100, LLMPARI_FIT_WORK / work);
+    f->max_cases = s->brief ? 10 : (int32_t)llmpari_max(300, LLMPARI_FIT_WORK / work);
     return LLMPAR_OK;
 }
 
@@ -7087,6 +7088,7 @@ LLMPAR_DEF llmpar_status llmpar_solve(llmpar_graph *g, const llmpar_solve_desc *
     plan->graph    = g;
     plan->hardware = s.hardware;
     llmpar_status status = llmpari_solve_shared(&s, &seconds, plan);
+    s.brief = s.limit_bytes > 0;
     if (!status && desc && desc->runner_up) status = llmpari_runner_up(&s, plan);
     if (!status && desc && desc->runner_up) status = llmpari_pin_prices(&s, plan);
     if (status && !local.status) LLMPARI_FAIL(&local, status, "no memory for planning tables");
