@@ -4740,7 +4740,8 @@ typedef struct llmpari_event { int32_t op, node; llmpari_table *table, *below; }
 
 typedef struct llmpari_stretch {      // a stretch of ops: a block, or what stands between blocks
     int32_t first_op, end_op, block;
-    int32_t first_round, rounds;   // of the block; rounds 1 elsewhere
+    int32_t first_round, rounds;   // of the block, 0 = stays out; rounds 1 elsewhere
+    double  price;                 // of memory in this part, instead of the solver's; 0 = the solver's
     int32_t entry, exit;           // nodes made outside before / used outside after; -1
     double  *after;                // [states of exit]: least cost of all that comes later; NULL without an exit
     int32_t  hand[2];              // first and count of the states in which the exit may be handed on, while a memory limit is searched; count 0: all
@@ -5199,7 +5200,7 @@ LLMPARI_FN void llmpari_part_play(llmpari_solver *s, const llmpari_stretch *part
         bool watched = part == s->watched_part && o == s->watched;
         for (int32_t i = info->first; i < info->first + info->count; i++) {
             llmpari_strategy *strategy = &info->strategy[i];
-            strategy->cost = strategy->seconds + s->lambda * (strategy->bytes + (watched ? llmpari_fit_live(s, o, strategy) : 0));
+            strategy->cost = strategy->seconds + (part->price > 0 ? part->price : s->lambda) * (strategy->bytes + (watched ? llmpari_fit_live(s, o, strategy) : 0));
             if (part->dead[o - part->first_op][i]) strategy->cost = INFINITY;
         }
     }
@@ -6273,13 +6274,15 @@ LLMPARI_FN llmpar_status llmpari_check_crossing(llmpari_solver *s) {
     return LLMPAR_OK;
 }
 
-#define LLMPARI_FIT_ROUNDS 8       // under a memory limit the rounds of a block of at most so many may differ in any way; those of longer ones share their strategies
+// Under a memory limit the rounds of a block of at most so many may differ in any way: each is a part of its own. A longer one has two parts, of which the second is empty
+// but while plans are mixed.
+#define LLMPARI_FIT_ROUNDS 8
 
 // Blocks, and what stands before, between and after them.
 LLMPARI_FN llmpar_status llmpari_stretches(llmpari_solver *s, llmpari_stretch **parts, int32_t *n_parts) {
     const llmpar_graph *g = s->g;
     int32_t n = g->n_blocks + 1, b = 0, round = -1;
-    for (int k = 0; k < g->n_blocks; k++) n += s->limit_bytes && g->block[k].repeats <= LLMPARI_FIT_ROUNDS ? g->block[k].repeats : 1;
+    for (int k = 0; k < g->n_blocks; k++) n += !s->limit_bytes ? 1 : g->block[k].repeats <= LLMPARI_FIT_ROUNDS ? g->block[k].repeats : 2;
     *parts = (llmpari_stretch *)llmpar_arena_alloc(&s->scratch, (size_t)n * sizeof **parts);
     if (!*parts) return LLMPARI_FAIL(s->err, LLMPAR_NO_MEMORY, "no memory for %d parts", (int)n);
     for (int32_t i = 0; i < n; i++) {
@@ -6287,13 +6290,14 @@ LLMPARI_FN llmpar_status llmpari_stretches(llmpari_solver *s, llmpari_stretch **
         bool inside = round >= 0;                   // round -1: what stands in front of block b
         part->block       = inside ? b : -1;
         part->first_round = inside ? round : 0;
-        part->rounds      = inside && !(s->limit_bytes && g->block[b].repeats <= LLMPARI_FIT_ROUNDS) ? g->block[b].repeats : 1;
+        bool several = inside && !(s->limit_bytes && g->block[b].repeats <= LLMPARI_FIT_ROUNDS), second = several && s->limit_bytes && round == g->block[b].repeats;
+        part->rounds      = second ? 0 : several ? g->block[b].repeats : 1;
         part->first_op    = inside ? g->block[b].first_op : b ? g->block[b - 1].end_op : 0;
         part->end_op      = inside ? g->block[b].end_op : b < g->n_blocks ? g->block[b].first_op : g->n_ops;
         part->entry       = inside ? g->block[b].carry_in : b ? g->block[b - 1].result : -1;
         part->exit        = inside ? g->block[b].carry_out : b < g->n_blocks ? g->block[b].start : -1;
         round = inside ? round + part->rounds : 0;
-        if (inside && round == g->block[b].repeats) { b++; round = -1; }
+        if (inside && round == g->block[b].repeats && !(several && s->limit_bytes && !second)) { b++; round = -1; }
         if (!inside && part->exit >= 0 && part->exit != part->entry && g->node[part->exit].producer >= 0 && g->node[part->exit].producer < part->first_op)
             return LLMPARI_FAIL(s->err, LLMPAR_UNSUPPORTED, "%s starts a block but was made before the block in front of it; only a block's result goes on", g->node[part->exit].tensor.name);
         part->event = (llmpari_event *)llmpar_arena_alloc(&s->scratch, (size_t)(2 * (part->end_op - part->first_op) + g->n_nodes + 1) * sizeof *part->event);
@@ -6511,6 +6515,7 @@ LLMPARI_FN llmpar_status llmpari_solver_init(llmpari_solver *s) {
 LLMPARI_FN llmpar_status llmpari_bound(llmpari_solver *s, llmpari_stretch *parts, int32_t n_parts, double *cost) {
     llmpari_table *table;
     for (int32_t i = n_parts - 1; i >= 0; i--) {
+        if (!parts[i].rounds) { memcpy(parts[i - 1].after, parts[i].after, (size_t)llmpari_rows_of(s, parts[i].exit) * sizeof *parts[i].after); continue; }
         LLMPARI_TRY(llmpari_sweep(s, &parts[i], &table));
         if (!i) *cost = table->x[0];
         else if (parts[i].block >= 0) LLMPARI_TRY(llmpari_rounds(s, &parts[i], table, parts[i - 1].after));
@@ -6543,6 +6548,7 @@ typedef struct llmpari_fit {
     double  smallest;              // bytes of the smallest plan seen
     double  open;                  // no plan among the cases that were not looked at takes less
     double  fixed;                 // bytes of weights with several readers: these are pinned by now, and no op owns them
+    bool    always;                // look at plans even if their bound is of no interest
     double  hopeless;              // a bound beyond this many seconds says that nothing fits
     llmpar_plan  best, small;
     llmpar_arena arena[3];         // of best, small and the plan that is being looked at
@@ -6564,7 +6570,7 @@ LLMPARI_FN llmpar_status llmpari_fit_look(llmpari_fit *f, double price, double a
     LLMPARI_TRY(llmpari_bound(s, f->parts, f->n_parts, &cost));
     *bound = cost - price * ((double)s->limit_bytes - f->fixed - across);
     *stays = 0;
-    if (!(*bound < f->least * (1 - 1e-12)) || *bound > f->hopeless) { llmpari_events_free(s, f->parts, f->n_parts); llmpar_arena_restore(&s->scratch, mark); return LLMPAR_OK; }
+    if (*bound == INFINITY || (!f->always && (!(*bound < f->least * (1 - 1e-12)) || *bound > f->hopeless))) { llmpari_events_free(s, f->parts, f->n_parts); llmpar_arena_restore(&s->scratch, mark); return LLMPAR_OK; }
     memset(&plan, 0, sizeof plan);
     plan.graph    = s->g;
     plan.hardware = s->hardware;
@@ -6672,6 +6678,7 @@ LLMPARI_FN bool llmpari_fit_prune(const llmpari_fit *f) {
         for (int all = 0; all < 2; all++)           // first what must stay in all, then what each op can afford
             for (int32_t p = 0; p < f->n_parts; p++) {
                 const llmpari_stretch *part = &f->parts[p];
+                if (!part->rounds) continue;
                 if (all && stays + llmpari_fit_enter(f, p) > (double)s->limit_bytes) return false;
                 for (int o = part->first_op; o < part->end_op; o++) {
                     const int32_t *play = part->play + 2 * (o - part->first_op);
@@ -6730,7 +6737,7 @@ LLMPARI_FN double llmpari_fit_watch(const llmpari_fit *f) {
     double most = -1, result = 0;
     for (int32_t p = 0; p < f->n_parts; p++) {
         const llmpari_stretch *part = &f->parts[p];
-        for (int o = part->first_op; o < part->end_op; o++) {
+        for (int o = part->first_op; o < part->end_op && part->rounds; o++) {
             const int32_t *play = part->play + 2 * (o - part->first_op);
             double least = INFINITY, across = llmpari_fit_across(s, part, o);
             for (int32_t i = play[0]; i < play[0] + play[1]; i++) {
@@ -6770,7 +6777,7 @@ LLMPARI_FN llmpar_status llmpari_fit_branch(llmpari_fit *f, double bound) {
     if (bound > f->hopeless) return LLMPAR_OK;
     if (!(bound < f->least * (1 - 1e-12))) return LLMPAR_OK;
     for (int32_t p = 0; p < f->n_parts; p++)
-        for (int o = f->parts[p].first_op; o < f->parts[p].end_op; o++) {
+        for (int o = f->parts[p].first_op; o < f->parts[p].end_op && f->parts[p].rounds; o++) {
             int32_t *play = f->parts[p].play + 2 * (o - f->parts[p].first_op);
             double low = INFINITY, high = 0;
             for (int32_t i = play[0]; i < play[0] + play[1]; i++) {
@@ -6865,25 +6872,50 @@ LLMPARI_FN llmpar_status llmpari_fit_refuse(const llmpari_fit *f) {
                         (long long)plan->cache_bytes, (long long)plan->activation_bytes, missing, plan->graph->node[node].tensor.name, largest);
 }
 
+// Long blocks: as many rounds as fit do what is best at a lower price of memory, the others what is best at a higher one. low: does not fit, high: fits.
+LLMPARI_FN llmpar_status llmpari_fit_mix(llmpari_fit *f, double low, double high) {
+    llmpar_status status = LLMPAR_OK;
+    double bound, stays;
+    bool fits;
+    for (int32_t p = 0; p + 1 < f->n_parts && !status; p++) {
+        llmpari_stretch *first = &f->parts[p], *second = first + 1;
+        if (second->block < 0 || second->rounds || first->block != second->block) continue;
+        int32_t rounds = first->rounds, many = rounds, few = 0;      // `many` rounds at the higher price fit, `few` do not
+        second->price = low > 0 ? low : 1e-300;
+        while (many - few > 1 && !status) {
+            first->rounds = few + (many - few) / 2;
+            second->first_round = first->rounds;
+            second->rounds = rounds - first->rounds;
+            status = llmpari_fit_look(f, high, 0, &bound, &stays, &fits);
+            if (fits) many = first->rounds; else few = first->rounds;
+        }
+        first->rounds  = rounds;
+        second->rounds = 0;
+        second->price  = 0;
+    }
+    return status;
+}
+
 LLMPARI_FN llmpar_status llmpari_solve_fit(llmpari_solver *s, llmpari_stretch *parts, int32_t n_parts, double *seconds, llmpar_plan *plan) {
     llmpari_fit f;
-    double bound = 0, stays, low = 0, high, best = -INFINITY;
+    double bound = 0, stays, low = 0, high, best, too_low = 0, enough = INFINITY;
     bool fits = false;
     memset(&f, 0, sizeof f);
+    f.always = true;
     f.s = s; f.parts = parts; f.n_parts = n_parts;
     f.least = f.smallest = f.open = f.hopeless = INFINITY;
     for (int i = 0; i < 3; i++) f.arena[i].allocator = s->scratch.allocator;
     llmpar_status status = llmpari_fit_begin(&f);
     if (!status) status = llmpari_fit_look(&f, 0, 0, &bound, &stays, &fits);
     f.hopeless = 1e6 * (f.small.graph ? f.small.seconds : 1);
+    best = bound;
     if (!status && !fits && bound < INFINITY) {      // the price that gives the highest bound, by bisection on a log scale
         high = (f.small.seconds > 0 ? f.small.seconds : 1e-9) / (double)s->limit_bytes;
         for (int i = 0; i < 60 && !status; i++) {
             double price = low > 0 ? sqrt(low * high) : high;
-            double keep = f.least;
-            f.least = INFINITY;                     // look at the plan whatever it costs
             status = llmpari_fit_look(&f, price, 0, &bound, &stays, &fits);
-            if (f.least > keep) f.least = keep;
+            if (fits && price < enough) enough = price;
+            if (!fits && price > too_low) too_low = price;
             if (bound > best) { best = bound; f.price = price; }
             if (stays > (double)s->limit_bytes) { low = price; if (low >= high) high *= 16; } else high = price;
             if (low > 0 && high / low < 1.01) break;
@@ -6891,7 +6923,11 @@ LLMPARI_FN llmpar_status llmpari_solve_fit(llmpari_solver *s, llmpari_stretch *p
             if (low == 0) high = price / 16;
             if (low == 0 && i > 20) break;
         }
+        if (!status && enough < INFINITY) status = llmpari_fit_mix(&f, too_low, enough);
+        f.always = false;
         if (!status) status = llmpari_fit_branch(&f, 0);
+        for (int32_t i = 0; i < n_parts; i++)       // the branches do not mix the rounds of long blocks
+            if (!parts[i].rounds && best < f.open) f.open = best;
     }
     if (!status && f.least < INFINITY) {
         *seconds = f.least;
