@@ -2348,17 +2348,18 @@ static void check_run(llmpar_graph *g, uint64_t seed) {
     hardware = random_hardware();
     int fine = random_graph(&same, &arena, running) && !solve_now(&same, 0, 0, &alone, &err) && run_now(&one, &same, &alone, seed);
     one_rank = 0;
-    int noise = fine && !(one.largest < 3000);     // squares of squares: the difference of two such values says nothing in f32
-    for (int o = 0; o < many.n_out && fine && !noise; o++) {
+    int differs = 0;
+    for (int o = 0; o < many.n_out && fine && !differs; o++) {
         double most = 0, worst = 0;
         for (int64_t e = 0; e < one.n[o]; e++) {
             double difference = fabs((double)one.out[o][e] - (double)many.out[o][e]);
             if (fabs((double)one.out[o][e]) > most) most = fabs((double)one.out[o][e]);
             if (!(difference <= worst)) worst = difference;
         }
-        if (!(worst <= 1e-3 * most + 1e-4)) { wrong(g, "differs from one rank", seed, worst, most); break; }
+        differs = !(worst <= 1e-3 * most + 1e-4);
+        if (differs && one.largest < 3000) wrong(g, "differs from one rank", seed, worst, most);       // past that: squares of squares, whose differences f32 does not hold
     }
-    if (!fine) wrong(g, err.text, seed, 0, 0); else if (noise) count_skipped++; else count_equal++;
+    if (!fine) wrong(g, err.text, seed, 0, 0); else if (differs) count_skipped++; else count_equal++;
     for (int o = 0; o < many.n_out; o++) { free(many.out[o]); free(many.added[o]); if (fine) { free(one.out[o]); free(one.added[o]); } }
     llmpar_arena_free(&arena);
     mesh_set(&saved);
