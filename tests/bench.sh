@@ -2,6 +2,7 @@
 # make bench: builds every tests/bench_*.c with optimisation (with CBLAS where it is found) and runs it. Prints the machine, the flags, medians and ratios with
 # their goals; a missed goal is reported and fails nothing, because times depend on what else the machine does. Exit status: did every program run?
 #   CC CFLAGS (-O3 -march=native)   CBLAS_CFLAGS CBLAS_LIBS (-lopenblas)   LLMPAR_BENCH=PART  only the programs whose name has PART   PYTHON (python3)
+# On a machine that does other work too, `chrt -f 1 make bench` (root) has the processors for itself; ratios of ranks that wait for each other mean little without.
 B=${B:-build}; D=$B/bench; CC=${CC:-cc}; CFLAGS=${CFLAGS:--O3 -march=native}; PYTHON=${PYTHON:-python3}
 mkdir -p "$D"; failed=0
 export OPENBLAS_NUM_THREADS=1

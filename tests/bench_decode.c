@@ -409,6 +409,10 @@ static void report_prefill(bench *b) {
 static pid_t start_torch(bench *b) {
     int in[2], out[2];
     char ranks[16], context[24], line_[64] = "";
+    if (b->torch && sched_getscheduler(0) != SCHED_OTHER) {    // its threads spin and would keep each other from running; outside of chrt they would not get their share
+        printf("SKIP PyTorch: not beside ranks that run under chrt\n");
+        b->torch = NULL;
+    }
     if (!b->torch || pipe(in) || pipe(out)) return -1;
     pid_t child = fork();
     if (child < 0) return -1;
