@@ -159,6 +159,16 @@ static void test_same_numbers(void) {
     llmpar_arena_free(&arena);
 }
 
+// An allocator that counts; call number fail_at fails.
+typedef struct meter { int64_t calls, live, fail_at; } meter;
+static void *metered_alloc(size_t bytes, void *user) {
+    meter *m = (meter *)user;
+    if (++m->calls == m->fail_at) return NULL;
+    m->live += (int64_t)bytes;
+    return malloc(bytes);
+}
+static void metered_free(void *memory, size_t bytes, void *user) { ((meter *)user)->live -= (int64_t)bytes; free(memory); }
+
 static void test_errors(void) {
     static const struct {
         const char *name;
@@ -192,24 +202,32 @@ static void test_errors(void) {
             llmpar_arena_free(&arena);
         }
     }
-    TEST("build: no memory") {
+    TEST("build: every allocation fails once: a clean error, and nothing is lost") {
         llmpar_model model = small_model();
         llmpar_build_desc desc = LLMPAR_ZERO;
         llmpar_mesh mesh;
         llmpar_error err = LLMPAR_ZERO;
-        int failures = 0;
+        int64_t failures = 0;
         CHECK_OK(llmpar_mesh_parse("tp=2", &mesh, &err), err);
-        for (size_t limit = 1024; limit < (1u << 20); limit += limit / 4) {
+        for (meter m = { 0, 0, 1 };; m.fail_at++) {
             llmpar_arena arena = LLMPAR_ZERO;
             llmpar_graph g;
-            arena.block_bytes = 1024;
-            arena.limit_bytes = limit;
+            arena.block_bytes = 256;                                     // nearly every array is a block of its own
+            arena.allocator.alloc = metered_alloc; arena.allocator.free = metered_free; arena.allocator.user = &m;
+            m.calls = 0;
+            memset(&err, 0, sizeof err);
             llmpar_graph_init(&g, &mesh, &arena);
-            if (!llmpar_build(&model, &desc, &g, &err)) limit = 1u << 20;
-            else { failures++; CHECK_EQ(g.error.status, LLMPAR_NO_MEMORY); }
+            llmpar_status status = llmpar_build(&model, &desc, &g, &err);
             llmpar_arena_free(&arena);
+            CHECK_EQ(m.live, 0);
+            if (!status) break;
+            CHECK_EQ(g.error.status, LLMPAR_NO_MEMORY);
+            CHECK_EQ(status, LLMPAR_NO_MEMORY);
+            CHECK(strstr(err.text, "no memory") != NULL);
+            failures++;
         }
-        CHECK(failures > 3);
+        CHECK(failures > 5);
+        printf("build: %lld allocations\n", (long long)failures);
     }
 }
 

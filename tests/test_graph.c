@@ -33,6 +33,16 @@ static bool failed(llmpar_status status, const char *part) {
     return false;
 }
 
+// An allocator that counts; call number fail_at fails.
+typedef struct meter { int64_t calls, live, fail_at; } meter;
+static void *metered_alloc(size_t bytes, void *user) {
+    meter *m = (meter *)user;
+    if (++m->calls == m->fail_at) return NULL;
+    m->live += (int64_t)bytes;
+    return malloc(bytes);
+}
+static void metered_free(void *memory, size_t bytes, void *user) { ((meter *)user)->live -= (int64_t)bytes; free(memory); }
+
 static void tensors(void) {
     TEST("inputs, weights and caches: pinned as written, free with '?'") {
         start("dp=2,tp=4", "B=8,S=16,H=64,I=96");
@@ -295,6 +305,35 @@ static void errors(void) {
         CHECK_EQ(last, -1);
         CHECK_EQ(h.error.status, LLMPAR_NO_MEMORY);
         llmpar_arena_free(&small);
+    }
+    TEST("every allocation fails once: a clean error, later calls do nothing, and nothing is lost") {
+        llmpar_mesh mesh;
+        int64_t failures = 0;
+        llmpar_mesh_parse("x=2", &mesh, NULL);
+        for (meter m = { 0, 0, 1 };; m.fail_at++) {
+            llmpar_arena own = LLMPAR_ZERO;
+            llmpar_graph h;
+            own.block_bytes = 256;                                       // nearly every array is a block of its own
+            own.allocator.alloc = metered_alloc; own.allocator.free = metered_free; own.allocator.user = &m;
+            m.calls = 0;
+            llmpar_graph_init(&h, &mesh, &own);
+            llmpar_size(&h, "A", 4); llmpar_size(&h, "B", 6);
+            int x = llmpar_input(&h, "x[A, B]"), w = llmpar_weight(&h, "w[B, A]"), y = llmpar_einsum(&h, "A B, B A -> A", x, w);
+            for (int block = 0; block < 20; block++) {
+                y = llmpar_repeat_begin(&h, 2, y);
+                y = llmpar_repeat_end(&h, llmpar_add(&h, y, llmpar_silu(&h, y)));
+            }
+            llmpar_output(&h, y, "y[A]");
+            CHECK(y >= 0 || h.error.status);                               // a node that was not made says so
+            llmpar_arena_free(&own);
+            CHECK_EQ(m.live, 0);
+            if (!h.error.status) break;
+            CHECK_EQ(h.error.status, LLMPAR_NO_MEMORY);
+            CHECK(strstr(h.error.text, "no memory") != NULL);
+            failures++;
+        }
+        CHECK(failures > 5);
+        printf("graph: %lld allocations\n", (long long)failures);
     }
 }
 

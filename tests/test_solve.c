@@ -529,7 +529,7 @@ static void memory(void) {
             llmpar_arena_free(&own);
             CHECK_EQ(alive, 0);
             if (status == LLMPAR_OK || tried > 20000) break;
-            if (!test_stress() && fail_at > 60) fail_at += fail_at / 16;
+            if (test_short() && fail_at > 60) fail_at += fail_at / 16;
         }
         CHECK(refused > 20 && tried < 20000);
     }

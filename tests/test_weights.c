@@ -652,6 +652,7 @@ static void bad_reads(void) {
         CHECK_OK(llmpar_checkpoint_read(c, q, 0, 64, &w, &mesh, 0, dst, LLMPAR_F32, &err), err);
         CHECK_FAIL(llmpar_checkpoint_read(c, "no.such", 0, 64, &w, &mesh, 0, dst, LLMPAR_F32, &err), LLMPAR_BAD_FILE, err, "tensor \"no.such\" is not in the checkpoint");
         CHECK_FAIL(llmpar_checkpoint_read(c, q, 0, 96, &w, &mesh, 0, dst, LLMPAR_F32, &err), LLMPAR_BAD_FILE, err, "has the shape [64, 64]; expected 96 rows, of which weight wq[8, 8, 64] begins at row 0");
+        CHECK(strstr(err.text, "model.safetensors") != NULL && strstr(err.text, q) != NULL);
         CHECK_FAIL(llmpar_checkpoint_read(c, q, 1, 64, &w, &mesh, 0, dst, LLMPAR_F32, &err), LLMPAR_BAD_FILE, err, "begins at row 1");
         CHECK_FAIL(llmpar_checkpoint_read(c, q, -1, 64, &w, &mesh, 0, dst, LLMPAR_F32, &err), LLMPAR_BAD_FILE, err, "begins at row -1");
         CHECK_FAIL(llmpar_checkpoint_read(c, "model.layers.0.self_attn.k_proj.weight", 0, 16, &w, &mesh, 0, dst, LLMPAR_F32, &err), LLMPAR_BAD_FILE, err, "has the shape [16, 64]");
@@ -663,6 +664,7 @@ static void bad_reads(void) {
         CHECK_FAIL(llmpar_checkpoint_read(c, q, 0, 64, &w, &mesh, 2, dst, LLMPAR_F32, &err), LLMPAR_BAD_ARGUMENT, err, "rank 2 is not on the mesh");
         CHECK_FAIL(llmpar_checkpoint_read(c, q, 0, 64, &w, &mesh, 0, NULL, LLMPAR_F32, &err), LLMPAR_BAD_ARGUMENT, err, "dst is NULL");
         CHECK_FAIL(llmpar_checkpoint_read(c, q, 0, 64, &w, &mesh, 0, dst, LLMPAR_I32, &err), LLMPAR_UNSUPPORTED, err, "is F32 and cannot become i32");
+        CHECK(strstr(err.text, "model.safetensors") != NULL && strstr(err.text, q) != NULL);
         w.sharding.dim[0] = LLMPAR_PARTIAL;
         CHECK_FAIL(llmpar_checkpoint_read(c, q, 0, 64, &w, &mesh, 0, dst, LLMPAR_F32, &err), LLMPAR_BAD_ARGUMENT, err, "partial sums");
         w.sharding.dim[0] = 0; w.dim[2].size = 0;
