@@ -508,7 +508,7 @@ LLMPAR_DEF void llmpar_unpin(llmpar_graph *g, int node);
 LLMPAR_DEF int  llmpar_find (const llmpar_graph *g, const char *name);                        // node of that name or -1
 LLMPAR_DEF int  llmpar_name (llmpar_graph *g, int node, const char *name);                    // names a result; returns node
 
-LLMPAR_DEF int llmpar_einsum(llmpar_graph *g, const char *dims, int a, int b);                // "B S H, H I -> B S I"; sums over what is not on the right
+LLMPAR_DEF int llmpar_einsum(llmpar_graph *g, const char *dims, int a, int b);                // "B S H, H I -> B S I"; sums over what is not on the right; names go by position
 LLMPAR_DEF int llmpar_add (llmpar_graph *g, int a, int b);                                    // b's dims by name are all of a's, or some (a bias)
 LLMPAR_DEF int llmpar_mul (llmpar_graph *g, int a, int b);
 LLMPAR_DEF int llmpar_unary(llmpar_graph *g, llmpar_activation function, int x);              // LLMPAR_NEGATE is linear, the others are not
@@ -529,7 +529,7 @@ LLMPAR_DEF int llmpar_attention(llmpar_graph *g, int q, int k, int v, const llmp
 LLMPAR_DEF int llmpar_embed(llmpar_graph *g, int ids, int table);                             // ids[B, S], table[V, H] -> [B, S, H]
 LLMPAR_DEF int llmpar_take(llmpar_graph *g, int x, const char *dim, int ids);                 // x[B, S, H], ids[B] -> [B, H]: one row of each batch item
 LLMPAR_DEF int llmpar_cross_entropy(llmpar_graph *g, int logits, int labels);                 // logits[B, S, V], labels[B, S] -> loss[B, S]; 3 AllReduce inside where V is split
-LLMPAR_DEF void llmpar_output(llmpar_graph *g, int node, const char *text);                   // "y[B_dp, S, H]" as written, or a bare name "y": the solver chooses
+LLMPAR_DEF void llmpar_output(llmpar_graph *g, int node, const char *text);                   // "y[B_dp, S, H]": that layout (dims in any order, they stay as they are stored); a bare "y": the solver chooses
 
 // The ops between begin and end run `repeats` times. begin returns the node to use inside; end takes what the next round gets and returns the node to use after.
 LLMPAR_DEF int llmpar_repeat_begin(llmpar_graph *g, int repeats, int start);
@@ -3966,11 +3966,11 @@ LLMPAR_DEF int llmpar_name(llmpar_graph *g, int id, const char *name) {
 }
 
 // The index of that name in an op, added when it is new; -1 after an error.
-LLMPARI_FN int llmpari_op_index(llmpar_graph *g, llmpar_op *op, const char *name, int64_t size) {
+LLMPARI_FN int llmpari_op_index(llmpar_graph *g, llmpar_op *op, const char *name, int64_t size, const char *tensor) {
     for (int i = 0; i < op->n_indices; i++)
         if (strcmp(op->index_name[i], name) == 0) {
             if (op->index_size[i] == size) return i;
-            return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "dim %s has size %lld in one operand and %lld in another", name, (long long)op->index_size[i], (long long)size);
+            return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "dim %s has size %lld in one operand and %lld in %s", name, (long long)op->index_size[i], (long long)size, tensor);
         }
     if (op->n_indices == LLMPAR_MAX_INDICES) return LLMPARI_GRAPH_FAIL(g, LLMPAR_UNSUPPORTED, "an op runs over at most %d dims", LLMPAR_MAX_INDICES);
     llmpari_name_set(op->index_name[op->n_indices], name, strlen(name));
@@ -4006,7 +4006,7 @@ LLMPARI_FN llmpar_op llmpari_op_new(llmpar_graph *g, int kind, int n_in, int a, 
 LLMPARI_FN void llmpari_op_dims(llmpar_graph *g, llmpar_op *op, int slot) {
     if (g->error.status) return;
     const llmpar_tensor *tensor = &g->node[op->in[slot]].tensor;
-    for (int d = 0; d < tensor->n_dims; d++) op->index_of[slot][d] = (int8_t)llmpari_op_index(g, op, tensor->dim[d].name, tensor->dim[d].size);
+    for (int d = 0; d < tensor->n_dims; d++) op->index_of[slot][d] = (int8_t)llmpari_op_index(g, op, tensor->dim[d].name, tensor->dim[d].size, tensor->name);
 }
 
 // Appends the op with a result of these indices; the result's dims take names and rules from the first operand that has them.
@@ -4068,7 +4068,7 @@ LLMPAR_DEF int llmpar_einsum(llmpar_graph *g, const char *dims, int a, int b) {
         if (tensor->n_dims != n[s])
             return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "einsum \"%s\": operand %s has %d dims, the text gives it %d", dims, tensor->name, (int)tensor->n_dims, n[s]);
         for (int d = 0; d < n[s]; d++) {
-            op.index_of[s][d] = (int8_t)llmpari_op_index(g, &op, names[s][d], tensor->dim[d].size);
+            op.index_of[s][d] = (int8_t)llmpari_op_index(g, &op, names[s][d], tensor->dim[d].size, tensor->name);
             for (int e = 0; e < d; e++)
                 if (strcmp(names[s][e], names[s][d]) == 0)
                     return LLMPARI_GRAPH_FAIL(g, LLMPAR_UNSUPPORTED, "einsum \"%s\": dim %s twice in one operand (a diagonal) is not supported", dims, names[s][d]);
@@ -5298,7 +5298,8 @@ LLMPARI_FN llmpari_table *llmpari_table_new(llmpari_solver *s, int32_t rows, con
     int64_t width = 1;
     for (int i = 0; i < n_vars; i++) {
         if (!llmpari_mul(width, llmpari_var_extent(s, var[i]), &width) || width > LLMPARI_TABLE_ENTRIES / rows) {
-            LLMPARI_FAIL(s->err, LLMPAR_UNSUPPORTED, "the graph ties %d ops with several operands together: a table would need more than %d entries; pin some tensors", n_vars, LLMPARI_TABLE_ENTRIES);
+            LLMPARI_FAIL(s->err, LLMPAR_UNSUPPORTED, "%s cannot be planned on this mesh: it has several operands that hang together, and a table for their shardings would need more than "
+                         "%d entries; pin its operands, or use a mesh of fewer axes", s->g->node[s->g->op[var[0] / 8].out].tensor.name, LLMPARI_TABLE_ENTRIES);
             return NULL;
         }
     }
@@ -7059,10 +7060,11 @@ LLMPARI_FN llmpar_status llmpari_runner_up(llmpari_solver *s, llmpar_plan *plan)
     llmpari_mark known[256];
     char text[128];
     double least = INFINITY, c;
+    const llmpari_mark none = { 0, 0 };
+    int32_t at = 0;
     s->n_known = (int32_t)llmpari_min(llmpari_plan_marks(plan, known, LLMPARI_COUNT(known)), LLMPARI_COUNT(known));
     s->known   = known;
     for (int32_t i = 0; i < s->n_known + s->g->n_nodes; i++) {
-        llmpari_mark none = { 0, 0 };
         bool more = i >= s->n_known;
         s->ban   = more ? none : known[i];
         s->extra = more ? i - s->n_known : -1;
@@ -7072,11 +7074,28 @@ LLMPARI_FN llmpar_status llmpari_runner_up(llmpari_solver *s, llmpar_plan *plan)
         LLMPARI_TRY(status);
         if (!(c < least * (1 - 1e-12))) continue;
         least = c;
-        if (more) snprintf(plan->runner_up, sizeof plan->runner_up, "another collective on %s", s->g->node[s->extra].tensor.name);
+        at = i;
+        if (more) snprintf(plan->runner_up, sizeof plan->runner_up, "with another collective on %s", s->g->node[s->extra].tensor.name);
         else {
             llmpari_mark_text(s->g, known[i], text);
             snprintf(plan->runner_up, sizeof plan->runner_up, "without %s", text);
         }
+    }
+    if (least < plan->seconds * (1 - 1e-12)) {      // under a memory limit a search that ran out of cases can be beaten: this is the plan, what was the plan is second
+        llmpar_plan better;
+        memset(&better, 0, sizeof better);
+        better.graph    = plan->graph;
+        better.hardware = plan->hardware;
+        s->ban   = at < s->n_known ? known[at] : none;
+        s->extra = at < s->n_known ? -1 : at - s->n_known;
+        LLMPARI_TRY(llmpari_solve_shared(s, &c, &better));
+        better.least_seconds = plan->least_seconds < better.seconds ? plan->least_seconds : better.seconds;
+        if (at < s->n_known) {
+            llmpari_mark_text(s->g, known[at], text);
+            snprintf(better.runner_up, sizeof better.runner_up, "with %s", text);
+        } else snprintf(better.runner_up, sizeof better.runner_up, "without another collective on %s", s->g->node[at - s->n_known].tensor.name);
+        least = plan->seconds;
+        *plan = better;
     }
     s->ban.what = 0;
     s->extra = -1;
@@ -7232,6 +7251,14 @@ LLMPARI_FN void llmpari_explain_step(const llmpar_plan *plan, const llmpar_step 
         llmpari_axes_text(&plan->graph->mesh, step->inner, text);
         llmpari_print(sink, ", 3 AllReduce_%s inside", text);
     }
+    if (op->kind == LLMPAR_OP_ADD)
+        for (int i = 0; i < 2; i++) {               // a whole operand of a partial sum
+            llmpar_tensor in = llmpar_plan_tensor(plan, step->in[i]), out = llmpar_plan_tensor(plan, step->out);
+            llmpar_axes once = llmpar_sharding_partial(&out.sharding) & ~llmpar_sharding_partial(&in.sharding);
+            if (!once) continue;
+            llmpari_axes_text(&plan->graph->mesh, once, text);
+            llmpari_print(sink, ", %s added on the first rank of %s only", in.name, text);
+        }
     llmpari_print(sink, "\n");
 }
 
@@ -7265,7 +7292,8 @@ LLMPAR_DEF llmpar_status llmpar_explain(const llmpar_plan *plan, llmpar_sink sin
         }
     if (plan->runner_up[0]) {
         llmpari_seconds_text(seconds, plan->runner_up_seconds);
-        llmpari_print(&sink, "runner-up %s (%.3gx): %s\n", seconds, plan->seconds > 0 ? plan->runner_up_seconds / plan->seconds : 0, plan->runner_up);
+        llmpari_seconds_text(weights, plan->runner_up_seconds - plan->seconds);
+        llmpari_print(&sink, "runner-up %s (%s more): %s\n", seconds, weights, plan->runner_up);
     }
     return LLMPAR_OK;
 }

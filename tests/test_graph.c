@@ -251,7 +251,7 @@ static void errors(void) {
         { LLMPAR_BAD_ARGUMENT, "a already" }, { LLMPAR_BAD_ARGUMENT, "axis \"z\" is not on the mesh" }, { LLMPAR_BAD_ARGUMENT, "used twice" }, { LLMPAR_BAD_SYNTAX, "column" }, { LLMPAR_BAD_ARGUMENT, "llmpar_size before" },
         { LLMPAR_BAD_ARGUMENT, "w has no dim A" }, { LLMPAR_BAD_ARGUMENT, "w has no dim A" }, { LLMPAR_BAD_ARGUMENT, "node 99" }, { LLMPAR_BAD_ARGUMENT, "a already" },
         { LLMPAR_BAD_ARGUMENT, "longer than 31 bytes" }, { LLMPAR_BAD_SYNTAX, "expected" }, { LLMPAR_BAD_ARGUMENT, "a has 2 dims, the text gives it 1" },
-        { LLMPAR_BAD_ARGUMENT, "size 4 in one operand and 6 in another" }, { LLMPAR_UNSUPPORTED, "A twice in one operand" }, { LLMPAR_BAD_ARGUMENT, "dim Z of the result is in no operand" },
+        { LLMPAR_BAD_ARGUMENT, "size 4 in one operand and 6 in" }, { LLMPAR_UNSUPPORTED, "A twice in one operand" }, { LLMPAR_BAD_ARGUMENT, "dim Z of the result is in no operand" },
         { LLMPAR_BAD_ARGUMENT, "A twice in the result" }, { LLMPAR_BAD_ARGUMENT, "node 77" }, { LLMPAR_BAD_ARGUMENT, "w has dim C, which a lacks" },
         { LLMPAR_BAD_ARGUMENT, "norm over dim C: a has no such dim" }, { LLMPAR_BAD_ARGUMENT, "v must have just that dim" }, { LLMPAR_BAD_ARGUMENT, "softmax over dim C" },
         { LLMPAR_BAD_ARGUMENT, "rope needs" }, { LLMPAR_BAD_ARGUMENT, "the last of size 3" }, { LLMPAR_BAD_ARGUMENT, "a, k, k have 2, 4, 4 dims" },

@@ -1948,7 +1948,7 @@ static void check_graph(llmpar_graph *g, uint64_t seed) {
     double slack = tolerance(&w) * (p.n + 1), least;
     if (status) {
         least = status == LLMPAR_DOES_NOT_FIT ? brute_force(&w, &p, 1e300) : 0;
-        if (status == LLMPAR_UNSUPPORTED && strstr(err.text, "several operands together")) count_skipped++;     // a table that is too large: it says so
+        if (status == LLMPAR_UNSUPPORTED && strstr(err.text, "cannot be planned on this mesh")) count_skipped++;     // a table that is too large: it says so
         else if (status != LLMPAR_DOES_NOT_FIT) wrong(g, err.text, seed, 0, 0);
         else if (too_many) count_skipped++;
         else if (least < INFINITY) wrong(g, err.text, seed, INFINITY, least);
