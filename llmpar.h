@@ -6928,7 +6928,7 @@ LLMPARI_FN llmpar_status llmpari_solve_fit(llmpari_solver *s, llmpari_stretch *p
         f.always = false;
         if (!status) status = llmpari_fit_branch(&f, 0);
         for (int32_t i = 0; i < n_parts; i++)       // the branches do not mix the rounds of long blocks
-            if (!parts[i].rounds && best < f.open) f.open = best;
+            if (!parts[i].rounds && f.least < INFINITY && best < f.open) f.open = best;
     }
     if (!status && f.least < INFINITY) {
         *seconds = f.least;
