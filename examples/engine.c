@@ -117,8 +117,7 @@ static llmpar_status load(engine *e, const task *job, llmpar_comm *world, llmpar
 }
 
 static llmpar_status rank_main(llmpar_comm *world, void *user, llmpar_error *err) {
-    const llmpar_split even = LLMPAR_ZERO;
-    engine e = LLMPAR_ZERO;
+    const llmpar_split even = LLMPAR_ZERO; engine e = LLMPAR_ZERO;
     task *job = user;
     int64_t dim[4], t, v, counts[1024];
     TRY(load(&e, job, world, err));
@@ -136,6 +135,7 @@ static llmpar_status rank_main(llmpar_comm *world, void *user, llmpar_error *err
 }
 
 int main(int argc, char **argv) {
+    if (argc > 1 && strcmp(argv[1], "--help") == 0) return puts("usage: engine [DIR with a checkpoint and expected.safetensors] [tp=3]"), 0;
     llmpar_error err = LLMPAR_ZERO;
     task job = { .folder = argc > 1 ? argv[1] : "tests/golden/llama" };
     const char *mesh = argc > 2 ? argv[2] : "tp=3";

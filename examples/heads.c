@@ -19,10 +19,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+static const char help[] = "usage: heads N K D TP [--lambda X] [--even | --same-ratio] [--pack vllm|megatron]\n"
+                           "N query heads, K kv heads, D head_dim, TP ranks: whole numbers of 1 or more\n";
+
 static int usage(const char *what, const char *found) {
-    fprintf(stderr, "heads: %s%s%s%s\nusage: heads N K D TP [--lambda X] [--even | --same-ratio] [--pack vllm|megatron]\n"
-                    "N query heads, K kv heads, D head_dim, TP ranks: whole numbers of 1 or more\n", what, found ? " \"" : "", found ? found : "",
-                    found ? "\"" : "");
+    fprintf(stderr, "heads: %s%s%s%s\n%s", what, found ? " \"" : "", found ? found : "", found ? "\"" : "", help);
     return 2;
 }
 
@@ -66,6 +67,7 @@ int main(int argc, char **argv) {
     desc.lambda = 1;
     for (int i = 1; i < argc; i++) {
         const char *next = i + 1 < argc ? argv[i + 1] : NULL;
+        if (strcmp(argv[i], "--help") == 0) return fputs(help, stdout), 0;
         if (strcmp(argv[i], "--even") == 0 || strcmp(argv[i], "--same-ratio") == 0) {
             int mode = argv[i][2] == 'e' ? LLMPAR_HEADS_EVEN : LLMPAR_HEADS_SAME_RATIO;
             if (desc.mode && desc.mode != mode) return usage("--even and --same-ratio exclude each other", NULL);

@@ -3,30 +3,27 @@
 //   build/llama tests/golden/shakespeare-dense --mesh tp=3 --prompt "KING RICHARD:" --steps 200
 //   build/llama DIR --mesh dp=2,tp=2 --ids prompts.txt --steps 64        (decimal ids, a sequence a line; prints the new ids, a line each)
 //
-// Prints the text to stdout, the same for every mesh; progress and a table (bytes read and memory per rank, collectives per layer, tokens/s) to stderr:
+// Prints the text to stdout, the same for every mesh; a table (bytes read and memory per rank, collectives per layer, tokens/s) to stderr; to a terminal, progress:
 //   KING RICHARD:
 //   The gods that thou art thou art thou liest,
 //   That we have seen to the sea shall be so.
 //   ...
 #define LLMPAR_IMPLEMENTATION
 #include "llmpar.h"
+#define FAIL(...) (fprintf(stderr, "llama: "), fprintf(stderr, __VA_ARGS__), fputc('\n', stderr), 1)
 #define TRY(call) do { llmpar_status try_ = (call); if (try_) return try_; } while (0)
 
 typedef struct options {
     const char *folder, *prompt, *ids_file, *dtype;
-    llmpar_mesh mesh; bool sp; long steps;
-    double temperature, top_p; uint64_t seed;
+    llmpar_mesh mesh; bool sp; long steps; double temperature, top_p; uint64_t seed;
     int32_t *ids, *lengths, rows, longest;     // ids[rows][stride]
     int64_t stride; llmpar_engine_stats *stats;   // stats[ranks]
 } options;
 
-static void progress(llmpar_log_level level, const char *text, void *user) { (void)level; (void)user; fprintf(stderr, isatty(2) ? "\r%s   " : "%s\n", text); }
-
-static int fail(const char *format, const char *what, long long a, long long b) { fprintf(stderr, format, what, a, b); return fputc('\n', stderr), 1; }
-
+static void progress(llmpar_log_level level, const char *text, void *user) { (void)level; (void)user; fprintf(stderr, "\r%s   ", text); }
 static double number(const char *option, const char *text, double least, double most) {
     char *end; double x = strtod(text, &end);
-    if (*end || end == text || !(x >= least && x <= most)) fprintf(stderr, "%s %s: a number from %g to %g is expected\n", option, text, least, most), exit(1);
+    if (*end || end == text || !(x >= least && x <= most)) exit(FAIL("%s: a number from %g to %g is expected, not \"%s\"", option, least, most, text));
     return x;
 }
 
@@ -43,7 +40,8 @@ static void describe(const char *phase, const llmpar_plan *plan, const llmpar_me
             bytes += segment->repeats * llmpar_move_payload_bytes(&step->move, &tensor, mesh, 0);
         }
     }
-    fprintf(stderr, "%-8s a layer has", phase);
+    if (!tokens) { fprintf(stderr, "%-8s had nothing to do\n", phase); return; }          // a prompt of one token is a decode step
+    fprintf(stderr, "%-8s per layer, on average:%s", phase, bytes ? "" : " no collective,");
     for (int k = 0; k < LLMPAR_COLLECTIVE_COUNT; k++) if (calls[k]) fprintf(stderr, " %.3g %s,", (double)calls[k] / (double)layers, llmpar_collective_name((llmpar_collective)k));
     fprintf(stderr, " %.1f KB of payload a rank; %lld tokens in %.3f s: %.1f tokens/s\n", 1e-3 * (double)bytes / (double)layers, (long long)tokens, seconds,
             seconds > 0 ? (double)tokens / seconds : 0);
@@ -54,16 +52,17 @@ static llmpar_status rank_main(llmpar_comm *world, void *user, llmpar_error *err
     options *o = (options *)user;
     llmpar_engine_desc desc = { .folder = o->folder, .mesh = &o->mesh, .world = world, .max_batch = o->rows, .max_prompt = o->longest < 512 ? o->longest : 512,
         .max_context = o->longest + o->steps - 1, .sequence_parallel = o->sp, .keep_dtype = !o->dtype, .round_weights = o->dtype != NULL };
-    uint64_t state = o->seed; llmpar_engine *engine; const float *logits;
+    uint64_t state = o->seed; llmpar_engine *engine = NULL; const float *logits;
     if (o->dtype) TRY(llmpar_dtype_parse(o->dtype, &desc.weight_dtype, err));
-    if (world->rank == 0) desc.log.fn = progress;
+    if (world->rank == 0 && isatty(2)) desc.log.fn = progress;
     TRY(llmpar_engine_create(&desc, &engine, err));
     const int64_t v = llmpar_engine_model(engine)->vocabulary;
     float *scratch = malloc((size_t)v * sizeof *scratch);
     int32_t *order = malloc((size_t)v * sizeof *order), *next = calloc((size_t)o->rows, sizeof *next), *lengths = calloc((size_t)o->rows, sizeof *lengths);
     int32_t *fresh = calloc((size_t)(o->rows * o->steps), sizeof *fresh), *n_fresh = calloc((size_t)o->rows, sizeof *n_fresh), alive = o->rows;
     if (!scratch || !order || !next || !lengths || !fresh || !n_fresh) return err->status = LLMPAR_NO_MEMORY;
-    if (world->rank == 0 && o->prompt) fputc('\n', stderr), fputs(o->prompt, stdout);
+    if (desc.log.fn) fputc('\n', stderr);
+    if (world->rank == 0 && o->prompt) fputs(o->prompt, stdout);
     TRY(llmpar_engine_step(engine, o->ids, o->lengths, o->rows, o->stride, &logits, err));
     for (long s = 0; s < o->steps; s++) {
         for (int32_t row = 0; row < o->rows; row++) {
@@ -81,7 +80,7 @@ static llmpar_status rank_main(llmpar_comm *world, void *user, llmpar_error *err
     if (world->rank == 0) {
         for (int32_t row = 0; row < o->rows && !o->prompt; row++)
             for (int32_t i = 0; i <= n_fresh[row]; i++) i < n_fresh[row] ? printf("%s%d", i ? " " : "", (int)fresh[row * o->steps + i]) : putchar('\n');
-        fprintf(stderr, "\n");
+        if (o->prompt) putchar('\n');
         describe("prefill", llmpar_engine_plan(engine, 0), &o->mesh, o->stats->prefill_tokens, o->stats->prefill_s);
         describe("decode",  llmpar_engine_plan(engine, 1), &o->mesh, o->stats->decode_tokens,  o->stats->decode_s);
     }
@@ -91,57 +90,59 @@ static llmpar_status rank_main(llmpar_comm *world, void *user, llmpar_error *err
 
 // Fills ids and lengths from --prompt (a byte a token) or --ids.
 static int read_prompts(options *o, const llmpar_model *model) {
-    char *line = NULL;
-    size_t room = 0;
+    static const char blank[] = " \t\r\n";
+    char *line = NULL, *end = NULL; size_t room = 0;
     FILE *file = o->prompt ? NULL : strcmp(o->ids_file, "-") == 0 ? stdin : fopen(o->ids_file, "r");
     o->stride = model->positions;
-    if (o->prompt && model->vocabulary != 256) return fail("%s: --prompt needs a vocabulary of 256 (bytes), this one has %lld; pass --ids", o->folder, model->vocabulary, 0);
-    if (!o->prompt && !file) return fail("cannot read %s", o->ids_file, 0, 0);
+    if (o->prompt && model->vocabulary != 256) return FAIL("%s: --prompt needs a vocabulary of 256 (bytes), this one has %lld; pass --ids", o->folder, (long long)model->vocabulary);
+    if (!o->prompt && !file) return FAIL("cannot read %s", o->ids_file);
     for (bool more = true; more && (o->prompt || getline(&line, &room, file) > 0); more = !o->prompt) {
         int32_t n = 0;
         o->ids = realloc(o->ids, (size_t)(o->rows + 1) * (size_t)o->stride * sizeof(int32_t));
         o->lengths = realloc(o->lengths, (size_t)(o->rows + 1) * sizeof(int32_t));
-        if (!o->ids || !o->lengths) return fail("out of memory%s", "", 0, 0);
-        for (const char *at = o->prompt ? o->prompt : line; *at && *at != '\n'; n++) {
-            char *end;
-            long id = o->prompt ? (unsigned char)*at : strtol(at, &end, 10);
-            if (n >= o->stride) return fail("a prompt is longer than the model's positions%s: %lld", "", model->positions, 0);
-            if (!o->prompt && end == at) return fail("%s: line %lld is not a list of decimal ids", o->ids_file, o->rows + 1, 0);
-            at = o->prompt ? at + 1 : end + strspn(end, " \t\r");
-            o->ids[o->rows * o->stride + n] = id < 0 || id > INT32_MAX ? -1 : (int32_t)id; // the engine says which one is wrong
+        if (!o->ids || !o->lengths) return FAIL("out of memory");
+        for (const char *at = o->prompt ? o->prompt : line + strspn(line, blank); *at; n++) {
+            long long id = o->prompt ? (unsigned char)*at : strtoll(at, &end, 10);
+            if (n >= o->stride) return FAIL("prompt %d is longer than the model's %lld positions", (int)o->rows + 1, (long long)o->stride);
+            if (!o->prompt && (end == at || !strchr(blank, *end) || id < 0 || id >= model->vocabulary))
+                return FAIL("%s, line %d: \"%.*s\" is not an id from 0 to %lld", o->ids_file, (int)o->rows + 1, (int)strcspn(at, blank), at, (long long)model->vocabulary - 1);
+            at = o->prompt ? at + 1 : end + strspn(end, blank);
+            o->ids[o->rows * o->stride + n] = (int32_t)id;
         }
+        if (n == 0 && !o->prompt) return FAIL("%s, line %d is empty: there is no sequence without a token", o->ids_file, (int)o->rows + 1);
         if (n > o->longest) o->longest = n;
         if (n) o->lengths[o->rows++] = n;
     }
     if (free(line), file && file != stdin) fclose(file);
-    return o->rows ? 0 : fail("%s", "the prompt is empty", 0, 0);
+    return o->rows ? 0 : FAIL("%s is empty", o->prompt ? "the prompt" : o->ids_file);
 }
 
 int main(int argc, char **argv) {
+    static const char usage[] = "usage: llama DIR [--mesh tp=3] --prompt TEXT | --ids FILE|- [--steps N] [--dtype f32|bf16|f16] [--sp] [--temperature 0] [--top-p 1]"
+        " [--seed 0]\n--ids: decimal ids, a sequence a line, no empty lines";
     static const char *const names[] = { "--mesh", "--prompt", "--ids", "--steps", "--dtype", "--temperature", "--top-p", "--seed" };
     const char *value[] = { "tp=1", NULL, NULL, "64", NULL, "0", "1", "0" };
-    llmpar_error err = LLMPAR_ZERO;
-    options o = { 0 };
+    llmpar_error err = LLMPAR_ZERO; options o = { 0 };
     for (int i = 1; i < argc; i++) {
         int known = -1;
         for (int k = 0; k < 8; k++) if (strcmp(argv[i], names[k]) == 0 && i + 1 < argc) known = k;
         if (known >= 0) value[known] = argv[++i];
         else if (strcmp(argv[i], "--sp") == 0) o.sp = true;
         else if (argv[i][0] != '-' && !o.folder) o.folder = argv[i];
-        else return fail("unknown option, or one without its value: %s", argv[i], 0, 0);
+        else if (strcmp(argv[i], "--help") == 0) return puts(usage), 0;
+        else return FAIL("unknown option, or one without its value: %s", argv[i]);
     }
     o.prompt = value[1]; o.ids_file = value[2]; o.steps = (long)number("--steps", value[3], 1, 1e9); o.dtype = value[4];
     o.temperature = number("--temperature", value[5], 0, 1e6); o.top_p = number("--top-p", value[6], 0, 1); o.seed = (uint64_t)number("--seed", value[7], 0, 9e15);
-    if (!o.folder || !o.prompt == !o.ids_file)
-        return fail("usage: llama DIR [--mesh tp=3] --prompt TEXT | --ids FILE|- [--steps N] [--dtype f32|bf16|f16] [--sp] [--temperature 0] [--top-p 1] [--seed 0]%s", "", 0, 0);
+    if (!o.folder || !o.prompt == !o.ids_file) return FAIL("one DIR, and --prompt or --ids, are needed\n%s", usage);
     llmpar_checkpoint *files;
     if (llmpar_mesh_parse(value[0], &o.mesh, &err) || llmpar_checkpoint_open(&(llmpar_checkpoint_desc){ .folder = o.folder }, &files, &err))
-        return fail("%s", err.text, 0, 0);
+        return FAIL("%s", err.text);
     if (read_prompts(&o, llmpar_checkpoint_model(files))) return 1;
     llmpar_checkpoint_close(files);
     llmpar_threads_desc threads = { .n_ranks = llmpar_mesh_size(&o.mesh) };
     o.stats = calloc((size_t)threads.n_ranks, sizeof *o.stats);
-    if (!o.stats || llmpar_threads_run(&threads, rank_main, &o, &err)) return fail("%s", err.text, 0, 0);
+    if (!o.stats || llmpar_threads_run(&threads, rank_main, &o, &err)) return FAIL("%s", err.text);
     for (int r = 0; r < threads.n_ranks; r++)
         fprintf(stderr, "rank %d of %s: %.2f MB read, %.2f MB of memory\n", r, value[0], 1e-6 * (double)o.stats[r].weight_bytes_read, 1e-6 * (double)o.stats[r].memory_bytes);
     return free(o.ids), free(o.lengths), free(o.stats), 0;

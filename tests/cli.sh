@@ -151,13 +151,24 @@ same() {
 llama_tests() {
     l=$B/llama; run="$l $S --prompt ROMEO: --steps 60"
     $run > "$T/text" 2> "$T/table"
-    [ "$(wc -c < "$T/text")" -eq 66 ] && ok || bad "llama: 6 bytes of prompt and 60 new ones are not $(wc -c < "$T/text")"
+    [ "$(wc -c < "$T/text")" -eq 67 ] && ok || bad "llama: 6 bytes of prompt, 60 new ones and the end of the line are not $(wc -c < "$T/text")"
     for mesh in tp=2 tp=3 tp=4 dp=2,tp=2 tp=2,dp=2 dp=3; do same "the same text at $mesh" "$T/text" $run --mesh $mesh; done
     same "the same text with --sp" "$T/text" $run --mesh tp=3 --sp
     good "the table: ranks and bytes"    '^rank 2 .*MB read' $run --mesh tp=3
-    good "the table: collectives"        '^decode .* 2 AllReduce.* payload .*tokens/s' $run --mesh tp=3
+    good "the table: collectives"        '^decode   per layer, on average: 2 AllReduce.* payload .*tokens/s' $run --mesh tp=3
     good "the table: prefill"            '^prefill .* tokens/s'             $run --mesh tp=3
-    good "progress while loading"        'loaded .* weights' $run --mesh tp=2
+    good "the table: no prefill"         '^prefill .*nothing to do'         $l $S --prompt a --steps 5
+    good "the table: no decode"          '^decode .*nothing to do'          $l $S --prompt ROMEO: --steps 1
+    [ "$(wc -l < "$T/err")" -eq 3 ] && ok || bad "llama: stderr that is no terminal holds more than the table: $(head -n 1 "$T/err")"
+    if command -v script > /dev/null && script -qec true /dev/null > /dev/null 2>&1; then
+        good "progress on a terminal"    'loaded .* weights' script -qec "$run --mesh tp=2" /dev/null
+    else skip "progress on a terminal: no script"; fi
+    # A line feed in the prompt is a token like any other.
+    printf '10 65 58 10\n' > "$T/ids"; $l $S --ids "$T/ids" --steps 9 > "$T/new" 2> /dev/null
+    { printf '\nA:\n'; for id in $(cat "$T/new"); do printf "\\$(printf %03o "$id")"; done; echo; } > "$T/as-text"
+    same "line feeds in the prompt"      "$T/as-text" $l $S --prompt "
+A:
+" --steps 9
     good "--dtype bf16"                  'ROMEO:' $run --mesh tp=2 --dtype bf16
     # The same draw on every rank and for every mesh; another seed, another text.
     draw="$run --temperature 0.8 --top-p 0.9"
@@ -171,7 +182,7 @@ llama_tests() {
     printf '82 79 77 69 79 58\n84 111\n' > "$T/ids"
     $l $S --ids "$T/ids" --steps 60 > "$T/new" 2> /dev/null
     [ "$(wc -l < "$T/new")" -eq 2 ] && [ "$(head -n 1 "$T/new" | wc -w)" -eq 60 ] && ok || bad "--ids: two lines of 60 ids each"
-    { printf 'ROMEO:'; for id in $(head -n 1 "$T/new"); do printf "\\$(printf %03o "$id")"; done; } > "$T/as-text"
+    { printf 'ROMEO:'; for id in $(head -n 1 "$T/new"); do printf "\\$(printf %03o "$id")"; done; echo; } > "$T/as-text"
     cmp -s "$T/as-text" "$T/text" && ok || bad "--ids and --prompt write different tokens"
     for mesh in tp=3 dp=2 dp=3,tp=2; do same "the same ids at $mesh" "$T/new" $l $S --ids "$T/ids" --steps 60 --mesh $mesh; done
     $l $S --ids - --steps 60 < "$T/ids" > "$T/out" 2> /dev/null; cmp -s "$T/out" "$T/new" && ok || bad "--ids - differs from --ids FILE"
@@ -181,16 +192,18 @@ llama_tests() {
     fails "--prompt needs bytes"         '256.*160|160.*256'     $l $G/llama --prompt hello
     fails "a prompt that is too long"    '448'                   $l $S --prompt "$(head -c 449 /dev/zero | tr '\0' a)" --steps 1
     fails "an empty prompt"              'empty'                 $l $S --prompt ""
-    printf '1 2 256\n' > "$T/wrong"; fails "an id past the vocabulary" '256' $l $S --ids "$T/wrong" --mesh tp=2
-    printf '1 -2\n'    > "$T/wrong"; fails "a negative id"             'token|id' $l $S --ids "$T/wrong"
-    printf '1 2\n3 x 4\n' > "$T/wrong"; fails "not an id"              'line 2'   $l $S --ids "$T/wrong"
+    for id in 256 -2 4294967297 -4294967295 99999999999999999999 x 5x 1.5 1,2; do
+        printf '1 2\n3 %s 4\n' "$id" > "$T/wrong"; fails "the id $id" "^llama: .*wrong, line 2: \"$id\" is not an id from 0 to 255" $l $S --ids "$T/wrong" --mesh tp=2
+    done
+    for line in '' '  '; do printf '1 2\n%s\n3\n' "$line" > "$T/wrong"; fails "an empty line of ids" '^llama: .*wrong, line 2 is empty' $l $S --ids "$T/wrong"; done
+    printf ' 1\t2 \r\n3' > "$T/ids"; good "blanks around ids"          '^[0-9]' $l $S --ids "$T/ids" --steps 2
     : > "$T/wrong";                  fails "no ids"                    'empty'    $l $S --ids "$T/wrong"
     fails "a missing file of ids"        'no-such-file'     $l $S --ids "$T/no-such-file"
     fails "prompt and ids"               'usage'            $l $S --ids "$T/ids" --prompt a
     fails "neither prompt nor ids"       'usage'            $l $S
     fails "no folder"                    'usage'            $l --prompt a
     fails "a missing folder"             'no-such-folder'   $l $G/no-such-folder --prompt a
-    fails "0 steps"                      'steps'            $l $S --prompt a --steps 0
+    fails "0 steps"                      '^llama: --steps: .*"0"'            $l $S --prompt a --steps 0
     fails "steps that are no number"     'steps.*5x'        $l $S --prompt a --steps 5x
     fails "a temperature below 0"        'temperature'      $l $S --prompt a --steps 2 --temperature -1
     fails "a top-p past 1"               'top-p'            $l $S --prompt a --steps 2 --top-p 2
@@ -271,7 +284,7 @@ explain_tests() {
     fails "unknown axis of a link"                    'z'            $x $mesh --size $size --link z=1e9,1e-6 'A[I,J] * B[J,K] -> C'
     fails "axis twice"                                '"x".*twice' $x $mesh --size $size 'A[I_x,J_x] * B[J,K] -> C'
     fails "a dim without its size"                    'dim K.*size' $x $mesh --size I=8,J=8 'A[I,J] * B[J,K] -> C'
-    fails "a size of 0"                               'I has size 0' $x $mesh --size I=0,J=8,K=8 'A[I,J] * B[J,K] -> C'
+    fails "a size of 0"                               'size I: .*"0"' $x $mesh --size I=0,J=8,K=8 'A[I,J] * B[J,K] -> C'
     fails "a bad mesh"                                'x'            $x --mesh x --size $size 'A[I,J] * B[J,K] -> C'
     fails "a bad notation"                            'column 6' $x $mesh --size $size 'A[I,J * B[J,K] -> C'
     fails "unknown topology"                          'star'         $x $mesh --size $size --link x=1e9,1e-6,star 'A[I,J] * B[J,K] -> C'
@@ -279,6 +292,26 @@ explain_tests() {
     fails "unknown model"                             'gpt-9'        $x --model gpt-9 --mesh tp=2 --phase decode --batch 1 --context 8
     fails "unknown phase"                             'dance'        $x --model llama-3-8b --mesh tp=2 --phase dance --batch 1 --context 8
     fails "a pin on no weight"                        'wx'           $model --phase decode --batch 1 --context 64 --pin 'wx=[H,N_tp,D]'
+    good "a layout of another dtype"                  '^140 bytes of bf16 in all, at most 28' $x --mesh x=2,y=3 --size I=10,J=7 --layout 'A[I_{x,y},J]' --dtype bf16
+    good "no runner-up"                               '^total'       $model --phase decode --no-runner-up
+    $model --phase decode > "$T/out" 2>&1; grep -q '^runner-up' "$T/out" && ok || bad "explain names no runner-up"
+    $model --phase decode --no-runner-up > "$T/out" 2>&1; grep -q '^runner-up' "$T/out" && bad "--no-runner-up names one" || ok
+    for value in 0 -1 2.7 1e30 99999999999999999999 nan 8x ''; do fails "a batch of '$value'" "--batch: .*\"$value\"" $model --batch "$value"; done
+    fails "a batch that overflows bytes"              '2.63'         $model --batch 9000000000000000
+    fails "tokens that are no number"                 '--seq: .*x'   $model --seq x
+    fails "slots that are no number"                  '--context: .*1.5' $model --context 1.5
+    for value in 99999999999999999999 9x 1.5; do fails "a size of $value" "--size I: .*\"$value\"" $x $mesh --size "J=8,I=$value" --layout 'A[I,J]'; done
+    for option in hbm flops mem; do for value in nan inf 0 20GB; do fails "--$option $value" "--$option: .*\"$value\"" $model --$option $value; done; done
+    fails "no mesh"                                   '--mesh is missing' $x --model llama-3-8b
+    fails "a reshard to nothing"                      '--reshard takes two' $x $mesh --size I=8 --reshard 'A[I_x]'
+    fails "two questions at once"                     'exactly one of'  $model --layout 'A[I=4]'
+    fails "no question"                               'exactly one of'  $x $mesh
+    fails "an unknown model lists the known ones"     'llama-9/config.json.*llama-3-8b, llama-3-70b' $x --model llama-9 --mesh tp=2
+    fails "a pin says where the weights are listed"   'wz=.*--names' $model --pin 'wz=[H]'
+    fails "a size that no layout uses"                '--size Q'     $x $mesh --size I=8,Q=3 --layout 'A[I_x]'
+    fails "a size that no matmul uses"                '--size Q'     $x $mesh --size $size,Q=3 'A[I,J_x] * B[J_x,K] -> C[I,K]'
+    fails "a size that no reshard uses"               '--size Q'     $x $mesh --size I=8,Q=3 --reshard 'A[I_x]' 'A[I_y]'
+    fails "a size that no model uses"                 '--size Q'     $model --size Q=3
     fails "reshard of another shape"                  'dim K' $x $mesh --size I=8,J=8,K=8 --reshard 'A[I_x,J]' 'A[I,K]'
     fails "unknown option"                            '\-\-bogus'    $x --bogus
     fails "no arguments"                              '[Uu]sage|usage' $x
@@ -313,6 +346,11 @@ here llama        && here heads && strace_tests
 here engine       && engine_tests
 here explain      && explain_tests
 here hello        && good "hello" '.' "$B/hello"
+for program in explain heads llama engine; do
+    here $program || continue
+    good "$program --help" "^(usage: )?$program " "$B/$program" --help
+    [ -s "$T/out" ] && [ ! -s "$T/err" ] && ok || bad "$program --help writes to stderr"
+done
 header_tests
 if [ $skipped -gt 0 ]; then echo "$passed passed, $failed failed, $skipped skipped"; else echo "$passed passed, $failed failed"; fi
 [ $failed = 0 ]

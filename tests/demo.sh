@@ -5,10 +5,10 @@ B=${B:-build}; model=tests/golden/shakespeare-dense; out=$B/demo.out
 prompt='ROMEO:
 '
 for tp in 1 2 3 4; do
-    echo "--- tp=$tp"
-    "$B/llama" $model --mesh tp=$tp --prompt "$prompt" --steps 160 > "$out.$tp"
-    [ $tp = 1 ] && cat "$out.1"
+    "$B/llama" $model --mesh tp=$tp --prompt "$prompt" --steps 160 > "$out.$tp" 2> "$out.table" || { cat "$out.table" >&2; exit 1; }
+    [ $tp = 1 ] && { cat "$out.1"; echo; }
     if ! cmp -s "$out.1" "$out.$tp"; then echo "tp=$tp wrote another text:"; cat "$out.$tp"; exit 1; fi
-    [ $tp = 1 ] || echo "(the same text)"
+    [ $tp = 1 ] && echo "--- tp=1" || echo "--- tp=$tp: the same text"
+    cat "$out.table"
 done
 echo "tp=1, 2, 3 and 4 wrote the same text"
