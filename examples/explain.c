@@ -35,10 +35,11 @@ static void set_hardware(void) {
     hardware.flops_per_s     = number("--flops", option("--flops", 0, NULL), hardware.flops_per_s, false);
     hardware.memory_bytes    = (int64_t)number("--mem", option("--mem", 0, NULL), 0, false);
     for (int i = 0; (text = option("--link", i, NULL)) != NULL; i++) {
-        char axis[64] = "", kind[16] = "switch"; double rate, seconds;
-        int n = sscanf(text, "%63[^=]=%lf,%lf,%15s", axis, &rate, &seconds, kind), a = llmpar_mesh_find(&g.mesh, axis), k = 0;
+        char axis[64] = "", kind[16] = "switch", comma = ','; double rate, seconds;
+        int n = sscanf(text, "%63[^=]=%lf,%lf%c%15s", axis, &rate, &seconds, &comma, kind), a = llmpar_mesh_find(&g.mesh, axis), k = 0;
         while (k < 3 && strcmp(kinds[k], kind)) k++;
-        if (n < 3 || k == 3 || !(rate > 0) || !(seconds >= 0)) STOP("--link wants AXIS=BYTES_PER_S,SECONDS[,ring|switch|torus], not \"%s\"", text);
+        if (n < 3 || n == 4 || comma != ',' || k == 3 || !(rate > 0 && rate < 9e18) || !(seconds >= 0 && seconds < 9e18))
+            STOP("--link wants AXIS=BYTES_PER_S,SECONDS[,ring|switch|torus], not \"%s\"", text);
         if (a < 0) STOP("--link: the mesh has no axis %s", axis);
         hardware.link[a] = (llmpar_link){ (llmpar_link_kind)k, rate, seconds > 0 ? seconds : -1 };
     }
@@ -122,7 +123,7 @@ int main(int argc, char **argv) {
         if (!strcmp(argv[i], "--names")) names = true;
         else if (!strcmp(argv[i], "--no-runner-up")) runner_up = false;
         else if (argv[i][0] != '-' && !text) text = argv[i];
-        else if (!strstr(known, spaced)) STOP("unknown option, see --help: %s", argv[i]);
+        else if (!strstr(known, spaced)) STOP("unknown option, or one text too many; see --help: %s", argv[i]);
         else if (++i == argc) STOP("a value is missing after %s", argv[i - 1]);
     }
     const char *axes = option("--mesh", 0, NULL), *shown = option("--layout", 0, NULL), *name = option("--model", 0, NULL), *from = option("--reshard", 0, NULL);
@@ -132,8 +133,7 @@ int main(int argc, char **argv) {
     check(llmpar_mesh_parse(axes, &mesh, &err));
     llmpar_graph_init(&g, &mesh, &arena);
     check(llmpar_dtype_parse(option("--dtype", 0, "bf16"), &g.weight_dtype, &err));
-    g.activation_dtype = g.weight_dtype;
-    set_sizes();
+    g.activation_dtype = g.weight_dtype; set_sizes();
     if (shown) return layout(shown, option("--svg", 0, NULL)), 0;
     set_hardware();
     if (name) model(name, names);

@@ -21,9 +21,10 @@ typedef struct options {
 } options;
 
 static void progress(llmpar_log_level level, const char *text, void *user) { (void)level; (void)user; fprintf(stderr, "\r%s   ", text); }
-static double number(const char *option, const char *text, double least, double most) {
+static double number(const char *option, const char *text, double least, double most, bool whole) {
     char *end; double x = strtod(text, &end);
-    if (*end || end == text || !(x >= least && x <= most)) exit(FAIL("%s: a number from %g to %g is expected, not \"%s\"", option, least, most, text));
+    if (*end || end == text || !(x >= least && x <= most) || (whole && x != floor(x)))
+        exit(FAIL("%s: a %snumber from %g to %g is expected, not \"%s\"", option, whole ? "whole " : "", least, most, text));
     return x;
 }
 
@@ -90,8 +91,7 @@ static llmpar_status rank_main(llmpar_comm *world, void *user, llmpar_error *err
 
 // Fills ids and lengths from --prompt (a byte a token) or --ids.
 static int read_prompts(options *o, const llmpar_model *model) {
-    static const char blank[] = " \t\r\n";
-    char *line = NULL, *end = NULL; size_t room = 0;
+    static const char blank[] = " \t\r\n"; char *line = NULL, *end = NULL; size_t room = 0;
     FILE *file = o->prompt ? NULL : strcmp(o->ids_file, "-") == 0 ? stdin : fopen(o->ids_file, "r");
     o->stride = model->positions;
     if (o->prompt && model->vocabulary != 256) return FAIL("%s: --prompt needs a vocabulary of 256 (bytes), this one has %lld; pass --ids", o->folder, (long long)model->vocabulary);
@@ -132,8 +132,8 @@ int main(int argc, char **argv) {
         else if (strcmp(argv[i], "--help") == 0) return puts(usage), 0;
         else return FAIL("unknown option, or one without its value: %s", argv[i]);
     }
-    o.prompt = value[1]; o.ids_file = value[2]; o.steps = (long)number("--steps", value[3], 1, 1e9); o.dtype = value[4];
-    o.temperature = number("--temperature", value[5], 0, 1e6); o.top_p = number("--top-p", value[6], 0, 1); o.seed = (uint64_t)number("--seed", value[7], 0, 9e15);
+    o.prompt = value[1]; o.ids_file = value[2]; o.steps = (long)number("--steps", value[3], 1, 1e9, true); o.dtype = value[4];
+    o.temperature = number("--temperature", value[5], 0, 1e6, false); o.top_p = number("--top-p", value[6], 0, 1, false); o.seed = (uint64_t)number("--seed", value[7], 0, 9e15, true);
     if (!o.folder || !o.prompt == !o.ids_file) return FAIL("one DIR, and --prompt or --ids, are needed\n%s", usage);
     llmpar_checkpoint *files;
     if (llmpar_mesh_parse(value[0], &o.mesh, &err) || llmpar_checkpoint_open(&(llmpar_checkpoint_desc){ .folder = o.folder }, &files, &err))

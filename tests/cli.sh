@@ -204,6 +204,8 @@ A:
     fails "no folder"                    'usage'            $l --prompt a
     fails "a missing folder"             'no-such-folder'   $l $G/no-such-folder --prompt a
     fails "0 steps"                      '^llama: --steps: .*"0"'            $l $S --prompt a --steps 0
+    fails "half a step"                  '^llama: --steps: .*"2.5"' $l $S --prompt a --steps 2.5
+    fails "half a seed"                  '^llama: --seed: .*"0.5"' $l $S --prompt a --seed 0.5
     fails "steps that are no number"     'steps.*5x'        $l $S --prompt a --steps 5x
     fails "a temperature below 0"        'temperature'      $l $S --prompt a --steps 2 --temperature -1
     fails "a top-p past 1"               'top-p'            $l $S --prompt a --steps 2 --top-p 2
@@ -287,6 +289,7 @@ explain_tests() {
     fails "a size of 0"                               'size I: .*"0"' $x $mesh --size I=0,J=8,K=8 'A[I,J] * B[J,K] -> C'
     fails "a bad mesh"                                'x'            $x --mesh x --size $size 'A[I,J] * B[J,K] -> C'
     fails "a bad notation"                            'column 6' $x $mesh --size $size 'A[I,J * B[J,K] -> C'
+    for link in x=1e9 x=1e9,1e-6s x=inf,1e-6 x=1e9,nan x=1e9,1e-6,ring2; do fails "the link $link" "--link wants .*$link" $x $mesh --size I=8 --link $link --reshard 'A[I_x]' 'A[I]'; done
     fails "unknown topology"                          'star'         $x $mesh --size $size --link x=1e9,1e-6,star 'A[I,J] * B[J,K] -> C'
     fails "unknown dtype"                             'f8'           $x $mesh --size $size --dtype f8 'A[I,J] * B[J,K] -> C'
     fails "unknown model"                             'gpt-9'        $x --model gpt-9 --mesh tp=2 --phase decode --batch 1 --context 8
