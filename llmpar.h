@@ -1363,7 +1363,7 @@ LLMPARI_FN size_t llmpari_block_start(const llmpari_block *block) {
 
 LLMPAR_DEF void *llmpar_arena_alloc(llmpar_arena *arena, size_t bytes) {
     llmpari_block *block = (llmpari_block *)arena->head;
-    if (bytes > SIZE_MAX / 4) return NULL;
+    if (bytes > SIZE_MAX / 4 || arena->block_bytes > SIZE_MAX / 4) return NULL;
     size_t need = (bytes + 63u) & ~(size_t)63u;
     if (!block || block->size - block->used < need) {
         size_t least = arena->block_bytes ? arena->block_bytes : 65536u;
@@ -3797,7 +3797,7 @@ LLMPAR_DEF void llmpar_permute_peers(const llmpar_move *move, const llmpar_tenso
 }
 
 // ============================================================================================================
-// >>graph (impl)   1. writing a graph
+// >>graph (impl)
 // ============================================================================================================
 
 
@@ -3832,6 +3832,8 @@ LLMPARI_FN llmpar_dim *llmpari_graph_size(const llmpar_graph *g, const char *dim
 LLMPAR_DEF void llmpar_size(llmpar_graph *g, const char *dim, int64_t size) {
     if (g->error.status) return;
     if (size <= 0) { LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "dim %s has size %lld; a size is at least 1", dim, (long long)size); return; }
+    for (const char *at = dim; at == dim || *at; at++)
+        if (!llmpari_is_letter(*at) && !llmpari_is_digit(*at)) { LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "dim name \"%s\": names are letters, digits and _", dim); return; }
     llmpar_dim *known = llmpari_graph_size(g, dim);
     if (known) {
         if (known->size != size)
@@ -4117,6 +4119,7 @@ LLMPARI_FN void llmpari_op_find_dim(llmpar_graph *g, llmpar_op *op, const char *
 
 LLMPARI_FN int llmpari_norm_op(llmpar_graph *g, int x, int weight, int bias, const char *dim, double eps, bool layer_norm) {
     llmpar_op op = llmpari_op_new(g, LLMPAR_OP_NORM, weight < 0 ? 1 : bias < 0 ? 2 : 3, x, weight, bias);
+    if (weight < 0 && bias >= 0) return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "norm over dim %s: a bias without a weight", dim);
     llmpari_op_find_dim(g, &op, dim, "norm");
     for (int s = 0; s < op.n_in; s++) llmpari_op_dims(g, &op, s);
     for (int s = 1; s < op.n_in && !g->error.status; s++)
@@ -4162,7 +4165,7 @@ LLMPARI_FN void llmpari_attention_check(llmpar_graph *g, const llmpar_op *op) {
                                (long long)k->dim[d].size, (long long)v->dim[d].size);
             return;
         }
-    if (q->dim[2].size % k->dim[2].size) 
+    if (q->dim[2].size % k->dim[2].size || q->dim[2].size / k->dim[2].size > INT32_MAX)
         LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "attention: %lld kv heads do not divide %lld query heads", (long long)k->dim[2].size, (long long)q->dim[2].size);
 }
 
@@ -4197,8 +4200,12 @@ LLMPAR_DEF int llmpar_attention(llmpar_graph *g, int q, int k, int v, const llmp
         op.index_of[s][2] = op.index_of[0][2];
         op.index_of[s][3] = op.index_of[0][3];
     }
+    if (desc->window < 0 || desc->context < 0 || !(desc->scale == desc->scale))
+        return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "attention: window %lld, context %lld, scale %g; none may be negative or NaN", (long long)desc->window, (long long)desc->context, desc->scale);
     op.causal = desc->causal; op.window = desc->window; op.context = desc->context; op.scale = desc->scale;
     if (desc->k_cache || desc->v_cache) {
+        if (!desc->k_cache || !desc->v_cache || desc->k_cache == desc->v_cache)
+            return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "attention: k_cache %d and v_cache %d; two different caches are needed, or none", desc->k_cache, desc->v_cache);
         int cache[2];
         cache[0] = desc->k_cache; cache[1] = desc->v_cache;
         for (int i = 0; i < 2; i++) {
@@ -4208,12 +4215,28 @@ LLMPAR_DEF int llmpar_attention(llmpar_graph *g, int q, int k, int v, const llmp
             if (node->role != LLMPAR_ROLE_CACHE || node->tensor.n_dims != 4 || node->tensor.dim[0].size != key->dim[0].size || node->tensor.dim[1].size != key->dim[2].size ||
                 node->tensor.dim[3].size != key->dim[3].size)
                 return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "attention: %s must be a cache [B, K, C, D] with the sizes of %s", node->tensor.name, key->name);
+            if (node->block != g->open_block && node->block >= 0)
+                return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "cache %s belongs to a repeat block (one per round) and cannot be used outside", node->tensor.name);
             op.cache[i] = cache[i];
         }
+        if (g->node[cache[0]].tensor.dim[2].size != g->node[cache[1]].tensor.dim[2].size)
+            return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "attention: cache %s has %lld slots, %s has %lld", g->node[cache[0]].tensor.name, (long long)g->node[cache[0]].tensor.dim[2].size,
+                                      g->node[cache[1]].tensor.name, (long long)g->node[cache[1]].tensor.dim[2].size);
         op.decode_rows = true;
     }
     llmpari_attention_rules(g, &op);
     return llmpari_op_add_like(g, &op);
+}
+
+// Ids are inputs of i32, and nothing but ids.
+LLMPARI_FN void llmpari_op_ids(llmpar_graph *g, int ids, const char *what) {
+    llmpar_node *node = &g->node[ids];
+    bool read = false;
+    for (int o = 0; o < g->n_ops; o++)
+        for (int i = 0; i < g->op[o].n_in; i++) read = read || g->op[o].in[i] == ids;
+    if (node->role != LLMPAR_ROLE_INPUT || (read && node->tensor.dtype != LLMPAR_I32))
+        LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "%s: ids must come from an input that is used for nothing else; %s is none", what, node->tensor.name);
+    else node->tensor.dtype = LLMPAR_I32;
 }
 
 LLMPAR_DEF int llmpar_embed(llmpar_graph *g, int ids, int table) {
@@ -4221,12 +4244,14 @@ LLMPAR_DEF int llmpar_embed(llmpar_graph *g, int ids, int table) {
     if (g->error.status) return -1;
     if (g->node[table].tensor.n_dims != 2)
         return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "embed: table %s has %d dims; [V, H] is expected", g->node[table].tensor.name, (int)g->node[table].tensor.n_dims);
-    g->node[ids].tensor.dtype = LLMPAR_I32;
+    llmpari_op_ids(g, ids, "embed");
     llmpari_op_dims(g, &op, 0);
     llmpari_op_dims(g, &op, 1);
     if (g->error.status) return -1;
     int n = g->node[ids].tensor.n_dims;
     int8_t out[LLMPAR_MAX_DIMS];
+    if (op.n_indices != n + 2)
+        return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "embed: table %s shares the name of a dim with %s; give its dims names of their own", g->node[table].tensor.name, g->node[ids].tensor.name);
     if (n + 1 > LLMPAR_MAX_DIMS) return LLMPARI_GRAPH_FAIL(g, LLMPAR_UNSUPPORTED, "embed: more than %d dims", LLMPAR_MAX_DIMS);
     memcpy(out, op.index_of[0], sizeof out);
     out[n] = op.index_of[1][1];
@@ -4242,7 +4267,7 @@ LLMPAR_DEF int llmpar_take(llmpar_graph *g, int x, const char *dim, int ids) {
     if (g->error.status) return -1;
     if (op.n_indices > known || op.dim == 0 || g->node[ids].tensor.n_dims != 1 || op.index_of[1][0] != op.index_of[0][0])
         return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "take: %s must have just the first dim of %s, and the dim taken from comes after it", g->node[ids].tensor.name, g->node[x].tensor.name);
-    g->node[ids].tensor.dtype = LLMPAR_I32;
+    llmpari_op_ids(g, ids, "take");
     int8_t out[LLMPAR_MAX_DIMS];
     int n = 0;
     for (int d = 0; d < g->node[x].tensor.n_dims; d++)
@@ -4260,7 +4285,8 @@ LLMPAR_DEF int llmpar_cross_entropy(llmpar_graph *g, int logits, int labels) {
     if (op.n_indices > known || op.dim < 0 || g->node[labels].tensor.n_dims != op.dim || memcmp(op.index_of[0], op.index_of[1], (size_t)op.dim) != 0)
         return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "cross entropy: labels %s must have the dims of %s but the last, in the same order",
                                   g->node[labels].tensor.name, g->node[logits].tensor.name);
-    g->node[labels].tensor.dtype = LLMPAR_I32;
+    llmpari_op_ids(g, labels, "cross entropy");
+    if (g->error.status) return -1;
     return llmpari_op_add(g, &op, op.index_of[1], op.dim);
 }
 
@@ -4345,7 +4371,17 @@ LLMPARI_FN bool llmpari_index_splits(const llmpar_graph *g, const llmpar_op *op,
     case LLMPAR_OP_NORM: case LLMPAR_OP_SOFTMAX: return index != op->index_of[0][op->dim];
     case LLMPAR_OP_ROPE:      return index != op->index_of[0][3];
     case LLMPAR_OP_ATTENTION: return index == op->index_of[0][0] || index == op->index_of[0][1] || index == op->index_of[0][2];
-    default:                  return llmpari_index_in(op, op->n_in, index) || !llmpari_index_covers(g, op, index);     // no sum over overlapping parts
+    default: {
+        const llmpar_split *rule = NULL;                        // operands that are cut by different rules do not meet block by block
+        for (int s = 0; s < op->n_in; s++)
+            for (int d = 0; d < g->node[op->in[s]].tensor.n_dims; d++) {
+                const llmpar_split *other = &g->node[op->in[s]].tensor.dim[d].split;
+                if (op->index_of[s][d] != index) continue;
+                if (rule && memcmp(rule, other, sizeof *rule) != 0) return false;
+                rule = other;
+            }
+        return llmpari_index_in(op, op->n_in, index) || !llmpari_index_covers(g, op, index);     // no sum over overlapping parts
+    }
     }
 }
 
@@ -13545,13 +13581,14 @@ LLMPARI_FN double llmpari_engine_clock(void) {
 LLMPARI_FN llmpar_status llmpari_engine_agree(llmpar_comm *world, llmpar_status mine, llmpar_error *err) {
     int32_t culprit = mine ? world->rank : world->size;
     char text[4 + sizeof err->text];
-    LLMPARI_TRY(llmpar_all_reduce(world, &culprit, &culprit, 1, LLMPAR_I32, LLMPAR_MIN, mine ? NULL : err));
+    llmpar_status status = llmpar_all_reduce(world, &culprit, &culprit, 1, LLMPAR_I32, LLMPAR_MIN, mine ? NULL : err);
+    if (status) return mine ? mine : status;
     if (culprit == world->size) return LLMPAR_OK;
     int32_t code = (int32_t)mine;
     memcpy(text, &code, 4);
     memcpy(text + 4, err->text, sizeof err->text);
-    LLMPARI_TRY(llmpar_broadcast(world, text, (int64_t)sizeof text, LLMPAR_U8, culprit, mine ? NULL : err));
-    if (mine) return mine;
+    status = llmpar_broadcast(world, text, (int64_t)sizeof text, LLMPAR_U8, culprit, mine ? NULL : err);
+    if (mine || status) return mine ? mine : status;
     memcpy(&code, text, 4);
     return LLMPARI_FAIL(err, (llmpar_status)code, "rank %d: %.1000s", (int)culprit, text + 4);
 }
@@ -13864,8 +13901,8 @@ LLMPAR_DEF llmpar_status llmpar_engine_reset(llmpar_engine *engine) {
 }
 
 LLMPAR_DEF const llmpar_model *llmpar_engine_model(const llmpar_engine *engine) { return &engine->model; }
-LLMPAR_DEF const llmpar_plan  *llmpar_engine_plan(const llmpar_engine *engine, int phase) { return &engine->phase[phase].plan; }
-LLMPAR_DEF llmpar_exec        *llmpar_engine_exec(llmpar_engine *engine, int phase) { return engine->phase[phase].exec; }
+LLMPAR_DEF const llmpar_plan  *llmpar_engine_plan(const llmpar_engine *engine, int phase) { return phase == 0 || phase == 1 ? &engine->phase[phase].plan : NULL; }
+LLMPAR_DEF llmpar_exec        *llmpar_engine_exec(llmpar_engine *engine, int phase) { return phase == 0 || phase == 1 ? engine->phase[phase].exec : NULL; }
 
 LLMPAR_DEF bool llmpar_engine_is_eos(const llmpar_engine *engine, int64_t token) {
     for (int i = 0; i < engine->model.n_eos; i++)

@@ -225,7 +225,7 @@ static void write_wrong(int which) {
     case 26: llmpar_attention(&g, a, k, k, &desc); break;
     case 27: llmpar_attention(&g, q, k, k, &desc); break;
     case 28: llmpar_attention(&g, q, llmpar_input(&g, "k2[A, B, E=4, F=5]"), k, &desc); break;
-    case 29: desc.k_cache = w; desc.v_cache = w; llmpar_attention(&g, q, llmpar_input(&g, "k3[A, B, F=3, D]"), llmpar_input(&g, "k4[A, B, F=3, D]"), &desc); break;
+    case 29: desc.k_cache = w; desc.v_cache = v; llmpar_attention(&g, q, llmpar_input(&g, "k3[A, B, F=3, D]"), llmpar_input(&g, "k4[A, B, F=3, D]"), &desc); break;
     case 30: llmpar_embed(&g, a, v); break;
     case 31: llmpar_take(&g, a, "A", v); break;
     case 32: llmpar_take(&g, a, "B", w); break;
@@ -241,6 +241,13 @@ static void write_wrong(int which) {
     case 42: t = llmpar_repeat_begin(&g, 2, a); llmpar_weight(&g, "u[B, A]?"); llmpar_repeat_end(&g, llmpar_silu(&g, t)); llmpar_silu(&g, llmpar_find(&g, "u")); break;
     case 43: llmpar_repeat_begin(&g, 2, w); break;
     case 44: llmpar_silu(&g, -1); break;
+    case 45: llmpar_embed(&g, llmpar_input(&g, "ids[A, B]"), llmpar_weight(&g, "positions[B, C]")); break;
+    case 46: llmpar_embed(&g, llmpar_silu(&g, a), w); break;
+    case 47: llmpar_layer_norm(&g, a, -1, v, "B", 1e-5); break;
+    case 48: desc.k_cache = w; desc.v_cache = w; llmpar_attention(&g, q, llmpar_input(&g, "k3[A, B, F=3, D]"), llmpar_input(&g, "k4[A, B, F=3, D]"), &desc); break;
+    case 49: llmpar_unary(&g, (llmpar_activation)99, a); break;
+    case 50: llmpar_size(&g, "a b", 4); break;
+    case 51: desc.window = -5; llmpar_attention(&g, q, llmpar_input(&g, "k3[A, B, F=3, D]"), llmpar_input(&g, "k4[A, B, F=3, D]"), &desc); break;
     default: llmpar_input(&g, "z[A=1000000000000, Y=1000000000000]"); break;
     }
 }
@@ -259,7 +266,10 @@ static void errors(void) {
         { LLMPAR_BAD_ARGUMENT, "table v has 1 dims" }, { LLMPAR_BAD_ARGUMENT, "take" }, { LLMPAR_BAD_ARGUMENT, "take" }, { LLMPAR_BAD_ARGUMENT, "labels w" },
         { LLMPAR_UNSUPPORTED, "outputs come after it" }, { LLMPAR_UNSUPPORTED, "cannot be nested" }, { LLMPAR_BAD_ARGUMENT, "cannot repeat 0 times" }, { LLMPAR_BAD_ARGUMENT, "without llmpar_repeat_begin" },
         { LLMPAR_BAD_ARGUMENT, "not made inside" }, { LLMPAR_BAD_ARGUMENT, "differ in their dims" }, { LLMPAR_UNSUPPORTED, "used inside as well" }, { LLMPAR_BAD_ARGUMENT, "outside of the repeat block" },
-        { LLMPAR_BAD_ARGUMENT, "u belongs to a repeat block" }, { LLMPAR_BAD_ARGUMENT, "w is a weight or cache" }, { LLMPAR_BAD_ARGUMENT, "node -1" }, { LLMPAR_OVERFLOW, "" } };
+        { LLMPAR_BAD_ARGUMENT, "u belongs to a repeat block" }, { LLMPAR_BAD_ARGUMENT, "w is a weight or cache" }, { LLMPAR_BAD_ARGUMENT, "node -1" },
+        { LLMPAR_BAD_ARGUMENT, "positions shares the name of a dim with ids" }, { LLMPAR_BAD_ARGUMENT, "ids must come from an input" }, { LLMPAR_BAD_ARGUMENT, "a bias without a weight" },
+        { LLMPAR_BAD_ARGUMENT, "two different caches" }, { LLMPAR_BAD_ARGUMENT, "no activation 99" }, { LLMPAR_BAD_ARGUMENT, "\"a b\": names are letters" }, { LLMPAR_BAD_ARGUMENT, "window -5" },
+        { LLMPAR_OVERFLOW, "" } };
     for (int i = 0; i < (int)(sizeof wrong / sizeof *wrong); i++) {
         char name[64];
         snprintf(name, sizeof name, "error %d: \"%.40s\"", i, wrong[i].part);
