@@ -7045,8 +7045,11 @@ LLMPARI_FN llmpar_status llmpari_solve_shared(llmpari_solver *s, double *seconds
         if (llmpari_splittable(g, &g->node[node].tensor.dim[d])) split_dims |= 1u << d;
     status = llmpari_states(&g->node[node].tensor, &g->mesh, &s->hardware, split_dims, 0, &states, &space, s->err);
     *seconds = INFINITY;
-    for (int32_t v = 0; !status && v < space.n_states; v++) {
+    // While memory is free an input is best kept whole: it gives every other sharding by a free slice. A weight may cost nothing to keep split, too.
+    bool whole = !s->limit_bytes && g->node[node].role == LLMPAR_ROLE_INPUT && s->extra != node;
+    for (int32_t v = 0; !status && v < space.n_states && !(whole && plan); v++) {
         double c = INFINITY;
+        if (whole && llmpari_state_find(&space, &best) != v) continue;
         llmpar_error ignored = *s->err;
         g->node[node].pinned = true;
         g->node[node].tensor.sharding = space.state[v];

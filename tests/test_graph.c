@@ -275,7 +275,7 @@ static void errors(void) {
         snprintf(name, sizeof name, "error %d: \"%.40s\"", i, wrong[i].part);
         TEST(name) {
             write_wrong(i);
-            if (i == 45) CHECK(g.error.status == LLMPAR_OVERFLOW || g.error.status == LLMPAR_BAD_ARGUMENT);
+            if (i == 52) CHECK(g.error.status == LLMPAR_OVERFLOW || g.error.status == LLMPAR_BAD_ARGUMENT);
             else CHECK(failed(wrong[i].status, wrong[i].part));
             CHECK(g.error.line > 0 && g.error.where);
         }
