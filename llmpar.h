@@ -5105,7 +5105,9 @@ LLMPARI_FN void llmpari_strategy_add(llmpari_enumeration *e) {
             const llmpari_space *space = &llmpari_class_of(s, op->cache[i])->space;
             int32_t state = llmpari_state_find(space, &sharding);
             if (state < 0 || (s->g->node[op->cache[i]].pinned && !llmpari_is_pin(s, op->cache[i], &sharding))) return;
-            fresh.bytes += (double)space->local_bytes[state];
+            bool again = false;                     // its bytes count at the first op that uses it; those of a cache outside of the block, by round
+            for (int o = 0; o < e->op; o++) again = again || s->g->op[o].cache[0] == op->cache[i] || s->g->op[o].cache[1] == op->cache[i];
+            if (!again) fresh.bytes += (double)space->local_bytes[state] / (op->block >= 0 && s->g->node[op->cache[i]].block < 0 ? s->g->block[op->block].repeats : 1);
         }
     fresh.seconds = llmpari_op_seconds(e, bytes, out_bytes);
     llmpari_inner_axes(e, &fresh.seconds);
@@ -6471,6 +6473,11 @@ LLMPARI_FN llmpar_status llmpari_plan_lives(llmpari_solver *s, const llmpar_plan
     return LLMPAR_OK;
 }
 
+// Sums of bytes, INT64_MAX where they overflow.
+LLMPARI_FN int64_t llmpari_bytes_add(int64_t sum, int64_t times, int64_t bytes) {
+    return !llmpari_mul(times, bytes, &bytes) || sum > INT64_MAX - bytes ? INT64_MAX : sum + bytes;
+}
+
 // The largest sum of live copies in a segment: at an op its result and all copies still needed; right after an op its result, the copies made of it, and those needed later.
 LLMPARI_FN int64_t llmpari_live_bytes(const llmpar_plan *plan, const llmpari_life *life, const int64_t *bytes, int32_t n) {
     const llmpar_graph *g = plan->graph;
@@ -6481,10 +6488,10 @@ LLMPARI_FN int64_t llmpari_live_bytes(const llmpar_plan *plan, const llmpari_lif
             int role = g->node[plan->value[v].node].role;
             const llmpari_life *l = &life[v];
             if (l->made == -2 || role == LLMPAR_ROLE_CACHE || (role == LLMPAR_ROLE_WEIGHT && l->stored)) continue;
-            if (role == LLMPAR_ROLE_WEIGHT) { at_op += l->used && l->first <= i && l->last >= i ? bytes[v] : 0; continue; }   // gathered for its readers
-            if (l->stored && l->made == i) at_op += bytes[v];
-            else if (l->made < i && l->used && l->last >= i) at_op += bytes[v];
-            if (l->made == i ? l->stored || l->used : l->made < i && l->used && l->last > i) after += bytes[v];
+            if (role == LLMPAR_ROLE_WEIGHT) { if (l->used && l->first <= i && l->last >= i) at_op = llmpari_bytes_add(at_op, 1, bytes[v]); continue; }   // gathered for its readers
+            if (l->stored && l->made == i) at_op = llmpari_bytes_add(at_op, 1, bytes[v]);
+            else if (l->made < i && l->used && l->last >= i) at_op = llmpari_bytes_add(at_op, 1, bytes[v]);
+            if (l->made == i ? l->stored || l->used : l->made < i && l->used && l->last > i) after = llmpari_bytes_add(after, 1, bytes[v]);
         }
         most = llmpari_max(most, llmpari_max(at_op, after));
     }
@@ -6507,15 +6514,17 @@ LLMPARI_FN llmpar_status llmpari_plan_bytes(llmpari_solver *s, llmpar_plan *plan
         LLMPARI_TRY(llmpari_plan_lives(s, plan, segment, life, &n));
         for (int32_t i = segment->first_step; i < segment->end_step; i++)
             for (int j = 0; j < 2; j++)
-                if (plan->step[i].cache[j] >= 0) plan->cache_bytes += segment->repeats * bytes[plan->step[i].cache[j]];
+                if (plan->step[i].cache[j] >= 0) { life[plan->step[i].cache[j]].made = -1; life[plan->step[i].cache[j]].stored = true; }
         for (int32_t v = 0; v < plan->n_values; v++) {
             const llmpar_node *node = &g->node[plan->value[v].node];
-            bool fresh = node->role == LLMPAR_ROLE_WEIGHT && life[v].made != -2 && life[v].stored;
+            bool cache = node->role == LLMPAR_ROLE_CACHE, fresh = (cache || node->role == LLMPAR_ROLE_WEIGHT) && life[v].made != -2 && life[v].stored;
             if (!fresh) continue;
-            for (int32_t w = 0; w < v && node->block < 0; w++)               // several parts or rounds may share a weight
-                if (counted[w] && plan->value[w].node == plan->value[v].node) fresh = false;
+            for (int32_t w = 0; w < v; w++)         // several parts or rounds may share a weight or a cache, several ops of a round a cache
+                if (counted[w] && plan->value[w].node == plan->value[v].node && (node->block < 0 || (cache && life[w].made != -2))) fresh = false;
             counted[v] = true;
-            if (fresh) plan->weight_bytes += (node->block < 0 ? 1 : segment->repeats) * bytes[v];
+            if (!fresh) continue;
+            int64_t *total = cache ? &plan->cache_bytes : &plan->weight_bytes;
+            *total = llmpari_bytes_add(*total, node->block < 0 ? 1 : segment->repeats, bytes[v]);
         }
         plan->activation_bytes = llmpari_max(plan->activation_bytes, llmpari_live_bytes(plan, life, bytes, n));
     }
@@ -6904,7 +6913,7 @@ LLMPARI_FN llmpar_status llmpari_fit_refuse(const llmpari_fit *f) {
     llmpari_bytes_text(limit, f->s->limit_bytes);
     llmpari_bytes_text(needed, (int64_t)f->smallest);
     llmpari_bytes_text(largest, most);
-    return LLMPARI_FAIL(f->s->err, LLMPAR_DOES_NOT_FIT, "no plan fits into %s a rank: the smallest found needs %s (weights %lld B, caches %lld B, activations %lld B), %s too much; "
+    return LLMPARI_FAIL(f->s->err, LLMPAR_DOES_NOT_FIT, "no plan fits into %s a rank: the smallest plan looked at needs %s (weights %lld B, caches %lld B, activations %lld B), %s too much; "
                         "the largest tensor is %s with %s; use more ranks, a smaller batch or context, or fewer pins", limit, needed, (long long)plan->weight_bytes,
                         (long long)plan->cache_bytes, (long long)plan->activation_bytes, missing, plan->graph->node[node].tensor.name, largest);
 }
@@ -6974,7 +6983,13 @@ LLMPARI_FN llmpar_status llmpari_solve_fit(llmpari_solver *s, llmpari_stretch *p
         }
     } else if (!status && f.open < INFINITY)
         status = LLMPARI_FAIL(s->err, LLMPAR_UNSUPPORTED, "the memory limit leaves more than %d cases to search and none of these fits; pin some tensors", (int)f.max_cases);
-    else if (!status) status = f.small.graph ? llmpari_fit_refuse(&f) : LLMPARI_FAIL(s->err, LLMPAR_DOES_NOT_FIT, "no plan reaches the pins: values that are whole cannot become partial sums");
+    else if (!status && f.small.graph) {
+        for (int32_t p = 0; p < n_parts; p++)
+            for (int o = parts[p].first_op; o < parts[p].end_op; o++) memset(parts[p].dead[o - parts[p].first_op], 0, (size_t)s->info[o].n_strategies);
+        f.always = true;
+        status = llmpari_fit_look(&f, 1e3 * f.hopeless, 0, &bound, &stays, &fits);
+        if (!status) status = llmpari_fit_refuse(&f);
+    } else if (!status) status = LLMPARI_FAIL(s->err, LLMPAR_DOES_NOT_FIT, "no plan reaches the pins: values that are whole cannot become partial sums");
     for (int i = 0; i < 3; i++) llmpar_arena_free(&f.arena[i]);
     return status;
 }
@@ -7064,6 +7079,14 @@ LLMPARI_FN llmpar_status llmpari_solve_shared(llmpari_solver *s, double *seconds
     }
     g->node[node].pinned = false;
     g->node[node].tensor.sharding = llmpar_sharding_replicated();
+    if (!status && plan && s->limit_bytes && g->node[node].block >= 0) {         // its rounds are stored alike here, which need not be the best
+        double least = INFINITY;
+        int64_t limit = s->limit_bytes;
+        s->limit_bytes = 0;
+        status = llmpari_solve_shared(s, &least, NULL);
+        s->limit_bytes = limit;
+        plan->least_seconds = least < plan->least_seconds ? least : plan->least_seconds;
+    }
     llmpar_arena_free(&states);
     return status;
 }
@@ -7178,6 +7201,10 @@ LLMPAR_DEF llmpar_status llmpar_solve(llmpar_graph *g, const llmpar_solve_desc *
     s.lasting.allocator   = g->arena->allocator;
     s.lasting.block_bytes = 16384;
     s.hardware = desc ? llmpari_hardware_or(&desc->hardware, llmpar_hardware_default()) : llmpar_hardware_default();
+    double fastest = s.hardware.hbm_bytes_per_s + s.hardware.flops_per_s;
+    if (!(s.hardware.hbm_bytes_per_s >= 1) || !(s.hardware.flops_per_s >= 1) || !(s.hardware.launch_s >= 0) || !(s.hardware.launch_s < 1e9) || !(fastest < 1e100) || s.hardware.memory_bytes < 0)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "hardware: %g bytes/s, %g FLOP/s, a launch of %g s, %lld bytes of memory; rates from 1 to 1e100, times and sizes not negative, are expected",
+                            s.hardware.hbm_bytes_per_s, s.hardware.flops_per_s, s.hardware.launch_s, (long long)s.hardware.memory_bytes);
     s.limit_bytes  = s.hardware.memory_bytes;
     plan->graph    = g;
     plan->hardware = s.hardware;
