@@ -344,7 +344,7 @@ typedef struct llmpar_hardware {
     double  hbm_bytes_per_s;       // memory bandwidth of one rank; 0 = 3.35e12
     double  flops_per_s;           // dense matrix FLOP/s of one rank; 0 = 989e12
     double  launch_s;              // fixed time of one local op; 0 = none
-    int64_t memory_bytes;          // memory of one rank; 0 = no limit
+    int64_t memory_bytes;          // memory of one rank for weights, caches and the largest set of live activations of a plan; 0 = no limit
 } llmpar_hardware;
 // One H100 SXM per rank, every axis inside one NVLink switch: 989e12 FLOP/s (bf16), 3.35e12 B/s, 450e9 B/s one way. The latencies stay 0, which
 // stands for the floor of the measured NCCL curves, H100 SXM, 2, 4 and 8 GPUs (us; fitted within 6 %):
@@ -434,7 +434,8 @@ LLMPAR_DEF bool llmpar_block_overlap(const llmpar_tensor *tensor, const llmpar_m
 //     llmpar_solve(&g, &desc, &plan, &err);
 //
 // Building calls return the new tensor's id, or -1 once anything went wrong: the first error stays in g.error and llmpar_solve returns it, so
-// calls may be nested unchecked. Everything is allocated from the arena.
+// calls may be nested unchecked (C does not say which argument comes first: give sizes with llmpar_size then, not in the text of one of them). Everything is allocated
+// from the arena.
 
 #define LLMPAR_MAX_OPERANDS 4
 #define LLMPAR_MAX_INDICES  12     // different dims in one op
@@ -1047,7 +1048,7 @@ typedef struct llmpar_engine_desc {
 } llmpar_engine_desc;
 // Collective; blocks until every rank has loaded. When one rank fails all fail, with its error ("rank 2: ..."). Where ranks load for very different
 // times the world's timeout_s must be longer than that. Errors: the checkpoint's, the plan's, an axis of size > 1 other than dp and tp, max_context
-// past the model's positions, no memory.
+// past the model's positions, no memory. hardware.memory_bytes limits each of the two plans; an exec's scratch, inputs and outputs come on top: llmpar_exec_bytes.
 LLMPAR_DEF llmpar_status llmpar_engine_create(const llmpar_engine_desc *desc, llmpar_engine **engine, llmpar_error *err);
 LLMPAR_DEF void          llmpar_engine_free(llmpar_engine *engine);
 LLMPAR_DEF const llmpar_model *llmpar_engine_model(const llmpar_engine *engine);
