@@ -530,7 +530,7 @@ LLMPAR_DEF int llmpar_attention(llmpar_graph *g, int q, int k, int v, const llmp
 LLMPAR_DEF int llmpar_embed(llmpar_graph *g, int ids, int table);                             // ids[B, S], table[V, H] -> [B, S, H]
 LLMPAR_DEF int llmpar_take(llmpar_graph *g, int x, const char *dim, int ids);                 // x[B, S, H], ids[B] -> [B, H]: one row of each batch item
 LLMPAR_DEF int llmpar_cross_entropy(llmpar_graph *g, int logits, int labels);                 // logits[B, S, V], labels[B, S] -> loss[B, S]; 3 AllReduce inside where V is split
-LLMPAR_DEF void llmpar_output(llmpar_graph *g, int node, const char *text);                   // "y[B_dp, S, H]": that layout (dims in any order, they stay as they are stored); a bare "y": the solver chooses
+LLMPAR_DEF void llmpar_output(llmpar_graph *g, int node, const char *text);                   // "y[B_dp, S, H]": that layout; dims in any order, the storage stays. "y": the solver chooses
 
 // The ops between begin and end run `repeats` times. begin returns the node to use inside; end takes what the next round gets and returns the node to use after.
 LLMPAR_DEF int llmpar_repeat_begin(llmpar_graph *g, int repeats, int start);
@@ -4202,7 +4202,8 @@ LLMPAR_DEF int llmpar_attention(llmpar_graph *g, int q, int k, int v, const llmp
         op.index_of[s][3] = op.index_of[0][3];
     }
     if (desc->window < 0 || desc->context < 0 || !(desc->scale == desc->scale))
-        return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "attention: window %lld, context %lld, scale %g; none may be negative or NaN", (long long)desc->window, (long long)desc->context, desc->scale);
+        return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "attention: window %lld, context %lld, scale %g; none may be negative or NaN",
+                                  (long long)desc->window, (long long)desc->context, desc->scale);
     op.causal = desc->causal; op.window = desc->window; op.context = desc->context; op.scale = desc->scale;
     if (desc->k_cache || desc->v_cache) {
         if (!desc->k_cache || !desc->v_cache || desc->k_cache == desc->v_cache)
@@ -6617,7 +6618,11 @@ LLMPARI_FN llmpar_status llmpari_fit_look(llmpari_fit *f, double price, double a
     LLMPARI_TRY(llmpari_bound(s, f->parts, f->n_parts, &cost));
     *bound = cost - price * ((double)s->limit_bytes - f->fixed - across);
     *stays = 0;
-    if (*bound == INFINITY || (!f->always && (!(*bound < f->least * (1 - 1e-12)) || *bound > f->hopeless))) { llmpari_events_free(s, f->parts, f->n_parts); llmpar_arena_restore(&s->scratch, mark); return LLMPAR_OK; }
+    if (*bound == INFINITY || (!f->always && (!(*bound < f->least * (1 - 1e-12)) || *bound > f->hopeless))) {
+        llmpari_events_free(s, f->parts, f->n_parts);
+        llmpar_arena_restore(&s->scratch, mark);
+        return LLMPAR_OK;
+    }
     memset(&plan, 0, sizeof plan);
     plan.graph    = s->g;
     plan.hardware = s->hardware;

@@ -1,8 +1,11 @@
 // mlp.c - a graph of your own on thread-ranks: y = silu(x W1) W2, written once as if for one device. The planner chooses who holds what and inserts the collectives; every
 // rank runs the plan and compares its block of y with what one rank computes. No size needs to divide.
+// build/mlp [MESH [LAYOUT OF W1]] prints the plan, then for each rank its block of y and how far that is from the reference:
 //   cc -O2 -I. examples/mlp.c -o build/mlp -lpthread -lm
-//   build/mlp [MESH [LAYOUT OF W1]]        build/mlp x=4,y=2 "[H, I_x]"
-// Prints the plan, then a line a rank: the block of y that it holds and how far it is from the reference (about 1e-6: sums in another order).
+//   build/mlp x=3 "[H, I_x]"
+//     x[B, H] . w1[H, I_x] -> t3[B, I_x]                                                      49 ns
+//   rank 0: y[0..4, 0..18] off by 4.8e-07
+//   rank 2: y[7..10, 0..18] off by 3.6e-07
 #define LLMPAR_IMPLEMENTATION
 #include "llmpar.h"
 

@@ -157,7 +157,7 @@ static void reference_op(world *w, const llmpar_op *op, int round) {
         index)]; while (count_up(op->n_indices, op->index_size, index)); break;
     case LLMPAR_OP_MUL: do out[place(g, op, 2, index)] = in[0][place(g, op, 0, index)] * in[1][place(g, op, 1,
         index)]; while (count_up(op->n_indices, op->index_size, index)); break;
-    case LLMPAR_OP_UNARY: for (int64_t i = 0; i < n; i++) out[i] = activate(op->function, in[0][i]); break;
+    case LLMPAR_OP_UNARY: for (int64_t i = 0; i < n; i++) out[i] = activate((int)op->function, in[0][i]); break;
     case LLMPAR_OP_NORM: case LLMPAR_OP_SOFTMAX: reference_over(op, t, in[0], in[1], in[2], out); break;
     case LLMPAR_OP_ROPE: reference_rope(w, t, in[0], out); break;
     case LLMPAR_OP_ATTENTION: reference_attention(w, op, in[0], in[1], in[2], round, out); break;
