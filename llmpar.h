@@ -6150,6 +6150,18 @@ LLMPARI_FN void llmpari_strategy_view(llmpari_solver *s, int id, const llmpari_s
     }
 }
 
+// Every plan costs infinitely much: names what is to blame. Partial sums are all that cannot be made of everything else.
+LLMPARI_FN llmpar_status llmpari_unreachable(const llmpari_solver *s) {
+    char text[256];
+    for (int node = 0; node < s->g->n_nodes; node++) {
+        const llmpar_node *n = &s->g->node[node];
+        if (!n->pinned || n->role != LLMPAR_ROLE_ACTIVATION || !llmpar_sharding_partial(&n->tensor.sharding)) continue;
+        llmpar_tensor_print(&n->tensor, &s->g->mesh, text, sizeof text);
+        return LLMPARI_FAIL(s->err, LLMPAR_DOES_NOT_FIT, "no plan reaches the pin %s: whole values cannot become partial sums, and a sum over a dim of one item is split only if a pin splits that dim", text);
+    }
+    return LLMPARI_FAIL(s->err, LLMPAR_DOES_NOT_FIT, "no plan reaches the pins, or a link or a device is so slow that every plan takes infinitely long");
+}
+
 // Chooses the strategy of an op with several operands: the best with all that was chosen before.
 LLMPARI_FN llmpar_status llmpari_trace_choose(llmpari_solver *s, const llmpari_stretch *part, const llmpari_event *event, int32_t row) {
     const llmpari_op_info *info = &s->info[event->op];
@@ -6163,7 +6175,7 @@ LLMPARI_FN llmpar_status llmpari_trace_choose(llmpari_solver *s, const llmpari_s
         double c = x[i * step] + (y ? y[info->index[LLMPARI_OUT][i] * out] : 0);
         if (c < least) { least = c; s->choice[event->op] = i; }
     }
-    return least < INFINITY ? LLMPAR_OK : LLMPARI_FAIL(s->err, LLMPAR_DOES_NOT_FIT, "no plan reaches the pins: values that are whole cannot become partial sums");
+    return least < INFINITY ? LLMPAR_OK : llmpari_unreachable(s);
 }
 
 // The op's strategy: the one that is chosen, or the cheapest that takes its operand as it comes.
@@ -6995,7 +7007,7 @@ LLMPARI_FN llmpar_status llmpari_solve_fit(llmpari_solver *s, llmpari_stretch *p
         f.always = true;
         status = llmpari_fit_look(&f, 1e3 * f.hopeless, 0, &bound, &stays, &fits);
         if (!status) status = llmpari_fit_refuse(&f);
-    } else if (!status) status = LLMPARI_FAIL(s->err, LLMPAR_DOES_NOT_FIT, "no plan reaches the pins: values that are whole cannot become partial sums");
+    } else if (!status) status = llmpari_unreachable(s);
     for (int i = 0; i < 3; i++) llmpar_arena_free(&f.arena[i]);
     return status;
 }
@@ -7011,7 +7023,7 @@ LLMPARI_FN llmpar_status llmpari_solve_once(llmpari_solver *s, double *seconds, 
     s->retain = plan != NULL;
     LLMPARI_TRY(llmpari_bound(s, parts, n_parts, seconds));
     if (!plan) return LLMPAR_OK;
-    if (*seconds == INFINITY) return LLMPARI_FAIL(s->err, LLMPAR_DOES_NOT_FIT, "no plan reaches the pins: values that are whole cannot become partial sums");
+    if (*seconds == INFINITY) return llmpari_unreachable(s);
     return llmpari_plan_found(s, parts, n_parts, s->g->arena, plan);
 }
 
