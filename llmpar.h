@@ -6157,7 +6157,8 @@ LLMPARI_FN llmpar_status llmpari_unreachable(const llmpari_solver *s) {
         const llmpar_node *n = &s->g->node[node];
         if (!n->pinned || n->role != LLMPAR_ROLE_ACTIVATION || !llmpar_sharding_partial(&n->tensor.sharding)) continue;
         llmpar_tensor_print(&n->tensor, &s->g->mesh, text, sizeof text);
-        return LLMPARI_FAIL(s->err, LLMPAR_DOES_NOT_FIT, "no plan reaches the pin %s: whole values cannot become partial sums, and a sum over a dim of one item is split only if a pin splits that dim", text);
+        return LLMPARI_FAIL(s->err, LLMPAR_DOES_NOT_FIT, "no plan reaches the pin %s: whole values cannot become partial sums, and a sum over a dim of one item is split only if a pin splits "
+                            "that dim", text);
     }
     return LLMPARI_FAIL(s->err, LLMPAR_DOES_NOT_FIT, "no plan reaches the pins, or a link or a device is so slow that every plan takes infinitely long");
 }
