@@ -3463,6 +3463,7 @@ LLMPARI_FN void llmpari_web_order(const llmpari_space *space, llmpari_web *web) 
     }
 }
 
+LLMPARI_ONCE_END
 // to[i] = min(to[i], via[i] + weight). Written so that compilers vectorise it.
 LLMPARI_FN void llmpari_min_plus(double *LLMPARI_RESTRICT to, const double *LLMPARI_RESTRICT via, double weight, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
@@ -3489,6 +3490,7 @@ LLMPARI_FN bool llmpari_relax(double *LLMPARI_RESTRICT to, const double *LLMPARI
     return changed != 0;
 }
 
+LLMPARI_ONCE_BEGIN
 // Rows order[first .. end) are improved by the rows of their neighbours until nothing changes (Bellman-Ford on whole rows, in place, forth and back).
 // Most moves change the number of split axes by a few, so a handful of rounds is enough. A move that is dearer than the best path between its ends is
 // never needed.
