@@ -2644,30 +2644,21 @@ LLMPARI_FN llmpar_hardware llmpari_hardware_or(const llmpar_hardware *given, llm
     return otherwise;
 }
 
-LLMPAR_DEF llmpar_hardware llmpar_hardware_threads(void) {
+// Every axis inside one switch.
+LLMPARI_FN llmpar_hardware llmpari_hardware_switch(double link_bytes_per_s, double latency_s, double hbm_bytes_per_s, double flops_per_s) {
     llmpar_hardware hardware;
     memset(&hardware, 0, sizeof hardware);
     for (int a = 0; a < LLMPAR_MAX_AXES; a++) {
         hardware.link[a].kind        = LLMPAR_LINK_SWITCH;
-        hardware.link[a].bytes_per_s = 25e9;
-        hardware.link[a].latency_s   = 0.2e-6;
+        hardware.link[a].bytes_per_s = link_bytes_per_s;
+        hardware.link[a].latency_s   = latency_s;
     }
-    hardware.hbm_bytes_per_s = 44e9;
-    hardware.flops_per_s     = 129e9;
+    hardware.hbm_bytes_per_s = hbm_bytes_per_s;
+    hardware.flops_per_s     = flops_per_s;
     return hardware;
 }
-
-LLMPAR_DEF llmpar_hardware llmpar_hardware_default(void) {
-    llmpar_hardware hardware;
-    memset(&hardware, 0, sizeof hardware);
-    for (int a = 0; a < LLMPAR_MAX_AXES; a++) {
-        hardware.link[a].kind        = LLMPAR_LINK_SWITCH;
-        hardware.link[a].bytes_per_s = 450e9;
-    }
-    hardware.hbm_bytes_per_s = 3.35e12;
-    hardware.flops_per_s     = 989e12;
-    return hardware;
-}
+LLMPAR_DEF llmpar_hardware llmpar_hardware_threads(void) { return llmpari_hardware_switch(25e9, 0.2e-6, 44e9, 129e9); }
+LLMPAR_DEF llmpar_hardware llmpar_hardware_default(void) { return llmpari_hardware_switch(450e9, 0, 3.35e12, 989e12); }
 
 // The floor of the measured NCCL curves, H100 SXM (messages up to 4 KiB, medians): straight lines through 2, 4 and 8 GPUs in microseconds, off by
 // at most 6 %. AllToAll is capped by AllGather, which can do its work: that is 1 us too little at 2 GPUs. From 8 on, each doubling adds what 4 -> 8

@@ -262,6 +262,12 @@ static void test_arena(void) {
             CHECK(arena.peak_bytes > 10000);
         }
     }
+    TEST("a block size beyond all memory is refused") {
+        llmpar_arena arena = LLMPAR_ZERO;
+        arena.block_bytes = SIZE_MAX;
+        CHECK(llmpar_arena_alloc(&arena, 10) == NULL);
+        llmpar_arena_free(&arena);
+    }
     TEST("base: arena save and restore") {
         meter m = { 0, 0, 0, 0 };
         llmpar_arena arena = arena_on(&m, 4096, 0);

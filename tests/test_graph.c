@@ -248,6 +248,8 @@ static void write_wrong(int which) {
     case 49: llmpar_unary(&g, (llmpar_activation)99, a); break;
     case 50: llmpar_size(&g, "a b", 4); break;
     case 51: desc.window = -5; llmpar_attention(&g, q, llmpar_input(&g, "k3[A, B, F=3, D]"), llmpar_input(&g, "k4[A, B, F=3, D]"), &desc); break;
+    case 52: t = llmpar_repeat_begin(&g, 2, a); desc.k_cache = llmpar_cache(&g, "kc[A, F=3, C, D]"); desc.v_cache = llmpar_cache(&g, "vc[A, F=3, C, D]");
+             llmpar_repeat_end(&g, llmpar_silu(&g, t)); llmpar_attention(&g, q, llmpar_input(&g, "k3[A, B, F=3, D]"), llmpar_input(&g, "k4[A, B, F=3, D]"), &desc); break;
     default: llmpar_input(&g, "z[A=1000000000000, Y=1000000000000]"); break;
     }
 }
@@ -269,13 +271,14 @@ static void errors(void) {
         { LLMPAR_BAD_ARGUMENT, "u belongs to a repeat block" }, { LLMPAR_BAD_ARGUMENT, "w is a weight or cache" }, { LLMPAR_BAD_ARGUMENT, "node -1" },
         { LLMPAR_BAD_ARGUMENT, "positions shares the name of a dim with ids" }, { LLMPAR_BAD_ARGUMENT, "ids must come from an input" }, { LLMPAR_BAD_ARGUMENT, "a bias without a weight" },
         { LLMPAR_BAD_ARGUMENT, "two different caches" }, { LLMPAR_BAD_ARGUMENT, "no activation 99" }, { LLMPAR_BAD_ARGUMENT, "\"a b\": names are letters" }, { LLMPAR_BAD_ARGUMENT, "window -5" },
+        { LLMPAR_BAD_ARGUMENT, "cache kc belongs to a repeat block" },
         { LLMPAR_OVERFLOW, "" } };
     for (int i = 0; i < (int)(sizeof wrong / sizeof *wrong); i++) {
         char name[64];
         snprintf(name, sizeof name, "error %d: \"%.40s\"", i, wrong[i].part);
         TEST(name) {
             write_wrong(i);
-            if (i == 52) CHECK(g.error.status == LLMPAR_OVERFLOW || g.error.status == LLMPAR_BAD_ARGUMENT);
+            if (i == 53) CHECK(g.error.status == LLMPAR_OVERFLOW || g.error.status == LLMPAR_BAD_ARGUMENT);
             else CHECK(failed(wrong[i].status, wrong[i].part));
             CHECK(g.error.line > 0 && g.error.where);
         }
@@ -398,6 +401,12 @@ static void choices(void) {
         CHECK_STR(choices_of_last(true), "B M K N - p1 p2");       // linear in each operand, not in both at once
     }
     TEST("what every other op may split, and which operands may be partial") {
+        start("x=2", "I=7,J=7,H=4");                               // operands that are cut by different rules do not meet block by block
+        llmpar_split coarse = LLMPAR_ZERO;
+        coarse.granule = 3;
+        llmpar_split_rule(&g, "I", &coarse);
+        llmpar_einsum(&g, "I, I H -> H", llmpar_input(&g, "u[I]"), llmpar_input(&g, "w[J, H]"));
+        CHECK_STR(choices_of_last(false), "H -");
         start("x=2", "B=2,S=6,N=4,K=2,D=4,H=8,V=10,T=12");
         int x = llmpar_input(&g, "x[B, S, H]"), ids = llmpar_input(&g, "ids[B, S]"), table = llmpar_weight(&g, "table[V, H]?"), row = llmpar_input(&g, "row[B]"), scale = llmpar_weight(&g, "scale[H]?");
         int q = llmpar_input(&g, "q[B, S, N, D]"), k = llmpar_input(&g, "k[B, T, K, D]"), v = llmpar_input(&g, "v[B, T, K, D]"), logits = llmpar_input(&g, "logits[B, S, V]");

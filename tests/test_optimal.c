@@ -2027,6 +2027,16 @@ static void run(const char *name, recipe r, void (*check)(llmpar_graph *, uint64
     }
 }
 
+// One graph again, by its seed.
+static void again(const char *name, recipe r, void (*check)(llmpar_graph *, uint64_t), uint64_t seed) {
+    TEST(name) {
+        running = &r;
+        count_equal = trouble = 0;
+        one_graph(seed, &r, check);
+        CHECK_EQ(count_equal, 1);
+    }
+}
+
 // Two axes at once: every combination of states of all operands and of the result, tried on data, against one axis after the other (above).
 static int joint_works(const world *w, int o, const small_op *op, const strategy *s) {
     static double made_here[DATA], sum[DATA], addends[3][RANKS][DATA];
@@ -2382,6 +2392,9 @@ int main(void) {
     joint();
     run("merged as one by one",  (recipe){ 1, 3, 1, 3, 0.3, 0.1, 0, 0 }, check_merging, 150, 5000);
     run("one axis, 3 to 8 ops",  (recipe){ 3, 8, 1, 3, 0.3, 0.1, 0, 0 }, check_graph, 800, 60000);
+    again("wrong once: a copy back in its first state", (recipe){ 3, 8, 1, 3, 0.3, 0.1, 0, 0 }, check_graph, 8666169058237138643u);
+    again("wrong once: a copy back in its first state, a tie", (recipe){ 3, 8, 1, 3, 0.3, 0.1, 0, 0 }, check_graph, 6626111849763758216u);
+    again("wrong once: heads of one kv head", (recipe){ 2, 5, 2, 3, 0.2, 0.1, 0, 0 }, check_graph, 8862226131339378560u);
     run("two axes, up to 5 ops", (recipe){ 2, 5, 2, 3, 0.2, 0.1, 0, 0 }, check_graph, 300, 30000);
     run("three axes, 3 ops",     (recipe){ 1, 3, 3, 2, 0.1, 0.0, 0, 0 }, check_graph, 15, 1500);
     run("a memory limit, one axis",  (recipe){ 1, 4, 1, 3, 0.3, 0.15, 0, 0 }, check_fit, 200, 20000);

@@ -504,6 +504,64 @@ static void memory(void) {
         CHECK(bytes[1] > 0 && bytes[1] <= 2000000);
         CHECK(seconds[1] > seconds[0]);
     }
+    TEST("more rounds than are searched one by one: the limit is kept, the bound is below, more memory is no slower") {
+        double before = INFINITY;
+        for (int64_t limit = 6000000; limit <= 14000000; limit += 2000000) {
+            start("x=2,y=2", "B=64,H=512,I=1024");
+            int h = llmpar_repeat_begin(&g, 20, llmpar_input(&g, "x[B_x, H]"));
+            int m = llmpar_einsum(&g, "B H, H I -> B I", h, llmpar_weight(&g, "w1[H, I]?"));
+            h = llmpar_repeat_end(&g, llmpar_add(&g, h, llmpar_einsum(&g, "B I, I H -> B H", llmpar_silu(&g, m), llmpar_weight(&g, "w2[I, H]?"))));
+            llmpar_output(&g, h, "y[B_x, H]");
+            g.weight_dtype = LLMPAR_BF16;
+            hardware.memory_bytes = limit * 4;
+            if (!solve()) break;
+            CHECK(plan.weight_bytes + plan.cache_bytes + plan.activation_bytes <= hardware.memory_bytes);
+            CHECK(plan.least_seconds < plan.seconds);      // 20 rounds are not searched one by one, and the plan says so
+            CHECK(plan.seconds <= before);
+            before = plan.seconds;
+        }
+    }
+    TEST("a cache that two ops of a round read counts once a round, one outside of the block once") {
+        for (int inside = 0; inside < 2; inside++) {
+            llmpar_attention_desc desc = LLMPAR_ZERO;
+            start("x=1", "B=1,S=1,K=2,D=4,C=8");
+            int q = llmpar_input(&g, "q[B, S, K, D]"), kc = -1, vc = -1;
+            if (!inside) { kc = llmpar_cache(&g, "kc[B, K, C, D]"); vc = llmpar_cache(&g, "vc[B, K, C, D]"); }
+            int h = llmpar_repeat_begin(&g, 3, q);
+            if (inside) { kc = llmpar_cache(&g, "kc[B, K, C, D]"); vc = llmpar_cache(&g, "vc[B, K, C, D]"); }
+            desc.k_cache = kc; desc.v_cache = vc;
+            h = llmpar_attention(&g, h, h, h, &desc);
+            h = llmpar_attention(&g, h, h, h, &desc);
+            llmpar_output(&g, llmpar_repeat_end(&g, h), "y");
+            if (solve()) CHECK_EQ(plan.cache_bytes, (inside ? 3 : 1) * 2 * 8 * 2 * 4 * 4);
+        }
+    }
+    TEST("bytes beyond 63 bits do not fit, and do not turn negative") {
+        start("x=2", "B=2305843009213693951");
+        int x = llmpar_input(&g, "x[B_x]"), w = llmpar_weight(&g, "w[B_x]"), v = llmpar_weight(&g, "v[B_x]"), u = llmpar_weight(&g, "u[B_x]");
+        llmpar_output(&g, llmpar_add(&g, llmpar_add(&g, llmpar_add(&g, x, w), v), u), "y[B_x]");
+        if (solve()) CHECK(plan.weight_bytes == INT64_MAX && plan.activation_bytes > 0);
+    }
+    TEST("rates that are none are refused") {
+        llmpar_solve_desc desc = LLMPAR_ZERO;
+        start("x=2", "B=4");
+        llmpar_output(&g, llmpar_silu(&g, llmpar_input(&g, "x[B]")), "y");
+        for (int which = 0; which < 4; which++) {
+            desc.hardware = hardware;
+            if (which == 0) desc.hardware.hbm_bytes_per_s = NAN;
+            if (which == 1) desc.hardware.flops_per_s = -1;
+            if (which == 2) desc.hardware.launch_s = INFINITY;
+            if (which == 3) desc.hardware.memory_bytes = -1;
+            CHECK_FAIL(llmpar_solve(&g, &desc, &plan, &err), LLMPAR_BAD_ARGUMENT, err, "hardware:");
+        }
+    }
+    TEST("a pin to partial sums that nothing makes: the error names it") {
+        llmpar_solve_desc desc = LLMPAR_ZERO;
+        start("x=2", "B=4");
+        llmpar_pin(&g, llmpar_name(&g, llmpar_silu(&g, llmpar_input(&g, "x[B]")), "t"), "[B] {U_x}");
+        CHECK_FAIL(llmpar_solve(&g, &desc, &plan, &err), LLMPAR_DOES_NOT_FIT, err, "t");
+        CHECK(strstr(err.text, "{U_x}"));
+    }
     TEST("every allocation fails once: a clean error, and nothing is lost") {
         int refused = 0, tried = 0;
         for (fail_at = 1;; fail_at++) {
