@@ -1121,7 +1121,7 @@ LLMPAR_DEF llmpar_exec       *llmpar_engine_exec(llmpar_engine *engine, int phas
 #define LLMPARI_ONCE_BEGIN _Pragma("clang attribute push(__attribute__((cold)), apply_to = function)")
 #define LLMPARI_ONCE_END   _Pragma("clang attribute pop")
 #elif defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__) && !defined(__CUDACC__) && defined(__GNUC__)
-#define LLMPARI_ONCE_BEGIN _Pragma("GCC push_options") _Pragma("GCC optimize(\"O1\")")
+#define LLMPARI_ONCE_BEGIN _Pragma("GCC push_options") _Pragma("GCC optimize(\"Og\")")
 #define LLMPARI_ONCE_END   _Pragma("GCC pop_options")
 #else
 #define LLMPARI_ONCE_BEGIN
@@ -4794,6 +4794,8 @@ typedef struct llmpari_solver {
     int32_t       *class_of;       // [node]
     int32_t       *n_uses;         // [node], operands
     llmpari_op_info *info;         // [op]
+    llmpari_strategy *draft;       // room for an op's strategies while they are found
+    int32_t        n_draft;
     llmpari_bus   *bus;            // [node]
     llmpari_table *tables;         // all that are alive
     llmpari_table *factor[64];     // tables without rows, and with a scope
@@ -4911,7 +4913,7 @@ LLMPARI_FN bool llmpari_is_pin(const llmpari_solver *s, int node, const llmpar_s
 
 typedef struct llmpari_enumeration {
     llmpari_solver *s;
-    int32_t op, capacity;
+    int32_t op;
     int32_t n_axes, axis[LLMPAR_MAX_AXES];            // axes of more than one rank
     int32_t on_index[LLMPAR_MAX_INDICES];             // how many axes split an index ...
     int32_t list[LLMPAR_MAX_INDICES][LLMPAR_MAX_AXES];   // ... which, major first
@@ -5037,13 +5039,13 @@ LLMPARI_FN void llmpari_strategy_keep(llmpari_enumeration *e, const llmpari_stra
         if (old->seconds <= fresh->seconds && (!s->limit_bytes || (old->bytes <= fresh->bytes && old->gathered <= fresh->gathered))) return;
         if (fresh->seconds <= old->seconds && (!s->limit_bytes || (fresh->bytes <= old->bytes && fresh->gathered <= old->gathered))) { *old = *fresh; return; }
     }
-    if (info->n_strategies == e->capacity) {
-        int32_t more = e->capacity ? 2 * e->capacity : 64;
+    if (info->n_strategies == s->n_draft) {
+        int32_t more = s->n_draft ? 2 * s->n_draft : 64;
         llmpari_strategy *grown = (llmpari_strategy *)llmpar_arena_alloc(&s->scratch, (size_t)more * sizeof *grown);
         if (!grown) { e->status = LLMPARI_FAIL(s->err, LLMPAR_NO_MEMORY, "no memory for %d strategies", (int)more); return; }
-        if (info->n_strategies) memcpy(grown, info->strategy, (size_t)info->n_strategies * sizeof *grown);
-        info->strategy = grown;
-        e->capacity = more;
+        if (info->n_strategies) memcpy(grown, s->draft, (size_t)info->n_strategies * sizeof *grown);
+        info->strategy = s->draft = grown;
+        s->n_draft = more;
     }
     info->strategy[info->n_strategies++] = *fresh;
 }
@@ -5309,6 +5311,7 @@ LLMPARI_FN llmpar_status llmpari_op_strategies(llmpari_solver *s, int id) {
             LLMPARI_TRY(llmpari_distances(space, NULL, space->n_states, e.weight_cost[slot], &s->scratch, s->err));
         }
     }
+    info->strategy = s->draft;
     llmpari_enumerate(&e, 0);
     LLMPARI_TRY(e.status);
     for (int i = 0; i < info->n_strategies; i++) info->strategy[i].cost = info->strategy[i].seconds;
@@ -6554,6 +6557,8 @@ LLMPARI_FN llmpar_status llmpari_solver_init(llmpari_solver *s) {
     if (!s->classes || !s->class_of || !s->n_uses || !s->bus || !s->info || !s->open_slots || !s->below || !s->choice)
         return LLMPARI_FAIL(s->err, LLMPAR_NO_MEMORY, "no memory to plan %d ops", (int)g->n_ops);
     s->tau = -1;
+    s->draft   = NULL;
+    s->n_draft = 0;
     for (int o = 0; o < g->n_ops; o++)
         for (int i = 0; i < g->op[o].n_in; i++) s->n_uses[g->op[o].in[i]]++;
     for (int node = 0; node < g->n_nodes; node++) {
