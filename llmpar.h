@@ -837,15 +837,25 @@ LLMPAR_DEF void          llmpar_comm_abort(llmpar_comm *comm, const char *why);
 LLMPAR_DEF llmpar_status llmpar_comm_self(const llmpar_allocator *allocator, llmpar_comm **comm, llmpar_error *err);
 
 #ifndef LLMPAR_NO_THREADS
+// How a reduction goes, by its size: its payload bytes x ranks / 2. The bits are the same each way. Unequal machines want different limits; even on one machine it
+// matters which cores the threads got. All zeros: defaults for cores that share a cache.
+typedef struct llmpar_comm_tuning {
+    int64_t mailbox_bytes;         // up to here every rank copies its part into a box of its own and reads all boxes: one synchronisation. 0 = 1024; at most 1 MiB
+    int64_t pull_bytes;            // up to here (unless in place) every rank reads all inputs; beyond, it reduces one slice and stores that into every output. 0 = never
+    int64_t stream_bytes;          // from here on results bypass the caches. 0 = eight times the second-level cache, or 8 MiB if its size is not known
+} llmpar_comm_tuning;
+
 // Ranks as threads of one process. After the comms and groups are made, collectives allocate nothing.
 typedef struct llmpar_threads_desc {
     int32_t          n_ranks;      // 1 .. 65536
+    const llmpar_comm_tuning *tuning;   // NULL: measured at creation, on two threads for a few milliseconds (unless there is but one rank or one core)
     llmpar_allocator allocator;    // called by one thread at a time, any of them
     double           timeout_s;    // a call that waits longer for other ranks returns LLMPAR_TIMEOUT and aborts the world; 0 = 60 s; INFINITY = never
     size_t           stack_bytes;  // of each rank's thread (llmpar_threads_run); 0 = the system's default
 } llmpar_threads_desc;
 typedef struct llmpar_threads llmpar_threads;
 LLMPAR_DEF llmpar_status llmpar_threads_create(const llmpar_threads_desc *desc, llmpar_threads **threads, llmpar_error *err);
+LLMPAR_DEF llmpar_comm_tuning llmpar_threads_tuning(const llmpar_threads *threads);          // what is in use; to be saved and given next time
 LLMPAR_DEF llmpar_comm  *llmpar_threads_comm(llmpar_threads *threads, int32_t rank);        // the world as rank sees it; owned by threads; NULL: no such rank
 // From any thread: every waiting and every later call returns LLMPAR_ABORTED with "rank CULPRIT: why"; culprit -1 = no rank.
 LLMPAR_DEF void          llmpar_threads_abort(llmpar_threads *threads, int32_t culprit, const char *why);
@@ -1096,6 +1106,9 @@ LLMPAR_DEF llmpar_exec       *llmpar_engine_exec(llmpar_engine *engine, int phas
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+#if defined(__SSE2__) && defined(__GNUC__)
+#include <emmintrin.h>
+#endif
 #ifndef LLMPAR_NO_THREADS
 #include <pthread.h>
 #endif
@@ -8594,18 +8607,28 @@ enum {
     LLMPARI_LANE = 16              // and in one step of the loops: a constant count is vectorised at -O2 too
 };
 
-// acc[m] = acc reduced with x[m]. The operand comes as bytes, so that it may lie anywhere; acc is used up to a whole number of lanes. A NaN wins max and min.
-LLMPARI_FN void llmpari_fold_f32(float *acc, const char *x, int m, int32_t reduce) {
-    float v[LLMPARI_LANE] = LLMPAR_ZERO;
-    for (int j = 0; j < m; j += LLMPARI_LANE) {
-        float *a = acc + j;
-        if (m - j >= LLMPARI_LANE) memcpy(v, x + 4 * (ptrdiff_t)j, sizeof v);
-        else memcpy(v, x + 4 * (ptrdiff_t)j, (size_t)(m - j) * 4);
+// acc[m] = x[m] reduced with y[m]; x may be acc. Operands come as bytes, so that they may lie anywhere. A NaN wins max and min.
+LLMPARI_FN float llmpari_fold_one(float a, float v, int32_t reduce) {
+    if (reduce == LLMPAR_SUM) return a + v;
+    return v != v || (reduce == LLMPAR_MAX ? v > a : v < a) ? v : a;
+}
+LLMPARI_FN void llmpari_fold_f32(float *acc, const char *x, const char *y, int m, int32_t reduce) {
+    float a[LLMPARI_LANE], v[LLMPARI_LANE];
+    int j = 0;
+    for (; j + LLMPARI_LANE <= m; j += LLMPARI_LANE) {
+        memcpy(a, x + 4 * (ptrdiff_t)j, sizeof a);
+        memcpy(v, y + 4 * (ptrdiff_t)j, sizeof v);
         switch (reduce) {
         case LLMPAR_SUM: for (int i = 0; i < LLMPARI_LANE; i++) a[i] += v[i]; break;
         case LLMPAR_MAX: for (int i = 0; i < LLMPARI_LANE; i++) a[i] = v[i] > a[i] || v[i] != v[i] ? v[i] : a[i]; break;
         default:         for (int i = 0; i < LLMPARI_LANE; i++) a[i] = v[i] < a[i] || v[i] != v[i] ? v[i] : a[i]; break;
         }
+        memcpy(acc + j, a, sizeof a);
+    }
+    for (; j < m; j++) {
+        memcpy(a, x + 4 * (ptrdiff_t)j, 4);
+        memcpy(v, y + 4 * (ptrdiff_t)j, 4);
+        acc[j] = llmpari_fold_one(a[0], v[0], reduce);
     }
 }
 LLMPARI_FN void llmpari_fold_i64(int64_t *acc, const int64_t *x, int m, int32_t reduce) {
@@ -8639,6 +8662,21 @@ LLMPARI_FN void llmpari_widen_int(int64_t *to, const char *from, int m, int32_t 
 LLMPARI_FN void llmpari_narrow_int(int32_t *to, const int64_t *from, int m) {
     for (int j = 0; j < m; j++) to[j] = (int32_t)(uint32_t)(uint64_t)from[j];             // sums wrap around
 }
+
+// A copy past the caches, for what nobody reads soon; llmpari_streamed ends a series of them.
+#if defined(__SSE2__) && defined(__GNUC__)
+LLMPARI_FN void llmpari_stream(char *to, const char *from, int64_t bytes) {
+    int64_t head = llmpari_min(bytes, (int64_t)((64 - (uintptr_t)to % 64) % 64)), at = head;
+    memcpy(to, from, (size_t)head);
+    for (; at + 64 <= bytes; at += 64)
+        for (int i = 0; i < 64; i += 16) _mm_stream_si128((__m128i *)(void *)(to + at + i), _mm_loadu_si128((const __m128i *)(const void *)(from + at + i)));
+    memcpy(to + at, from + at, (size_t)(bytes - at));
+}
+LLMPARI_FN void llmpari_streamed(void) { _mm_sfence(); }
+#else
+LLMPARI_FN void llmpari_stream(char *to, const char *from, int64_t bytes) { memcpy(to, from, (size_t)bytes); }
+LLMPARI_FN void llmpari_streamed(void) { }
+#endif
 
 // A copy that may find its source in place already.
 LLMPARI_FN void llmpari_move_bytes(char *to, const char *from, int64_t bytes) {
@@ -8898,6 +8936,7 @@ LLMPAR_DEF llmpar_status llmpar_comm_self(const llmpar_allocator *allocator, llm
 
 enum {
     LLMPARI_FLIGHT     = 16,       // collectives in flight on one team
+    LLMPARI_SMALL      = 32,       // bytes that travel with the call itself
     LLMPARI_BOX        = 4096,     // bytes of a small call, and of a buffered message
     LLMPARI_LINE       = 128,      // two cache lines: neighbours are fetched in pairs
     LLMPARI_MAIL       = 64,       // Send and Recv in flight of one member
@@ -8907,17 +8946,21 @@ enum {
 
 typedef struct llmpari_line { int64_t value; char pad[LLMPARI_LINE - 8]; } llmpari_line;
 
-struct llmpari_post {              // what one member asks for
+enum { LLMPARI_IN_PLACE = 0, LLMPARI_IN_BOX, LLMPARI_IN_POST };
+struct llmpari_post {              // what one member asks for: a cache line that others wait for, and one for larger calls
     int64_t     seq;               // shared: k + 1, written last
-    int32_t     kind, dtype, reduce, root;
     int64_t     count;             // elements of the payload
     uint64_t    hash;              // of recv_counts (AllGather, ReduceScatter)
-    uint64_t    sent, wanted;      // AllToAll: sums of hashes of (from, to, count), equal over the team when the counts fit together
+    int32_t     root;
+    uint8_t     kind, dtype, reduce;
+    uint8_t     where;             // the data: in the caller's send, in a box, in `small`
+    char        small[LLMPARI_SMALL];
     const char *data;              // the box or the caller's send
     char       *recv;
     int64_t    *counts;            // [n] send_counts, [n] recv_counts: copies
-    bool        boxed;
-    char        pad[LLMPARI_LINE - 8 * 10 - 8];
+    uint64_t    sent, wanted;      // AllToAll: sums of hashes of (from, to, count), equal over the team when the counts fit together
+    int64_t     over;              // AllReduce: send is recv
+    char        pad[LLMPARI_LINE - 64 - 48];
 };
 typedef struct llmpari_post llmpari_post;
 
@@ -8941,6 +8984,8 @@ typedef struct llmpari_end {       // one member's end; but for `left` used by i
     int64_t free_until;            // collectives below this one have a free slot
     int32_t scan;                  // members below this one have arrived at `finished`
     bool    checked, direct;       // of `finished`: signatures are equal; not all are boxed
+    bool    pull;                  // direct: every member's output is a unit
+    int64_t used[2];               // collective that used this member's large box last, + 1
     bool    drained;               // the world has stopped and nobody touches this end's buffers any more
     bool    joined;                // under the world's mutex
     int64_t mails;                 // Send and Recv so far
@@ -8963,6 +9008,8 @@ struct llmpari_team {
     int64_t        *counts;        // [LLMPARI_FLIGHT][n][2][n]
     llmpari_line   *retired;       // [n] shared: collectives that the member is through with
     char           *boxes;         // [LLMPARI_FLIGHT][n][LLMPARI_BOX]
+    char           *large;         // [n][2][large_bytes], for collectives of even and of odd number
+    int64_t         large_bytes;
     llmpari_mail   *mail;          // [n][LLMPARI_MAIL]
     uint64_t       *mail_used;     // [n] a bit per entry
     uint32_t       *mail_boxed;    // [n] a bit per box
@@ -8977,6 +9024,7 @@ struct llmpari_team {
 struct llmpar_threads {
     llmpar_allocator allocator;
     double           timeout_s;
+    llmpar_comm_tuning tuning;
     int32_t          n, spin;
     size_t           bytes;
     int64_t          stopped;      // shared
@@ -8993,6 +9041,7 @@ struct llmpar_threads {
 #if defined(__GCC_ATOMIC_LLONG_LOCK_FREE) && __GCC_ATOMIC_LLONG_LOCK_FREE == 2 && !defined(LLMPARI_NO_ATOMICS)
 LLMPARI_FN int64_t llmpari_comm_load(llmpar_threads *world, const int64_t *word) { (void)world; return __atomic_load_n(word, __ATOMIC_SEQ_CST); }
 LLMPARI_FN void llmpari_comm_store(llmpar_threads *world, int64_t *word, int64_t value) { (void)world; __atomic_store_n(word, value, __ATOMIC_SEQ_CST); }
+LLMPARI_FN void llmpari_comm_release(llmpar_threads *world, int64_t *word, int64_t value) { (void)world; __atomic_store_n(word, value, __ATOMIC_RELEASE); }
 LLMPARI_FN bool llmpari_swap(llmpar_threads *world, int64_t *word, int64_t from, int64_t to) {
     (void)world;
     return __atomic_compare_exchange_n(word, &from, to, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
@@ -9010,6 +9059,7 @@ LLMPARI_FN void llmpari_comm_store(llmpar_threads *world, int64_t *word, int64_t
     *word = value;
     pthread_mutex_unlock(&world->word);
 }
+LLMPARI_FN void llmpari_comm_release(llmpar_threads *world, int64_t *word, int64_t value) { llmpari_comm_store(world, word, value); }
 LLMPARI_FN bool llmpari_swap(llmpar_threads *world, int64_t *word, int64_t from, int64_t to) {
     pthread_mutex_lock(&world->word);
     bool equal = *word == from;
@@ -9098,6 +9148,13 @@ LLMPARI_FN llmpar_status llmpari_stopped(const llmpari_end *end, llmpar_error *e
 LLMPARI_FN llmpari_post *llmpari_posts(const llmpari_team *team, int64_t k) { return team->posts + (k % LLMPARI_FLIGHT) * team->n; }
 LLMPARI_FN llmpari_unit *llmpari_units(const llmpari_team *team, int64_t k) { return team->units + (k % LLMPARI_FLIGHT) * team->n; }
 LLMPARI_FN int32_t llmpari_me(const llmpari_end *end) { return end->team->ranks[end->comm.rank]; }
+
+// Collectives below the result are through everywhere.
+LLMPARI_FN int64_t llmpari_retired(const llmpari_team *team) {
+    int64_t least = INT64_MAX;
+    for (int32_t i = 0; i < team->n; i++) least = llmpari_min(least, llmpari_comm_load(team->world, &team->retired[i].value));
+    return least;
+}
 
 LLMPARI_FN void llmpari_mail_lock(llmpari_team *team) {
     for (int round = 0; !llmpari_swap(team->world, &team->mail_lock->value, 0, 1); round++)
@@ -9241,63 +9298,94 @@ LLMPARI_FN llmpar_status llmpari_differ_pairs(llmpari_end *end, const llmpari_po
     return llmpari_end_fail(end, LLMPAR_MISMATCH, err, "%s: counts differ", what);
 }
 
-LLMPARI_FN llmpar_status llmpari_check_posts(llmpari_end *end, int64_t k, llmpar_error *err) {
-    const llmpari_post *row = llmpari_posts(end->team, k);
-    uint64_t sent = 0, wanted = 0;
-    end->direct = false;
-    for (int32_t i = 0; i < end->team->n; i++) {
-        if (!llmpari_same(&row[0], &row[i])) return llmpari_differ(end, row, k, err);
-        if (!row[i].boxed) end->direct = true;
-        sent   += row[i].sent;
-        wanted += row[i].wanted;
-    }
-    return sent == wanted ? LLMPAR_OK : llmpari_differ_pairs(end, row, k, err);
-}
-
 LLMPARI_ONCE_END
 // ---- The work of a collective ----
 
-// Reduces `count` elements at byte `from` of all n members' data, in member order, and stores the result at byte `to` of the recv of members first .. last-1.
+LLMPARI_FN const char *llmpari_data(const llmpari_post *post) { return post->where == LLMPARI_IN_POST ? post->small : post->data; }
+
+// What a unit of a reduction does: `count` elements at byte `from` of all n members' data, in member order, go to byte `to` of the recv of members first .. last-1.
 // Blocks are read whole before they are written: recv may be data.
-LLMPARI_FN void llmpari_reduce_floats(const llmpari_post *row, int32_t n, int64_t from, int64_t count, int64_t to, int32_t first, int32_t last) {
-    int32_t dtype = row->dtype, reduce = row->reduce;
+typedef struct llmpari_reduction { const llmpari_post *row; int32_t n, first, last; int64_t from, count, to; bool stream; } llmpari_reduction;
+
+LLMPARI_FN void llmpari_store_result(const llmpari_reduction *r, int64_t at, const char *result, int64_t bytes) {
+    for (int32_t i = r->first; i < r->last; i++) {
+        if (r->stream) llmpari_stream(r->row[i].recv + r->to + at, result, bytes);
+        else memcpy(r->row[i].recv + r->to + at, result, (size_t)bytes);
+    }
+}
+LLMPARI_FN void llmpari_reduce_f32(const llmpari_reduction *r) {
+    const llmpari_post *row = r->row;
+    float acc[LLMPARI_FOLD];
+    for (int64_t at = 0; at < r->count; at += LLMPARI_FOLD) {
+        int m = (int)llmpari_min(LLMPARI_FOLD, r->count - at);
+        int64_t from = r->from + 4 * at;
+        if (r->n == 1) memcpy(acc, llmpari_data(&row[0]) + from, 4 * (size_t)m);
+        else llmpari_fold_f32(acc, llmpari_data(&row[0]) + from, llmpari_data(&row[1]) + from, m, row->reduce);
+        for (int32_t i = 2; i < r->n; i++) llmpari_fold_f32(acc, (const char *)acc, llmpari_data(&row[i]) + from, m, row->reduce);
+        llmpari_store_result(r, 4 * at, (const char *)acc, 4 * m);
+    }
+}
+LLMPARI_FN void llmpari_reduce_halves(const llmpari_reduction *r) {
+    const llmpari_post *row = r->row;
     float acc[LLMPARI_FOLD], x[LLMPARI_FOLD];
     uint16_t half[LLMPARI_FOLD];
-    int64_t element = dtype == LLMPAR_F32 ? 4 : 2;
-    const char *result = dtype == LLMPAR_F32 ? (const char *)acc : (const char *)half;
-    for (int64_t at = 0; at < count; at += LLMPARI_FOLD) {
-        int m = (int)llmpari_min(LLMPARI_FOLD, count - at);
-        llmpari_comm_widen(acc, row[0].data + from + at * element, m, dtype);
-        for (int j = m; j % LLMPARI_LANE; j++) acc[j] = 0;
-        for (int32_t i = 1; i < n; i++) {
-            const char *operand = row[i].data + from + at * element;
-            if (dtype != LLMPAR_F32) { llmpari_comm_widen(x, operand, m, dtype); operand = (const char *)x; }
-            llmpari_fold_f32(acc, operand, m, reduce);
+    for (int64_t at = 0; at < r->count; at += LLMPARI_FOLD) {
+        int m = (int)llmpari_min(LLMPARI_FOLD, r->count - at);
+        llmpari_comm_widen(acc, llmpari_data(&row[0]) + r->from + 2 * at, m, row->dtype);
+        for (int32_t i = 1; i < r->n; i++) {
+            llmpari_comm_widen(x, llmpari_data(&row[i]) + r->from + 2 * at, m, row->dtype);
+            llmpari_fold_f32(acc, (const char *)acc, (const char *)x, m, row->reduce);
         }
-        if (dtype != LLMPAR_F32) llmpari_narrow(half, acc, m, dtype);
-        for (int32_t i = first; i < last; i++) memcpy(row[i].recv + to + at * element, result, (size_t)m * (size_t)element);
+        llmpari_narrow(half, acc, m, row->dtype);
+        llmpari_store_result(r, 2 * at, (const char *)half, 2 * m);
     }
 }
-LLMPARI_FN void llmpari_reduce_ints(const llmpari_post *row, int32_t n, int64_t from, int64_t count, int64_t to, int32_t first, int32_t last) {
-    int32_t dtype = row->dtype, reduce = row->reduce;
+LLMPARI_FN void llmpari_reduce_ints(const llmpari_reduction *r) {
+    const llmpari_post *row = r->row;
     int64_t acc[LLMPARI_FOLD], x[LLMPARI_FOLD];
     int32_t narrow[LLMPARI_FOLD];
-    int64_t element = dtype == LLMPAR_I64 ? 8 : 4;
-    const char *result = dtype == LLMPAR_I64 ? (const char *)acc : (const char *)narrow;
-    for (int64_t at = 0; at < count; at += LLMPARI_FOLD) {
-        int m = (int)llmpari_min(LLMPARI_FOLD, count - at);
-        llmpari_widen_int(acc, row[0].data + from + at * element, m, dtype);
-        for (int32_t i = 1; i < n; i++) {
-            llmpari_widen_int(x, row[i].data + from + at * element, m, dtype);
-            llmpari_fold_i64(acc, x, m, reduce);
+    int64_t element = row->dtype == LLMPAR_I64 ? 8 : 4;
+    for (int64_t at = 0; at < r->count; at += LLMPARI_FOLD) {
+        int m = (int)llmpari_min(LLMPARI_FOLD, r->count - at);
+        llmpari_widen_int(acc, llmpari_data(&row[0]) + r->from + at * element, m, row->dtype);
+        for (int32_t i = 1; i < r->n; i++) {
+            llmpari_widen_int(x, llmpari_data(&row[i]) + r->from + at * element, m, row->dtype);
+            llmpari_fold_i64(acc, x, m, row->reduce);
         }
-        if (dtype == LLMPAR_I32) llmpari_narrow_int(narrow, acc, m);
-        for (int32_t i = first; i < last; i++) memcpy(row[i].recv + to + at * element, result, (size_t)m * (size_t)element);
+        if (element == 4) llmpari_narrow_int(narrow, acc, m);
+        llmpari_store_result(r, at * element, element == 8 ? (const char *)acc : (const char *)narrow, m * element);
     }
 }
-LLMPARI_FN void llmpari_reduce_any(const llmpari_post *row, int32_t n, int64_t from, int64_t count, int64_t to, int32_t first, int32_t last) {
-    if (row->dtype == LLMPAR_I32 || row->dtype == LLMPAR_I64) llmpari_reduce_ints(row, n, from, count, to, first, last);
-    else llmpari_reduce_floats(row, n, from, count, to, first, last);
+LLMPARI_FN void llmpari_reduce_any(const llmpari_reduction *r) {
+    if (r->row->dtype == LLMPAR_F32) llmpari_reduce_f32(r);
+    else if (r->row->dtype == LLMPAR_BF16 || r->row->dtype == LLMPAR_F16) llmpari_reduce_halves(r);
+    else llmpari_reduce_ints(r);
+    if (r->stream) llmpari_streamed();
+}
+
+// What the limits of llmpar_comm_tuning are compared with.
+LLMPARI_FN int64_t llmpari_tuned_size(int64_t count, int64_t element, int32_t n) { return count > INT64_MAX / 8 / n ? INT64_MAX : count * element * n / 2; }
+
+// All have arrived at collective k: do they ask for the same, and how is it done?
+LLMPARI_FN llmpar_status llmpari_check_posts(llmpari_end *end, int64_t k, llmpar_error *err) {
+    const llmpari_team *team = end->team;
+    const llmpari_post *row = llmpari_posts(team, k);
+    uint64_t sent = 0, wanted = 0;
+    bool exchanges = llmpari_exchanges(row), over = false;
+    end->direct = false;
+    for (int32_t i = 0; i < team->n; i++) {
+        if (i && !llmpari_same(&row[0], &row[i])) return llmpari_differ(end, row, k, err);
+        if (row[i].where == LLMPARI_IN_PLACE) end->direct = true;
+        if (!exchanges) continue;
+        sent   += row[i].sent;
+        wanted += row[i].wanted;
+    }
+    if (sent != wanted) return llmpari_differ_pairs(end, row, k, err);
+    end->pull = true;
+    if (!end->direct || row->kind != LLMPAR_ALL_REDUCE) return LLMPAR_OK;
+    for (int32_t i = 0; i < team->n; i++) over = over || row[i].over;
+    end->pull = !over && llmpari_tuned_size(row->count, llmpar_dtype_bytes((llmpar_dtype)row->dtype), team->n) <= team->world->tuning.pull_bytes;
+    return LLMPAR_OK;
 }
 
 // Part m of AllReduce: cut at multiples of 64 elements, so that no two parts share a cache line.
@@ -9309,34 +9397,43 @@ LLMPARI_FN llmpar_range llmpari_slice_of(int64_t count, int32_t n, int32_t m) {
     return range;
 }
 
-// Unit m of collective k: in a direct AllReduce slice m of everybody's output, else member m's output.
-LLMPARI_FN void llmpari_work(const llmpari_team *team, int64_t k, int32_t m, bool direct) {
+// Unit m of collective k: member m's output, or slice m of everybody's.
+LLMPARI_FN void llmpari_work(const llmpari_team *team, int64_t k, int32_t m, bool slices) {
     const llmpari_post *row = llmpari_posts(team, k), *mine = &row[m];
     int32_t n = team->n;
     int64_t element = llmpar_dtype_bytes((llmpar_dtype)mine->dtype), at = 0;
+    llmpari_reduction r = { row, n, m, m + 1, 0, mine->count, 0, false };
     switch (mine->kind) {
     case LLMPAR_ALL_REDUCE:
-        if (direct) {
+        if (slices) {
             llmpar_range part = llmpari_slice_of(mine->count, n, m);
-            llmpari_reduce_any(row, n, part.first * element, part.count, part.first * element, 0, n);
-        } else llmpari_reduce_any(row, n, 0, mine->count, 0, m, m + 1);
+            r.from = r.to = part.first * element;
+            r.count  = part.count;
+            r.first  = 0;
+            r.last   = n;
+            r.stream = llmpari_tuned_size(mine->count, element, n) >= team->world->tuning.stream_bytes;
+        }
+        llmpari_reduce_any(&r);
         break;
     case LLMPAR_REDUCE_SCATTER:
         for (int32_t i = 0; i < m; i++) at += mine->counts[n + i];
-        llmpari_reduce_any(row, n, at * element, mine->counts[n + m], 0, m, m + 1);
+        r.from   = at * element;
+        r.count  = mine->counts[n + m];
+        r.stream = llmpari_tuned_size(mine->count, element, n) >= team->world->tuning.stream_bytes;
+        llmpari_reduce_any(&r);
         break;
     case LLMPAR_ALL_GATHER:
-        for (int32_t i = 0; i < n; at += mine->counts[n + i++] * element) llmpari_move_bytes(mine->recv + at, row[i].data, mine->counts[n + i] * element);
+        for (int32_t i = 0; i < n; at += mine->counts[n + i++] * element) llmpari_move_bytes(mine->recv + at, llmpari_data(&row[i]), mine->counts[n + i] * element);
         break;
     case LLMPAR_ALL_TO_ALL: case LLMPAR_PERMUTE:
         for (int32_t i = 0; i < n; at += mine->counts[n + i++] * element) {
             int64_t from = 0;
             for (int32_t j = 0; j < m; j++) from += row[i].counts[j] * element;
-            if (mine->counts[n + i]) llmpari_move_bytes(mine->recv + at, row[i].data + from, mine->counts[n + i] * element);
+            if (mine->counts[n + i]) llmpari_move_bytes(mine->recv + at, llmpari_data(&row[i]) + from, mine->counts[n + i] * element);
         }
         break;
     case LLMPAR_BROADCAST:
-        if (mine->recv) llmpari_move_bytes(mine->recv, row[mine->root].data, mine->count * element);
+        if (mine->recv) llmpari_move_bytes(mine->recv, llmpari_data(&row[mine->root]), mine->count * element);
         break;
     default: break;                                                                        // a barrier has no work
     }
@@ -9351,7 +9448,7 @@ LLMPARI_FN bool llmpari_units_done(llmpari_end *end, int64_t k) {
     for (int32_t step = 0, i = end->comm.rank; step < team->n; step++, i = i + 1 == team->n ? 0 : i + 1) {
         int64_t claim = llmpari_comm_load(world, &units[i].claim);
         if (claim != k + 1 && llmpari_swap(world, &units[i].claim, claim, k + 1)) {
-            llmpari_work(team, k, i, true);
+            llmpari_work(team, k, i, !end->pull);
             llmpari_comm_store(world, &units[i].done, k + 1);
             llmpari_wake(team);
         } else if (llmpari_comm_load(world, &units[i].done) != k + 1) all = false;
@@ -9381,7 +9478,7 @@ LLMPARI_FN llmpar_status llmpari_advance(llmpari_end *end, llmpar_error *err) {
         end->scan     = 0;
         end->checked  = false;
         end->since    = 0;
-        llmpari_comm_store(team->world, &team->retired[end->comm.rank].value, k + 1);
+        llmpari_comm_release(team->world, &team->retired[end->comm.rank].value, k + 1);    // no fence: who sleeps for a slot looks again in time
         llmpari_wake(team);
     }
     return LLMPAR_OK;
@@ -9407,9 +9504,7 @@ LLMPARI_FN llmpar_status llmpari_step(const llmpari_wish *wish, bool *done, llmp
         LLMPARI_TRY(llmpari_advance(end, err));
         *done = end->finished > wish->arg;
     } else if (wish->goal == LLMPARI_GOAL_SLOT) {
-        int64_t least = INT64_MAX;
-        for (int32_t i = 0; i < team->n; i++) least = llmpari_min(least, llmpari_comm_load(team->world, &team->retired[i].value));
-        end->free_until = least + LLMPARI_FLIGHT;
+        end->free_until = llmpari_retired(team) + LLMPARI_FLIGHT;
         *done = end->free_until > wish->arg;
     } else if (wish->goal == LLMPARI_GOAL_MAIL) {
         int64_t state = llmpari_comm_load(team->world, &llmpari_mail_of(end, wish->arg)->state);
@@ -9540,7 +9635,7 @@ LLMPARI_FN llmpar_status llmpari_await(const llmpari_wish *wish, llmpar_error *e
         status = llmpari_step(wish, &done, err);
         if (status || done) break;
         if (llmpari_comm_load(world, &world->stopped)) { status = llmpari_last_step(wish, &done, err); break; }
-        if (round < world->spin) { llmpari_cpu_pause(); continue; }
+        if (round < world->spin) { if (round > 64) llmpari_cpu_pause(); continue; }
         double now = llmpari_now();
         if (began == 0) began = now;
         status = llmpari_patience(wish, began, now, err);
@@ -9688,6 +9783,23 @@ LLMPARI_FN llmpar_status llmpari_mail_wait(llmpari_end *end, int64_t ticket, boo
 
 // ---- The vtable ----
 
+// Where this member's `bytes` of collective k may be copied to: the post, a box, the large box of this parity if all are through with what was in it. NULL: nowhere.
+LLMPARI_FN char *llmpari_box_for(llmpari_end *end, llmpari_post *post, int64_t k, int64_t bytes, bool folds) {
+    llmpari_team *team = end->team;
+    int64_t parity = k & 1;
+    post->where = LLMPARI_IN_POST;
+    if (bytes <= LLMPARI_SMALL) return post->small;
+    post->where = LLMPARI_IN_BOX;
+    bool fits = !folds || llmpari_tuned_size(bytes, 1, team->n) <= team->world->tuning.mailbox_bytes;
+    if (fits && bytes <= LLMPARI_BOX) return team->boxes + ((k % LLMPARI_FLIGHT) * team->n + end->comm.rank) * LLMPARI_BOX;
+    if (fits && bytes <= team->large_bytes && llmpari_retired(team) >= end->used[parity]) {
+        end->used[parity] = k + 1;
+        return team->large + (end->comm.rank * 2 + parity) * team->large_bytes;
+    }
+    post->where = LLMPARI_IN_PLACE;
+    return NULL;
+}
+
 // Writes this member's part of slot k; seq, last, tells the others.
 LLMPARI_FN void llmpari_post_call(llmpari_end *end, const llmpar_call *call, int64_t k) {
     llmpari_team *team = end->team;
@@ -9698,12 +9810,14 @@ LLMPARI_FN void llmpari_post_call(llmpari_end *end, const llmpar_call *call, int
     int64_t element = llmpar_dtype_bytes(call->dtype);
     bool ragged = call->kind == LLMPAR_ALL_GATHER || call->kind == LLMPAR_REDUCE_SCATTER;
     bool swaps  = call->kind == LLMPAR_ALL_TO_ALL || call->kind == LLMPAR_PERMUTE;
-    post->kind   = (int32_t)call->kind;
-    post->dtype  = call->kind == LLMPAR_BARRIER ? 0 : (int32_t)call->dtype;
-    post->reduce = call->kind == LLMPAR_ALL_REDUCE || call->kind == LLMPAR_REDUCE_SCATTER ? (int32_t)call->reduce : 0;
+    bool folds  = call->kind == LLMPAR_ALL_REDUCE || call->kind == LLMPAR_REDUCE_SCATTER;
+    post->kind   = (uint8_t)call->kind;
+    post->dtype  = call->kind == LLMPAR_BARRIER ? 0 : (uint8_t)call->dtype;
+    post->reduce = folds ? (uint8_t)call->reduce : 0;
     post->root   = call->kind == LLMPAR_BROADCAST ? call->peer : 0;
-    post->count  = call->kind == LLMPAR_BARRIER ? 0 : x.payload / element;
-    post->hash   = post->sent = post->wanted = 0;
+    post->count  = call->kind == LLMPAR_BARRIER ? 0 : call->kind == LLMPAR_ALL_REDUCE ? call->count : x.payload / element;
+    post->hash   = 0;
+    if (swaps) post->sent = post->wanted = 0;
     for (int32_t i = 0; ragged && i < n; i++) {
         post->hash += llmpari_mix((uint64_t)i, call->recv_counts[i]);
         post->counts[n + i] = call->recv_counts[i];
@@ -9714,15 +9828,11 @@ LLMPARI_FN void llmpari_post_call(llmpari_end *end, const llmpar_call *call, int
         post->counts[i]     = call->send_counts[i];
         post->counts[n + i] = call->recv_counts[i];
     }
-    post->boxed = x.send <= LLMPARI_BOX;
-    if (call->kind == LLMPAR_BROADCAST) post->boxed = x.payload <= LLMPARI_BOX;
-    post->data  = (const char *)call->send;
-    post->recv  = call->kind == LLMPAR_BROADCAST && x.recv == 0 ? NULL : (char *)call->recv;
-    if (post->boxed) {
-        char *box = team->boxes + ((k % LLMPARI_FLIGHT) * n + me) * LLMPARI_BOX;
-        llmpari_move_bytes(box, post->data, x.send);
-        post->data = box;
-    }
+    post->recv = call->kind == LLMPAR_BROADCAST && x.recv == 0 ? NULL : (char *)call->recv;
+    post->over = call->send == call->recv;
+    char *box = llmpari_box_for(end, post, k, call->kind == LLMPAR_BROADCAST ? x.payload : x.send, folds);
+    if (box) llmpari_move_bytes(box, (const char *)call->send, x.send);
+    if (post->where != LLMPARI_IN_POST) post->data = box ? box : (const char *)call->send;
     llmpari_comm_store(team->world, &post->seq, k + 1);
     llmpari_wake(team);
 }
@@ -9786,8 +9896,8 @@ LLMPARI_FN size_t llmpari_place(size_t *at, int64_t n, size_t bytes) {
 }
 
 // Lays the arrays of a team of n out in memory (NULL: only adds up). Boxes come last and are not cleared.
-LLMPARI_FN size_t llmpari_team_layout(llmpari_team *team, char *base, int64_t n, size_t *clear) {
-    size_t at = 0, place[13];
+LLMPARI_FN size_t llmpari_team_layout(llmpari_team *team, char *base, int64_t n, int64_t large_bytes, size_t *clear) {
+    size_t at = 0, place[14];
     place[0]  = llmpari_place(&at, 1, sizeof *team);
     place[1]  = llmpari_place(&at, n, sizeof *team->ends);
     place[2]  = llmpari_place(&at, n * LLMPARI_FLIGHT, sizeof *team->posts);
@@ -9802,6 +9912,7 @@ LLMPARI_FN size_t llmpari_team_layout(llmpari_team *team, char *base, int64_t n,
     place[10] = llmpari_place(&at, n * LLMPARI_FLIGHT * 2 * n, sizeof *team->counts);
     place[11] = llmpari_place(&at, n * LLMPARI_FLIGHT, LLMPARI_BOX);
     place[12] = llmpari_place(&at, n * LLMPARI_MAIL_BOXES, LLMPARI_BOX);
+    place[13] = llmpari_place(&at, n * 2, (size_t)large_bytes);
     if (!team) return at;
     team->ends       = (llmpari_end  *)(void *)(base + place[1]);
     team->posts      = (llmpari_post *)(void *)(base + place[2]);
@@ -9816,6 +9927,8 @@ LLMPARI_FN size_t llmpari_team_layout(llmpari_team *team, char *base, int64_t n,
     team->counts     = (int64_t      *)(void *)(base + place[10]);
     team->boxes      = base + place[11];
     team->mail_boxes = base + place[12];
+    team->large      = base + place[13];
+    team->large_bytes = large_bytes;
     return at;
 }
 
@@ -9827,13 +9940,15 @@ LLMPARI_FN llmpari_team *llmpari_team_new(llmpar_threads *world, int32_t n, int6
     static const llmpar_comm_vtable vtable = {
         llmpari_threads_start, llmpari_threads_wait, llmpari_threads_group, llmpari_threads_comm_abort, llmpari_threads_comm_free
     };
-    size_t clear, total = llmpari_team_layout(NULL, NULL, n, &clear) + LLMPARI_LINE;
+    int64_t large = 2 * world->tuning.mailbox_bytes / n;       // what a member may have in a box: see llmpari_tuned_size
+    if (large <= LLMPARI_BOX) large = 0;
+    size_t clear, total = llmpari_team_layout(NULL, NULL, n, large, &clear) + LLMPARI_LINE;
     void *memory = llmpari_alloc(&world->allocator, total);
     if (!memory) return NULL;
     char *base = (char *)memory + (LLMPARI_LINE - (uintptr_t)memory % LLMPARI_LINE);
     llmpari_team *team = (llmpari_team *)(void *)base;
     memset(base, 0, clear);
-    llmpari_team_layout(team, base, n, &clear);
+    llmpari_team_layout(team, base, n, large, &clear);
     team->world  = world;
     team->memory = memory;
     team->bytes  = total;
@@ -9952,8 +10067,96 @@ LLMPAR_DEF void llmpar_threads_free(llmpar_threads *threads) {
     llmpari_free(&allocator, threads, threads->bytes);
 }
 
+LLMPARI_FN long llmpari_cores(void) {
+#ifdef _SC_NPROCESSORS_ONLN
+    return sysconf(_SC_NPROCESSORS_ONLN);
+#else
+    return 1;
+#endif
+}
+
+LLMPARI_FN llmpar_comm_tuning llmpari_tuning_or(const llmpar_comm_tuning *given) {
+    llmpar_comm_tuning tuning = LLMPAR_ZERO;
+    long cache = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    if (given) tuning = *given;
+    if (tuning.mailbox_bytes <= 0) tuning.mailbox_bytes = 1024;
+    if (tuning.stream_bytes  <= 0) tuning.stream_bytes  = cache > 0 ? 8 * cache : 8 << 20;
+    tuning.mailbox_bytes = llmpari_min(tuning.mailbox_bytes, 1 << 20);
+    return tuning;
+}
+
+// Measures the ways of a reduction on two threads, with buffers that are written before and read after it as they are in use.
+enum { LLMPARI_PROBE_BYTES = 512 << 10 };
+typedef struct llmpari_probe { llmpar_comm_tuning tuning; llmpar_allocator allocator; double until; } llmpari_probe;
+
+LLMPARI_FN llmpar_status llmpari_probe_time(llmpar_comm *comm, float *buffer, int64_t bytes, int way, double *seconds, llmpar_error *err) {
+    llmpar_threads *world = ((llmpari_end *)comm->impl)->team->world;
+    float *out = buffer + LLMPARI_PROBE_BYTES / 4;
+    if (comm->rank == 0) {
+        world->tuning.mailbox_bytes = way == 0 ? LLMPARI_PROBE_BYTES : 0;
+        world->tuning.pull_bytes    = way == 1 ? LLMPARI_PROBE_BYTES : 0;
+    }
+    *seconds = INFINITY;
+    for (int run = 0; run < 4; run++) {                                                    // the first one warms up
+        LLMPARI_TRY(llmpar_barrier(comm, err));
+        double began = llmpari_now();
+        for (int64_t i = 0; i < bytes / 4; i++) buffer[i] = (float)run;
+        LLMPARI_TRY(llmpar_all_reduce(comm, buffer, out, bytes / 4, LLMPAR_F32, LLMPAR_SUM, err));
+        for (int64_t i = 0; i < bytes / 4; i++) if (out[i] != 2 * (float)run) return LLMPARI_FAIL(err, LLMPAR_MISMATCH, "a measured AllReduce gave %g", (double)out[i]);
+        LLMPARI_TRY(llmpar_barrier(comm, err));
+        double took = llmpari_now() - began;
+        if (run && took < *seconds) *seconds = took;
+    }
+    return LLMPAR_OK;
+}
+
+LLMPARI_FN llmpar_status llmpari_probe_sizes(llmpar_comm *comm, float *buffer, llmpari_probe *probe, llmpar_error *err) {
+    llmpar_comm_tuning found = LLMPAR_ZERO;
+    bool boxes = true;
+    for (int64_t bytes = 8192; bytes <= LLMPARI_PROBE_BYTES; bytes *= 4) {
+        double seconds[3], late = llmpari_now() > probe->until;
+        float stop = (float)late;
+        LLMPARI_TRY(llmpar_all_reduce(comm, &stop, &stop, 1, LLMPAR_F32, LLMPAR_MAX, err));
+        if (stop > 0) break;
+        for (int way = 0; way < 3; way++) LLMPARI_TRY(llmpari_probe_time(comm, buffer, bytes, way, &seconds[way], err));
+        boxes = boxes && seconds[0] < seconds[1] && seconds[0] < 0.9 * seconds[2];      // clearly: a draw goes to the slices
+        if (boxes) found.mailbox_bytes = bytes;
+        else if (seconds[1] < 0.9 * seconds[2]) found.pull_bytes = bytes;
+    }
+    if (comm->rank == 0) { probe->tuning.mailbox_bytes = found.mailbox_bytes; probe->tuning.pull_bytes = found.pull_bytes; }
+    return LLMPAR_OK;
+}
+
+LLMPARI_FN llmpar_status llmpari_probe_rank(llmpar_comm *comm, void *user, llmpar_error *err) {
+    llmpari_probe *probe = (llmpari_probe *)user;
+    size_t bytes = 2 * LLMPARI_PROBE_BYTES;
+    float *buffer = (float *)llmpari_alloc(NULL, bytes);
+    if (!buffer) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to measure");
+    llmpar_status status = llmpari_probe_sizes(comm, buffer, probe, err);
+    llmpari_free(NULL, buffer, bytes);
+    return status;
+}
+
+// What cannot be measured keeps the defaults.
+LLMPARI_FN void llmpari_probe_threads(llmpar_threads *world) {
+    llmpar_threads_desc desc = LLMPAR_ZERO;
+    llmpari_probe probe;
+    llmpar_error ignored;
+    probe.tuning    = llmpari_tuning_or(NULL);
+    probe.allocator = world->allocator;
+    probe.until     = llmpari_now() + 0.005;
+    llmpar_comm_tuning boxes = probe.tuning;
+    boxes.mailbox_bytes = LLMPARI_PROBE_BYTES;
+    desc.n_ranks   = 2;
+    desc.tuning    = &boxes;
+    desc.timeout_s = 1;
+    if (llmpar_threads_run(&desc, llmpari_probe_rank, &probe, &ignored) == LLMPAR_OK) world->tuning = llmpari_tuning_or(&probe.tuning);
+}
+
 LLMPAR_DEF llmpar_status llmpar_threads_create(const llmpar_threads_desc *desc, llmpar_threads **threads, llmpar_error *err) {
-    long cores = 1;
     if (!threads) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_threads_create: threads is NULL");
     *threads = NULL;
     LLMPARI_TRY(llmpari_threads_check(desc, err));
@@ -9964,15 +10167,14 @@ LLMPAR_DEF llmpar_status llmpar_threads_create(const llmpar_threads_desc *desc, 
         llmpari_free(&desc->allocator, world, bytes);
         return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a world of %d ranks", desc->n_ranks);
     }
-#ifdef _SC_NPROCESSORS_ONLN
-    cores = sysconf(_SC_NPROCESSORS_ONLN);
-#endif
     world->allocator = desc->allocator;
+    world->tuning    = llmpari_tuning_or(desc->tuning);
     world->timeout_s = desc->timeout_s > 0 ? desc->timeout_s : 60;
     world->n         = desc->n_ranks;
-    world->spin      = desc->n_ranks <= cores ? 60 : 20;
+    world->spin      = desc->n_ranks <= llmpari_cores() ? 1000 : 20;
     world->bytes     = bytes;
     world->gone      = (int64_t *)(void *)(world + 1);
+    if (!desc->tuning && desc->n_ranks > 1 && llmpari_cores() > 1) llmpari_probe_threads(world);
     pthread_mutex_lock(&world->mutex);
     world->team = llmpari_team_new(world, desc->n_ranks, -1);
     for (int32_t i = 0; world->team && i < desc->n_ranks; i++) {
@@ -9987,6 +10189,8 @@ LLMPAR_DEF llmpar_status llmpar_threads_create(const llmpar_threads_desc *desc, 
     *threads = world;
     return LLMPAR_OK;
 }
+
+LLMPAR_DEF llmpar_comm_tuning llmpar_threads_tuning(const llmpar_threads *threads) { return threads->tuning; }
 
 LLMPAR_DEF llmpar_comm *llmpar_threads_comm(llmpar_threads *threads, int32_t rank) {
     return threads && rank >= 0 && rank < threads->n ? &threads->team->ends[rank].comm : NULL;
