@@ -775,6 +775,7 @@ typedef struct llmpar_call {
     const int64_t *recv_counts;    // [size]: AllGather (what each member gives), ReduceScatter (what each member gets), AllToAll, Permute
     llmpar_dtype   dtype;          // any; u8 cannot be reduced
     llmpar_reduce  reduce;         // AllReduce, ReduceScatter
+    double         timeout_s;      // how long it may wait for other ranks; 0 = the comm's
     int32_t        peer;           // root of Broadcast; whom to send to or receive from (itself is allowed: start the Recv first, or a Send that is buffered)
 } llmpar_call;
 
@@ -794,11 +795,13 @@ typedef struct llmpar_comm_vtable {
     llmpar_status (*group)(llmpar_comm *comm, const int32_t *members, int32_t n, llmpar_comm **sub, llmpar_error *err);
     void          (*abort)(llmpar_comm *comm, const char *why);
     void          (*free) (llmpar_comm *comm);
+    llmpar_status (*shrink)(llmpar_comm *comm, llmpar_comm **survivors, llmpar_error *err);      // may be NULL
 } llmpar_comm_vtable;
 
 struct llmpar_comm {
     const llmpar_comm_vtable *vtable;
     int32_t  rank, size;           // this end's number in the group
+    double   timeout_s;            // a call that waits longer for other ranks returns LLMPAR_TIMEOUT and stops the world; INFINITY = never. This end's own; groups inherit it
     llmpar_comm_stats stats;
     void    *impl;                 // the backend's own
 };
@@ -832,6 +835,12 @@ LLMPAR_DEF void          llmpar_comm_free(llmpar_comm *comm);                   
 // Stops the comm's whole world, from any thread: every waiting and every later call on it returns LLMPAR_ABORTED with "rank R: why". The first reason stays.
 LLMPAR_DEF void          llmpar_comm_abort(llmpar_comm *comm, const char *why);
 
+// Goes on without the ranks that are lost. Every rank that goes on calls it after its world has stopped; it waits until all others have called it too or are lost: their
+// function has returned (llmpar_threads_run), or timeout_s has passed. *survivors: a new world of those who called, in their old order. Threads: it belongs to the
+// llmpar_threads that the old one belongs to. The old world's groups can still be freed. Errors: LLMPAR_BAD_ARGUMENT while the world is sound, LLMPAR_ABORTED for a rank
+// that came too late.
+LLMPAR_DEF llmpar_status llmpar_comm_shrink(llmpar_comm *comm, llmpar_comm **survivors, llmpar_error *err);
+
 // A group of one, without threads: every collective is a copy. Also what LLMPAR_NO_THREADS builds have. Free it with llmpar_comm_free; its groups are
 // independent of it. Everything on it, llmpar_comm_abort too, is for one thread. allocator NULL = malloc.
 LLMPAR_DEF llmpar_status llmpar_comm_self(const llmpar_allocator *allocator, llmpar_comm **comm, llmpar_error *err);
@@ -850,7 +859,7 @@ typedef struct llmpar_threads_desc {
     int32_t          n_ranks;      // 1 .. 65536
     const llmpar_comm_tuning *tuning;   // NULL: measured at creation, on two threads for a few milliseconds (unless there is but one rank or one core)
     llmpar_allocator allocator;    // called by one thread at a time, any of them
-    double           timeout_s;    // a call that waits longer for other ranks returns LLMPAR_TIMEOUT and aborts the world; 0 = 60 s; INFINITY = never
+    double           timeout_s;    // of all comms, see llmpar_comm; 0 = 60 s
     size_t           stack_bytes;  // of each rank's thread (llmpar_threads_run); 0 = the system's default
 } llmpar_threads_desc;
 typedef struct llmpar_threads llmpar_threads;
@@ -8594,6 +8603,7 @@ LLMPARI_FN llmpar_status llmpari_call_check(const llmpar_comm *comm, const llmpa
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s: dtype %d is not known; known: f32 bf16 f16 i32 i64 u8", kind, (int)call->dtype);
     if (reduces && ((int)call->reduce < (int)LLMPAR_SUM || (int)call->reduce > (int)LLMPAR_MIN))
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s: reduce is %d; known: sum max min", kind, (int)call->reduce);
+    if (!(call->timeout_s >= 0)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s: timeout_s is %g; it must be >= 0 (0 = the communicator's)", kind, call->timeout_s);
     if (reduces && call->dtype == LLMPAR_U8)
         return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "%s: u8 cannot be reduced; f32 bf16 f16 i32 i64 can", kind);
     if (peers && (call->peer < 0 || call->peer >= comm->size))
@@ -8825,6 +8835,13 @@ LLMPAR_DEF llmpar_status llmpar_comm_group(llmpar_comm *comm, const llmpar_mesh 
     return status;
 }
 
+LLMPAR_DEF llmpar_status llmpar_comm_shrink(llmpar_comm *comm, llmpar_comm **survivors, llmpar_error *err) {
+    if (!comm || !survivors) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_comm_shrink: %s is NULL", comm ? "survivors" : "comm");
+    *survivors = NULL;
+    if (!comm->vtable->shrink) return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "this communicator cannot go on without a rank");
+    return comm->vtable->shrink(comm, survivors, err);
+}
+
 LLMPAR_DEF void llmpar_comm_free(llmpar_comm *comm) { if (comm) comm->vtable->free(comm); }
 LLMPAR_DEF void llmpar_comm_abort(llmpar_comm *comm, const char *why) { if (comm && comm->vtable->abort) comm->vtable->abort(comm, why); }
 
@@ -8908,7 +8925,7 @@ LLMPARI_FN void llmpari_self_free(llmpar_comm *comm) {
 }
 
 LLMPAR_DEF llmpar_status llmpar_comm_self(const llmpar_allocator *allocator, llmpar_comm **comm, llmpar_error *err) {
-    static const llmpar_comm_vtable vtable = { llmpari_self_start, llmpari_self_wait, llmpari_self_group, llmpari_self_abort, llmpari_self_free };
+    static const llmpar_comm_vtable vtable = { llmpari_self_start, llmpari_self_wait, llmpari_self_group, llmpari_self_abort, llmpari_self_free, NULL };
     if (!comm) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_comm_self: comm is NULL");
     *comm = NULL;
     llmpari_self *self = (llmpari_self *)llmpari_alloc(allocator, sizeof *self);
@@ -8917,6 +8934,7 @@ LLMPAR_DEF llmpar_status llmpar_comm_self(const llmpar_allocator *allocator, llm
     if (allocator) self->allocator = *allocator;
     self->comm.vtable = &vtable;
     self->comm.size   = 1;
+    self->comm.timeout_s = INFINITY;
     self->comm.impl   = self;
     *comm = &self->comm;
     return LLMPAR_OK;
@@ -8972,6 +8990,7 @@ typedef struct llmpari_mail {      // a Send or Recv that waits for its counterp
     int64_t seq;                   // of this member's Send and Recv
     char   *data;
     int64_t count;
+    double  timeout_s;
     int32_t peer, dtype, box;      // box -1: data is the caller's
     bool    is_send, held;         // held: somebody has a ticket for it
 } llmpari_mail;
@@ -8985,6 +9004,7 @@ typedef struct llmpari_end {       // one member's end; but for `left` used by i
     int32_t scan;                  // members below this one have arrived at `finished`
     bool    checked, direct;       // of `finished`: signatures are equal; not all are boxed
     bool    pull;                  // direct: every member's output is a unit
+    double  timeout_s[LLMPARI_FLIGHT];   // of the calls in flight
     int64_t used[2];               // collective that used this member's large box last, + 1
     bool    drained;               // the world has stopped and nobody touches this end's buffers any more
     bool    joined;                // under the world's mutex
@@ -9030,12 +9050,16 @@ struct llmpar_threads {
     int64_t          stopped;      // shared
     int32_t          culprit;
     char             reason[900];  // written once, before stopped
-    pthread_mutex_t  mutex;        // guards the list of teams, joining and leaving, the reason, the allocator
+    pthread_mutex_t *mutex;        // guards the list of teams, joining and leaving, the reason, the allocator; a successor has its predecessor's
+    pthread_mutex_t  own_mutex;
     pthread_mutex_t  word;         // guards shared words where there are no atomics
     pthread_cond_t   gate;         // llmpar_threads_run: all threads are there
     llmpari_team    *teams, *team; // all, newest first; the world's own
     int64_t          team_ids;
     int64_t         *gone;         // [n] shared: the rank's function has returned
+    int64_t         *waits;        // [n] shared: the rank that it waits for, while it waits long; -1 = none
+    llmpar_threads  *successor;    // after llmpar_comm_shrink: the world of the survivors ...
+    int64_t         *stays;        // [n] ... who asked for it, 1; its rank there + 2
 };
 
 #if defined(__GCC_ATOMIC_LLONG_LOCK_FREE) && __GCC_ATOMIC_LLONG_LOCK_FREE == 2 && !defined(LLMPARI_NO_ATOMICS)
@@ -9131,14 +9155,14 @@ LLMPARI_FN void llmpari_sleep(llmpari_team *team, int64_t mark, double at_most_s
 
 // The first reason stays.
 LLMPARI_FN void llmpari_stop(llmpar_threads *world, int32_t culprit, const char *text) {
-    pthread_mutex_lock(&world->mutex);
+    pthread_mutex_lock(world->mutex);
     if (!llmpari_comm_load(world, &world->stopped)) {
         world->culprit = culprit;
         snprintf(world->reason, sizeof world->reason, "%s", text);
         llmpari_comm_store(world, &world->stopped, 1);
     }
     for (llmpari_team *team = world->teams; team; team = team->next) llmpari_wake(team);
-    pthread_mutex_unlock(&world->mutex);
+    pthread_mutex_unlock(world->mutex);
 }
 
 LLMPARI_FN llmpar_status llmpari_stopped(const llmpari_end *end, llmpar_error *err) {
@@ -9492,7 +9516,7 @@ typedef enum llmpari_goal {
     LLMPARI_GOAL_MAIL,             // entry `arg` of this member's mail has been delivered
     LLMPARI_GOAL_ROOM              // this member's mail has a free entry
 } llmpari_goal;
-typedef struct llmpari_wish { llmpari_end *end; llmpari_goal goal; int64_t arg; } llmpari_wish;
+typedef struct llmpari_wish { llmpari_end *end; llmpari_goal goal; int64_t arg; double timeout_s; } llmpari_wish;
 
 LLMPARI_FN llmpari_mail *llmpari_mail_of(const llmpari_end *end, int64_t entry) { return &end->team->mail[(int64_t)end->comm.rank * LLMPARI_MAIL + entry]; }
 
@@ -9557,23 +9581,38 @@ LLMPARI_FN void llmpari_describe_missing(char *text, size_t bytes, const llmpari
     if (wish->goal != LLMPARI_GOAL_CALL) return;
     while (first < team->n && !llmpari_pick_missing(team, first, wish)) first++;
     if (first == team->n) return;
-    pthread_mutex_lock(&team->world->mutex);
+    pthread_mutex_lock(team->world->mutex);
     joined = team->ends[first].joined;
-    pthread_mutex_unlock(&team->world->mutex);
+    pthread_mutex_unlock(team->world->mutex);
     for (int64_t k = 0; k < LLMPARI_FLIGHT; k++) last = llmpari_max(last, llmpari_comm_load(team->world, &llmpari_posts(team, k)[first].seq));
     if (!joined) snprintf(text, bytes, "; rank %d has not called llmpar_comm_group for it yet", team->ranks[first]);
     else if (last) snprintf(text, bytes, "; the last collective that rank %d called there is #%lld", team->ranks[first], (long long)last);
     else snprintf(text, bytes, "; rank %d has called no collective there yet", team->ranks[first]);
 }
 
+// Who is missing may itself wait for another, in another group: follows that to its end. -1: it does not.
+LLMPARI_FN int32_t llmpari_culprit(const llmpari_wish *wish) {
+    const llmpari_team *team = wish->end->team;
+    llmpar_threads *world = team->world;
+    int32_t first = 0, steps = 0;
+    while (first < team->n && !llmpari_pick_missing(team, first, wish)) first++;
+    if (first == team->n) return -1;
+    int64_t at = team->ranks[first], next;
+    while (steps < world->n && (next = llmpari_comm_load(world, &world->waits[at])) >= 0) { at = next; steps++; }
+    return steps && steps < world->n ? (int32_t)at : -1;       // a circle has no end
+}
+
 LLMPARI_FN llmpar_status llmpari_too_late(const llmpari_wish *wish, double seconds, llmpar_error *err) {
     llmpari_end *end = wish->end;
-    char what[LLMPARI_TEXT], who[LLMPARI_TEXT], last[LLMPARI_TEXT];
+    char what[LLMPARI_TEXT], who[LLMPARI_TEXT], last[LLMPARI_TEXT], root[64];
     llmpari_describe_wish(what, sizeof what, wish);
     llmpari_rank_list(who, sizeof who, end->team, llmpari_pick_missing, wish);
     llmpari_describe_missing(last, sizeof last, wish);
-    return llmpari_end_fail(end, LLMPAR_TIMEOUT, err, "rank %d waited %.3g s in %s for %s%s (timeout_s is %g)", llmpari_me(end), seconds, what, who, last,
-                            end->team->world->timeout_s);
+    int32_t culprit = llmpari_culprit(wish);
+    root[0] = 0;
+    if (culprit >= 0) snprintf(root, sizeof root, "; in the end all wait for rank %d", culprit);
+    return llmpari_end_fail(end, LLMPAR_TIMEOUT, err, "rank %d waited %.3g s in %s for %s%s%s (timeout_s is %g)", llmpari_me(end), seconds, what, who, last, root,
+                            wish->timeout_s);
 }
 
 // A member that will never come: its function has returned, or it has freed the group.
@@ -9592,11 +9631,6 @@ LLMPARI_FN llmpar_status llmpari_never(const llmpari_wish *wish, llmpar_error *e
     return LLMPAR_OK;
 }
 
-LLMPARI_FN bool llmpari_any_missing(const llmpari_wish *wish) {
-    for (int32_t i = 0; i < wish->end->team->n; i++) if (llmpari_pick_missing(wish->end->team, i, wish)) return true;
-    return false;
-}
-
 // The world has stopped: what was ready before counts, all else is aborted.
 LLMPARI_FN llmpar_status llmpari_last_step(const llmpari_wish *wish, bool *done, llmpar_error *err) {
     llmpar_status status = llmpari_step(wish, done, err);
@@ -9608,15 +9642,22 @@ LLMPARI_FN llmpar_status llmpari_last_step(const llmpari_wish *wish, bool *done,
 
 // Deadline and vanished members, `began` seconds on the clock after which the wait did not get on.
 LLMPARI_FN llmpar_status llmpari_patience(const llmpari_wish *wish, double began, double now, llmpar_error *err) {
+    const llmpari_team *team = wish->end->team;
+    int32_t missing = 0;
     LLMPARI_TRY(llmpari_never(wish, err));
-    if (now - began <= wish->end->team->world->timeout_s || !llmpari_any_missing(wish)) return LLMPAR_OK;
+    while (missing < team->n && !llmpari_pick_missing(team, missing, wish)) missing++;
+    llmpari_comm_release(team->world, &team->world->waits[llmpari_me(wish->end)], missing < team->n ? team->ranks[missing] : -1);
+    if (now - began <= wish->timeout_s || missing == team->n) return LLMPAR_OK;
     return llmpari_too_late(wish, now - began, err);
 }
 
 LLMPARI_FN llmpar_status llmpari_poll(const llmpari_wish *wish, bool *done, llmpar_error *err) {
     llmpari_end *end = wish->end;
     LLMPARI_TRY(llmpari_step(wish, done, err));
-    if (*done) return LLMPAR_OK;
+    if (*done) {
+        if (end->since > 0) llmpari_comm_release(end->team->world, &end->team->world->waits[llmpari_me(end)], -1);
+        return LLMPAR_OK;
+    }
     if (llmpari_comm_load(end->team->world, &end->team->world->stopped)) return llmpari_last_step(wish, done, err);
     double now = llmpari_now();
     if (end->since == 0) end->since = now;
@@ -9644,10 +9685,11 @@ LLMPARI_FN llmpar_status llmpari_await(const llmpari_wish *wish, llmpar_error *e
         if (!armed) {                                                                      // from now on publishers wake; look once more before sleeping
             llmpari_add(world, &team->sleepers->value, 1);
             armed = true;
-        } else llmpari_sleep(team, mark, began + world->timeout_s - now);
+        } else llmpari_sleep(team, mark, began + wish->timeout_s - now);
         mark = llmpari_comm_load(world, &team->wakes);
     }
     if (armed) llmpari_add(world, &team->sleepers->value, -1);
+    if (began > 0) llmpari_comm_release(world, &world->waits[llmpari_me(wish->end)], -1);
     return status;
 }
 
@@ -9656,6 +9698,7 @@ LLMPARI_FN llmpari_wish llmpari_wish_of(llmpari_end *end, llmpari_goal goal, int
     wish.end  = end;
     wish.goal = goal;
     wish.arg  = arg;
+    wish.timeout_s = goal == LLMPARI_GOAL_CALL ? end->timeout_s[arg % LLMPARI_FLIGHT] : goal == LLMPARI_GOAL_MAIL ? llmpari_mail_of(end, arg)->timeout_s : end->comm.timeout_s;
     return wish;
 }
 
@@ -9692,6 +9735,7 @@ LLMPARI_FN llmpari_mail *llmpari_mail_post(llmpari_end *end, const llmpar_call *
     mail->peer    = call->peer;
     mail->box     = -1;
     mail->held    = true;
+    mail->timeout_s = call->timeout_s > 0 ? call->timeout_s : end->comm.timeout_s;
     while (box < LLMPARI_MAIL_BOXES && (team->mail_boxed[me] >> box & 1)) box++;
     if (mail->is_send && bytes <= LLMPARI_BOX && box < LLMPARI_MAIL_BOXES) {
         mail->data = team->mail_boxes + ((int64_t)me * LLMPARI_MAIL_BOXES + box) * LLMPARI_BOX;
@@ -9853,6 +9897,7 @@ LLMPARI_FN llmpar_status llmpari_threads_start(llmpar_comm *comm, const llmpar_c
         llmpari_wish slot = llmpari_wish_of(end, LLMPARI_GOAL_SLOT, k);
         LLMPARI_TRY(llmpari_await(&slot, err));
     }
+    end->timeout_s[k % LLMPARI_FLIGHT] = call->timeout_s > 0 ? call->timeout_s : comm->timeout_s;
     llmpari_post_call(end, call, k);
     end->started = k + 1;
     *ticket = 2 * k + 2;
@@ -9934,11 +9979,13 @@ LLMPARI_FN size_t llmpari_team_layout(llmpari_team *team, char *base, int64_t n,
 
 LLMPARI_FN llmpar_status llmpari_threads_group(llmpar_comm *comm, const int32_t *members, int32_t n, llmpar_comm **sub, llmpar_error *err);
 LLMPARI_FN void llmpari_threads_comm_free(llmpar_comm *comm);
+LLMPARI_FN llmpar_status llmpari_threads_shrink(llmpar_comm *comm, llmpar_comm **survivors, llmpar_error *err);
 
 // Under the world's mutex, which also keeps the allocator to one thread at a time. NULL: no memory.
 LLMPARI_FN llmpari_team *llmpari_team_new(llmpar_threads *world, int32_t n, int64_t parent) {
     static const llmpar_comm_vtable vtable = {
-        llmpari_threads_start, llmpari_threads_wait, llmpari_threads_group, llmpari_threads_comm_abort, llmpari_threads_comm_free
+        llmpari_threads_start, llmpari_threads_wait, llmpari_threads_group, llmpari_threads_comm_abort, llmpari_threads_comm_free,
+        llmpari_threads_shrink
     };
     int64_t large = 2 * world->tuning.mailbox_bytes / n;       // what a member may have in a box: see llmpari_tuned_size
     if (large <= LLMPARI_BOX) large = 0;
@@ -9966,6 +10013,7 @@ LLMPARI_FN llmpari_team *llmpari_team_new(llmpar_threads *world, int32_t n, int6
         end->comm.rank   = i;
         end->comm.size   = n;
         end->comm.impl   = end;
+        end->comm.timeout_s = world->timeout_s;
         end->team        = team;
         end->free_until  = LLMPARI_FLIGHT;
     }
@@ -10014,12 +10062,15 @@ LLMPARI_FN llmpar_status llmpari_threads_group(llmpar_comm *comm, const int32_t 
         if (members[i] == comm->rank) me = i;
     }
     if (me < 0) return llmpari_end_fail(end, LLMPAR_BAD_ARGUMENT, err, "rank %d is not a member of the group that it makes", llmpari_me(end));
-    pthread_mutex_lock(&world->mutex);
+    pthread_mutex_lock(world->mutex);
     llmpari_team *team = llmpari_team_find(parent, members, n, me);
     if (!team && (team = llmpari_team_new(world, n, parent->id)) != NULL)
         for (int32_t i = 0; i < n; i++) team->ranks[i] = parent->ranks[members[i]];
-    if (team) team->ends[me].joined = true;
-    pthread_mutex_unlock(&world->mutex);
+    if (team) {
+        team->ends[me].joined = true;
+        team->ends[me].comm.timeout_s = comm->timeout_s;
+    }
+    pthread_mutex_unlock(world->mutex);
     if (!team) return llmpari_end_fail(end, LLMPAR_NO_MEMORY, err, "rank %d: no memory for a group of %d ranks", llmpari_me(end), n);
     *sub = &team->ends[me].comm;
     return LLMPAR_OK;
@@ -10034,11 +10085,11 @@ LLMPARI_FN void llmpari_threads_comm_free(llmpar_comm *comm) {
     if (end->finished < end->started)
         llmpar_threads_abort(world, llmpari_me(end), "a group was freed with a collective in flight; wait for every request first");
     if (llmpari_comm_load(world, &world->stopped)) llmpari_drain(end);
-    pthread_mutex_lock(&world->mutex);
+    pthread_mutex_lock(world->mutex);
     llmpari_comm_store(world, &end->left, 1);
     llmpari_wake(team);
     if (++team->left == team->n) llmpari_team_free(team);
-    pthread_mutex_unlock(&world->mutex);
+    pthread_mutex_unlock(world->mutex);
 }
 
 // ---- Worlds ----
@@ -10051,19 +10102,21 @@ LLMPARI_FN llmpar_status llmpari_threads_check(const llmpar_threads_desc *desc, 
 }
 
 LLMPARI_FN bool llmpari_threads_locks(llmpar_threads *world) {
-    if (pthread_mutex_init(&world->mutex, NULL)) return false;
-    if (pthread_mutex_init(&world->word, NULL)) { pthread_mutex_destroy(&world->mutex); return false; }
-    if (!llmpari_cond_init(&world->gate)) { pthread_mutex_destroy(&world->word); pthread_mutex_destroy(&world->mutex); return false; }
+    if (pthread_mutex_init(&world->own_mutex, NULL)) return false;
+    if (pthread_mutex_init(&world->word, NULL)) { pthread_mutex_destroy(&world->own_mutex); return false; }
+    if (!llmpari_cond_init(&world->gate)) { pthread_mutex_destroy(&world->word); pthread_mutex_destroy(&world->own_mutex); return false; }
+    world->mutex = &world->own_mutex;
     return true;
 }
 
 LLMPAR_DEF void llmpar_threads_free(llmpar_threads *threads) {
     if (!threads) return;
     llmpar_allocator allocator = threads->allocator;
+    llmpar_threads_free(threads->successor);
     while (threads->teams) llmpari_team_free(threads->teams);
     pthread_cond_destroy(&threads->gate);
     pthread_mutex_destroy(&threads->word);
-    pthread_mutex_destroy(&threads->mutex);
+    pthread_mutex_destroy(&threads->own_mutex);
     llmpari_free(&allocator, threads, threads->bytes);
 }
 
@@ -10160,7 +10213,7 @@ LLMPAR_DEF llmpar_status llmpar_threads_create(const llmpar_threads_desc *desc, 
     if (!threads) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_threads_create: threads is NULL");
     *threads = NULL;
     LLMPARI_TRY(llmpari_threads_check(desc, err));
-    size_t bytes = sizeof **threads + (size_t)desc->n_ranks * sizeof(int64_t);
+    size_t bytes = sizeof **threads + 3 * (size_t)desc->n_ranks * sizeof(int64_t);
     llmpar_threads *world = (llmpar_threads *)llmpari_alloc(&desc->allocator, bytes);
     if (world) memset(world, 0, bytes);
     if (!world || !llmpari_threads_locks(world)) {
@@ -10174,20 +10227,67 @@ LLMPAR_DEF llmpar_status llmpar_threads_create(const llmpar_threads_desc *desc, 
     world->spin      = desc->n_ranks <= llmpari_cores() ? 1000 : 20;
     world->bytes     = bytes;
     world->gone      = (int64_t *)(void *)(world + 1);
+    world->waits     = world->gone + desc->n_ranks;
+    world->stays     = world->waits + desc->n_ranks;
+    for (int32_t i = 0; i < desc->n_ranks; i++) world->waits[i] = -1;
     if (!desc->tuning && desc->n_ranks > 1 && llmpari_cores() > 1) llmpari_probe_threads(world);
-    pthread_mutex_lock(&world->mutex);
+    pthread_mutex_lock(world->mutex);
     world->team = llmpari_team_new(world, desc->n_ranks, -1);
     for (int32_t i = 0; world->team && i < desc->n_ranks; i++) {
         world->team->ranks[i] = i;
         world->team->ends[i].joined = true;
     }
-    pthread_mutex_unlock(&world->mutex);
+    pthread_mutex_unlock(world->mutex);
     if (!world->team) {
         llmpar_threads_free(world);
         return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the buffers of a world of %d ranks", desc->n_ranks);
     }
     *threads = world;
     return LLMPAR_OK;
+}
+
+// The survivors' world, made by whoever finds first that all have come or are lost; under the mutex.
+LLMPARI_FN llmpar_status llmpari_successor(llmpar_threads *world, llmpar_error *err) {
+    llmpar_threads_desc desc = LLMPAR_ZERO;
+    for (int32_t i = 0; i < world->n; i++) if (world->stays[i]) world->stays[i] = 2 + desc.n_ranks++;
+    desc.allocator = world->allocator;
+    desc.timeout_s = world->timeout_s;
+    desc.tuning    = &world->tuning;
+    llmpar_status status = llmpar_threads_create(&desc, &world->successor, err);
+    if (status == LLMPAR_OK) world->successor->mutex = world->mutex;
+    return status;
+}
+
+LLMPARI_FN llmpar_status llmpari_threads_shrink(llmpar_comm *comm, llmpar_comm **survivors, llmpar_error *err) {
+    llmpari_end *end = (llmpari_end *)comm->impl;
+    llmpar_threads *world = end->team->world;
+    int32_t me = llmpari_me(end);
+    double until = llmpari_now() + comm->timeout_s;
+    llmpar_status status = LLMPAR_OK;
+    if (!llmpari_comm_load(world, &world->stopped))
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_comm_shrink: the world is sound; it goes on without a rank only after an error or llmpar_comm_abort");
+    llmpari_drain(end);
+    pthread_mutex_lock(world->mutex);
+    if (!world->successor) world->stays[me] = 1;
+    pthread_cond_broadcast(&world->gate);
+    while (!world->successor && status == LLMPAR_OK) {
+        bool all = llmpari_now() > until;
+        if (!all) {
+            all = true;
+            for (int32_t i = 0; i < world->n; i++) all = all && (world->stays[i] || llmpari_comm_load(world, &world->gone[i]));
+        }
+        if (all) { status = llmpari_successor(world, err); pthread_cond_broadcast(&world->gate); continue; }
+        struct timespec next;
+        clock_gettime(LLMPARI_CLOCK, &next);
+        next.tv_nsec += 20000000L;                                                         // looks at the clock again
+        if (next.tv_nsec >= 1000000000L) { next.tv_nsec -= 1000000000L; next.tv_sec++; }
+        pthread_cond_timedwait(&world->gate, world->mutex, &next);
+    }
+    if (status == LLMPAR_OK && world->stays[me] < 2)
+        status = LLMPARI_FAIL(err, LLMPAR_ABORTED, "rank %d came after the survivors had gone on without it", me);
+    if (status == LLMPAR_OK) *survivors = llmpar_threads_comm(world->successor, (int32_t)world->stays[me] - 2);
+    pthread_mutex_unlock(world->mutex);
+    return status;
 }
 
 LLMPAR_DEF llmpar_comm_tuning llmpar_threads_tuning(const llmpar_threads *threads) { return threads->tuning; }
@@ -10221,26 +10321,31 @@ LLMPARI_FN void llmpari_runner_go(llmpari_runner *runner) {
     runner->status = run->fn(llmpar_threads_comm(world, runner->rank), run->user, &runner->err);
     if (runner->status) {
         const char *why = runner->err.status && runner->err.text[0] ? runner->err.text : llmpar_status_text(runner->status);
-        pthread_mutex_lock(&world->mutex);
+        pthread_mutex_lock(world->mutex);
         int32_t *first = runner->status == LLMPAR_ABORTED ? &run->first_aborted : &run->first;
         if (*first < 0) *first = runner->rank;
-        pthread_mutex_unlock(&world->mutex);
+        pthread_mutex_unlock(world->mutex);
         snprintf(text, sizeof text, "rank %d: %.800s", runner->rank, why);
         llmpari_stop(world, runner->rank, text);
     }
-    llmpari_comm_store(world, &world->gone[runner->rank], 1);
-    pthread_mutex_lock(&world->mutex);
-    for (llmpari_team *team = world->teams; team; team = team->next) llmpari_wake(team);
-    pthread_mutex_unlock(&world->mutex);
+    pthread_mutex_lock(world->mutex);
+    for (int64_t rank = runner->rank; world && rank >= 0; ) {
+        llmpari_comm_store(world, &world->gone[rank], 1);
+        for (llmpari_team *team = world->teams; team; team = team->next) llmpari_wake(team);
+        pthread_cond_broadcast(&world->gate);
+        rank  = world->stays[rank] - 2;
+        world = world->successor;
+    }
+    pthread_mutex_unlock(runner->run->world->mutex);
 }
 
 LLMPARI_FN void *llmpari_runner_main(void *argument) {
     llmpari_runner *runner = (llmpari_runner *)argument;
     llmpar_threads *world = runner->run->world;
-    pthread_mutex_lock(&world->mutex);
-    while (runner->run->go == 0) pthread_cond_wait(&world->gate, &world->mutex);
+    pthread_mutex_lock(world->mutex);
+    while (runner->run->go == 0) pthread_cond_wait(&world->gate, world->mutex);
     bool go = runner->run->go > 0;
-    pthread_mutex_unlock(&world->mutex);
+    pthread_mutex_unlock(world->mutex);
     if (go) llmpari_runner_go(runner);
     return NULL;
 }
@@ -10275,10 +10380,10 @@ LLMPARI_FN llmpar_status llmpari_run_all(const llmpar_threads_desc *desc, llmpar
         runner[i].rank = i;
     }
     llmpar_status status = llmpari_run_threads(desc, runner, &started, err);
-    pthread_mutex_lock(&world->mutex);
+    pthread_mutex_lock(world->mutex);
     run->go = status ? -1 : 1;
     pthread_cond_broadcast(&world->gate);
-    pthread_mutex_unlock(&world->mutex);
+    pthread_mutex_unlock(world->mutex);
     if (status == LLMPAR_OK) llmpari_runner_go(&runner[0]);
     for (int32_t i = 1; i <= started; i++) pthread_join(runner[i].thread, NULL);
     int32_t first = run->first >= 0 ? run->first : run->first_aborted;

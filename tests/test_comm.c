@@ -936,6 +936,113 @@ static llmpar_status ran_rank(llmpar_comm *world, void *user, llmpar_error *err)
     ++*(int *)user;
     return LLMPAR_OK;
 }
+// ---- Who is to blame, how long to wait, and going on without ----
+
+// Chains of groups: 0 waits for 1, 1 for 2, 2 for 3, which does nothing. Only rank 0's patience ends.
+typedef struct { llmpar_error seen[8]; llmpar_status status[8]; int64_t done; int what; } blame;
+static llmpar_status chain_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    blame *b = (blame *)user;
+    int32_t pair[2], me = world->rank;
+    llmpar_comm *group[2] = { NULL, NULL };
+    int64_t one = 1;
+    for (int32_t i = 0; i + 1 < world->size; i++) {
+        pair[0] = i; pair[1] = i + 1;
+        if (me == i || me == i + 1) TRY(world->vtable->group(world, pair, 2, &group[me == i], err));      // [1]: with the rank behind
+    }
+    if (me + 1 == world->size) while (!__atomic_load_n(&b->done, __ATOMIC_SEQ_CST)) pause_ms(1);
+    else {
+        group[1]->timeout_s = me == 0 && b->what == 0 ? 0.1 : 30;
+        if (me == 0) pause_ms(30);                                                         // the others wait already, and long
+        llmpar_call call = LLMPAR_ZERO;
+        llmpar_request request;
+        call.kind = LLMPAR_ALL_REDUCE; call.send = call.recv = &one; call.count = 1; call.dtype = LLMPAR_I64;
+        if (me == 0 && b->what == 1) call.timeout_s = 0.1;
+        b->status[me] = llmpar_start(group[1], &call, &request, &b->seen[me]);
+        if (!b->status[me]) b->status[me] = llmpar_wait(&request, &b->seen[me]);
+        __atomic_store_n(&b->done, 1, __ATOMIC_SEQ_CST);
+    }
+    llmpar_comm_free(group[0]);
+    llmpar_comm_free(group[1]);
+    return LLMPAR_OK;
+}
+
+// Rank `lost` vanishes (what 0: returns, 1: stays away, 2: fails); the others go on, and then lose their last one.
+typedef struct { int lost, what; int64_t sums[8], late; } survival;
+static llmpar_status survive_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    survival *s = (survival *)user;
+    llmpar_error seen = LLMPAR_ZERO;
+    llmpar_comm *left = NULL, *fewer = NULL, *none = NULL, *group = NULL;
+    llmpar_mesh mesh;
+    int64_t one = 1, sum = 0;
+    TRY(llmpar_barrier(world, err));
+    if (llmpar_comm_shrink(world, &none, &seen) != LLMPAR_BAD_ARGUMENT) return bad(err, "a sound world shrank%s", "");
+    TRY(llmpar_barrier(world, err));
+    if (world->rank == s->lost) {
+        if (s->what == 2) return bad(err, "lost%s", "");
+        if (s->what == 1) {
+            while (!__atomic_load_n(&s->late, __ATOMIC_SEQ_CST)) pause_ms(1);
+            if (llmpar_comm_shrink(world, &none, &seen) != LLMPAR_ABORTED || !strstr(seen.text, "came after the survivors")) return bad(err, "too late, and yet: %s", seen.text);
+        }
+        return LLMPAR_OK;
+    }
+    if (!llmpar_all_reduce(world, &one, &sum, 1, LLMPAR_I64, LLMPAR_SUM, &seen)) return bad(err, "nobody was missed%s", "");
+    TRY(llmpar_comm_shrink(world, &left, err));
+    if (left->size != world->size - 1 || left->rank != world->rank - (world->rank > s->lost)) return bad(err, "rank %d of the survivors", left->rank);
+    TRY(llmpar_all_reduce(left, &one, &sum, 1, LLMPAR_I64, LLMPAR_SUM, err));
+    __atomic_store_n(&s->late, 1, __ATOMIC_SEQ_CST);
+    s->sums[world->rank] = sum;
+    if (left->size == 1) return LLMPAR_OK;
+    TRY(llmpar_mesh_parse(left->size == 2 ? "tp=2" : left->size == 3 ? "tp=3" : left->size == 4 ? "tp=4" : "tp=5", &mesh, err));
+    TRY(llmpar_comm_group(left, &mesh, 1, &group, err));
+    TRY(group_sum(group, 1, left->size, err));
+    llmpar_comm_free(group);
+    if (left->rank + 1 == left->size) return LLMPAR_OK;
+    if (!llmpar_barrier(left, &seen)) return bad(err, "nobody was missed%s", "");
+    if (!strstr(seen.text, "function has returned")) return bad(err, "%s", seen.text);
+    TRY(llmpar_comm_shrink(left, &fewer, err));
+    TRY(llmpar_all_reduce(fewer, &one, &sum, 1, LLMPAR_I64, LLMPAR_SUM, err));
+    if (sum != world->size - 2) return bad(err, "%lld are left", (long long)sum);
+    return LLMPAR_OK;
+}
+
+static void test_blame(void) {
+    TEST("a deadline of one comm, of one call: the text names who all wait for in the end, in whichever group") for (int what = 0; what < 2; what++) {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(4, 20);
+        blame b;
+        memset(&b, 0, sizeof b);
+        b.what = what;
+        CHECK_OK(llmpar_threads_run(&desc, chain_rank, &b, &err), err);
+        CHECK_EQ(b.status[0], LLMPAR_TIMEOUT);
+        CHECK(strstr(b.seen[0].text, "for rank 1") && strstr(b.seen[0].text, "in the end all wait for rank 3") && strstr(b.seen[0].text, "(timeout_s is 0.1)"));
+        for (int r = 1; r < 3; r++) CHECK(b.status[r] == LLMPAR_ABORTED && strstr(b.seen[r].text, "in the end all wait for rank 3"));
+    }
+    TEST("a bad deadline") {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_comm *self;
+        llmpar_call call = LLMPAR_ZERO;
+        llmpar_request request;
+        llmpar_comm *fewer;
+        call.kind = LLMPAR_BARRIER; call.timeout_s = -1;
+        CHECK_OK(llmpar_comm_self(NULL, &self, &err), err);
+        CHECK_FAIL(llmpar_comm_shrink(self, &fewer, &err), LLMPAR_UNSUPPORTED, err, "cannot go on");
+        CHECK_FAIL(llmpar_start(self, &call, &request, &err), LLMPAR_BAD_ARGUMENT, err, "timeout_s is -1");
+        llmpar_comm_free(self);
+    }
+    TEST("the survivors go on, twice") for (int n = 2; n <= 6; n++) for (int what = 0; what < 3; what++) {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(n, what == 1 ? 0.2 : 20);
+        survival s;
+        memset(&s, 0, sizeof s);
+        s.lost = (int)test_below(n);
+        s.what = what;
+        llmpar_status status = llmpar_threads_run(&desc, survive_rank, &s, &err);
+        CHECK(status == LLMPAR_OK || (what == 2 && strstr(err.text, "lost")));
+        if (status && what != 2) printf("%s\n", err.text);
+        for (int r = 0; r < n; r++) CHECK_EQ(s.sums[r], r == s.lost ? 0 : n - 1);
+    }
+}
+
 static void test_arguments(void) {
     for (int i = 0; i < (int)(sizeof arguments / sizeof arguments[0]); i++) {
         char name[64];
@@ -1253,6 +1360,7 @@ int main(void) {
     test_mail();
     test_clash();
     test_late();
+    test_blame();
     test_arguments();
     test_stats();
     test_memory();
