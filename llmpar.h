@@ -786,6 +786,17 @@ typedef struct llmpar_comm_stats {
                                                       // AllToAll and Permute sum of send_counts, times the dtype's bytes
 } llmpar_comm_stats;
 
+// What one rank did, call by call. Set comm->trace before groups are made of it (they inherit it); NULL = no trace, and no clock is read.
+typedef struct llmpar_trace_event {
+    double  started_s;             // llmpar_start; 0 = a blocking call. Seconds of the monotonic clock
+    double  begin_s, end_s;        // of the blocking call, or of the llmpar_wait / llmpar_test that found it done
+    int64_t payload_bytes;
+    int64_t group;                 // llmpar_comm.id
+    int32_t kind, size;            // llmpar_collective; ranks of the group
+    int32_t late;                  // the rank (of the world) that came last; -1 = not known
+} llmpar_trace_event;
+typedef struct llmpar_trace { llmpar_trace_event *event; int64_t capacity, n; } llmpar_trace;     // the caller's array; n counts on when it is full, the rest is lost
+
 // What a backend implements. `start` gets checked arguments, must keep no pointer to `call`, and may finish at once; `*ticket` identifies the call. `wait` sets
 // *done, without waiting when block is false. `group` gets the n members (numbers in comm, in the new order, this rank among them). `abort` may be NULL, and be
 // called from any thread. All others are built on these.
@@ -803,6 +814,9 @@ struct llmpar_comm {
     int32_t  rank, size;           // this end's number in the group
     double   timeout_s;            // a call that waits longer for other ranks returns LLMPAR_TIMEOUT and stops the world; INFINITY = never. This end's own; groups inherit it
     llmpar_comm_stats stats;
+    llmpar_trace *trace;           // this rank's, or NULL
+    int64_t  id;                   // the same on all members, 0 = the world
+    int32_t  late;                 // while traced: the rank that came last to the collective that ended last; -1 = not known
     void    *impl;                 // the backend's own
 };
 
@@ -823,7 +837,7 @@ LLMPAR_DEF llmpar_status llmpar_barrier       (llmpar_comm *comm, llmpar_error *
 // Collectives on one comm finish in the order they were started; a Send or Recv finishes on its own. At most 16 collectives are in flight on one comm, the 17th
 // start waits for the first of them; at most 64 Send and Recv, one more is an error. Wait for every request before the comm is freed.
 // A request that is done may be waited for again; it is zeroed, and a zeroed request is done.
-typedef struct llmpar_request { llmpar_comm *comm; int64_t ticket; } llmpar_request;
+typedef struct llmpar_request { llmpar_comm *comm; int64_t ticket, event; } llmpar_request;
 LLMPAR_DEF llmpar_status llmpar_start(llmpar_comm *comm, const llmpar_call *call, llmpar_request *request, llmpar_error *err);
 LLMPAR_DEF llmpar_status llmpar_test (llmpar_request *request, bool *done, llmpar_error *err);
 LLMPAR_DEF llmpar_status llmpar_wait (llmpar_request *request, llmpar_error *err);
@@ -834,6 +848,13 @@ LLMPAR_DEF llmpar_status llmpar_comm_group(llmpar_comm *comm, const llmpar_mesh 
 LLMPAR_DEF void          llmpar_comm_free(llmpar_comm *comm);                             // NULL and the world of llmpar_threads are left alone
 // Stops the comm's whole world, from any thread: every waiting and every later call on it returns LLMPAR_ABORTED with "rank R: why". The first reason stays.
 LLMPAR_DEF void          llmpar_comm_abort(llmpar_comm *comm, const char *why);
+
+// Writes the traces of n ranks (trace[rank]; NULL = none) for chrome://tracing or Perfetto: one track per rank, calls as begin / end pairs with group, bytes and who came
+// last; what was started and not yet waited for as asynchronous pairs. NO_MEMORY never: it allocates nothing.
+LLMPAR_DEF void llmpar_trace_write(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink);
+// A table: per group its collectives, payload bytes of a rank, time in calls (mean over ranks), of it not spent waiting for others (per collective the least over ranks), and
+// who came last how often.
+LLMPAR_DEF void llmpar_trace_summary(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink);
 
 // Goes on without the ranks that are lost. Every rank that goes on calls it after its world has stopped; it waits until all others have called it too or are lost: their
 // function has returned (llmpar_threads_run), or timeout_s has passed. *survivors: a new world of those who called, in their old order. Threads: it belongs to the
@@ -8695,6 +8716,31 @@ LLMPARI_FN void llmpari_move_bytes(char *to, const char *from, int64_t bytes) {
 
 // ---- The public calls, over the vtable ----
 
+LLMPARI_FN double llmpari_now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// Room for one more event; NULL: not traced, or no room. What has no duration yet has end_s 0.
+LLMPARI_FN llmpar_trace_event *llmpari_trace_begin(llmpar_comm *comm, int32_t kind, int64_t payload_bytes) {
+    llmpar_trace *trace = comm->trace;
+    if (!trace || trace->n++ >= trace->capacity) return NULL;
+    llmpar_trace_event *event = &trace->event[trace->n - 1];
+    memset(event, 0, sizeof *event);
+    event->begin_s = llmpari_now();
+    event->payload_bytes = payload_bytes;
+    event->group = comm->id;
+    event->kind  = kind;
+    event->size  = comm->size;
+    event->late  = -1;
+    return event;
+}
+LLMPARI_FN void llmpari_trace_end(const llmpar_comm *comm, llmpar_trace_event *event) {
+    event->end_s = llmpari_now();
+    if (event->kind != LLMPAR_SEND && event->kind != LLMPAR_RECV) event->late = comm->late;
+}
+
 // Stops the others when the arguments are bad: they would wait for a call that never comes.
 LLMPARI_FN llmpar_status llmpari_comm_start(llmpar_comm *comm, const llmpar_call *call, int64_t *ticket, llmpar_error *err) {
     llmpari_extent x;
@@ -8712,10 +8758,15 @@ LLMPARI_FN llmpar_status llmpari_comm_start(llmpar_comm *comm, const llmpar_call
 }
 
 LLMPARI_FN llmpar_status llmpari_comm_call(llmpar_comm *comm, const llmpar_call *call, llmpar_error *err) {
-    int64_t ticket = 0;
+    llmpar_trace_event *event = NULL;
+    int64_t ticket = 0, before = comm && comm->trace ? comm->stats.payload_bytes[call->kind] : 0;
     bool done = false;
+    if (comm && comm->trace) event = llmpari_trace_begin(comm, call->kind, 0);
     LLMPARI_TRY(llmpari_comm_start(comm, call, &ticket, err));
-    return comm->vtable->wait(comm, ticket, true, &done, err);
+    if (event) event->payload_bytes = comm->stats.payload_bytes[call->kind] - before;
+    llmpar_status status = comm->vtable->wait(comm, ticket, true, &done, err);
+    if (event) llmpari_trace_end(comm, event);
+    return status;
 }
 
 LLMPARI_FN llmpar_call llmpari_call_of(llmpar_collective kind, const void *send, void *recv, int64_t count, llmpar_dtype dtype) {
@@ -8779,9 +8830,16 @@ LLMPAR_DEF llmpar_status llmpar_start(llmpar_comm *comm, const llmpar_call *call
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_start: request is NULL; it is what llmpar_wait needs");
     }
     request->comm = NULL;
+    int64_t before = comm && comm->trace && call ? comm->stats.payload_bytes[call->kind] : 0;
     LLMPARI_TRY(llmpari_comm_start(comm, call, &ticket, err));
     request->comm   = comm;
     request->ticket = ticket;
+    request->event  = 0;
+    llmpar_trace_event *event = comm->trace ? llmpari_trace_begin(comm, call->kind, comm->stats.payload_bytes[call->kind] - before) : NULL;
+    if (event) {
+        request->event = comm->trace->n;
+        event->started_s = event->begin_s;
+    }
     return LLMPAR_OK;
 }
 
@@ -8789,8 +8847,16 @@ LLMPARI_FN llmpar_status llmpari_request_finish(llmpar_request *request, bool bl
     *done = true;
     if (!request || !request->comm) return LLMPAR_OK;
     *done = false;
+    llmpar_trace_event *event = request->event ? &request->comm->trace->event[request->event - 1] : NULL;
+    double began = event ? llmpari_now() : 0;
     llmpar_status status = request->comm->vtable->wait(request->comm, request->ticket, block, done, err);
-    if (status || *done) { request->comm = NULL; request->ticket = 0; }
+    if (!status && !*done) return LLMPAR_OK;
+    if (event) {
+        event->begin_s = began;
+        llmpari_trace_end(request->comm, event);
+    }
+    request->comm = NULL;
+    request->ticket = request->event = 0;
     return status;
 }
 LLMPAR_DEF llmpar_status llmpar_test(llmpar_request *request, bool *done, llmpar_error *err) {
@@ -8831,6 +8897,10 @@ LLMPAR_DEF llmpar_status llmpar_comm_group(llmpar_comm *comm, const llmpar_mesh 
     }
     llmpar_mesh_group(mesh, axes, comm->rank, members, n, NULL);
     status = comm->vtable->group(comm, members, n, group, err);
+    if (status == LLMPAR_OK) {
+        (*group)->timeout_s = comm->timeout_s;
+        (*group)->trace     = comm->trace;
+    }
     if (members != few) llmpari_free(NULL, members, bytes);
     return status;
 }
@@ -8844,6 +8914,86 @@ LLMPAR_DEF llmpar_status llmpar_comm_shrink(llmpar_comm *comm, llmpar_comm **sur
 
 LLMPAR_DEF void llmpar_comm_free(llmpar_comm *comm) { if (comm) comm->vtable->free(comm); }
 LLMPAR_DEF void llmpar_comm_abort(llmpar_comm *comm, const char *why) { if (comm && comm->vtable->abort) comm->vtable->abort(comm, why); }
+
+LLMPARI_ONCE_BEGIN
+// ---- Traces ----
+
+LLMPARI_FN int64_t llmpari_trace_events(const llmpar_trace *trace) { return trace ? llmpari_min(trace->n, trace->capacity) : 0; }
+
+LLMPAR_DEF void llmpar_trace_write(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink) {
+    double zero = INFINITY;
+    int64_t id = 0;
+    for (int32_t r = 0; r < n; r++)
+        for (int64_t i = 0; i < llmpari_trace_events(trace[r]); i++) {
+            const llmpar_trace_event *e = &trace[r]->event[i];
+            zero = e->begin_s < zero ? e->begin_s : zero;
+            if (e->started_s > 0 && e->started_s < zero) zero = e->started_s;
+        }
+    llmpari_print(&sink, "{\"displayTimeUnit\": \"ns\", \"traceEvents\": [\n");
+    for (int32_t r = 0; r < n; r++) {
+        llmpari_print(&sink, "%s{\"name\": \"thread_name\", \"ph\": \"M\", \"pid\": 0, \"tid\": %d, \"args\": {\"name\": \"rank %d\"}}", r ? ",\n" : "", r, r);
+        for (int64_t i = 0; i < llmpari_trace_events(trace[r]); i++) {
+            const llmpar_trace_event *e = &trace[r]->event[i];
+            const char *name = llmpar_collective_name((llmpar_collective)e->kind);
+            bool started = e->started_s > 0;
+            for (int end = 0; started && end < (e->end_s > 0 ? 2 : 1); end++)
+                llmpari_print(&sink, ",\n{\"name\": \"%s in flight\", \"cat\": \"comm\", \"ph\": \"%s\", \"id\": %lld, \"pid\": 0, \"tid\": %d, \"ts\": %.3f}", name,
+                              end ? "e" : "b", (long long)id, r, 1e6 * ((end ? e->end_s : e->started_s) - zero));
+            id += started;
+            if (e->end_s == 0) continue;                                                   // never waited for
+            llmpari_print(&sink, ",\n{\"name\": \"%s%s\", \"cat\": \"comm\", \"ph\": \"B\", \"pid\": 0, \"tid\": %d, \"ts\": %.3f, \"args\": {\"group\": %lld, \"ranks\": %d, \"bytes\": %lld",
+                          started ? "wait " : "", name, r, 1e6 * (e->begin_s - zero), (long long)e->group, e->size, (long long)e->payload_bytes);
+            if (e->late >= 0) llmpari_print(&sink, ", \"last\": %d", e->late);
+            llmpari_print(&sink, "}},\n{\"ph\": \"E\", \"pid\": 0, \"tid\": %d, \"ts\": %.3f}", r, 1e6 * (e->end_s - zero));
+        }
+    }
+    llmpari_print(&sink, "\n]}\n");
+}
+
+// The k-th event of a group on a rank: members make the same calls in the same order. NULL: there is none.
+LLMPARI_FN const llmpar_trace_event *llmpari_trace_next(const llmpar_trace *trace, int64_t group, int64_t *at) {
+    for (; *at < llmpari_trace_events(trace); ++*at)
+        if (trace->event[*at].group == group && trace->event[*at].kind != LLMPAR_SEND && trace->event[*at].kind != LLMPAR_RECV) return &trace->event[(*at)++];
+    return NULL;
+}
+
+LLMPAR_DEF void llmpar_trace_summary(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink) {
+    enum { MOST = 64 };
+    int64_t last_group = -1;
+    llmpari_print(&sink, "group ranks  collectives        bytes   in calls ms    least ms  came last\n");
+    for (;;) {
+        int64_t group = INT64_MAX, at[MOST], calls = 0, bytes = 0, late[MOST];
+        int32_t size = 0, known = 0;
+        double sum = 0, least = 0;
+        for (int32_t r = 0; r < n; r++)
+            for (int64_t i = 0; i < llmpari_trace_events(trace[r]); i++)
+                if (trace[r]->event[i].group > last_group && trace[r]->event[i].group < group) { group = trace[r]->event[i].group; size = trace[r]->event[i].size; }
+        if (group == INT64_MAX) return;
+        memset(at, 0, sizeof at);
+        memset(late, 0, sizeof late);
+        for (bool any = true; any; ) {
+            double shortest = INFINITY;
+            any = false;
+            for (int32_t r = 0; r < n && r < MOST; r++) {
+                const llmpar_trace_event *e = llmpari_trace_next(trace[r], group, &at[r]);
+                if (!e) continue;
+                sum += (e->end_s - e->begin_s) / size;
+                if (e->end_s - e->begin_s < shortest) shortest = e->end_s - e->begin_s;
+                if (any) continue;
+                any = true;
+                calls++;
+                bytes += e->payload_bytes;
+                if (e->late >= 0 && e->late < MOST) { late[e->late]++; known++; }
+            }
+            if (any) least += shortest;
+        }
+        llmpari_print(&sink, "%5lld %5d %12lld %12lld %13.3f %11.3f ", (long long)group, size, (long long)calls, (long long)bytes, 1e3 * sum, 1e3 * least);
+        for (int32_t r = 0; r < MOST; r++) if (late[r]) llmpari_print(&sink, " rank %d %.0f %%", r, 100.0 * (double)late[r] / known);
+        llmpari_print(&sink, "\n");
+        last_group = group;
+    }
+}
+LLMPARI_ONCE_END
 
 // ---- A group of one ----
 
@@ -8935,6 +9085,7 @@ LLMPAR_DEF llmpar_status llmpar_comm_self(const llmpar_allocator *allocator, llm
     self->comm.vtable = &vtable;
     self->comm.size   = 1;
     self->comm.timeout_s = INFINITY;
+    self->comm.late      = -1;
     self->comm.impl   = self;
     *comm = &self->comm;
     return LLMPAR_OK;
@@ -8978,7 +9129,8 @@ struct llmpari_post {              // what one member asks for: a cache line tha
     int64_t    *counts;            // [n] send_counts, [n] recv_counts: copies
     uint64_t    sent, wanted;      // AllToAll: sums of hashes of (from, to, count), equal over the team when the counts fit together
     int64_t     over;              // AllReduce: send is recv
-    char        pad[LLMPARI_LINE - 64 - 48];
+    double      came;              // when, if traced
+    char        pad[LLMPARI_LINE - 64 - 56];
 };
 typedef struct llmpari_post llmpari_post;
 
@@ -9111,12 +9263,6 @@ LLMPARI_FN void llmpari_cpu_pause(void) {
 #else
 #define LLMPARI_CLOCK CLOCK_MONOTONIC
 #endif
-LLMPARI_FN double llmpari_now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 LLMPARI_FN bool llmpari_cond_init(pthread_cond_t *cond) {
     pthread_condattr_t attr;
     if (pthread_condattr_init(&attr)) return false;
@@ -9405,6 +9551,11 @@ LLMPARI_FN llmpar_status llmpari_check_posts(llmpari_end *end, int64_t k, llmpar
         wanted += row[i].wanted;
     }
     if (sent != wanted) return llmpari_differ_pairs(end, row, k, err);
+    if (end->comm.trace) {
+        int32_t last = 0;
+        for (int32_t i = 1; i < team->n; i++) if (row[i].came > row[last].came) last = i;
+        end->comm.late = team->ranks[last];
+    }
     end->pull = true;
     if (!end->direct || row->kind != LLMPAR_ALL_REDUCE) return LLMPAR_OK;
     for (int32_t i = 0; i < team->n; i++) over = over || row[i].over;
@@ -9874,6 +10025,7 @@ LLMPARI_FN void llmpari_post_call(llmpari_end *end, const llmpar_call *call, int
     }
     post->recv = call->kind == LLMPAR_BROADCAST && x.recv == 0 ? NULL : (char *)call->recv;
     post->over = call->send == call->recv;
+    if (end->comm.trace) post->came = llmpari_now();
     char *box = llmpari_box_for(end, post, k, call->kind == LLMPAR_BROADCAST ? x.payload : x.send, folds);
     if (box) llmpari_move_bytes(box, (const char *)call->send, x.send);
     if (post->where != LLMPARI_IN_POST) post->data = box ? box : (const char *)call->send;
@@ -10014,6 +10166,7 @@ LLMPARI_FN llmpari_team *llmpari_team_new(llmpar_threads *world, int32_t n, int6
         end->comm.size   = n;
         end->comm.impl   = end;
         end->comm.timeout_s = world->timeout_s;
+        end->comm.id     = world->team_ids;
         end->team        = team;
         end->free_until  = LLMPARI_FLIGHT;
     }
@@ -10066,10 +10219,7 @@ LLMPARI_FN llmpar_status llmpari_threads_group(llmpar_comm *comm, const int32_t 
     llmpari_team *team = llmpari_team_find(parent, members, n, me);
     if (!team && (team = llmpari_team_new(world, n, parent->id)) != NULL)
         for (int32_t i = 0; i < n; i++) team->ranks[i] = parent->ranks[members[i]];
-    if (team) {
-        team->ends[me].joined = true;
-        team->ends[me].comm.timeout_s = comm->timeout_s;
-    }
+    if (team) team->ends[me].joined = true;
     pthread_mutex_unlock(world->mutex);
     if (!team) return llmpari_end_fail(end, LLMPAR_NO_MEMORY, err, "rank %d: no memory for a group of %d ranks", llmpari_me(end), n);
     *sub = &team->ends[me].comm;

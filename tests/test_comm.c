@@ -1005,6 +1005,84 @@ static llmpar_status survive_rank(llmpar_comm *world, void *user, llmpar_error *
     return LLMPAR_OK;
 }
 
+// Traces: blocking and started calls on the world and on groups; rank 1 comes last to all of the world's.
+typedef struct { llmpar_trace trace[4]; llmpar_trace_event room[4][64]; int64_t capacity; } traced;
+static llmpar_status traced_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    traced *t = (traced *)user;
+    llmpar_mesh mesh;
+    llmpar_comm *group;
+    llmpar_request request[2];
+    int64_t x[2] = { 1, 2 };
+    llmpar_call call = LLMPAR_ZERO;
+    t->trace[world->rank].event = t->room[world->rank];
+    t->trace[world->rank].capacity = t->capacity;
+    world->trace = &t->trace[world->rank];
+    TRY(llmpar_mesh_parse("dp=2,tp=2", &mesh, err));
+    TRY(llmpar_comm_group(world, &mesh, 2, &group, err));
+    call.kind = LLMPAR_ALL_REDUCE; call.dtype = LLMPAR_I64;
+    for (int i = 0; i < 5; i++) {
+        if (world->rank == 1) pause_ms(2);
+        TRY(llmpar_all_reduce(world, x, x, 2, LLMPAR_I64, LLMPAR_MAX, err));
+        call.send = call.recv = &x[0]; call.count = 1;
+        TRY(llmpar_start(group, &call, &request[0], err));
+        call.send = call.recv = &x[1];
+        TRY(llmpar_start(group, &call, &request[1], err));
+        TRY(llmpar_wait(&request[1], err));
+        TRY(llmpar_wait(&request[0], err));
+    }
+    llmpar_comm_free(group);
+    return LLMPAR_OK;
+}
+typedef struct { char text[40000]; size_t n; } paper;
+static void paper_write(const char *text, size_t bytes, void *user) {
+    paper *p = (paper *)user;
+    if (p->n + bytes < sizeof p->text) { memcpy(p->text + p->n, text, bytes); p->n += bytes; p->text[p->n] = 0; }
+}
+static int times_in(const char *text, const char *part) {
+    int n = 0;
+    for (; (text = strstr(text, part)) != NULL; text++) n++;
+    return n;
+}
+static void test_trace(void) {
+    TEST("traces: every call, its bytes, its group, who came last; full ones lose the rest") for (int full = 0; full < 2; full++) {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(4, 20);
+        static traced t;
+        static paper p;
+        const llmpar_trace *traces[4];
+        llmpar_sink sink = { paper_write, &p };
+        memset(&t, 0, sizeof t);
+        t.capacity = full ? 7 : 64;
+        CHECK_OK(llmpar_threads_run(&desc, traced_rank, &t, &err), err);
+        for (int r = 0; r < 4; r++) {
+            double before = 0;
+            traces[r] = &t.trace[r];
+            CHECK_EQ(t.trace[r].n, 15);
+            for (int64_t i = 0; i < (full ? 7 : 15); i++) {
+                const llmpar_trace_event *e = &t.room[r][i];
+                CHECK_EQ(e->kind, LLMPAR_ALL_REDUCE);
+                CHECK_EQ(e->payload_bytes, i % 3 ? 8 : 16);
+                CHECK_EQ(e->size, i % 3 ? 2 : 4);
+                CHECK(i % 3 ? e->group > 0 && e->group == t.room[r ^ 1][i].group && e->group != t.room[r ^ 2][i].group : e->group == 0);
+                CHECK(i % 3 ? e->started_s > 0 && e->started_s <= e->begin_s && (e->late | 1) == (r | 1) : e->started_s == 0 && e->late == 1);
+                CHECK(e->end_s >= e->begin_s && (i % 3 || e->begin_s >= before));
+                before = e->end_s;
+            }
+        }
+        p.n = 0;
+        llmpar_trace_write(traces, 4, sink);
+        CHECK_EQ(times_in(p.text, "\"ph\": \"B\""), full ? 28 : 60);
+        CHECK_EQ(times_in(p.text, "\"ph\": \"E\""), full ? 28 : 60);
+        CHECK_EQ(times_in(p.text, "\"ph\": \"b\""), times_in(p.text, "\"ph\": \"e\""));
+        CHECK_EQ(times_in(p.text, "\"last\": 1"), full ? 3 * 4 + times_in(p.text, "\"ranks\": 2, \"bytes\": 8, \"last\": 1") : 5 * 4 + times_in(p.text, "\"ranks\": 2, \"bytes\": 8, \"last\": 1"));
+        p.n = 0;
+        llmpar_trace_summary(traces, 4, sink);
+        CHECK(strstr(p.text, "rank 1 100 %") != NULL);
+        CHECK_EQ(times_in(p.text, "\n"), 4);                                               // the head, the world, two groups
+        CHECK(full || (strstr(p.text, "    0     4            5           80") && times_in(p.text, "2           10           80") == 2));
+    }
+}
+
 static void test_blame(void) {
     TEST("a deadline of one comm, of one call: the text names who all wait for in the end, in whichever group") for (int what = 0; what < 2; what++) {
         llmpar_error err = LLMPAR_ZERO;
@@ -1361,6 +1439,7 @@ int main(void) {
     test_clash();
     test_late();
     test_blame();
+    test_trace();
     test_arguments();
     test_stats();
     test_memory();
