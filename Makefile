@@ -11,7 +11,7 @@ STRICT  := -std=c99 -Wall -Wextra -Wpedantic -Wconversion -Wshadow
 
 EXAMPLES := $(patsubst examples/%.c,$(B)/%,$(wildcard examples/*.c))
 TESTS    := $(patsubst tests/%.c,$(B)/%,$(wildcard tests/test_*.c))
-TOOLS    := $(B)/golden_check $(B)/make_synthetic
+TOOLS    := $(B)/golden_check $(B)/make_synthetic $(B)/fault
 BENCHES  := $(patsubst tests/%.c,$(B)/%,$(wildcard tests/bench_*.c))
 FUZZERS  := $(patsubst tests/%.c,$(B)/%,$(wildcard tests/fuzz_*.c))
 REPLAYS  := $(patsubst tests/%.c,$(B)/%_main,$(wildcard tests/fuzz_*.c))

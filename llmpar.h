@@ -9828,11 +9828,12 @@ LLMPARI_FN llmpar_status llmpari_await(const llmpari_wish *wish, llmpar_error *e
         if (status || done) break;
         if (llmpari_comm_load(world, &world->stopped)) { status = llmpari_last_step(wish, &done, err); break; }
         if (round < world->spin) { if (round > 64) llmpari_cpu_pause(); continue; }
+        if ((round - world->spin) % 16 != 15 && !armed) { sched_yield(); continue; }       // the clock is read now and then
         double now = llmpari_now();
         if (began == 0) began = now;
         status = llmpari_patience(wish, began, now, err);
         if (status) break;
-        if (now - began < 0.001) { sched_yield(); continue; }
+        if (now - began < 0.001) continue;
         if (!armed) {                                                                      // from now on publishers wake; look once more before sleeping
             llmpari_add(world, &team->sleepers->value, 1);
             armed = true;
@@ -10374,7 +10375,7 @@ LLMPAR_DEF llmpar_status llmpar_threads_create(const llmpar_threads_desc *desc, 
     world->tuning    = llmpari_tuning_or(desc->tuning);
     world->timeout_s = desc->timeout_s > 0 ? desc->timeout_s : 60;
     world->n         = desc->n_ranks;
-    world->spin      = desc->n_ranks <= llmpari_cores() ? 1000 : 20;
+    world->spin      = desc->n_ranks <= llmpari_cores() ? 1000 : 2;
     world->bytes     = bytes;
     world->gone      = (int64_t *)(void *)(world + 1);
     world->waits     = world->gone + desc->n_ranks;

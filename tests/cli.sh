@@ -81,6 +81,19 @@ heads_tests() {
     fails "unknown option"                  '\-\-evn'               $h 64 8 128 8 --evn
 }
 
+# ---- fault --backend threads --fault KIND [--at K] [--timeout S] [--late-by S] [--seed X | --seeds N] [--ranks N]
+fault_tests() {
+    f="$B/fault --backend threads"
+    for kind in mismatch-count mismatch-dtype mismatch-op abort; do good "fault $kind" '^'$kind': 20 of 20 seeds good' $f --fault $kind --seeds 20; done
+    for kind in dead late; do good "fault $kind" '^'$kind': 5 of 5 seeds good' $f --fault $kind --timeout 0.1 --seeds 5 --seed 11; done
+    good "fault late, but in time"  '^  rank [0-9], good, after .*: no error$'              $f --fault late --late-by 0.05 --timeout 5 --seed 3
+    good "fault names the culprit"  '^  rank 2, good, .*: aborted: rank 0: gives up$'       $f --fault abort --ranks 5 --seed 1
+    fails "fault without a fault"   'which --fault'                                         $f --seed 1
+    fails "fault of no kind"        'bad value of --fault'                                  $f --fault nap
+    fails "fault with a bad number" 'bad value of --ranks'                                  $f --fault dead --ranks 1
+    fails "fault, unknown option"   'unknown option --x'                                    $f --x 1
+}
+
 # ---- golden_check DIR MESH [--sp] [--dtype f32|bf16]
 golden_tests() {
     g=$B/golden_check; line='^max \|dlogits\| [0-9.e+-]+  hidden [0-9.e+-]+  greedy 48/48$'
@@ -344,6 +357,7 @@ header_tests() {
 printf '1 2 3\n' > "$T/small"
 here heads        && heads_tests
 here golden_check && golden_tests
+here fault        && fault_tests
 here llama        && llama_tests
 here llama        && here heads && strace_tests
 here engine       && engine_tests
