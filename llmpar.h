@@ -9110,6 +9110,7 @@ enum {
     LLMPARI_LINE       = 128,      // two cache lines: neighbours are fetched in pairs
     LLMPARI_MAIL       = 64,       // Send and Recv in flight of one member
     LLMPARI_MAIL_BOXES = 8,        // of them buffered
+    LLMPARI_CHUNK      = 32 << 10, // a message of twice that and more is copied in such pieces, by both sides
     LLMPARI_TEXT       = 320
 };
 
@@ -9136,7 +9137,7 @@ typedef struct llmpari_post llmpari_post;
 
 typedef struct llmpari_unit { int64_t claim, done; char pad[LLMPARI_LINE - 16]; } llmpari_unit;   // shared: both k + 1; done = -(k + 1): given up
 
-enum { LLMPARI_FREE = 0, LLMPARI_POSTED, LLMPARI_MATCHED, LLMPARI_DONE, LLMPARI_DENIED, LLMPARI_DROPPED };
+enum { LLMPARI_FREE = 0, LLMPARI_POSTED, LLMPARI_MATCHED, LLMPARI_COPYING, LLMPARI_DONE, LLMPARI_DENIED, LLMPARI_DROPPED };
 typedef struct llmpari_mail {      // a Send or Recv that waits for its counterpart; all but `state` under mail_lock
     int64_t state;                 // shared
     int64_t seq;                   // of this member's Send and Recv
@@ -9144,6 +9145,9 @@ typedef struct llmpari_mail {      // a Send or Recv that waits for its counterp
     int64_t count;
     double  timeout_s;
     int32_t peer, dtype, box;      // box -1: data is the caller's
+    char   *to;                    // the copy of a large message, in chunks that both sides take: of how many bytes, from where to where ...
+    const char *from;
+    int64_t bytes, taken, copied;  // ... shared: chunks taken, chunks copied
     bool    is_send, held;         // held: somebody has a ticket for it
 } llmpari_mail;
 
@@ -9186,6 +9190,7 @@ struct llmpari_team {
     uint64_t       *mail_used;     // [n] a bit per entry
     uint32_t       *mail_boxed;    // [n] a bit per box
     char           *mail_boxes;    // [n][LLMPARI_MAIL_BOXES][LLMPARI_BOX]
+    llmpari_line   *mail_large;    // [n] shared: the member's messages that are being copied in chunks
     llmpari_line   *mail_lock;     // shared: 0 or 1
     llmpari_line   *sleepers;      // shared
     int64_t         wakes;         // shared
@@ -9353,9 +9358,12 @@ LLMPARI_FN void llmpari_drain(llmpari_end *end) {
         llmpari_mail *mail = &team->mail[end->comm.rank * LLMPARI_MAIL + i];
         llmpari_mail_lock(team);
         if (mail->state == LLMPARI_POSTED && mail->held) llmpari_comm_store(world, &mail->state, LLMPARI_DROPPED);
-        bool busy = mail->state == LLMPARI_MATCHED;
+        bool busy = mail->state == LLMPARI_MATCHED || mail->state == LLMPARI_COPYING;
         llmpari_mail_unlock(team);
-        while (busy && llmpari_comm_load(world, &mail->state) == LLMPARI_MATCHED) sched_yield();
+        for (int64_t state; busy; busy = state == LLMPARI_MATCHED || state == LLMPARI_COPYING) {
+            sched_yield();
+            state = llmpari_comm_load(world, &mail->state);
+        }
     }
 }
 
@@ -9671,6 +9679,24 @@ typedef struct llmpari_wish { llmpari_end *end; llmpari_goal goal; int64_t arg; 
 
 LLMPARI_FN llmpari_mail *llmpari_mail_of(const llmpari_end *end, int64_t entry) { return &end->team->mail[(int64_t)end->comm.rank * LLMPARI_MAIL + entry]; }
 
+// Copies chunks of a large message that nobody has taken yet.
+LLMPARI_FN void llmpari_mail_copy(llmpar_threads *world, llmpari_mail *mail) {
+    int64_t chunks = (mail->bytes + LLMPARI_CHUNK - 1) / LLMPARI_CHUNK;
+    for (int64_t i; (i = llmpari_comm_load(world, &mail->taken)) < chunks; ) {
+        if (!llmpari_swap(world, &mail->taken, i, i + 1)) continue;
+        llmpari_move_bytes(mail->to + i * LLMPARI_CHUNK, mail->from + i * LLMPARI_CHUNK, llmpari_min(LLMPARI_CHUNK, mail->bytes - i * LLMPARI_CHUNK));
+        llmpari_add(world, &mail->copied, 1);
+    }
+}
+
+// Who waits takes part in copies of its own messages.
+LLMPARI_FN void llmpari_mail_help(llmpari_end *end) {
+    llmpar_threads *world = end->team->world;
+    bool any = llmpari_comm_load(world, &end->team->mail_large[end->comm.rank].value) > 0;
+    for (int32_t i = 0; i < LLMPARI_MAIL && any; i++)
+        if (llmpari_comm_load(world, &llmpari_mail_of(end, i)->state) == LLMPARI_COPYING) llmpari_mail_copy(world, llmpari_mail_of(end, i));
+}
+
 LLMPARI_FN llmpar_status llmpari_step(const llmpari_wish *wish, bool *done, llmpar_error *err) {
     llmpari_end *end = wish->end;
     llmpari_team *team = end->team;
@@ -9682,6 +9708,7 @@ LLMPARI_FN llmpar_status llmpari_step(const llmpari_wish *wish, bool *done, llmp
         end->free_until = llmpari_retired(team) + LLMPARI_FLIGHT;
         *done = end->free_until > wish->arg;
     } else if (wish->goal == LLMPARI_GOAL_MAIL) {
+        llmpari_mail_help(end);
         int64_t state = llmpari_comm_load(team->world, &llmpari_mail_of(end, wish->arg)->state);
         if (state == LLMPARI_DENIED) return LLMPARI_FAIL(err, LLMPAR_MISMATCH, "%s", team->world->reason);
         *done = state == LLMPARI_DONE;
@@ -9901,6 +9928,23 @@ LLMPARI_FN llmpari_mail *llmpari_mail_post(llmpari_end *end, const llmpar_call *
     return mail;
 }
 
+// The copy of a large message, together with its other side if that waits.
+LLMPARI_FN void llmpari_mail_chunks(llmpari_team *team, const llmpar_call *call, int64_t bytes, llmpari_mail *mail) {
+    llmpar_threads *world = team->world;
+    bool sends = call->kind == LLMPAR_SEND;
+    mail->to    = sends ? mail->data : (char *)call->recv;
+    mail->from  = sends ? (const char *)call->send : mail->data;
+    mail->bytes = bytes;
+    mail->taken = mail->copied = 0;
+    llmpari_comm_store(world, &mail->state, LLMPARI_COPYING);
+    llmpari_add(world, &team->mail_large[call->peer].value, 1);
+    llmpari_wake(team);
+    llmpari_mail_copy(world, mail);
+    for (int64_t round = 0; llmpari_comm_load(world, &mail->copied) < (bytes + LLMPARI_CHUNK - 1) / LLMPARI_CHUNK; round++)
+        if (round < world->spin) llmpari_cpu_pause(); else sched_yield();
+    llmpari_add(world, &team->mail_large[call->peer].value, -1);
+}
+
 // The counterpart `found` of member `peer` is matched: copies, and lets it go.
 LLMPARI_FN llmpar_status llmpari_mail_deliver(llmpari_end *end, const llmpar_call *call, int64_t bytes, llmpari_mail *mail, int32_t found,
                                               llmpar_error *err) {
@@ -9908,7 +9952,8 @@ LLMPARI_FN llmpar_status llmpari_mail_deliver(llmpari_end *end, const llmpar_cal
     llmpar_status status = LLMPAR_OK;
     bool sends = call->kind == LLMPAR_SEND, equal = mail->count == call->count && mail->dtype == (int32_t)call->dtype;
     int32_t me = llmpari_me(end), peer = team->ranks[call->peer];
-    if (equal) llmpari_move_bytes(sends ? mail->data : (char *)call->recv, sends ? (const char *)call->send : mail->data, bytes);
+    if (equal && mail->held && bytes >= 2 * LLMPARI_CHUNK) llmpari_mail_chunks(team, call, bytes, mail);
+    else if (equal) llmpari_move_bytes(sends ? mail->data : (char *)call->recv, sends ? (const char *)call->send : mail->data, bytes);
     else {
         const char *mine = llmpar_dtype_name(call->dtype), *other = llmpar_dtype_name((llmpar_dtype)mail->dtype);
         char text[LLMPARI_TEXT];
@@ -10095,7 +10140,7 @@ LLMPARI_FN size_t llmpari_place(size_t *at, int64_t n, size_t bytes) {
 
 // Lays the arrays of a team of n out in memory (NULL: only adds up). Boxes come last and are not cleared.
 LLMPARI_FN size_t llmpari_team_layout(llmpari_team *team, char *base, int64_t n, int64_t large_bytes, size_t *clear) {
-    size_t at = 0, place[14];
+    size_t at = 0, place[15];
     place[0]  = llmpari_place(&at, 1, sizeof *team);
     place[1]  = llmpari_place(&at, n, sizeof *team->ends);
     place[2]  = llmpari_place(&at, n * LLMPARI_FLIGHT, sizeof *team->posts);
@@ -10106,6 +10151,7 @@ LLMPARI_FN size_t llmpari_team_layout(llmpari_team *team, char *base, int64_t n,
     place[7]  = llmpari_place(&at, n, sizeof *team->mail_boxed);
     place[8]  = llmpari_place(&at, 2, sizeof *team->sleepers);
     place[9]  = llmpari_place(&at, n, sizeof *team->ranks);
+    place[14] = llmpari_place(&at, n, sizeof *team->mail_large);
     *clear = at;
     place[10] = llmpari_place(&at, n * LLMPARI_FLIGHT * 2 * n, sizeof *team->counts);
     place[11] = llmpari_place(&at, n * LLMPARI_FLIGHT, LLMPARI_BOX);
@@ -10119,6 +10165,7 @@ LLMPARI_FN size_t llmpari_team_layout(llmpari_team *team, char *base, int64_t n,
     team->mail       = (llmpari_mail *)(void *)(base + place[5]);
     team->mail_used  = (uint64_t     *)(void *)(base + place[6]);
     team->mail_boxed = (uint32_t     *)(void *)(base + place[7]);
+    team->mail_large = (llmpari_line *)(void *)(base + place[14]);
     team->mail_lock  = (llmpari_line *)(void *)(base + place[8]);
     team->sleepers   = team->mail_lock + 1;
     team->ranks      = (int32_t      *)(void *)(base + place[9]);

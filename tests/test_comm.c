@@ -560,7 +560,41 @@ static llmpar_status crowd_rank(llmpar_comm *world, void *user, llmpar_error *er
     return status;
 }
 
+// Large messages both ways at a time, started in any order, waited for in any order: both sides copy.
+static llmpar_status exchange_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    static const int64_t sizes[] = { 16384, 16385, 100000, 250001 };
+    int32_t right = (world->rank + 1) % world->size, left = (world->rank + world->size - 1) % world->size;
+    int32_t *out = (int32_t *)malloc(250001 * 4), *in = (int32_t *)malloc(250001 * 4);
+    llmpar_status status = LLMPAR_OK;
+    uint64_t seed = *(const uint64_t *)user + (uint64_t)world->rank;
+    for (int i = 0; i < 40 && !status; i++) {
+        llmpar_call call[2] = { LLMPAR_ZERO, LLMPAR_ZERO };
+        llmpar_request request[2];
+        int64_t count = sizes[i % 4];
+        for (int64_t k = 0; k < count; k++) { out[k] = (int32_t)(k * 7 + world->rank + i); in[k] = -1; }
+        call[0].kind = LLMPAR_SEND; call[0].send = out; call[0].peer = right;
+        call[1].kind = LLMPAR_RECV; call[1].recv = in;  call[1].peer = left;
+        call[0].count = call[1].count = count;
+        call[0].dtype = call[1].dtype = LLMPAR_I32;
+        seed = seed * 6364136223846793005u + 1442695040888963407u;
+        int first = (int)(seed >> 60 & 1), wait = (int)(seed >> 61 & 1);
+        if (seed >> 62 & 1) pause_ms(1);
+        for (int k = 0; k < 2 && !status; k++) status = llmpar_start(world, &call[k ^ first], &request[k ^ first], err);
+        for (int k = 0; k < 2 && !status; k++) status = llmpar_wait(&request[k ^ wait], err);
+        for (int64_t k = 0; k < count && !status; k++) if (in[k] != (int32_t)(k * 7 + left + i)) status = bad(err, "element %lld is wrong", (long long)k);
+    }
+    free(out);
+    free(in);
+    return status;
+}
+
 static void test_mail(void) {
+    TEST("large messages both ways") for (int n = 1; n <= 4; n++) {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(n, 10);
+        uint64_t seed = test_random();
+        CHECK_OK(llmpar_threads_run(&desc, exchange_rank, &seed, &err), err);
+    }
     for (int n = 1; n <= 4; n++) {
         char name[64];
         snprintf(name, sizeof name, "Send and Recv around a ring of %d", n);
@@ -1021,7 +1055,7 @@ static llmpar_status traced_rank(llmpar_comm *world, void *user, llmpar_error *e
     TRY(llmpar_comm_group(world, &mesh, 2, &group, err));
     call.kind = LLMPAR_ALL_REDUCE; call.dtype = LLMPAR_I64;
     for (int i = 0; i < 5; i++) {
-        if (world->rank == 1) pause_ms(2);
+        if (world->rank == 1) pause_ms(20);
         TRY(llmpar_all_reduce(world, x, x, 2, LLMPAR_I64, LLMPAR_MAX, err));
         call.send = call.recv = &x[0]; call.count = 1;
         TRY(llmpar_start(group, &call, &request[0], err));
@@ -1033,7 +1067,7 @@ static llmpar_status traced_rank(llmpar_comm *world, void *user, llmpar_error *e
     llmpar_comm_free(group);
     return LLMPAR_OK;
 }
-typedef struct { char text[40000]; size_t n; } paper;
+typedef struct { char text[100000]; size_t n; } paper;
 static void paper_write(const char *text, size_t bytes, void *user) {
     paper *p = (paper *)user;
     if (p->n + bytes < sizeof p->text) { memcpy(p->text + p->n, text, bytes); p->n += bytes; p->text[p->n] = 0; }
