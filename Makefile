@@ -12,7 +12,9 @@ STRICT  := -std=c99 -Wall -Wextra -Wpedantic -Wconversion -Wshadow
 EXAMPLES := $(patsubst examples/%.c,$(B)/%,$(wildcard examples/*.c))
 TESTS    := $(patsubst tests/%.c,$(B)/%,$(wildcard tests/test_*.c))
 TOOLS    := $(B)/golden_check $(B)/make_synthetic $(B)/fault
-BENCHES  := $(patsubst tests/%.c,$(B)/%,$(wildcard tests/bench_*.c))
+BENCHES  := $(patsubst tests/%.c,$(B)/%,$(filter-out tests/bench_comm_mpi.c,$(wildcard tests/bench_*.c)))
+# bench_comm's peers, one for each MPI whose compiler is found.
+PEERS    := $(foreach mpi,openmpi mpich,$(if $(shell command -v mpicc.$(mpi)),$(B)/bench_comm_$(mpi)))
 FUZZERS  := $(patsubst tests/%.c,$(B)/%,$(wildcard tests/fuzz_*.c))
 REPLAYS  := $(patsubst tests/%.c,$(B)/%_main,$(wildcard tests/fuzz_*.c))
 
@@ -23,14 +25,14 @@ LDLIBS += $(if $(CBLAS_LIBS),$(CBLAS_LIBS),-lopenblas)
 endif
 
 .PHONY: all help demo test stress bench hygiene sanitize fuzz clean
-all: $(EXAMPLES) $(TOOLS)
+all: $(EXAMPLES) $(TOOLS) $(B)/bench_comm $(PEERS)
 
 help:
 	@echo "make            build every example and tool into build/"
 	@echo "make demo       the same readable text from a real checkpoint on 1, 2, 3 and 4 thread-ranks"
 	@echo "make test       all tests, seeded and short; last line: N passed, N failed"
 	@echo "make stress     the same tests with the full counts (minutes)"
-	@echo "make bench      speed of planner, kernels, decode and prefill, with ratios to this machine's limits"
+	@echo "make bench      speed of planner, kernels, collectives (beside MPI's), decode and prefill, with ratios to this machine's limits"
 	@echo "make hygiene    warnings, language standards, symbols, contents, README snippets"
 	@echo "make sanitize   all tests under ASan+UBSan and under TSan"
 	@echo "make fuzz       libFuzzer on every parser, FUZZ_S=60 seconds each"
@@ -46,6 +48,10 @@ $(TESTS): $(B)/%: tests/%.c llmpar.h tests/test.h | $(B)
 	$(CC) $(TFLAGS) $(STRICT) -I. -Itests $< -o $@ $(LDLIBS)
 $(TOOLS) $(BENCHES): $(B)/%: tests/%.c llmpar.h tests/test.h | $(B)
 	$(CC) $(CFLAGS) $(STRICT) -I. -Itests $< -o $@ $(LDLIBS)
+
+$(B)/bench_comm: tests/bench_comm.h
+$(PEERS): $(B)/bench_comm_%: tests/bench_comm_mpi.c tests/bench_comm.h | $(B)
+	mpicc.$* $(CFLAGS) $(STRICT) -DBENCH_MPI -Itests $< -o $@
 
 demo: $(B)/llama
 	@sh tests/demo.sh

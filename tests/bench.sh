@@ -31,11 +31,23 @@ run() { # run TITLE COMMAND...
     { "$@" 2>&1; echo $? > "$D/status"; } | tee -a "$D/all"
     [ "$(cat "$D/status")" = 0 ] || { failed=$((failed + 1)); echo "FAILED: $*"; }
 }
+# The threads backend beside the MPIs whose compilers are found, then against the probed latency and bandwidth.
+comm() {
+    for mpi in openmpi mpich; do
+        if ! command -v mpicc.$mpi > /dev/null; then echo "SKIP $mpi: no mpicc.$mpi (Debian: apt-get install libopenmpi-dev openmpi-bin libmpich-dev mpich)"; continue; fi
+        mpicc.$mpi $CFLAGS -std=c99 -DBENCH_MPI -Itests tests/bench_comm_mpi.c -o "$D/bench_comm_$mpi" || { failed=$((failed + 1)); echo "FAILED: bench_comm_mpi.c does not build with mpicc.$mpi"; }
+    done
+    run "bench_comm, 2 ranks" "$program"
+    run "bench_comm, the other collectives" "$program" --op allgather,reducescatter,alltoall,sendrecv,broadcast
+    run "bench_comm, 4 ranks" "$program" --ranks 4
+    run "bench_comm, physics" "$program" --physics --peer none
+}
 : > "$D/all"
 for source in tests/bench_*.c; do
     name=$(basename "$source" .c); program=$D/$name
-    case $name in *"$LLMPAR_BENCH"*) ;; *) continue ;; esac
+    case $name in bench_comm_mpi) continue ;; *"$LLMPAR_BENCH"*) ;; *) continue ;; esac
     if ! $CC $CFLAGS -std=c99 $cblas -DBENCH_FLAGS="\"$CFLAGS\"" -I. -Itests "$source" -o "$program" -lpthread -lm $libs; then failed=$((failed + 1)); echo "FAILED: $source does not build"; continue; fi
+    if [ "$name" = bench_comm ]; then comm; continue; fi
     if [ "$name" != bench_decode ]; then run "$name" "$program"; continue; fi
     if ! synthetic "$B/synthetic-f32" || ! synthetic "$B/synthetic-bf16" --dtype bf16; then failed=$((failed + 1)); echo "FAILED: cannot write the synthetic checkpoints into $B"; continue; fi
     run "$name" "$program" "$B/synthetic-f32" "$B/synthetic-bf16" ${torch:+--torch "$torch"}

@@ -333,6 +333,34 @@ explain_tests() {
     fails "no arguments"                              '[Uu]sage|usage' $x
 }
 
+# ---- bench_comm: that it measures, checks and refuses; no time is looked at
+comm_tests() {
+    c=$B/bench_comm
+    good "a row of AllReduce"             '^allreduce +2 +1024 (near|far|busy|mixed) +[0-9.]+ +- +- ' $c --peer none --bytes 4,1024 --runs 1 --csv "$T/comm.csv"
+    [ "$(grep -c '^allreduce' "$T/out")" = 2 ] && [ "$(grep -c '^allreduce,2,' "$T/comm.csv")" = 2 ] && ok || bad "bench_comm: two sizes, two rows"
+    good "every collective on 3 ranks"    '^broadcast +3 ' $c --peer none --bytes 12,6K --runs 1 --ranks 3 --op allreduce,allgather,reducescatter,alltoall,sendrecv,broadcast
+    [ "$(grep -c '^[a-z]* *3 ' "$T/out")" = 12 ] && ok || bad "bench_comm: six collectives of two sizes, twelve rows"
+    good "against the processor"          '^allreduce +2 +4 ' $c --peer none --bytes 4,8K --runs 1 --physics
+    for mpi in openmpi mpich; do
+        if [ ! -x "$B/bench_comm_$mpi" ]; then
+            good "$mpi that is missing"   "^allreduce .*not installed" $c --peer $mpi --bytes 4 --runs 1
+            skip "bench_comm beside $mpi: no mpicc.$mpi"; continue
+        fi
+        good "every collective beside $mpi" '^broadcast +2 ' $c --peer $mpi --bytes 8,64K --runs 1 --op allreduce,allgather,reducescatter,alltoall,sendrecv,broadcast
+        [ "$(awk '$1 ~ /^[a-z]+$/ && $2 == 2 && $3 ~ /^[0-9]+$/ && ($6 > 0) + ($7 > 0) == 1' "$T/out" | wc -l)" = 12 ] && ok || bad "bench_comm: six collectives of two sizes, twelve times of $mpi"
+    done
+    for value in 0 65 x 2x 1.5 -1 '' 4294967298 99999999999999999999; do fails "$value ranks" "^bench_comm: --ranks: .*\"$value\"" $c --peer none --ranks "$value"; done
+    for value in 0 102 x 1.5 ''; do fails "$value runs" "^bench_comm: --runs: .*\"$value\"" $c --peer none --runs "$value"; done
+    for value in 0 2 6 4x 4, ,4 4,,8 -4 K 2G 4KK 99999999999999999999 ''; do fails "$value bytes" "^bench_comm: --bytes: .*\"$value\"" $c --peer none --bytes "$value"; done
+    fails "bytes that do not divide"      'allgather on 3 ranks.*12.*1024' $c --peer none --ranks 3 --op allgather --bytes 1024
+    fails "an unknown collective"         '^bench_comm: --op: .*"allreduc"' $c --op allreduc
+    fails "an unknown peer"               '^bench_comm: --peer: .*"nccl"'   $c --peer nccl
+    fails "an unknown dtype"              '^bench_comm: --dtype: .*"f8"'    $c --dtype f8
+    fails "a file that cannot be"         'no-such-folder'                $c --peer none --csv "$T/no-such-folder/x.csv"
+    fails "an unknown option"             '"--bogus"'                     $c --bogus
+    fails "an option without its value"   '^bench_comm: --runs needs'     $c --runs
+}
+
 # ---- what an example's first comment says it prints, it prints: the lines indented by three that are no commands, each a line of the first command's output.
 # Numbers like 4.1e-06 depend on the compiler: only their place is compared.
 header_tests() {
@@ -363,7 +391,8 @@ here llama        && here heads && strace_tests
 here engine       && engine_tests
 here explain      && explain_tests
 here hello        && good "hello" '.' "$B/hello"
-for program in explain heads llama engine; do
+here bench_comm   && comm_tests
+for program in explain heads llama engine bench_comm; do
     here $program || continue
     good "$program --help" "^(usage: )?$program " "$B/$program" --help
     [ -s "$T/out" ] && [ ! -s "$T/err" ] && ok || bad "$program --help writes to stderr"
