@@ -40,7 +40,7 @@ static double quantile(double *x, int n, double q) {
 
 // ---- probes: two threads, the second of them started for the probe --------------------------------------------------------------------------------------
 
-enum { PONGS = 1000, BURSTS = 21, SHARED = 256 << 10, SHARED_TURNS = 15, MEMORY_TURNS = 5 };
+enum { PONGS = 300, BURSTS = 31, SHARED = 256 << 10, SHARED_TURNS = 15, MEMORY_TURNS = 5 };
 #define MEMORY_BYTES ((int64_t)256 << 20)              // of both threads together
 typedef struct probes { double latency_ns, cross, read, write; } probes;                    // GB/s; read and write: both threads together, 0 = not probed
 static struct { char before[128]; int turn; char after[128]; float *shared, *memory; double seconds[2][MEMORY_TURNS][2]; uint32_t sink[2][32]; } probe;

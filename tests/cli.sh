@@ -339,7 +339,7 @@ comm_tests() {
     good "a row of AllReduce"             '^allreduce +2 +1024 (near|far|busy|mixed) +[0-9.]+ +- +- ' $c --peer none --bytes 4,1024 --runs 1 --csv "$T/comm.csv"
     [ "$(grep -c '^allreduce' "$T/out")" = 2 ] && [ "$(grep -c '^allreduce,2,' "$T/comm.csv")" = 2 ] && ok || bad "bench_comm: two sizes, two rows"
     good "every collective on 3 ranks"    '^broadcast +3 ' $c --peer none --bytes 12,6K --runs 1 --ranks 3 --op allreduce,allgather,reducescatter,alltoall,sendrecv,broadcast
-    [ "$(grep -c '^[a-z]* *3 ' "$T/out")" = 12 ] && ok || bad "bench_comm: six collectives of two sizes, twelve rows"
+    [ "$(grep -c '^[a-z][a-z]* *3 ' "$T/out")" = 12 ] && ok || bad "bench_comm: six collectives of two sizes, twelve rows"
     good "against the processor"          '^allreduce +2 +4 ' $c --peer none --bytes 4,8K --runs 1 --physics
     for mpi in openmpi mpich; do
         if [ ! -x "$B/bench_comm_$mpi" ]; then
