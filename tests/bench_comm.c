@@ -9,8 +9,8 @@
 // rounds' ratios. Only one side is awake at a time: llmpar's threads wait on a condition variable, MPI's ranks in read() on a FIFO. Nobody is pinned to a processor, on
 // any side (--bind-to none). All sides check results: once with a pattern for each row, and the last iteration of every turn.
 // OpenMPI and MPICH run with glibc.malloc.mmap_threshold and trim_threshold raised, so that their temporary buffers are not mapped anew in every call.
-// Label of a row: one-way latency of a cache line between two threads, before and after it: near (< 40 ns), far (< 300 ns), busy; mixed when the two differ: such a row is
-// measured again, at most 3 times, and has no goal then.
+// Label of a row: one-way latency of a cache line between two threads, before and after it: near (< 40 ns), far (< 300 ns), busy (the processors do other
+// work); mixed when the two differ. A busy or mixed row is measured again, at most 3 times, and has no goal if it stays so. `chrt -f 1` or `nice -n -15` (root) keep other work away.
 // --physics: touching lies outside of the clock, which is read around every single call after a barrier (below 4096 bytes it stays inside, where it is one or a few stores).
 // Limits: 4 B at most 3 times the one-way latency; 64 MB at most 1.3 times what reading 2S and writing 2S past the caches takes at the bandwidths probed with 2 threads.
 #define LLMPAR_IMPLEMENTATION
@@ -475,8 +475,8 @@ static int run_row(bench *b, int op, int64_t bytes) {
         if (llmpar_threads_run(&desc, rank_main, b, &err)) { fprintf(stderr, "bench_comm: %s of %lld bytes: %s\n", op_name[op], (long long)bytes, err.text); return 1; }
         probe_all(&w.after, memory);
         w.label = label_of(&w.before);
-        if (strcmp(w.label, label_of(&w.after)) == 0) break;
-        w.label = "mixed";
+        if (strcmp(w.label, label_of(&w.after)) != 0) w.label = "mixed";
+        if (strcmp(w.label, "near") == 0 || strcmp(w.label, "far") == 0) break;
     }
     finish_row(b, &w);
     print_row(b, &w);
