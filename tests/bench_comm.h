@@ -17,7 +17,11 @@ typedef struct bench_task {
     int32_t warm, iterations, batches;
     int64_t bytes;                 // of the larger of input and output, per rank
 } bench_task;
-typedef struct bench_reply { int32_t wrong; double us[BENCH_BATCHES]; } bench_reply;       // us: one iteration, mean of each batch, of the slowest rank
+typedef struct bench_reply {       // of all ranks
+    int32_t wrong;                 // elements
+    double  us[BENCH_BATCHES];     // one iteration, mean of each batch, of the slowest rank
+    double  away[BENCH_BATCHES];   // the part of each batch in which some rank had no processor
+} bench_reply;
 
 typedef struct bench_end bench_end;
 typedef int (*bench_call)(bench_end *end, int64_t count, int root);                        // count: elements of task.bytes; 0 = done
@@ -35,11 +39,12 @@ struct bench_end {                 // one rank
 typedef float    bench_vec  __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t bench_bits __attribute__((vector_size(64), aligned(4), may_alias));
 
-static double bench_now(void) {
+static double bench_clock(clockid_t id) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(id, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
+static double bench_now(void) { return bench_clock(CLOCK_MONOTONIC); }
 
 // Ordinary stores of one value, and a sum over all bits: as fast as plain code can write and read.
 static void bench_fill(float *p, int64_t n, float value) {
@@ -147,7 +152,8 @@ static int bench_run(bench_end *end, const bench_task *task, bench_reply *reply)
     }
     if ((failed = end->sync(end))) return failed;
     for (int b = 0; b < task->batches; b++) {
-        double seconds = 0, start = bench_now();
+        const double cpu = bench_clock(CLOCK_THREAD_CPUTIME_ID), begin = bench_now();
+        double seconds = 0, start = begin;
         for (const int stop = i + task->iterations; i < stop; i++) {
             bench_touch(end, op, in, i);
             if (task->physics) { if ((failed = end->sync(end))) return failed; start = bench_now(); }
@@ -155,8 +161,9 @@ static int bench_run(bench_end *end, const bench_task *task, bench_reply *reply)
             if (task->physics) seconds += bench_now() - start;
             sink += bench_read(end->recv, out);
         }
-        if (!task->physics) seconds = bench_now() - start;
-        reply->us[b] = 1e6 * seconds / task->iterations;
+        const double all = bench_now() - begin;
+        reply->us[b]   = 1e6 * (task->physics ? seconds : all) / task->iterations;
+        reply->away[b] = 1 - (bench_clock(CLOCK_THREAD_CPUTIME_ID) - cpu) / all;
     }
     if (i > 0) reply->wrong += bench_constant(end, op, out, i - 1);
     *(volatile uint32_t *)&end->sink = sink;

@@ -81,7 +81,8 @@ int main(int argc, char **argv) {
         for (int r = 0; r < end.ranks; r++) counts[r] = (int)(task.bytes / 4) / end.ranks;
         if (bench_run(&end, &task, &mine)) MPI_Abort(MPI_COMM_WORLD, 1);
         MPI_Reduce(&mine.wrong, &all.wrong, 1, MPI_INT, MPI_SUM, 0, MPI_COMM_WORLD);
-        MPI_Reduce(mine.us, all.us, BENCH_BATCHES, MPI_DOUBLE, MPI_MAX, 0, MPI_COMM_WORLD);
+        MPI_Reduce(mine.us,   all.us,   BENCH_BATCHES, MPI_DOUBLE, MPI_MAX, 0, MPI_COMM_WORLD);
+        MPI_Reduce(mine.away, all.away, BENCH_BATCHES, MPI_DOUBLE, MPI_MAX, 0, MPI_COMM_WORLD);
         if (out >= 0 && write(out, &all, sizeof all) != (ssize_t)sizeof all) break;
     }
     MPI_Finalize();
