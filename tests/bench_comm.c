@@ -43,7 +43,7 @@ static double quantile(double *x, int n, double q) {
 
 // ---- probes: two threads, the second of them started for the probe --------------------------------------------------------------------------------------
 
-enum { PONGS = 300, BURSTS = 31, SHARED = 256 << 10, SHARED_TURNS = 15, MEMORY_TURNS = 5 };
+enum { PONGS = 300, BURSTS = 31, SHARED = 256 << 10, SHARED_TURNS = 15, MEMORY_TURNS = 7 };
 #define MEMORY_BYTES ((int64_t)256 << 20)              // of both threads together
 typedef struct probes { double latency_ns, cross, read, write; } probes;                    // GB/s; read and write: both threads together, 0 = not probed
 static struct { char before[128]; int turn; char after[128]; float *shared, *memory; double seconds[2][MEMORY_TURNS][2]; uint32_t sink[2][32]; } probe;
@@ -120,7 +120,7 @@ static void probe_all(probes *found, bool with_memory) {
         probe_memory(0);
         for (int what = 0; what < 2; what++) {
             for (int t = 0; t < MEMORY_TURNS; t++) x[t] = (double)MEMORY_BYTES / fmax(probe.seconds[0][t][what], probe.seconds[1][t][what]) / 1e9;
-            *(what ? &found->write : &found->read) = quantile(x, MEMORY_TURNS, 0.5);
+            *(what ? &found->write : &found->read) = quantile(x, MEMORY_TURNS, 0.9);   // other work only takes away
         }
     }
     pthread_join(thread, NULL);
@@ -424,10 +424,10 @@ static double ratio_goal(const bench *b, const row *w, int *against) {
 static double physical(const bench *b, const row *w, double *times) {
     if (!b->physics || w->op != BENCH_ALL_REDUCE || b->ranks != 2 || strcmp(w->label, "near") * strcmp(w->label, "far") != 0) return 0;
     *times = 3;
-    if (w->bytes == 4) return (w->before.latency_ns + w->after.latency_ns) / 2e3;
+    if (w->bytes == 4) return fmin(w->before.latency_ns, w->after.latency_ns) / 1e3;   // the stricter of both probes
     *times = 1.3;
     if (w->bytes < 64 << 20) return 0;
-    return 2e-3 * (double)w->bytes * (2 / (w->before.read + w->after.read) + 2 / (w->before.write + w->after.write));
+    return 2e-3 * (double)w->bytes * (1 / fmax(w->before.read, w->after.read) + 1 / fmax(w->before.write, w->after.write));
 }
 
 static void cell(char *text, size_t room, const bench *b, const row *w, int side) {
