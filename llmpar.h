@@ -8548,7 +8548,9 @@ LLMPARI_FN const char *llmpari_reduce_name(int32_t reduce) {
     return reduce == LLMPAR_SUM ? "sum" : reduce == LLMPAR_MAX ? "max" : reduce == LLMPAR_MIN ? "min" : "unknown reduction";
 }
 
-LLMPARI_FN llmpar_status llmpari_count_bytes(const char *kind, int64_t count, int64_t element, int64_t *bytes, llmpar_error *err) {
+LLMPARI_FN llmpar_status llmpari_count_bytes(llmpar_collective what, int64_t count, int64_t element, int64_t *bytes, llmpar_error *err) {
+    if (count >= 0 && count <= INT32_MAX) { *bytes = count * element; return LLMPAR_OK; }
+    const char *kind = llmpar_collective_name(what);
     if (count < 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s: count is %lld; it must be >= 0", kind, (long long)count);
     if (!llmpari_mul(count, element, bytes) || (uint64_t)*bytes > SIZE_MAX / 2)
         return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%s: %lld elements of %lld bytes are more than memory can hold", kind,
@@ -8557,8 +8559,9 @@ LLMPARI_FN llmpar_status llmpari_count_bytes(const char *kind, int64_t count, in
 }
 
 // Bytes of counts[n], and in *before (may be NULL) of those below `member`.
-LLMPARI_FN llmpar_status llmpari_counts_bytes(const char *kind, const char *name, const int64_t *counts, int32_t n, int64_t element,
+LLMPARI_FN llmpar_status llmpari_counts_bytes(llmpar_collective what, const char *name, const int64_t *counts, int32_t n, int64_t element,
                                               int64_t *bytes, int32_t member, int64_t *before, llmpar_error *err) {
+    const char *kind = llmpar_collective_name(what);
     int64_t sum = 0;
     if (!counts) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s: %s is NULL; it needs %d counts, one for each member", kind, name, n);
     for (int32_t i = 0; i < n; i++) {
@@ -8569,12 +8572,12 @@ LLMPARI_FN llmpar_status llmpari_counts_bytes(const char *kind, const char *name
                                 (long long)counts[i]);
         sum += counts[i];
     }
-    return llmpari_count_bytes(kind, sum, element, bytes, err);
+    return llmpari_count_bytes(what, sum, element, bytes, err);
 }
 
 LLMPARI_FN llmpar_status llmpari_call_extent(const llmpar_comm *comm, const llmpar_call *call, llmpari_extent *x, llmpar_error *err) {
-    const char *kind = llmpar_collective_name(call->kind);
-    int64_t element = call->kind == LLMPAR_BARRIER ? 0 : llmpar_dtype_bytes(call->dtype);
+    llmpar_collective kind = call->kind;
+    int64_t element = kind == LLMPAR_BARRIER ? 0 : llmpar_dtype_bytes(call->dtype);
     memset(x, 0, sizeof *x);
     switch (call->kind) {
     case LLMPAR_ALL_REDUCE: case LLMPAR_BROADCAST: case LLMPAR_SEND: case LLMPAR_RECV:
@@ -8596,18 +8599,19 @@ LLMPARI_FN llmpar_status llmpari_call_extent(const llmpar_comm *comm, const llmp
     case LLMPAR_BARRIER: return LLMPAR_OK;
     case LLMPAR_SLICE: case LLMPAR_COLLECTIVE_COUNT: break;
     }
-    return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "collective %d (%s) is not a call that a communicator can make", (int)call->kind, kind);
+    return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "collective %d (%s) is not a call that a communicator can make", (int)kind, llmpar_collective_name(kind));
 }
 
 // Buffers that are there, and overlap only where the call allows it.
 LLMPARI_FN llmpar_status llmpari_call_buffers(const llmpar_call *call, const llmpari_extent *x, llmpar_error *err) {
-    const char *kind = llmpar_collective_name(call->kind);
     uintptr_t send = (uintptr_t)call->send, recv = (uintptr_t)call->recv;
+    bool apart = x->send == 0 || x->recv == 0 || send >= recv + (uintptr_t)x->recv || recv >= send + (uintptr_t)x->send;
+    if (apart && (x->send == 0 || call->send) && (x->recv == 0 || call->recv)) return LLMPAR_OK;
+    const char *kind = llmpar_collective_name(call->kind);
     if (x->send > 0 && !call->send)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s: send is NULL but %lld bytes are to be read", kind, (long long)x->send);
     if (x->recv > 0 && !call->recv)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s: recv is NULL but %lld bytes are to be written", kind, (long long)x->recv);
-    if (x->send == 0 || x->recv == 0 || send >= recv + (uintptr_t)x->recv || recv >= send + (uintptr_t)x->send) return LLMPAR_OK;
     if ((call->kind == LLMPAR_ALL_REDUCE || call->kind == LLMPAR_BROADCAST) && send == recv) return LLMPAR_OK;
     if (call->kind == LLMPAR_ALL_GATHER     && send == recv + (uintptr_t)x->own) return LLMPAR_OK;
     if (call->kind == LLMPAR_REDUCE_SCATTER && recv == send + (uintptr_t)x->own) return LLMPAR_OK;
@@ -8646,6 +8650,15 @@ LLMPARI_FN float llmpari_fold_one(float a, float v, int32_t reduce) {
 LLMPARI_FN void llmpari_fold_f32(float *acc, const char *x, const char *y, int m, int32_t reduce) {
     float a[LLMPARI_LANE], v[LLMPARI_LANE];
     int j = 0;
+#if defined(__GNUC__)
+    typedef float lanes __attribute__((vector_size(4 * LLMPARI_LANE)));                    // local arrays would be taken apart into scalars
+    for (lanes p, q; reduce == LLMPAR_SUM && j + LLMPARI_LANE <= m; j += LLMPARI_LANE) {
+        memcpy(&p, x + 4 * (ptrdiff_t)j, sizeof p);
+        memcpy(&q, y + 4 * (ptrdiff_t)j, sizeof q);
+        p += q;
+        memcpy(acc + j, &p, sizeof p);
+    }
+#endif
     for (; j + LLMPARI_LANE <= m; j += LLMPARI_LANE) {
         memcpy(a, x + 4 * (ptrdiff_t)j, sizeof a);
         memcpy(v, y + 4 * (ptrdiff_t)j, sizeof v);
@@ -8709,6 +8722,13 @@ LLMPARI_FN void llmpari_stream(char *to, const char *from, int64_t bytes) { memc
 LLMPARI_FN void llmpari_streamed(void) { }
 #endif
 
+// A short copy that the caller's loop runs through with vectors; a library's memcpy may turn to string moves, which wait longer for a line of another core.
+LLMPARI_FN void llmpari_copy_block(char *to, const char *from, int64_t bytes) {
+    int64_t at = 0;
+    for (; at + 64 <= bytes; at += 64) memcpy(to + at, from + at, 64);
+    memcpy(to + at, from + at, (size_t)(bytes - at));
+}
+
 // A copy that may find its source in place already.
 LLMPARI_FN void llmpari_move_bytes(char *to, const char *from, int64_t bytes) {
     if (bytes > 0 && to != from) memcpy(to, from, (size_t)bytes);
@@ -8761,7 +8781,7 @@ LLMPARI_FN llmpar_status llmpari_comm_call(llmpar_comm *comm, const llmpar_call 
     llmpar_trace_event *event = NULL;
     int64_t ticket = 0, before = comm && comm->trace ? comm->stats.payload_bytes[call->kind] : 0;
     bool done = false;
-    if (comm && comm->trace) event = llmpari_trace_begin(comm, call->kind, 0);
+    if (comm && comm->trace) event = llmpari_trace_begin(comm, (int32_t)call->kind, 0);
     LLMPARI_TRY(llmpari_comm_start(comm, call, &ticket, err));
     if (event) event->payload_bytes = comm->stats.payload_bytes[call->kind] - before;
     llmpar_status status = comm->vtable->wait(comm, ticket, true, &done, err);
@@ -8835,7 +8855,7 @@ LLMPAR_DEF llmpar_status llmpar_start(llmpar_comm *comm, const llmpar_call *call
     request->comm   = comm;
     request->ticket = ticket;
     request->event  = 0;
-    llmpar_trace_event *event = comm->trace ? llmpari_trace_begin(comm, call->kind, comm->stats.payload_bytes[call->kind] - before) : NULL;
+    llmpar_trace_event *event = comm->trace ? llmpari_trace_begin(comm, (int32_t)call->kind, comm->stats.payload_bytes[call->kind] - before) : NULL;
     if (event) {
         request->event = comm->trace->n;
         event->started_s = event->begin_s;
@@ -9104,7 +9124,7 @@ LLMPAR_DEF llmpar_status llmpar_comm_self(const llmpar_allocator *allocator, llm
 // All shared words are read and written sequentially consistent: a sleeper announces itself and looks again, a publisher publishes and looks for sleepers.
 
 enum {
-    LLMPARI_FLIGHT     = 16,       // collectives in flight on one team
+    LLMPARI_FLIGHT     = 16,       // collectives in flight on one team; a power of two
     LLMPARI_SMALL      = 32,       // bytes that travel with the call itself
     LLMPARI_BOX        = 4096,     // bytes of a small call, and of a buffered message
     LLMPARI_LINE       = 128,      // two cache lines: neighbours are fetched in pairs
@@ -9320,8 +9340,8 @@ LLMPARI_FN llmpar_status llmpari_stopped(const llmpari_end *end, llmpar_error *e
     return LLMPARI_FAIL(err, LLMPAR_ABORTED, "aborted: %s", end->team->world->reason);
 }
 
-LLMPARI_FN llmpari_post *llmpari_posts(const llmpari_team *team, int64_t k) { return team->posts + (k % LLMPARI_FLIGHT) * team->n; }
-LLMPARI_FN llmpari_unit *llmpari_units(const llmpari_team *team, int64_t k) { return team->units + (k % LLMPARI_FLIGHT) * team->n; }
+LLMPARI_FN llmpari_post *llmpari_posts(const llmpari_team *team, int64_t k) { return team->posts + (k & (LLMPARI_FLIGHT - 1)) * team->n; }
+LLMPARI_FN llmpari_unit *llmpari_units(const llmpari_team *team, int64_t k) { return team->units + (k & (LLMPARI_FLIGHT - 1)) * team->n; }
 LLMPARI_FN int32_t llmpari_me(const llmpari_end *end) { return end->team->ranks[end->comm.rank]; }
 
 // Collectives below the result are through everywhere.
@@ -9488,7 +9508,7 @@ typedef struct llmpari_reduction { const llmpari_post *row; int32_t n, first, la
 LLMPARI_FN void llmpari_store_result(const llmpari_reduction *r, int64_t at, const char *result, int64_t bytes) {
     for (int32_t i = r->first; i < r->last; i++) {
         if (r->stream) llmpari_stream(r->row[i].recv + r->to + at, result, bytes);
-        else memcpy(r->row[i].recv + r->to + at, result, (size_t)bytes);
+        else llmpari_copy_block(r->row[i].recv + r->to + at, result, bytes);
     }
 }
 LLMPARI_FN void llmpari_reduce_f32(const llmpari_reduction *r) {
@@ -9534,7 +9554,19 @@ LLMPARI_FN void llmpari_reduce_ints(const llmpari_reduction *r) {
         llmpari_store_result(r, at * element, element == 8 ? (const char *)acc : (const char *)narrow, m * element);
     }
 }
+LLMPARI_FN void llmpari_reduce_few(const llmpari_reduction *r) {
+    for (int64_t j = 0; j < r->count; j++) {
+        float acc, v;
+        memcpy(&acc, llmpari_data(&r->row[0]) + r->from + 4 * j, 4);
+        for (int32_t i = 1; i < r->n; i++) {
+            memcpy(&v, llmpari_data(&r->row[i]) + r->from + 4 * j, 4);
+            acc = llmpari_fold_one(acc, v, r->row->reduce);
+        }
+        for (int32_t i = r->first; i < r->last; i++) memcpy(r->row[i].recv + r->to + 4 * j, &acc, 4);
+    }
+}
 LLMPARI_FN void llmpari_reduce_any(const llmpari_reduction *r) {
+    if (r->row->dtype == LLMPAR_F32 && r->count <= LLMPARI_SMALL / 4) { llmpari_reduce_few(r); return; }
     if (r->row->dtype == LLMPAR_F32) llmpari_reduce_f32(r);
     else if (r->row->dtype == LLMPAR_BF16 || r->row->dtype == LLMPAR_F16) llmpari_reduce_halves(r);
     else llmpari_reduce_ints(r);
@@ -9854,7 +9886,7 @@ LLMPARI_FN llmpar_status llmpari_await(const llmpari_wish *wish, llmpar_error *e
         status = llmpari_step(wish, &done, err);
         if (status || done) break;
         if (llmpari_comm_load(world, &world->stopped)) { status = llmpari_last_step(wish, &done, err); break; }
-        if (round < world->spin) { if (round > 64) llmpari_cpu_pause(); continue; }
+        if (round < world->spin) { llmpari_cpu_pause(); continue; }
         if ((round - world->spin) % 16 != 15 && !armed) { sched_yield(); continue; }       // the clock is read now and then
         double now = llmpari_now();
         if (began == 0) began = now;
@@ -9877,7 +9909,7 @@ LLMPARI_FN llmpari_wish llmpari_wish_of(llmpari_end *end, llmpari_goal goal, int
     wish.end  = end;
     wish.goal = goal;
     wish.arg  = arg;
-    wish.timeout_s = goal == LLMPARI_GOAL_CALL ? end->timeout_s[arg % LLMPARI_FLIGHT] : goal == LLMPARI_GOAL_MAIL ? llmpari_mail_of(end, arg)->timeout_s : end->comm.timeout_s;
+    wish.timeout_s = goal == LLMPARI_GOAL_CALL ? end->timeout_s[arg & (LLMPARI_FLIGHT - 1)] : goal == LLMPARI_GOAL_MAIL ? llmpari_mail_of(end, arg)->timeout_s : end->comm.timeout_s;
     return wish;
 }
 
@@ -10047,8 +10079,9 @@ LLMPARI_FN void llmpari_post_call(llmpari_end *end, const llmpar_call *call, int
     int32_t n = team->n, me = end->comm.rank;
     llmpari_post *post = &llmpari_posts(team, k)[me];
     llmpari_extent x;
-    (void)llmpari_call_extent(&end->comm, call, &x, NULL);                                 // was checked already
     int64_t element = llmpar_dtype_bytes(call->dtype);
+    if (call->kind == LLMPAR_ALL_REDUCE) x.send = x.recv = x.payload = call->count * element;
+    else (void)llmpari_call_extent(&end->comm, call, &x, NULL);                            // was checked already
     bool ragged = call->kind == LLMPAR_ALL_GATHER || call->kind == LLMPAR_REDUCE_SCATTER;
     bool swaps  = call->kind == LLMPAR_ALL_TO_ALL || call->kind == LLMPAR_PERMUTE;
     bool folds  = call->kind == LLMPAR_ALL_REDUCE || call->kind == LLMPAR_REDUCE_SCATTER;
@@ -10095,7 +10128,7 @@ LLMPARI_FN llmpar_status llmpari_threads_start(llmpar_comm *comm, const llmpar_c
         llmpari_wish slot = llmpari_wish_of(end, LLMPARI_GOAL_SLOT, k);
         LLMPARI_TRY(llmpari_await(&slot, err));
     }
-    end->timeout_s[k % LLMPARI_FLIGHT] = call->timeout_s > 0 ? call->timeout_s : comm->timeout_s;
+    end->timeout_s[k & (LLMPARI_FLIGHT - 1)] = call->timeout_s > 0 ? call->timeout_s : comm->timeout_s;
     llmpari_post_call(end, call, k);
     end->started = k + 1;
     *ticket = 2 * k + 2;
