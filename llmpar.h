@@ -24,6 +24,7 @@
 //          >>shard    which rank holds which part of a tensor; the notation h[B_dp, S_cp, H] {U_tp}
 //          >>cost     bytes and seconds of collectives and of local work
 //          >>reshard  the cheapest way from one sharding of a tensor to another
+//          >>tree     sums whose bits do not depend on the number of ranks
 //          >>graph    a transformer written once, on named dims
 //          >>heads    attention heads over any number of ranks
 //          >>solve    which collectives where, exactly; explain
@@ -420,7 +421,24 @@ LLMPAR_DEF bool llmpar_block_overlap(const llmpar_tensor *tensor, const llmpar_m
                                      const llmpar_sharding *sharding_b, int32_t rank_b, llmpar_range overlap[LLMPAR_MAX_DIMS]);
 
 // ============================================================================================================
-// >>graph   a transformer written once; which collectives where, solved exactly (uses: base, mesh, shard, cost, reshard)
+// >>tree   sums whose bits do not depend on the number of ranks                 (uses: base)
+// ============================================================================================================
+// A sum over `granules` values is one fixed binary tree: node (level l, number i) is the sum of granules [i * 2^l, (i + 1) * 2^l), made of its two halves; what lies
+// past the last granule is left out. A rank that has granules [first, first + count) adds up the largest nodes that fit in there, its pieces, and the pieces of all
+// ranks make the rest: the same additions whoever does them. A granule's own value is summed in a fixed order. arXiv 2511.17826 does this for powers of two.
+//
+// A stack machine adds: push value after value, and after value i add the topmost to the one below merges[i] times.
+
+#define LLMPAR_TREE_PIECES 128     // most pieces of one range, and most values on the stack
+
+// The pieces of a range, in order: at most LLMPAR_TREE_PIECES; returns how many. A range that is not inside [0, granules): -1.
+LLMPAR_DEF int32_t llmpar_tree_pieces(int64_t granules, llmpar_range range, llmpar_range piece[LLMPAR_TREE_PIECES]);
+// node[n]: nodes next to each other, in order (single granules, or the pieces of one or more ranks). Writes merges[n]; node[] gets what is left on the stack; returns how
+// many those are: one when all granules are there. -1 when something is not a node of the tree or not next to the one before; node[] and merges[] are undefined then.
+LLMPAR_DEF int32_t llmpar_tree_fold(int64_t granules, llmpar_range *node, int32_t n, uint8_t *merges);
+
+// ============================================================================================================
+// >>graph   a transformer written once; which collectives where, solved exactly (uses: base, mesh, shard, cost, reshard, tree)
 // ============================================================================================================
 // A graph is written as if for one device: named tensors and ops on named dims. The solver gives every tensor a sharding and every op a strategy and
 // inserts the moves between them so that the whole costs the least time. A block that repeats (the layers) is written once.
@@ -492,8 +510,12 @@ typedef struct llmpar_graph {
     llmpar_op    *op;
     llmpar_block *block;
     llmpar_dim   *size;            // the dims by name
+    bool          invariant;       // see below; set it after llmpar_graph_init
     int32_t node_capacity, op_capacity, block_capacity, size_capacity, open_block;   // private
 } llmpar_graph;
+// An invariant graph gives the same bits on every mesh. A dim that an einsum sums over is split only when it has granules (llmpar_split.granule, for query heads one
+// head): its sum follows section tree over them, at every degree, on one rank too. Partial sums go through no op; they become whole values by one AllReduce, which the
+// executor does with the pieces. A lookup in a split vocabulary adds zeros. A cross entropy's vocabulary is not split.
 
 LLMPAR_DEF void llmpar_graph_init(llmpar_graph *g, const llmpar_mesh *mesh, llmpar_arena *arena);
 LLMPAR_DEF void llmpar_size (llmpar_graph *g, const char *dim, int64_t size);                 // of every dim of that name
@@ -538,7 +560,7 @@ LLMPAR_DEF int llmpar_repeat_end  (llmpar_graph *g, int carry_out);
 
 // What each mesh axis does in an op: splits index `index`, or nothing (index -1), or passes partial sums of operand `partial` through (linear ops; a mask of operands).
 typedef struct llmpar_choice { int8_t index; uint8_t partial; } llmpar_choice;
-// The legal choices of one op for one axis; at most `capacity`; returns how many there are. Without `linear`, partial operands are left out.
+// The legal choices of one op for one axis; at most `capacity`; returns how many there are. Without `linear`, or in an invariant graph, partial operands are left out.
 #define LLMPAR_MAX_CHOICES 32
 LLMPAR_DEF int llmpar_op_choices(const llmpar_graph *g, int op, bool linear, llmpar_choice *choices, int capacity);
 
@@ -645,6 +667,8 @@ LLMPAR_DEF llmpar_status llmpar_solve(llmpar_graph *g, const llmpar_solve_desc *
 
 LLMPAR_DEF llmpar_tensor llmpar_plan_tensor(const llmpar_plan *plan, int value);              // dims, sizes and sharding of a value
 // Collectives that the plan makes on one rank: calls and payload bytes per kind and axes, what comm will count. At most `capacity` rows; returns how many there are.
+// In an invariant graph the AllReduce of a sum is an AllGather of the ranks' pieces, or, where that costs more, an AllToAll of them by slices and an AllGather of the
+// slices' sums; plan.seconds counts a plain AllReduce.
 typedef struct llmpar_traffic { llmpar_collective kind; llmpar_axes axes; int64_t calls, payload_bytes; } llmpar_traffic;
 LLMPAR_DEF int llmpar_plan_traffic(const llmpar_plan *plan, int32_t rank, llmpar_traffic *rows, int capacity);
 
@@ -739,6 +763,7 @@ typedef struct llmpar_build_desc {
     bool    parallel_block;        // attention and MLP read the same norm and are added together (GPT-J, PaLM): for study
     bool    loss;                  // cross entropy against input "labels"[B, S]: output "loss"; else output "logits"
     bool    no_head;               // ends with the last norm: output "hidden"
+    bool    invariant;             // an invariant graph: the intermediate dim gets at most 64 granules (of multiples of 32 from I = 1024 on), heads are granules
     int64_t layers;                // 0 = the model's
 } llmpar_build_desc;
 // Writes the graph into g (fresh from llmpar_graph_init): input "ids"[B, S] i32, weights named as llmpar_weight_name says with tag = kind, caches
@@ -953,7 +978,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_read_weight(llmpar_checkpoint *checkp
 LLMPAR_DEF llmpar_status llmpar_safetensors_check(const char *image, size_t image_bytes, int64_t file_bytes, const llmpar_allocator *allocator, llmpar_error *err);
 
 // ============================================================================================================
-// >>ops   kernels behind a table that an engine replaces one by one            (uses: base, model's activation enum)
+// >>ops   kernels behind a table that an engine replaces one by one            (uses: base, tree, model's activation enum)
 // ============================================================================================================
 // Activations are f32. Weights are f32, bf16 or f16 as stored; products accumulate in f32. Kernels allocate nothing, start no threads and keep no
 // state, so ranks may share a table. Sizes of 0 are legal everywhere: such a call does nothing.
@@ -1013,9 +1038,12 @@ typedef struct llmpar_ops {
     void (*bias)     (void *user, const llmpar_bias_args      *args);
     void (*softmax)  (void *user, const llmpar_softmax_args   *args);
     void (*embed)    (void *user, const llmpar_embed_args     *args);
+    bool invariant;                // every kernel gives a row, a column or a head the same bits whatever rows, columns and heads else are in the call. Needed to run an
+                                   //   invariant graph with a table of one's own. llmpar_ops_cpu leaves it false: who replaces a kernel would inherit the promise
 } llmpar_ops;
 
-LLMPAR_DEF llmpar_ops llmpar_ops_cpu(void);                                                   // portable kernels; GEMM by CBLAS when built with LLMPAR_CBLAS
+// Portable kernels; GEMM by CBLAS when built with LLMPAR_CBLAS. The portable ones keep the promise of `invariant`, CBLAS does not.
+LLMPAR_DEF llmpar_ops llmpar_ops_cpu(void);
 LLMPAR_DEF int64_t    llmpar_gemm_scratch(int64_t m, int64_t n, int64_t k, llmpar_dtype b_dtype);            // floats
 LLMPAR_DEF int64_t    llmpar_attention_scratch(int64_t queries, int64_t n_keys, int64_t q_heads, int64_t d); // floats
 
@@ -2873,6 +2901,7 @@ typedef struct llmpari_space {
     // private from here on
     int32_t  n_axes, n_dims, n_lists;
     int32_t  axis[LLMPAR_MAX_AXES], size[LLMPAR_MAX_AXES];   // of an active axis: its number on the mesh, its size
+    bool     tree;                          // partial sums become whole by one AllReduce over all their axes, and move in no other way
     uint32_t split_dims, kv_dims;           // bit d: may be split; is split as kv heads
     uint32_t partial;                       // bit i: active axis i may be partial
     int64_t  element_bytes;
@@ -3416,21 +3445,24 @@ LLMPARI_FN int32_t llmpari_moves(const llmpari_space *space, int32_t state, llmp
     for (int i = 0; i < space->n_axes; i++) {
         unsigned code = (unsigned)(key >> (7 * i)) & 0x7fu;
         if (code == LLMPARI_PARTIAL_CODE) partial |= 1u << i;
-        if (code != 0) continue;
+    }
+    const bool tree = space->tree && partial;
+    for (int i = 0; i < space->n_axes && !tree; i++) {
+        if ((key >> (7 * i) & 0x7fu) != 0) continue;
         for (int d = 0; d < space->n_dims; d++)
             if (space->split_dims >> d & 1u)
                 llmpari_edge_add(&from, LLMPAR_SLICE, 1u << i, -1, d, llmpari_key_find(space, key | llmpari_code(d, space->list[from.lists[d]].n, i)), 0);
     }
-    for (int d = 0; d < space->n_dims; d++) {
+    for (int d = 0; d < space->n_dims && !tree; d++) {
         llmpari_moves_of_dim(&from, d);
         if (partial && space->split_dims >> d & 1u) llmpari_moves_scatter(&from, d, from.lists[d], partial, 0, key, 0);
     }
-    for (uint32_t mask = partial; mask; mask = (mask - 1) & partial) {
+    for (uint32_t mask = partial; mask; mask = tree ? 0 : (mask - 1) & partial) {
         uint64_t after = key;
         for (int i = 0; i < space->n_axes; i++) if (mask >> i & 1u) after = llmpari_uncode(after, i);
         llmpari_edge_add(&from, LLMPAR_ALL_REDUCE, mask, -1, -1, llmpari_key_find(space, after), space->local_bytes[state]);
     }
-    for (int32_t to = space->next[state]; to != state; to = space->next[to])
+    for (int32_t to = space->next[state]; to != state && !tree; to = space->next[to])
         llmpari_edge_add(&from, LLMPAR_PERMUTE, llmpari_permute_mask(space, state, to), -1, -1, to, space->local_bytes[state]);
     return from.n;
 }
@@ -3831,6 +3863,53 @@ LLMPAR_DEF void llmpar_permute_peers(const llmpar_move *move, const llmpar_tenso
                                      int32_t *send_to, int32_t *recv_from) {
     *send_to   = llmpari_permute_partner(move, tensor, mesh, rank, &move->before, &move->after);
     *recv_from = llmpari_permute_partner(move, tensor, mesh, rank, &move->after, &move->before);
+}
+
+// ============================================================================================================
+// >>tree (impl)
+// ============================================================================================================
+
+// The end of the node of 2^level granules that begins at `first`.
+LLMPARI_FN int64_t llmpari_tree_end(int64_t granules, int64_t first, int level) { return llmpari_min(first + ((int64_t)1 << level), granules); }
+
+// The largest node that begins at `first` and ends at `end` or before. One that reaches past the last granule is taken as high up as it can be.
+LLMPARI_FN int llmpari_tree_level(int64_t granules, int64_t first, int64_t end) {
+    int level = 0;
+    while (level < 61 && (int64_t)1 << level < granules && !(first >> level & 1) && llmpari_tree_end(granules, first, level + 1) <= end) level++;
+    return level;
+}
+
+LLMPAR_DEF int32_t llmpar_tree_pieces(int64_t granules, llmpar_range range, llmpar_range piece[LLMPAR_TREE_PIECES]) {
+    int32_t n = 0;
+    if (range.first < 0 || range.count < 0 || range.first > granules || range.count > granules - range.first || granules > (int64_t)1 << 60) return -1;
+    for (int64_t first = range.first, end = range.first + range.count; first < end; first += piece[n++].count) {
+        piece[n].first = first;
+        piece[n].count = llmpari_tree_end(granules, first, llmpari_tree_level(granules, first, end)) - first;
+    }
+    return n;
+}
+
+LLMPAR_DEF int32_t llmpar_tree_fold(int64_t granules, llmpar_range *node, int32_t n, uint8_t *merges) {
+    int level[LLMPAR_TREE_PIECES + 1];
+    int32_t depth = 0;
+    int64_t end = n > 0 ? node[0].first : 0;
+    for (int32_t i = 0; i < n; i++) {
+        const llmpar_range it = node[i];
+        if (it.first != end || it.first < 0 || it.count < 1 || it.count > granules - it.first || depth == LLMPAR_TREE_PIECES) return -1;
+        end   = it.first + it.count;
+        level[depth] = llmpari_tree_level(granules, it.first, end);
+        if (llmpari_tree_end(granules, it.first, level[depth]) != end) return -1;
+        merges[i] = 0;
+        node[depth++] = it;
+        // The topmost is a right half whose left half lies below it: one node now, which may be a right half again or, at the end of the tree, reach higher up.
+        while (depth > 1 && level[depth - 2] == level[depth - 1] && node[depth - 1].first >> level[depth - 1] & 1) {
+            depth--;
+            node[depth - 1].count += node[depth].count;
+            level[depth - 1] = llmpari_tree_level(granules, node[depth - 1].first, end);
+            merges[i]++;
+        }
+    }
+    return depth;
 }
 
 // ============================================================================================================
@@ -4403,8 +4482,26 @@ LLMPARI_FN bool llmpari_index_covers(const llmpar_graph *g, const llmpar_op *op,
     return false;
 }
 
+// Granule of a dim whose sum follows the tree; 0 = the dim has none.
+LLMPARI_FN int64_t llmpari_tree_granule(const llmpar_dim *dim) {
+    return dim->split.kind == LLMPAR_SPLIT_QUERY_HEADS ? 1 : dim->split.kind == LLMPAR_SPLIT_KV_HEADS ? 0 : dim->split.granule;
+}
+// The dim of operand 0 of an einsum over which the sum follows the tree: the first that is summed over and has granules; -1 = none, or the graph is not invariant.
+LLMPARI_FN int llmpari_tree_dim(const llmpar_graph *g, const llmpar_op *op) {
+    if (!g->invariant || op->kind != LLMPAR_OP_EINSUM) return -1;
+    const llmpar_tensor *a = &g->node[op->in[0]].tensor;
+    for (int d = 0; d < a->n_dims; d++)
+        if (llmpari_tree_granule(&a->dim[d]) > 0 && !llmpari_index_in(op, op->n_in, op->index_of[0][d]) && llmpari_index_in(op, 1, op->index_of[0][d])) return d;
+    return -1;
+}
+
 // May one axis split this index of the op?
 LLMPARI_FN bool llmpari_index_splits(const llmpar_graph *g, const llmpar_op *op, int index) {
+    if (g->invariant && op->kind == LLMPAR_OP_EINSUM && !llmpari_index_in(op, op->n_in, index)) {
+        const int d = llmpari_tree_dim(g, op);
+        if (d < 0 || op->index_of[0][d] != index) return false;
+    }
+    if (g->invariant && op->kind == LLMPAR_OP_CROSS_ENTROPY && index == op->index_of[0][op->dim]) return false;
     switch (op->kind) {
     case LLMPAR_OP_NORM: case LLMPAR_OP_SOFTMAX: return index != op->index_of[0][op->dim];
     case LLMPAR_OP_ROPE:      return index != op->index_of[0][3];
@@ -4442,7 +4539,7 @@ LLMPAR_DEF int llmpar_op_choices(const llmpar_graph *g, int id, bool linear, llm
             if (n < capacity) { choices[n].index = (int8_t)i; choices[n].partial = 0; }
             n++;
         }
-    for (unsigned m = 1; m < 8 && linear; m++)
+    for (unsigned m = 1; m < 8 && linear && !g->invariant; m++)
         if (masks >> m & 1u) {
             if (n < capacity) { choices[n].index = -1; choices[n].partial = (uint8_t)m; }
             n++;
@@ -4893,6 +4990,7 @@ LLMPARI_FN llmpar_status llmpari_class_find(llmpari_solver *s, int node) {
     for (int d = 0; d < tensor->n_dims; d++)
         if (llmpari_splittable(s->g, &tensor->dim[d])) fresh->split_dims |= 1u << d;
     LLMPARI_TRY(llmpari_states(tensor, &s->g->mesh, &s->hardware, fresh->split_dims, sums ? ~0u : 0u, &s->scratch, &fresh->space, s->err));
+    fresh->space.tree = s->g->invariant;
     if (fresh->space.n_states > INT16_MAX)
         return LLMPARI_FAIL(s->err, LLMPAR_UNSUPPORTED, "%s has %d shardings on this mesh; at most %d can be planned", tensor->name, (int)fresh->space.n_states, INT16_MAX);
     s->class_of[node] = s->n_classes++;
@@ -7253,6 +7351,10 @@ LLMPAR_DEF llmpar_status llmpar_solve(llmpar_graph *g, const llmpar_solve_desc *
     memset(plan, 0, sizeof *plan);
     if (g->error.status) { if (err) *err = g->error; return g->error.status; }
     if (g->open_block >= 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "a repeat block is still open: call llmpar_repeat_end");
+    for (int i = 0; i < g->n_nodes && g->invariant; i++)
+        if (g->node[i].pinned && llmpar_sharding_partial(&g->node[i].tensor.sharding))
+            return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "%s is pinned as partial sums, whose bits would depend on the mesh in an invariant graph; pin it as whole values",
+                                g->node[i].tensor.name);
     s.g     = g;
     s.err   = &local;
     s.extra = -1;
@@ -7285,29 +7387,101 @@ LLMPAR_DEF llmpar_tensor llmpar_plan_tensor(const llmpar_plan *plan, int value) 
     return tensor;
 }
 
+// ---- sums that follow the tree (invariant graphs)
+
+typedef struct llmpari_tree_sum {   // an einsum's operand 0, its dim that is summed over, and that dim's granules
+    llmpar_tensor operand;
+    int     dim;
+    int64_t granule, granules;
+} llmpari_tree_sum;
+
+// Is a value of the plan such a sum? What an op makes of it never is: partial sums go through no op.
+LLMPARI_FN bool llmpari_tree_sum_of(const llmpar_plan *plan, int32_t value, llmpari_tree_sum *sum) {
+    for (int32_t i = 0; i < plan->n_steps; i++) {
+        const llmpar_step *step = &plan->step[i];
+        if (step->out != value || step->op < 0) continue;
+        sum->dim = llmpari_tree_dim(plan->graph, &plan->graph->op[step->op]);
+        if (sum->dim < 0) return false;
+        sum->operand  = llmpar_plan_tensor(plan, step->in[0]);
+        sum->granule  = llmpari_tree_granule(&sum->operand.dim[sum->dim]);
+        sum->granules = (sum->operand.dim[sum->dim].size + sum->granule - 1) / sum->granule;
+        return true;
+    }
+    return false;
+}
+
+// The granules that a rank has, and their pieces.
+LLMPARI_FN int32_t llmpari_tree_sum_pieces(const llmpari_tree_sum *sum, const llmpar_mesh *mesh, int32_t rank, llmpar_range piece[LLMPAR_TREE_PIECES]) {
+    const llmpar_range items = llmpar_tensor_local(&sum->operand, mesh, rank, sum->dim);
+    llmpar_range range;
+    range.first = items.first / sum->granule;
+    range.count = items.count ? (items.first + items.count + sum->granule - 1) / sum->granule - range.first : 0;
+    return llmpar_tree_pieces(sum->granules, range, piece);
+}
+
+// How the pieces of a group become the sum on all its ranks: everybody gets all pieces, or everybody adds up a slice of all pieces and gives that to all.
+typedef struct llmpari_tree_exchange { int64_t pieces, mine, most; bool slices; } llmpari_tree_exchange;
+
+LLMPARI_FN llmpari_tree_exchange llmpari_tree_exchange_of(const llmpar_plan *plan, const llmpari_tree_sum *sum, llmpar_axes axes, int32_t rank, int64_t elements) {
+    const llmpar_mesh *mesh = &plan->graph->mesh;
+    llmpari_tree_exchange x;
+    llmpar_range piece[LLMPAR_TREE_PIECES];
+    int32_t coord[LLMPAR_MAX_AXES] = { 0 };
+    int a;
+    memset(&x, 0, sizeof x);
+    x.mine = llmpari_tree_sum_pieces(sum, mesh, rank, piece);
+    llmpar_mesh_coord(mesh, rank, coord);
+    for (a = 0; a < mesh->n_axes; a++) if (axes >> a & 1u) coord[a] = 0;
+    do {
+        const int64_t theirs = llmpari_tree_sum_pieces(sum, mesh, llmpar_mesh_rank(mesh, coord), piece);
+        x.pieces += theirs;
+        x.most = llmpari_max(x.most, theirs);
+        for (a = mesh->n_axes - 1; a >= 0; a--) {
+            if (!(axes >> a & 1u)) continue;
+            if (++coord[a] < mesh->axis[a].size) break;
+            coord[a] = 0;
+        }
+    } while (a >= 0);
+    const double gather = llmpar_collective_cost(mesh, &plan->hardware, LLMPAR_ALL_GATHER, axes, llmpari_mul_cap(4 * x.pieces, elements)).seconds;
+    const double spread = llmpar_collective_cost(mesh, &plan->hardware, LLMPAR_ALL_TO_ALL, axes, llmpari_mul_cap(4 * x.most, elements)).seconds +
+                          llmpar_collective_cost(mesh, &plan->hardware, LLMPAR_ALL_GATHER, axes, llmpari_mul_cap(4, elements)).seconds;
+    x.slices = spread < gather;
+    return x;
+}
+
+LLMPARI_FN int llmpari_traffic_add(llmpar_traffic *rows, int n, int capacity, llmpar_collective kind, llmpar_axes axes, int64_t calls, int64_t bytes) {
+    int row = 0;
+    while (row < n && row < capacity && !(rows[row].kind == kind && rows[row].axes == axes)) row++;
+    if (row == n) {
+        if (n < capacity) { rows[n].kind = kind; rows[n].axes = axes; rows[n].calls = rows[n].payload_bytes = 0; }
+        n++;
+    }
+    if (row < capacity) { rows[row].calls += calls; rows[row].payload_bytes += bytes; }
+    return n;
+}
+
 LLMPAR_DEF int llmpar_plan_traffic(const llmpar_plan *plan, int32_t rank, llmpar_traffic *rows, int capacity) {
     int n = 0;
     for (int32_t k = 0; k < plan->n_segments; k++)
         for (int32_t i = plan->segment[k].first_step; i < plan->segment[k].end_step; i++) {
             const llmpar_step *step = &plan->step[i];
-            llmpar_collective kind = step->op < 0 ? step->move.kind : LLMPAR_ALL_REDUCE;
-            llmpar_axes axes = step->op < 0 ? step->move.axes : step->inner;
-            int64_t calls = step->op < 0 ? 1 : 3, bytes;
-            int row = 0;
-            if (!axes || kind == LLMPAR_SLICE) continue;
-            if (step->op < 0) {
-                llmpar_tensor tensor = llmpar_plan_tensor(plan, step->in[0]);
-                bytes = llmpar_move_payload_bytes(&step->move, &tensor, &plan->graph->mesh, rank);
-            } else {
+            const int64_t times = plan->segment[k].repeats;
+            llmpari_tree_sum sum;
+            if (step->op >= 0 && step->inner) {
                 llmpar_tensor loss = llmpar_plan_tensor(plan, step->out);
-                bytes = 3 * 4 * llmpar_tensor_local_elements(&loss, &plan->graph->mesh, rank);
+                n = llmpari_traffic_add(rows, n, capacity, LLMPAR_ALL_REDUCE, step->inner, times * 3,
+                                        times * 3 * 4 * llmpar_tensor_local_elements(&loss, &plan->graph->mesh, rank));
             }
-            while (row < n && row < capacity && !(rows[row].kind == kind && rows[row].axes == axes)) row++;
-            if (row == n) {
-                if (n < capacity) { rows[n].kind = kind; rows[n].axes = axes; rows[n].calls = rows[n].payload_bytes = 0; }
-                n++;
+            if (step->op >= 0 || !step->move.axes || step->move.kind == LLMPAR_SLICE) continue;
+            llmpar_tensor tensor = llmpar_plan_tensor(plan, step->in[0]);
+            int64_t bytes = llmpar_move_payload_bytes(&step->move, &tensor, &plan->graph->mesh, rank);
+            if (step->move.kind != LLMPAR_ALL_REDUCE || !llmpari_tree_sum_of(plan, step->in[0], &sum)) {
+                n = llmpari_traffic_add(rows, n, capacity, step->move.kind, step->move.axes, times, times * bytes);
+                continue;
             }
-            if (row < capacity) { rows[row].calls += plan->segment[k].repeats * calls; rows[row].payload_bytes += plan->segment[k].repeats * bytes; }
+            const llmpari_tree_exchange x = llmpari_tree_exchange_of(plan, &sum, step->move.axes, rank, llmpar_tensor_local_elements(&tensor, &plan->graph->mesh, rank));
+            if (x.slices) n = llmpari_traffic_add(rows, n, capacity, LLMPAR_ALL_TO_ALL, step->move.axes, times, times * bytes * x.mine);
+            n = llmpari_traffic_add(rows, n, capacity, LLMPAR_ALL_GATHER, step->move.axes, times, times * bytes * (x.slices ? 1 : x.pieces));
         }
     return n;
 }
@@ -7345,6 +7519,7 @@ LLMPARI_FN const char *llmpari_op_name(const llmpar_op *op) {
 
 LLMPARI_FN void llmpari_explain_step(const llmpar_plan *plan, const llmpar_step *step, const llmpar_sink *sink) {
     char line[640], text[160], seconds[32], bytes[32];
+    llmpari_tree_sum sum;
     int at = 0;
     llmpari_seconds_text(seconds, step->seconds);
     if (step->op < 0) {
@@ -7354,7 +7529,8 @@ LLMPARI_FN void llmpari_explain_step(const llmpar_plan *plan, const llmpar_step 
         llmpari_bytes_text(bytes, step->move.cost.payload_bytes);
         llmpari_append(line, sizeof line, &at, "    %s -> %s", move, text);
         if (step->move.kind == LLMPAR_SLICE) llmpari_print(sink, "%-88s  free, local\n", line);
-        else llmpari_print(sink, "%-88s  %s a rank, %s\n", line, bytes, seconds);
+        else llmpari_print(sink, "%-88s  %s a rank, %s%s\n", line, bytes, seconds,
+                           step->move.kind == LLMPAR_ALL_REDUCE && llmpari_tree_sum_of(plan, step->in[0], &sum) ? " (along the tree)" : "");
         return;
     }
     const llmpar_op *op = &plan->graph->op[step->op];
@@ -8489,6 +8665,12 @@ LLMPARI_FN void llmpari_build_sizes(const llmpari_builder *b) {
     llmpar_split_rule(b->g, "N", &split);
     split.kind  = LLMPAR_SPLIT_KV_HEADS;
     llmpar_split_rule(b->g, "K", &split);
+    if (!d->invariant) return;
+    b->g->invariant = true;
+    memset(&split, 0, sizeof split);
+    split.granule = (m->intermediate + 63) / 64;
+    if (m->intermediate >= 1024) split.granule = llmpar_round_up(split.granule, 32);       // a whole number of the dot product's steps
+    llmpar_split_rule(b->g, "I", &split);
 }
 
 LLMPARI_FN llmpar_status llmpari_build_check(const llmpar_build_desc *d, llmpar_error *err) {
@@ -11615,6 +11797,9 @@ LLMPARI_INLINE const void *llmpari_at(const void *p, llmpar_dtype dtype, int64_t
     return (const char *)p + element * (dtype == LLMPAR_F32 ? 4 : 2);
 }
 
+// The scratch as the kernels want it: a vector that straddles two cache lines costs two loads (measured: half the speed).
+LLMPARI_FN float *llmpari_aligned(float *scratch) { return scratch ? scratch + ((64u - ((uintptr_t)scratch & 63u)) & 63u) / 4u : scratch; }
+
 // ---- few rows of a: every row of b[n, k] is read once from memory and meets all rows of a -------------------------------------------------------
 
 // sum[j][i] (+)= row j of b . row i of x, for `count` rows of b and ROWS rows of x, packed by llmpari_pack_few, KC elements at a time. Meanwhile what
@@ -11719,6 +11904,126 @@ LLMPARI_FN void llmpari_gemm_few_rows(const llmpar_gemm *g, float *x, const void
             llmpari_few_rows_part(g, x, stride, j0, count, k, llmpari_min(part, g->k - k), llmpari_few_rows_next(g, next, j0 * g->ldb + k, g->k <= part), sum);
         for (int64_t j = 0; j < count; j++) for (int64_t i = 0; i < g->m; i++) g->c[i * g->ldc + j0 + j] = sum[j][i];
     }
+}
+
+// ---- the same, granule by granule: what an invariant graph's sums are made of --------------------------------------------------------------------
+
+// sum[g * GROUP] = the part of row . x in granule g of k, with the bits of a GEMM over that granule alone (granule <= KC). x: granules packed by llmpari_pack_few,
+// each padded to whole chunks. What lies at `next` is fetched meanwhile (NULL = nothing).
+#define LLMPARI_DEFINE_GRANULES(name, type, chunk) \
+LLMPARI_FN void name(const void *row, const void *next, int64_t k, int64_t granule, const float *x, float *sum) { \
+    const int64_t step = llmpari_round_up(granule, LLMPARI_CHUNK); \
+    float t[4][LLMPARI_CHUNK], four[4]; \
+    int n = 0; \
+    for (int64_t at = 0; at < k; at += granule, x += step) { \
+        const int64_t length = llmpari_min(granule, k - at), whole = length - length % LLMPARI_CHUNK; \
+        const type *b = (const type *)row + at, *after = next ? (const type *)next + at : NULL; \
+        llmpari_vec acc[LLMPARI_CHAINS], w[LLMPARI_CHAINS]; \
+        LLMPARI_UNROLL for (int c = 0; c < LLMPARI_CHAINS; c++) acc[c] = llmpari_zero(); \
+        for (int64_t e = 0; e < whole; e += LLMPARI_CHUNK) { \
+            if (after) { \
+                LLMPARI_PREFETCH(after + e); \
+                if (sizeof(type) == 4) LLMPARI_PREFETCH(after + e + 16); \
+            } \
+            chunk(b + e, w); \
+            LLMPARI_UNROLL for (int c = 0; c < LLMPARI_CHAINS; c++) acc[c] += llmpari_load(x + e + c * LLMPARI_LANES) * w[c]; \
+        } \
+        if (whole < length) { \
+            type rest[LLMPARI_CHUNK]; \
+            memset(rest, 0, sizeof rest); \
+            memcpy(rest, b + whole, (size_t)(length - whole) * sizeof(type)); \
+            chunk(rest, w); \
+            LLMPARI_UNROLL for (int c = 0; c < LLMPARI_CHAINS; c++) acc[c] += llmpari_load(x + whole + c * LLMPARI_LANES) * w[c]; \
+        } \
+        LLMPARI_UNROLL for (int c = 0; c < LLMPARI_CHAINS; c++) llmpari_store(t[n] + c * LLMPARI_LANES, acc[c]); \
+        if (++n < 4) continue; \
+        llmpari_tree4(t[0], four); \
+        for (n = 0; n < 4; n++, sum += LLMPARI_GROUP) *sum = four[n]; \
+        n = 0; \
+    } \
+    for (int i = 0; i < n; i++, sum += LLMPARI_GROUP) *sum = llmpari_tree(t[i]); \
+}
+LLMPARI_DEFINE_GRANULES(llmpari_granules_f32,  float,    llmpari_chunk_f32)
+LLMPARI_DEFINE_GRANULES(llmpari_granules_bf16, uint16_t, llmpari_chunk_bf16)
+LLMPARI_DEFINE_GRANULES(llmpari_granules_f16,  uint16_t, llmpari_chunk_f16)
+
+// What is added over k in one rank: k begins at a granule and holds n of them. merges[n] as in section tree; `pieces` values are left, piece p at c + p * stride.
+typedef struct llmpari_granules { int64_t granule, stride; int32_t n, pieces, depth; const uint8_t *merges; } llmpari_granules;
+
+// Floats of scratch of the two ways to add up granules. Rows, columns of a block of the second.
+#define LLMPARI_TREE_ROWS    64
+#define LLMPARI_TREE_COLUMNS 192
+LLMPARI_FN int64_t llmpari_granules_few_scratch(int64_t m, const llmpari_granules *t) {
+    return t->n * (m * llmpari_round_up(t->granule, LLMPARI_CHUNK) + LLMPARI_GROUP) + 16;
+}
+LLMPARI_FN int64_t llmpari_granules_scratch(const llmpar_gemm *g, const llmpari_granules *t) {
+    const int64_t m = llmpari_min(g->m, LLMPARI_TREE_ROWS), n = llmpari_min(g->n, LLMPARI_TREE_COLUMNS);
+    return t->depth * m * n + 16 + llmpar_gemm_scratch(m, n, llmpari_min(t->granule, g->k), g->b_dtype);
+}
+LLMPARI_FN bool llmpari_granules_are_few(const llmpar_gemm *g, const llmpari_granules *t) {
+    return g->m <= LLMPARI_FEW && g->b_transposed && t->granule <= LLMPARI_KC;
+}
+
+// Few rows of a, b[n, k]: rows of b are read from end to end, LLMPARI_GROUP of them make their granules' sums, which are then added in vectors across the rows.
+LLMPARI_FN void llmpari_granules_few(const llmpar_gemm *g, const llmpari_granules *t) {
+    const int64_t step = llmpari_round_up(t->granule, LLMPARI_CHUNK), stride = t->n * step;
+    float *x = llmpari_aligned(g->scratch), *sum = x + g->m * stride;
+    const float *stack[LLMPAR_TREE_PIECES];
+    for (int64_t i = 0; i < g->m; i++)
+        for (int64_t n = 0; n < t->n; n++)
+            llmpari_pack_few(x + i * stride + n * step, g->a + i * g->lda + n * t->granule, llmpari_min(t->granule, g->k - n * t->granule), g->b_dtype != LLMPAR_F32);
+    for (int64_t j0 = 0; j0 < g->n; j0 += LLMPARI_GROUP) {
+        const int64_t count = llmpari_min(LLMPARI_GROUP, g->n - j0);
+        for (int64_t i = 0; i < g->m; i++) {
+            for (int64_t j = 0; j < count; j++) {
+                const int64_t at = (j0 + j) * g->ldb;
+                const void *row = llmpari_at(g->b, g->b_dtype, at), *next = i ? NULL : llmpari_few_rows_next(g, NULL, at, true);
+                const float *from = x + i * stride;
+                if (g->b_dtype == LLMPAR_F32)       llmpari_granules_f32 (row, next, g->k, t->granule, from, sum + j);
+                else if (g->b_dtype == LLMPAR_BF16) llmpari_granules_bf16(row, next, g->k, t->granule, from, sum + j);
+                else                                llmpari_granules_f16 (row, next, g->k, t->granule, from, sum + j);
+            }
+            int depth = 0;
+            for (int32_t n = 0; n < t->n; n++) {
+                stack[depth++] = sum + n * LLMPARI_GROUP;
+                for (int merge = t->merges[n]; merge > 0; merge--) {
+                    float *to = sum + (stack[--depth - 1] - sum);
+                    for (int l = 0; l < LLMPARI_GROUP; l++) to[l] += stack[depth][l];
+                }
+            }
+            for (int p = 0; p < t->pieces; p++) memcpy(g->c + p * t->stride + i * g->ldc + j0, stack[p], (size_t)count * 4);
+        }
+    }
+}
+
+// Any shape: blocks of rows and columns, a GEMM (the table's) per granule.
+LLMPARI_FN void llmpari_granules_gemm(const llmpar_gemm *g, const llmpari_granules *t, void (*gemm)(void *, const llmpar_gemm *), void *user) {
+    const int64_t rows = llmpari_min(g->m, LLMPARI_TREE_ROWS), columns = llmpari_min(g->n, LLMPARI_TREE_COLUMNS);
+    float *block = llmpari_aligned(g->scratch);
+    llmpar_gemm one = *g;
+    one.scratch = block + t->depth * rows * columns;
+    one.accumulate = false;
+    for (int64_t j = 0; j < g->n; j += columns)
+        for (int64_t i = 0; i < g->m; i += rows) {
+            int depth = 0;
+            one.m = llmpari_min(rows, g->m - i);
+            one.n = one.ldc = llmpari_min(columns, g->n - j);
+            const int64_t size = one.m * one.n;
+            for (int32_t n = 0; n < t->n; n++) {
+                const int64_t k = n * t->granule;
+                one.k = llmpari_min(t->granule, g->k - k);
+                one.a = g->a + i * g->lda + k;
+                one.b = llmpari_at(g->b, g->b_dtype, g->b_transposed ? j * g->ldb + k : k * g->ldb + j);
+                one.c = block + depth++ * size;
+                gemm(user, &one);
+                for (int merge = t->merges[n]; merge > 0; merge--) {
+                    float *to = block + (--depth - 1) * size, *from = to + size;
+                    for (int64_t e = 0; e < size; e++) to[e] += from[e];
+                }
+            }
+            for (int p = 0; p < t->pieces; p++)
+                for (int64_t r = 0; r < one.m; r++) memcpy(g->c + p * t->stride + (i + r) * g->ldc + j, block + p * size + r * one.n, (size_t)one.n * 4);
+        }
 }
 
 // sum[n] += a * row[n]. Meanwhile the row of 4- or 2-byte elements at `next` is fetched (NULL = nothing).
@@ -11898,9 +12203,6 @@ LLMPARI_FN void llmpari_gemm_packed(const llmpar_gemm *g, float *a) {
         }
     }
 }
-
-// The scratch as the kernels want it: a vector that straddles two cache lines costs two loads (measured: half the speed).
-LLMPARI_FN float *llmpari_aligned(float *scratch) { return scratch ? scratch + ((64u - ((uintptr_t)scratch & 63u)) & 63u) / 4u : scratch; }
 
 // next: what will be read soon, in the layout of b, when that is not b's next rows; NULL otherwise.
 LLMPARI_FN void llmpari_gemm_portable(const llmpar_gemm *g, const void *next) {
@@ -12292,6 +12594,7 @@ LLMPAR_DEF llmpar_ops llmpar_ops_cpu(void) {
     ops.bias      = llmpari_op_bias;
     ops.softmax   = llmpari_op_softmax;
     ops.embed     = llmpari_op_embed;
+    ops.invariant = false;
     return ops;
 }
 
