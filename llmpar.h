@@ -1052,7 +1052,7 @@ LLMPAR_DEF int64_t    llmpar_attention_scratch(int64_t queries, int64_t n_keys, 
 LLMPAR_DEF int32_t llmpar_sample(const float *logits, int64_t n, double temperature, double top_p, uint64_t *state, float *scratch, int32_t *order);
 
 // ============================================================================================================
-// >>exec   runs a plan on one rank                                             (uses: graph, comm, ops)
+// >>exec   runs a plan on one rank                                             (uses: tree, graph, comm, ops)
 // ============================================================================================================
 // llmpar_exec runs one plan: all buffers are planned by liveness when it is created; running allocates nothing. It is one rank's; all ranks of the mesh create
 // and run together.
@@ -1061,7 +1061,7 @@ typedef struct llmpar_exec llmpar_exec;
 typedef struct llmpar_exec_desc {
     const llmpar_plan *plan;       // must outlive the exec
     llmpar_comm       *world;      // mesh rank = comm rank; must outlive the exec
-    const llmpar_ops  *ops;        // NULL = llmpar_ops_cpu(); copied
+    const llmpar_ops  *ops;        // NULL = llmpar_ops_cpu(); copied. An invariant graph refuses a table that does not promise `invariant`
     llmpar_allocator   allocator;
     const float       *rope_frequencies;   // [D / 2], for graphs with rope; must outlive the exec
     llmpar_exec       *share;      // an exec of another plan over the same nodes (prefill beside decode): weights and caches are its; NULL = own. Must outlive this one
@@ -1080,7 +1080,7 @@ LLMPAR_DEF const float *llmpar_exec_output(llmpar_exec *exec, const char *name, 
 LLMPAR_DEF size_t       llmpar_exec_bytes(const llmpar_exec *exec);                            // all its buffers
 // What this rank's communicators counted in all runs since creation, in llmpar_plan_traffic's rows.
 LLMPAR_DEF int          llmpar_exec_traffic(const llmpar_exec *exec, llmpar_traffic *rows, int capacity);
-// Called after every step with this rank's values, for tests and tracing; NULL = none.
+// Called after every step with this rank's values, for tests and tracing; NULL = none. Of a sum along the tree, before it is exchanged: this rank's pieces, if any.
 LLMPAR_DEF void         llmpar_exec_watch(llmpar_exec *exec, void (*fn)(int step, int round, const llmpar_tensor *out, const void *data, void *user), void *user);
 
 // ============================================================================================================
@@ -1109,6 +1109,8 @@ typedef struct llmpar_engine_desc {
     bool              keep_dtype;  // matrices stay bf16 / f16 in memory when the file has them so in all layers; default: f32
     bool              round_weights;   // round all weights to weight_dtype on load; matrices are kept in it, which halves what decode reads
     llmpar_dtype      weight_dtype;    // with round_weights
+    bool              invariant;   // the same bits of the logits at every tp, uneven ones too (prefill as at tp=1, decode as at tp=1; the two need not agree with each
+                                   //   other), see llmpar_graph. Refused: a table of ops that does not promise it, CBLAS, axes other than dp and tp
     const llmpar_ops *ops;         // NULL = llmpar_ops_cpu(); copied
     llmpar_hardware   hardware;    // for the plans' costs and, with memory_bytes, their limit; zeroed = llmpar_hardware_threads
     llmpar_allocator  allocator;
@@ -6016,6 +6018,8 @@ LLMPARI_FN llmpar_status llmpari_sweep(llmpari_solver *s, llmpari_stretch *part,
     }
     if (part->entry >= 0) {
         LLMPARI_TRY(llmpari_bus_finish(s, part, part->entry, &entry));
+        if (s->g->invariant)                                   // partial sums become whole where they are made
+            for (int64_t i = llmpari_class_of(s, part->entry)->space.n_whole * entry->width; i < entry->rows * entry->width; i++) entry->x[i] = INFINITY;
         llmpari_event_add(s, part, -1, part->entry, NULL, NULL);
         LLMPARI_TRY(llmpari_factor_add(s, entry));
     }
@@ -12806,6 +12810,7 @@ typedef struct llmpari_exec_copy {      // a value of the plan
     llmpar_tensor tensor;
     llmpari_exec_part  part;
     int32_t producer;              // step or -1
+    int32_t copies;                // 1; of a sum along the tree: the pieces that this rank makes, one block after another
 } llmpari_exec_copy;
 
 typedef struct llmpari_exec_table {     // positions of the tokens of one block [rows, tokens]
@@ -12974,6 +12979,8 @@ typedef struct llmpari_exec_contract {
     llmpari_exec_box pack[3];
     int64_t     pack_at[3], gemm_at;   // in scratch; -1 = none
     int64_t     b_bytes, c_elements;
+    llmpari_granules tree;         // n = 0: an ordinary sum
+    bool        few;               // the granules' sums by the kernel for few rows
 } llmpari_exec_contract;
 
 // The dims of size > 1 with their strides, for operands a and b of the step (0 and 1, or swapped).
@@ -13096,7 +13103,8 @@ LLMPARI_FN bool llmpari_exec_contract_plan(llmpari_exec_prep *p, llmpari_exec_co
         memcpy(merged, dense, sizeof merged);
         if (!llmpari_exec_contract_fit(c, merged, llmpari_exec_contract_merge(merged, n))) continue;
         for (int i = 0; i < c->n_loops; i++) calls *= c->size[i];
-        if (calls > 8 && c->gemm.m * c->gemm.n * c->gemm.k < 64) return false;             // calls would cost more than the loops
+        if (p->exec->graph->invariant && (c->n_sums || (tries[t] & 4u))) continue;         // one sum, its pieces in place
+        if (calls > 8 && c->gemm.m * c->gemm.n * c->gemm.k < 64 && !p->exec->graph->invariant) return false;   // calls would cost more than the loops
         c->packs = tries[t];
         for (int k = 0; k < 3; k++)
             if (c->packs >> k & 1u) {
@@ -13135,7 +13143,9 @@ LLMPARI_FN llmpar_status llmpari_exec_run_gemm(llmpar_exec *x, const llmpari_exe
         gemm.a = a + at[0];
         gemm.b = b + at[1] * c->b_bytes;
         gemm.c = out + at[2];
-        x->ops.gemm(x->ops.user, &gemm);
+        if (!c->tree.n)  x->ops.gemm(x->ops.user, &gemm);
+        else if (c->few) llmpari_granules_few(&gemm, &c->tree);
+        else             llmpari_granules_gemm(&gemm, &c->tree, x->ops.gemm, x->ops.user);
     } while (llmpari_exec_next(c->n_loops, c->size, index));
     if (c->packs & 4u) llmpari_exec_box_copy(&c->pack[2], args->out, out, 4);
     return LLMPAR_OK;
@@ -13186,23 +13196,77 @@ LLMPARI_FN void llmpari_exec_contract_loops(llmpari_exec_prep *p, llmpari_exec_c
         }
 }
 
+// An invariant graph's sums run over the same items in the same order whatever this rank holds: the dims summed over lie next to each other, in one order in both
+// operands, and the one that has granules comes first.
+LLMPARI_FN llmpar_status llmpari_exec_invariant_check(const llmpari_exec_prep *p) {
+    const llmpar_op *op = p->op;
+    const int tree = llmpari_tree_dim(p->exec->graph, op);
+    int at[2] = { -1, -1 }, n[2] = { 0, 0 };
+    bool good = true;
+    for (int s = 0; s < 2; s++)
+        for (int d = 0; d < p->in[s]->part.n; d++) {
+            if (llmpari_index_in(op, op->n_in, op->index_of[s][d])) continue;
+            if (!n[s]++) at[s] = d;
+            good = good && d == at[s] + n[s] - 1 && (s == 0 || (n[0] >= n[1] && op->index_of[0][at[0] + n[1] - 1] == op->index_of[1][d]));
+        }
+    if (good && n[0] == n[1] && (tree < 0 || tree == at[0])) return LLMPAR_OK;
+    return LLMPARI_FAIL(p->err, LLMPAR_UNSUPPORTED, "the einsum that makes %s: in an invariant graph the dims that are summed over must be in both operands, in the same order "
+                        "and next to each other, the one with granules first; write the operands so", p->out->tensor.name);
+}
+
+// The granules of this rank, if the sum is one along the tree.
+LLMPARI_FN llmpar_status llmpari_exec_prep_granules(llmpari_exec_prep *p, llmpari_exec_contract *c) {
+    llmpari_tree_sum sum;
+    int64_t inner = 1, count;
+    if (!llmpari_tree_sum_of(p->exec->plan, p->step->out, &sum)) return LLMPAR_OK;
+    const llmpari_exec_part *a = &p->in[0]->part;
+    for (int d = sum.dim + 1; d < a->n; d++) if (!llmpari_index_in(p->op, p->op->n_in, p->op->index_of[0][d])) inner *= a->range[d].count;
+    count = (a->range[sum.dim].count + sum.granule - 1) / sum.granule;
+    if (sum.granules > UINT16_MAX || a->range[sum.dim].first % sum.granule)
+        return LLMPARI_FAIL(p->err, LLMPAR_UNSUPPORTED, "the sum over %s that makes %s has %lld granules of %lld, this rank's from item %lld on; at most %d granules are possible, and "
+                            "cuts must fall on them: give %s a larger granule", sum.operand.dim[sum.dim].name, p->out->tensor.name, (long long)sum.granules, (long long)sum.granule,
+                            (long long)a->range[sum.dim].first, (int)UINT16_MAX, sum.operand.dim[sum.dim].name);
+    llmpar_range *node = (llmpar_range *)llmpar_arena_alloc(&p->exec->arena, (size_t)(count + 1) * sizeof *node);
+    uint8_t *merges = (uint8_t *)llmpar_arena_alloc(&p->exec->arena, (size_t)count + 1);
+    if (!node || !merges) return llmpari_exec_prep_memory(p);
+    for (int64_t i = 0; i < count; i++) { node[i].first = a->range[sum.dim].first / sum.granule + i; node[i].count = 1; }
+    c->tree.granule = sum.granule * inner;
+    c->tree.stride  = c->c_elements;
+    c->tree.n       = (int32_t)count;
+    c->tree.merges  = merges;
+    c->tree.pieces  = p->exec->value[p->step->out].copies = llmpar_tree_fold(sum.granules, node, c->tree.n, merges);
+    for (int32_t i = 0, depth = 0; i < c->tree.n; depth -= merges[i++]) c->tree.depth = (int32_t)llmpari_max(c->tree.depth, ++depth);
+    return LLMPAR_OK;
+}
+
 LLMPARI_FN llmpar_status llmpari_exec_prep_einsum(llmpari_exec_prep *p) {
     llmpari_exec_index index[LLMPAR_MAX_INDICES];
+    const bool invariant = p->exec->graph->invariant;
     llmpari_exec_contract *c = (llmpari_exec_contract *)llmpari_exec_prep_how(p, sizeof *c);
     if (!c) return llmpari_exec_prep_memory(p);
     memset(index, 0, sizeof index);
     c->c_elements = p->out->part.elements;
-    if (!c->c_elements) return LLMPAR_OK;
+    if (invariant) LLMPARI_TRY(llmpari_exec_invariant_check(p));
+    if (invariant) LLMPARI_TRY(llmpari_exec_prep_granules(p, c));
+    if (!c->c_elements || !p->out->copies) return LLMPAR_OK;
     if (!p->in[0]->part.elements || !p->in[1]->part.elements) { p->task->run = llmpari_exec_run_zero; return LLMPAR_OK; }
     // GEMM's b is the operand that owns the result's innermost dim; where neither does, the one that is not f32.
     int n = llmpari_exec_contract_indices(p, 0, index), a = p->in[0]->tensor.dtype != LLMPAR_F32;
     for (int i = 0; i < n; i++)
         if (index[i].stride[2] == 1) a = index[i].kind == LLMPARI_EXEC_M ? 1 : index[i].kind == LLMPARI_EXEC_N ? 0 : a;
+    if (invariant && p->out->part.n) {                         // the same roles whatever sizes the dims have here: 16-bit rows are summed in another order
+        const int last = p->op->index_of[p->op->n_in][p->out->part.n - 1];
+        const bool in[2] = { llmpari_index_in(p->op, 0, last), llmpari_index_in(p->op, 1, last) };
+        a = in[0] != in[1] ? in[0] : p->in[0]->tensor.dtype != LLMPAR_F32;
+    }
     n = llmpari_exec_contract_indices(p, a, index);
     c->a = a; c->b = 1 - a;
     c->b_bytes = llmpar_dtype_bytes(p->in[c->b]->tensor.dtype);
     c->gemm_at = -1;
     if (!llmpari_exec_contract_plan(p, c, index, n)) {
+        if (invariant)
+            return LLMPARI_FAIL(p->err, LLMPAR_UNSUPPORTED, "the einsum that makes %s is no matrix product as its dims lie, which an invariant graph needs; write the result's dims "
+                                "in the order: batch, those of one operand, those of the other", p->out->tensor.name);
         n = llmpari_exec_contract_indices(p, 0, index);
         llmpari_exec_contract_loops(p, c, index, n);
         return LLMPAR_OK;
@@ -13211,6 +13275,8 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_einsum(llmpari_exec_prep *p) {
     p->task->run = llmpari_exec_run_gemm;
     c->gemm.b_dtype = p->in[c->b]->tensor.dtype;
     int64_t floats = llmpar_gemm_scratch(c->gemm.m, c->gemm.n, c->gemm.k, c->gemm.b_dtype);
+    c->few = p->exec->ops.gemm == llmpari_op_gemm && llmpari_granules_are_few(&c->gemm, &c->tree);
+    if (c->tree.n) floats = c->few ? llmpari_granules_few_scratch(c->gemm.m, &c->tree) : llmpari_granules_scratch(&c->gemm, &c->tree);
     if (floats > 0) c->gemm_at = llmpari_exec_prep_scratch(p, 4 * floats);
     return LLMPAR_OK;
 }
@@ -13413,6 +13479,9 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_over(llmpari_exec_prep *p) {
     return LLMPAR_OK;
 }
 
+// What is looked up in a split dim is added to the zeros of the other ranks, which makes 0 of -0: then it does so on one rank too.
+LLMPARI_FN void llmpari_exec_no_minus_zero(float *y, int64_t n) { for (int64_t i = 0; i < n; i++) y[i] += 0.0f; }
+
 LLMPARI_FN llmpar_status llmpari_exec_run_embed(llmpar_exec *x, const llmpari_exec_task *task, const llmpari_exec_args *args, llmpar_error *err) {
     llmpar_embed_args embed = *(const llmpar_embed_args *)task->how;
     (void)err;
@@ -13420,6 +13489,7 @@ LLMPARI_FN llmpar_status llmpari_exec_run_embed(llmpar_exec *x, const llmpari_ex
     embed.table = args->in[1];
     embed.y     = (float *)args->out;
     x->ops.embed(x->ops.user, &embed);
+    if (x->graph->invariant) llmpari_exec_no_minus_zero(embed.y, embed.rows * embed.n);
     return LLMPAR_OK;
 }
 
@@ -13443,13 +13513,14 @@ LLMPARI_FN llmpar_status llmpari_exec_run_take(llmpar_exec *x, const llmpari_exe
     const float *from = (const float *)args->in[0];
     const int32_t *ids = (const int32_t *)args->in[1];
     float *to = (float *)args->out;
-    (void)x; (void)err;
+    (void)err;
     for (int64_t b = 0; b < how->batch; b++)
         for (int64_t i = 0; i < how->before; i++, to += how->after, from += how->count * how->after) {
             int64_t id = ids[b] - how->first;
             if (id >= 0 && id < how->count) memcpy(to, from + id * how->after, (size_t)how->after * 4);
             else memset(to, 0, (size_t)how->after * 4);
         }
+    if (x->graph->invariant) llmpari_exec_no_minus_zero((float *)args->out, how->batch * how->before * how->after);
     return LLMPAR_OK;
 }
 
@@ -13839,6 +13910,114 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_collective(llmpari_exec_prep *p, llmp
     }
 }
 
+// The AllReduce of a sum along the tree: the group's pieces, exchanged and added in the tree's order.
+typedef struct llmpari_exec_tree {
+    llmpar_axes  axes;
+    bool         slices;           // see llmpari_tree_exchange
+    int32_t      mine, pieces, n;  // of this rank, of all; members
+    int64_t      elements, slice;  // of a piece; of what this rank adds up
+    int64_t     *send, *recv, *part;   // [n]: AllToAll's counts; AllGather's
+    int32_t     *at;               // [pieces]: place among the received pieces of the i-th piece of the tree
+    uint8_t     *merges;           // [pieces]
+    int64_t      pack_at, recv_at, sum_at;     // scratch
+} llmpari_exec_tree;
+
+LLMPARI_FN void llmpari_exec_tree_add(const llmpari_exec_tree *how, float *piece, float *out) {
+    enum { BLOCK = 1024 };         // a handful of pieces' blocks stay in the first-level cache
+    float *stack[LLMPAR_TREE_PIECES];
+    for (int64_t e = 0; e < how->slice; e += BLOCK) {
+        const int64_t count = llmpari_min(BLOCK, how->slice - e);
+        int depth = 0;
+        for (int32_t i = 0; i < how->pieces; i++) {
+            stack[depth++] = piece + how->at[i] * how->slice + e;
+            for (int merge = how->merges[i]; merge > 0; merge--) {
+                const float *from = stack[--depth];
+                float *to = stack[depth - 1];
+                for (int64_t k = 0; k < count; k++) to[k] += from[k];
+            }
+        }
+        memcpy(out + e, stack[0], (size_t)count * 4);
+    }
+}
+
+LLMPARI_FN llmpar_status llmpari_exec_run_tree(llmpar_exec *x, const llmpari_exec_task *task, const llmpari_exec_args *args, llmpar_error *err) {
+    const llmpari_exec_tree *how = (const llmpari_exec_tree *)task->how;
+    llmpar_comm *comm = llmpari_exec_comm(x, how->axes);
+    float *recv = (float *)(void *)(args->scratch + how->recv_at), *pack = (float *)(void *)(args->scratch + how->pack_at), *sum = (float *)(void *)(args->scratch + how->sum_at);
+    if (!how->slices) {
+        LLMPARI_TRY(llmpar_all_gather(comm, args->in[0], recv, how->recv, LLMPAR_F32, err));
+        llmpari_exec_tree_add(how, recv, (float *)args->out);
+        return LLMPAR_OK;
+    }
+    const float *piece = (const float *)args->in[0];
+    float *to = pack;
+    for (int64_t m = 0, first = 0; m < how->n; first += how->part[m++])
+        for (int32_t i = 0; i < how->mine; i++, to += how->part[m])
+            if (how->part[m]) memcpy(to, piece + i * how->elements + first, (size_t)how->part[m] * 4);
+    LLMPARI_TRY(llmpar_all_to_all(comm, pack, how->send, recv, how->recv, LLMPAR_F32, err));
+    llmpari_exec_tree_add(how, recv, sum);
+    return llmpar_all_gather(comm, sum, args->out, how->part, LLMPAR_F32, err);
+}
+
+// The pieces of all members in the tree's order, and how they are added.
+LLMPARI_FN llmpar_status llmpari_exec_tree_order(llmpari_exec_prep *p, llmpari_exec_tree *how, const llmpari_tree_sum *sum, const int32_t *members) {
+    llmpar_range *node = (llmpar_range *)llmpar_arena_alloc(&p->exec->arena, ((size_t)how->pieces + 1) * sizeof *node), piece[LLMPAR_TREE_PIECES];
+    how->at     = (int32_t *)llmpar_arena_alloc(&p->exec->arena, ((size_t)how->pieces + 1) * sizeof *how->at);
+    how->merges = (uint8_t *)llmpar_arena_alloc(&p->exec->arena, (size_t)how->pieces + 1);
+    if (!node || !how->at || !how->merges) return llmpari_exec_prep_memory(p);
+    for (int32_t m = 0, n = 0; m < how->n; m++) {
+        const int32_t theirs = llmpari_tree_sum_pieces(sum, p->exec->mesh, members[m], piece);
+        how->send[m] = how->mine * how->part[m];
+        how->recv[m] = theirs * how->slice;
+        for (int32_t i = 0; i < theirs; i++, n++) {
+            int32_t at = n;                                    // members along several axes need not be in the tree's order
+            for (; at > 0 && node[at - 1].first > piece[i].first; at--) { node[at] = node[at - 1]; how->at[at] = how->at[at - 1]; }
+            node[at]    = piece[i];
+            how->at[at] = n;
+        }
+    }
+    if (llmpar_tree_fold(sum->granules, node, how->pieces, how->merges) == 1) return LLMPAR_OK;
+    return llmpari_exec_prep_wrong(p, "the group's members do not hold every granule of the sum once", p->in[0]->tensor.name);
+}
+
+LLMPARI_FN llmpar_status llmpari_exec_prep_tree(llmpari_exec_prep *p, const int32_t *members, int32_t n) {
+    llmpari_exec_tree *how = (llmpari_exec_tree *)llmpari_exec_prep_how(p, sizeof *how);
+    const llmpar_plan *plan = p->exec->plan;
+    const int32_t made_by = p->in[0]->producer, op = made_by < 0 ? -1 : plan->step[made_by].op;
+    const llmpar_split evenly = LLMPAR_ZERO;
+    llmpari_tree_sum sum;
+    int64_t *counts = (int64_t *)llmpar_arena_alloc(&p->exec->arena, 3 * (size_t)n * sizeof *counts);
+    if (!how || !counts) return llmpari_exec_prep_memory(p);
+    if (!llmpari_tree_sum_of(plan, p->step->in[0], &sum) || llmpar_sharding_partial(&p->step->move.before) != p->step->move.axes)
+        return LLMPARI_FAIL(p->err, LLMPAR_UNSUPPORTED, "step %d of the plan reduces %s (made by %s): in an invariant graph only sums of einsums over dims with granules, and lookups, are "
+                            "reduced, over all their axes at once", (int)p->index, p->in[0]->tensor.name, op < 0 ? "no op" : llmpari_exec_op_text(plan->graph->op[op].kind));
+    const llmpari_tree_exchange x = llmpari_tree_exchange_of(plan, &sum, p->step->move.axes, p->exec->rank, p->in[0]->part.elements);
+    how->axes = p->step->move.axes;
+    how->send = counts; how->recv = counts + n; how->part = counts + 2 * n;
+    how->slices   = x.slices;
+    how->mine     = (int32_t)x.mine;
+    how->pieces   = (int32_t)x.pieces;
+    how->n        = n;
+    how->elements = how->slice = p->in[0]->part.elements;
+    for (int32_t m = 0; m < n; m++) how->part[m] = llmpar_split_part(how->elements, &evenly, n, m).count;
+    for (int32_t m = 0; m < n && how->slices; m++) if (members[m] == p->exec->rank) how->slice = how->part[m];
+    LLMPARI_TRY(llmpari_exec_tree_order(p, how, &sum, members));
+    how->recv_at = llmpari_exec_prep_scratch(p, 4 * how->pieces * how->slice);
+    if (how->slices) {
+        how->pack_at = llmpari_exec_prep_scratch(p, 4 * how->mine * how->elements);
+        how->sum_at  = llmpari_exec_prep_scratch(p, 4 * how->slice);
+    }
+    llmpari_exec_use_comm(p->exec, how->axes);
+    p->task->run = llmpari_exec_run_tree;
+    return LLMPAR_OK;
+}
+
+// Is it the zeros and the values of a lookup that are added? Their sum has no rounding.
+LLMPARI_FN bool llmpari_exec_is_lookup(const llmpari_exec_prep *p) {
+    const int32_t made_by = p->in[0]->producer, op = made_by < 0 ? -1 : p->exec->plan->step[made_by].op;
+    return op >= 0 && (p->exec->graph->op[op].kind == LLMPAR_OP_EMBED || p->exec->graph->op[op].kind == LLMPAR_OP_TAKE);
+}
+
 LLMPARI_FN llmpar_status llmpari_exec_prep_move(llmpari_exec_prep *p) {
     const llmpar_move *move = &p->step->move;
     llmpar_exec *x = p->exec;
@@ -13854,6 +14033,8 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_move(llmpari_exec_prep *p) {
     int32_t *members = (int32_t *)llmpar_arena_alloc(&x->arena, (size_t)n * sizeof *members);
     if (!members) return llmpari_exec_prep_memory(p);
     llmpar_mesh_group(x->mesh, move->axes, x->rank, members, n, NULL);
+    if (x->graph->invariant && (move->kind == LLMPAR_ALL_REDUCE || move->kind == LLMPAR_REDUCE_SCATTER) && !llmpari_exec_is_lookup(p))
+        return llmpari_exec_prep_tree(p, members, n);
     return llmpari_exec_prep_collective(p, how, members, n);
 }
 
@@ -13904,6 +14085,7 @@ LLMPARI_FN llmpar_status llmpari_exec_values(llmpar_exec *x, llmpar_error *err) 
         x->value[v].tensor.sharding = plan->value[v].sharding;
         x->value[v].part = llmpari_exec_part_of(&node->tensor, &plan->value[v].sharding, x->mesh, x->rank);
         x->value[v].producer = -1;
+        x->value[v].copies   = 1;
     }
     for (int32_t i = 0; i < plan->n_steps; i++)
         if (plan->step[i].out >= 0) x->value[plan->step[i].out].producer = i;
@@ -13965,7 +14147,7 @@ LLMPARI_FN int32_t llmpari_exec_new_slot(llmpar_exec *x, int32_t value, int32_t 
     slot->first = slot->last = first;
     slot->base  = -1;
     slot->value = value;
-    if (value >= 0) slot->bytes = LLMPARI_EXEC_ALIGN(x->value[value].part.elements * llmpar_dtype_bytes(x->value[value].tensor.dtype));
+    if (value >= 0) slot->bytes = LLMPARI_EXEC_ALIGN(x->value[value].copies * x->value[value].part.elements * llmpar_dtype_bytes(x->value[value].tensor.dtype));
     return x->n_slots++;
 }
 
@@ -14248,6 +14430,19 @@ LLMPARI_FN llmpar_status llmpari_exec_allocate(llmpar_exec *x, llmpar_error *err
     return LLMPAR_OK;
 }
 
+// An invariant graph needs kernels that promise to be.
+LLMPARI_FN llmpar_status llmpari_exec_promise(const llmpar_exec *x, const llmpar_ops *given, llmpar_error *err) {
+    if (!x->graph->invariant) return LLMPAR_OK;
+#ifdef LLMPAR_CBLAS
+    if (x->ops.gemm == llmpari_op_gemm)
+        return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "the graph is invariant, but this build's GEMM is CBLAS (LLMPAR_CBLAS), which sums in an order of its own; build without it, or pass a "
+                            "table with a GEMM that gives a row and a column the same bits in every call");
+#endif
+    if (!given || given->invariant) return LLMPAR_OK;
+    return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "the graph is invariant, but the ops table does not promise that every kernel gives a row, a column or a head the same bits whatever else is "
+                        "in the call; set ops.invariant if that is so, or pass no table for llmpar's own kernels");
+}
+
 // What this rank can do without the others.
 LLMPARI_FN llmpar_status llmpari_exec_build(const llmpar_exec_desc *desc, llmpar_exec **out, llmpar_error *err) {
     int32_t coord[LLMPAR_MAX_AXES];
@@ -14268,6 +14463,7 @@ LLMPARI_FN llmpar_status llmpari_exec_build(const llmpar_exec_desc *desc, llmpar
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d of the communicator (of %d) is not on the plan's mesh of %d ranks", (int)x->rank,
                             (int)desc->world->size,
                             (int)llmpar_mesh_size(x->mesh));
+    LLMPARI_TRY(llmpari_exec_promise(x, desc->ops, err));
     LLMPARI_TRY(llmpari_exec_values(x, err));
     LLMPARI_TRY(llmpari_exec_tasks(x, err));
     LLMPARI_TRY(llmpari_exec_add_turns(x, err));
@@ -14551,6 +14747,7 @@ LLMPARI_FN llmpar_status llmpari_engine_solve(llmpar_engine *e, const llmpar_che
     build.pin_weights  = build.pin_batch = build.whole_output = true;
     build.sequence_parallel = d->sequence_parallel && which == LLMPARI_PREFILL;
     build.last_only    = !d->all_logits && which == LLMPARI_PREFILL;
+    build.invariant    = d->invariant;
     llmpar_graph_init(g, &e->mesh, &e->arena);
     LLMPARI_TRY(llmpar_build(&e->model, &build, g, err));
     for (int i = 0; i < g->n_nodes && d->keep_dtype && !d->round_weights; i++)

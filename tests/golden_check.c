@@ -1,8 +1,9 @@
-// golden_check DIR MESH [--sp] [--dtype f32|bf16]
+// golden_check DIR MESH [--sp] [--dtype f32|bf16] [--invariant] [--hash]
 // Runs a checkpoint on thread-ranks and compares with what Hugging Face computed (DIR/expected.safetensors): the logits of input_ids, the residual stream after
 // every layer, and the greedy continuation, each step of it one decode with the KV cache whose logits must equal those of one prefill of all tokens.
 // --sp: Megatron's sequence parallelism in prefill (decode drops it). --dtype bf16: weights are rounded on load, and the reference is this program's own
 // run of one rank with the same rounding. After every run the calls and payload bytes that the plans predict must be those that comm counted, on every rank.
+// --invariant: the mode whose bits do not depend on tp. --hash: the 64-bit FNV-1a of the logits' bits is printed, of the prefill and of all decode steps.
 // stdout: max |dlogits| X  hidden Y  greedy N/N     (Y: largest max|dh| / max|h| of a layer; exit 1 beyond 1e-4 or when a token differs)
 #define LLMPAR_IMPLEMENTATION
 #include "llmpar.h"
@@ -24,7 +25,7 @@ typedef struct block { float *data; llmpar_tensor layout; } block;         // on
 typedef struct check {
     const char *folder;
     llmpar_mesh mesh;
-    bool     sequence_parallel, round;
+    bool     sequence_parallel, round, invariant;
     const int32_t *ids;            // [b, t]
     result  *to;
     block   *seen;                 // [ranks][layers + 1]
@@ -79,6 +80,15 @@ static int32_t largest(const float *logits, int64_t n) {
     for (int64_t i = 1; i < n; i++) if (logits[i] > logits[best]) best = i;
     return (int32_t)best;
 }
+static uint64_t fnv1a(const float *x, int64_t n) {
+    uint64_t hash = 14695981039346656037u;
+    for (int64_t i = 0; i < n; i++) {
+        unsigned char byte[4];
+        memcpy(byte, x + i, 4);
+        for (int b = 0; b < 4; b++) hash = (hash ^ byte[b]) * 1099511628211u;
+    }
+    return hash;
+}
 static double distance(const float *a, const float *b, int64_t n) {
     double most = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -98,6 +108,7 @@ static llmpar_status open_engine(const check *job, llmpar_comm *world, int64_t p
     desc.max_context = context;
     desc.sequence_parallel = job->sequence_parallel;
     desc.all_logits    = true;
+    desc.invariant     = job->invariant;
     desc.round_weights = job->round;
     desc.weight_dtype  = LLMPAR_BF16;
     return llmpar_engine_create(&desc, engine, err);
@@ -180,7 +191,7 @@ static llmpar_status run_ranks(check *job, llmpar_error *err) {
 static float *room(int64_t n) { return (float *)must(calloc((size_t)n + 1, sizeof(float))); }
 
 // Runs the model on a mesh; sizes are taken from `like`. Exits with the error's text when it fails.
-static result run(const char *folder, const char *mesh, bool sequence_parallel, bool round, const int32_t *ids, const result *like) {
+static result run(const char *folder, const char *mesh, bool sequence_parallel, bool round, bool invariant, const int32_t *ids, const result *like) {
     llmpar_error err = LLMPAR_ZERO;
     result r = *like;
     check job = LLMPAR_ZERO;
@@ -191,6 +202,7 @@ static result run(const char *folder, const char *mesh, bool sequence_parallel, 
     job.folder = folder;
     job.sequence_parallel = sequence_parallel;
     job.round = round;
+    job.invariant = invariant;
     job.ids = ids;
     job.to  = &r;
     if (llmpar_mesh_parse(mesh, &job.mesh, &err)) { fprintf(stderr, "%s\n", err.text); exit(1); }
@@ -228,12 +240,12 @@ static result read_expected(const char *folder, int32_t **ids) {
 }
 
 static int usage(void) {
-    fprintf(stderr, "usage: golden_check DIR MESH [--sp] [--dtype f32|bf16]      for example: golden_check tests/golden/llama dp=2,tp=3\n");
+    fprintf(stderr, "usage: golden_check DIR MESH [--sp] [--dtype f32|bf16] [--invariant] [--hash]      for example: golden_check tests/golden/llama dp=2,tp=3\n");
     return 2;
 }
 
 int main(int argc, char **argv) {
-    bool sp = false, round = false;
+    bool sp = false, round = false, invariant = false, hash = false;
     int32_t *ids;
     double hidden = 0, logits;
     int64_t same = 0;
@@ -242,15 +254,17 @@ int main(int argc, char **argv) {
         if (strcmp(argv[i], "--sp") == 0) sp = true;
         else if (strcmp(argv[i], "--dtype") == 0 && i + 1 < argc && strcmp(argv[i + 1], "f32")  == 0) round = false, i++;
         else if (strcmp(argv[i], "--dtype") == 0 && i + 1 < argc && strcmp(argv[i + 1], "bf16") == 0) round = true, i++;
+        else if (strcmp(argv[i], "--invariant") == 0) invariant = true;
+        else if (strcmp(argv[i], "--hash") == 0) hash = true;
         else return usage();
     }
     result want = read_expected(argv[1], &ids);
     if (round) {                                                                           // the file's results are of unrounded weights
-        result own = run(argv[1], "tp=1", false, true, ids, &want);
+        result own = run(argv[1], "tp=1", false, true, invariant, ids, &want);
         discard(&want);
         want = own;
     }
-    result got = run(argv[1], argv[2], sp, round, ids, &want);
+    result got = run(argv[1], argv[2], sp, round, invariant, ids, &want);
     logits = fmax(distance(got.logits, want.logits, got.b * got.t * got.v), got.decode_gap);
     for (int64_t i = 0; i <= got.layers; i++) {
         double most = 0, d = distance(got.hidden[i], want.hidden[i], got.b * got.t * got.h);
@@ -259,6 +273,8 @@ int main(int argc, char **argv) {
     }
     for (int64_t i = 0; i < got.b * got.steps; i++) same += got.greedy[i] == want.greedy[i];
     printf("max |dlogits| %.2g  hidden %.2g  greedy %lld/%lld\n", logits, hidden, (long long)same, (long long)(got.b * got.steps));
+    if (hash) printf("prefill %016llx\ndecode %016llx\n", (unsigned long long)fnv1a(got.logits, got.b * got.t * got.v),
+                     (unsigned long long)fnv1a(got.decode, got.steps * got.b * got.v));
     bool good = logits <= LIMIT && hidden <= LIMIT && same == got.b * got.steps;
     discard(&want); discard(&got); free(ids);
     return good ? 0 : 1;
