@@ -11687,6 +11687,18 @@ typedef int32_t  llmpari_ivec;
 #define LLMPARI_KEEP(v) ((void)0)
 #endif
 
+// After acc += a * b in a loop that has variants: gcc's tuning for some processors makes a lone chain of these a product and a sum, but one fused operation each where
+// several chains run side by side, so a row alone would get other bits than a row among others. Held here, the chain is fused everywhere, or (-ffp-contract=off) nowhere.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && LLMPARI_LANES == 16
+#define LLMPARI_CHAIN(acc) __asm__("" : "+v"(acc))
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
+#define LLMPARI_CHAIN(acc) __asm__("" : "+x"(acc))
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__aarch64__)
+#define LLMPARI_CHAIN(acc) __asm__("" : "+w"(acc))
+#else
+#define LLMPARI_CHAIN(acc) ((void)0)
+#endif
+
 // Blocks of the GEMM. Sums of LLMPARI_KC elements of k are added to c one after another, in every path.
 #define LLMPARI_KC  1024           // a panel of NR rows of b and a tile of a, KC long, share the first-level cache
 #define LLMPARI_MC   132           // rows of a that are packed at a time (second-level cache); a multiple of every MR
@@ -12457,7 +12469,7 @@ LLMPARI_FN int64_t name(float *out, int64_t out_stride, const float *p, int64_t 
                 llmpari_vec w = llmpari_load(at + c * LLMPARI_LANES); \
                 if (next && c * LLMPARI_LANES % 16 == 0) LLMPARI_PREFETCH(next + j * v_stride + i + c * LLMPARI_LANES); \
                 LLMPARI_KEEP(w); \
-                LLMPARI_UNROLL for (int r = 0; r < ROWS; r++) acc[r][c] += p[r * p_stride + j] * w; \
+                LLMPARI_UNROLL for (int r = 0; r < ROWS; r++) { acc[r][c] += p[r * p_stride + j] * w; LLMPARI_CHAIN(acc[r][c]); } \
             } \
         LLMPARI_UNROLL for (int r = 0; r < ROWS; r++) LLMPARI_UNROLL for (int c = 0; c < COLUMNS; c++) \
             llmpari_store(out + r * out_stride + i + c * LLMPARI_LANES, acc[r][c]); \
