@@ -1,7 +1,7 @@
 // Speed of a whole model through the engine: a synthetic Llama (make_synthetic) on thread-ranks, against the limits of this machine measured in the same run.
 //   bench_decode F32_FOLDER BF16_FOLDER [--ranks 1,2] [--rounds 9] [--tokens 4] [--context 512] [--only decode|prefill] [--torch COMMAND]
 // Decode: the bytes that a token touches (weights, keys and values) times tokens/s, as a part of what as many threads read at most ("probe"); bf16 weights, kept
-// in bf16, against f32. Prefill: the rate of its products, over the wall time of the whole prefill, as a part of cblas_sgemm's on the same list of shapes.
+// in bf16, against f32; the invariant mode (f32) against the plain one. Prefill: the rate of its products, over the wall time of the whole prefill, as a part of cblas_sgemm's on the same list of shapes.
 // Everything is interleaved round by round; a figure is the median of the rounds, a ratio the median of the rounds' ratios. No time is ever asserted. A round in
 // which some rank did not have its processor for itself (CPU time under 0.97 of the wall time) is repeated, for REPEAT_S seconds and REPEATS times the rounds in all.
 // COMMAND (python3 tests/bench_torch.py) is a peer that decodes the same sizes when told to on its stdin, in the same rounds.
@@ -14,7 +14,7 @@
 #define BENCH_FLAGS "not given (-DBENCH_FLAGS)"
 #endif
 #define TRY(call) do { llmpar_status try_ = (call); if (try_) return try_; } while (0)
-enum { MAX_RANKS = 8, MAX_ROUNDS = 101, MAX_PRODUCTS = 4096, REPEATS = 4, REPEAT_S = 20, PEER_S = 20, F32 = 0, BF16 = 1, KINDS = 2 };
+enum { MAX_RANKS = 8, MAX_ROUNDS = 101, MAX_PRODUCTS = 4096, REPEATS = 4, REPEAT_S = 20, PEER_S = 20, F32 = 0, BF16 = 1, KINDS = 2, INVARIANT = 2, ENGINES = 3 };
 #define PROBE_BYTES ((int64_t)512 << 20)               // of all threads together: far more than the last-level cache
 
 static double clock_s(clockid_t id) {
@@ -75,10 +75,12 @@ typedef struct bench_rank {
     product list[MAX_PRODUCTS];        // of one prefill
     int     n_products;
     double  gemm_s;
-    int64_t weight_bytes[KINDS], kv_bytes_per_key;     // that a decoded token touches here
-    double  probe[3 * MAX_ROUNDS], decode[KINDS][MAX_ROUNDS], prefill[MAX_ROUNDS], gemms[MAX_ROUNDS], blas[MAX_ROUNDS];
-    double  kv_bytes[KINDS][MAX_ROUNDS];               // a token, mean of the round
-    int64_t memory[KINDS];
+    int64_t weight_bytes[ENGINES], kv_bytes_per_key;     // that a decoded token touches here
+    double  probe[3 * MAX_ROUNDS], decode[ENGINES][MAX_ROUNDS], prefill[MAX_ROUNDS], gemms[MAX_ROUNDS], blas[MAX_ROUNDS];
+    double  kv_bytes[ENGINES][MAX_ROUNDS];               // a token, mean of the round
+    int64_t memory[ENGINES];
+    double  prompt_s[ENGINES];         // of the last prefill
+    int64_t traffic[ENGINES][2];       // calls and payload bytes of a decode step
 } bench_rank;
 
 typedef struct bench {
@@ -147,10 +149,10 @@ static void count_bytes(llmpar_engine *e, int32_t rank, int64_t *weights, int64_
 typedef struct worker {
     bench      *b;
     bench_rank *r;
-    llmpar_engine *engine[KINDS];
-    int32_t rank, *ids, *order, next[KINDS];
+    llmpar_engine *engine[ENGINES];
+    int32_t rank, *ids, *order, next[ENGINES];
     float  *scratch;
-    int64_t v, used[KINDS];
+    int64_t v, used[ENGINES];
     double  wall, cpu;             // when the span began that is being timed
 } worker;
 
@@ -230,8 +232,11 @@ static llmpar_status run_decode(worker *w, llmpar_error *err) {
     float *memory = NULL;
     if (posix_memalign((void **)&memory, 64, (size_t)floats * 4)) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the probe");
     for (int64_t i = 0; i < floats; i++) memory[i] = 0.01f * (float)(i % 37);
-    for (int kind = 0; kind < KINDS; kind++) {
+    for (int kind = 0; kind < ENGINES; kind++) {
         TRY(prompt(w, kind, err));
+        begin(w);
+        TRY(prompt(w, kind, err));
+        w->r->prompt_s[kind] = end(w);
         TRY(decode_round(w, kind, 0, err));                                                // warm
     }
     if (!w->rank) w->b->began = now();
@@ -241,6 +246,7 @@ static llmpar_status run_decode(worker *w, llmpar_error *err) {
         for (int kind = 0; kind < KINDS; kind++) {
             TRY(decode_round(w, kind, round, err));
             w->r->probe[3 * round + kind + 1] = probe(w, memory, floats);
+            if (kind == F32) TRY(decode_round(w, INVARIANT, round, err));
         }
         for (int kind = 0; kind < KINDS && w->b->torch; kind++) torch_round(w, kind, round);
         round += accept_round(w, &left);
@@ -302,16 +308,24 @@ static llmpar_status rank_main(llmpar_comm *world, void *user, llmpar_error *err
     w.r = &b->rank[world->rank];
     w.ids = (int32_t *)malloc((size_t)b->context * sizeof *w.ids);
     if (!w.ids) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the prompt");
-    for (int kind = 0; kind < KINDS; kind++) {
+    for (int kind = 0; kind < ENGINES; kind++) {
         llmpar_engine_desc desc = LLMPAR_ZERO;
+        llmpar_traffic traffic[16];
         llmpar_ops ops = llmpar_ops_cpu();
-        if (kind == BF16 && !b->decode) continue;
+        if (kind != F32 && !b->decode) continue;
         if (kind == F32) { w.r->base = ops; ops.user = w.r; ops.gemm = watched_gemm; }
-        desc.folder = b->folder[kind]; desc.mesh = &b->mesh; desc.world = world; desc.max_prompt = b->context; desc.keep_dtype = true; desc.ops = &ops;
+        desc.folder = b->folder[kind == BF16 ? BF16 : F32]; desc.mesh = &b->mesh; desc.world = world; desc.max_prompt = b->context; desc.keep_dtype = true; desc.ops = &ops;
+        desc.invariant = kind == INVARIANT;
+        if (desc.invariant) desc.ops = NULL;
         desc.max_context = b->context + (int64_t)(REPEATS * b->rounds + 1) * b->tokens;
         TRY(llmpar_engine_create(&desc, &w.engine[kind], err));
         count_bytes(w.engine[kind], w.rank, &w.r->weight_bytes[kind], &w.r->kv_bytes_per_key);
         w.r->memory[kind] = llmpar_engine_get_stats(w.engine[kind]).memory_bytes;
+        w.r->traffic[kind][0] = w.r->traffic[kind][1] = 0;
+        for (int n = llmpar_plan_traffic(llmpar_engine_plan(w.engine[kind], 1), w.rank, traffic, 16); n-- > 0; ) {
+            w.r->traffic[kind][0] += traffic[n].calls;
+            w.r->traffic[kind][1] += traffic[n].payload_bytes;
+        }
     }
     w.v = llmpar_engine_model(w.engine[F32])->vocabulary;
     w.scratch = (float *)malloc((size_t)w.v * sizeof *w.scratch);
@@ -322,7 +336,7 @@ static llmpar_status rank_main(llmpar_comm *world, void *user, llmpar_error *err
 #ifdef LLMPAR_CBLAS
     if (b->prefill) TRY(run_prefill(&w, err));
 #endif
-    for (int kind = 0; kind < KINDS; kind++) llmpar_engine_free(w.engine[kind]);
+    for (int kind = 0; kind < ENGINES; kind++) llmpar_engine_free(w.engine[kind]);
     free(w.ids); free(w.scratch); free(w.order);
     return LLMPAR_OK;
 }
@@ -350,7 +364,7 @@ static void report_decode(bench *b) {
     double low = 0, high = 0, memory = 0;
     for (int i = 0; i < 3 * b->rounds; i++) probes[i] = (double)PROBE_BYTES / slowest(b, offsetof(bench_rank, probe), i);
     for (int i = 0; i < 3 * b->rounds; i++) { low = i && low < probes[i] ? low : probes[i]; high = i && high > probes[i] ? high : probes[i]; }
-    for (int r = 0; r < b->n_ranks; r++) memory += (double)(b->rank[r].memory[F32] + b->rank[r].memory[BF16]);
+    for (int r = 0; r < b->n_ranks; r++) memory += (double)(b->rank[r].memory[F32] + b->rank[r].memory[BF16] + b->rank[r].memory[INVARIANT]);
     for (int i = 0; i < b->rounds; i++)
         for (int kind = 0; kind < KINDS; kind++) {
             double touched = 0;
@@ -363,7 +377,7 @@ static void report_decode(bench *b) {
     for (int i = 0; i < b->rounds; i++) gain[i] = time[F32][i] / time[BF16][i];
     double middle[MAX_ROUNDS];
     for (int i = 0; i < b->rounds; i++) middle[i] = median(&probes[3 * i], 3);
-    printf("decode, %d rank%s, after a prompt of %lld tokens; read probe %.1f GB/s (%.1f to %.1f); both engines hold %.2f GB\n", b->n_ranks, b->n_ranks > 1 ? "s" : "",
+    printf("decode, %d rank%s, after a prompt of %lld tokens; read probe %.1f GB/s (%.1f to %.1f); the engines hold %.2f GB\n", b->n_ranks, b->n_ranks > 1 ? "s" : "",
            (long long)b->context, 1e-9 * median(middle, b->rounds), 1e-9 * low, 1e-9 * high, 1e-9 * memory);
     for (int kind = 0; kind < KINDS; kind++) {
         printf("  %-4s %6.2f ms a token, %6.1f tokens/s, %7.1f MB a token, %5.1f GB/s, %.3f of the probe%s",
@@ -372,6 +386,14 @@ static void report_decode(bench *b) {
     }
     printf("  bf16 / f32 tokens/s %.2f", median(gain, b->rounds));
     goal(b, median(gain, b->rounds), 1.7);
+    const size_t own = offsetof(bench_rank, decode) + INVARIANT * sizeof b->rank->decode[0];
+    for (int i = 0; i < b->rounds; i++) gain[i] = slowest(b, own, i) / time[F32][i];
+    for (int i = 0; i < b->rounds; i++) peer[i] = slowest(b, own, i);
+    printf("  invariant, f32 %6.2f ms a token: %.3f of the plain mode's time", 1e3 * median(peer, b->rounds), median(gain, b->rounds));
+    goal(b, 1.3 / median(gain, b->rounds), 1);
+    printf("  payload a token and rank: plain %lld calls, %.1f kB; invariant %lld calls, %.1f kB. Prefill of the prompt, once: %.2f times the plain mode's time\n",
+           (long long)b->rank[0].traffic[F32][0], 1e-3 * (double)b->rank[0].traffic[F32][1], (long long)b->rank[0].traffic[INVARIANT][0],
+           1e-3 * (double)b->rank[0].traffic[INVARIANT][1], b->rank[0].prompt_s[INVARIANT] / b->rank[0].prompt_s[F32]);
     for (int kind = 0; kind < KINDS && b->to_torch; kind++) {
         double gains[MAX_ROUNDS];
         int n = 0;
