@@ -198,6 +198,77 @@ static void test_gemm_invariant(void) {
 #endif
 }
 
+// Sums along the tree: both kernels have the bits of a GEMM per granule whose results are added as the tree says, and no row or column depends on the others.
+static void granules_of(llmpari_granules *t, int64_t k, int64_t granule, int64_t first, int64_t more, uint8_t *merges) {
+    llmpar_range node[256];
+    memset(t, 0, sizeof *t);
+    t->granule = granule;
+    t->n       = (int32_t)((k + granule - 1) / granule);
+    t->merges  = merges;
+    for (int32_t i = 0; i < t->n; i++) { node[i].first = first + i; node[i].count = 1; }
+    t->pieces = llmpar_tree_fold(first + t->n + more, node, t->n, merges);
+    for (int32_t i = 0, depth = 0; i < t->n; depth -= merges[i++]) t->depth = (int32_t)llmpari_max(t->depth, ++depth);
+}
+static void granules_by_hand(const llmpar_gemm *g, const llmpari_granules *t, float *c) {      // c[pieces][m][n]
+    const int64_t size = g->m * g->n;
+    float *stack = floats((t->n + 1) * size), *scratch = floats(llmpar_gemm_scratch(g->m, g->n, t->granule, g->b_dtype));
+    int depth = 0;
+    for (int32_t i = 0; i < t->n; i++) {
+        llmpar_gemm one = *g;
+        const int64_t k = i * t->granule;
+        one.k = llmpari_min(t->granule, g->k - k);
+        one.a += k;
+        one.b = (const char *)one.b + llmpar_dtype_bytes(g->b_dtype) * (g->b_transposed ? k : k * g->ldb);
+        one.c = stack + depth++ * size; one.ldc = g->n; one.scratch = scratch;
+        ops.gemm(ops.user, &one);
+        for (int merge = t->merges[i]; merge > 0; merge--, depth--)
+            for (int64_t e = 0; e < size; e++) stack[(depth - 2) * size + e] += stack[(depth - 1) * size + e];
+    }
+    memcpy(c, stack, (size_t)(t->pieces * size) * 4);
+    free(stack); free(scratch);
+}
+static void test_granules(void) {
+#ifdef LLMPAR_CBLAS
+    test_skip("granules: both kernels have the bits of a GEMM per granule", "CBLAS chooses its own order");
+#else
+    TEST("granules: both kernels have the bits of a GEMM per granule, whatever rows and columns are in the call") {
+        static const int64_t sizes[] = { 1, 2, 5, 8, 12, 31, 32, 33, 64, 96, 100, 1024, 1030 };
+        int few = 0;
+        for (int i = 0; i < (test_stress() ? 1500 : 150); i++) {
+            const int64_t granule = sizes[test_below(i % 8 ? 11 : 13)], count = 1 + test_below(granule > 200 ? 3 : 40);
+            const int64_t k = granule * (count - 1) + 1 + test_below(granule), m = 1 + test_below(i % 3 ? 8 : 150), n = 1 + test_below(i % 5 ? 40 : 430);
+            gemm_case t = gemm_make(m, n, k, (llmpar_dtype)(i % 3), test_below(4), false);
+            uint8_t merges[256];
+            llmpari_granules tree;
+            granules_of(&tree, k, granule, test_below(70), test_below(70), merges);
+            tree.stride = m * n + 3;
+            float *want = floats(tree.pieces * m * n), *got = floats(tree.pieces * tree.stride);
+            llmpar_gemm g = t.g;
+            g.accumulate = false;
+            granules_by_hand(&g, &tree, want);
+            const int64_t rows = 1 + test_below(m), columns = 1 + test_below(n), i0 = test_below(m - rows + 1), j0 = test_below(n - columns + 1);
+            g.m = rows; g.n = g.ldc = columns; g.c = got;
+            g.a += i0 * g.lda;
+            g.b = (const char *)g.b + llmpar_dtype_bytes(g.b_dtype) * (g.b_transposed ? j0 * g.ldb : j0);
+            for (int kernel = 0; kernel < 2; kernel++) {
+                if (kernel == 0 && !llmpari_granules_are_few(&g, &tree)) continue;
+                few += kernel == 0;
+                memset(got, 0, (size_t)(tree.pieces * tree.stride) * 4);
+                g.scratch = floats(kernel ? llmpari_granules_scratch(&g, &tree) : llmpari_granules_few_scratch(g.m, &tree));
+                if (kernel) llmpari_granules_gemm(&g, &tree, ops.gemm, ops.user);
+                else llmpari_granules_few(&g, &tree);
+                for (int p = 0; p < tree.pieces; p++)
+                    for (int64_t r = 0; r < rows; r++) CHECK(same_bits(got + p * tree.stride + r * columns, want + p * m * n + (i0 + r) * n + j0, columns));
+                free(g.scratch);
+            }
+            free(want); free(got);
+            gemm_free(&t);
+        }
+        CHECK(few > 30);
+    }
+#endif
+}
+
 // ---- norm, rope, elementwise ------------------------------------------------------------------------------------------------------------------------
 
 static void norm_check(int64_t rows, int64_t n, bool layer, bool weighted, bool biased, bool in_place) {
@@ -585,6 +656,43 @@ static void test_attention(void) {
             attention_free(&t);
         }
     }
+    TEST("attention: a head's bits do not depend on the other heads of the call") {
+        for (int i = 0; i < 24; i++) {
+            static const int64_t sizes[] = { 8, 12, 16, 37, 64, 80 };
+            const int64_t queries = 1 + test_below(i % 3 ? 6 : 150), n_keys = queries + test_below(200), heads = 2 + test_below(7), kv = 1 + test_below(2), d = sizes[i % 6];
+            attention_case t = attention_make(1, queries, n_keys, heads, kv, d, false);
+            ops.attention(ops.user, &t.g);
+            for (int64_t first = 0, count; first < heads; first += count) {
+                count = 1 + test_below(heads - first);
+                float *q = floats(queries * count * d), *out = floats(queries * count * d);
+                llmpar_attention_args g = t.g;
+                for (int64_t s = 0; s < queries; s++) memcpy(q + s * count * d, t.g.q + (s * heads + first) * d, (size_t)(count * d) * 4);
+                g.q = q; g.out = out; g.q_heads = count; g.kv_of_q = t.g.kv_of_q + first;
+                ops.attention(ops.user, &g);
+                for (int64_t s = 0; s < queries; s++) CHECK(same_bits(out + s * count * d, t.g.out + (s * heads + first) * d, count * d));
+                free(q); free(out);
+            }
+            attention_free(&t);
+        }
+    }
+    TEST("activations: an element's bits do not depend on its place in the call") {
+        float x[300], up[300], whole[300], part[300];
+        for (int i = 0; i < 300; i++) { x[i] = (float)(20 * test_uniform() - 10); up[i] = (float)(2 * test_uniform() - 1); }
+        for (int kind = LLMPAR_SILU; kind <= LLMPAR_NEGATE; kind++)
+            for (int i = 0; i < 60; i++) {
+                const int64_t first = test_below(300), n = 1 + test_below(300 - first);
+                llmpar_gated_args gated = { 300, x, up, whole, (llmpar_activation)kind };
+                llmpar_unary_args unary = { 300, x, whole, (llmpar_activation)kind };
+                ops.gated(ops.user, &gated);
+                gated.n = n; gated.gate += first; gated.up += first; gated.y = part;
+                ops.gated(ops.user, &gated);
+                CHECK(same_bits(part, whole + first, n));
+                ops.unary(ops.user, &unary);
+                unary.n = n; unary.x += first; unary.y = part;
+                ops.unary(ops.user, &unary);
+                CHECK(same_bits(part, whole + first, n));
+            }
+    }
     TEST("attention: nothing to see gives zeros; NaN in a query stays in its row; infinite scores do not crash") {
         attention_case t = attention_make(1, 3, 5, 2, 1, 8, false);
         float *q = (float *)(uintptr_t)t.g.q;
@@ -716,6 +824,7 @@ int main(void) {
     test_gemm();
     test_gemm_weights();
     test_gemm_invariant();
+    test_granules();
     test_norm();
     test_rope();
     test_elementwise();
