@@ -13235,7 +13235,7 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_granules(llmpari_exec_prep *p, llmpar
     const llmpari_exec_part *a = &p->in[0]->part;
     for (int d = sum.dim + 1; d < a->n; d++) if (!llmpari_index_in(p->op, p->op->n_in, p->op->index_of[0][d])) inner *= a->range[d].count;
     count = (a->range[sum.dim].count + sum.granule - 1) / sum.granule;
-    if (sum.granules > UINT16_MAX || a->range[sum.dim].first % sum.granule)
+    if (sum.granules > UINT16_MAX || (count && a->range[sum.dim].first % sum.granule))
         return LLMPARI_FAIL(p->err, LLMPAR_UNSUPPORTED, "the sum over %s that makes %s has %lld granules of %lld, this rank's from item %lld on; at most %d granules are possible, and "
                             "cuts must fall on them: give %s a larger granule", sum.operand.dim[sum.dim].name, p->out->tensor.name, (long long)sum.granules, (long long)sum.granule,
                             (long long)a->range[sum.dim].first, (int)UINT16_MAX, sum.operand.dim[sum.dim].name);

@@ -1,5 +1,7 @@
 #!/bin/sh
-# golden_check on the dense models of tests/golden: every one at a few meshes, or (LLMPAR_STRESS=1) at tp=1..8 and the dp meshes, with and without --sp.
+# golden_check on the dense models of tests/golden: every one at a few meshes, or (LLMPAR_STRESS=1) at tp=1..8 and the dp meshes, with and without --sp. The invariant
+# mode's hashes are the same at every mesh, the plain mode's in every run (100 at each tp under stress). Under stress the invariant mode is built with fused
+# multiply-adds too (-std=gnu17), tuned for processors where gcc fuses them in some loops only.
 B=${B:-build}; passed=0; failed=0
 dense="llama llama-odd llama3-rope llama-bf16 llama-bias llama-linear llama-mqa mistral qwen2 qwen3 shakespeare-dense"
 meshes="tp=1 tp=3 dp=2,tp=2"
@@ -15,6 +17,38 @@ for model in $dense; do
     done
 done
 check tests/golden/llama tp=3 --dtype bf16
+# hashes PROGRAM DIR MESH OPTION... -> the two hashes, or what went wrong
+hashes() { program=$1; shift; if out=$("$program" "$@" --hash 2>&1); then printf '%s\n' "$out" | tail -n 2 | tr '\n' ' '; else echo "failed: $out"; fi; }
+same() { # same WANT WHAT PROGRAM DIR MESH OPTION...
+    want=$1; what=$2; shift 2; got=$(hashes "$@")
+    case $want in prefill*decode*) ;; *) got="no hash" ;; esac
+    if [ "$got" = "$want" ]; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "$*: $what: $got instead of $want"; fi
+}
+invariant() { # invariant PROGRAM
+    for model in $dense; do
+        for dtype in f32 bf16; do
+            want=$(hashes "$1" tests/golden/$model tp=1 --invariant --dtype $dtype)
+            for mesh in $meshes; do
+                case $mesh$dtype in tp=1f32|tp=1bf16) continue ;; tp=[0-9]bf16) [ "${LLMPAR_STRESS:-0}" != 0 ] || continue ;; esac
+                same "$want" "one rank has other bits" "$1" tests/golden/$model $mesh --invariant --dtype $dtype
+            done
+        done
+    done
+}
+invariant "$B/golden_check"
+same "$(hashes "$B/golden_check" tests/golden/llama-odd tp=1 --invariant)" "with --sp" "$B/golden_check" tests/golden/llama-odd tp=3 --invariant --sp
+runs=3; degrees=3
+[ "${LLMPAR_STRESS:-0}" != 0 ] && runs=100 && degrees="1 2 3 4 5 6 7 8"
+for tp in $degrees; do
+    want=$(hashes "$B/golden_check" tests/golden/llama-odd tp=$tp)
+    for run in $(seq 2 $runs); do same "$want" "run $run has other bits" "$B/golden_check" tests/golden/llama-odd tp=$tp; done
+done
+if [ "${LLMPAR_STRESS:-0}" != 0 ]; then
+    for tune in znver3 native; do
+        if ${CC:-cc} -O3 -march=native -mtune=$tune -std=gnu17 -I. -Itests tests/golden_check.c -o "$B/golden_check_$tune" -lpthread -lm 2> /dev/null; then invariant "$B/golden_check_$tune"
+        else echo "SKIP golden_check with -march=native -mtune=$tune: the compiler does not know it"; fi
+    done
+fi
 if "$B/golden_check" tests/golden/llama pp=2 > /dev/null 2>&1; then failed=$((failed + 1)); echo "an axis that is not implemented was accepted"; else passed=$((passed + 1)); fi
 echo "$passed passed, $failed failed"
 [ $failed = 0 ]
