@@ -19,7 +19,7 @@ static uint64_t fnv1a(uint64_t hash, const float *x, int64_t n) {
 
 // ---- a graph: lookup -> two products (the second along the tree over J) and attention's o (along the tree over heads), logits, cross entropy ----------------
 
-enum { B = 2, H = 40, V = 29, D = 12, OUT = 3, MOST = 8 };
+enum { B = 2, H = 40, V = 29, D = 12, E = 9, U = 8, OUT = 5, MOST = 8 };
 typedef struct shape { int64_t s, j, granule, heads, kv; llmpar_dtype dtype; } shape;
 
 static float noise(uint64_t seed) {
@@ -37,7 +37,7 @@ static void build(llmpar_graph *g, const llmpar_mesh *mesh, llmpar_arena *arena,
     g->invariant = invariant;
     g->weight_dtype = sh->dtype;
     llmpar_size(g, "B", B); llmpar_size(g, "S", sh->s); llmpar_size(g, "H", H); llmpar_size(g, "J", sh->j); llmpar_size(g, "V", V);
-    llmpar_size(g, "N", sh->heads); llmpar_size(g, "K", sh->kv); llmpar_size(g, "D", D);
+    llmpar_size(g, "N", sh->heads); llmpar_size(g, "K", sh->kv); llmpar_size(g, "D", D); llmpar_size(g, "E", E); llmpar_size(g, "U", U);
     split.granule = sh->granule;
     llmpar_split_rule(g, "J", &split);
     split.granule = 0; split.group = (int32_t)(sh->heads / sh->kv);
@@ -58,6 +58,10 @@ static void build(llmpar_graph *g, const llmpar_mesh *mesh, llmpar_arena *arena,
     llmpar_output(g, logits, "logits[B, S, V]");
     llmpar_output(g, llmpar_cross_entropy(g, logits, labels), "loss[B, S]");
     llmpar_output(g, llmpar_take(g, sum, "S", last), "taken[B, H]");
+    llmpar_output(g, h, "looked[B, S, H]");                    // -0 stays or does not stay
+    snprintf(text, sizeof text, "many[E, U_%s, D]", axes);     // many small products: smaller than the plain mode makes GEMM calls for, once U is split
+    int many = llmpar_input(g, text);
+    llmpar_output(g, llmpar_einsum(g, "E U D, E D -> E U", many, llmpar_input(g, "few[E, D]")), "dots[E, U]");
 #undef WEIGHT
 }
 
@@ -68,7 +72,7 @@ typedef struct job {
     uint64_t hash[MOST];
     bool    slices;                            // did an AllToAll occur?
 } job;
-static const char *const out_name[OUT] = { "logits", "loss", "taken" };
+static const char *const out_name[OUT] = { "logits", "loss", "taken", "looked", "dots" };
 
 static void fill(const llmpar_plan *plan, llmpar_exec *exec, int rank) {
     const llmpar_graph *g = plan->graph;
@@ -149,7 +153,7 @@ static uint64_t run_graph(const shape *sh, const char *mesh_text, const char *ax
     memset(j, 0, sizeof *j);
     CHECK_OK(llmpar_mesh_parse(mesh_text, &mesh, &err), err);
     build(&g, &mesh, &arena, sh, axes, invariant);
-    for (int i = 0; i < g.n_nodes; i++) if (g.node[i].role == LLMPAR_ROLE_INPUT) g.node[i].tensor.dtype = LLMPAR_I32;
+    for (int i = 0; i < g.n_nodes; i++) if (g.node[i].role == LLMPAR_ROLE_INPUT && !strstr("many few", g.node[i].tensor.name)) g.node[i].tensor.dtype = LLMPAR_I32;
     solve.hardware = llmpar_hardware_threads();
     for (int a = 0; a < LLMPAR_MAX_AXES; a++) solve.hardware.link[a].latency_s = latency;
     CHECK_OK(llmpar_solve(&g, &solve, &plan, &err), err);
@@ -208,7 +212,7 @@ static void test_graphs(void) {
             random_shape(&sh, i);
             run_graph(&sh, "x=1", "x", 0, NULL, false, &plain);
             run_graph(&sh, "x=1", "x", 0, NULL, true, &tree);
-            const int64_t n[OUT] = { B * sh.s * V, B * sh.s, B * H };
+            const int64_t n[OUT] = { B * sh.s * V, B * sh.s, B * H, B * sh.s * H, E * U };
             for (int o = 0; o < OUT; o++) {
                 for (int64_t e = 0; e < n[o] && plain.out[o] && tree.out[o]; e++) CHECK_NEAR(tree.out[o][e], plain.out[o][e], 1e-5 * (1 + fabs((double)plain.out[o][e])));
                 free(plain.out[o]); free(tree.out[o]);
@@ -232,6 +236,12 @@ static llmpar_status plan_einsum(const char *a, const char *b, const char *dims,
     int x = llmpar_input(g, a), w = llmpar_weight(g, b);
     llmpar_output(g, llmpar_einsum(g, dims, x, w), "y");
     return llmpar_solve(g, &solve, plan, err);
+}
+
+static void append(const char *text, size_t bytes, void *user) {
+    char *to = (char *)user;
+    const size_t at = strlen(to);
+    if (at + bytes < 8192) { memcpy(to + at, text, bytes); to[at + bytes] = 0; }
 }
 
 static void test_refusals(void) {
@@ -293,6 +303,18 @@ static void test_refusals(void) {
             }
             if (llmpari_tree_dim(&g, op) >= 0) CHECK(tree);
         }
+    }
+    TEST("explain says which sums go along the tree") {
+        char text[8192] = "";
+        llmpar_sink sink;
+        sink.write = append; sink.user = text;
+        CHECK_OK(llmpar_mesh_parse("x=2", &mesh, &err), err);
+        build(&g, &mesh, &arena, &sh, "x", true);
+        CHECK_OK(llmpar_solve(&g, NULL, &plan, &err), err);
+        CHECK_OK(llmpar_explain(&plan, sink, &err), err);
+        int n = 0;
+        for (const char *at = text; (at = strstr(at, "(along the tree)")) != NULL; at++) n++;
+        CHECK_EQ(n, 2);
     }
     llmpar_arena_free(&arena);
 }

@@ -657,9 +657,9 @@ static void test_attention(void) {
         }
     }
     TEST("attention: a head's bits do not depend on the other heads of the call") {
-        for (int i = 0; i < 24; i++) {
+        for (int i = 0; i < 42; i++) {
             static const int64_t sizes[] = { 8, 12, 16, 37, 64, 80 };
-            const int64_t queries = 1 + test_below(i % 3 ? 6 : 150), n_keys = queries + test_below(200), heads = 2 + test_below(7), kv = 1 + test_below(2), d = sizes[i % 6];
+            const int64_t queries = 1 + test_below(i % 4 ? 6 : 150), n_keys = queries + test_below(200), heads = 4 + test_below(5), kv = i % 5 ? 1 : 2, d = sizes[i % 6];
             attention_case t = attention_make(1, queries, n_keys, heads, kv, d, false);
             ops.attention(ops.user, &t.g);
             for (int64_t first = 0, count; first < heads; first += count) {
