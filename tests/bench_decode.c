@@ -390,7 +390,8 @@ static void report_decode(bench *b) {
     for (int i = 0; i < b->rounds; i++) gain[i] = slowest(b, own, i) / time[F32][i];
     for (int i = 0; i < b->rounds; i++) peer[i] = slowest(b, own, i);
     printf("  invariant, f32 %6.2f ms a token: %.3f of the plain mode's time", 1e3 * median(peer, b->rounds), median(gain, b->rounds));
-    goal(b, 1.3 / median(gain, b->rounds), 1);
+    b->missed += median(gain, b->rounds) > 1.3;
+    printf("  goal at most 1.30: %s\n", median(gain, b->rounds) > 1.3 ? "MISSED" : "met");
     printf("  payload a token and rank: plain %lld calls, %.1f kB; invariant %lld calls, %.1f kB. Prefill of the prompt, once: %.2f times the plain mode's time\n",
            (long long)b->rank[0].traffic[F32][0], 1e-3 * (double)b->rank[0].traffic[F32][1], (long long)b->rank[0].traffic[INVARIANT][0],
            1e-3 * (double)b->rank[0].traffic[INVARIANT][1], b->rank[0].prompt_s[INVARIANT] / b->rank[0].prompt_s[F32]);
