@@ -31,6 +31,7 @@
 //          >>model    a transformer's description, from config.json or by name
 //          >>build    the graph of a model
 //   move   >>comm     collectives behind one small vtable; ranks as threads
+//          >>launch   which rank of how many this process is: mpirun, srun, torchrun
 //          >>weights  safetensors checkpoints: each rank reads its own slices
 //   run    >>ops      kernels behind a table that an engine replaces one by one
 //          >>exec     runs a plan on one rank
@@ -921,6 +922,30 @@ LLMPAR_DEF void          llmpar_threads_free(llmpar_threads *threads);          
 typedef llmpar_status (*llmpar_rank_fn)(llmpar_comm *world, void *user, llmpar_error *err);
 LLMPAR_DEF llmpar_status llmpar_threads_run(const llmpar_threads_desc *desc, llmpar_rank_fn fn, void *user, llmpar_error *err);
 #endif
+
+// ============================================================================================================
+// >>launch   which rank of how many this process is, from the environment      (uses: base)
+// ============================================================================================================
+// What mpirun (Open MPI; MPICH and others of the Hydra family), srun and torchrun tell the processes that they start. Reads names, changes nothing.
+// Where several are there, the innermost counts: torchrun, which is started by the others once per host, then mpirun, then srun (an sbatch script that calls
+// mpirun has srun's names too). One of Open MPI, MPICH and PMIx that contradicts another is an error. Without any launcher: rank 0 of 1.
+// What the launcher does not say is taken from the next one that has the same rank and size (srun --mpi=pmi2: PMI_RANK, and SLURM_LOCALID).
+// Not from torchrun, which says: MPI's own rank and size are what counts for llmpar_mpi_create; this is for choosing a device before, and for NCCL.
+
+typedef enum llmpar_launcher { LLMPAR_LAUNCH_NONE = 0, LLMPAR_LAUNCH_TORCHRUN, LLMPAR_LAUNCH_OPENMPI, LLMPAR_LAUNCH_MPICH, LLMPAR_LAUNCH_SLURM } llmpar_launcher;
+typedef struct llmpar_launch {
+    llmpar_launcher launcher;
+    int32_t rank, size;            // of the world
+    int32_t local_rank, local_size;   // on this host; local_rank is the number of the local device. -1 = the launcher does not say; without a launcher 0 and 1
+    int32_t host;                  // number of this host, -1 = not said (torchrun: GROUP_RANK, srun: SLURM_NODEID)
+    char    host_name[256];        // "" = not said
+    char    master_address[256];   // MASTER_ADDR; srun: else the first host of SLURM_STEP_NODELIST; "" = not said
+    int32_t master_port;           // MASTER_PORT; 0 = not said
+} llmpar_launch;
+typedef const char *(*llmpar_lookup)(const char *name, void *user);                          // value of an environment variable, NULL = not set
+// lookup NULL = getenv. Errors (LLMPAR_BAD_ARGUMENT) name variable and value: not a number, below 0, rank >= size, a rank without a size, launchers that disagree.
+LLMPAR_DEF llmpar_status llmpar_launch_read(llmpar_lookup lookup, void *user, llmpar_launch *launch, llmpar_error *err);
+LLMPAR_DEF const char   *llmpar_launcher_name(llmpar_launcher launcher);                     // "torchrun", "mpirun (Open MPI)", ..., "no launcher"
 
 // ============================================================================================================
 // >>weights   safetensors checkpoints: each rank reads its own slices          (uses: base, mesh, shard, model)
@@ -10833,6 +10858,167 @@ LLMPAR_DEF llmpar_status llmpar_threads_run(const llmpar_threads_desc *desc, llm
 }
 LLMPARI_ONCE_END
 #endif // LLMPAR_NO_THREADS
+
+LLMPARI_ONCE_BEGIN
+// ============================================================================================================
+// >>launch (impl)
+// ============================================================================================================
+
+// The names that a launcher sets; NULL: it has none for this. Alternatives are tried in order.
+typedef struct llmpari_launcher_names {
+    llmpar_launcher launcher;
+    const char *rank[2], *size[2], *local_rank[2], *local_size[2], *host, *host_name;
+} llmpari_launcher_names;
+
+typedef struct llmpari_environment { llmpar_lookup lookup; void *user; llmpar_error *err; } llmpari_environment;
+
+LLMPARI_FN const char *llmpari_getenv(const llmpari_environment *env, const char *name) {
+    const char *value = !name ? NULL : env->lookup ? env->lookup(name, env->user) : getenv(name);
+    return value;
+}
+
+// The first of the names that is set, as a number in [least, most]; *value stays when none is. *name = the one taken, or NULL.
+LLMPARI_FN llmpar_status llmpari_environment_number(const llmpari_environment *env, const char *const *names, int n, int64_t least, int64_t most, int32_t *value,
+                                                    const char **name) {
+    const char *text = NULL;
+    char *end = NULL;
+    *name = NULL;
+    for (int i = 0; i < n && !text; i++) if ((text = llmpari_getenv(env, names[i])) != NULL) *name = names[i];
+    if (!text) return LLMPAR_OK;
+    errno = 0;
+    long long number = strtoll(text, &end, 10);
+    if (end == text || *end || errno || number < least || number > most)
+        return LLMPARI_FAIL(env->err, LLMPAR_BAD_ARGUMENT, "%s is \"%.100s\"; a whole number from %lld to %lld is expected: unset it, or start the program through its launcher",
+                            *name, text, (long long)least, (long long)most);
+    *value = (int32_t)number;
+    return LLMPAR_OK;
+}
+
+// A list of hosts begins with "name", "name[03-06,9]" or "name[03,05]": the first of them.
+LLMPARI_FN void llmpari_first_host(char *to, size_t bytes, const char *list) {
+    size_t at = 0;
+    bool inside = false;
+    for (; *list && at + 1 < bytes; list++) {
+        if (*list == '[') { inside = true; continue; }
+        if (*list == ',' || *list == ']' || (inside && *list == '-')) break;
+        to[at++] = *list;
+    }
+    to[at] = 0;
+}
+
+// "2(x3),1": two tasks on each of three hosts, then one. The tasks of host `host`; -1 when the text says nothing about it.
+LLMPARI_FN int32_t llmpari_tasks_of(const char *text, int32_t host) {
+    while (text && llmpari_is_digit(*text)) {
+        char *end;
+        long tasks = strtol(text, &end, 10), times = 1;
+        if (end[0] == '(' && end[1] == 'x') { times = strtol(end + 2, &end, 10); if (*end == ')') end++; }
+        if (host < times) return (int32_t)tasks;
+        host -= (int32_t)times;
+        text = *end == ',' ? end + 1 : NULL;
+    }
+    return -1;
+}
+
+// What one launcher says; *found = it is there.
+LLMPARI_FN llmpar_status llmpari_launcher_read(const llmpari_environment *env, const llmpari_launcher_names *names, llmpar_launch *launch, bool *found,
+                                               const char **rank_name) {
+    enum { MOST = 1 << 30 };
+    const char *size_name, *local, *locals, *host;
+    memset(launch, 0, sizeof *launch);
+    launch->launcher = names->launcher;
+    launch->local_rank = launch->local_size = launch->host = -1;
+    *found = false;
+    LLMPARI_TRY(llmpari_environment_number(env, names->rank, 2, 0, MOST, &launch->rank, rank_name));
+    LLMPARI_TRY(llmpari_environment_number(env, names->size, 2, 1, MOST, &launch->size, &size_name));
+    if (!*rank_name && (!size_name || names->launcher == LLMPAR_LAUNCH_SLURM)) return LLMPAR_OK;      // salloc's shell has the number of tasks, and is none of them
+    if (!*rank_name || !size_name)
+        return LLMPARI_FAIL(env->err, LLMPAR_BAD_ARGUMENT, "%s is \"%.100s\" but %s is not set; %s sets both", *rank_name ? *rank_name : size_name,
+                            llmpari_getenv(env, *rank_name ? *rank_name : size_name), *rank_name ? names->size[0] : names->rank[0], llmpar_launcher_name(names->launcher));
+    if (launch->rank >= launch->size)
+        return LLMPARI_FAIL(env->err, LLMPAR_BAD_ARGUMENT, "%s is %d but %s is %d; ranks are 0..%d", *rank_name, launch->rank, size_name, launch->size, launch->size - 1);
+    LLMPARI_TRY(llmpari_environment_number(env, names->local_rank, 2, 0, MOST, &launch->local_rank, &local));
+    LLMPARI_TRY(llmpari_environment_number(env, names->local_size, 2, 1, MOST, &launch->local_size, &locals));
+    LLMPARI_TRY(llmpari_environment_number(env, &names->host, 1, 0, MOST, &launch->host, &host));
+    if (names->launcher == LLMPAR_LAUNCH_SLURM && launch->host >= 0) {
+        const char *tasks = llmpari_getenv(env, "SLURM_STEP_TASKS_PER_NODE");
+        launch->local_size = llmpari_tasks_of(tasks ? tasks : llmpari_getenv(env, "SLURM_TASKS_PER_NODE"), launch->host);
+        locals = tasks ? "SLURM_STEP_TASKS_PER_NODE" : "SLURM_TASKS_PER_NODE";
+    }
+    if (local && launch->local_size >= 0 && launch->local_rank >= launch->local_size)
+        return LLMPARI_FAIL(env->err, LLMPAR_BAD_ARGUMENT, "%s is %d but %s makes it %d ranks on this host", local, launch->local_rank, locals, launch->local_size);
+    if (launch->local_size > launch->size || launch->local_rank > launch->rank)
+        return LLMPARI_FAIL(env->err, LLMPAR_BAD_ARGUMENT, "%s is %d of %s %d, which does not fit into %s %d of %s %d", local ? local : "local rank", launch->local_rank,
+                            locals ? locals : "local size", launch->local_size, *rank_name, launch->rank, size_name, launch->size);
+    const char *name = llmpari_getenv(env, names->host_name);
+    snprintf(launch->host_name, sizeof launch->host_name, "%s", name ? name : "");
+    *found = true;
+    return LLMPAR_OK;
+}
+
+LLMPARI_FN llmpar_status llmpari_launch_master(const llmpari_environment *env, llmpar_launch *launch) {
+    static const char *const port[] = { "MASTER_PORT" };
+    const char *name, *address = llmpari_getenv(env, "MASTER_ADDR"), *nodes = llmpari_getenv(env, "SLURM_STEP_NODELIST");
+    if (!nodes) nodes = llmpari_getenv(env, "SLURM_NODELIST");
+    if (address) snprintf(launch->master_address, sizeof launch->master_address, "%s", address);
+    else if (nodes && launch->launcher == LLMPAR_LAUNCH_SLURM) llmpari_first_host(launch->master_address, sizeof launch->master_address, nodes);
+    return llmpari_environment_number(env, port, 1, 1, 65535, &launch->master_port, &name);
+}
+
+LLMPAR_DEF const char *llmpar_launcher_name(llmpar_launcher launcher) {
+    switch (launcher) {
+    case LLMPAR_LAUNCH_NONE:     return "no launcher";
+    case LLMPAR_LAUNCH_TORCHRUN: return "torchrun";
+    case LLMPAR_LAUNCH_OPENMPI:  return "mpirun (Open MPI)";
+    case LLMPAR_LAUNCH_MPICH:    return "mpirun (MPICH, PMI)";
+    case LLMPAR_LAUNCH_SLURM:    return "srun";
+    }
+    return "unknown launcher";
+}
+
+LLMPAR_DEF llmpar_status llmpar_launch_read(llmpar_lookup lookup, void *user, llmpar_launch *launch, llmpar_error *err) {
+    static const llmpari_launcher_names known[] = {                                        // innermost first
+        { LLMPAR_LAUNCH_TORCHRUN, { "RANK", NULL }, { "WORLD_SIZE", NULL }, { "LOCAL_RANK", NULL }, { "LOCAL_WORLD_SIZE", NULL }, "GROUP_RANK", NULL },
+        { LLMPAR_LAUNCH_OPENMPI, { "OMPI_COMM_WORLD_RANK", NULL }, { "OMPI_COMM_WORLD_SIZE", NULL }, { "OMPI_COMM_WORLD_LOCAL_RANK", NULL },
+          { "OMPI_COMM_WORLD_LOCAL_SIZE", NULL }, NULL, "PMIX_HOSTNAME" },
+        { LLMPAR_LAUNCH_MPICH, { "PMI_RANK", NULL }, { "PMI_SIZE", NULL }, { "MPI_LOCALRANKID", "PMI_LOCAL_RANK" }, { "MPI_LOCALNRANKS", "PMI_LOCAL_SIZE" }, NULL,
+          "MPIR_CVAR_CH3_INTERFACE_HOSTNAME" },
+        { LLMPAR_LAUNCH_SLURM, { "SLURM_PROCID", NULL }, { "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS" }, { "SLURM_LOCALID", NULL }, { NULL, NULL }, "SLURM_NODEID",
+          "SLURMD_NODENAME" },
+    };
+    static const char *const pmix_name[] = { "PMIX_RANK" };
+    llmpari_environment env;
+    llmpar_launch next;
+    const char *rank_name, *first_name = NULL, *mpi_name = NULL, *pmix;
+    int32_t mpi_rank = 0, mpi_size = 0, pmix_rank = 0;
+    bool found;
+    if (!launch) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_launch_read: launch is NULL");
+    env.lookup = lookup; env.user = user; env.err = err;
+    memset(launch, 0, sizeof *launch);
+    launch->size = launch->local_size = 1;
+    LLMPARI_TRY(llmpari_environment_number(&env, pmix_name, 1, 0, 1 << 30, &pmix_rank, &pmix));
+    for (int i = 0; i < LLMPARI_COUNT(known); i++) {
+        LLMPARI_TRY(llmpari_launcher_read(&env, &known[i], &next, &found, &rank_name));
+        if (!found) continue;
+        if (known[i].launcher == LLMPAR_LAUNCH_OPENMPI || known[i].launcher == LLMPAR_LAUNCH_MPICH) {
+            if (mpi_name && (mpi_rank != next.rank || mpi_size != next.size))
+                return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s says rank %d of %d but %s rank %d of %d; one mpirun was started by the other: unset the outer one's",
+                                    mpi_name, mpi_rank, mpi_size, rank_name, next.rank, next.size);
+            mpi_name = rank_name; mpi_rank = next.rank; mpi_size = next.size;
+        } else if (known[i].launcher == LLMPAR_LAUNCH_SLURM && pmix && !mpi_name) { mpi_name = rank_name; mpi_rank = next.rank; }
+        if (!first_name) { *launch = next; first_name = rank_name; continue; }
+        if (launch->launcher == LLMPAR_LAUNCH_TORCHRUN || launch->rank != next.rank || launch->size != next.size) continue;
+        if (launch->local_rank < 0) launch->local_rank = next.local_rank;
+        if (launch->local_size < 0) launch->local_size = next.local_size;
+        if (launch->host < 0) launch->host = next.host;
+        if (!launch->host_name[0]) memcpy(launch->host_name, next.host_name, sizeof launch->host_name);
+    }
+    if (pmix && mpi_name && mpi_rank != pmix_rank)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "PMIX_RANK is %d but %s is %d; unset the one that is left over", pmix_rank, mpi_name, mpi_rank);
+    if (pmix && !first_name)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "PMIX_RANK is %d but no launcher says how many ranks there are (OMPI_COMM_WORLD_SIZE, PMI_SIZE, SLURM_NTASKS)", pmix_rank);
+    return llmpari_launch_master(&env, launch);
+}
+LLMPARI_ONCE_END
 
 // ============================================================================================================
 // >>weights (impl)
