@@ -8945,6 +8945,125 @@ LLMPARI_FN void llmpari_move_bytes(char *to, const char *from, int64_t bytes) {
     if (bytes > 0 && to != from) memcpy(to, from, (size_t)bytes);
 }
 
+// ---- Words for errors: ranks that ask for different collectives. The same for every backend whose ranks can tell ----
+
+// What one member asks for.
+typedef struct llmpari_sign {
+    int32_t kind, dtype, reduce, root;
+    int64_t count;                 // elements of the payload
+    uint64_t hash;                 // of recv_counts (AllGather, ReduceScatter)
+    const int64_t *counts;         // [n] send_counts, [n] recv_counts, where the kind has them
+} llmpari_sign;
+// What all members of a group ask for in its collective k.
+typedef struct llmpari_signs {
+    llmpari_sign (*of)(const void *owner, int32_t i);
+    const void    *owner;
+    const int32_t *ranks;          // [n] in the world
+    int32_t        n;
+    bool           whole;          // the group is the world
+    int64_t        k;
+} llmpari_signs;
+
+LLMPARI_FN uint64_t llmpari_mix(uint64_t pair, int64_t count) {
+    uint64_t z = (pair + 1) * 0x9e3779b97f4a7c15u + (uint64_t)count;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+LLMPARI_ONCE_BEGIN
+// "rank 3", "ranks 0-2, 5": those that are picked.
+typedef bool (*llmpari_pick)(const void *owner, int32_t i, const void *what);
+LLMPARI_FN void llmpari_list_ranks(char *text, size_t bytes, const int32_t *ranks, int32_t n_ranks, llmpari_pick pick, const void *owner, const void *what) {
+    int at = 0, n = 0, shown = 0;
+    text[0] = 0;
+    for (int32_t i = 0; i < n_ranks; i++) n += pick(owner, i, what);
+    llmpari_append(text, bytes, &at, "%s", n == 1 ? "rank " : "ranks ");
+    for (int32_t i = 0; i < n_ranks; ) {
+        int32_t last = i;
+        if (!pick(owner, i, what)) { i++; continue; }
+        while (last + 1 < n_ranks && ranks[last + 1] == ranks[last] + 1 && pick(owner, last + 1, what)) last++;
+        if (shown++ == 8) { llmpari_append(text, bytes, &at, ", ..."); return; }
+        llmpari_append(text, bytes, &at, "%s%d", shown > 1 ? ", " : "", ranks[i]);
+        if (last > i) llmpari_append(text, bytes, &at, "%s%d", last == i + 1 ? ", " : "-", ranks[last]);
+        i = last + 1;
+    }
+}
+LLMPARI_FN bool llmpari_pick_every(const void *owner, int32_t i, const void *what) { (void)owner; (void)i; (void)what; return true; }
+
+// "AllReduce #17 f32[4096] sum"
+LLMPARI_FN void llmpari_describe_sign(char *text, size_t bytes, const llmpari_sign *sign, const int32_t *ranks, int64_t k) {
+    int at = 0;
+    llmpari_append(text, bytes, &at, "%s #%lld", llmpar_collective_name((llmpar_collective)sign->kind), (long long)k + 1);
+    if (sign->kind != LLMPAR_BARRIER) llmpari_append(text, bytes, &at, " %s[%lld]", llmpar_dtype_name((llmpar_dtype)sign->dtype), (long long)sign->count);
+    if (sign->kind == LLMPAR_ALL_REDUCE || sign->kind == LLMPAR_REDUCE_SCATTER) llmpari_append(text, bytes, &at, " %s", llmpari_reduce_name(sign->reduce));
+    if (sign->kind == LLMPAR_BROADCAST) llmpari_append(text, bytes, &at, " from rank %d", ranks[sign->root]);
+}
+
+LLMPARI_FN bool llmpari_same_sign(const llmpari_sign *a, const llmpari_sign *b) {
+    return a->kind == b->kind && a->dtype == b->dtype && a->reduce == b->reduce && a->root == b->root && a->hash == b->hash
+        && (a->count == b->count || a->kind == LLMPAR_ALL_TO_ALL || a->kind == LLMPAR_PERMUTE);
+}
+LLMPARI_FN bool llmpari_pick_same(const void *owner, int32_t i, const void *what) {
+    const llmpari_signs *signs = (const llmpari_signs *)owner;
+    llmpari_sign sign = signs->of(signs->owner, i);
+    return llmpari_same_sign(&sign, (const llmpari_sign *)what);
+}
+
+// "rank 3 called AllReduce #17 f32[4096] sum, ranks 0-2 AllReduce #17 f32[8192] sum": the call that most members make, the first such in a draw, and the first other one.
+LLMPARI_FN void llmpari_differ_words(char *text, size_t bytes, const llmpari_signs *signs) {
+    enum { TEXT = 320 };
+    char odd_text[TEXT], most_text[TEXT], most_ranks[TEXT], group[TEXT + 32];
+    llmpari_sign odd, most = signs->of(signs->owner, 0);
+    int32_t votes = 0, first = 0;
+    for (int32_t i = 0; i < signs->n; i++) {
+        llmpari_sign one = signs->of(signs->owner, i);
+        int32_t same = 0;
+        for (int32_t j = 0; j < signs->n; j++) same += llmpari_pick_same(signs, j, &one);
+        if (same > votes) { most = one; votes = same; }
+    }
+    while (llmpari_pick_same(signs, first, &most)) first++;
+    odd = signs->of(signs->owner, first);
+    llmpari_describe_sign(odd_text, sizeof odd_text, &odd, signs->ranks, signs->k);
+    llmpari_describe_sign(most_text, sizeof most_text, &most, signs->ranks, signs->k);
+    if (strcmp(odd_text, most_text) == 0)                                                  // equal sums of different counts
+        for (int32_t j = 0; j < signs->n; j++) {
+            int64_t a = odd.counts[signs->n + j], b = most.counts[signs->n + j];
+            if (a == b) continue;
+            int at = (int)strlen(odd_text);
+            llmpari_append(odd_text, sizeof odd_text, &at, " with counts[%d] = %lld", j, (long long)a);
+            at = (int)strlen(most_text);
+            llmpari_append(most_text, sizeof most_text, &at, " with counts[%d] = %lld", j, (long long)b);
+            break;
+        }
+    llmpari_list_ranks(most_ranks, sizeof most_ranks, signs->ranks, signs->n, llmpari_pick_same, signs, &most);
+    group[0] = 0;
+    if (!signs->whole) {
+        int at = 0;
+        llmpari_append(group, sizeof group, &at, " (in the group of ");
+        llmpari_list_ranks(group + at, sizeof group - 2 - (size_t)at, signs->ranks, signs->n, llmpari_pick_every, NULL, NULL);
+        at = (int)strlen(group);
+        llmpari_append(group, sizeof group, &at, ")");
+    }
+    snprintf(text, bytes, "rank %d called %s, %s %s%s", signs->ranks[first], odd_text, most_ranks, most_text, group);
+}
+
+// "AllToAll #2 f32[4]: rank 2 sends 1 elements to rank 3, which expects 2"; `me` = the member whose call is named.
+LLMPARI_FN void llmpari_differ_pairs_words(char *text, size_t bytes, const llmpari_signs *signs, int32_t me) {
+    char what[320];
+    llmpari_sign mine = signs->of(signs->owner, me);
+    llmpari_describe_sign(what, sizeof what, &mine, signs->ranks, signs->k);
+    snprintf(text, bytes, "%s: counts differ", what);
+    for (int32_t i = 0; i < signs->n; i++)
+        for (int32_t j = 0; j < signs->n; j++) {
+            int64_t sent = signs->of(signs->owner, i).counts[j], wanted = signs->of(signs->owner, j).counts[signs->n + i];
+            if (sent == wanted) continue;
+            snprintf(text, bytes, "%s: rank %d sends %lld elements to rank %d, which expects %lld", what, signs->ranks[i], (long long)sent, signs->ranks[j], (long long)wanted);
+            return;
+        }
+}
+LLMPARI_ONCE_END
+
 // ---- The public calls, over the vtable ----
 
 LLMPARI_FN double llmpari_now(void) {
@@ -9601,32 +9720,24 @@ LLMPARI_FN void llmpari_drain(llmpari_end *end) {
 LLMPARI_ONCE_BEGIN
 // ---- Words for errors ----
 
-// "rank 3", "ranks 0-2, 5": those in which pick is set.
-typedef bool (*llmpari_pick)(const llmpari_team *team, int32_t i, const void *what);
 LLMPARI_FN void llmpari_rank_list(char *text, size_t bytes, const llmpari_team *team, llmpari_pick pick, const void *what) {
-    int at = 0, n = 0, shown = 0;
-    text[0] = 0;
-    for (int32_t i = 0; i < team->n; i++) n += pick(team, i, what);
-    llmpari_append(text, bytes, &at, "%s", n == 1 ? "rank " : "ranks ");
-    for (int32_t i = 0; i < team->n; ) {
-        int32_t last = i;
-        if (!pick(team, i, what)) { i++; continue; }
-        while (last + 1 < team->n && team->ranks[last + 1] == team->ranks[last] + 1 && pick(team, last + 1, what)) last++;
-        if (shown++ == 8) { llmpari_append(text, bytes, &at, ", ..."); return; }
-        llmpari_append(text, bytes, &at, "%s%d", shown > 1 ? ", " : "", team->ranks[i]);
-        if (last > i) llmpari_append(text, bytes, &at, "%s%d", last == i + 1 ? ", " : "-", team->ranks[last]);
-        i = last + 1;
-    }
+    llmpari_list_ranks(text, bytes, team->ranks, team->n, pick, team, what);
 }
-LLMPARI_FN bool llmpari_pick_all(const llmpari_team *team, int32_t i, const void *what) { (void)team; (void)i; (void)what; return true; }
-
-// "AllReduce #17 f32[4096] sum"
+LLMPARI_FN llmpari_sign llmpari_post_sign(const void *row, int32_t i) {
+    const llmpari_post *post = (const llmpari_post *)row + i;
+    llmpari_sign sign;
+    sign.kind   = post->kind;
+    sign.dtype  = post->dtype;
+    sign.reduce = post->reduce;
+    sign.root   = post->root;
+    sign.count  = post->count;
+    sign.hash   = post->hash;
+    sign.counts = post->counts;
+    return sign;
+}
 LLMPARI_FN void llmpari_describe(char *text, size_t bytes, const llmpari_team *team, const llmpari_post *post, int64_t k) {
-    int at = 0;
-    llmpari_append(text, bytes, &at, "%s #%lld", llmpar_collective_name((llmpar_collective)post->kind), (long long)k + 1);
-    if (post->kind != LLMPAR_BARRIER) llmpari_append(text, bytes, &at, " %s[%lld]", llmpar_dtype_name((llmpar_dtype)post->dtype), (long long)post->count);
-    if (post->kind == LLMPAR_ALL_REDUCE || post->kind == LLMPAR_REDUCE_SCATTER) llmpari_append(text, bytes, &at, " %s", llmpari_reduce_name(post->reduce));
-    if (post->kind == LLMPAR_BROADCAST) llmpari_append(text, bytes, &at, " from rank %d", team->ranks[post->root]);
+    llmpari_sign sign = llmpari_post_sign(post, 0);
+    llmpari_describe_sign(text, bytes, &sign, team->ranks, k);
 }
 
 // Ends the world with this error; the caller's buffers are free afterwards.
@@ -9644,67 +9755,32 @@ LLMPARI_FN llmpar_status llmpari_end_fail(llmpari_end *end, llmpar_status status
 
 // ---- Do all members ask for the same? ----
 
-LLMPARI_FN uint64_t llmpari_mix(uint64_t pair, int64_t count) {
-    uint64_t z = (pair + 1) * 0x9e3779b97f4a7c15u + (uint64_t)count;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-}
-
 LLMPARI_FN bool llmpari_exchanges(const llmpari_post *post) { return post->kind == LLMPAR_ALL_TO_ALL || post->kind == LLMPAR_PERMUTE; }
 LLMPARI_FN bool llmpari_same(const llmpari_post *a, const llmpari_post *b) {
     return a->kind == b->kind && a->dtype == b->dtype && a->reduce == b->reduce && a->root == b->root && a->hash == b->hash
         && (a->count == b->count || llmpari_exchanges(a));
 }
-LLMPARI_FN bool llmpari_pick_same(const llmpari_team *team, int32_t i, const void *what) {
-    const llmpari_post *post = (const llmpari_post *)what;
-    return llmpari_same(llmpari_posts(team, post->seq - 1) + i, post);
+LLMPARI_FN llmpari_signs llmpari_signs_of(const llmpari_team *team, const llmpari_post *row, int64_t k) {
+    llmpari_signs signs;
+    signs.of    = llmpari_post_sign;
+    signs.owner = row;
+    signs.ranks = team->ranks;
+    signs.n     = team->n;
+    signs.whole = team == team->world->team;
+    signs.k     = k;
+    return signs;
 }
-
 LLMPARI_FN llmpar_status llmpari_differ(llmpari_end *end, const llmpari_post *row, int64_t k, llmpar_error *err) {
-    llmpari_team *team = end->team;
-    char odd_text[LLMPARI_TEXT], most_text[LLMPARI_TEXT], most_ranks[LLMPARI_TEXT], group[LLMPARI_TEXT + 32];
-    int32_t most = 0, votes = 0, odd = 0;
-    for (int32_t i = 0; i < team->n; i++) {                                                // the call that most members make, the first such in a draw
-        int32_t same = 0;
-        for (int32_t j = 0; j < team->n; j++) same += llmpari_same(&row[i], &row[j]);
-        if (same > votes) { most = i; votes = same; }
-    }
-    while (llmpari_same(&row[odd], &row[most])) odd++;
-    llmpari_describe(odd_text, sizeof odd_text, team, &row[odd], k);
-    llmpari_describe(most_text, sizeof most_text, team, &row[most], k);
-    if (strcmp(odd_text, most_text) == 0)                                                  // equal sums of different counts
-        for (int32_t j = 0; j < team->n; j++) {
-            int64_t a = row[odd].counts[team->n + j], b = row[most].counts[team->n + j];
-            if (a == b) continue;
-            int at = (int)strlen(odd_text);
-            llmpari_append(odd_text, sizeof odd_text, &at, " with counts[%d] = %lld", j, (long long)a);
-            at = (int)strlen(most_text);
-            llmpari_append(most_text, sizeof most_text, &at, " with counts[%d] = %lld", j, (long long)b);
-            break;
-        }
-    llmpari_rank_list(most_ranks, sizeof most_ranks, team, llmpari_pick_same, &row[most]);
-    group[0] = 0;
-    if (team != team->world->team) {
-        int at = 0;
-        llmpari_append(group, sizeof group, &at, " (in the group of ");
-        llmpari_rank_list(group + at, sizeof group - 2 - (size_t)at, team, llmpari_pick_all, NULL);
-        at = (int)strlen(group);
-        llmpari_append(group, sizeof group, &at, ")");
-    }
-    return llmpari_end_fail(end, LLMPAR_MISMATCH, err, "rank %d called %s, %s %s%s", team->ranks[odd], odd_text, most_ranks, most_text, group);
+    char text[sizeof ((llmpar_threads *)0)->reason];
+    llmpari_signs signs = llmpari_signs_of(end->team, row, k);
+    llmpari_differ_words(text, sizeof text, &signs);
+    return llmpari_end_fail(end, LLMPAR_MISMATCH, err, "%s", text);
 }
-
 LLMPARI_FN llmpar_status llmpari_differ_pairs(llmpari_end *end, const llmpari_post *row, int64_t k, llmpar_error *err) {
-    llmpari_team *team = end->team;
-    char what[LLMPARI_TEXT];
-    llmpari_describe(what, sizeof what, team, &row[end->comm.rank], k);
-    for (int32_t i = 0; i < team->n; i++)
-        for (int32_t j = 0; j < team->n; j++)
-            if (row[i].counts[j] != row[j].counts[team->n + i])
-                return llmpari_end_fail(end, LLMPAR_MISMATCH, err, "%s: rank %d sends %lld elements to rank %d, which expects %lld", what,
-                                        team->ranks[i], (long long)row[i].counts[j], team->ranks[j], (long long)row[j].counts[team->n + i]);
-    return llmpari_end_fail(end, LLMPAR_MISMATCH, err, "%s: counts differ", what);
+    char text[sizeof ((llmpar_threads *)0)->reason];
+    llmpari_signs signs = llmpari_signs_of(end->team, row, k);
+    llmpari_differ_pairs_words(text, sizeof text, &signs, end->comm.rank);
+    return llmpari_end_fail(end, LLMPAR_MISMATCH, err, "%s", text);
 }
 
 LLMPARI_ONCE_END
@@ -9964,7 +10040,8 @@ LLMPARI_FN llmpar_status llmpari_step(const llmpari_wish *wish, bool *done, llmp
 }
 
 // Is it member i that the wish waits for?
-LLMPARI_FN bool llmpari_pick_missing(const llmpari_team *team, int32_t i, const void *what) {
+LLMPARI_FN bool llmpari_pick_missing(const void *owner, int32_t i, const void *what) {
+    const llmpari_team *team = (const llmpari_team *)owner;
     const llmpari_wish *wish = (const llmpari_wish *)what;
     const llmpari_end *end = wish->end;
     bool missing = false;
