@@ -32,6 +32,7 @@
 //          >>build    the graph of a model
 //   move   >>comm     collectives behind one small vtable; ranks as threads
 //          >>launch   which rank of how many this process is: mpirun, srun, torchrun
+//          >>mpi      the same collectives between processes, over MPI
 //          >>weights  safetensors checkpoints: each rank reads its own slices
 //   run    >>ops      kernels behind a table that an engine replaces one by one
 //          >>exec     runs a plan on one rank
@@ -42,6 +43,7 @@
 //   LLMPAR_IMPLEMENTATION          in one file: the implementation too. Under -std=c99 include llmpar.h first there (it asks for POSIX 2008).
 //   LLMPAR_STATIC                  everything static, for use in several files without a separate implementation
 //   LLMPAR_NO_THREADS              no pthreads: groups of one rank only
+//   LLMPAR_MPI                     ranks as processes of MPI; build with mpicc
 //   LLMPAR_CBLAS                   matrix products through cblas_sgemm; link a BLAS
 //   LLMPAR_MALLOC, LLMPAR_FREE     both or neither; descs also take an allocator with context
 //   LLMPAR_ASSERT(condition)       for the library's own bugs, never for input
@@ -62,6 +64,9 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#ifdef LLMPAR_MPI
+#include <mpi.h>
+#endif
 
 #ifdef __cplusplus
 #define LLMPAR_ZERO {}
@@ -948,6 +953,43 @@ LLMPAR_DEF llmpar_status llmpar_launch_read(llmpar_lookup lookup, void *user, ll
 LLMPAR_DEF const char   *llmpar_launcher_name(llmpar_launcher launcher);                     // "torchrun", "mpirun (Open MPI)", ..., "no launcher"
 
 // ============================================================================================================
+// >>mpi   the same collectives between processes, over MPI                      (uses: base, mesh, comm; only with LLMPAR_MPI)
+// ============================================================================================================
+#ifdef LLMPAR_MPI
+// What >>comm says holds here too: order, ragged counts, member order of every reduction (so the bits are those of the threads), Send buffered up to 4 KiB, errors
+// for good and for the whole world. All of it is built from MPI's non-blocking messages on duplicates of one communicator: groups take no MPI resource and their
+// creation waits for nobody; one side may block where the other one polls; and MPI's own reductions, whose order is up to them, are not used.
+// What differs:
+//   - Ranks hear of an abort in their next call, or in the one that they wait in. A rank that is elsewhere notices nothing until then.
+//   - After an error MPI may still read what this rank was sending and, where a message was under way already, write to recv: keep the buffers of failed calls until the
+//     process ends. Receives that nothing has arrived for are cancelled. Sends are never cancelled; what the library staged for them is kept until the process ends.
+//   - `checked` compares what all members of a group ask for before each collective, and both ends of each message, as the threads do, for one small message per pair.
+//     Without it a mismatch shows where lengths differ: LLMPAR_MISMATCH on the rank that got the message; or in the deadline.
+//   - A rank that waits past timeout_s asks the others where they are; those that have not come to the call or do not answer within a second are named.
+//   - All ranks must have the same byte order. MPI_Abort is never called. MPI's own failures return LLMPAR_IO_FAILED with its text, where MPI returns.
+// An AllReduce of a group whose members lie host by host (several hosts, several members on one) crosses between hosts once in each direction: the first host's members
+// are reduced on it, the next host goes on from there (in f32, also for bf16 and f16), the result comes back. The bits are the same as without hosts.
+// Threads: at MPI_THREAD_SERIALIZED or above, comms of one world may be used by several threads, one of them per comm (calls take turns), and llmpar_comm_abort by any.
+// Below that everything has to be called by MPI's main thread; an abort from another one is sent at that thread's next call.
+
+typedef struct llmpar_mpi_desc {
+    const MPI_Comm  *comm;         // the world; NULL = MPI_COMM_WORLD. It is duplicated, and left as it is
+    llmpar_allocator allocator;
+    double           timeout_s;    // a call that waits longer for other ranks returns LLMPAR_TIMEOUT and aborts the world; 0 = 60 s; INFINITY = never
+    bool             checked;      // compare every call over its group
+    const int32_t   *hosts;        // [size] number of each rank's host, the same on every rank; NULL = MPI_COMM_TYPE_SHARED says who shares memory
+    int64_t          staging_bytes;   // of each communicator, for reductions, which go in pieces that fit; 0 = 4 MiB, at least 4 KiB per member
+    int64_t          message_bytes;   // longest single message, longer ones go as blocks of this; 0 = 1 GiB (MPI counts in int), at most that
+} llmpar_mpi_desc;
+// Collective over desc->comm, and blocks until all its ranks call it (MPI's own duplication: no deadline). desc NULL = all defaults; desc must be the same on every rank,
+// but for the allocator. Initialises MPI where nobody has (MPI_Init_thread, SERIALIZED), and then finalises it in llmpar_comm_free of the world, unless the world was
+// aborted: mpirun then ends the job. Free groups first, then the world; no call of other ranks may still need this one. Errors: MPI finalised already, no memory on any rank.
+LLMPAR_DEF llmpar_status llmpar_mpi_create(const llmpar_mpi_desc *desc, llmpar_comm **world, llmpar_error *err);
+// Payload bytes, and messages (may be NULL), that this end of the group has sent to members on other hosts.
+LLMPAR_DEF int64_t llmpar_mpi_host_bytes(const llmpar_comm *comm, int64_t *messages);
+#endif
+
+// ============================================================================================================
 // >>weights   safetensors checkpoints: each rank reads its own slices          (uses: base, mesh, shard, model)
 // ============================================================================================================
 // A checkpoint is a folder with config.json and model.safetensors, or shards named by model.safetensors.index.json. Headers are read and checked when
@@ -1196,6 +1238,9 @@ LLMPAR_DEF llmpar_exec       *llmpar_engine_exec(llmpar_engine *engine, int phas
 #endif
 #ifndef LLMPAR_NO_THREADS
 #include <pthread.h>
+#endif
+#ifdef LLMPAR_MPI
+#include <sched.h>
 #endif
 #if defined(__STRICT_ANSI__) && !defined(CLOCK_MONOTONIC)
 #error "llmpar: -std=c99 hides pread and clock_gettime: in the file with LLMPAR_IMPLEMENTATION include llmpar.h first, once, or pass -D_POSIX_C_SOURCE=200809L"
@@ -11096,6 +11141,1425 @@ LLMPAR_DEF llmpar_status llmpar_launch_read(llmpar_lookup lookup, void *user, ll
     return llmpari_launch_master(&env, launch);
 }
 LLMPARI_ONCE_END
+
+// ============================================================================================================
+// >>mpi (impl)
+// ============================================================================================================
+#ifdef LLMPAR_MPI
+// A collective is a list of steps: messages between pairs of members, then local work. Messages carry the sender's number of the communicator in their tag, with the
+// collective's slot; so all communicators of a world share one of MPI's. Members tell each other their numbers when a group is made (a note on the side channel), and
+// a group's calls begin when all are known. Whoever waits moves on everything that this rank has in flight, on every communicator of the world.
+// The side channel is a second duplicate: each rank has one receive open there, for notes of names, aborts, and questions of those that waited too long.
+
+enum {
+    LLMPARI_MPI_FLIGHT = 16,       // collectives in flight on one communicator
+    LLMPARI_MPI_BOX    = 4096,     // bytes of a buffered message
+    LLMPARI_MPI_SMALL  = 16384,    // bytes of an AllReduce in one step: everybody sends everything
+    LLMPARI_MPI_MAIL   = 64,       // Send and Recv in flight
+    LLMPARI_MPI_BOXES  = 8,        // of them buffered
+    LLMPARI_MPI_NOTES  = 64,       // notes that are being sent
+    LLMPARI_MPI_TAGS   = 128,      // per communicator: 16 slots of 4, then mail
+    LLMPARI_MPI_TAG_MAIL = 64      // its header, and 65: its data
+};
+enum { LLMPARI_TAG_SIGN = 0, LLMPARI_TAG_COUNTS, LLMPARI_TAG_DATA };
+enum { LLMPARI_NOTE_NAME = 1, LLMPARI_NOTE_ABORT, LLMPARI_NOTE_ASK, LLMPARI_NOTE_ANSWER };
+enum { LLMPARI_STEP_NAMES = -3, LLMPARI_STEP_SIGN = -2, LLMPARI_STEP_COUNTS = -1 };
+
+typedef struct llmpari_note {
+    int32_t  kind, number;         // number: the sender's of the communicator; ANSWER: the asker's
+    int32_t  culprit, peer;        // ABORT: peer = rank in whose message the mistake is, -1 = none
+    uint64_t key;                  // NAME: of the group; ASK and ANSWER: which question
+    int64_t  calls;                // ANSWER: collectives that the sender has begun; -1 = it has freed the group, or not made it
+    char     text[900];            // ABORT; notes of other kinds are sent without it
+} llmpari_note;
+
+typedef struct llmpari_wire { int32_t kind, dtype, reduce, root; int64_t count, k; uint64_t hash, sent, wanted; } llmpari_wire;   // llmpari_sign, as it travels
+typedef struct llmpari_letter { int64_t count; int32_t dtype, pad; } llmpari_letter;                                             // header of a Send
+typedef struct llmpari_mpi_name { int32_t rank, number; uint64_t key; } llmpari_mpi_name;
+
+typedef struct llmpari_mpi_requests {      // messages of one step
+    MPI_Request *request;
+    int64_t     *expect;           // units of the type that have to arrive; -1: a send
+    int32_t     *from;             // member
+    int32_t      n;
+} llmpari_mpi_requests;
+
+typedef struct llmpari_mpi_op {
+    llmpar_call call;
+    int32_t  step, steps;
+    bool     posted;
+    llmpar_status status;          // of its own failure
+    int64_t  element, unit;        // bytes of an element; elements of one piece (reductions)
+    int64_t *send_at, *recv_at;    // [n + 1] elements before each member's part
+    llmpari_mpi_requests messages;
+    llmpari_wire *signs;           // [n]
+    int64_t *counts;               // [n][2 n] when they differ, else [2 n] of its own, at counts_own
+    int64_t *counts_own;
+    char    *box;                  // [n][small_bytes] of an AllReduce in one step
+    char     byte[2];              // what a barrier sends and gets
+} llmpari_mpi_op;
+
+typedef struct llmpari_mpi_mail {
+    int64_t  seq;
+    char    *data;
+    int64_t  bytes;
+    int32_t  peer, box;
+    bool     used, held, posted, is_send, done;
+    llmpar_status status;
+    llmpari_letter mine, theirs;
+    MPI_Request request[3];        // header, blocks, rest
+    int64_t  expect[3];
+} llmpari_mpi_mail;
+
+typedef struct llmpari_mpi_world llmpari_mpi_world;
+typedef struct llmpari_mpi_end {
+    llmpar_comm comm;
+    llmpari_mpi_world *world;
+    struct llmpari_mpi_end *next;
+    size_t    bytes;
+    uint64_t  key;
+    int32_t   number, joined;      // own number; members whose number is known
+    bool      left;                // freed; stays until all names are there
+    int32_t  *ranks, *numbers;     // [n] in the world; of this communicator, -1 = not known yet
+    int64_t   started, finished;
+    int64_t   mails, mails_used;
+    double    since;               // llmpar_test: when the oldest call was first found not done; 0 = not yet
+    uint64_t  question;
+    int64_t  *answers;             // [n] -2 = none yet
+    double    asked;               // when; 0 = not
+    int64_t   host_bytes, host_messages, small_bytes, staging_bytes;
+    bool      chain;               // AllReduce from host to host
+    int32_t   host_first, host_end, host_before, host_after, host_most;   // members on this host; the first ones on the hosts beside it, -1 = none; most on one host
+    char     *staging;
+    const char **rows;             // [n + 1]
+    MPI_Status *statuses;          // [4 n + 4]
+    llmpari_mpi_op   op[LLMPARI_MPI_FLIGHT];
+    llmpari_mpi_mail mail[LLMPARI_MPI_MAIL];
+    char     *boxes;               // [LLMPARI_MPI_BOXES][LLMPARI_MPI_BOX]
+} llmpari_mpi_end;
+
+struct llmpari_mpi_world {
+    llmpar_allocator allocator;
+    llmpar_mpi_desc  desc;
+    MPI_Comm  data, side;
+    MPI_Datatype block;
+    bool      finalise, shared, stopped, pending;      // shared: several threads may call MPI; pending: an abort that is to be told yet
+    int32_t   rank, n, spin, tag_numbers, numbers;
+    int32_t  *hosts;               // [n]
+    int32_t   culprit, peer;       // of the abort
+    char      reason[900];
+    llmpari_mpi_end *ends, *end;
+    llmpari_mpi_name *names;       // of groups that this rank has not made yet
+    int64_t   n_names, cap_names;
+    llmpari_note in, out[LLMPARI_MPI_NOTES];
+    MPI_Request in_request, out_request[LLMPARI_MPI_NOTES];
+#ifndef LLMPAR_NO_THREADS
+    pthread_mutex_t mutex;
+#endif
+};
+
+LLMPARI_FN void llmpari_mpi_lock(llmpari_mpi_world *world) {
+#ifndef LLMPAR_NO_THREADS
+    pthread_mutex_lock(&world->mutex);
+#else
+    (void)world;
+#endif
+}
+LLMPARI_FN void llmpari_mpi_unlock(llmpari_mpi_world *world) {
+#ifndef LLMPAR_NO_THREADS
+    pthread_mutex_unlock(&world->mutex);
+#else
+    (void)world;
+#endif
+}
+LLMPARI_FN double llmpari_mpi_now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+LLMPARI_FN llmpari_mpi_end *llmpari_mpi_of(const llmpar_comm *comm) { return (llmpari_mpi_end *)comm->impl; }
+LLMPARI_FN llmpari_mpi_op *llmpari_mpi_op_of(llmpari_mpi_end *end, int64_t k) { return &end->op[k % LLMPARI_MPI_FLIGHT]; }
+LLMPARI_FN bool llmpari_mpi_reduces(const llmpari_mpi_op *op) { return op->call.kind == LLMPAR_ALL_REDUCE || op->call.kind == LLMPAR_REDUCE_SCATTER; }
+
+LLMPARI_ONCE_BEGIN
+// ---- Stopping, and the side channel ----
+
+// Sends a note in a slot of its own; one that finds no free slot within a second is lost: its reader runs into the deadline instead.
+LLMPARI_FN void llmpari_note_send(llmpari_mpi_world *world, const llmpari_note *note, int32_t to) {
+    double began = 0;
+    size_t bytes = note->kind == LLMPARI_NOTE_ABORT ? sizeof *note : offsetof(llmpari_note, text);
+    for (int i = 0; ; i = i + 1 == LLMPARI_MPI_NOTES ? 0 : i + 1) {
+        int free_slot = 0;
+        if (MPI_Test(&world->out_request[i], &free_slot, MPI_STATUS_IGNORE) != MPI_SUCCESS) continue;
+        if (free_slot) {
+            memcpy(&world->out[i], note, bytes);
+            if (MPI_Isend(&world->out[i], (int)bytes, MPI_BYTE, to, 0, world->side, &world->out_request[i]) != MPI_SUCCESS) world->out_request[i] = MPI_REQUEST_NULL;
+            return;
+        }
+        double now = llmpari_mpi_now();
+        if (began == 0) began = now;
+        if (now - began > 1) return;
+    }
+}
+
+LLMPARI_FN void llmpari_mpi_tell(llmpari_mpi_world *world) {
+    llmpari_note note;
+    memset(&note, 0, sizeof note);
+    note.kind    = LLMPARI_NOTE_ABORT;
+    note.culprit = world->culprit;
+    note.peer    = world->peer;
+    memcpy(note.text, world->reason, sizeof note.text);
+    for (int32_t i = 0; i < world->n; i++) if (i != world->rank) llmpari_note_send(world, &note, i);
+    world->pending = false;
+}
+
+// The first reason stays. tell: the other ranks have to hear of it.
+LLMPARI_FN void llmpari_mpi_stop(llmpari_mpi_world *world, int32_t culprit, int32_t peer, bool tell, const char *text) {
+    int main_thread = 1;
+    if (world->stopped) return;
+    world->stopped = true;
+    world->culprit = culprit;
+    world->peer    = peer;
+    snprintf(world->reason, sizeof world->reason, "%s", text);
+    if (!tell) return;
+    world->pending = true;
+    if (!world->shared && MPI_Is_thread_main(&main_thread) == MPI_SUCCESS && !main_thread) return;     // told by the thread that may
+    llmpari_mpi_tell(world);
+}
+
+LLMPARI_FN void llmpari_mpi_broken(llmpari_mpi_world *world, int code, const char *what) {
+    char text[MPI_MAX_ERROR_STRING + 1], all[900];
+    int length = 0;
+    text[0] = 0;
+    if (MPI_Error_string(code, text, &length) != MPI_SUCCESS) length = 0;
+    text[length] = 0;
+    snprintf(all, sizeof all, "rank %d: MPI failed in %s: %.600s", world->rank, what, text);
+    llmpari_mpi_stop(world, world->rank, -1, true, all);
+}
+
+LLMPARI_FN void llmpari_note_name(llmpari_mpi_world *world, int32_t rank, const llmpari_note *note) {
+    llmpari_mpi_end *oldest = NULL;
+    int32_t place = -1;
+    for (llmpari_mpi_end *end = world->ends; end; end = end->next) {                       // newest first; a name belongs to the oldest that lacks it
+        for (int32_t i = 0; i < end->comm.size && end->key == note->key; i++) if (end->ranks[i] == rank && end->numbers[i] < 0) { oldest = end; place = i; }
+    }
+    if (oldest) { oldest->numbers[place] = note->number; oldest->joined++; return; }
+    if (world->n_names == world->cap_names) {
+        int64_t more = 2 * world->cap_names + 16;
+        llmpari_mpi_name *grown = (llmpari_mpi_name *)llmpari_alloc(&world->allocator, (size_t)more * sizeof *grown);
+        if (!grown) { llmpari_mpi_stop(world, world->rank, -1, true, "no memory for the names of groups"); return; }
+        if (world->n_names) memcpy(grown, world->names, (size_t)world->n_names * sizeof *grown);
+        llmpari_free(&world->allocator, world->names, (size_t)world->cap_names * sizeof *grown);
+        world->names     = grown;
+        world->cap_names = more;
+    }
+    llmpari_mpi_name *name = &world->names[world->n_names++];
+    name->rank   = rank;
+    name->number = note->number;
+    name->key    = note->key;
+}
+
+// Somebody waits in a collective of a group, and asks how many this rank has begun there.
+LLMPARI_FN void llmpari_note_answer(llmpari_mpi_world *world, int32_t rank, const llmpari_note *ask) {
+    llmpari_note note;
+    memset(&note, 0, sizeof note);
+    note.kind   = LLMPARI_NOTE_ANSWER;
+    note.number = ask->number;
+    note.key    = ask->key;
+    note.calls  = -1;
+    for (llmpari_mpi_end *end = world->ends; end; end = end->next)
+        for (int32_t i = 0; i < end->comm.size && !end->left; i++) if (end->ranks[i] == rank && end->numbers[i] == ask->number) note.calls = end->started;
+    llmpari_note_send(world, &note, rank);
+}
+
+LLMPARI_FN void llmpari_note_take(llmpari_mpi_world *world, int32_t rank) {
+    const llmpari_note *note = &world->in;
+    if (note->kind == LLMPARI_NOTE_NAME) llmpari_note_name(world, rank, note);
+    else if (note->kind == LLMPARI_NOTE_ASK) llmpari_note_answer(world, rank, note);
+    else if (note->kind == LLMPARI_NOTE_ABORT) llmpari_mpi_stop(world, note->culprit, note->peer, false, note->text);
+    else
+        for (llmpari_mpi_end *end = world->ends; end; end = end->next)
+            for (int32_t i = 0; i < end->comm.size && end->number == note->number && end->question == note->key; i++)
+                if (end->ranks[i] == rank) end->answers[i] = note->calls;
+}
+LLMPARI_ONCE_END
+
+LLMPARI_FN void llmpari_mpi_listen(llmpari_mpi_world *world) {
+    MPI_Status status;
+    int there = 0;
+    if (world->pending) llmpari_mpi_tell(world);
+    for (;;) {
+        int code = MPI_Test(&world->in_request, &there, &status);
+        if (code != MPI_SUCCESS) { llmpari_mpi_broken(world, code, "MPI_Test"); return; }
+        if (!there) return;
+        if (world->in_request == MPI_REQUEST_NULL && status.MPI_SOURCE >= 0) llmpari_note_take(world, (int32_t)status.MPI_SOURCE);
+        code = MPI_Irecv(&world->in, (int)sizeof world->in, MPI_BYTE, MPI_ANY_SOURCE, 0, world->side, &world->in_request);
+        if (code != MPI_SUCCESS) { world->in_request = MPI_REQUEST_NULL; llmpari_mpi_broken(world, code, "MPI_Irecv"); return; }
+    }
+}
+
+// ---- Messages ----
+
+LLMPARI_FN int llmpari_mpi_tag(int32_t number, int64_t k, int32_t what) { return (int)(number * LLMPARI_MPI_TAGS + (int32_t)(k % LLMPARI_MPI_FLIGHT) * 4 + what); }
+
+// One message of any length: blocks, then the rest. Returns how many requests it took.
+LLMPARI_FN int llmpari_mpi_message(llmpari_mpi_end *end, bool sends, char *data, int64_t bytes, int32_t member, int tag, MPI_Request *request, int64_t *expect) {
+    llmpari_mpi_world *world = end->world;
+    int64_t block = world->desc.message_bytes, blocks = bytes > block ? bytes / block : 0;
+    int n = 0, code = MPI_SUCCESS, peer = (int)end->ranks[member];
+    if (sends && world->hosts[peer] != world->hosts[world->rank]) { end->host_bytes += bytes; end->host_messages++; }
+    for (int part = 0; part < 2 && code == MPI_SUCCESS; part++) {
+        int64_t count = part == 0 ? blocks : bytes - blocks * block;
+        MPI_Datatype type = part == 0 ? world->block : MPI_BYTE;
+        if (count == 0) continue;
+        expect[n]  = sends ? -1 : count;
+        request[n] = MPI_REQUEST_NULL;
+        if (sends) code = MPI_Isend(data + (part ? blocks * block : 0), (int)count, type, peer, tag, world->data, &request[n]);
+        else       code = MPI_Irecv(data + (part ? blocks * block : 0), (int)count, type, peer, tag, world->data, &request[n]);
+        n++;
+    }
+    if (code != MPI_SUCCESS) llmpari_mpi_broken(world, code, sends ? "MPI_Isend" : "MPI_Irecv");
+    return n;
+}
+
+LLMPARI_FN void llmpari_mpi_add(llmpari_mpi_end *end, llmpari_mpi_op *op, int64_t k, int32_t what, bool sends, const void *data, int64_t bytes, int32_t member) {
+    llmpari_mpi_requests *m = &op->messages;
+    if (bytes == 0) return;
+    int tag = llmpari_mpi_tag(sends ? end->number : end->numbers[member], k, what);
+    int n = llmpari_mpi_message(end, sends, (char *)(uintptr_t)data, bytes, member, tag, m->request + m->n, m->expect + m->n);
+    for (int i = 0; i < n; i++) m->from[m->n++] = member;
+}
+
+// A message that is shorter or longer than this rank's call says: somebody called something else. Texts of longer ones come from MPI's error.
+LLMPARI_FN void llmpari_mpi_length(llmpari_mpi_end *end, llmpari_mpi_op *op, int64_t k, int32_t member) {
+    char what[320], text[700];
+    llmpari_sign sign;
+    memset(&sign, 0, sizeof sign);
+    sign.kind = op->signs[end->comm.rank].kind; sign.dtype = op->signs[end->comm.rank].dtype; sign.reduce = op->signs[end->comm.rank].reduce;
+    sign.root = op->signs[end->comm.rank].root; sign.count = op->signs[end->comm.rank].count;
+    llmpari_describe_sign(what, sizeof what, &sign, end->ranks, k);
+    snprintf(text, sizeof text, "rank %d called %s, rank %d something else: its message has another length (desc.checked tells more)", end->world->rank, what, end->ranks[member]);
+    op->status = LLMPAR_MISMATCH;
+    llmpari_mpi_stop(end->world, end->world->rank, -1, true, text);
+}
+
+LLMPARI_FN bool llmpari_mpi_fits(const llmpari_mpi_world *world, const MPI_Status *status, int64_t expect) {
+    int count = 0;
+    if (expect < 0) return true;
+    if (MPI_Get_count(status, MPI_BYTE, &count) == MPI_SUCCESS && count == (int)expect) return true;
+    return MPI_Get_count(status, world->block, &count) == MPI_SUCCESS && count == (int)expect;
+}
+
+// Have the messages of the step arrived?
+LLMPARI_FN bool llmpari_mpi_arrived(llmpari_mpi_end *end, llmpari_mpi_op *op, int64_t k) {
+    llmpari_mpi_requests *m = &op->messages;
+    int all = 1, code = MPI_SUCCESS, kind = MPI_SUCCESS;
+    if (m->n == 0) return true;
+    code = MPI_Testall(m->n, m->request, &all, end->statuses);
+    if (code != MPI_SUCCESS) {
+        for (int32_t i = 0; i < m->n; i++) {
+            if (code == MPI_ERR_IN_STATUS && MPI_Error_class(end->statuses[i].MPI_ERROR, &kind) == MPI_SUCCESS && kind == MPI_ERR_TRUNCATE) {
+                llmpari_mpi_length(end, op, k, m->from[i]);
+                return false;
+            }
+        }
+        llmpari_mpi_broken(end->world, code, "MPI_Testall");
+        return false;
+    }
+    if (!all) return false;
+    for (int32_t i = 0; i < m->n; i++)
+        if (!llmpari_mpi_fits(end->world, &end->statuses[i], m->expect[i])) { llmpari_mpi_length(end, op, k, m->from[i]); return false; }
+    m->n = 0;
+    return true;
+}
+
+// ---- Reductions ----
+
+// rows[n] of `count` elements, reduced in this order into `to`. wide: rows[0] is f32 (what the hosts before have come to); raw: so is the result.
+LLMPARI_FN void llmpari_mpi_fold_floats(const char *const *rows, int32_t n, char *to, int64_t count, int32_t dtype, int32_t reduce, bool wide, bool raw) {
+    float acc[LLMPARI_FOLD], x[LLMPARI_FOLD];
+    uint16_t half[LLMPARI_FOLD];
+    int64_t element = dtype == LLMPAR_F32 ? 4 : 2;
+    for (int64_t at = 0; at < count; at += LLMPARI_FOLD) {
+        int m = (int)llmpari_min(LLMPARI_FOLD, count - at);
+        llmpari_comm_widen(acc, rows[0] + at * (wide ? 4 : element), m, wide ? (int32_t)LLMPAR_F32 : dtype);
+        for (int j = m; j % LLMPARI_LANE; j++) acc[j] = 0;
+        for (int32_t i = 1; i < n; i++) {
+            const char *operand = rows[i] + at * element;
+            if (dtype != LLMPAR_F32) { llmpari_comm_widen(x, operand, m, dtype); operand = (const char *)x; }
+            llmpari_fold_f32(acc, operand, m, reduce);
+        }
+        if (dtype == LLMPAR_F32 || raw) { memcpy(to + at * 4, acc, (size_t)m * 4); continue; }
+        llmpari_narrow(half, acc, m, dtype);
+        memcpy(to + at * 2, half, (size_t)m * 2);
+    }
+}
+LLMPARI_FN void llmpari_mpi_fold_ints(const char *const *rows, int32_t n, char *to, int64_t count, int32_t dtype, int32_t reduce) {
+    int64_t acc[LLMPARI_FOLD], x[LLMPARI_FOLD], element = dtype == LLMPAR_I64 ? 8 : 4;
+    int32_t narrow[LLMPARI_FOLD];
+    for (int64_t at = 0; at < count; at += LLMPARI_FOLD) {
+        int m = (int)llmpari_min(LLMPARI_FOLD, count - at);
+        llmpari_widen_int(acc, rows[0] + at * element, m, dtype);
+        for (int32_t i = 1; i < n; i++) {
+            llmpari_widen_int(x, rows[i] + at * element, m, dtype);
+            llmpari_fold_i64(acc, x, m, reduce);
+        }
+        if (dtype == LLMPAR_I32) llmpari_narrow_int(narrow, acc, m);
+        memcpy(to + at * element, dtype == LLMPAR_I64 ? (const char *)acc : (const char *)narrow, (size_t)(m * element));
+    }
+}
+LLMPARI_FN void llmpari_mpi_fold(const llmpari_mpi_op *op, const char *const *rows, int32_t n, char *to, int64_t count, bool wide, bool raw) {
+    if (op->call.dtype == LLMPAR_I32 || op->call.dtype == LLMPAR_I64) llmpari_mpi_fold_ints(rows, n, to, count, (int32_t)op->call.dtype, (int32_t)op->call.reduce);
+    else llmpari_mpi_fold_floats(rows, n, to, count, (int32_t)op->call.dtype, (int32_t)op->call.reduce, wide, raw);
+}
+
+// Member m's slice of `count` elements: whole multiples of 64.
+LLMPARI_FN llmpar_range llmpari_mpi_slice(int64_t count, int32_t n, int32_t m) {
+    int64_t each = (count / n + (count % n != 0) + 63) / 64 * 64;
+    llmpar_range range;
+    range.first = llmpari_min(count, each * m);
+    range.count = llmpari_min(each, count - range.first);
+    return range;
+}
+
+// ---- The steps of each collective ----
+
+typedef enum llmpari_mpi_way { LLMPARI_WAY_ONE = 0, LLMPARI_WAY_SLICES, LLMPARI_WAY_CHAIN } llmpari_mpi_way;     // of an AllReduce
+LLMPARI_FN llmpari_mpi_way llmpari_mpi_way_of(const llmpari_mpi_end *end, const llmpari_mpi_op *op) {
+    return end->chain ? LLMPARI_WAY_CHAIN : op->call.count * op->element <= end->small_bytes ? LLMPARI_WAY_ONE : LLMPARI_WAY_SLICES;
+}
+LLMPARI_FN int64_t llmpari_mpi_carry(const llmpari_mpi_op *op) { return op->element < 4 ? 4 : op->element; }     // bytes of an element between hosts
+
+// How many steps, and how many elements go in one piece so that they fit into the staging buffer.
+LLMPARI_FN void llmpari_mpi_plan(llmpari_mpi_end *end, llmpari_mpi_op *op) {
+    int32_t n = end->comm.size;
+    int64_t most = 0, pieces, room = end->staging_bytes;
+    op->steps = n > 1;
+    if (n == 1) return;
+    switch (op->call.kind) {
+    case LLMPAR_BARRIER:   for (op->steps = 0; (int64_t)1 << op->steps < n; op->steps++) {} break;
+    case LLMPAR_BROADCAST: op->steps = 2; break;
+    case LLMPAR_REDUCE_SCATTER:
+        for (int32_t i = 0; i < n; i++) most = llmpari_max(most, op->recv_at[i + 1] - op->recv_at[i]);
+        op->unit  = room / n / op->element;
+        op->steps = (int32_t)((most + op->unit - 1) / op->unit);
+        break;
+    case LLMPAR_ALL_REDUCE:
+        if (llmpari_mpi_way_of(end, op) == LLMPARI_WAY_ONE) break;
+        op->unit  = llmpari_mpi_way_of(end, op) == LLMPARI_WAY_CHAIN ? room / (end->host_most + 2) / llmpari_mpi_carry(op) : room / n / op->element / 64 * 64 * n;
+        pieces    = (op->call.count + op->unit - 1) / op->unit;
+        op->steps = (int32_t)(pieces * (llmpari_mpi_way_of(end, op) == LLMPARI_WAY_CHAIN ? 3 : 2));
+        break;
+    default: break;
+    }
+}
+
+typedef struct llmpari_mpi_part { const char *send; char *recv; int64_t sent, got; } llmpari_mpi_part;       // bytes to and from one member
+
+LLMPARI_FN void llmpari_mpi_part_chain(llmpari_mpi_end *end, const llmpari_mpi_op *op, int32_t j, llmpari_mpi_part *p) {
+    int32_t me = end->comm.rank, phase = op->step % 3, first = end->host_first;
+    int64_t base = op->step / 3 * op->unit, count = llmpari_min(op->unit, op->call.count - base), bytes = count * op->element, row = op->unit * llmpari_mpi_carry(op);
+    char *recv = (char *)op->call.recv + base * op->element;
+    bool here = j >= first && j < end->host_end;
+    if (me != first) {                                                                     // gives its data to the first one of its host, and gets the result
+        if (j != first) return;
+        if (phase == 0) { p->send = (const char *)op->call.send + base * op->element; p->sent = bytes; }
+        if (phase == 2) { p->recv = recv; p->got = bytes; }
+        return;
+    }
+    if (phase == 0 && here)                  { p->recv = end->staging + (j - first + 1) * row; p->got = bytes; }
+    if (phase == 0 && j == end->host_before) { p->recv = end->staging; p->got = count * llmpari_mpi_carry(op); }
+    if (phase == 1 && j == end->host_after)  { p->send = end->staging + row; p->sent = count * llmpari_mpi_carry(op); p->recv = recv; p->got = bytes; }
+    if (phase == 2 && (here || j == end->host_before)) { p->send = recv; p->sent = bytes; }
+}
+
+LLMPARI_FN void llmpari_mpi_part_reduce(llmpari_mpi_end *end, const llmpari_mpi_op *op, int32_t j, llmpari_mpi_part *p) {
+    int32_t me = end->comm.rank, n = end->comm.size, row = j < me ? j : j - 1;
+    const char *send = (const char *)op->call.send;
+    int64_t e = op->element, piece = op->step * op->unit;
+    if (op->call.kind == LLMPAR_REDUCE_SCATTER) {
+        p->send = send + (op->recv_at[j] + piece) * e;
+        p->sent = llmpari_max(0, llmpari_min(op->unit, op->recv_at[j + 1] - op->recv_at[j] - piece)) * e;
+        p->recv = end->staging + row * op->unit * e;
+        p->got  = llmpari_max(0, llmpari_min(op->unit, op->recv_at[me + 1] - op->recv_at[me] - piece)) * e;
+        return;
+    }
+    llmpari_mpi_way way = llmpari_mpi_way_of(end, op);
+    if (way == LLMPARI_WAY_CHAIN) { llmpari_mpi_part_chain(end, op, j, p); return; }
+    if (way == LLMPARI_WAY_ONE) {
+        p->send = send;
+        p->recv = op->box + j * end->small_bytes;
+        p->sent = p->got = op->call.count * e;
+        return;
+    }
+    int64_t base = op->step / 2 * op->unit, count = llmpari_min(op->unit, op->call.count - base);
+    llmpar_range mine = llmpari_mpi_slice(count, n, me), theirs = llmpari_mpi_slice(count, n, j);
+    char *recv = (char *)op->call.recv + base * e;
+    p->send = op->step % 2 == 0 ? send + (base + theirs.first) * e : recv + mine.first * e;
+    p->sent = (op->step % 2 == 0 ? theirs.count : mine.count) * e;
+    p->recv = op->step % 2 == 0 ? end->staging + row * (op->unit / n) * e : recv + theirs.first * e;
+    p->got  = (op->step % 2 == 0 ? mine.count : theirs.count) * e;
+}
+
+// A broadcast goes down a binomial tree: in step 0 everyone hears from above, in step 1 it tells those below.
+LLMPARI_FN void llmpari_mpi_part_broadcast(const llmpari_mpi_end *end, const llmpari_mpi_op *op, int32_t j, llmpari_mpi_part *p) {
+    int64_t n = end->comm.size, root = op->call.peer, me = (end->comm.rank - root + n) % n, them = (j - root + n) % n, bytes = op->call.count * op->element;
+    if (op->step == 0 && me != 0 && them == (me & (me - 1))) { p->recv = (char *)op->call.recv; p->got = bytes; }
+    if (op->step == 1 && them != 0 && me == (them & (them - 1))) { p->send = me == 0 ? (const char *)op->call.send : (const char *)op->call.recv; p->sent = bytes; }
+}
+
+// What this member sends to member j and gets from it in the current step.
+LLMPARI_FN llmpari_mpi_part llmpari_mpi_part_of(llmpari_mpi_end *end, llmpari_mpi_op *op, int32_t j) {
+    int64_t me = end->comm.rank, n = end->comm.size, e = op->element;
+    llmpari_mpi_part p;
+    memset(&p, 0, sizeof p);
+    switch (op->call.kind) {
+    case LLMPAR_ALL_REDUCE: case LLMPAR_REDUCE_SCATTER: llmpari_mpi_part_reduce(end, op, j, &p); break;
+    case LLMPAR_BROADCAST: llmpari_mpi_part_broadcast(end, op, j, &p); break;
+    case LLMPAR_BARRIER:                                                                   // dissemination
+        p.send = &op->byte[0];
+        p.recv = &op->byte[1];
+        p.sent = j == (me + ((int64_t)1 << op->step)) % n;
+        p.got  = me == (j + ((int64_t)1 << op->step)) % n;
+        break;
+    case LLMPAR_ALL_GATHER:
+        p.send = (const char *)op->call.send;
+        p.sent = (op->recv_at[me + 1] - op->recv_at[me]) * e;
+        p.recv = (char *)op->call.recv + op->recv_at[j] * e;
+        p.got  = (op->recv_at[j + 1] - op->recv_at[j]) * e;
+        break;
+    default:
+        p.send = (const char *)op->call.send + op->send_at[j] * e;
+        p.sent = (op->send_at[j + 1] - op->send_at[j]) * e;
+        p.recv = (char *)op->call.recv + op->recv_at[j] * e;
+        p.got  = (op->recv_at[j + 1] - op->recv_at[j]) * e;
+        break;
+    }
+    return p;
+}
+
+// This member's own part, which needs no message.
+LLMPARI_FN void llmpari_mpi_own(const llmpari_mpi_end *end, const llmpari_mpi_op *op) {
+    int64_t me = end->comm.rank, e = op->element;
+    const char *send = (const char *)op->call.send;
+    char *recv = (char *)op->call.recv;
+    switch (op->call.kind) {
+    case LLMPAR_ALL_GATHER: llmpari_move_bytes(recv + op->recv_at[me] * e, send, (op->recv_at[me + 1] - op->recv_at[me]) * e); break;
+    case LLMPAR_ALL_TO_ALL: case LLMPAR_PERMUTE:
+        llmpari_move_bytes(recv + op->recv_at[me] * e, send + op->send_at[me] * e, (op->recv_at[me + 1] - op->recv_at[me]) * e);
+        break;
+    case LLMPAR_BROADCAST: if (me == op->call.peer && recv) llmpari_move_bytes(recv, send, op->call.count * e); break;
+    case LLMPAR_ALL_REDUCE: case LLMPAR_REDUCE_SCATTER: if (end->comm.size == 1) llmpari_move_bytes(recv, send, op->recv_at[1] * e); break;
+    default: break;
+    }
+}
+
+LLMPARI_FN void llmpari_mpi_post(llmpari_mpi_end *end, llmpari_mpi_op *op, int64_t k) {
+    int32_t n = end->comm.size, me = end->comm.rank;
+    for (int32_t s = 1; s < n; s++) {                                                      // receives first: what comes early lands in its place
+        int32_t from = me >= s ? me - s : me - s + n;
+        llmpari_mpi_part p = llmpari_mpi_part_of(end, op, from);
+        llmpari_mpi_add(end, op, k, LLMPARI_TAG_DATA, false, p.recv, p.got, from);
+    }
+    for (int32_t s = 1; s < n; s++) {
+        int32_t to = me + s < n ? me + s : me + s - n;
+        llmpari_mpi_part p = llmpari_mpi_part_of(end, op, to);
+        llmpari_mpi_add(end, op, k, LLMPARI_TAG_DATA, true, p.send, p.sent, to);
+    }
+    if (op->step == 0) llmpari_mpi_own(end, op);
+}
+
+// The local work after a step of a reduction.
+LLMPARI_FN void llmpari_mpi_work(llmpari_mpi_end *end, llmpari_mpi_op *op) {
+    int32_t n = end->comm.size, me = end->comm.rank;
+    int64_t e = op->element, base, count;
+    const char *send = (const char *)op->call.send;
+    char *recv = (char *)op->call.recv;
+    if (!llmpari_mpi_reduces(op)) return;
+    llmpari_mpi_way way = op->call.kind == LLMPAR_ALL_REDUCE ? llmpari_mpi_way_of(end, op) : LLMPARI_WAY_SLICES;
+    if (way == LLMPARI_WAY_CHAIN) {
+        int32_t first = end->host_first, rows = 0;
+        int64_t row = op->unit * llmpari_mpi_carry(op);
+        base  = op->step / 3 * op->unit;
+        count = llmpari_min(op->unit, op->call.count - base);
+        if (op->step % 3 != 0 || me != first) return;
+        if (end->host_before >= 0) end->rows[rows++] = end->staging;
+        end->rows[rows++] = send + base * e;
+        for (int32_t j = first + 1; j < end->host_end; j++) end->rows[rows++] = end->staging + (j - first + 1) * row;
+        llmpari_mpi_fold(op, end->rows, rows, end->host_after >= 0 ? end->staging + row : recv + base * e, count, end->host_before >= 0, end->host_after >= 0);
+        return;
+    }
+    if (way == LLMPARI_WAY_ONE) {
+        for (int32_t j = 0; j < n; j++) end->rows[j] = j == me ? send : op->box + j * end->small_bytes;
+        llmpari_mpi_fold(op, end->rows, n, recv, op->call.count, false, false);
+        return;
+    }
+    if (op->call.kind == LLMPAR_REDUCE_SCATTER) {
+        base  = op->step * op->unit;
+        count = llmpari_min(op->unit, op->recv_at[me + 1] - op->recv_at[me] - base);
+        for (int32_t j = 0; j < n; j++) end->rows[j] = j == me ? send + (op->recv_at[me] + base) * e : end->staging + (j < me ? j : j - 1) * op->unit * e;
+        if (count > 0) llmpari_mpi_fold(op, end->rows, n, recv + base * e, count, false, false);
+        return;
+    }
+    if (op->step % 2) return;
+    base = op->step / 2 * op->unit;
+    llmpar_range mine = llmpari_mpi_slice(llmpari_min(op->unit, op->call.count - base), n, me);
+    for (int32_t j = 0; j < n; j++) end->rows[j] = j == me ? send + (base + mine.first) * e : end->staging + (j < me ? j : j - 1) * (op->unit / n) * e;
+    llmpari_mpi_fold(op, end->rows, n, recv + (base + mine.first) * e, mine.count, false, false);
+}
+
+// ---- Do all members ask for the same? ----
+
+LLMPARI_ONCE_BEGIN
+typedef struct llmpari_mpi_seen { const llmpari_mpi_op *op; int32_t n; } llmpari_mpi_seen;
+LLMPARI_FN llmpari_sign llmpari_mpi_sign_of(const void *owner, int32_t i) {
+    const llmpari_mpi_seen *seen = (const llmpari_mpi_seen *)owner;
+    const llmpari_wire *wire = &seen->op->signs[i];
+    llmpari_sign sign;
+    sign.kind = wire->kind; sign.dtype = wire->dtype; sign.reduce = wire->reduce; sign.root = wire->root; sign.count = wire->count; sign.hash = wire->hash;
+    sign.counts = seen->op->counts + (int64_t)i * 2 * seen->n;
+    return sign;
+}
+
+// All members have come here, since all have the same signatures before them: the counts are known to all, and every one says the same words.
+LLMPARI_FN void llmpari_mpi_differ(llmpari_mpi_end *end, llmpari_mpi_op *op, int64_t k) {
+    char text[900];
+    bool same = true;
+    llmpari_mpi_seen seen;
+    llmpari_signs signs;
+    seen.op = op; seen.n = end->comm.size;
+    signs.of = llmpari_mpi_sign_of; signs.owner = &seen; signs.ranks = end->ranks; signs.n = end->comm.size; signs.whole = end == end->world->end; signs.k = k;
+    llmpari_sign first = llmpari_mpi_sign_of(&seen, 0);
+    for (int32_t i = 1; i < end->comm.size; i++) same = same && llmpari_pick_same(&signs, i, &first);
+    if (same) llmpari_differ_pairs_words(text, sizeof text, &signs, end->comm.rank);
+    else llmpari_differ_words(text, sizeof text, &signs);
+    op->status = LLMPAR_MISMATCH;
+    llmpari_mpi_stop(end->world, end->world->rank, -1, end->comm.rank == 0, text);         // one of them tells the others
+}
+LLMPARI_ONCE_END
+
+LLMPARI_FN bool llmpari_mpi_alike(const llmpari_mpi_end *end, const llmpari_mpi_op *op) {
+    const llmpari_wire *a = &op->signs[0];
+    uint64_t sent = 0, wanted = 0;
+    bool pairs = a->kind == LLMPAR_ALL_TO_ALL || a->kind == LLMPAR_PERMUTE;
+    for (int32_t i = 0; i < end->comm.size; i++) {
+        const llmpari_wire *b = &op->signs[i];
+        if (a->kind != b->kind || a->dtype != b->dtype || a->reduce != b->reduce || a->root != b->root || a->hash != b->hash || (a->count != b->count && !pairs)) return false;
+        sent   += b->sent;
+        wanted += b->wanted;
+    }
+    return sent == wanted;
+}
+
+// Tells every member the same bytes and hears theirs, one row each: signatures and counts.
+LLMPARI_FN void llmpari_mpi_share(llmpari_mpi_end *end, llmpari_mpi_op *op, int64_t k, int32_t what, void *rows, int64_t bytes) {
+    for (int32_t i = 0; i < end->comm.size; i++) if (i != end->comm.rank) llmpari_mpi_add(end, op, k, what, false, (char *)rows + i * bytes, bytes, i);
+    for (int32_t i = 0; i < end->comm.size; i++) if (i != end->comm.rank) llmpari_mpi_add(end, op, k, what, true, (char *)rows + end->comm.rank * bytes, bytes, i);
+}
+
+LLMPARI_FN void llmpari_mpi_share_counts(llmpari_mpi_end *end, llmpari_mpi_op *op, int64_t k) {
+    int64_t n = end->comm.size, row = 2 * n * (int64_t)sizeof(int64_t);
+    op->counts = (int64_t *)llmpari_alloc(&end->world->allocator, (size_t)(n * row));          // kept until the world is freed: once, on the way out
+    if (!op->counts) {
+        op->status = LLMPAR_MISMATCH;
+        llmpari_mpi_stop(end->world, end->world->rank, -1, true, "members of a group called different collectives; there is no memory to say which");
+        return;
+    }
+    memset(op->counts, 0, (size_t)(n * row));
+    memcpy(op->counts + end->comm.rank * 2 * n, op->counts_own, (size_t)row);
+    llmpari_mpi_share(end, op, k, LLMPARI_TAG_COUNTS, op->counts, row);
+}
+
+// ---- Getting on ----
+
+LLMPARI_FN bool llmpari_mpi_staged(const llmpari_mpi_end *end, const llmpari_mpi_op *op) {
+    return llmpari_mpi_reduces(op) && op->steps > 0 && !(op->call.kind == LLMPAR_ALL_REDUCE && llmpari_mpi_way_of(end, op) == LLMPARI_WAY_ONE);
+}
+// The staging buffer goes to one reduction after the other, in the order that all members have.
+LLMPARI_FN bool llmpari_mpi_turn(llmpari_mpi_end *end, int64_t k) {
+    if (!llmpari_mpi_staged(end, llmpari_mpi_op_of(end, k))) return true;
+    for (int64_t i = end->finished; i < k; i++) {
+        const llmpari_mpi_op *op = llmpari_mpi_op_of(end, i);
+        if (llmpari_mpi_staged(end, op) && op->step < op->steps) return false;
+    }
+    return true;
+}
+
+LLMPARI_FN void llmpari_mpi_op_go(llmpari_mpi_end *end, llmpari_mpi_op *op, int64_t k) {
+    llmpari_mpi_world *world = end->world;
+    while (!op->status && (!world->stopped || op->step == LLMPARI_STEP_COUNTS) && op->step != op->steps) {
+        if (op->step == LLMPARI_STEP_NAMES) {
+            if (end->joined < end->comm.size) return;
+            op->step = world->desc.checked && end->comm.size > 1 ? LLMPARI_STEP_SIGN : 0;
+            continue;
+        }
+        if (!op->posted) {
+            if (op->step == 0 && !llmpari_mpi_turn(end, k)) return;
+            op->posted = true;
+            if (op->step == LLMPARI_STEP_SIGN) llmpari_mpi_share(end, op, k, LLMPARI_TAG_SIGN, op->signs, (int64_t)sizeof *op->signs);
+            else if (op->step == LLMPARI_STEP_COUNTS) llmpari_mpi_share_counts(end, op, k);
+            else llmpari_mpi_post(end, op, k);
+            continue;
+        }
+        if (!llmpari_mpi_arrived(end, op, k)) return;
+        op->posted = false;
+        if (op->step == LLMPARI_STEP_SIGN) op->step = llmpari_mpi_alike(end, op) ? 0 : LLMPARI_STEP_COUNTS;
+        else if (op->step == LLMPARI_STEP_COUNTS) llmpari_mpi_differ(end, op, k);
+        else { llmpari_mpi_work(end, op); op->step++; }
+    }
+}
+
+// ---- Send and Recv ----
+
+LLMPARI_FN void llmpari_mail_words(llmpari_mpi_end *end, llmpari_mpi_mail *mail, bool known) {
+    char text[400];
+    const char *mine = llmpar_dtype_name((llmpar_dtype)mail->mine.dtype);
+    int32_t peer = end->ranks[mail->peer], me = end->world->rank;
+    if (known) snprintf(text, sizeof text, "rank %d sends %s[%lld] to rank %d, which receives %s[%lld]", peer, llmpar_dtype_name((llmpar_dtype)mail->theirs.dtype),
+                        (long long)mail->theirs.count, me, mine, (long long)mail->mine.count);
+    else snprintf(text, sizeof text, "rank %d receives %s[%lld] from rank %d, which sent a message of another length (desc.checked tells more)", me, mine,
+                  (long long)mail->mine.count, peer);
+    mail->status = LLMPAR_MISMATCH;
+    llmpari_mpi_stop(end->world, me, peer, true, text);
+}
+
+LLMPARI_FN void llmpari_mpi_mail_post(llmpari_mpi_end *end, llmpari_mpi_mail *mail) {
+    int tag = (mail->is_send ? end->number : end->numbers[mail->peer]) * LLMPARI_MPI_TAGS + LLMPARI_MPI_TAG_MAIL, code = MPI_SUCCESS;
+    mail->posted = true;
+    if (end->world->desc.checked)
+        (void)llmpari_mpi_message(end, mail->is_send, (char *)(mail->is_send ? &mail->mine : &mail->theirs), (int64_t)sizeof mail->mine, mail->peer, tag, mail->request, mail->expect);
+    if (mail->bytes) { (void)llmpari_mpi_message(end, mail->is_send, mail->data, mail->bytes, mail->peer, tag + 1, mail->request + 1, mail->expect + 1); return; }
+    mail->expect[1] = mail->is_send ? -1 : 0;
+    if (mail->is_send) code = MPI_Isend(&mail->mine, 0, MPI_BYTE, (int)end->ranks[mail->peer], tag + 1, end->world->data, &mail->request[1]);
+    else               code = MPI_Irecv(&mail->theirs, 0, MPI_BYTE, (int)end->ranks[mail->peer], tag + 1, end->world->data, &mail->request[1]);
+    if (code != MPI_SUCCESS) llmpari_mpi_broken(end->world, code, "a message without data");
+}
+
+LLMPARI_FN void llmpari_mpi_mail_go(llmpari_mpi_end *end, llmpari_mpi_mail *mail) {
+    MPI_Status status;
+    for (int i = 0; i < 3; i++) {
+        int there = 1, kind = MPI_SUCCESS;
+        if (mail->request[i] == MPI_REQUEST_NULL) continue;
+        int code = MPI_Test(&mail->request[i], &there, &status);
+        if (code == MPI_SUCCESS && !there) return;
+        if (code != MPI_SUCCESS && !(MPI_Error_class(code, &kind) == MPI_SUCCESS && kind == MPI_ERR_TRUNCATE)) { llmpari_mpi_broken(end->world, code, "a message"); return; }
+        if (i == 0 && !mail->is_send && (mail->theirs.count != mail->mine.count || mail->theirs.dtype != mail->mine.dtype)) { llmpari_mail_words(end, mail, true); return; }
+        if (code != MPI_SUCCESS || !llmpari_mpi_fits(end->world, &status, mail->expect[i])) { llmpari_mail_words(end, mail, false); return; }
+    }
+    mail->done = true;
+    if (mail->held) return;
+    mail->used = false;
+    end->mails_used--;
+}
+
+// Messages that wait for a member's number go in the order they were started.
+LLMPARI_FN void llmpari_mpi_mails_go(llmpari_mpi_end *end) {
+    for (;;) {
+        llmpari_mpi_mail *next = NULL;
+        for (int i = 0; i < LLMPARI_MPI_MAIL; i++) {
+            llmpari_mpi_mail *mail = &end->mail[i];
+            if (mail->used && !mail->posted && (mail->is_send || end->numbers[mail->peer] >= 0) && (!next || mail->seq < next->seq)) next = mail;
+        }
+        if (!next) break;
+        llmpari_mpi_mail_post(end, next);
+    }
+    for (int i = 0; i < LLMPARI_MPI_MAIL; i++) {
+        llmpari_mpi_mail *mail = &end->mail[i];
+        if (mail->used && mail->posted && !mail->done && !mail->status) llmpari_mpi_mail_go(end, mail);
+    }
+}
+
+LLMPARI_FN void llmpari_mpi_advance(llmpari_mpi_end *end) {
+    for (int64_t k = end->finished; k < end->started; k++) llmpari_mpi_op_go(end, llmpari_mpi_op_of(end, k), k);
+    while (end->finished < end->started) {
+        const llmpari_mpi_op *op = llmpari_mpi_op_of(end, end->finished);
+        if (op->step != op->steps || op->status) break;
+        end->finished++;
+        end->since = end->asked = 0;
+    }
+    if (end->mails_used && !end->world->stopped) llmpari_mpi_mails_go(end);
+}
+
+LLMPARI_FN void llmpari_mpi_advance_all(llmpari_mpi_world *world) {
+    for (llmpari_mpi_end *end = world->ends; end; end = end->next) if (end->finished < end->started || end->mails_used) llmpari_mpi_advance(end);
+}
+
+// ---- Waiting ----
+
+typedef enum llmpari_mpi_goal {
+    LLMPARI_MPI_CALL,              // collective `arg` is finished
+    LLMPARI_MPI_MAILED,            // entry `arg` of the mail is done
+    LLMPARI_MPI_ROOM               // the mail has a free entry
+} llmpari_mpi_goal;
+LLMPARI_FN bool llmpari_mpi_met(const llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg) {
+    if (goal == LLMPARI_MPI_CALL) return end->finished > arg;
+    if (goal == LLMPARI_MPI_MAILED) return end->mail[arg].done;
+    return end->mails_used < LLMPARI_MPI_MAIL;
+}
+
+LLMPARI_ONCE_BEGIN
+// After the world has stopped: receives that nothing has come for are given up; what has begun stays with MPI, and its memory with the communicator.
+LLMPARI_FN void llmpari_mpi_give_up(MPI_Request *request, bool receives) {
+    int there;
+    if (*request == MPI_REQUEST_NULL) return;
+    if (receives) (void)MPI_Cancel(request);
+    (void)MPI_Test(request, &there, MPI_STATUS_IGNORE);
+}
+LLMPARI_FN bool llmpari_mpi_drain(llmpari_mpi_end *end) {
+    bool clean = true;
+    for (int i = 0; i < LLMPARI_MPI_FLIGHT; i++)
+        for (int32_t m = 0; m < end->op[i].messages.n; m++) {
+            llmpari_mpi_give_up(&end->op[i].messages.request[m], end->op[i].messages.expect[m] >= 0);
+            clean = clean && end->op[i].messages.request[m] == MPI_REQUEST_NULL;
+        }
+    for (int i = 0; i < LLMPARI_MPI_MAIL; i++)
+        for (int m = 0; m < 3 && end->mail[i].used; m++) {
+            llmpari_mpi_give_up(&end->mail[i].request[m], !end->mail[i].is_send);
+            clean = clean && end->mail[i].request[m] == MPI_REQUEST_NULL;
+        }
+    return clean;
+}
+
+LLMPARI_FN llmpar_status llmpari_mpi_aborted(llmpari_mpi_world *world, llmpar_error *err) {
+    for (llmpari_mpi_end *end = world->ends; end; end = end->next) (void)llmpari_mpi_drain(end);
+    return LLMPARI_FAIL(err, LLMPAR_ABORTED, "aborted: %s", world->reason);
+}
+// The world has stopped: what was ready before counts, all else is aborted. A call's own failure is said once.
+LLMPARI_FN llmpar_status llmpari_mpi_stopped(llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg, llmpar_error *err) {
+    llmpari_mpi_world *world = end->world;
+    llmpar_status status = LLMPAR_OK;
+    if (llmpari_mpi_met(end, goal, arg)) return LLMPAR_OK;
+    if (goal == LLMPARI_MPI_CALL && end->finished < end->started) {
+        status = llmpari_mpi_op_of(end, end->finished)->status;
+        llmpari_mpi_op_of(end, end->finished)->status = LLMPAR_ABORTED;
+    }
+    if (goal == LLMPARI_MPI_MAILED) {
+        const llmpari_mpi_mail *mail = &end->mail[arg];
+        status = mail->status;
+        if (mail->is_send && world->peer == world->rank && world->culprit == end->ranks[mail->peer]) status = LLMPAR_MISMATCH;
+    }
+    llmpar_status aborted = llmpari_mpi_aborted(world, err);
+    return status && status != LLMPAR_ABORTED ? LLMPARI_FAIL(err, status, "%s", world->reason) : aborted;
+}
+
+LLMPARI_FN bool llmpari_mpi_unnamed(const void *owner, int32_t i, const void *what) { (void)what; return ((const llmpari_mpi_end *)owner)->numbers[i] < 0; }
+LLMPARI_FN bool llmpari_mpi_absent(const void *owner, int32_t i, const void *what) {
+    const llmpari_mpi_end *end = (const llmpari_mpi_end *)owner;
+    (void)what;
+    return i != end->comm.rank && end->answers[i] <= end->finished;
+}
+
+LLMPARI_FN llmpar_status llmpari_mpi_too_late(llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg, double seconds, llmpar_error *err) {
+    llmpari_mpi_world *world = end->world;
+    char what[320], who[320], last[160], text[900];
+    const llmpari_mpi_op *op = llmpari_mpi_op_of(end, end->finished);
+    int32_t first = 0;
+    bool named = end->joined == end->comm.size;
+    last[0] = 0;
+    if (goal == LLMPARI_MPI_CALL) {
+        llmpari_mpi_seen seen;
+        seen.op = op; seen.n = end->comm.size;
+        llmpari_sign sign = llmpari_mpi_sign_of(&seen, end->comm.rank);
+        llmpari_describe_sign(what, sizeof what, &sign, end->ranks, end->finished);
+        llmpari_list_ranks(who, sizeof who, end->ranks, end->comm.size, named ? llmpari_mpi_absent : llmpari_mpi_unnamed, end, NULL);
+        while (first + 1 < end->comm.size && !(named ? llmpari_mpi_absent(end, first, NULL) : llmpari_mpi_unnamed(end, first, NULL))) first++;
+        int32_t rank = end->ranks[first];
+        if (!named) snprintf(last, sizeof last, "; rank %d has not called llmpar_comm_group for it yet", rank);
+        else if (end->answers[first] == -2) snprintf(last, sizeof last, "; rank %d does not answer: it waits in no call, or is dead", rank);
+        else if (end->answers[first] == -1) snprintf(last, sizeof last, "; rank %d has freed its end of the group", rank);
+        else if (end->answers[first] == 0)  snprintf(last, sizeof last, "; rank %d has called no collective there yet", rank);
+        else snprintf(last, sizeof last, "; the last collective that rank %d called there is #%lld", rank, (long long)end->answers[first]);
+    } else if (goal == LLMPARI_MPI_MAILED) {
+        const llmpari_mpi_mail *mail = &end->mail[arg];
+        snprintf(what, sizeof what, "%s %s[%lld] %s rank %d", mail->is_send ? "Send" : "Recv", llmpar_dtype_name((llmpar_dtype)mail->mine.dtype), (long long)mail->mine.count,
+                 mail->is_send ? "to" : "from", end->ranks[mail->peer]);
+        snprintf(who, sizeof who, "rank %d", end->ranks[mail->peer]);
+    } else {
+        snprintf(what, sizeof what, "a Send or Recv (%d messages are under way already)", LLMPARI_MPI_MAIL);
+        snprintf(who, sizeof who, "those who should receive them");
+    }
+    snprintf(text, sizeof text, "rank %d waited %.3g s in %s for %s%s (timeout_s is %g)", world->rank, seconds, what, who, last, world->desc.timeout_s);
+    llmpari_mpi_stop(world, world->rank, -1, true, text);
+    for (llmpari_mpi_end *each = world->ends; each; each = each->next) (void)llmpari_mpi_drain(each);
+    return LLMPARI_FAIL(err, LLMPAR_TIMEOUT, "%s", text);
+}
+
+// Asks the members which collective they are at; those that wait themselves answer at once.
+LLMPARI_FN void llmpari_mpi_ask(llmpari_mpi_end *end, double now) {
+    llmpari_note note;
+    memset(&note, 0, sizeof note);
+    end->asked  = now;
+    note.kind   = LLMPARI_NOTE_ASK;
+    note.number = end->number;
+    note.key    = ++end->question;
+    for (int32_t i = 0; i < end->comm.size; i++) {
+        end->answers[i] = -2;
+        if (i != end->comm.rank) llmpari_note_send(end->world, &note, end->ranks[i]);
+    }
+}
+
+// The deadline has passed. *began moves on when all have come and only the data is on its way.
+LLMPARI_FN llmpar_status llmpari_mpi_late(llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg, double *began, double now, llmpar_error *err) {
+    bool all = true;
+    if (goal != LLMPARI_MPI_CALL || end->joined < end->comm.size) return llmpari_mpi_too_late(end, goal, arg, now - *began, err);
+    if (end->asked == 0) { llmpari_mpi_ask(end, now); return LLMPAR_OK; }
+    for (int32_t i = 0; i < end->comm.size; i++) all = all && (i == end->comm.rank || end->answers[i] != -2);
+    if (!all && now - end->asked < 1) return LLMPAR_OK;
+    for (int32_t i = 0; i < end->comm.size; i++) if (llmpari_mpi_absent(end, i, NULL)) return llmpari_mpi_too_late(end, goal, arg, now - *began, err);
+    end->asked = 0;
+    *began = now;
+    return LLMPAR_OK;
+}
+LLMPARI_ONCE_END
+
+// One look: *done, or an error that ends the wait.
+LLMPARI_FN llmpar_status llmpari_mpi_look(llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg, bool listen, bool *done, llmpar_error *err) {
+    llmpari_mpi_world *world = end->world;
+    llmpari_mpi_advance_all(world);
+    *done = llmpari_mpi_met(end, goal, arg);
+    if (*done) return LLMPAR_OK;
+    if (listen) llmpari_mpi_listen(world);
+    if (!world->stopped) return LLMPAR_OK;
+    for (double until = llmpari_mpi_now() + 1; goal == LLMPARI_MPI_CALL; ) {                 // signatures differ, and all members say what: their counts are coming
+        const llmpari_mpi_op *op = llmpari_mpi_op_of(end, end->finished);
+        if (op->step != LLMPARI_STEP_COUNTS || op->status || llmpari_mpi_now() > until) break;
+        llmpari_mpi_advance(end);
+    }
+    llmpar_status status = llmpari_mpi_stopped(end, goal, arg, err);
+    *done = status == LLMPAR_OK;
+    return status;
+}
+
+// Spins, then yields.
+LLMPARI_FN llmpar_status llmpari_mpi_await(llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg, llmpar_error *err) {
+    llmpari_mpi_world *world = end->world;
+    bool done = false, timed = !isinf(world->desc.timeout_s);
+    double began = 0;
+    int64_t finished = end->finished;
+    for (int round = 1; ; round++) {
+        LLMPARI_TRY(llmpari_mpi_look(end, goal, arg, round % 16 == 0, &done, err));
+        if (done) return LLMPAR_OK;
+        if (round < world->spin) continue;
+        round = world->spin / 16 * 16 - 1;                                                 // listens at every look from now on
+        llmpari_mpi_unlock(world);
+        sched_yield();
+        llmpari_mpi_lock(world);
+        if (!timed) continue;
+        double now = llmpari_mpi_now();
+        if (began == 0 || finished != end->finished) { began = now; finished = end->finished; }
+        if (now - began > world->desc.timeout_s) LLMPARI_TRY(llmpari_mpi_late(end, goal, arg, &began, now, err));
+    }
+}
+
+LLMPARI_FN llmpar_status llmpari_mpi_poll(llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg, bool *done, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_mpi_look(end, goal, arg, true, done, err));
+    if (*done) return LLMPAR_OK;
+    double now = llmpari_mpi_now();
+    if (end->since == 0) end->since = now;
+    return now - end->since > end->world->desc.timeout_s ? llmpari_mpi_late(end, goal, arg, &end->since, now, err) : LLMPAR_OK;
+}
+
+// ---- The vtable ----
+
+// Tickets: 0 = done; collective k = 2 k + 2; mail = 2 (seq * LLMPARI_MPI_MAIL + entry) + 1.
+LLMPARI_FN llmpar_status llmpari_mpi_mail_start(llmpari_mpi_end *end, const llmpar_call *call, int64_t *ticket, llmpar_error *err) {
+    int32_t entry = 0, box = 0;
+    uint32_t boxes = 0;
+    int64_t held = 0;
+    if (end->mails_used == LLMPARI_MPI_MAIL) {
+        llmpari_mpi_advance(end);
+        for (int i = 0; i < LLMPARI_MPI_MAIL; i++) held += end->mail[i].used && end->mail[i].held;
+        if (held == LLMPARI_MPI_MAIL) {
+            char text[200];
+            snprintf(text, sizeof text, "rank %d has %d Send and Recv in flight on one communicator; wait for some before starting more", end->world->rank, LLMPARI_MPI_MAIL);
+            llmpari_mpi_stop(end->world, end->world->rank, -1, true, text);
+            return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "%s", text);
+        }
+        LLMPARI_TRY(llmpari_mpi_await(end, LLMPARI_MPI_ROOM, 0, err));
+    }
+    while (end->mail[entry].used) entry++;
+    llmpari_mpi_mail *mail = &end->mail[entry];
+    for (int i = 0; i < LLMPARI_MPI_MAIL; i++) if (end->mail[i].used && end->mail[i].box >= 0) boxes |= 1u << end->mail[i].box;
+    while (box < LLMPARI_MPI_BOXES && (boxes >> box & 1)) box++;
+    memset(mail, 0, sizeof *mail);
+    for (int i = 0; i < 3; i++) mail->request[i] = MPI_REQUEST_NULL;
+    mail->used    = mail->held = true;
+    mail->seq     = ++end->mails;
+    mail->is_send = call->kind == LLMPAR_SEND;
+    mail->data    = mail->is_send ? (char *)(uintptr_t)call->send : (char *)call->recv;
+    mail->bytes   = call->count * llmpar_dtype_bytes(call->dtype);
+    mail->peer    = call->peer;
+    mail->box     = -1;
+    mail->mine.count = call->count;
+    mail->mine.dtype = (int32_t)call->dtype;
+    if (mail->is_send && mail->bytes <= LLMPARI_MPI_BOX && box < LLMPARI_MPI_BOXES) {
+        char *copy = end->boxes + box * LLMPARI_MPI_BOX;
+        llmpari_move_bytes(copy, mail->data, mail->bytes);
+        mail->data = copy;
+        mail->box  = box;
+        mail->held = false;
+    } else *ticket = 2 * (mail->seq * LLMPARI_MPI_MAIL + entry) + 1;
+    end->mails_used++;
+    llmpari_mpi_mails_go(end);
+    return LLMPAR_OK;
+}
+
+// The call in this end's next slot: copies counts, says what is asked for, cuts it into steps.
+LLMPARI_FN llmpar_status llmpari_mpi_enter(llmpari_mpi_end *end, const llmpar_call *call, int64_t k, llmpar_error *err) {
+    llmpari_mpi_op *op = llmpari_mpi_op_of(end, k);
+    int32_t n = end->comm.size, me = end->comm.rank;
+    llmpari_wire *sign = &op->signs[me];
+    bool ragged = call->kind == LLMPAR_ALL_GATHER || call->kind == LLMPAR_REDUCE_SCATTER, pairs = call->kind == LLMPAR_ALL_TO_ALL || call->kind == LLMPAR_PERMUTE;
+    op->call    = *call;
+    op->element = call->kind == LLMPAR_BARRIER ? 1 : llmpar_dtype_bytes(call->dtype);
+    op->posted  = false;
+    op->status  = LLMPAR_OK;
+    op->unit    = 0;
+    op->messages.n = 0;
+    memset(sign, 0, sizeof *sign);
+    sign->kind  = (int32_t)call->kind;
+    sign->dtype = call->kind == LLMPAR_BARRIER ? 0 : (int32_t)call->dtype;
+    sign->root  = call->kind == LLMPAR_BROADCAST ? call->peer : 0;
+    sign->count = call->kind == LLMPAR_BARRIER || ragged || pairs ? 0 : call->count;
+    if (llmpari_mpi_reduces(op)) sign->reduce = (int32_t)call->reduce;
+    op->recv_at[1] = call->count;                                                          // of a group of one
+    for (int32_t i = 0; i < n && (ragged || pairs); i++) {
+        op->recv_at[i + 1] = op->recv_at[i] + call->recv_counts[i];
+        op->send_at[i + 1] = op->send_at[i] + (pairs ? call->send_counts[i] : 0);
+        sign->count += pairs ? call->send_counts[i] : call->recv_counts[i];
+        if (!end->world->desc.checked) continue;
+        op->counts_own[i]     = pairs ? call->send_counts[i] : 0;
+        op->counts_own[n + i] = call->recv_counts[i];
+        if (ragged) sign->hash += llmpari_mix((uint64_t)i, call->recv_counts[i]);
+        if (pairs) sign->sent   += llmpari_mix((uint64_t)me * (uint64_t)n + (uint64_t)i, call->send_counts[i]);
+        if (pairs) sign->wanted += llmpari_mix((uint64_t)i * (uint64_t)n + (uint64_t)me, call->recv_counts[i]);
+    }
+    if (pairs && (n == 1 || !end->world->desc.checked) && call->send_counts[me] != call->recv_counts[me]) {
+        char text[200];
+        snprintf(text, sizeof text, "%s: rank %d sends %lld elements to itself and expects %lld", llmpar_collective_name(call->kind), end->world->rank,
+                 (long long)call->send_counts[me], (long long)call->recv_counts[me]);
+        llmpari_mpi_stop(end->world, end->world->rank, -1, true, text);
+        return LLMPARI_FAIL(err, LLMPAR_MISMATCH, "%s", text);
+    }
+    llmpari_mpi_plan(end, op);
+    op->step = LLMPARI_STEP_NAMES;
+    if (n == 1) { llmpari_mpi_own(end, op); op->step = op->steps; }
+    return LLMPAR_OK;
+}
+
+LLMPARI_FN llmpar_status llmpari_mpi_start_locked(llmpari_mpi_end *end, const llmpar_call *call, int64_t *ticket, llmpar_error *err) {
+    llmpari_mpi_world *world = end->world;
+    *ticket = 0;
+    if ((end->started & 15) == 15 || world->pending) llmpari_mpi_listen(world);
+    if (world->stopped) return llmpari_mpi_aborted(world, err);
+    if (call->kind == LLMPAR_SEND || call->kind == LLMPAR_RECV) return llmpari_mpi_mail_start(end, call, ticket, err);
+    if (end->started - end->finished == LLMPARI_MPI_FLIGHT) LLMPARI_TRY(llmpari_mpi_await(end, LLMPARI_MPI_CALL, end->finished, err));
+    LLMPARI_TRY(llmpari_mpi_enter(end, call, end->started, err));
+    *ticket = 2 * end->started + 2;
+    end->started++;
+    llmpari_mpi_advance(end);
+    return LLMPAR_OK;
+}
+LLMPARI_FN llmpar_status llmpari_mpi_start(llmpar_comm *comm, const llmpar_call *call, int64_t *ticket, llmpar_error *err) {
+    llmpari_mpi_end *end = llmpari_mpi_of(comm);
+    llmpari_mpi_lock(end->world);
+    llmpar_status status = llmpari_mpi_start_locked(end, call, ticket, err);
+    llmpari_mpi_unlock(end->world);
+    return status;
+}
+
+LLMPARI_FN llmpar_status llmpari_mpi_wait_locked(llmpari_mpi_end *end, int64_t ticket, bool block, bool *done, llmpar_error *err) {
+    llmpari_mpi_goal goal = ticket & 1 ? LLMPARI_MPI_MAILED : LLMPARI_MPI_CALL;
+    int64_t arg = ticket & 1 ? (ticket >> 1) % LLMPARI_MPI_MAIL : ticket / 2 - 1;
+    llmpari_mpi_mail *mail = ticket & 1 ? &end->mail[arg] : NULL;
+    llmpar_status status;
+    *done = true;
+    if (mail ? !mail->used || mail->seq != (ticket >> 1) / LLMPARI_MPI_MAIL : end->finished > arg) return LLMPAR_OK;
+    if (block) { status = llmpari_mpi_await(end, goal, arg, err); *done = status == LLMPAR_OK; }
+    else status = llmpari_mpi_poll(end, goal, arg, done, err);
+    if (mail && status == LLMPAR_OK && *done) {
+        mail->used = false;
+        end->mails_used--;
+        end->since = 0;
+    }
+    return status;
+}
+LLMPARI_FN llmpar_status llmpari_mpi_wait(llmpar_comm *comm, int64_t ticket, bool block, bool *done, llmpar_error *err) {
+    llmpari_mpi_end *end = llmpari_mpi_of(comm);
+    llmpari_mpi_lock(end->world);
+    llmpar_status status = llmpari_mpi_wait_locked(end, ticket, block, done, err);
+    llmpari_mpi_unlock(end->world);
+    return status;
+}
+
+LLMPARI_ONCE_BEGIN
+LLMPARI_FN void llmpari_mpi_abort(llmpar_comm *comm, const char *why) {
+    llmpari_mpi_world *world = llmpari_mpi_of(comm)->world;
+    char text[900];
+    snprintf(text, sizeof text, "rank %d: %s", world->rank, why ? why : "no reason was given");
+    llmpari_mpi_lock(world);
+    llmpari_mpi_stop(world, world->rank, -1, true, text);
+    llmpari_mpi_unlock(world);
+}
+
+// ---- Communicators ----
+
+LLMPARI_FN char *llmpari_mpi_place(char *base, size_t *at, int64_t n, size_t bytes) {
+    char *place = base ? base + *at : NULL;
+    *at += ((size_t)n * bytes + 127) / 128 * 128;
+    return place;
+}
+
+// Lays the arrays of an end of n members out in memory (base NULL: only adds up).
+LLMPARI_FN size_t llmpari_mpi_layout(llmpari_mpi_end *end, char *base, int64_t n, int64_t small, int64_t staging) {
+    size_t at = 0;
+    (void)llmpari_mpi_place(base, &at, 1, sizeof *end);
+    llmpari_mpi_end scratch, *e = base ? end : &scratch;
+    e->ranks    = (int32_t *)(void *)llmpari_mpi_place(base, &at, n, sizeof *e->ranks);
+    e->numbers  = (int32_t *)(void *)llmpari_mpi_place(base, &at, n, sizeof *e->numbers);
+    e->answers  = (int64_t *)(void *)llmpari_mpi_place(base, &at, n, sizeof *e->answers);
+    e->rows     = (const char **)(void *)llmpari_mpi_place(base, &at, n + 1, sizeof *e->rows);
+    e->statuses = (MPI_Status *)(void *)llmpari_mpi_place(base, &at, 4 * n, sizeof *e->statuses);
+    for (int i = 0; i < LLMPARI_MPI_FLIGHT; i++) {
+        llmpari_mpi_op *op = &e->op[i];
+        op->messages.request = (MPI_Request *)(void *)llmpari_mpi_place(base, &at, 4 * n, sizeof(MPI_Request));
+        op->messages.expect  = (int64_t *)(void *)llmpari_mpi_place(base, &at, 4 * n, sizeof(int64_t));
+        op->messages.from    = (int32_t *)(void *)llmpari_mpi_place(base, &at, 4 * n, sizeof(int32_t));
+        op->send_at    = (int64_t *)(void *)llmpari_mpi_place(base, &at, n + 1, sizeof(int64_t));
+        op->recv_at    = (int64_t *)(void *)llmpari_mpi_place(base, &at, n + 1, sizeof(int64_t));
+        op->counts_own = (int64_t *)(void *)llmpari_mpi_place(base, &at, 2 * n, sizeof(int64_t));
+        op->signs      = (llmpari_wire *)(void *)llmpari_mpi_place(base, &at, n, sizeof(llmpari_wire));
+    }
+    for (int i = 0; i < LLMPARI_MPI_FLIGHT; i++) e->op[i].box = llmpari_mpi_place(base, &at, n, (size_t)small);
+    e->boxes   = llmpari_mpi_place(base, &at, LLMPARI_MPI_BOXES, LLMPARI_MPI_BOX);
+    e->staging = llmpari_mpi_place(base, &at, 1, (size_t)staging);
+    return at;
+}
+
+// Do the members lie host by host, with more than one on some? Then where this end's host begins and ends, and who stands first on those beside it.
+LLMPARI_FN void llmpari_mpi_hosts(llmpari_mpi_end *end) {
+    int32_t n = end->comm.size, me = end->comm.rank, runs = 0, first = 0;
+    const int32_t *hosts = end->world->hosts;
+    end->host_before = end->host_after = -1;
+    end->host_most = 1;
+    for (int32_t i = 0, begin = 0; i < n; i++) {
+        int32_t host = hosts[end->ranks[i]];
+        if (i == 0 || host != hosts[end->ranks[i - 1]]) {
+            for (int32_t j = 0; j < i; j++) if (hosts[end->ranks[j]] == host) return;      // a host that comes twice
+            runs++;
+            begin = i;
+            if (i <= me) { end->host_before = first == i ? -1 : first; first = i; }
+            else if (end->host_after < 0) end->host_after = i;
+        }
+        end->host_most = (int32_t)llmpari_max(end->host_most, i - begin + 1);
+    }
+    end->host_first = first;
+    end->host_end   = end->host_after < 0 ? n : end->host_after;
+    end->chain      = runs > 1 && runs < n;
+}
+
+LLMPARI_FN llmpar_status llmpari_mpi_group(llmpar_comm *comm, const int32_t *members, int32_t n, llmpar_comm **sub, llmpar_error *err);
+LLMPARI_FN void llmpari_mpi_free(llmpar_comm *comm);
+
+// An end with members[n] (in parent, or without one in the world), this rank being `me` of them; NULL: no memory.
+LLMPARI_FN llmpari_mpi_end *llmpari_mpi_end_new(llmpari_mpi_world *world, const llmpari_mpi_end *parent, const int32_t *members, int32_t n, int32_t me) {
+    static const llmpar_comm_vtable vtable = { llmpari_mpi_start, llmpari_mpi_wait, llmpari_mpi_group, llmpari_mpi_abort, llmpari_mpi_free };
+    int64_t small = llmpari_max(1024, llmpari_min(LLMPARI_MPI_SMALL, (1 << 16) / n / 128 * 128)), staging = n == 1 ? 0 : llmpari_max(world->desc.staging_bytes, (int64_t)4096 * n);
+    size_t bytes = llmpari_mpi_layout(NULL, NULL, n, small, staging), clear = llmpari_mpi_layout(NULL, NULL, n, 0, 0);
+    llmpari_mpi_end *end = (llmpari_mpi_end *)llmpari_alloc(&world->allocator, bytes);
+    if (!end) return NULL;
+    memset(end, 0, clear);
+    llmpari_mpi_layout(end, (char *)end, n, small, staging);
+    end->comm.vtable = &vtable;
+    end->comm.rank   = me;
+    end->comm.size   = n;
+    end->comm.impl   = end;
+    end->world  = world;
+    end->bytes  = bytes;
+    end->key    = parent ? llmpari_mix(parent->key, n) : 0;
+    end->number = world->numbers;
+    end->joined = 1;
+    end->small_bytes   = small;
+    end->staging_bytes = staging;
+    for (int32_t i = 0; i < n; i++) {
+        end->ranks[i]   = parent ? parent->ranks[members[i]] : members[i];
+        end->numbers[i] = -1;
+        end->key        = llmpari_mix(end->key, end->ranks[i]);
+    }
+    end->numbers[me] = end->number;
+    for (int i = 0; i < LLMPARI_MPI_FLIGHT; i++) for (int64_t m = 0; m < 4 * (int64_t)n; m++) end->op[i].messages.request[m] = MPI_REQUEST_NULL;
+    for (int i = 0; i < LLMPARI_MPI_MAIL; i++) { end->mail[i].box = -1; for (int m = 0; m < 3; m++) end->mail[i].request[m] = MPI_REQUEST_NULL; }
+    llmpari_mpi_hosts(end);
+    end->next   = world->ends;
+    world->ends = end;
+    return end;
+}
+
+// Frees ends that were given back and have nothing under way.
+LLMPARI_FN void llmpari_mpi_reap(llmpari_mpi_world *world) {
+    for (llmpari_mpi_end **link = &world->ends; *link; ) {
+        llmpari_mpi_end *end = *link;
+        if (!end->left || end->joined < end->comm.size || end->mails_used || end->finished < end->started) { link = &end->next; continue; }
+        *link = end->next;
+        llmpari_free(&world->allocator, end, end->bytes);
+    }
+}
+
+// The next number that no end has: they come round again after some thousands of groups.
+LLMPARI_FN bool llmpari_mpi_number(llmpari_mpi_world *world) {
+    for (int32_t tried = 0; tried < world->tag_numbers; tried++) {
+        bool used = false;
+        world->numbers = world->numbers + 1 == world->tag_numbers ? 1 : world->numbers + 1;
+        for (const llmpari_mpi_end *end = world->ends; end; end = end->next) used = used || end->number == world->numbers;
+        if (!used) return true;
+    }
+    return false;
+}
+
+LLMPARI_FN llmpar_status llmpari_mpi_group_locked(llmpari_mpi_end *parent, const int32_t *members, int32_t n, llmpar_comm **sub, llmpar_error *err) {
+    llmpari_mpi_world *world = parent->world;
+    llmpari_note note;
+    char text[200];
+    int32_t me = -1;
+    text[0] = 0;
+    llmpari_mpi_listen(world);
+    if (world->stopped) return llmpari_mpi_aborted(world, err);
+    llmpari_mpi_reap(world);
+    for (int32_t i = 0; i < n && !text[0]; i++) {
+        if (members[i] < 0 || members[i] >= parent->comm.size)
+            snprintf(text, sizeof text, "rank %d: member %d of the new group does not exist; there are 0..%d", world->rank, members[i], parent->comm.size - 1);
+        for (int32_t j = 0; j < i && !text[0]; j++) if (members[j] == members[i]) snprintf(text, sizeof text, "rank %d: the new group names member %d twice", world->rank, members[i]);
+        if (members[i] == parent->comm.rank) me = i;
+    }
+    if (!text[0] && me < 0) snprintf(text, sizeof text, "rank %d is not a member of the group that it makes", world->rank);
+    bool good = !text[0];
+    llmpari_mpi_end *end = good && llmpari_mpi_number(world) ? llmpari_mpi_end_new(world, parent, members, n, me) : NULL;
+    if (good && !end) snprintf(text, sizeof text, "rank %d: no memory for a group of %d ranks, or %d groups are there already", world->rank, n, world->tag_numbers - 1);
+    if (!end) {
+        llmpari_mpi_stop(world, world->rank, -1, true, text);
+        return LLMPARI_FAIL(err, good ? LLMPAR_NO_MEMORY : LLMPAR_BAD_ARGUMENT, "%s", text);
+    }
+    memset(&note, 0, sizeof note);
+    note.kind   = LLMPARI_NOTE_NAME;
+    note.number = end->number;
+    note.key    = end->key;
+    for (int32_t i = 0; i < n; i++) if (i != me) llmpari_note_send(world, &note, end->ranks[i]);
+    for (int64_t i = 0; i < world->n_names; ) {                                            // who was here before
+        int32_t m = 0;
+        while (m < n && !(world->names[i].key == end->key && world->names[i].rank == end->ranks[m] && end->numbers[m] < 0)) m++;
+        if (m == n) { i++; continue; }
+        end->numbers[m] = world->names[i].number;
+        end->joined++;
+        memmove(&world->names[i], &world->names[i + 1], (size_t)(--world->n_names - i) * sizeof *world->names);
+    }
+    *sub = &end->comm;
+    return LLMPAR_OK;
+}
+LLMPARI_FN llmpar_status llmpari_mpi_group(llmpar_comm *comm, const int32_t *members, int32_t n, llmpar_comm **sub, llmpar_error *err) {
+    llmpari_mpi_end *end = llmpari_mpi_of(comm);
+    llmpari_mpi_lock(end->world);
+    llmpar_status status = llmpari_mpi_group_locked(end, members, n, sub, err);
+    llmpari_mpi_unlock(end->world);
+    return status;
+}
+
+// ---- Worlds ----
+
+LLMPARI_FN void llmpari_mpi_world_drop(llmpari_mpi_world *world) {
+    llmpar_allocator allocator = world->allocator;
+#ifndef LLMPAR_NO_THREADS
+    pthread_mutex_destroy(&world->mutex);
+#endif
+    llmpari_free(&allocator, world->names, (size_t)world->cap_names * sizeof *world->names);
+    llmpari_free(&allocator, world->hosts, (size_t)world->n * sizeof *world->hosts);
+    llmpari_free(&allocator, world, sizeof *world);
+}
+
+// Lets buffered messages and notes go out: until they have, or the deadline, or somebody aborts.
+LLMPARI_FN bool llmpari_mpi_flush(llmpari_mpi_world *world) {
+    double began = llmpari_mpi_now();
+    for (bool busy = true; busy; ) {
+        busy = false;
+        llmpari_mpi_advance_all(world);
+        for (llmpari_mpi_end *end = world->ends; end; end = end->next) busy = busy || end->mails_used || end->joined < end->comm.size;
+        for (int i = 0; i < LLMPARI_MPI_NOTES; i++) {
+            int there = 0;
+            if (MPI_Test(&world->out_request[i], &there, MPI_STATUS_IGNORE) != MPI_SUCCESS || !there) busy = true;
+        }
+        llmpari_mpi_listen(world);
+        if (world->stopped || (busy && llmpari_mpi_now() - began > world->desc.timeout_s)) return false;
+        if (busy) sched_yield();
+    }
+    return true;
+}
+
+LLMPARI_FN void llmpari_mpi_free(llmpar_comm *comm) {
+    llmpari_mpi_end *end = llmpari_mpi_of(comm);
+    llmpari_mpi_world *world = end->world;
+    int finalised = 0;
+    (void)MPI_Finalized(&finalised);
+    if (finalised) return;                                                                 // nothing can be asked of MPI any more
+    llmpari_mpi_lock(world);
+    llmpari_mpi_advance_all(world);
+    if (end->finished < end->started && !world->stopped) {
+        char text[160];
+        snprintf(text, sizeof text, "rank %d: a communicator was freed with a collective in flight; wait for every request first", world->rank);
+        llmpari_mpi_stop(world, world->rank, -1, true, text);
+    }
+    end->left = true;
+    if (end != world->end) {
+        llmpari_mpi_listen(world);
+        if (!world->stopped) llmpari_mpi_reap(world);
+        llmpari_mpi_unlock(world);
+        return;
+    }
+    bool clean = !world->stopped && llmpari_mpi_flush(world), kept = false;
+    for (llmpari_mpi_end *each = world->ends, *next; each; each = next) {
+        next = each->next;
+        if (!llmpari_mpi_drain(each)) kept = true;                                         // MPI holds on to its memory
+        else {
+            for (int i = 0; i < LLMPARI_MPI_FLIGHT; i++)
+                llmpari_free(&world->allocator, each->op[i].counts, 2 * (size_t)each->comm.size * (size_t)each->comm.size * sizeof(int64_t));
+            llmpari_free(&world->allocator, each, each->bytes);
+        }
+    }
+    for (int i = 0; i < LLMPARI_MPI_NOTES; i++) {
+        llmpari_mpi_give_up(&world->out_request[i], false);
+        kept = kept || world->out_request[i] != MPI_REQUEST_NULL;
+    }
+    llmpari_mpi_give_up(&world->in_request, true);
+    llmpari_mpi_unlock(world);
+    if (kept) return;
+    MPI_Type_free(&world->block);
+    bool finalise = world->finalise && clean;
+    MPI_Comm_free(&world->side);
+    MPI_Comm_free(&world->data);
+    llmpari_mpi_world_drop(world);
+    if (finalise) MPI_Finalize();
+}
+
+LLMPARI_FN llmpar_status llmpari_mpi_init(bool *ours, bool *shared, llmpar_error *err) {
+    int there = 0, over = 0, level = MPI_THREAD_SINGLE, code;
+    *ours = false;
+    if (MPI_Initialized(&there) != MPI_SUCCESS || MPI_Finalized(&over) != MPI_SUCCESS) return LLMPARI_FAIL(err, LLMPAR_IO_FAILED, "MPI does not say whether it is initialised");
+    if (over) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "MPI has been finalised, and cannot be used again; create the world before MPI_Finalize, and free it before");
+    if (!there) {
+        code = MPI_Init_thread(NULL, NULL, MPI_THREAD_SERIALIZED, &level);
+        if (code != MPI_SUCCESS) return LLMPARI_FAIL(err, LLMPAR_IO_FAILED, "MPI_Init_thread failed with code %d; was the program started by mpirun of the MPI it is linked to?", code);
+        *ours = true;
+    } else if (MPI_Query_thread(&level) != MPI_SUCCESS) level = MPI_THREAD_SINGLE;
+    *shared = level >= MPI_THREAD_SERIALIZED;
+    return LLMPAR_OK;
+}
+
+// Which ranks share memory: the least of them is their host's number. Collective.
+LLMPARI_FN int llmpari_mpi_find_hosts(llmpari_mpi_world *world) {
+    MPI_Comm host = MPI_COMM_NULL;
+    int32_t mine = world->rank;
+    int code = MPI_Comm_split_type(world->data, MPI_COMM_TYPE_SHARED, world->rank, MPI_INFO_NULL, &host);
+    if (code == MPI_SUCCESS) code = MPI_Bcast(&mine, 1, MPI_INT32_T, 0, host);
+    if (code == MPI_SUCCESS) code = MPI_Allgather(&mine, 1, MPI_INT32_T, world->hosts, 1, MPI_INT32_T, world->data);
+    if (host != MPI_COMM_NULL) MPI_Comm_free(&host);
+    return code;
+}
+
+// The part of creation that all ranks do together; a rank without memory takes part too, so that nobody waits for it.
+LLMPARI_FN llmpar_status llmpari_mpi_join(llmpari_mpi_world *world, MPI_Comm comm, int32_t *ranks, llmpar_error *err) {
+    int mine = world->hosts && ranks, all = 0, *limit = NULL, there = 0, code;
+    long cores = 1;
+    int32_t here = 0;
+    if ((code = MPI_Comm_dup(comm, &world->data)) != MPI_SUCCESS || (code = MPI_Comm_dup(comm, &world->side)) != MPI_SUCCESS)
+        return LLMPARI_FAIL(err, LLMPAR_IO_FAILED, "MPI_Comm_dup failed with code %d", code);
+    MPI_Comm_set_errhandler(world->data, MPI_ERRORS_RETURN);
+    MPI_Comm_set_errhandler(world->side, MPI_ERRORS_RETURN);
+    code = MPI_Allreduce(&mine, &all, 1, MPI_INT, MPI_MIN, world->data);
+    if (code == MPI_SUCCESS && !all) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a world of %d ranks%s", world->n, mine ? ", on another rank" : "");
+    if (code == MPI_SUCCESS && world->desc.hosts) memcpy(world->hosts, world->desc.hosts, (size_t)world->n * sizeof *world->hosts);
+    else if (code == MPI_SUCCESS) code = llmpari_mpi_find_hosts(world);
+    if (code == MPI_SUCCESS) code = MPI_Type_contiguous((int)world->desc.message_bytes, MPI_BYTE, &world->block);
+    if (code == MPI_SUCCESS) code = MPI_Type_commit(&world->block);
+    if (code == MPI_SUCCESS) code = MPI_Irecv(&world->in, (int)sizeof world->in, MPI_BYTE, MPI_ANY_SOURCE, 0, world->side, &world->in_request);
+    if (code != MPI_SUCCESS) return LLMPARI_FAIL(err, LLMPAR_IO_FAILED, "MPI failed with code %d while the world was set up", code);
+    if (MPI_Comm_get_attr(world->data, MPI_TAG_UB, (void *)&limit, &there) != MPI_SUCCESS || !there) limit = NULL;
+    world->tag_numbers = (limit ? *limit : 32767) / LLMPARI_MPI_TAGS - 1;
+#ifdef _SC_NPROCESSORS_ONLN
+    cores = sysconf(_SC_NPROCESSORS_ONLN);
+#endif
+    for (int32_t i = 0; i < world->n; i++) { ranks[i] = i; here += world->hosts[i] == world->hosts[world->rank]; }
+    world->spin = here <= cores ? 2048 : 32;
+    world->end  = llmpari_mpi_end_new(world, NULL, ranks, world->n, world->rank);
+    if (world->end) {
+        for (int32_t i = 0; i < world->n; i++) world->end->numbers[i] = 0;
+        world->end->joined = world->n;
+    }
+    mine = world->end != NULL;
+    code = MPI_Allreduce(&mine, &all, 1, MPI_INT, MPI_MIN, world->data);
+    if (code == MPI_SUCCESS && all) return LLMPAR_OK;
+    return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the buffers of a world of %d ranks%s", world->n, mine ? ", on another rank" : "");
+}
+
+LLMPARI_FN llmpar_status llmpari_mpi_check(const llmpar_mpi_desc *desc, llmpar_error *err) {
+    if (!(desc->timeout_s >= 0)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "timeout_s is %g; it must be >= 0 (0 = 60 s)", desc->timeout_s);
+    if (desc->staging_bytes < 0 || desc->staging_bytes > (int64_t)1 << 40)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "staging_bytes is %lld; it must be from 0 (= 4 MiB) to 1 TiB", (long long)desc->staging_bytes);
+    if (desc->message_bytes < 0 || desc->message_bytes > (int64_t)1 << 30)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "message_bytes is %lld; it must be from 0 (= 1 GiB) to 1 GiB", (long long)desc->message_bytes);
+    if (desc->comm && *desc->comm == MPI_COMM_NULL) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "comm is MPI_COMM_NULL; NULL takes MPI_COMM_WORLD");
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_mpi_create(const llmpar_mpi_desc *desc, llmpar_comm **world, llmpar_error *err) {
+    llmpar_mpi_desc own;
+    bool ours = false, shared = false;
+    int rank = 0, n = 1;
+    memset(&own, 0, sizeof own);
+    if (!world) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_mpi_create: world is NULL");
+    *world = NULL;
+    if (desc) own = *desc;
+    LLMPARI_TRY(llmpari_mpi_check(&own, err));
+    LLMPARI_TRY(llmpari_mpi_init(&ours, &shared, err));
+    MPI_Comm comm = own.comm ? *own.comm : MPI_COMM_WORLD;
+    if (MPI_Comm_rank(comm, &rank) != MPI_SUCCESS || MPI_Comm_size(comm, &n) != MPI_SUCCESS) return LLMPARI_FAIL(err, LLMPAR_IO_FAILED, "comm is no communicator of MPI");
+    llmpari_mpi_world *w = (llmpari_mpi_world *)llmpari_alloc(&own.allocator, sizeof *w);
+    if (!w) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %lld bytes", (long long)sizeof *w);   // the others wait in MPI_Comm_dup: nothing is left to tell them with
+    memset(w, 0, sizeof *w);
+    if (own.timeout_s == 0) own.timeout_s = 60;
+    if (own.staging_bytes == 0) own.staging_bytes = (int64_t)4 << 20;
+    if (own.message_bytes == 0) own.message_bytes = (int64_t)1 << 30;
+    w->desc      = own;
+    w->desc.comm = NULL;
+    w->allocator = own.allocator;
+    w->finalise  = ours;
+    w->shared    = shared;
+    w->rank      = (int32_t)rank;
+    w->n         = (int32_t)n;
+    w->in_request = MPI_REQUEST_NULL;
+    for (int i = 0; i < LLMPARI_MPI_NOTES; i++) w->out_request[i] = MPI_REQUEST_NULL;
+#ifndef LLMPAR_NO_THREADS
+    if (pthread_mutex_init(&w->mutex, NULL)) { llmpari_free(&own.allocator, w, sizeof *w); return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a lock"); }
+#endif
+    w->hosts = (int32_t *)llmpari_alloc(&own.allocator, (size_t)n * sizeof *w->hosts);
+    int32_t *ranks = (int32_t *)llmpari_alloc(&own.allocator, (size_t)n * sizeof *ranks);
+    llmpar_status status = llmpari_mpi_join(w, comm, ranks, err);
+    llmpari_free(&own.allocator, ranks, (size_t)n * sizeof *ranks);
+    if (status) {
+        llmpari_mpi_give_up(&w->in_request, true);
+        if (w->end) llmpari_free(&own.allocator, w->end, w->end->bytes);
+        llmpari_mpi_world_drop(w);                                                         // MPI keeps what it has made: it may be what failed
+        return status;
+    }
+    w->desc.hosts = NULL;
+    *world = &w->end->comm;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF int64_t llmpar_mpi_host_bytes(const llmpar_comm *comm, int64_t *messages) {
+    const llmpari_mpi_end *end = llmpari_mpi_of(comm);
+    if (messages) *messages = end->host_messages;
+    return end->host_bytes;
+}
+LLMPARI_ONCE_END
+#endif // LLMPAR_MPI
 
 // ============================================================================================================
 // >>weights (impl)
