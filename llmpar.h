@@ -964,9 +964,12 @@ LLMPAR_DEF const char   *llmpar_launcher_name(llmpar_launcher launcher);        
 //   - After an error MPI may still read what this rank was sending and, where a message was under way already, write to recv: keep the buffers of failed calls until the
 //     process ends. Receives that nothing has arrived for are cancelled. Sends are never cancelled; what the library staged for them is kept until the process ends.
 //   - `checked` compares what all members of a group ask for before each collective, and both ends of each message, as the threads do, for one small message per pair.
-//     Without it a mismatch shows where lengths differ: LLMPAR_MISMATCH on the rank that got the message; or in the deadline.
+//     Without it, messages of calls that differ do not meet; a rank that waits for a second asks, and then says LLMPAR_MISMATCH (collectives), or runs into the deadline
+//     (Send and Recv; AllToAll whose counts do not fit together).
+//   - llmpar_comm_shrink is not there, and no trace knows who came last.
 //   - A rank that waits past timeout_s asks the others where they are; those that have not come to the call or do not answer within a second are named.
-//   - All ranks must have the same byte order. MPI_Abort is never called. MPI's own failures return LLMPAR_IO_FAILED with its text, where MPI returns.
+//   - All ranks must have the same byte order. MPI_Abort is never called. MPI's own failures return LLMPAR_IO_FAILED with its text, where MPI returns: it sends errors of
+//     messages under way to MPI_COMM_WORLD's handler, which ends the job. Where the library initialises MPI it sets MPI_ERRORS_RETURN there; else that is the user's choice.
 // An AllReduce of a group whose members lie host by host (several hosts, several members on one) crosses between hosts once in each direction: the first host's members
 // are reduced on it, the next host goes on from there (in f32, also for bf16 and f16), the result comes back. The bits are the same as without hosts.
 // Threads: at MPI_THREAD_SERIALIZED or above, comms of one world may be used by several threads, one of them per comm (calls take turns), and llmpar_comm_abort by any.
@@ -975,7 +978,7 @@ LLMPAR_DEF const char   *llmpar_launcher_name(llmpar_launcher launcher);        
 typedef struct llmpar_mpi_desc {
     const MPI_Comm  *comm;         // the world; NULL = MPI_COMM_WORLD. It is duplicated, and left as it is
     llmpar_allocator allocator;
-    double           timeout_s;    // a call that waits longer for other ranks returns LLMPAR_TIMEOUT and aborts the world; 0 = 60 s; INFINITY = never
+    double           timeout_s;    // of all comms, see llmpar_comm; 0 = 60 s
     bool             checked;      // compare every call over its group
     const int32_t   *hosts;        // [size] number of each rank's host, the same on every rank; NULL = MPI_COMM_TYPE_SHARED says who shares memory
     int64_t          staging_bytes;   // of each communicator, for reductions, which go in pieces that fit; 0 = 4 MiB, at least 4 KiB per member
@@ -11165,23 +11168,23 @@ enum { LLMPARI_TAG_SIGN = 0, LLMPARI_TAG_COUNTS, LLMPARI_TAG_DATA };
 enum { LLMPARI_NOTE_NAME = 1, LLMPARI_NOTE_ABORT, LLMPARI_NOTE_ASK, LLMPARI_NOTE_ANSWER };
 enum { LLMPARI_STEP_NAMES = -3, LLMPARI_STEP_SIGN = -2, LLMPARI_STEP_COUNTS = -1 };
 
+typedef struct llmpari_wire { int32_t kind, dtype, reduce, root; int64_t count, k; uint64_t hash, sent, wanted; } llmpari_wire;   // llmpari_sign of collective k - 1, as it travels
 typedef struct llmpari_note {
     int32_t  kind, number;         // number: the sender's of the communicator; ANSWER: the asker's
     int32_t  culprit, peer;        // ABORT: peer = rank in whose message the mistake is, -1 = none
     uint64_t key;                  // NAME: of the group; ASK and ANSWER: which question
-    int64_t  calls;                // ANSWER: collectives that the sender has begun; -1 = it has freed the group, or not made it
+    int64_t  calls;                // ASK: which collective; ANSWER: how many the sender has begun; -1 = it has freed the group, or not made it
+    llmpari_wire sign;             // ANSWER: what it called there, k = 0: nothing yet
     char     text[900];            // ABORT; notes of other kinds are sent without it
 } llmpari_note;
 
-typedef struct llmpari_wire { int32_t kind, dtype, reduce, root; int64_t count, k; uint64_t hash, sent, wanted; } llmpari_wire;   // llmpari_sign, as it travels
 typedef struct llmpari_letter { int64_t count; int32_t dtype, pad; } llmpari_letter;                                             // header of a Send
 typedef struct llmpari_mpi_name { int32_t rank, number; uint64_t key; } llmpari_mpi_name;
 
 typedef struct llmpari_mpi_requests {      // messages of one step
     MPI_Request *request;
-    int64_t     *expect;           // units of the type that have to arrive; -1: a send
-    int32_t     *from;             // member
-    int32_t      n;
+    bool        *receives;
+    int32_t      n, at;            // those below `at` are done
 } llmpari_mpi_requests;
 
 typedef struct llmpari_mpi_op {
@@ -11189,6 +11192,8 @@ typedef struct llmpari_mpi_op {
     int32_t  step, steps;
     bool     posted;
     llmpar_status status;          // of its own failure
+    double   timeout_s;
+    uint64_t hash;                 // of the call, for tags
     int64_t  element, unit;        // bytes of an element; elements of one piece (reductions)
     int64_t *send_at, *recv_at;    // [n + 1] elements before each member's part
     llmpari_mpi_requests messages;
@@ -11205,10 +11210,11 @@ typedef struct llmpari_mpi_mail {
     int64_t  bytes;
     int32_t  peer, box;
     bool     used, held, posted, is_send, done;
+    bool     matched;              // a Recv: its data has a receive too (checked: once the header says that it fits)
+    double   timeout_s;
     llmpar_status status;
     llmpari_letter mine, theirs;
     MPI_Request request[3];        // header, blocks, rest
-    int64_t  expect[3];
 } llmpari_mpi_mail;
 
 typedef struct llmpari_mpi_world llmpari_mpi_world;
@@ -11226,13 +11232,12 @@ typedef struct llmpari_mpi_end {
     double    since;               // llmpar_test: when the oldest call was first found not done; 0 = not yet
     uint64_t  question;
     int64_t  *answers;             // [n] -2 = none yet
-    double    asked;               // when; 0 = not
+    double    asked, ask_next;     // when; 0 = not; not before
     int64_t   host_bytes, host_messages, small_bytes, staging_bytes;
     bool      chain;               // AllReduce from host to host
     int32_t   host_first, host_end, host_before, host_after, host_most;   // members on this host; the first ones on the hosts beside it, -1 = none; most on one host
     char     *staging;
     const char **rows;             // [n + 1]
-    MPI_Status *statuses;          // [4 n + 4]
     llmpari_mpi_op   op[LLMPARI_MPI_FLIGHT];
     llmpari_mpi_mail mail[LLMPARI_MPI_MAIL];
     char     *boxes;               // [LLMPARI_MPI_BOXES][LLMPARI_MPI_BOX]
@@ -11243,8 +11248,9 @@ struct llmpari_mpi_world {
     llmpar_mpi_desc  desc;
     MPI_Comm  data, side;
     MPI_Datatype block;
-    bool      finalise, shared, stopped, pending;      // shared: several threads may call MPI; pending: an abort that is to be told yet
+    bool      finalise, shared, stopped, pending, asked;      // shared: several threads may call MPI; pending: an abort that is to be told yet; asked: or answered
     int32_t   rank, n, spin, tag_numbers, numbers;
+    uint32_t  hash_mask;           // bits of a tag that hash the call
     int32_t  *hosts;               // [n]
     int32_t   culprit, peer;       // of the abort
     char      reason[900];
@@ -11363,12 +11369,17 @@ LLMPARI_FN void llmpari_note_name(llmpari_mpi_world *world, int32_t rank, const 
 LLMPARI_FN void llmpari_note_answer(llmpari_mpi_world *world, int32_t rank, const llmpari_note *ask) {
     llmpari_note note;
     memset(&note, 0, sizeof note);
+    world->asked = true;
     note.kind   = LLMPARI_NOTE_ANSWER;
     note.number = ask->number;
     note.key    = ask->key;
     note.calls  = -1;
     for (llmpari_mpi_end *end = world->ends; end; end = end->next)
-        for (int32_t i = 0; i < end->comm.size && !end->left; i++) if (end->ranks[i] == rank && end->numbers[i] == ask->number) note.calls = end->started;
+        for (int32_t i = 0; i < end->comm.size && !end->left; i++) {
+            if (end->ranks[i] != rank || end->numbers[i] != ask->number) continue;
+            note.calls = end->started;
+            if (llmpari_mpi_op_of(end, ask->calls)->signs[end->comm.rank].k == ask->calls + 1) note.sign = llmpari_mpi_op_of(end, ask->calls)->signs[end->comm.rank];
+        }
     llmpari_note_send(world, &note, rank);
 }
 
@@ -11380,7 +11391,10 @@ LLMPARI_FN void llmpari_note_take(llmpari_mpi_world *world, int32_t rank) {
     else
         for (llmpari_mpi_end *end = world->ends; end; end = end->next)
             for (int32_t i = 0; i < end->comm.size && end->number == note->number && end->question == note->key; i++)
-                if (end->ranks[i] == rank) end->answers[i] = note->calls;
+                if (end->ranks[i] == rank) {
+                    end->answers[i] = note->calls;
+                    llmpari_mpi_op_of(end, end->finished)->signs[i] = note->sign;
+                }
 }
 LLMPARI_ONCE_END
 
@@ -11400,10 +11414,15 @@ LLMPARI_FN void llmpari_mpi_listen(llmpari_mpi_world *world) {
 
 // ---- Messages ----
 
-LLMPARI_FN int llmpari_mpi_tag(int32_t number, int64_t k, int32_t what) { return (int)(number * LLMPARI_MPI_TAGS + (int32_t)(k % LLMPARI_MPI_FLIGHT) * 4 + what); }
+// A tag says whose number the communicator has, which slot, and, as far as bits reach, a hash of what is sent: messages of calls that differ do not meet, since MPI takes a
+// message that is too long for an error of its own, and most MPIs end the job for it. hash 0: none, for messages whose length is always the same.
+LLMPARI_FN int llmpari_mpi_tag(const llmpari_mpi_world *world, int32_t number, int32_t slot, uint64_t hash, int64_t bytes) {
+    int32_t mixed = hash ? (int32_t)(llmpari_mix(hash, bytes) >> 40 & world->hash_mask) : 0;
+    return (int)((number * (int32_t)(world->hash_mask + 1) + mixed) * LLMPARI_MPI_TAGS + slot);
+}
 
 // One message of any length: blocks, then the rest. Returns how many requests it took.
-LLMPARI_FN int llmpari_mpi_message(llmpari_mpi_end *end, bool sends, char *data, int64_t bytes, int32_t member, int tag, MPI_Request *request, int64_t *expect) {
+LLMPARI_FN int llmpari_mpi_message(llmpari_mpi_end *end, bool sends, char *data, int64_t bytes, int32_t member, int tag, MPI_Request *request) {
     llmpari_mpi_world *world = end->world;
     int64_t block = world->desc.message_bytes, blocks = bytes > block ? bytes / block : 0;
     int n = 0, code = MPI_SUCCESS, peer = (int)end->ranks[member];
@@ -11412,7 +11431,6 @@ LLMPARI_FN int llmpari_mpi_message(llmpari_mpi_end *end, bool sends, char *data,
         int64_t count = part == 0 ? blocks : bytes - blocks * block;
         MPI_Datatype type = part == 0 ? world->block : MPI_BYTE;
         if (count == 0) continue;
-        expect[n]  = sends ? -1 : count;
         request[n] = MPI_REQUEST_NULL;
         if (sends) code = MPI_Isend(data + (part ? blocks * block : 0), (int)count, type, peer, tag, world->data, &request[n]);
         else       code = MPI_Irecv(data + (part ? blocks * block : 0), (int)count, type, peer, tag, world->data, &request[n]);
@@ -11425,51 +11443,20 @@ LLMPARI_FN int llmpari_mpi_message(llmpari_mpi_end *end, bool sends, char *data,
 LLMPARI_FN void llmpari_mpi_add(llmpari_mpi_end *end, llmpari_mpi_op *op, int64_t k, int32_t what, bool sends, const void *data, int64_t bytes, int32_t member) {
     llmpari_mpi_requests *m = &op->messages;
     if (bytes == 0) return;
-    int tag = llmpari_mpi_tag(sends ? end->number : end->numbers[member], k, what);
-    int n = llmpari_mpi_message(end, sends, (char *)(uintptr_t)data, bytes, member, tag, m->request + m->n, m->expect + m->n);
-    for (int i = 0; i < n; i++) m->from[m->n++] = member;
-}
-
-// A message that is shorter or longer than this rank's call says: somebody called something else. Texts of longer ones come from MPI's error.
-LLMPARI_FN void llmpari_mpi_length(llmpari_mpi_end *end, llmpari_mpi_op *op, int64_t k, int32_t member) {
-    char what[320], text[700];
-    llmpari_sign sign;
-    memset(&sign, 0, sizeof sign);
-    sign.kind = op->signs[end->comm.rank].kind; sign.dtype = op->signs[end->comm.rank].dtype; sign.reduce = op->signs[end->comm.rank].reduce;
-    sign.root = op->signs[end->comm.rank].root; sign.count = op->signs[end->comm.rank].count;
-    llmpari_describe_sign(what, sizeof what, &sign, end->ranks, k);
-    snprintf(text, sizeof text, "rank %d called %s, rank %d something else: its message has another length (desc.checked tells more)", end->world->rank, what, end->ranks[member]);
-    op->status = LLMPAR_MISMATCH;
-    llmpari_mpi_stop(end->world, end->world->rank, -1, true, text);
-}
-
-LLMPARI_FN bool llmpari_mpi_fits(const llmpari_mpi_world *world, const MPI_Status *status, int64_t expect) {
-    int count = 0;
-    if (expect < 0) return true;
-    if (MPI_Get_count(status, MPI_BYTE, &count) == MPI_SUCCESS && count == (int)expect) return true;
-    return MPI_Get_count(status, world->block, &count) == MPI_SUCCESS && count == (int)expect;
+    int tag = llmpari_mpi_tag(end->world, sends ? end->number : end->numbers[member], (int32_t)(k % LLMPARI_MPI_FLIGHT) * 4 + what, what == LLMPARI_TAG_DATA ? op->hash : 0, bytes);
+    int n = llmpari_mpi_message(end, sends, (char *)(uintptr_t)data, bytes, member, tag, m->request + m->n);
+    for (int i = 0; i < n; i++) m->receives[m->n++] = !sends;
 }
 
 // Have the messages of the step arrived?
-LLMPARI_FN bool llmpari_mpi_arrived(llmpari_mpi_end *end, llmpari_mpi_op *op, int64_t k) {
+LLMPARI_FN bool llmpari_mpi_arrived(llmpari_mpi_end *end, llmpari_mpi_op *op) {
     llmpari_mpi_requests *m = &op->messages;
-    int all = 1, code = MPI_SUCCESS, kind = MPI_SUCCESS;
-    if (m->n == 0) return true;
-    code = MPI_Testall(m->n, m->request, &all, end->statuses);
-    if (code != MPI_SUCCESS) {
-        for (int32_t i = 0; i < m->n; i++) {
-            if (code == MPI_ERR_IN_STATUS && MPI_Error_class(end->statuses[i].MPI_ERROR, &kind) == MPI_SUCCESS && kind == MPI_ERR_TRUNCATE) {
-                llmpari_mpi_length(end, op, k, m->from[i]);
-                return false;
-            }
-        }
-        llmpari_mpi_broken(end->world, code, "MPI_Testall");
-        return false;
+    for (; m->at < m->n; m->at++) {
+        int there = 0, code = MPI_Test(&m->request[m->at], &there, MPI_STATUS_IGNORE);
+        if (code != MPI_SUCCESS) { llmpari_mpi_broken(end->world, code, "a message"); return false; }
+        if (!there) return false;
     }
-    if (!all) return false;
-    for (int32_t i = 0; i < m->n; i++)
-        if (!llmpari_mpi_fits(end->world, &end->statuses[i], m->expect[i])) { llmpari_mpi_length(end, op, k, m->from[i]); return false; }
-    m->n = 0;
+    m->n = m->at = 0;
     return true;
 }
 
@@ -11482,12 +11469,12 @@ LLMPARI_FN void llmpari_mpi_fold_floats(const char *const *rows, int32_t n, char
     int64_t element = dtype == LLMPAR_F32 ? 4 : 2;
     for (int64_t at = 0; at < count; at += LLMPARI_FOLD) {
         int m = (int)llmpari_min(LLMPARI_FOLD, count - at);
-        llmpari_comm_widen(acc, rows[0] + at * (wide ? 4 : element), m, wide ? (int32_t)LLMPAR_F32 : dtype);
-        for (int j = m; j % LLMPARI_LANE; j++) acc[j] = 0;
-        for (int32_t i = 1; i < n; i++) {
+        const char *first = rows[0] + at * (wide ? 4 : element);
+        if (n == 1 || (dtype != LLMPAR_F32 && !wide)) { llmpari_comm_widen(acc, first, m, wide ? (int32_t)LLMPAR_F32 : dtype); first = (const char *)acc; }
+        for (int32_t i = 1; i < n; i++, first = (const char *)acc) {
             const char *operand = rows[i] + at * element;
             if (dtype != LLMPAR_F32) { llmpari_comm_widen(x, operand, m, dtype); operand = (const char *)x; }
-            llmpari_fold_f32(acc, operand, m, reduce);
+            llmpari_fold_f32(acc, first, operand, m, reduce);
         }
         if (dtype == LLMPAR_F32 || raw) { memcpy(to + at * 4, acc, (size_t)m * 4); continue; }
         llmpari_narrow(half, acc, m, dtype);
@@ -11710,6 +11697,11 @@ LLMPARI_FN void llmpari_mpi_work(llmpari_mpi_end *end, llmpari_mpi_op *op) {
 
 // ---- Do all members ask for the same? ----
 
+LLMPARI_FN bool llmpari_mpi_same_wire(const llmpari_wire *a, const llmpari_wire *b) {
+    return a->kind == b->kind && a->dtype == b->dtype && a->reduce == b->reduce && a->root == b->root && a->hash == b->hash
+        && (a->count == b->count || a->kind == LLMPAR_ALL_TO_ALL || a->kind == LLMPAR_PERMUTE);
+}
+
 LLMPARI_ONCE_BEGIN
 typedef struct llmpari_mpi_seen { const llmpari_mpi_op *op; int32_t n; } llmpari_mpi_seen;
 LLMPARI_FN llmpari_sign llmpari_mpi_sign_of(const void *owner, int32_t i) {
@@ -11739,14 +11731,11 @@ LLMPARI_FN void llmpari_mpi_differ(llmpari_mpi_end *end, llmpari_mpi_op *op, int
 LLMPARI_ONCE_END
 
 LLMPARI_FN bool llmpari_mpi_alike(const llmpari_mpi_end *end, const llmpari_mpi_op *op) {
-    const llmpari_wire *a = &op->signs[0];
     uint64_t sent = 0, wanted = 0;
-    bool pairs = a->kind == LLMPAR_ALL_TO_ALL || a->kind == LLMPAR_PERMUTE;
     for (int32_t i = 0; i < end->comm.size; i++) {
-        const llmpari_wire *b = &op->signs[i];
-        if (a->kind != b->kind || a->dtype != b->dtype || a->reduce != b->reduce || a->root != b->root || a->hash != b->hash || (a->count != b->count && !pairs)) return false;
-        sent   += b->sent;
-        wanted += b->wanted;
+        if (!llmpari_mpi_same_wire(&op->signs[0], &op->signs[i])) return false;
+        sent   += op->signs[i].sent;
+        wanted += op->signs[i].wanted;
     }
     return sent == wanted;
 }
@@ -11801,7 +11790,7 @@ LLMPARI_FN void llmpari_mpi_op_go(llmpari_mpi_end *end, llmpari_mpi_op *op, int6
             else llmpari_mpi_post(end, op, k);
             continue;
         }
-        if (!llmpari_mpi_arrived(end, op, k)) return;
+        if (!llmpari_mpi_arrived(end, op)) return;
         op->posted = false;
         if (op->step == LLMPARI_STEP_SIGN) op->step = llmpari_mpi_alike(end, op) ? 0 : LLMPARI_STEP_COUNTS;
         else if (op->step == LLMPARI_STEP_COUNTS) llmpari_mpi_differ(end, op, k);
@@ -11811,40 +11800,57 @@ LLMPARI_FN void llmpari_mpi_op_go(llmpari_mpi_end *end, llmpari_mpi_op *op, int6
 
 // ---- Send and Recv ----
 
-LLMPARI_FN void llmpari_mail_words(llmpari_mpi_end *end, llmpari_mpi_mail *mail, bool known) {
+LLMPARI_FN void llmpari_mail_words(llmpari_mpi_end *end, llmpari_mpi_mail *mail) {
     char text[400];
-    const char *mine = llmpar_dtype_name((llmpar_dtype)mail->mine.dtype);
     int32_t peer = end->ranks[mail->peer], me = end->world->rank;
-    if (known) snprintf(text, sizeof text, "rank %d sends %s[%lld] to rank %d, which receives %s[%lld]", peer, llmpar_dtype_name((llmpar_dtype)mail->theirs.dtype),
-                        (long long)mail->theirs.count, me, mine, (long long)mail->mine.count);
-    else snprintf(text, sizeof text, "rank %d receives %s[%lld] from rank %d, which sent a message of another length (desc.checked tells more)", me, mine,
-                  (long long)mail->mine.count, peer);
+    snprintf(text, sizeof text, "rank %d sends %s[%lld] to rank %d, which receives %s[%lld]", peer, llmpar_dtype_name((llmpar_dtype)mail->theirs.dtype),
+             (long long)mail->theirs.count, me, llmpar_dtype_name((llmpar_dtype)mail->mine.dtype), (long long)mail->mine.count);
     mail->status = LLMPAR_MISMATCH;
     llmpari_mpi_stop(end->world, me, peer, true, text);
 }
 
+LLMPARI_FN int llmpari_mpi_mail_tag(const llmpari_mpi_end *end, const llmpari_mpi_mail *mail, bool header) {
+    return llmpari_mpi_tag(end->world, mail->is_send ? end->number : end->numbers[mail->peer], LLMPARI_MPI_TAG_MAIL + !header, header ? 0 : (uint64_t)mail->mine.dtype + 1, mail->bytes);
+}
+
+// The data. A checked Send is done only when its Recv has agreed to it, unless it was buffered.
+LLMPARI_FN void llmpari_mpi_mail_data(llmpari_mpi_end *end, llmpari_mpi_mail *mail) {
+    int tag = llmpari_mpi_mail_tag(end, mail, false), code = MPI_SUCCESS, peer = (int)end->ranks[mail->peer];
+    bool waits = mail->is_send && mail->held && end->world->desc.checked && mail->bytes <= end->world->desc.message_bytes;
+    mail->matched = true;
+    if (mail->bytes && !waits) { (void)llmpari_mpi_message(end, mail->is_send, mail->data, mail->bytes, mail->peer, tag, mail->request + 1); return; }
+    if (waits)              code = MPI_Issend(mail->data, (int)mail->bytes, MPI_BYTE, peer, tag, end->world->data, &mail->request[1]);
+    else if (mail->is_send) code = MPI_Isend(&mail->mine, 0, MPI_BYTE, peer, tag, end->world->data, &mail->request[1]);
+    else                    code = MPI_Irecv(&mail->theirs, 0, MPI_BYTE, peer, tag, end->world->data, &mail->request[1]);
+    if (code != MPI_SUCCESS) llmpari_mpi_broken(end->world, code, "a Send or Recv");
+}
+
 LLMPARI_FN void llmpari_mpi_mail_post(llmpari_mpi_end *end, llmpari_mpi_mail *mail) {
-    int tag = (mail->is_send ? end->number : end->numbers[mail->peer]) * LLMPARI_MPI_TAGS + LLMPARI_MPI_TAG_MAIL, code = MPI_SUCCESS;
+    bool checked = end->world->desc.checked;
+    char *header = (char *)(mail->is_send ? &mail->mine : &mail->theirs);
     mail->posted = true;
-    if (end->world->desc.checked)
-        (void)llmpari_mpi_message(end, mail->is_send, (char *)(mail->is_send ? &mail->mine : &mail->theirs), (int64_t)sizeof mail->mine, mail->peer, tag, mail->request, mail->expect);
-    if (mail->bytes) { (void)llmpari_mpi_message(end, mail->is_send, mail->data, mail->bytes, mail->peer, tag + 1, mail->request + 1, mail->expect + 1); return; }
-    mail->expect[1] = mail->is_send ? -1 : 0;
-    if (mail->is_send) code = MPI_Isend(&mail->mine, 0, MPI_BYTE, (int)end->ranks[mail->peer], tag + 1, end->world->data, &mail->request[1]);
-    else               code = MPI_Irecv(&mail->theirs, 0, MPI_BYTE, (int)end->ranks[mail->peer], tag + 1, end->world->data, &mail->request[1]);
-    if (code != MPI_SUCCESS) llmpari_mpi_broken(end->world, code, "a message without data");
+    if (checked) (void)llmpari_mpi_message(end, mail->is_send, header, (int64_t)sizeof mail->mine, mail->peer, llmpari_mpi_mail_tag(end, mail, true), mail->request);
+    if (mail->is_send || !checked) llmpari_mpi_mail_data(end, mail);
+}
+
+// Data is received in the order of the headers: is there an earlier Recv from the same member that has not begun?
+LLMPARI_FN bool llmpari_mpi_mail_behind(const llmpari_mpi_end *end, const llmpari_mpi_mail *mail) {
+    for (int i = 0; i < LLMPARI_MPI_MAIL; i++) {
+        const llmpari_mpi_mail *other = &end->mail[i];
+        if (other->used && !other->is_send && !other->matched && other->peer == mail->peer && other->seq < mail->seq) return true;
+    }
+    return false;
 }
 
 LLMPARI_FN void llmpari_mpi_mail_go(llmpari_mpi_end *end, llmpari_mpi_mail *mail) {
-    MPI_Status status;
+    if (!mail->is_send && !mail->matched && llmpari_mpi_mail_behind(end, mail)) return;
     for (int i = 0; i < 3; i++) {
-        int there = 1, kind = MPI_SUCCESS;
-        if (mail->request[i] == MPI_REQUEST_NULL) continue;
-        int code = MPI_Test(&mail->request[i], &there, &status);
-        if (code == MPI_SUCCESS && !there) return;
-        if (code != MPI_SUCCESS && !(MPI_Error_class(code, &kind) == MPI_SUCCESS && kind == MPI_ERR_TRUNCATE)) { llmpari_mpi_broken(end->world, code, "a message"); return; }
-        if (i == 0 && !mail->is_send && (mail->theirs.count != mail->mine.count || mail->theirs.dtype != mail->mine.dtype)) { llmpari_mail_words(end, mail, true); return; }
-        if (code != MPI_SUCCESS || !llmpari_mpi_fits(end->world, &status, mail->expect[i])) { llmpari_mail_words(end, mail, false); return; }
+        int there = 1, code = mail->request[i] == MPI_REQUEST_NULL ? MPI_SUCCESS : MPI_Test(&mail->request[i], &there, MPI_STATUS_IGNORE);
+        if (code != MPI_SUCCESS) { llmpari_mpi_broken(end->world, code, "a message"); return; }
+        if (!there) return;
+        if (i > 0 || mail->matched) continue;
+        if (mail->theirs.count != mail->mine.count || mail->theirs.dtype != mail->mine.dtype) { llmpari_mail_words(end, mail); return; }
+        llmpari_mpi_mail_data(end, mail);
     }
     mail->done = true;
     if (mail->held) return;
@@ -11875,7 +11881,7 @@ LLMPARI_FN void llmpari_mpi_advance(llmpari_mpi_end *end) {
         const llmpari_mpi_op *op = llmpari_mpi_op_of(end, end->finished);
         if (op->step != op->steps || op->status) break;
         end->finished++;
-        end->since = end->asked = 0;
+        end->since = end->asked = end->ask_next = 0;
     }
     if (end->mails_used && !end->world->stopped) llmpari_mpi_mails_go(end);
 }
@@ -11897,6 +11903,10 @@ LLMPARI_FN bool llmpari_mpi_met(const llmpari_mpi_end *end, llmpari_mpi_goal goa
     return end->mails_used < LLMPARI_MPI_MAIL;
 }
 
+LLMPARI_FN double llmpari_mpi_patience(llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg) {
+    return goal == LLMPARI_MPI_CALL ? llmpari_mpi_op_of(end, arg)->timeout_s : goal == LLMPARI_MPI_MAILED ? end->mail[arg].timeout_s : end->comm.timeout_s;
+}
+
 LLMPARI_ONCE_BEGIN
 // After the world has stopped: receives that nothing has come for are given up; what has begun stays with MPI, and its memory with the communicator.
 LLMPARI_FN void llmpari_mpi_give_up(MPI_Request *request, bool receives) {
@@ -11909,7 +11919,7 @@ LLMPARI_FN bool llmpari_mpi_drain(llmpari_mpi_end *end) {
     bool clean = true;
     for (int i = 0; i < LLMPARI_MPI_FLIGHT; i++)
         for (int32_t m = 0; m < end->op[i].messages.n; m++) {
-            llmpari_mpi_give_up(&end->op[i].messages.request[m], end->op[i].messages.expect[m] >= 0);
+            llmpari_mpi_give_up(&end->op[i].messages.request[m], end->op[i].messages.receives[m]);
             clean = clean && end->op[i].messages.request[m] == MPI_REQUEST_NULL;
         }
     for (int i = 0; i < LLMPARI_MPI_MAIL; i++)
@@ -11952,6 +11962,7 @@ LLMPARI_FN bool llmpari_mpi_absent(const void *owner, int32_t i, const void *wha
 LLMPARI_FN llmpar_status llmpari_mpi_too_late(llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg, double seconds, llmpar_error *err) {
     llmpari_mpi_world *world = end->world;
     char what[320], who[320], last[160], text[900];
+    double timeout_s = llmpari_mpi_patience(end, goal, arg);
     const llmpari_mpi_op *op = llmpari_mpi_op_of(end, end->finished);
     int32_t first = 0;
     bool named = end->joined == end->comm.size;
@@ -11978,7 +11989,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_too_late(llmpari_mpi_end *end, llmpari_mpi_
         snprintf(what, sizeof what, "a Send or Recv (%d messages are under way already)", LLMPARI_MPI_MAIL);
         snprintf(who, sizeof who, "those who should receive them");
     }
-    snprintf(text, sizeof text, "rank %d waited %.3g s in %s for %s%s (timeout_s is %g)", world->rank, seconds, what, who, last, world->desc.timeout_s);
+    snprintf(text, sizeof text, "rank %d waited %.3g s in %s for %s%s (timeout_s is %g)", world->rank, seconds, what, who, last, timeout_s);
     llmpari_mpi_stop(world, world->rank, -1, true, text);
     for (llmpari_mpi_end *each = world->ends; each; each = each->next) (void)llmpari_mpi_drain(each);
     return LLMPARI_FAIL(err, LLMPAR_TIMEOUT, "%s", text);
@@ -11989,25 +12000,52 @@ LLMPARI_FN void llmpari_mpi_ask(llmpari_mpi_end *end, double now) {
     llmpari_note note;
     memset(&note, 0, sizeof note);
     end->asked  = now;
+    end->world->asked = true;
     note.kind   = LLMPARI_NOTE_ASK;
     note.number = end->number;
     note.key    = ++end->question;
+    note.calls  = end->finished;
     for (int32_t i = 0; i < end->comm.size; i++) {
         end->answers[i] = -2;
         if (i != end->comm.rank) llmpari_note_send(end->world, &note, end->ranks[i]);
     }
 }
 
-// The deadline has passed. *began moves on when all have come and only the data is on its way.
+// Member i came, and called something else.
+LLMPARI_FN llmpar_status llmpari_mpi_other(llmpari_mpi_end *end, int32_t i, llmpar_error *err) {
+    char mine[320], theirs[320], text[900];
+    llmpari_mpi_op *op = llmpari_mpi_op_of(end, end->finished);
+    llmpari_mpi_seen seen;
+    seen.op = op; seen.n = end->comm.size;
+    llmpari_sign a = llmpari_mpi_sign_of(&seen, end->comm.rank), b = llmpari_mpi_sign_of(&seen, i);
+    llmpari_describe_sign(mine, sizeof mine, &a, end->ranks, end->finished);
+    llmpari_describe_sign(theirs, sizeof theirs, &b, end->ranks, end->finished);
+    snprintf(text, sizeof text, "rank %d called %s, rank %d %s%s", end->world->rank, mine, end->ranks[i], theirs, strcmp(mine, theirs) ? "" : " with other counts");
+    op->status = LLMPAR_MISMATCH;
+    llmpari_mpi_stop(end->world, end->world->rank, -1, true, text);
+    return llmpari_mpi_stopped(end, LLMPARI_MPI_CALL, end->finished, err);
+}
+
+// A wait of a second, or of the whole deadline if that is shorter: asks the others where they are, and again from time to time. *began moves on when all have come and only the
+// data is on its way.
 LLMPARI_FN llmpar_status llmpari_mpi_late(llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg, double *began, double now, llmpar_error *err) {
-    bool all = true;
-    if (goal != LLMPARI_MPI_CALL || end->joined < end->comm.size) return llmpari_mpi_too_late(end, goal, arg, now - *began, err);
-    if (end->asked == 0) { llmpari_mpi_ask(end, now); return LLMPAR_OK; }
+    double timeout_s = llmpari_mpi_patience(end, goal, arg);
+    bool all = true, late = now - *began > timeout_s;
+    if (goal != LLMPARI_MPI_CALL || end->joined < end->comm.size) return late ? llmpari_mpi_too_late(end, goal, arg, now - *began, err) : LLMPAR_OK;
+    if (end->asked == 0) {
+        if (late || now >= end->ask_next) llmpari_mpi_ask(end, now);
+        return LLMPAR_OK;
+    }
     for (int32_t i = 0; i < end->comm.size; i++) all = all && (i == end->comm.rank || end->answers[i] != -2);
     if (!all && now - end->asked < 1) return LLMPAR_OK;
-    for (int32_t i = 0; i < end->comm.size; i++) if (llmpari_mpi_absent(end, i, NULL)) return llmpari_mpi_too_late(end, goal, arg, now - *began, err);
+    for (int32_t i = 0; i < end->comm.size; i++) {
+        const llmpari_wire *a = &llmpari_mpi_op_of(end, end->finished)->signs[end->comm.rank], *b = &llmpari_mpi_op_of(end, end->finished)->signs[i];
+        if (i != end->comm.rank && end->answers[i] > end->finished && b->k == a->k && !llmpari_mpi_same_wire(a, b)) return llmpari_mpi_other(end, i, err);
+    }
+    for (int32_t i = 0; i < end->comm.size && late; i++) if (llmpari_mpi_absent(end, i, NULL)) return llmpari_mpi_too_late(end, goal, arg, now - *began, err);
+    if (late) *began = now;
     end->asked = 0;
-    *began = now;
+    end->ask_next = now + 1 + (now - *began) / 2;
     return LLMPAR_OK;
 }
 LLMPARI_ONCE_END
@@ -12033,7 +12071,8 @@ LLMPARI_FN llmpar_status llmpari_mpi_look(llmpari_mpi_end *end, llmpari_mpi_goal
 // Spins, then yields.
 LLMPARI_FN llmpar_status llmpari_mpi_await(llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg, llmpar_error *err) {
     llmpari_mpi_world *world = end->world;
-    bool done = false, timed = !isinf(world->desc.timeout_s);
+    double timeout_s = llmpari_mpi_patience(end, goal, arg);
+    bool done = false;
     double began = 0;
     int64_t finished = end->finished;
     for (int round = 1; ; round++) {
@@ -12044,10 +12083,9 @@ LLMPARI_FN llmpar_status llmpari_mpi_await(llmpari_mpi_end *end, llmpari_mpi_goa
         llmpari_mpi_unlock(world);
         sched_yield();
         llmpari_mpi_lock(world);
-        if (!timed) continue;
         double now = llmpari_mpi_now();
         if (began == 0 || finished != end->finished) { began = now; finished = end->finished; }
-        if (now - began > world->desc.timeout_s) LLMPARI_TRY(llmpari_mpi_late(end, goal, arg, &began, now, err));
+        if (now - began > (timeout_s < 1 ? timeout_s : 1)) LLMPARI_TRY(llmpari_mpi_late(end, goal, arg, &began, now, err));
     }
 }
 
@@ -12056,7 +12094,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_poll(llmpari_mpi_end *end, llmpari_mpi_goal
     if (*done) return LLMPAR_OK;
     double now = llmpari_mpi_now();
     if (end->since == 0) end->since = now;
-    return now - end->since > end->world->desc.timeout_s ? llmpari_mpi_late(end, goal, arg, &end->since, now, err) : LLMPAR_OK;
+    return now - end->since > 1 || now - end->since > llmpari_mpi_patience(end, goal, arg) ? llmpari_mpi_late(end, goal, arg, &end->since, now, err) : LLMPAR_OK;
 }
 
 // ---- The vtable ----
@@ -12090,6 +12128,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_mail_start(llmpari_mpi_end *end, const llmp
     mail->bytes   = call->count * llmpar_dtype_bytes(call->dtype);
     mail->peer    = call->peer;
     mail->box     = -1;
+    mail->timeout_s  = call->timeout_s > 0 ? call->timeout_s : end->comm.timeout_s;
     mail->mine.count = call->count;
     mail->mine.dtype = (int32_t)call->dtype;
     if (mail->is_send && mail->bytes <= LLMPARI_MPI_BOX && box < LLMPARI_MPI_BOXES) {
@@ -12115,7 +12154,8 @@ LLMPARI_FN llmpar_status llmpari_mpi_enter(llmpari_mpi_end *end, const llmpar_ca
     op->posted  = false;
     op->status  = LLMPAR_OK;
     op->unit    = 0;
-    op->messages.n = 0;
+    op->timeout_s  = call->timeout_s > 0 ? call->timeout_s : end->comm.timeout_s;
+    op->messages.n = op->messages.at = 0;
     memset(sign, 0, sizeof *sign);
     sign->kind  = (int32_t)call->kind;
     sign->dtype = call->kind == LLMPAR_BARRIER ? 0 : (int32_t)call->dtype;
@@ -12127,7 +12167,6 @@ LLMPARI_FN llmpar_status llmpari_mpi_enter(llmpari_mpi_end *end, const llmpar_ca
         op->recv_at[i + 1] = op->recv_at[i] + call->recv_counts[i];
         op->send_at[i + 1] = op->send_at[i] + (pairs ? call->send_counts[i] : 0);
         sign->count += pairs ? call->send_counts[i] : call->recv_counts[i];
-        if (!end->world->desc.checked) continue;
         op->counts_own[i]     = pairs ? call->send_counts[i] : 0;
         op->counts_own[n + i] = call->recv_counts[i];
         if (ragged) sign->hash += llmpari_mix((uint64_t)i, call->recv_counts[i]);
@@ -12141,6 +12180,8 @@ LLMPARI_FN llmpar_status llmpari_mpi_enter(llmpari_mpi_end *end, const llmpar_ca
         llmpari_mpi_stop(end->world, end->world->rank, -1, true, text);
         return LLMPARI_FAIL(err, LLMPAR_MISMATCH, "%s", text);
     }
+    sign->k  = k + 1;
+    op->hash = llmpari_mix(sign->hash + (uint64_t)(sign->kind + 16 * (sign->dtype + 16 * (sign->reduce + 16 * (int64_t)sign->root))), pairs ? 0 : sign->count) | 1;
     llmpari_mpi_plan(end, op);
     op->step = LLMPARI_STEP_NAMES;
     if (n == 1) { llmpari_mpi_own(end, op); op->step = op->steps; }
@@ -12219,12 +12260,10 @@ LLMPARI_FN size_t llmpari_mpi_layout(llmpari_mpi_end *end, char *base, int64_t n
     e->numbers  = (int32_t *)(void *)llmpari_mpi_place(base, &at, n, sizeof *e->numbers);
     e->answers  = (int64_t *)(void *)llmpari_mpi_place(base, &at, n, sizeof *e->answers);
     e->rows     = (const char **)(void *)llmpari_mpi_place(base, &at, n + 1, sizeof *e->rows);
-    e->statuses = (MPI_Status *)(void *)llmpari_mpi_place(base, &at, 4 * n, sizeof *e->statuses);
     for (int i = 0; i < LLMPARI_MPI_FLIGHT; i++) {
         llmpari_mpi_op *op = &e->op[i];
-        op->messages.request = (MPI_Request *)(void *)llmpari_mpi_place(base, &at, 4 * n, sizeof(MPI_Request));
-        op->messages.expect  = (int64_t *)(void *)llmpari_mpi_place(base, &at, 4 * n, sizeof(int64_t));
-        op->messages.from    = (int32_t *)(void *)llmpari_mpi_place(base, &at, 4 * n, sizeof(int32_t));
+        op->messages.request  = (MPI_Request *)(void *)llmpari_mpi_place(base, &at, 4 * n, sizeof(MPI_Request));
+        op->messages.receives = (bool *)(void *)llmpari_mpi_place(base, &at, 4 * n, sizeof(bool));
         op->send_at    = (int64_t *)(void *)llmpari_mpi_place(base, &at, n + 1, sizeof(int64_t));
         op->recv_at    = (int64_t *)(void *)llmpari_mpi_place(base, &at, n + 1, sizeof(int64_t));
         op->counts_own = (int64_t *)(void *)llmpari_mpi_place(base, &at, 2 * n, sizeof(int64_t));
@@ -12263,7 +12302,7 @@ LLMPARI_FN void llmpari_mpi_free(llmpar_comm *comm);
 
 // An end with members[n] (in parent, or without one in the world), this rank being `me` of them; NULL: no memory.
 LLMPARI_FN llmpari_mpi_end *llmpari_mpi_end_new(llmpari_mpi_world *world, const llmpari_mpi_end *parent, const int32_t *members, int32_t n, int32_t me) {
-    static const llmpar_comm_vtable vtable = { llmpari_mpi_start, llmpari_mpi_wait, llmpari_mpi_group, llmpari_mpi_abort, llmpari_mpi_free };
+    static const llmpar_comm_vtable vtable = { llmpari_mpi_start, llmpari_mpi_wait, llmpari_mpi_group, llmpari_mpi_abort, llmpari_mpi_free, NULL };
     int64_t small = llmpari_max(1024, llmpari_min(LLMPARI_MPI_SMALL, (1 << 16) / n / 128 * 128)), staging = n == 1 ? 0 : llmpari_max(world->desc.staging_bytes, (int64_t)4096 * n);
     size_t bytes = llmpari_mpi_layout(NULL, NULL, n, small, staging), clear = llmpari_mpi_layout(NULL, NULL, n, 0, 0);
     llmpari_mpi_end *end = (llmpari_mpi_end *)llmpari_alloc(&world->allocator, bytes);
@@ -12274,6 +12313,8 @@ LLMPARI_FN llmpari_mpi_end *llmpari_mpi_end_new(llmpari_mpi_world *world, const 
     end->comm.rank   = me;
     end->comm.size   = n;
     end->comm.impl   = end;
+    end->comm.late   = -1;
+    end->comm.timeout_s = world->desc.timeout_s;
     end->world  = world;
     end->bytes  = bytes;
     end->key    = parent ? llmpari_mix(parent->key, n) : 0;
@@ -12289,6 +12330,7 @@ LLMPARI_FN llmpari_mpi_end *llmpari_mpi_end_new(llmpari_mpi_world *world, const 
     end->numbers[me] = end->number;
     for (int i = 0; i < LLMPARI_MPI_FLIGHT; i++) for (int64_t m = 0; m < 4 * (int64_t)n; m++) end->op[i].messages.request[m] = MPI_REQUEST_NULL;
     for (int i = 0; i < LLMPARI_MPI_MAIL; i++) { end->mail[i].box = -1; for (int m = 0; m < 3; m++) end->mail[i].request[m] = MPI_REQUEST_NULL; }
+    end->comm.id = parent ? (int64_t)(end->key >> 1) : 0;
     llmpari_mpi_hosts(end);
     end->next   = world->ends;
     world->ends = end;
@@ -12432,8 +12474,10 @@ LLMPARI_FN void llmpari_mpi_free(llmpar_comm *comm) {
     if (kept) return;
     MPI_Type_free(&world->block);
     bool finalise = world->finalise && clean;
-    MPI_Comm_free(&world->side);
-    MPI_Comm_free(&world->data);
+    if (clean && !world->asked) {                                                          // else notes may still be on their way, to turn up in whatever MPI makes next
+        MPI_Comm_free(&world->side);
+        MPI_Comm_free(&world->data);
+    }
     llmpari_mpi_world_drop(world);
     if (finalise) MPI_Finalize();
 }
@@ -12447,6 +12491,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_init(bool *ours, bool *shared, llmpar_error
         code = MPI_Init_thread(NULL, NULL, MPI_THREAD_SERIALIZED, &level);
         if (code != MPI_SUCCESS) return LLMPARI_FAIL(err, LLMPAR_IO_FAILED, "MPI_Init_thread failed with code %d; was the program started by mpirun of the MPI it is linked to?", code);
         *ours = true;
+        MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);                        // MPI reports what happens to messages under way there
     } else if (MPI_Query_thread(&level) != MPI_SUCCESS) level = MPI_THREAD_SINGLE;
     *shared = level >= MPI_THREAD_SERIALIZED;
     return LLMPAR_OK;
@@ -12481,7 +12526,8 @@ LLMPARI_FN llmpar_status llmpari_mpi_join(llmpari_mpi_world *world, MPI_Comm com
     if (code == MPI_SUCCESS) code = MPI_Irecv(&world->in, (int)sizeof world->in, MPI_BYTE, MPI_ANY_SOURCE, 0, world->side, &world->in_request);
     if (code != MPI_SUCCESS) return LLMPARI_FAIL(err, LLMPAR_IO_FAILED, "MPI failed with code %d while the world was set up", code);
     if (MPI_Comm_get_attr(world->data, MPI_TAG_UB, (void *)&limit, &there) != MPI_SUCCESS || !there) limit = NULL;
-    world->tag_numbers = (limit ? *limit : 32767) / LLMPARI_MPI_TAGS - 1;
+    world->tag_numbers = (limit ? *limit : 32767) / LLMPARI_MPI_TAGS;
+    while (world->tag_numbers > 2048 && world->hash_mask < 4095) { world->tag_numbers /= 2; world->hash_mask = 2 * world->hash_mask + 1; }
 #ifdef _SC_NPROCESSORS_ONLN
     cores = sysconf(_SC_NPROCESSORS_ONLN);
 #endif
