@@ -12,7 +12,7 @@ STRICT  := -std=c99 -Wall -Wextra -Wpedantic -Wconversion -Wshadow
 EXAMPLES := $(patsubst examples/%.c,$(B)/%,$(wildcard examples/*.c))
 TESTS    := $(patsubst tests/%.c,$(B)/%,$(wildcard tests/test_*.c))
 TOOLS    := $(B)/golden_check $(B)/make_synthetic $(B)/fault
-BENCHES  := $(patsubst tests/%.c,$(B)/%,$(filter-out tests/bench_comm_mpi.c,$(wildcard tests/bench_*.c)))
+BENCHES  := $(patsubst tests/%.c,$(B)/%,$(filter-out tests/bench_comm_mpi.c tests/bench_mpi.c,$(wildcard tests/bench_*.c)))
 # bench_comm's peers, one for each MPI whose compiler is found.
 PEERS    := $(foreach mpi,openmpi mpich,$(if $(shell command -v mpicc.$(mpi)),$(B)/bench_comm_$(mpi)))
 FUZZERS  := $(patsubst tests/%.c,$(B)/%,$(wildcard tests/fuzz_*.c))
@@ -24,8 +24,16 @@ CFLAGS += -DLLMPAR_CBLAS $(CBLAS_CFLAGS)
 LDLIBS += $(if $(CBLAS_LIBS),$(CBLAS_LIBS),-lopenblas)
 endif
 
+# MPI is optional: every mpicc that is found gets programs of its own. build/llama_mpi is made by the first.
+MPICCS   := $(foreach mpi,openmpi mpich,$(if $(shell command -v mpicc.$(mpi) 2> /dev/null),$(mpi)))
+ifeq ($(MPICCS),)
+MPICCS   := $(if $(shell command -v mpicc 2> /dev/null),default)
+endif
+mpicc     = $(if $(filter default,$(1)),mpicc,mpicc.$(1))
+MPI_RUNS := $(foreach mpi,$(MPICCS),$(B)/test_mpi.$(mpi) $(B)/golden_check.$(mpi))
+
 .PHONY: all help demo test stress bench hygiene sanitize fuzz clean
-all: $(EXAMPLES) $(TOOLS) $(B)/bench_comm $(PEERS)
+all: $(EXAMPLES) $(TOOLS) $(B)/bench_comm $(PEERS) $(if $(MPICCS),$(B)/llama_mpi)
 
 help:
 	@echo "make            build every example and tool into build/"
@@ -52,15 +60,26 @@ $(TOOLS) $(BENCHES): $(B)/%: tests/%.c llmpar.h tests/test.h | $(B)
 $(B)/bench_comm: tests/bench_comm.h
 $(PEERS): $(B)/bench_comm_%: tests/bench_comm_mpi.c tests/bench_comm.h | $(B)
 	mpicc.$* $(CFLAGS) $(STRICT) -DBENCH_MPI -Itests $< -o $@
+define MPI_PROGRAMS
+$(B)/test_mpi.$(1): tests/test_mpi.c tests/jobs.h llmpar.h tests/test.h | $(B)
+	$(call mpicc,$(1)) $(TFLAGS) $(STRICT) -DLLMPAR_MPI -DLLMPAR_STATIC -I. -Itests $$< -o $$@ $(LDLIBS)
+$(B)/golden_check.$(1): tests/golden_check.c llmpar.h tests/golden.h tests/traffic.h | $(B)
+	$(call mpicc,$(1)) $(TFLAGS) $(STRICT) -DLLMPAR_MPI -I. -Itests $$< -o $$@ $(LDLIBS)
+$(B)/bench_mpi.$(1): tests/bench_mpi.c llmpar.h | $(B)
+	$(call mpicc,$(1)) $(CFLAGS) $(STRICT) -DLLMPAR_MPI -DLLMPAR_STATIC -I. -Itests $$< -o $$@ $(LDLIBS)
+endef
+$(foreach mpi,$(MPICCS),$(eval $(call MPI_PROGRAMS,$(mpi))))
+$(B)/llama_mpi: examples/llama.c llmpar.h | $(B)
+	$(call mpicc,$(firstword $(MPICCS))) $(CFLAGS) $(STRICT) -DLLMPAR_MPI -I. $< -o $@ $(LDLIBS)
 
 demo: $(B)/llama
 	@sh tests/demo.sh
 
-test: all $(TESTS) $(REPLAYS)
-	@sh tests/run.sh $(TESTS) $(REPLAYS) tests/cli.sh tests/golden.sh
+test: all $(TESTS) $(REPLAYS) $(MPI_RUNS)
+	@sh tests/run.sh $(TESTS) $(REPLAYS) tests/cli.sh tests/golden.sh tests/mpi.sh tests/mpi_hosts.sh
 
-stress: all $(TESTS) $(REPLAYS)
-	@LLMPAR_STRESS=1 sh tests/run.sh $(TESTS) $(REPLAYS) tests/cli.sh tests/golden.sh
+stress: all $(TESTS) $(REPLAYS) $(MPI_RUNS)
+	@LLMPAR_STRESS=1 sh tests/run.sh $(TESTS) $(REPLAYS) tests/cli.sh tests/golden.sh tests/mpi.sh tests/mpi_hosts.sh
 
 bench: $(BENCHES) $(TOOLS) $(B)/llama
 	@sh tests/bench.sh

@@ -1,13 +1,12 @@
-// llama.c - generates text from a Hugging Face checkpoint folder, split over thread-ranks of any mesh of dp (rows) and tp (heads, MLP, vocabulary).
+// llama.c - generates text from a Hugging Face checkpoint folder, split over the ranks (threads; with MPI processes) of any mesh of dp (rows) and tp (heads, MLP, vocabulary).
 //   cc -O3 -march=native -I. examples/llama.c -o build/llama -lpthread -lm
 //   build/llama tests/golden/shakespeare-dense --mesh tp=3 --prompt "KING RICHARD:" --steps 200
 //   build/llama DIR --mesh dp=2,tp=2 --ids prompts.txt --steps 64        (decimal ids, a sequence a line; prints the new ids, a line each)
+//   mpicc -O3 -march=native -DLLMPAR_MPI -I. examples/llama.c -o build/llama_mpi -lpthread -lm; mpirun -np 3 build/llama_mpi DIR --mpi --mesh tp=3 --prompt TEXT
 //
 // Prints the text to stdout, the same for every mesh; a table (bytes read and memory per rank, collectives per layer, tokens/s) to stderr; to a terminal, progress:
 //   KING RICHARD:
-//   The gods that thou art thou art thou liest,
-//   That we have seen to the sea shall be so.
-//   ...
+//   The gods that thou art thou art thou liest, ...
 #define LLMPAR_IMPLEMENTATION
 #include "llmpar.h"
 #define FAIL(...) (fprintf(stderr, "llama: "), fprintf(stderr, __VA_ARGS__), fputc('\n', stderr), 1)
@@ -17,7 +16,7 @@ typedef struct options {
     const char *folder, *prompt, *ids_file, *dtype;
     llmpar_mesh mesh; bool sp; long steps; double temperature, top_p; uint64_t seed;
     int32_t *ids, *lengths, rows, longest;     // ids[rows][stride]
-    int64_t stride; llmpar_engine_stats *stats;   // stats[ranks]
+    int64_t stride; llmpar_engine_stats *stats;   // stats[ranks]; with MPI each process knows its own
 } options;
 
 static void progress(llmpar_log_level level, const char *text, void *user) { (void)level; (void)user; fprintf(stderr, "\r%s   ", text); }
@@ -85,8 +84,7 @@ static llmpar_status rank_main(llmpar_comm *world, void *user, llmpar_error *err
         describe("prefill", llmpar_engine_plan(engine, 0), &o->mesh, o->stats->prefill_tokens, o->stats->prefill_s);
         describe("decode",  llmpar_engine_plan(engine, 1), &o->mesh, o->stats->decode_tokens,  o->stats->decode_s);
     }
-    free(scratch); free(order); free(next); free(lengths); free(fresh); free(n_fresh);
-    return llmpar_engine_free(engine), LLMPAR_OK;
+    return free(scratch), free(order), free(next), free(lengths), free(fresh), free(n_fresh), llmpar_engine_free(engine), LLMPAR_OK;
 }
 
 // Fills ids and lengths from --prompt (a byte a token) or --ids.
@@ -110,8 +108,7 @@ static int read_prompts(options *o, const llmpar_model *model) {
             o->ids[o->rows * o->stride + n] = (int32_t)id;
         }
         if (n == 0 && !o->prompt) return FAIL("%s, line %d is empty: there is no sequence without a token", o->ids_file, (int)o->rows + 1);
-        if (n > o->longest) o->longest = n;
-        if (n) o->lengths[o->rows++] = n;
+        o->longest = n > o->longest ? n : o->longest; if (n) o->lengths[o->rows++] = n;
     }
     if (free(line), file && file != stdin) fclose(file);
     return o->rows ? 0 : FAIL("%s is empty", o->prompt ? "the prompt" : o->ids_file);
@@ -119,31 +116,38 @@ static int read_prompts(options *o, const llmpar_model *model) {
 
 int main(int argc, char **argv) {
     static const char usage[] = "usage: llama DIR [--mesh tp=3] --prompt TEXT | --ids FILE|- [--steps N] [--dtype f32|bf16|f16] [--sp] [--temperature 0] [--top-p 1]"
-        " [--seed 0]\n--ids: decimal ids, a sequence a line, no empty lines";
+        " [--seed 0] [--mpi]\n--ids: decimal ids, a sequence a line, no empty lines";
     static const char *const names[] = { "--mesh", "--prompt", "--ids", "--steps", "--dtype", "--temperature", "--top-p", "--seed" };
     const char *value[] = { "tp=1", NULL, NULL, "64", NULL, "0", "1", "0" };
-    llmpar_error err = LLMPAR_ZERO; options o = { 0 };
+    llmpar_error err = LLMPAR_ZERO; options o = { 0 }; bool mpi = false;
     for (int i = 1; i < argc; i++) {
         int known = -1;
         for (int k = 0; k < 8; k++) if (strcmp(argv[i], names[k]) == 0 && i + 1 < argc) known = k;
         if (known >= 0) value[known] = argv[++i];
         else if (strcmp(argv[i], "--sp") == 0) o.sp = true;
+        else if (strcmp(argv[i], "--mpi") == 0) mpi = true;
         else if (argv[i][0] != '-' && !o.folder) o.folder = argv[i];
         else if (strcmp(argv[i], "--help") == 0) return puts(usage), 0;
         else return FAIL("unknown option, or one without its value: %s", argv[i]);
     }
     o.prompt = value[1]; o.ids_file = value[2]; o.steps = (long)number("--steps", value[3], 1, 1e9, true); o.dtype = value[4];
     o.temperature = number("--temperature", value[5], 0, 1e6, false); o.top_p = number("--top-p", value[6], 0, 1, false); o.seed = (uint64_t)number("--seed", value[7], 0, 9e15, true);
+#ifndef LLMPAR_MPI
+    if (mpi) return FAIL("--mpi: this program was built without LLMPAR_MPI; build/llama_mpi is built where mpicc is found");
+#endif
     if (!o.folder || !o.prompt == !o.ids_file) return FAIL("one DIR, and --prompt or --ids, are needed\n%s", usage);
     llmpar_checkpoint *files;
     if (llmpar_mesh_parse(value[0], &o.mesh, &err) || llmpar_checkpoint_open(&(llmpar_checkpoint_desc){ .folder = o.folder }, &files, &err))
         return FAIL("%s", err.text);
-    if (read_prompts(&o, llmpar_checkpoint_model(files))) return 1;
-    llmpar_checkpoint_close(files);
+    if (read_prompts(&o, llmpar_checkpoint_model(files))) return 1; else llmpar_checkpoint_close(files);
     llmpar_threads_desc threads = { .n_ranks = llmpar_mesh_size(&o.mesh) };
-    o.stats = calloc((size_t)threads.n_ranks, sizeof *o.stats);
-    if (!o.stats || llmpar_threads_run(&threads, rank_main, &o, &err)) return FAIL("%s", err.text);
-    for (int r = 0; r < threads.n_ranks; r++)
+    llmpar_comm *world = NULL;
+    if (!(o.stats = calloc((size_t)threads.n_ranks, sizeof *o.stats))) return FAIL("out of memory");
+#ifdef LLMPAR_MPI
+    if (mpi && (llmpar_mpi_create(NULL, &world, &err) || rank_main(world, &o, &err))) return llmpar_comm_abort(world, err.text), FAIL("%s", err.text);
+#endif
+    if (!mpi && llmpar_threads_run(&threads, rank_main, &o, &err)) return FAIL("%s", err.text);
+    for (int r = mpi ? world->rank : 0; r < (mpi ? world->rank + 1 : threads.n_ranks); r++)
         fprintf(stderr, "rank %d of %s: %.2f MB read, %.2f MB of memory\n", r, value[0], 1e-6 * (double)o.stats[r].weight_bytes_read, 1e-6 * (double)o.stats[r].memory_bytes);
-    return free(o.ids), free(o.lengths), free(o.stats), 0;
+    return llmpar_comm_free(world), free(o.ids), free(o.lengths), free(o.stats), 0;
 }

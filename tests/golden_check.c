@@ -1,9 +1,10 @@
-// golden_check DIR MESH [--sp] [--dtype f32|bf16] [--invariant] [--hash]
+// golden_check DIR MESH [--sp] [--dtype f32|bf16] [--invariant] [--hash] [--mpi]
 // Runs a checkpoint on thread-ranks and compares with what Hugging Face computed (DIR/expected.safetensors): the logits of input_ids, the residual stream after
 // every layer, and the greedy continuation, each step of it one decode with the KV cache whose logits must equal those of one prefill of all tokens.
 // --sp: Megatron's sequence parallelism in prefill (decode drops it). --dtype bf16: weights are rounded on load, and the reference is this program's own
 // run of one rank with the same rounding. After every run the calls and payload bytes that the plans predict must be those that comm counted, on every rank.
 // --invariant: the mode whose bits do not depend on tp. --hash: the 64-bit FNV-1a of the logits' bits is printed, of the prefill and of all decode steps.
+// --mpi (built with LLMPAR_MPI, started by mpirun): ranks are processes; every rank compares the whole, rank 0 prints.
 // stdout: max |dlogits| X  hidden Y  greedy N/N     (Y: largest max|dh| / max|h| of a layer; exit 1 beyond 1e-4 or when a token differs)
 #define LLMPAR_IMPLEMENTATION
 #include "llmpar.h"
@@ -26,6 +27,7 @@ typedef struct check {
     const char *folder;
     llmpar_mesh mesh;
     bool     sequence_parallel, round, invariant;
+    llmpar_comm *processes;        // the world of --mpi, or NULL: threads
     const int32_t *ids;            // [b, t]
     result  *to;
     block   *seen;                 // [ranks][layers + 1]
@@ -172,8 +174,39 @@ static llmpar_status rank_main(llmpar_comm *world, void *user, llmpar_error *err
     return LLMPAR_OK;
 }
 
+// Each process has what its own rank saw: the others' blocks, gaps and, from rank 0, results come over.
+static llmpar_status collect(check *job, llmpar_error *err) {
+    result *r = job->to;
+    llmpar_comm *world = job->processes;
+    for (int rank = 0; rank < world->size; rank++) {
+        for (int64_t i = 0; i <= r->layers; i++) {
+            block *b = &job->seen[rank * (r->layers + 1) + i];
+            TRY(llmpar_broadcast(world, &b->layout, (int64_t)sizeof b->layout, LLMPAR_U8, rank, err));
+            int64_t n = llmpar_tensor_local_elements(&b->layout, &job->mesh, rank);
+            if (rank != world->rank) b->data = (float *)must(malloc((size_t)n * sizeof(float) + 1));
+            TRY(llmpar_broadcast(world, b->data, n, LLMPAR_F32, rank, err));
+        }
+        TRY(llmpar_broadcast(world, &job->gap[rank], (int64_t)sizeof(double), LLMPAR_U8, rank, err));
+    }
+    TRY(llmpar_broadcast(world, r->logits, r->b * r->t * r->v, LLMPAR_F32, 0, err));
+    TRY(llmpar_broadcast(world, r->decode, r->steps * r->b * r->v, LLMPAR_F32, 0, err));
+    return llmpar_broadcast(world, r->greedy, r->b * r->steps, LLMPAR_I32, 0, err);
+}
+
 static llmpar_status run_ranks(check *job, llmpar_error *err) {
     int ranks = llmpar_mesh_size(&job->mesh);
+    if (job->processes && ranks == 1) {                                                    // a reference: each process makes it for itself
+        llmpar_comm *self;
+        TRY(llmpar_comm_self(NULL, &self, err));
+        llmpar_status status = rank_main(self, job, err);
+        llmpar_comm_free(self);
+        return status;
+    }
+    if (job->processes) {
+        if (ranks != job->processes->size) { snprintf(err->text, sizeof err->text, "the mesh has %d ranks, mpirun started %d", ranks, job->processes->size); return LLMPAR_BAD_ARGUMENT; }
+        TRY(rank_main(job->processes, job, err));
+        return collect(job, err);
+    }
 #ifndef LLMPAR_NO_THREADS
     llmpar_threads_desc threads = LLMPAR_ZERO;
     threads.n_ranks = ranks;
@@ -191,7 +224,7 @@ static llmpar_status run_ranks(check *job, llmpar_error *err) {
 static float *room(int64_t n) { return (float *)must(calloc((size_t)n + 1, sizeof(float))); }
 
 // Runs the model on a mesh; sizes are taken from `like`. Exits with the error's text when it fails.
-static result run(const char *folder, const char *mesh, bool sequence_parallel, bool round, bool invariant, const int32_t *ids, const result *like) {
+static result run(const char *folder, const char *mesh, bool sequence_parallel, bool round, bool invariant, const int32_t *ids, const result *like, llmpar_comm *processes) {
     llmpar_error err = LLMPAR_ZERO;
     result r = *like;
     check job = LLMPAR_ZERO;
@@ -202,6 +235,7 @@ static result run(const char *folder, const char *mesh, bool sequence_parallel, 
     job.folder = folder;
     job.sequence_parallel = sequence_parallel;
     job.round = round;
+    job.processes = processes;
     job.invariant = invariant;
     job.ids = ids;
     job.to  = &r;
@@ -240,12 +274,13 @@ static result read_expected(const char *folder, int32_t **ids) {
 }
 
 static int usage(void) {
-    fprintf(stderr, "usage: golden_check DIR MESH [--sp] [--dtype f32|bf16] [--invariant] [--hash]      for example: golden_check tests/golden/llama dp=2,tp=3\n");
+    fprintf(stderr, "usage: golden_check DIR MESH [--sp] [--dtype f32|bf16] [--invariant] [--hash] [--mpi]      for example: golden_check tests/golden/llama dp=2,tp=3\n");
     return 2;
 }
 
 int main(int argc, char **argv) {
-    bool sp = false, round = false, invariant = false, hash = false;
+    bool sp = false, round = false, invariant = false, hash = false, mpi = false;
+    llmpar_comm *world = NULL;
     int32_t *ids;
     double hidden = 0, logits;
     int64_t same = 0;
@@ -256,15 +291,22 @@ int main(int argc, char **argv) {
         else if (strcmp(argv[i], "--dtype") == 0 && i + 1 < argc && strcmp(argv[i + 1], "bf16") == 0) round = true, i++;
         else if (strcmp(argv[i], "--invariant") == 0) invariant = true;
         else if (strcmp(argv[i], "--hash") == 0) hash = true;
+        else if (strcmp(argv[i], "--mpi") == 0) mpi = true;
         else return usage();
     }
+#ifdef LLMPAR_MPI
+    llmpar_error err = LLMPAR_ZERO;
+    if (mpi && llmpar_mpi_create(NULL, &world, &err)) { fprintf(stderr, "%s\n", err.text); return 2; }
+#else
+    if (mpi) { fprintf(stderr, "built without LLMPAR_MPI\n"); return 2; }
+#endif
     result want = read_expected(argv[1], &ids);
     if (round) {                                                                           // the file's results are of unrounded weights
-        result own = run(argv[1], "tp=1", false, true, invariant, ids, &want);
+        result own = run(argv[1], "tp=1", false, true, invariant, ids, &want, world);
         discard(&want);
         want = own;
     }
-    result got = run(argv[1], argv[2], sp, round, invariant, ids, &want);
+    result got = run(argv[1], argv[2], sp, round, invariant, ids, &want, world);
     logits = fmax(distance(got.logits, want.logits, got.b * got.t * got.v), got.decode_gap);
     for (int64_t i = 0; i <= got.layers; i++) {
         double most = 0, d = distance(got.hidden[i], want.hidden[i], got.b * got.t * got.h);
@@ -272,10 +314,12 @@ int main(int argc, char **argv) {
         if (!(d / most <= hidden)) hidden = d / most;
     }
     for (int64_t i = 0; i < got.b * got.steps; i++) same += got.greedy[i] == want.greedy[i];
-    printf("max |dlogits| %.2g  hidden %.2g  greedy %lld/%lld\n", logits, hidden, (long long)same, (long long)(got.b * got.steps));
-    if (hash) printf("prefill %016llx\ndecode %016llx\n", (unsigned long long)fnv1a(got.logits, got.b * got.t * got.v),
+    bool prints = !world || world->rank == 0;
+    if (prints) printf("max |dlogits| %.2g  hidden %.2g  greedy %lld/%lld\n", logits, hidden, (long long)same, (long long)(got.b * got.steps));
+    if (hash && prints) printf("prefill %016llx\ndecode %016llx\n", (unsigned long long)fnv1a(got.logits, got.b * got.t * got.v),
                      (unsigned long long)fnv1a(got.decode, got.steps * got.b * got.v));
     bool good = logits <= LIMIT && hidden <= LIMIT && same == got.b * got.steps;
     discard(&want); discard(&got); free(ids);
+    llmpar_comm_free(world);
     return good ? 0 : 1;
 }
