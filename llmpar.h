@@ -11157,7 +11157,7 @@ LLMPARI_ONCE_END
 enum {
     LLMPARI_MPI_FLIGHT = 16,       // collectives in flight on one communicator
     LLMPARI_MPI_BOX    = 4096,     // bytes of a buffered message
-    LLMPARI_MPI_SMALL  = 16384,    // bytes of an AllReduce in one step: everybody sends everything
+    LLMPARI_MPI_SMALL  = 3840,     // bytes of an AllReduce in one step: everybody sends everything. Open MPI sends up to 4 KiB, headers included, without asking first
     LLMPARI_MPI_MAIL   = 64,       // Send and Recv in flight
     LLMPARI_MPI_BOXES  = 8,        // of them buffered
     LLMPARI_MPI_NOTES  = 64,       // notes that are being sent

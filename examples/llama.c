@@ -62,7 +62,7 @@ static llmpar_status rank_main(llmpar_comm *world, void *user, llmpar_error *err
     int32_t *fresh = calloc((size_t)(o->rows * o->steps), sizeof *fresh), *n_fresh = calloc((size_t)o->rows, sizeof *n_fresh), alive = o->rows;
     if (!scratch || !order || !next || !lengths || !fresh || !n_fresh) return err->status = LLMPAR_NO_MEMORY;
     if (desc.log.fn) fputc('\n', stderr);
-    if (world->rank == 0 && o->prompt) fputs(o->prompt, stdout);
+    if (world->rank == 0) fputs(o->prompt ? o->prompt : "", stdout);
     TRY(llmpar_engine_step(engine, o->ids, o->lengths, o->rows, o->stride, &logits, err));
     for (long s = 0; s < o->steps; s++) {
         for (int32_t row = 0; row < o->rows; row++) {
@@ -89,8 +89,7 @@ static llmpar_status rank_main(llmpar_comm *world, void *user, llmpar_error *err
 
 // Fills ids and lengths from --prompt (a byte a token) or --ids.
 static int read_prompts(options *o, const llmpar_model *model) {
-    static const char blank[] = " \t\r\n"; char *line = NULL, *end = NULL; size_t room = 0;
-    FILE *file = o->prompt ? NULL : strcmp(o->ids_file, "-") == 0 ? stdin : fopen(o->ids_file, "r");
+    static const char blank[] = " \t\r\n"; char *line = NULL, *end = NULL; size_t room = 0; FILE *file = o->prompt ? NULL : strcmp(o->ids_file, "-") == 0 ? stdin : fopen(o->ids_file, "r");
     o->stride = model->positions;
     if (o->prompt && model->vocabulary != 256) return FAIL("%s: --prompt needs a vocabulary of 256 (bytes), this one has %lld; pass --ids", o->folder, (long long)model->vocabulary);
     if (!o->prompt && !file) return FAIL("cannot read %s", o->ids_file);
@@ -124,27 +123,24 @@ int main(int argc, char **argv) {
         int known = -1;
         for (int k = 0; k < 8; k++) if (strcmp(argv[i], names[k]) == 0 && i + 1 < argc) known = k;
         if (known >= 0) value[known] = argv[++i];
-        else if (strcmp(argv[i], "--sp") == 0) o.sp = true;
-        else if (strcmp(argv[i], "--mpi") == 0) mpi = true;
+        else if (strcmp(argv[i], "--sp") == 0 || strcmp(argv[i], "--mpi") == 0) *(argv[i][2] == 's' ? &o.sp : &mpi) = true;
         else if (argv[i][0] != '-' && !o.folder) o.folder = argv[i];
         else if (strcmp(argv[i], "--help") == 0) return puts(usage), 0;
         else return FAIL("unknown option, or one without its value: %s", argv[i]);
     }
     o.prompt = value[1]; o.ids_file = value[2]; o.steps = (long)number("--steps", value[3], 1, 1e9, true); o.dtype = value[4];
     o.temperature = number("--temperature", value[5], 0, 1e6, false); o.top_p = number("--top-p", value[6], 0, 1, false); o.seed = (uint64_t)number("--seed", value[7], 0, 9e15, true);
-#ifndef LLMPAR_MPI
-    if (mpi) return FAIL("--mpi: this program was built without LLMPAR_MPI; build/llama_mpi is built where mpicc is found");
-#endif
     if (!o.folder || !o.prompt == !o.ids_file) return FAIL("one DIR, and --prompt or --ids, are needed\n%s", usage);
     llmpar_checkpoint *files;
     if (llmpar_mesh_parse(value[0], &o.mesh, &err) || llmpar_checkpoint_open(&(llmpar_checkpoint_desc){ .folder = o.folder }, &files, &err))
         return FAIL("%s", err.text);
     if (read_prompts(&o, llmpar_checkpoint_model(files))) return 1; else llmpar_checkpoint_close(files);
-    llmpar_threads_desc threads = { .n_ranks = llmpar_mesh_size(&o.mesh) };
-    llmpar_comm *world = NULL;
+    llmpar_threads_desc threads = { .n_ranks = llmpar_mesh_size(&o.mesh) }; llmpar_comm *world = NULL;
     if (!(o.stats = calloc((size_t)threads.n_ranks, sizeof *o.stats))) return FAIL("out of memory");
 #ifdef LLMPAR_MPI
     if (mpi && (llmpar_mpi_create(NULL, &world, &err) || rank_main(world, &o, &err))) return llmpar_comm_abort(world, err.text), FAIL("%s", err.text);
+#else
+    if (mpi) return FAIL("--mpi: built without LLMPAR_MPI; build/llama_mpi is there where mpicc is found");
 #endif
     if (!mpi && llmpar_threads_run(&threads, rank_main, &o, &err)) return FAIL("%s", err.text);
     for (int r = mpi ? world->rank : 0; r < (mpi ? world->rank + 1 : threads.n_ranks); r++)

@@ -41,6 +41,16 @@ for cc in gcc clang; do
     for file in examples/*.c; do job "$cc $file" $cc -std=c99 $c_warnings -I. -c "$file" -o /dev/null; done
     for file in tests/*.c; do job "$cc $file" $cc -std=c99 -D_POSIX_C_SOURCE=200809L -DLLMPAR_STATIC -DFUZZ_MAIN $c_warnings -I. -Itests -fsyntax-only "$file"; done
 done
+# With MPI, where it is: C and C++, with and without threads, and the programs that use it.
+for mpi in openmpi mpich; do
+    command -v mpicc.$mpi > /dev/null || { skip "mpicc.$mpi" "not installed"; continue; }
+    job "mpicc.$mpi c99 impl -O2" mpicc.$mpi -std=c99 $c_warnings -DLLMPAR_MPI -O2 -I. -c "$D/impl.c" -o "$D/mpi-$mpi.o"
+    job "mpicc.$mpi c99 nothreads" mpicc.$mpi -std=c99 $c_warnings -DLLMPAR_MPI -O0 -I. -c "$D/nothreads.c" -o /dev/null
+    for file in tests/test_mpi.c tests/bench_mpi.c tests/golden_check.c examples/llama.c; do
+        job "mpicc.$mpi $file" mpicc.$mpi -std=c99 -D_POSIX_C_SOURCE=200809L $c_warnings -DLLMPAR_MPI -DLLMPAR_STATIC -I. -Itests -fsyntax-only "$file"
+    done
+    command -v mpicxx.$mpi > /dev/null && job "mpicxx.$mpi c++11 impl" mpicxx.$mpi -std=c++11 -Wall -Wextra -Wno-cast-function-type -DLLMPAR_MPI -O0 -I. -c "$D/impl.cpp" -o /dev/null
+done
 for cxx in g++ clang++; do
     command -v $cxx > /dev/null || { skip "$cxx" "not installed"; continue; }
     job "$cxx c++11 impl -O2" $cxx -std=c++11 -Wall -Wextra -Wpedantic -O2 -I. -c "$D/impl.cpp" -o /dev/null
@@ -68,6 +78,12 @@ writable=$(nm -f sysv "$object" | awk -F '|' '$3 ~ /[bBdDsSC]/ && $7 !~ /^ *\.da
 [ -z "$writable" ] && ok || bad "writable data: $writable"
 # LLMPAR_NO_THREADS needs no pthread symbol.
 if nm -u "${object%.o}-nothreads.o" | grep -q pthread || ! nm -u "$object" | grep -q pthread; then bad "LLMPAR_NO_THREADS still needs pthread"; else ok; fi
+# With MPI too the library writes to nothing of its own, ends no program and never aborts the job.
+for mpi in openmpi mpich; do
+    [ -f "$D/mpi-$mpi.o" ] || continue
+    ends="$(nm -u "$D/mpi-$mpi.o" | grep -E ' (exit|_exit|abort|printf|puts|putchar|perror|MPI_Abort)$') $(nm -f sysv "$D/mpi-$mpi.o" | awk -F '|' '$3 ~ /[bBdDsSC]/ && $7 !~ /^ *\.data\.rel\.ro/ {print $1}')"
+    [ "$ends" = " " ] && ok || bad "with $mpi: $ends"
+done
 # exit, abort and printing do not occur.
 ends=$(nm -u "$object" | grep -E ' (exit|_exit|abort|printf|puts|putchar|perror)$')
 [ -z "$ends" ] && ok || bad "the library exits, aborts or prints: $ends"

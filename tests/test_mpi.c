@@ -633,10 +633,29 @@ static void test_own(void) {
     }
 }
 
-int main(void) {
+// --hosts CALLS: AllReduces of 1 MB over the hosts that MPI finds, for tests/mpi_hosts.sh, which counts what goes over the wire.
+static int over_hosts(llmpar_comm *world, int calls) {
+    enum { N = 250000 };
+    llmpar_error err = LLMPAR_ZERO;
+    float *data = (float *)malloc(N * sizeof *data);
+    int64_t messages = 0, bytes, wrong = 0;
+    for (int c = 0; c < calls; c++) {
+        for (int i = 0; i < N; i++) data[i] = (float)(world->rank + i % 7 + c);
+        if (llmpar_all_reduce(world, data, data, N, LLMPAR_F32, LLMPAR_SUM, &err)) return printf("%s\n", err.text), 1;
+        for (int i = 0; i < N; i++) wrong += data[i] != (float)(world->size * (world->size - 1) / 2 + world->size * (i % 7 + c));
+    }
+    bytes = llmpar_mpi_host_bytes(world, &messages);
+    printf("rank %d: %lld bytes in %lld messages to other hosts, %lld wrong\n", world->rank, (long long)bytes, (long long)messages, (long long)wrong);
+    free(data);
+    llmpar_comm_free(world);
+    return wrong > 0;
+}
+
+int main(int argc, char **argv) {
     llmpar_error err = LLMPAR_ZERO;
     llmpar_comm *first = NULL;
     if (llmpar_mpi_create(NULL, &first, &err)) return printf("%s\n0 passed, 1 failed\n", err.text), 1;      // initialises MPI, and finalises it at the end
+    if (argc > 2 && strcmp(argv[1], "--hosts") == 0) return over_hosts(first, atoi(argv[2]));
     my_rank = first->rank;
     n_ranks = first->size;
     test_grid();

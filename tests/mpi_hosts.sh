@@ -1,0 +1,43 @@
+#!/bin/sh
+# AllReduce over two hosts of two ranks: two network namespaces with a wire between them. One message each way per call, counted by the library and on the wire.
+# Needs root, ip, and Open MPI; where namespaces cannot be made it is skipped.
+B=${B:-build}; program=$PWD/$B/test_mpi.openmpi
+skip() { echo "SKIP two hosts: $1"; echo "0 passed, 0 failed, 1 skipped"; exit 0; }
+[ -x "$program" ] || skip "mpicc.openmpi is not installed"
+command -v ip > /dev/null || skip "ip is not installed"
+a=lpA$$; b=lpB$$; agent=$PWD/$B/mpi_agent.$$; passed=0; failed=0
+clean() { ip netns del $a 2> /dev/null; ip netns del $b 2> /dev/null; rm -f "$agent"; }
+trap clean EXIT
+ip netns add $a 2> /dev/null && ip netns add $b 2> /dev/null || skip "no right to make network namespaces"
+ip link add va$$ type veth peer name vb$$ 2> /dev/null || skip "no right to make a network device"
+ip link set va$$ netns $a name eth0 2> /dev/null && ip link set vb$$ netns $b name eth0 2> /dev/null || skip "the device cannot be moved"
+ip -n $a addr add 10.77.0.1/24 dev eth0; ip -n $b addr add 10.77.0.2/24 dev eth0
+for ns in $a $b; do ip -n $ns link set lo up; ip -n $ns link set eth0 up; done
+# What ssh would do: the host's address says which namespace, and the host has a name of its own there.
+cat > "$agent" <<A
+#!/bin/sh
+case \$1 in 10.77.0.1) ns=$a ;; *) ns=$b ;; esac
+shift
+exec ip netns exec \$ns unshare --uts sh -c "hostname \$ns; \$*"
+A
+chmod +x "$agent"
+wire() { ip netns exec $1 cat /sys/class/net/eth0/statistics/tx_bytes; }
+run() { # run CALLS: sets out, and the bytes that each side sent
+    before_a=$(wire $a); before_b=$(wire $b)
+    out=$(ip netns exec $a unshare --uts sh -c "hostname $a; exec timeout 60 mpirun.openmpi --allow-run-as-root --bind-to none --mca plm_rsh_agent $agent --mca btl self,vader,tcp --mca pml ob1 \
+        --mca btl_tcp_if_include eth0 --mca oob_tcp_if_include eth0 --host 10.77.0.1:2,10.77.0.2:2 -np 4 $program --hosts $1" 2>&1)
+    sent_a=$(($(wire $a) - before_a)); sent_b=$(($(wire $b) - before_b))
+}
+check() { if [ "$2" = "$3" ]; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "FAIL $1: got $2, want $3"; printf '%s\n' "$out" | tail -n 10; fi; }
+run 1; few_a=$sent_a; few_b=$sent_b
+run 41
+check "what the library counts" "$(printf '%s\n' "$out" | grep '^rank' | sort)" "rank 0: 41000000 bytes in 41 messages to other hosts, 0 wrong
+rank 1: 0 bytes in 0 messages to other hosts, 0 wrong
+rank 2: 41000000 bytes in 41 messages to other hosts, 0 wrong
+rank 3: 0 bytes in 0 messages to other hosts, 0 wrong"
+# 40 calls more are 40 MB more each way, with TCP's and IP's headers and acknowledgements at most a tenth above.
+for side in "$((sent_a - few_a))" "$((sent_b - few_b))"; do
+    check "bytes on the wire ($side) are 40 MB" "$([ "$side" -ge 40000000 ] && [ "$side" -le 44000000 ] && echo yes)" yes
+done
+echo "$passed passed, $failed failed"
+[ $failed = 0 ]
