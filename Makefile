@@ -57,6 +57,7 @@ $(TESTS): $(B)/%: tests/%.c llmpar.h tests/test.h | $(B)
 $(TOOLS) $(BENCHES): $(B)/%: tests/%.c llmpar.h tests/test.h | $(B)
 	$(CC) $(CFLAGS) $(STRICT) -I. -Itests $< -o $@ $(LDLIBS)
 
+$(B)/test_comm: tests/jobs.h
 $(B)/bench_comm: tests/bench_comm.h
 $(PEERS): $(B)/bench_comm_%: tests/bench_comm_mpi.c tests/bench_comm.h | $(B)
 	mpicc.$* $(CFLAGS) $(STRICT) -DBENCH_MPI -Itests $< -o $@

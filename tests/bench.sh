@@ -42,10 +42,19 @@ comm() {
     run "bench_comm, 4 ranks" "$program" --ranks 4
     run "bench_comm, physics" "$program" --physics --peer none
 }
+# The MPI backend beside the bare MPI calls.
+bare() {
+    for mpi in openmpi mpich; do
+        command -v mpicc.$mpi > /dev/null || { echo "SKIP bench_mpi: no mpicc.$mpi"; continue; }
+        if ! mpicc.$mpi $CFLAGS -std=c99 -DLLMPAR_MPI -I. -Itests tests/bench_mpi.c -o "$D/bench_mpi_$mpi" -lpthread -lm; then failed=$((failed + 1)); echo "FAILED: bench_mpi.c does not build with mpicc.$mpi"; continue; fi
+        options=""; [ $mpi = mpich ] || options="--allow-run-as-root --oversubscribe --bind-to none"
+        run "bench_mpi, $mpi, 2 ranks" mpirun.$mpi $options -np 2 "$D/bench_mpi_$mpi"
+    done
+}
 : > "$D/all"
 for source in tests/bench_*.c; do
     name=$(basename "$source" .c); program=$D/$name
-    case $name in bench_comm_mpi) continue ;; *"$LLMPAR_BENCH"*) ;; *) continue ;; esac
+    case $name in bench_comm_mpi) continue ;; bench_mpi) case $name in *"$LLMPAR_BENCH"*) bare ;; esac; continue ;; *"$LLMPAR_BENCH"*) ;; *) continue ;; esac
     if ! $CC $CFLAGS -std=c99 $cblas -DBENCH_FLAGS="\"$CFLAGS\"" -I. -Itests "$source" -o "$program" -lpthread -lm $libs; then failed=$((failed + 1)); echo "FAILED: $source does not build"; continue; fi
     if [ "$name" = bench_comm ]; then comm; continue; fi
     if [ "$name" != bench_decode ]; then run "$name" "$program"; continue; fi
