@@ -11157,7 +11157,8 @@ LLMPARI_ONCE_END
 enum {
     LLMPARI_MPI_FLIGHT = 16,       // collectives in flight on one communicator
     LLMPARI_MPI_BOX    = 4096,     // bytes of a buffered message
-    LLMPARI_MPI_SMALL  = 3840,     // bytes of an AllReduce in one step: everybody sends everything. Open MPI sends up to 4 KiB, headers included, without asking first
+    LLMPARI_MPI_SMALL  = 7680,     // bytes of an AllReduce in one step: everybody sends everything,
+    LLMPARI_MPI_EAGER  = 3840,     //   in messages of this: Open MPI sends up to 4 KiB, headers included, without asking first
     LLMPARI_MPI_MAIL   = 64,       // Send and Recv in flight
     LLMPARI_MPI_BOXES  = 8,        // of them buffered
     LLMPARI_MPI_NOTES  = 64,       // notes that are being sent
@@ -11442,10 +11443,13 @@ LLMPARI_FN int llmpari_mpi_message(llmpari_mpi_end *end, bool sends, char *data,
 
 LLMPARI_FN void llmpari_mpi_add(llmpari_mpi_end *end, llmpari_mpi_op *op, int64_t k, int32_t what, bool sends, const void *data, int64_t bytes, int32_t member) {
     llmpari_mpi_requests *m = &op->messages;
+    int64_t most = op->call.kind == LLMPAR_ALL_REDUCE && what == LLMPARI_TAG_DATA && bytes <= end->small_bytes ? LLMPARI_MPI_EAGER : bytes;
     if (bytes == 0) return;
     int tag = llmpari_mpi_tag(end->world, sends ? end->number : end->numbers[member], (int32_t)(k % LLMPARI_MPI_FLIGHT) * 4 + what, what == LLMPARI_TAG_DATA ? op->hash : 0, bytes);
-    int n = llmpari_mpi_message(end, sends, (char *)(uintptr_t)data, bytes, member, tag, m->request + m->n);
-    for (int i = 0; i < n; i++) m->receives[m->n++] = !sends;
+    for (int64_t at = 0; at < bytes; at += most) {
+        int n = llmpari_mpi_message(end, sends, (char *)(uintptr_t)data + at, llmpari_min(most, bytes - at), member, tag, m->request + m->n);
+        for (int i = 0; i < n; i++) m->receives[m->n++] = !sends;
+    }
 }
 
 // Have the messages of the step arrived?
@@ -12262,8 +12266,8 @@ LLMPARI_FN size_t llmpari_mpi_layout(llmpari_mpi_end *end, char *base, int64_t n
     e->rows     = (const char **)(void *)llmpari_mpi_place(base, &at, n + 1, sizeof *e->rows);
     for (int i = 0; i < LLMPARI_MPI_FLIGHT; i++) {
         llmpari_mpi_op *op = &e->op[i];
-        op->messages.request  = (MPI_Request *)(void *)llmpari_mpi_place(base, &at, 4 * n, sizeof(MPI_Request));
-        op->messages.receives = (bool *)(void *)llmpari_mpi_place(base, &at, 4 * n, sizeof(bool));
+        op->messages.request  = (MPI_Request *)(void *)llmpari_mpi_place(base, &at, 8 * n, sizeof(MPI_Request));
+        op->messages.receives = (bool *)(void *)llmpari_mpi_place(base, &at, 8 * n, sizeof(bool));
         op->send_at    = (int64_t *)(void *)llmpari_mpi_place(base, &at, n + 1, sizeof(int64_t));
         op->recv_at    = (int64_t *)(void *)llmpari_mpi_place(base, &at, n + 1, sizeof(int64_t));
         op->counts_own = (int64_t *)(void *)llmpari_mpi_place(base, &at, 2 * n, sizeof(int64_t));
@@ -12328,7 +12332,7 @@ LLMPARI_FN llmpari_mpi_end *llmpari_mpi_end_new(llmpari_mpi_world *world, const 
         end->key        = llmpari_mix(end->key, end->ranks[i]);
     }
     end->numbers[me] = end->number;
-    for (int i = 0; i < LLMPARI_MPI_FLIGHT; i++) for (int64_t m = 0; m < 4 * (int64_t)n; m++) end->op[i].messages.request[m] = MPI_REQUEST_NULL;
+    for (int i = 0; i < LLMPARI_MPI_FLIGHT; i++) for (int64_t m = 0; m < 8 * (int64_t)n; m++) end->op[i].messages.request[m] = MPI_REQUEST_NULL;
     for (int i = 0; i < LLMPARI_MPI_MAIL; i++) { end->mail[i].box = -1; for (int m = 0; m < 3; m++) end->mail[i].request[m] = MPI_REQUEST_NULL; }
     end->comm.id = parent ? (int64_t)(end->key >> 1) : 0;
     llmpari_mpi_hosts(end);
