@@ -11229,7 +11229,7 @@ typedef struct llmpari_mpi_end {
     bool      left;                // freed; stays until all names are there
     int32_t  *ranks, *numbers;     // [n] in the world; of this communicator, -1 = not known yet
     int64_t   started, finished;
-    int64_t   mails, mails_used;
+    int64_t   mails, mails_used, mails_unposted;
     double    since;               // llmpar_test: when the oldest call was first found not done; 0 = not yet
     uint64_t  question;
     int64_t  *answers;             // [n] -2 = none yet
@@ -11864,17 +11864,21 @@ LLMPARI_FN void llmpari_mpi_mail_go(llmpari_mpi_end *end, llmpari_mpi_mail *mail
 
 // Messages that wait for a member's number go in the order they were started.
 LLMPARI_FN void llmpari_mpi_mails_go(llmpari_mpi_end *end) {
-    for (;;) {
+    int64_t left;
+    while (end->mails_unposted > 0) {
         llmpari_mpi_mail *next = NULL;
         for (int i = 0; i < LLMPARI_MPI_MAIL; i++) {
             llmpari_mpi_mail *mail = &end->mail[i];
             if (mail->used && !mail->posted && (mail->is_send || end->numbers[mail->peer] >= 0) && (!next || mail->seq < next->seq)) next = mail;
         }
         if (!next) break;
+        end->mails_unposted--;
         llmpari_mpi_mail_post(end, next);
     }
-    for (int i = 0; i < LLMPARI_MPI_MAIL; i++) {
+    left = end->mails_used;
+    for (int i = 0; i < LLMPARI_MPI_MAIL && left > 0; i++) {                                // the lowest entries are taken first
         llmpari_mpi_mail *mail = &end->mail[i];
+        left -= mail->used;
         if (mail->used && mail->posted && !mail->done && !mail->status) llmpari_mpi_mail_go(end, mail);
     }
 }
@@ -12121,7 +12125,11 @@ LLMPARI_FN llmpar_status llmpari_mpi_mail_start(llmpari_mpi_end *end, const llmp
     }
     while (end->mail[entry].used) entry++;
     llmpari_mpi_mail *mail = &end->mail[entry];
-    for (int i = 0; i < LLMPARI_MPI_MAIL; i++) if (end->mail[i].used && end->mail[i].box >= 0) boxes |= 1u << end->mail[i].box;
+    held = end->mails_used;
+    for (int i = 0; i < LLMPARI_MPI_MAIL && held > 0; i++) {
+        held -= end->mail[i].used;
+        if (end->mail[i].used && end->mail[i].box >= 0) boxes |= 1u << end->mail[i].box;
+    }
     while (box < LLMPARI_MPI_BOXES && (boxes >> box & 1)) box++;
     memset(mail, 0, sizeof *mail);
     for (int i = 0; i < 3; i++) mail->request[i] = MPI_REQUEST_NULL;
@@ -12143,6 +12151,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_mail_start(llmpari_mpi_end *end, const llmp
         mail->held = false;
     } else *ticket = 2 * (mail->seq * LLMPARI_MPI_MAIL + entry) + 1;
     end->mails_used++;
+    end->mails_unposted++;
     llmpari_mpi_mails_go(end);
     return LLMPAR_OK;
 }
