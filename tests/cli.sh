@@ -369,7 +369,7 @@ header_tests() {
         awk '!/^\/\// { exit } { sub(/^\/\/ ?/, ""); print }' "$source" > "$T/header"
         command=$(sed -n 's/^  *build\/\('"$name"'.*\)$/\1/p; s/^   *\.\/\('"$name"'.*\)$/\1/p' "$T/header" | head -n 1 | sed 's/   .*$//')
         [ -n "$command" ] || command=$name
-        sed -n 's/^  \( *\)\([^ ].*\)$/\2/p' "$T/header" | grep -v -E '^(cc |build/|\./|#|\.\.\.)' | sed -E 's/[0-9.]+e-[0-9]+/E/' > "$T/expected"
+        sed -n 's/^  \( *\)\([^ ].*\)$/\2/p' "$T/header" | grep -v -E '^((mpi)?cc |build/|\./|#|\.\.\.)' | sed -E 's/[0-9.]+e-[0-9]+/E/' > "$T/expected"
         eval "\"$B\"/$command" < /dev/null 2> /dev/null | sed -E 's/[0-9.]+e-[0-9]+/E/; s/^ *//' > "$T/printed"
         if [ ! -s "$T/expected" ]; then bad "$source: the first comment shows no output"; continue; fi
         missing=$(while IFS= read -r line; do grep -F -x -q -e "$line" "$T/printed" || printf '%s\n' "$line"; done < "$T/expected")
