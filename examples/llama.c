@@ -6,7 +6,7 @@
 //
 // Prints the text to stdout, the same for every mesh; a table (bytes read and memory per rank, collectives per layer, tokens/s) to stderr; to a terminal, progress:
 //   KING RICHARD:
-//   The gods that thou art thou art thou liest, ...
+//   The gods that thou art thou art thou liest,
 #define LLMPAR_IMPLEMENTATION
 #include "llmpar.h"
 #define FAIL(...) (fprintf(stderr, "llama: "), fprintf(stderr, __VA_ARGS__), fputc('\n', stderr), 1)
