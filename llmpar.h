@@ -11443,7 +11443,7 @@ LLMPARI_FN int llmpari_mpi_message(llmpari_mpi_end *end, bool sends, char *data,
 
 LLMPARI_FN void llmpari_mpi_add(llmpari_mpi_end *end, llmpari_mpi_op *op, int64_t k, int32_t what, bool sends, const void *data, int64_t bytes, int32_t member) {
     llmpari_mpi_requests *m = &op->messages;
-    int64_t most = op->call.kind == LLMPAR_ALL_REDUCE && what == LLMPARI_TAG_DATA && bytes <= end->small_bytes ? LLMPARI_MPI_EAGER : bytes;
+    int64_t most = op->call.kind == LLMPAR_ALL_REDUCE && what == LLMPARI_TAG_DATA && bytes <= end->small_bytes ? (int64_t)LLMPARI_MPI_EAGER : bytes;
     if (bytes == 0) return;
     int tag = llmpari_mpi_tag(end->world, sends ? end->number : end->numbers[member], (int32_t)(k % LLMPARI_MPI_FLIGHT) * 4 + what, what == LLMPARI_TAG_DATA ? op->hash : 0, bytes);
     for (int64_t at = 0; at < bytes; at += most) {
@@ -14663,6 +14663,7 @@ typedef struct llmpari_exec_prep {      // while one step is prepared
 
 #define LLMPARI_EXEC_ALIGN(bytes) (((bytes) + 63) & ~(int64_t)63)
 
+LLMPARI_ONCE_BEGIN
 // The kernel's own struct, zeroed.
 LLMPARI_FN void *llmpari_exec_prep_how(llmpari_exec_prep *p, size_t bytes) { return p->task->how = llmpar_arena_alloc(&p->exec->arena, bytes); }
 
@@ -14682,6 +14683,7 @@ LLMPARI_FN void llmpari_exec_prep_f32(llmpari_exec_prep *p, int s) {
     p->task->converts |= 1u << s;
     p->task->convert_at[s] = llmpari_exec_prep_scratch(p, 4 * p->in[s]->part.elements);
 }
+LLMPARI_ONCE_END
 
 // The communicator over `axes`, by its number; they are made once all steps are prepared, in ascending order of the masks on every rank.
 LLMPARI_FN void llmpari_exec_use_comm(llmpar_exec *x, llmpar_axes axes) {
@@ -14701,6 +14703,7 @@ LLMPARI_FN llmpar_comm *llmpari_exec_comm(const llmpar_exec *x, llmpar_axes axes
     return x->comm[low];
 }
 
+LLMPARI_ONCE_BEGIN
 LLMPARI_FN const char *llmpari_exec_op_text(int kind) {
     static const char *const text[] = { "einsum", "add", "mul", "unary", "norm", "softmax", "rope", "attention", "embed", "take", "cross entropy",
                                        "output" };
@@ -14914,6 +14917,7 @@ LLMPARI_FN bool llmpari_exec_contract_plan(llmpari_exec_prep *p, llmpari_exec_co
     }
     return false;
 }
+LLMPARI_ONCE_END
 
 LLMPARI_FN llmpar_status llmpari_exec_run_gemm(llmpar_exec *x, const llmpari_exec_task *task, const llmpari_exec_args *args, llmpar_error *err) {
     const llmpari_exec_contract *c = (const llmpari_exec_contract *)task->how;
@@ -14995,6 +14999,7 @@ LLMPARI_FN void llmpari_exec_contract_loops(llmpari_exec_prep *p, llmpari_exec_c
         }
 }
 
+LLMPARI_ONCE_BEGIN
 // An invariant graph's sums run over the same items in the same order whatever this rank holds: the dims summed over lie next to each other, in one order in both
 // operands, and the one that has granules comes first.
 LLMPARI_FN llmpar_status llmpari_exec_invariant_check(const llmpari_exec_prep *p) {
@@ -15079,6 +15084,7 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_einsum(llmpari_exec_prep *p) {
     if (floats > 0) c->gemm_at = llmpari_exec_prep_scratch(p, 4 * floats);
     return LLMPAR_OK;
 }
+LLMPARI_ONCE_END
 
 // ---- 4. elementwise ops, norms, lookups
 
@@ -15505,6 +15511,7 @@ LLMPARI_FN llmpar_status llmpari_exec_run_attention(llmpar_exec *x, const llmpar
     return LLMPAR_OK;
 }
 
+LLMPARI_ONCE_BEGIN
 // Each local query head's local kv head, from the global numbers: query head i uses kv head i / (N / K).
 LLMPARI_FN llmpar_status llmpari_exec_attend_heads(llmpari_exec_prep *p, llmpari_exec_attend *how) {
     const llmpari_exec_copy *q = p->in[0], *k = p->in[1];
@@ -15567,6 +15574,7 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_attention(llmpari_exec_prep *p) {
     p->task->run = llmpari_exec_run_attention;
     return LLMPAR_OK;
 }
+LLMPARI_ONCE_END
 
 // ---- 6. moves
 
@@ -15602,6 +15610,7 @@ LLMPARI_FN llmpar_status llmpari_exec_run_copy(llmpar_exec *x, const llmpari_exe
     return LLMPAR_OK;
 }
 
+LLMPARI_ONCE_BEGIN
 LLMPARI_FN int64_t llmpari_exec_range_elements(const llmpar_range *range, int n) {
     int64_t elements = 1;
     for (int d = 0; d < n; d++) elements *= range[d].count;
@@ -15708,6 +15717,7 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_collective(llmpari_exec_prep *p, llmp
                             llmpar_collective_name(move->kind));
     }
 }
+LLMPARI_ONCE_END
 
 // The AllReduce of a sum along the tree: the group's pieces, exchanged and added in the tree's order.
 typedef struct llmpari_exec_tree {
