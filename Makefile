@@ -30,7 +30,7 @@ ifeq ($(MPICCS),)
 MPICCS   := $(if $(shell command -v mpicc 2> /dev/null),default)
 endif
 mpicc     = $(if $(filter default,$(1)),mpicc,mpicc.$(1))
-MPI_RUNS := $(foreach mpi,$(MPICCS),$(B)/test_mpi.$(mpi) $(B)/golden_check.$(mpi))
+MPI_RUNS := $(foreach mpi,$(MPICCS),$(B)/test_mpi.$(mpi) $(B)/golden_check.$(mpi) $(B)/fault.$(mpi))
 
 .PHONY: all help demo test stress bench hygiene sanitize fuzz clean
 all: $(EXAMPLES) $(TOOLS) $(B)/bench_comm $(PEERS) $(if $(MPICCS),$(B)/llama_mpi)
@@ -66,6 +66,8 @@ $(B)/test_mpi.$(1): tests/test_mpi.c tests/jobs.h llmpar.h tests/test.h | $(B)
 	$(call mpicc,$(1)) $(TFLAGS) $(STRICT) -DLLMPAR_MPI -DLLMPAR_STATIC -I. -Itests $$< -o $$@ $(LDLIBS)
 $(B)/golden_check.$(1): tests/golden_check.c llmpar.h tests/golden.h tests/traffic.h | $(B)
 	$(call mpicc,$(1)) $(TFLAGS) $(STRICT) -DLLMPAR_MPI -I. -Itests $$< -o $$@ $(LDLIBS)
+$(B)/fault.$(1): tests/fault.c llmpar.h | $(B)
+	$(call mpicc,$(1)) $(TFLAGS) $(STRICT) -DLLMPAR_MPI -DLLMPAR_STATIC -I. -Itests $$< -o $$@ $(LDLIBS)
 $(B)/bench_mpi.$(1): tests/bench_mpi.c llmpar.h | $(B)
 	$(call mpicc,$(1)) $(CFLAGS) $(STRICT) -DLLMPAR_MPI -DLLMPAR_STATIC -I. -Itests $$< -o $$@ $(LDLIBS)
 endef

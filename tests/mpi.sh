@@ -28,6 +28,12 @@ for mpi in openmpi mpich default; do
             if [ $? = 0 ] && printf '%s\n' "$out" | grep -q '^max |dlogits|'; then ok; else bad "golden_check $model $2" "$out"; fi
         done
     done
+    for fault in late mismatch-count mismatch-dtype mismatch-op abort; do          # every survivor names the culprit
+        [ "$mpi$stress" = mpich0 ] && [ $fault != abort ] && continue
+        n=3; [ "$mpi$stress" = mpich0 ] && n=2
+        out=$(run $n "$B/fault.$mpi" --backend mpi --fault $fault --timeout 1 --seed 3 2>&1)
+        if [ "$(printf '%s\n' "$out" | grep -c '^  rank [0-9]*, good: ')" = $((n - 1)) ]; then ok; else bad "fault $fault on $n ranks" "$out"; fi
+    done
     if out=$(run 2 "$B/golden_check.$mpi" tests/golden/llama tp=3 --mpi 2>&1); then bad "a mesh of 3 on 2 ranks was accepted" "$out"; else ok; fi
     launcher="mpirun (Open MPI)"; [ $mpi = mpich ] && launcher="mpirun (MPICH, PMI)"
     out=$(run 2 "$B/test_launch" --show 2>&1 | sort)
