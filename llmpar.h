@@ -967,7 +967,7 @@ LLMPAR_DEF const char   *llmpar_launcher_name(llmpar_launcher launcher);        
 //     Without it, messages of calls that differ do not meet; a rank that waits for a second asks, and then says LLMPAR_MISMATCH (collectives), or runs into the deadline
 //     (Send and Recv; AllToAll whose counts do not fit together).
 //   - llmpar_comm_shrink is not there, and no trace knows who came last.
-//   - A rank that waits past timeout_s asks the others where they are; those that have not come to the call or do not answer within a second are named.
+//   - A rank that waits past timeout_s asks the others where they are; those that have not come to the call or do not answer within a second (or timeout_s, from 0.1 s) are named.
 //   - All ranks must have the same byte order. MPI_Abort is never called. MPI's own failures return LLMPAR_IO_FAILED with its text, where MPI returns: it sends errors of
 //     messages under way to MPI_COMM_WORLD's handler, which ends the job. Where the library initialises MPI it sets MPI_ERRORS_RETURN there; else that is the user's choice.
 // An AllReduce of a group whose members lie host by host (several hosts, several members on one) crosses between hosts once in each direction: the first host's members
@@ -12045,7 +12045,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_late(llmpari_mpi_end *end, llmpari_mpi_goal
         return LLMPAR_OK;
     }
     for (int32_t i = 0; i < end->comm.size; i++) all = all && (i == end->comm.rank || end->answers[i] != -2);
-    if (!all && now - end->asked < 1) return LLMPAR_OK;
+    if (!all && now - end->asked < (timeout_s < 0.1 ? 0.1 : timeout_s < 1 ? timeout_s : 1)) return LLMPAR_OK;
     for (int32_t i = 0; i < end->comm.size; i++) {
         const llmpari_wire *a = &llmpari_mpi_op_of(end, end->finished)->signs[end->comm.rank], *b = &llmpari_mpi_op_of(end, end->finished)->signs[i];
         if (i != end->comm.rank && end->answers[i] > end->finished && b->k == a->k && !llmpari_mpi_same_wire(a, b)) return llmpari_mpi_other(end, i, err);

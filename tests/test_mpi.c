@@ -502,7 +502,7 @@ static llmpar_status late_rank(llmpar_comm *world, void *user, llmpar_error *err
     TRY(llmpar_barrier(world, err));
     double began = now_s();
     if (world->rank == last) {                                                             // is away for longer than the deadline, then hears of it
-        pause_ms(1800);
+        pause_ms(700);
         status = llmpar_barrier(world, &seen);
         CHECK(status == LLMPAR_ABORTED || status == LLMPAR_TIMEOUT);
         return LLMPAR_OK;
