@@ -10304,7 +10304,9 @@ LLMPARI_FN void llmpari_mail_chunks(llmpari_team *team, const llmpar_call *call,
     mail->from  = sends ? (const char *)call->send : mail->data;
     mail->bytes = bytes;
     mail->taken = mail->copied = 0;
+    llmpari_mail_lock(team);
     llmpari_comm_store(world, &mail->state, LLMPARI_COPYING);
+    llmpari_mail_unlock(team);
     llmpari_add(world, &team->mail_large[call->peer].value, 1);
     llmpari_wake(team);
     llmpari_mail_copy(world, mail);
