@@ -881,7 +881,7 @@ LLMPAR_DEF void          llmpar_comm_free(llmpar_comm *comm);                   
 LLMPAR_DEF void          llmpar_comm_abort(llmpar_comm *comm, const char *why);
 
 // Writes the traces of n ranks (trace[rank]; NULL = none) for chrome://tracing or Perfetto: one track per rank, calls as begin / end pairs with group, bytes and who came
-// last; what was started and not yet waited for as asynchronous pairs. NO_MEMORY never: it allocates nothing.
+// last; what was started and not yet waited for as asynchronous pairs. Allocates nothing.
 LLMPAR_DEF void llmpar_trace_write(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink);
 // A table: per group its collectives, payload bytes of a rank, time in calls (mean over ranks), of it not spent waiting for others (per collective the least over ranks), and
 // who came last how often.
@@ -9375,8 +9375,9 @@ LLMPAR_DEF void llmpar_trace_summary(const llmpar_trace *const *trace, int32_t n
             for (int32_t r = 0; r < n && r < MOST; r++) {
                 const llmpar_trace_event *e = llmpari_trace_next(trace[r], group, &at[r]);
                 if (!e) continue;
-                sum += (e->end_s - e->begin_s) / size;
-                if (e->end_s - e->begin_s < shortest) shortest = e->end_s - e->begin_s;
+                double took = e->end_s > 0 ? e->end_s - e->begin_s : 0;                   // failed, or never waited for
+                sum += took / size;
+                if (took < shortest) shortest = took;
                 if (any) continue;
                 any = true;
                 calls++;
@@ -9493,13 +9494,13 @@ LLMPAR_DEF llmpar_status llmpar_comm_self(const llmpar_allocator *allocator, llm
 // ---- Ranks as threads ----
 // A team is one group: a block of memory with the ends of all its members and a ring of LLMPARI_FLIGHT slots, one per collective in flight. Collective k uses
 // slot k % LLMPARI_FLIGHT. In it each member posts its signature and its buffers; post.seq = k + 1, written last, says "arrived".
-//   small    every member's data fits into its box: it is copied there, and each member, once all have arrived, computes its own result. One synchronisation.
-//   direct   the work is cut into one unit per member (AllReduce: a slice that is reduced and stored into every output; else: one member's output). Once all
+//   small    every member's data fits into its post or a box of its own: it is copied there, and each member, once all have arrived, computes its own result. One synchronisation.
+//   direct   the work is cut into one unit per member (AllReduce, unless pulled: a slice that is reduced and stored into every output; else: one member's output). Once all
 //            have arrived, a member claims its own unit and then those that nobody has begun yet, so that a late or unscheduled rank holds nobody up, and a
 //            call is done when all units are. Every unit gives the same bits, whoever does it.
 // A member retires collective k when it needs its slot no more; a slot is used again when all have retired it.
 // Who waits spins, then yields, then sleeps on the team's condition variable. Counters stand on cache lines of their own.
-// All shared words are read and written sequentially consistent: a sleeper announces itself and looks again, a publisher publishes and looks for sleepers.
+// All shared words but `retired` and `waits` are read and written sequentially consistent: a sleeper announces itself and looks again, a publisher publishes and looks for sleepers.
 
 enum {
     LLMPARI_FLIGHT     = 16,       // collectives in flight on one team; a power of two
@@ -10712,7 +10713,7 @@ LLMPARI_FN llmpar_comm_tuning llmpari_tuning_or(const llmpar_comm_tuning *given)
 
 // Measures the ways of a reduction on two threads, with buffers that are written before and read after it as they are in use.
 enum { LLMPARI_PROBE_BYTES = 512 << 10 };
-typedef struct llmpari_probe { llmpar_comm_tuning tuning; llmpar_allocator allocator; double until; } llmpari_probe;
+typedef struct llmpari_probe { llmpar_comm_tuning tuning; float *buffer; double until; } llmpari_probe;
 
 LLMPARI_FN llmpar_status llmpari_probe_time(llmpar_comm *comm, float *buffer, int64_t bytes, int way, double *seconds, llmpar_error *err) {
     llmpar_threads *world = ((llmpari_end *)comm->impl)->team->world;
@@ -10754,12 +10755,7 @@ LLMPARI_FN llmpar_status llmpari_probe_sizes(llmpar_comm *comm, float *buffer, l
 
 LLMPARI_FN llmpar_status llmpari_probe_rank(llmpar_comm *comm, void *user, llmpar_error *err) {
     llmpari_probe *probe = (llmpari_probe *)user;
-    size_t bytes = 2 * LLMPARI_PROBE_BYTES;
-    float *buffer = (float *)llmpari_alloc(NULL, bytes);
-    if (!buffer) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to measure");
-    llmpar_status status = llmpari_probe_sizes(comm, buffer, probe, err);
-    llmpari_free(NULL, buffer, bytes);
-    return status;
+    return llmpari_probe_sizes(comm, probe->buffer + comm->rank * (LLMPARI_PROBE_BYTES / 2), probe, err);
 }
 
 // What cannot be measured keeps the defaults.
@@ -10768,14 +10764,17 @@ LLMPARI_FN void llmpari_probe_threads(llmpar_threads *world) {
     llmpari_probe probe;
     llmpar_error ignored;
     probe.tuning    = llmpari_tuning_or(NULL);
-    probe.allocator = world->allocator;
+    probe.buffer    = (float *)llmpari_alloc(&world->allocator, 4 * (size_t)LLMPARI_PROBE_BYTES);
     probe.until     = llmpari_now() + 0.005;
+    if (!probe.buffer) return;
     llmpar_comm_tuning boxes = probe.tuning;
     boxes.mailbox_bytes = LLMPARI_PROBE_BYTES;
     desc.n_ranks   = 2;
     desc.tuning    = &boxes;
     desc.timeout_s = 1;
+    desc.allocator = world->allocator;
     if (llmpar_threads_run(&desc, llmpari_probe_rank, &probe, &ignored) == LLMPAR_OK) world->tuning = llmpari_tuning_or(&probe.tuning);
+    llmpari_free(&world->allocator, probe.buffer, 4 * (size_t)LLMPARI_PROBE_BYTES);
 }
 
 LLMPAR_DEF llmpar_status llmpar_threads_create(const llmpar_threads_desc *desc, llmpar_threads **threads, llmpar_error *err) {
@@ -11281,11 +11280,6 @@ LLMPARI_FN void llmpari_mpi_unlock(llmpari_mpi_world *world) {
     (void)world;
 #endif
 }
-LLMPARI_FN double llmpari_mpi_now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 LLMPARI_FN llmpari_mpi_end *llmpari_mpi_of(const llmpar_comm *comm) { return (llmpari_mpi_end *)comm->impl; }
 LLMPARI_FN llmpari_mpi_op *llmpari_mpi_op_of(llmpari_mpi_end *end, int64_t k) { return &end->op[k % LLMPARI_MPI_FLIGHT]; }
 LLMPARI_FN bool llmpari_mpi_reduces(const llmpari_mpi_op *op) { return op->call.kind == LLMPAR_ALL_REDUCE || op->call.kind == LLMPAR_REDUCE_SCATTER; }
@@ -11305,7 +11299,7 @@ LLMPARI_FN void llmpari_note_send(llmpari_mpi_world *world, const llmpari_note *
             if (MPI_Isend(&world->out[i], (int)bytes, MPI_BYTE, to, 0, world->side, &world->out_request[i]) != MPI_SUCCESS) world->out_request[i] = MPI_REQUEST_NULL;
             return;
         }
-        double now = llmpari_mpi_now();
+        double now = llmpari_now();
         if (began == 0) began = now;
         if (now - began > 1) return;
     }
@@ -12068,9 +12062,9 @@ LLMPARI_FN llmpar_status llmpari_mpi_look(llmpari_mpi_end *end, llmpari_mpi_goal
     if (*done) return LLMPAR_OK;
     if (listen) llmpari_mpi_listen(world);
     if (!world->stopped) return LLMPAR_OK;
-    for (double until = llmpari_mpi_now() + 1; goal == LLMPARI_MPI_CALL; ) {                 // signatures differ, and all members say what: their counts are coming
+    for (double until = llmpari_now() + 1; goal == LLMPARI_MPI_CALL; ) {                 // signatures differ, and all members say what: their counts are coming
         const llmpari_mpi_op *op = llmpari_mpi_op_of(end, end->finished);
-        if (op->step != LLMPARI_STEP_COUNTS || op->status || llmpari_mpi_now() > until) break;
+        if (op->step != LLMPARI_STEP_COUNTS || op->status || llmpari_now() > until) break;
         llmpari_mpi_advance(end);
     }
     llmpar_status status = llmpari_mpi_stopped(end, goal, arg, err);
@@ -12093,7 +12087,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_await(llmpari_mpi_end *end, llmpari_mpi_goa
         llmpari_mpi_unlock(world);
         sched_yield();
         llmpari_mpi_lock(world);
-        double now = llmpari_mpi_now();
+        double now = llmpari_now();
         if (began == 0 || finished != end->finished) { began = now; finished = end->finished; }
         if (now - began > (timeout_s < 1 ? timeout_s : 1)) LLMPARI_TRY(llmpari_mpi_late(end, goal, arg, &began, now, err));
     }
@@ -12102,7 +12096,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_await(llmpari_mpi_end *end, llmpari_mpi_goa
 LLMPARI_FN llmpar_status llmpari_mpi_poll(llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg, bool *done, llmpar_error *err) {
     LLMPARI_TRY(llmpari_mpi_look(end, goal, arg, true, done, err));
     if (*done) return LLMPAR_OK;
-    double now = llmpari_mpi_now();
+    double now = llmpari_now();
     if (end->since == 0) end->since = now;
     return now - end->since > 1 || now - end->since > llmpari_mpi_patience(end, goal, arg) ? llmpari_mpi_late(end, goal, arg, &end->since, now, err) : LLMPAR_OK;
 }
@@ -12434,7 +12428,7 @@ LLMPARI_FN void llmpari_mpi_world_drop(llmpari_mpi_world *world) {
 
 // Lets buffered messages and notes go out: until they have, or the deadline, or somebody aborts.
 LLMPARI_FN bool llmpari_mpi_flush(llmpari_mpi_world *world) {
-    double began = llmpari_mpi_now();
+    double began = llmpari_now();
     for (bool busy = true; busy; ) {
         busy = false;
         llmpari_mpi_advance_all(world);
@@ -12444,7 +12438,7 @@ LLMPARI_FN bool llmpari_mpi_flush(llmpari_mpi_world *world) {
             if (MPI_Test(&world->out_request[i], &there, MPI_STATUS_IGNORE) != MPI_SUCCESS || !there) busy = true;
         }
         llmpari_mpi_listen(world);
-        if (world->stopped || (busy && llmpari_mpi_now() - began > world->desc.timeout_s)) return false;
+        if (world->stopped || (busy && llmpari_now() - began > world->desc.timeout_s)) return false;
         if (busy) sched_yield();
     }
     return true;

@@ -211,28 +211,6 @@ static void test_groups(void) {
 
 // ---- Non-blocking ----
 
-static llmpar_status flight_rank(llmpar_comm *world, void *user, llmpar_error *err) {
-    enum { FLIGHT = 40 };
-    job *jobs = (job *)user;
-    buffers b[FLIGHT];
-    llmpar_request request[FLIGHT];
-    bool done = false;
-    for (int i = 0; i < FLIGHT; i++) {
-        llmpar_call call = job_call(&jobs[i], world->rank, i & 1, &b[i]);
-        TRY(llmpar_start(world, &call, &request[i], err));
-    }
-    while (!done) TRY(llmpar_test(&request[FLIGHT / 2], &done, err));
-    for (int i = FLIGHT - 1; i >= 0; i--) {                                                // in the wrong order, twice
-        TRY(llmpar_wait(&request[i], err));
-        TRY(llmpar_wait(&request[i], err));
-        NEED(request[i].comm == NULL);
-    }
-    for (int i = 0; i < FLIGHT; i++) {
-        if (!job_good(&jobs[i], world->rank, &b[i])) return bad(err, "job %d is wrong", i);
-        free(b[i].memory);
-    }
-    return LLMPAR_OK;
-}
 // A rank that has started a large call moves it on while it waits for something else; and one side waits while the other polls.
 static llmpar_status away_rank(llmpar_comm *world, void *user, llmpar_error *err) {
     enum { N = 500000 };
