@@ -817,16 +817,19 @@ typedef struct llmpar_comm_stats {
                                                       // AllToAll and Permute sum of send_counts, times the dtype's bytes
 } llmpar_comm_stats;
 
-// What one rank did, call by call. Set comm->trace before groups are made of it (they inherit it); NULL = no trace, and no clock is read.
+// What one rank did, call by call. Set comm->trace before groups are made of it (they inherit it); NULL = no trace, and no clock is read. One thread at a time may use a
+// trace: a rank whose threads use several comms at once gives each a trace of its own.
 typedef struct llmpar_trace_event {
-    double  started_s;             // llmpar_start; 0 = a blocking call. Seconds of the monotonic clock
+    double  started_s;             // when llmpar_start was called; 0 = a blocking call. Seconds of the monotonic clock
     double  begin_s, end_s;        // of the blocking call, or of the llmpar_wait / llmpar_test that found it done
     int64_t payload_bytes;
     int64_t group;                 // llmpar_comm.id
     int32_t kind, size;            // llmpar_collective; ranks of the group
     int32_t late;                  // the rank (of the world) that came last; -1 = not known
+    double  late_s;                // when it came, if known: the others had waited until then
 } llmpar_trace_event;
-typedef struct llmpar_trace { llmpar_trace_event *event; int64_t capacity, n; } llmpar_trace;     // the caller's array; n counts on when it is full, the rest is lost
+// The caller's array. n counts on when it is full, the rest is lost; the caller may set it to 0 to begin anew while nothing is in flight.
+typedef struct llmpar_trace { llmpar_trace_event *event; int64_t capacity, n; } llmpar_trace;
 
 // What a backend implements. `start` gets checked arguments, must keep no pointer to `call`, and may finish at once; `*ticket` identifies the call. `wait` sets
 // *done, without waiting when block is false. `group` gets the n members (numbers in comm, in the new order, this rank among them). `abort` may be NULL, and be
@@ -848,6 +851,7 @@ struct llmpar_comm {
     llmpar_trace *trace;           // this rank's, or NULL
     int64_t  id;                   // the same on all members, 0 = the world
     int32_t  late;                 // while traced: the rank that came last to the collective that ended last; -1 = not known
+    double   late_s;               // and when it came
     void    *impl;                 // the backend's own
 };
 
@@ -880,9 +884,12 @@ LLMPAR_DEF void          llmpar_comm_free(llmpar_comm *comm);                   
 // Stops the comm's whole world, from any thread: every waiting and every later call on it returns LLMPAR_ABORTED with "rank R: why". The first reason stays.
 LLMPAR_DEF void          llmpar_comm_abort(llmpar_comm *comm, const char *why);
 
-// Writes the traces of n ranks (trace[rank]; NULL = none) for chrome://tracing or Perfetto: one track per rank, calls as begin / end pairs with group, bytes and who came
-// last; what was started and not yet waited for as asynchronous pairs. Allocates nothing.
+// Writes the traces of n ranks (trace[rank]; NULL = none) for chrome://tracing or Perfetto: one track per rank, calls as begin / end pairs, in order of time, with group,
+// bytes and who came last; what was started, as asynchronous pairs (no end: not waited for yet). Allocates nothing.
 LLMPAR_DEF void llmpar_trace_write(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink);
+// The same as a picture (SVG), for some hundred calls a rank: one track per rank, bars to scale (at least a pixel), a colour per collective, pale until the last rank came; pointing at a bar
+// shows what it is. In the gaps a rank works by itself. Allocates nothing.
+LLMPAR_DEF void llmpar_trace_svg(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink);
 // A table: per group its collectives, payload bytes of a rank, time in calls (mean over ranks), of it not spent waiting for others (per collective the least over ranks), and
 // who came last how often.
 LLMPAR_DEF void llmpar_trace_summary(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink);
@@ -1562,6 +1569,83 @@ LLMPAR_DEF void llmpar_arena_free(llmpar_arena *arena) {
 
 LLMPAR_DEF void llmpar_sink_file(const char *text, size_t bytes, void *file) { fwrite(text, 1, bytes, (FILE *)file); }
 
+LLMPARI_ONCE_BEGIN
+// ---- Pictures ----
+
+// Text between tags, escaped.
+LLMPARI_FN void llmpari_svg_text(const llmpar_sink *sink, double x, double y, int size, const char *anchor, const char *text) {
+    llmpari_print(sink, "<text x=\"%.1f\" y=\"%.1f\" font-size=\"%d\" text-anchor=\"%s\">", x, y, size, anchor);
+    for (; *text; text++) {
+        if (*text == '<') llmpari_print(sink, "&lt;");
+        else if (*text == '>') llmpari_print(sink, "&gt;");
+        else if (*text == '&') llmpari_print(sink, "&amp;");
+        else llmpari_print(sink, "%c", *text >= 32 && *text < 127 ? *text : '?');
+    }
+    llmpari_print(sink, "</text>\n");
+}
+
+// A light colour per rank: hues a golden angle apart, so that neighbours differ.
+LLMPARI_FN void llmpari_svg_colour(int32_t rank, char text[8]) {
+    double hue = (double)rank * 0.381966, third, x;
+    int rgb[3];
+    for (int i = 0; i < 3; i++) {
+        third  = hue + (double)i / 3.0;
+        third -= (double)(int64_t)third;
+        x      = third < 0.5 ? 4.0 * third - 1.0 : 3.0 - 4.0 * third;                      // triangle wave, -1 .. 1
+        rgb[i] = (int)(208.0 + 38.0 * x);
+    }
+    snprintf(text, 8, "#%02x%02x%02x", (unsigned)rgb[0] & 255u, (unsigned)rgb[1] & 255u, (unsigned)rgb[2] & 255u);
+}
+
+LLMPARI_FN void llmpari_svg_begin(const llmpar_sink *sink, double width, double height) {
+    llmpari_print(sink, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%.0f\" height=\"%.0f\" viewBox=\"0 0 %.0f %.0f\" "
+                        "font-family=\"sans-serif\" fill=\"#222\">\n"
+                        "<rect width=\"100%%\" height=\"100%%\" fill=\"#fff\"/>\n", width, height, width, height);
+}
+
+// Bars over time, a track per rank below each other. Pixels: where the first track begins, from track to track, what `seconds` are wide.
+typedef struct llmpari_timeline { double left, top, row, width, seconds; int32_t tracks; } llmpari_timeline;
+
+// Grid lines and the axis below n tracks: steps of 1, 2 or 5 of a unit, at least 80 pixels apart.
+LLMPARI_FN void llmpari_timeline_axis(const llmpar_sink *sink, const llmpari_timeline *t) {
+    static const char *const unit[] = { "ns", "us", "ms", "s" };
+    const double bottom = t->top + t->row * t->tracks;
+    double step = 1e-9, size = 1e-9;
+    int u = 0;
+    for (int i = 0; step * t->width < 80 * t->seconds; i++) step *= i % 3 == 1 ? 2.5 : 2;
+    for (; u < 3 && step >= 999 * size; u++) size *= 1e3;
+    for (int64_t i = 0; (double)i * step <= t->seconds; i++) {
+        char text[32];
+        double x = t->left + t->width * (double)i * step / t->seconds;
+        snprintf(text, sizeof text, i ? "%.0f %s" : "0", (double)i * step / size, unit[u]);
+        llmpari_print(sink, "<path d=\"M%.1f %.1fV%.1f\" stroke=\"#bbb\" stroke-width=\"0.5\"/>\n", x, t->top - 4, bottom + 4);
+        llmpari_svg_text(sink, x, bottom + 18, 12, "middle", text);
+    }
+}
+LLMPARI_FN void llmpari_timeline_track(const llmpar_sink *sink, const llmpari_timeline *t, int32_t track, const char *name) {
+    const double y = t->top + t->row * track;
+    llmpari_svg_text(sink, t->left - 8, y + t->row / 2 + 4, 12, "end", name);
+    llmpari_print(sink, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" fill=\"#eee\"/>\n", t->left, y + 3, t->width, t->row - 6);
+}
+// A bar, from its begin to its end, to scale; `text` is shown when the mouse points at it.
+LLMPARI_FN void llmpari_timeline_bar(const llmpar_sink *sink, const llmpari_timeline *t, int32_t track, double begin_s, double end_s, const char *colour, const char *text) {
+    const double scale = t->width / t->seconds;
+    llmpari_print(sink, "<rect x=\"%.3f\" y=\"%.1f\" width=\"%.3f\" height=\"%.1f\" fill=\"%s\"><title>%s</title></rect>\n", t->left + scale * begin_s,
+                  t->top + t->row * track + 3, scale * (end_s - begin_s), t->row - 6, colour, text);
+}
+// Makes a part of a bar pale.
+LLMPARI_FN void llmpari_timeline_pale(const llmpar_sink *sink, const llmpari_timeline *t, int32_t track, double begin_s, double end_s) {
+    const double scale = t->width / t->seconds;
+    llmpari_print(sink, "<rect x=\"%.3f\" y=\"%.1f\" width=\"%.3f\" height=\"%.1f\" fill=\"#fff\" fill-opacity=\"0.6\" pointer-events=\"none\"/>\n", t->left + scale * begin_s,
+                  t->top + t->row * track + 3, scale * (end_s - begin_s), t->row - 6);
+}
+// A colour and what it means, at *x; moves *x behind it.
+LLMPARI_FN void llmpari_svg_key(const llmpar_sink *sink, double *x, double y, const char *colour, const char *name) {
+    llmpari_print(sink, "<rect x=\"%.1f\" y=\"%.1f\" width=\"12\" height=\"12\" fill=\"%s\"/>\n", *x, y - 10, colour);
+    llmpari_svg_text(sink, *x + 17, y, 12, "start", name);
+    *x += 17 + 7 * (double)strlen(name) + 18;
+}
+LLMPARI_ONCE_END
 
 // ============================================================================================================
 // >>mesh (impl)
@@ -2638,31 +2722,6 @@ LLMPAR_DEF llmpar_status llmpar_tensor_layout(const llmpar_tensor *tensor, const
     return LLMPAR_OK;
 }
 
-// Text between tags, escaped.
-LLMPARI_FN void llmpari_svg_text(const llmpar_sink *sink, double x, double y, int size, const char *anchor, const char *text) {
-    llmpari_print(sink, "<text x=\"%.1f\" y=\"%.1f\" font-size=\"%d\" text-anchor=\"%s\">", x, y, size, anchor);
-    for (; *text; text++) {
-        if (*text == '<') llmpari_print(sink, "&lt;");
-        else if (*text == '>') llmpari_print(sink, "&gt;");
-        else if (*text == '&') llmpari_print(sink, "&amp;");
-        else llmpari_print(sink, "%c", *text >= 32 && *text < 127 ? *text : '?');
-    }
-    llmpari_print(sink, "</text>\n");
-}
-
-// A light colour per rank: hues a golden angle apart, so that neighbours differ.
-LLMPARI_FN void llmpari_svg_colour(int32_t rank, char text[8]) {
-    double hue = (double)rank * 0.381966, third, x;
-    int rgb[3];
-    for (int i = 0; i < 3; i++) {
-        third  = hue + (double)i / 3.0;
-        third -= (double)(int64_t)third;
-        x      = third < 0.5 ? 4.0 * third - 1.0 : 3.0 - 4.0 * third;                      // triangle wave, -1 .. 1
-        rgb[i] = (int)(208.0 + 38.0 * x);
-    }
-    snprintf(text, 8, "#%02x%02x%02x", (unsigned)rgb[0] & 255u, (unsigned)rgb[1] & 255u, (unsigned)rgb[2] & 255u);
-}
-
 // Sizes of the drawing, in pixels. Blocks are to scale along both dims.
 typedef struct llmpari_svg { double left, top, width, height, page; } llmpari_svg;
 
@@ -2751,9 +2810,7 @@ LLMPAR_DEF llmpar_status llmpar_tensor_layout_svg(const llmpar_tensor *tensor, c
     llmpari_layout_note(&layout, 0, text, sizeof text);
     double width = svg.left + svg.width + 20, title = (double)strlen(text) * 9 + 40, height = 62 + svg.page * pages + 20 * notes;
     if (width < title) width = title;
-    llmpari_print(&sink, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%.0f\" height=\"%.0f\" viewBox=\"0 0 %.0f %.0f\" "
-                         "font-family=\"sans-serif\" fill=\"#222\">\n"
-                         "<rect width=\"100%%\" height=\"100%%\" fill=\"#fff\"/>\n", width, height, width, height);
+    llmpari_svg_begin(&sink, width, height);
     llmpari_svg_text(&sink, 20, 28, 16, "start", text);
     llmpari_svg_text(&sink, 20, 46, 12, "start", "a cell names the ranks that hold the block");
     double top = 90;
@@ -9121,12 +9178,12 @@ LLMPARI_FN double llmpari_now(void) {
 }
 
 // Room for one more event; NULL: not traced, or no room. What has no duration yet has end_s 0.
-LLMPARI_FN llmpar_trace_event *llmpari_trace_begin(llmpar_comm *comm, int32_t kind, int64_t payload_bytes) {
+LLMPARI_FN llmpar_trace_event *llmpari_trace_begin(llmpar_comm *comm, int32_t kind, int64_t payload_bytes, double began) {
     llmpar_trace *trace = comm->trace;
     if (!trace || trace->n++ >= trace->capacity) return NULL;
     llmpar_trace_event *event = &trace->event[trace->n - 1];
     memset(event, 0, sizeof *event);
-    event->begin_s = llmpari_now();
+    event->begin_s = began;
     event->payload_bytes = payload_bytes;
     event->group = comm->id;
     event->kind  = kind;
@@ -9136,15 +9193,18 @@ LLMPARI_FN llmpar_trace_event *llmpari_trace_begin(llmpar_comm *comm, int32_t ki
 }
 LLMPARI_FN void llmpari_trace_end(const llmpar_comm *comm, llmpar_trace_event *event) {
     event->end_s = llmpari_now();
-    if (event->kind != LLMPAR_SEND && event->kind != LLMPAR_RECV) event->late = comm->late;
+    if (event->kind == LLMPAR_SEND || event->kind == LLMPAR_RECV) return;
+    event->late   = comm->late;
+    event->late_s = comm->late_s;
 }
 
-// Stops the others when the arguments are bad: they would wait for a call that never comes.
-LLMPARI_FN llmpar_status llmpari_comm_start(llmpar_comm *comm, const llmpar_call *call, int64_t *ticket, llmpar_error *err) {
+// Stops the others when the arguments are bad: they would wait for a call that never comes. *event: of the trace, begun, or NULL.
+LLMPARI_FN llmpar_status llmpari_comm_start(llmpar_comm *comm, const llmpar_call *call, int64_t *ticket, llmpar_trace_event **event, llmpar_error *err) {
     llmpari_extent x;
     llmpar_error own;
     if (!err) err = &own;
     if (!comm || !call) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the %s of a collective is NULL", comm ? "call" : "communicator");
+    double began = comm->trace ? llmpari_now() : 0;
     llmpar_status status = llmpari_call_check(comm, call, &x, err);
     if (status) {
         if (comm->vtable->abort) comm->vtable->abort(comm, err->text);
@@ -9152,16 +9212,15 @@ LLMPARI_FN llmpar_status llmpari_comm_start(llmpar_comm *comm, const llmpar_call
     }
     comm->stats.calls[call->kind]++;
     comm->stats.payload_bytes[call->kind] += x.payload;
+    *event = llmpari_trace_begin(comm, (int32_t)call->kind, x.payload, began);
     return comm->vtable->start(comm, call, ticket, err);
 }
 
 LLMPARI_FN llmpar_status llmpari_comm_call(llmpar_comm *comm, const llmpar_call *call, llmpar_error *err) {
     llmpar_trace_event *event = NULL;
-    int64_t ticket = 0, before = comm && comm->trace ? comm->stats.payload_bytes[call->kind] : 0;
+    int64_t ticket = 0;
     bool done = false;
-    if (comm && comm->trace) event = llmpari_trace_begin(comm, (int32_t)call->kind, 0);
-    LLMPARI_TRY(llmpari_comm_start(comm, call, &ticket, err));
-    if (event) event->payload_bytes = comm->stats.payload_bytes[call->kind] - before;
+    LLMPARI_TRY(llmpari_comm_start(comm, call, &ticket, &event, err));
     llmpar_status status = comm->vtable->wait(comm, ticket, true, &done, err);
     if (event) llmpari_trace_end(comm, event);
     return status;
@@ -9222,22 +9281,18 @@ LLMPAR_DEF llmpar_status llmpar_barrier(llmpar_comm *comm, llmpar_error *err) {
 }
 
 LLMPAR_DEF llmpar_status llmpar_start(llmpar_comm *comm, const llmpar_call *call, llmpar_request *request, llmpar_error *err) {
+    llmpar_trace_event *event = NULL;
     int64_t ticket = 0;
     if (!request) {
         llmpar_comm_abort(comm, "llmpar_start: request is NULL");
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_start: request is NULL; it is what llmpar_wait needs");
     }
     request->comm = NULL;
-    int64_t before = comm && comm->trace && call ? comm->stats.payload_bytes[call->kind] : 0;
-    LLMPARI_TRY(llmpari_comm_start(comm, call, &ticket, err));
+    LLMPARI_TRY(llmpari_comm_start(comm, call, &ticket, &event, err));
     request->comm   = comm;
     request->ticket = ticket;
-    request->event  = 0;
-    llmpar_trace_event *event = comm->trace ? llmpari_trace_begin(comm, (int32_t)call->kind, comm->stats.payload_bytes[call->kind] - before) : NULL;
-    if (event) {
-        request->event = comm->trace->n;
-        event->started_s = event->begin_s;
-    }
+    request->event  = event ? comm->trace->n : 0;
+    if (event) event->started_s = event->begin_s;
     return LLMPAR_OK;
 }
 
@@ -9318,34 +9373,96 @@ LLMPARI_ONCE_BEGIN
 
 LLMPARI_FN int64_t llmpari_trace_events(const llmpar_trace *trace) { return trace ? llmpari_min(trace->n, trace->capacity) : 0; }
 
-LLMPAR_DEF void llmpar_trace_write(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink) {
-    double zero = INFINITY;
-    int64_t id = 0;
+// *zero = when the first call of all ranks began, or was started; the last end after that, in seconds. NaN: there is no call.
+LLMPARI_FN double llmpari_trace_span(const llmpar_trace *const *trace, int32_t n, double *zero) {
+    double end = -INFINITY;
+    *zero = INFINITY;
     for (int32_t r = 0; r < n; r++)
         for (int64_t i = 0; i < llmpari_trace_events(trace[r]); i++) {
             const llmpar_trace_event *e = &trace[r]->event[i];
-            zero = e->begin_s < zero ? e->begin_s : zero;
-            if (e->started_s > 0 && e->started_s < zero) zero = e->started_s;
+            *zero = fmin(*zero, e->started_s > 0 ? e->started_s : e->begin_s);
+            end   = fmax(end, e->end_s);
         }
+    return end - *zero;
+}
+
+// Calls that have ended, in the order of begin_s: what was started is not always waited for in that order. Begins with { trace, 0, NULL }; NULL = no more.
+typedef struct llmpari_trace_order { const llmpar_trace *trace; int64_t first; const llmpar_trace_event *last; } llmpari_trace_order;
+LLMPARI_FN bool llmpari_trace_before(const llmpar_trace_event *a, const llmpar_trace_event *b) { return a->begin_s < b->begin_s || (a->begin_s == b->begin_s && a < b); }
+LLMPARI_FN const llmpar_trace_event *llmpari_trace_later(llmpari_trace_order *o) {
+    const llmpar_trace_event *best = NULL;
+    for (int64_t i = o->first, n = llmpari_trace_events(o->trace); i < n; i++) {
+        const llmpar_trace_event *e = &o->trace->event[i];
+        if (best && best->begin_s <= (e->started_s > 0 ? e->started_s : e->begin_s)) break;   // all behind this one began later
+        bool due = e->end_s > 0 && (!o->last || llmpari_trace_before(o->last, e));
+        if (due && (!best || llmpari_trace_before(e, best))) best = e;
+        if (!due && i == o->first) o->first++;
+    }
+    return o->last = best;
+}
+
+LLMPAR_DEF void llmpar_trace_write(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink) {
+    double zero;
+    int64_t id = 0;
+    llmpari_trace_span(trace, n, &zero);
     llmpari_print(&sink, "{\"displayTimeUnit\": \"ns\", \"traceEvents\": [\n");
     for (int32_t r = 0; r < n; r++) {
+        llmpari_trace_order order = { trace[r], 0, NULL };
         llmpari_print(&sink, "%s{\"name\": \"thread_name\", \"ph\": \"M\", \"pid\": 0, \"tid\": %d, \"args\": {\"name\": \"rank %d\"}}", r ? ",\n" : "", r, r);
         for (int64_t i = 0; i < llmpari_trace_events(trace[r]); i++) {
             const llmpar_trace_event *e = &trace[r]->event[i];
-            const char *name = llmpar_collective_name((llmpar_collective)e->kind);
-            bool started = e->started_s > 0;
-            for (int end = 0; started && end < (e->end_s > 0 ? 2 : 1); end++)
-                llmpari_print(&sink, ",\n{\"name\": \"%s in flight\", \"cat\": \"comm\", \"ph\": \"%s\", \"id\": %lld, \"pid\": 0, \"tid\": %d, \"ts\": %.3f}", name,
-                              end ? "e" : "b", (long long)id, r, 1e6 * ((end ? e->end_s : e->started_s) - zero));
-            id += started;
-            if (e->end_s == 0) continue;                                                   // never waited for
+            if (e->started_s == 0) continue;
+            for (int end = 0; end < (e->end_s > 0 ? 2 : 1); end++)
+                llmpari_print(&sink, ",\n{\"name\": \"%s in flight\", \"cat\": \"comm\", \"ph\": \"%s\", \"id\": %lld, \"pid\": 0, \"tid\": %d, \"ts\": %.3f}",
+                              llmpar_collective_name((llmpar_collective)e->kind), end ? "e" : "b", (long long)id, r, 1e6 * ((end ? e->end_s : e->started_s) - zero));
+            id++;
+        }
+        for (const llmpar_trace_event *e; (e = llmpari_trace_later(&order)) != NULL; ) {
             llmpari_print(&sink, ",\n{\"name\": \"%s%s\", \"cat\": \"comm\", \"ph\": \"B\", \"pid\": 0, \"tid\": %d, \"ts\": %.3f, \"args\": {\"group\": %lld, \"ranks\": %d, \"bytes\": %lld",
-                          started ? "wait " : "", name, r, 1e6 * (e->begin_s - zero), (long long)e->group, e->size, (long long)e->payload_bytes);
+                          e->started_s > 0 ? "wait " : "", llmpar_collective_name((llmpar_collective)e->kind), r, 1e6 * (e->begin_s - zero), (long long)e->group, e->size, (long long)e->payload_bytes);
             if (e->late >= 0) llmpari_print(&sink, ", \"last\": %d", e->late);
             llmpari_print(&sink, "}},\n{\"ph\": \"E\", \"pid\": 0, \"tid\": %d, \"ts\": %.3f}", r, 1e6 * (e->end_s - zero));
         }
     }
     llmpari_print(&sink, "\n]}\n");
+}
+
+LLMPAR_DEF void llmpar_trace_svg(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink) {
+    static const char colour[LLMPAR_COLLECTIVE_COUNT][8] = { "#bab0ac", "#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#b07aa1", "#edc948", "#ff9da7", "#9c755f" };
+    llmpari_timeline t = { 70, 70, 30, 1000, 0, 0 };
+    bool seen[LLMPAR_COLLECTIVE_COUNT] = { false };
+    double zero, x = 70;
+    char text[192];
+    t.tracks  = n;
+    t.seconds = llmpari_trace_span(trace, n, &zero);
+    if (!(t.seconds > 0)) t.seconds = 1e-6;                                                // no call has ended
+    for (int32_t r = 0; r < n; r++) {
+        t.width = fmax(t.width, fmin(20000, 30 * (double)llmpari_trace_events(trace[r])));
+        for (int64_t i = 0; i < llmpari_trace_events(trace[r]); i++) seen[trace[r]->event[i].kind] = true;
+    }
+    llmpari_svg_begin(&sink, t.left + t.width + 40, t.top + t.row * n + 34);
+    llmpari_svg_text(&sink, 20, 28, 16, "start", "time in collectives (pale: until the last rank comes); between them a rank works by itself");
+    for (int k = 0; k < LLMPAR_COLLECTIVE_COUNT; k++) if (seen[k]) llmpari_svg_key(&sink, &x, 52, colour[k], llmpar_collective_name((llmpar_collective)k));
+    for (int32_t r = 0; r < n; r++) {
+        snprintf(text, sizeof text, "rank %d", r);
+        llmpari_timeline_track(&sink, &t, r, text);
+    }
+    llmpari_timeline_axis(&sink, &t);
+    for (int32_t r = 0; r < n; r++) {
+        llmpari_trace_order order = { trace[r], 0, NULL };
+        const llmpar_trace_event *e = llmpari_trace_later(&order), *next;
+        for (; e; e = next) {
+            int at = 0;
+            next = llmpari_trace_later(&order);
+            double seen_end = fmax(e->end_s, fmin(e->begin_s + t.seconds / t.width, next ? next->begin_s : zero + t.seconds));   // a pixel, if there is room
+            llmpari_append(text, sizeof text, &at, "%s%s: %.3f us from %.3f us on, %lld bytes, group %lld of %d ranks", e->started_s > 0 ? "wait " : "",
+                           llmpar_collective_name((llmpar_collective)e->kind), 1e6 * (e->end_s - e->begin_s), 1e6 * (e->begin_s - zero), (long long)e->payload_bytes, (long long)e->group, e->size);
+            if (e->late >= 0) llmpari_append(text, sizeof text, &at, "; rank %d came last", e->late);
+            llmpari_timeline_bar(&sink, &t, r, e->begin_s - zero, seen_end - zero, colour[e->kind], text);
+            if (e->late_s > e->begin_s) llmpari_timeline_pale(&sink, &t, r, e->begin_s - zero, fmin(e->late_s, e->end_s) - zero);
+        }
+    }
+    llmpari_print(&sink, "</svg>\n");
 }
 
 // The k-th event of a group on a rank: members make the same calls in the same order. NULL: there is none.
@@ -9930,7 +10047,8 @@ LLMPARI_FN llmpar_status llmpari_check_posts(llmpari_end *end, int64_t k, llmpar
     if (end->comm.trace) {
         int32_t last = 0;
         for (int32_t i = 1; i < team->n; i++) if (row[i].came > row[last].came) last = i;
-        end->comm.late = team->ranks[last];
+        end->comm.late   = team->ranks[last];
+        end->comm.late_s = row[last].came;
     }
     end->pull = true;
     if (!end->direct || row->kind != LLMPAR_ALL_REDUCE) return LLMPAR_OK;
@@ -15586,14 +15704,12 @@ typedef struct llmpari_exec_shift {     // one collective with what is packed be
 LLMPARI_FN llmpar_status llmpari_exec_run_shift(llmpar_exec *x, const llmpari_exec_task *task, const llmpari_exec_args *args, llmpar_error *err) {
     const llmpari_exec_shift *how = (const llmpari_exec_shift *)task->how;
     llmpar_call call = how->call;
-    llmpar_request request;
     call.send = args->in[0];
     call.recv = args->out;
     if (how->n_pack) call.send = args->scratch + how->pack_at;
     if (how->n_unpack) call.recv = args->scratch + how->unpack_at;
     for (int32_t i = 0; i < how->n_pack; i++) llmpari_exec_box_copy(&how->pack[i], args->scratch + how->pack_at, args->in[0], how->bytes);
-    LLMPARI_TRY(llmpar_start(llmpari_exec_comm(x, how->axes), &call, &request, err));
-    LLMPARI_TRY(llmpar_wait(&request, err));
+    LLMPARI_TRY(llmpari_comm_call(llmpari_exec_comm(x, how->axes), &call, err));
     if (how->keep && args->out != args->in[0]) memcpy(args->out, args->in[0], (size_t)(how->keep * how->bytes));
     for (int32_t i = 0; i < how->n_unpack; i++) llmpari_exec_box_copy(&how->unpack[i], args->out, args->scratch + how->unpack_at, how->bytes);
     return LLMPAR_OK;

@@ -864,6 +864,21 @@ static int times_in(const char *text, const char *part) {
     for (; (text = strstr(text, part)) != NULL; text++) n++;
     return n;
 }
+// Times of the begin / end pairs never go back on a track, and a begin comes after an end.
+static int in_order(const char *text) {
+    double last[4] = { 0 }, ts;
+    int open[4] = { 0 }, rank;
+    for (const char *line = text; (line = strstr(line, "\"ph\": \"")) != NULL; line++) {
+        const char *tid = strstr(line, "\"tid\": "), *at = strstr(line, "\"ts\": ");
+        if ((line[7] != 'B' && line[7] != 'E') || !tid || !at) continue;
+        rank = (int)strtol(tid + 7, NULL, 10);
+        ts   = strtod(at + 6, NULL);
+        if (ts < last[rank] || open[rank] != (line[7] == 'E')) return 0;
+        last[rank] = ts;
+        open[rank] = !open[rank];
+    }
+    return 1;
+}
 static void test_trace(void) {
     TEST("traces: every call, its bytes, its group, who came last; full ones lose the rest") for (int full = 0; full < 2; full++) {
         llmpar_error err = LLMPAR_ZERO;
@@ -886,6 +901,7 @@ static void test_trace(void) {
                 CHECK_EQ(e->size, i % 3 ? 2 : 4);
                 CHECK(i % 3 ? e->group > 0 && e->group == t.room[r ^ 1][i].group && e->group != t.room[r ^ 2][i].group : e->group == 0);
                 CHECK(i % 3 ? e->started_s > 0 && e->started_s <= e->begin_s && (e->late | 1) == (r | 1) : e->started_s == 0 && e->late == 1);
+                CHECK(e->late_s >= (i % 3 ? e->started_s : e->begin_s) && e->late_s <= e->end_s);
                 CHECK(e->end_s >= e->begin_s && (i % 3 || e->begin_s >= before));
                 before = e->end_s;
             }
@@ -896,11 +912,36 @@ static void test_trace(void) {
         CHECK_EQ(times_in(p.text, "\"ph\": \"E\""), full ? 28 : 60);
         CHECK_EQ(times_in(p.text, "\"ph\": \"b\""), times_in(p.text, "\"ph\": \"e\""));
         CHECK_EQ(times_in(p.text, "\"last\": 1"), full ? 3 * 4 + times_in(p.text, "\"ranks\": 2, \"bytes\": 8, \"last\": 1") : 5 * 4 + times_in(p.text, "\"ranks\": 2, \"bytes\": 8, \"last\": 1"));
+        CHECK(in_order(p.text));                                                           // although the second of two is waited for first
+        p.n = 0;
+        llmpar_trace_svg(traces, 4, sink);
+        CHECK_EQ(times_in(p.text, "<title>"), full ? 28 : 60);
+        CHECK_EQ(times_in(p.text, "<title>wait AllReduce"), full ? 16 : 40);
+        CHECK(times_in(p.text, "16 bytes, group 0 of 4 ranks; rank 1 came last</title>") == (full ? 12 : 20) && times_in(p.text, ">rank 3</text>") == 1);
+        CHECK(times_in(p.text, "fill-opacity") >= (full ? 9 : 15) && strstr(p.text, "</svg>") == p.text + p.n - 7);   // three of four wait for rank 1
         p.n = 0;
         llmpar_trace_summary(traces, 4, sink);
         CHECK(strstr(p.text, "rank 1 100 %") != NULL);
         CHECK_EQ(times_in(p.text, "\n"), 4);                                               // the head, the world, two groups
         CHECK(full || (strstr(p.text, "    0     4            5           80") && times_in(p.text, "2           10           80") == 2));
+    }
+    TEST("traces: of nobody, without a call, of a call that has not ended") for (int what = 0; what < 3; what++) {
+        static paper p;
+        llmpar_trace_event event;
+        llmpar_trace one = { &event, 1, what };
+        const llmpar_trace *traces[1];
+        llmpar_sink sink = { paper_write, &p };
+        memset(&event, 0, sizeof event);
+        event.begin_s = 5; event.started_s = 5; event.kind = LLMPAR_ALL_REDUCE; event.size = 2; event.late = -1;
+        traces[0] = what ? &one : NULL;
+        if (what == 1) one.n = 0;
+        p.n = 0;
+        llmpar_trace_write(traces, 1, sink);
+        CHECK_EQ(times_in(p.text, "\"ph\": \"b\""), what == 2);
+        CHECK_EQ(times_in(p.text, "\"ph\""), 1 + (what == 2));
+        p.n = 0;
+        llmpar_trace_svg(traces, 1, sink);
+        CHECK(times_in(p.text, "<title>") == 0 && times_in(p.text, "<rect") == 2 + (what == 2) && times_in(p.text, ">0</text>") == 1);   // an axis all the same
     }
 }
 
