@@ -235,8 +235,10 @@ static void torch_round(worker *w, int kind, int round) {
 
 // Of the f32 engine's last decode_round, when all ranks have left it. They are one group: the k-th call of one is the k-th of all.
 static void sum_calls(bench *b, int round) {
+    const int64_t n = b->rank->trace.capacity;                                             // the calls of the plan
     b->calls_s[round] = b->least_s[round] = 0;
-    for (int64_t i = 0; i < llmpari_min(b->rank->trace.n, b->rank->trace.capacity); i++) {
+    for (int r = 0; r < b->n_ranks; r++) if (b->rank[r].trace.n != n) b->least_s[round] = INFINITY;   // not all of them are there
+    for (int64_t i = 0; i < n; i++) {
         double least = INFINITY;
         for (int r = 0; r < b->n_ranks; r++) {
             const llmpar_trace_event *e = &b->rank[r].trace.event[i];
