@@ -841,6 +841,8 @@ typedef struct llmpar_comm_vtable {
     void          (*abort)(llmpar_comm *comm, const char *why);
     void          (*free) (llmpar_comm *comm);
     llmpar_status (*shrink)(llmpar_comm *comm, llmpar_comm **survivors, llmpar_error *err);      // may be NULL
+    bool          (*quick)(llmpar_comm *comm, const llmpar_call *call, llmpar_status *status, llmpar_error *err);   // start and wait in one for a small
+                                   // AllReduce, or false: nothing was done; may be NULL
 } llmpar_comm_vtable;
 
 struct llmpar_comm {
@@ -8936,6 +8938,12 @@ LLMPARI_FN llmpar_status llmpari_call_buffers(const llmpar_call *call, const llm
                         call->send, (long long)x->send, call->recv, (long long)x->recv);
 }
 
+// A small AllReduce without a fault, at a glance; all else takes the full check.
+LLMPARI_FN bool llmpari_call_plain(const llmpar_call *call) {
+    uintptr_t send = (uintptr_t)call->send, recv = (uintptr_t)call->recv, apart = send > recv ? send - recv : recv - send;
+    return call->kind == LLMPAR_ALL_REDUCE && (unsigned)call->dtype < LLMPAR_U8 && (unsigned)call->reduce <= LLMPAR_MIN && call->timeout_s >= 0
+        && (uint64_t)call->count <= 4096 && send && recv && (apart == 0 || apart >= 8 * (uintptr_t)call->count);
+}
 LLMPARI_FN llmpar_status llmpari_call_check(const llmpar_comm *comm, const llmpar_call *call, llmpari_extent *x, llmpar_error *err) {
     const char *kind = llmpar_collective_name(call->kind);
     bool reduces = call->kind == LLMPAR_ALL_REDUCE || call->kind == LLMPAR_REDUCE_SCATTER;
@@ -8958,12 +8966,12 @@ enum {
     LLMPARI_LANE = 16              // and in one step of the loops: a constant count is vectorised at -O2 too
 };
 
-// acc[m] = x[m] reduced with y[m]; x may be acc. Operands come as bytes, so that they may lie anywhere. A NaN wins max and min.
+// acc[m] = x[m] reduced with y[m]; acc may be x or y. All come as bytes, so that they may lie anywhere. A NaN wins max and min.
 LLMPARI_FN float llmpari_fold_one(float a, float v, int32_t reduce) {
     if (reduce == LLMPAR_SUM) return a + v;
     return v != v || (reduce == LLMPAR_MAX ? v > a : v < a) ? v : a;
 }
-LLMPARI_FN void llmpari_fold_f32(float *acc, const char *x, const char *y, int m, int32_t reduce) {
+LLMPARI_FN void llmpari_fold_f32(char *acc, const char *x, const char *y, int m, int32_t reduce) {
     float a[LLMPARI_LANE], v[LLMPARI_LANE];
     int j = 0;
 #if defined(__GNUC__)
@@ -8972,7 +8980,7 @@ LLMPARI_FN void llmpari_fold_f32(float *acc, const char *x, const char *y, int m
         memcpy(&p, x + 4 * (ptrdiff_t)j, sizeof p);
         memcpy(&q, y + 4 * (ptrdiff_t)j, sizeof q);
         p += q;
-        memcpy(acc + j, &p, sizeof p);
+        memcpy(acc + 4 * (ptrdiff_t)j, &p, sizeof p);
     }
 #endif
     for (; j + LLMPARI_LANE <= m; j += LLMPARI_LANE) {
@@ -8983,12 +8991,13 @@ LLMPARI_FN void llmpari_fold_f32(float *acc, const char *x, const char *y, int m
         case LLMPAR_MAX: for (int i = 0; i < LLMPARI_LANE; i++) a[i] = v[i] > a[i] || v[i] != v[i] ? v[i] : a[i]; break;
         default:         for (int i = 0; i < LLMPARI_LANE; i++) a[i] = v[i] < a[i] || v[i] != v[i] ? v[i] : a[i]; break;
         }
-        memcpy(acc + j, a, sizeof a);
+        memcpy(acc + 4 * (ptrdiff_t)j, a, sizeof a);
     }
     for (; j < m; j++) {
         memcpy(a, x + 4 * (ptrdiff_t)j, 4);
         memcpy(v, y + 4 * (ptrdiff_t)j, 4);
-        acc[j] = llmpari_fold_one(a[0], v[0], reduce);
+        a[0] = llmpari_fold_one(a[0], v[0], reduce);
+        memcpy(acc + 4 * (ptrdiff_t)j, a, 4);
     }
 }
 LLMPARI_FN void llmpari_fold_i64(int64_t *acc, const int64_t *x, int m, int32_t reduce) {
@@ -9238,7 +9247,13 @@ LLMPARI_FN llmpar_call llmpari_call_of(llmpar_collective kind, const void *send,
 
 LLMPAR_DEF llmpar_status llmpar_all_reduce(llmpar_comm *comm, const void *send, void *recv, int64_t count, llmpar_dtype dtype, llmpar_reduce reduce, llmpar_error *err) {
     llmpar_call call = llmpari_call_of(LLMPAR_ALL_REDUCE, send, recv, count, dtype);
+    llmpar_status status;
     call.reduce = reduce;
+    if (comm && comm->vtable->quick && !comm->trace && llmpari_call_plain(&call) && comm->vtable->quick(comm, &call, &status, err)) {
+        comm->stats.calls[LLMPAR_ALL_REDUCE]++;
+        comm->stats.payload_bytes[LLMPAR_ALL_REDUCE] += count * llmpar_dtype_bytes(dtype);
+        return status;
+    }
     return llmpari_comm_call(comm, &call, err);
 }
 LLMPAR_DEF llmpar_status llmpar_all_gather(llmpar_comm *comm, const void *send, void *recv, const int64_t *counts, llmpar_dtype dtype, llmpar_error *err) {
@@ -9591,7 +9606,7 @@ LLMPARI_FN void llmpari_self_free(llmpar_comm *comm) {
 }
 
 LLMPAR_DEF llmpar_status llmpar_comm_self(const llmpar_allocator *allocator, llmpar_comm **comm, llmpar_error *err) {
-    static const llmpar_comm_vtable vtable = { llmpari_self_start, llmpari_self_wait, llmpari_self_group, llmpari_self_abort, llmpari_self_free, NULL };
+    static const llmpar_comm_vtable vtable = { llmpari_self_start, llmpari_self_wait, llmpari_self_group, llmpari_self_abort, llmpari_self_free, NULL, NULL };
     if (!comm) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_comm_self: comm is NULL");
     *comm = NULL;
     llmpari_self *self = (llmpari_self *)llmpari_alloc(allocator, sizeof *self);
@@ -9617,7 +9632,8 @@ LLMPAR_DEF llmpar_status llmpar_comm_self(const llmpar_allocator *allocator, llm
 //            call is done when all units are. Every unit gives the same bits, whoever does it.
 // A member retires collective k when it needs its slot no more; a slot is used again when all have retired it.
 // Who waits spins, then yields, then sleeps on the team's condition variable. Counters stand on cache lines of their own.
-// All shared words but `retired` and `waits` are read and written sequentially consistent: a sleeper announces itself and looks again, a publisher publishes and looks for sleepers.
+// All shared words but `seq` of a post, `retired` and `waits` are read and written sequentially consistent: a sleeper announces itself and looks again, a publisher publishes and
+// looks for sleepers. For those three the publisher does without a fence; the sleeper looks again some microseconds later, and in any case a tenth of a second later.
 
 enum {
     LLMPARI_FLIGHT     = 16,       // collectives in flight on one team; a power of two
@@ -9639,7 +9655,7 @@ struct llmpari_post {              // what one member asks for: a cache line tha
     uint64_t    hash;              // of recv_counts (AllGather, ReduceScatter)
     int32_t     root;
     uint8_t     kind, dtype, reduce;
-    uint8_t     where;             // the data: in the caller's send, in a box, in `small`
+    uint8_t     where;             // lowest two bits, the data: in the caller's send, in a box, in `small`; above: how many collectives before this one the member is not through with
     char        small[LLMPARI_SMALL];
     const char *data;              // the box or the caller's send
     char       *recv;
@@ -9923,8 +9939,8 @@ LLMPARI_FN llmpar_status llmpari_end_fail(llmpari_end *end, llmpar_status status
 
 LLMPARI_FN bool llmpari_exchanges(const llmpari_post *post) { return post->kind == LLMPAR_ALL_TO_ALL || post->kind == LLMPAR_PERMUTE; }
 LLMPARI_FN bool llmpari_same(const llmpari_post *a, const llmpari_post *b) {
-    return a->kind == b->kind && a->dtype == b->dtype && a->reduce == b->reduce && a->root == b->root && a->hash == b->hash
-        && (a->count == b->count || llmpari_exchanges(a));
+    unsigned differ = (unsigned)(a->kind ^ b->kind) | (unsigned)(a->dtype ^ b->dtype) | (unsigned)(a->reduce ^ b->reduce) | (unsigned)(a->root ^ b->root);
+    return (differ | (a->hash ^ b->hash) | (llmpari_exchanges(a) ? 0 : (uint64_t)(a->count ^ b->count))) == 0;
 }
 LLMPARI_FN llmpari_signs llmpari_signs_of(const llmpari_team *team, const llmpari_post *row, int64_t k) {
     llmpari_signs signs;
@@ -9952,28 +9968,34 @@ LLMPARI_FN llmpar_status llmpari_differ_pairs(llmpari_end *end, const llmpari_po
 LLMPARI_ONCE_END
 // ---- The work of a collective ----
 
-LLMPARI_FN const char *llmpari_data(const llmpari_post *post) { return post->where == LLMPARI_IN_POST ? post->small : post->data; }
+LLMPARI_FN int llmpari_where(const llmpari_post *post) { return post->where & 3; }
+LLMPARI_FN int llmpari_lag(const llmpari_post *post) { return post->where >> 2; }
+LLMPARI_FN const char *llmpari_data(const llmpari_post *post) { return llmpari_where(post) == LLMPARI_IN_POST ? post->small : post->data; }
 
-// What a unit of a reduction does: `count` elements at byte `from` of all n members' data, in member order, go to byte `to` of the recv of members first .. last-1.
+// What a unit of a reduction does: `count` elements at byte `from` of all n members' data, in member order, go to byte `to` of the recv of members first .. last-1, `home` among them.
 // Blocks are read whole before they are written: recv may be data.
-typedef struct llmpari_reduction { const llmpari_post *row; int32_t n, first, last; int64_t from, count, to; bool stream; } llmpari_reduction;
+typedef struct llmpari_reduction { const llmpari_post *row; int32_t n, first, last, home; int64_t from, count, to; bool stream; } llmpari_reduction;
 
 LLMPARI_FN void llmpari_store_result(const llmpari_reduction *r, int64_t at, const char *result, int64_t bytes) {
     for (int32_t i = r->first; i < r->last; i++) {
-        if (r->stream) llmpari_stream(r->row[i].recv + r->to + at, result, bytes);
-        else llmpari_copy_block(r->row[i].recv + r->to + at, result, bytes);
+        char *to = r->row[i].recv + r->to + at;
+        if (r->stream) llmpari_stream(to, result, bytes);
+        else if (to != result) llmpari_copy_block(to, result, bytes);
     }
 }
 LLMPARI_FN void llmpari_reduce_f32(const llmpari_reduction *r) {
     const llmpari_post *row = r->row;
-    float acc[LLMPARI_FOLD];
+    char own[4 * LLMPARI_FOLD], *home = row[r->home].recv + r->to;
+    bool straight = !r->stream;                                                            // into the output, where nobody's data still have to be read
+    for (int32_t i = 2; i < r->n; i++) straight = straight && home != llmpari_data(&row[i]) + r->from;
     for (int64_t at = 0; at < r->count; at += LLMPARI_FOLD) {
         int m = (int)llmpari_min(LLMPARI_FOLD, r->count - at);
         int64_t from = r->from + 4 * at;
-        if (r->n == 1) memcpy(acc, llmpari_data(&row[0]) + from, 4 * (size_t)m);
+        char *acc = straight ? home + 4 * at : own;
+        if (r->n == 1) llmpari_move_bytes(acc, llmpari_data(&row[0]) + from, 4 * m);
         else llmpari_fold_f32(acc, llmpari_data(&row[0]) + from, llmpari_data(&row[1]) + from, m, row->reduce);
-        for (int32_t i = 2; i < r->n; i++) llmpari_fold_f32(acc, (const char *)acc, llmpari_data(&row[i]) + from, m, row->reduce);
-        llmpari_store_result(r, 4 * at, (const char *)acc, 4 * m);
+        for (int32_t i = 2; i < r->n; i++) llmpari_fold_f32(acc, acc, llmpari_data(&row[i]) + from, m, row->reduce);
+        llmpari_store_result(r, 4 * at, acc, 4 * m);
     }
 }
 LLMPARI_FN void llmpari_reduce_halves(const llmpari_reduction *r) {
@@ -9985,7 +10007,7 @@ LLMPARI_FN void llmpari_reduce_halves(const llmpari_reduction *r) {
         llmpari_comm_widen(acc, llmpari_data(&row[0]) + r->from + 2 * at, m, row->dtype);
         for (int32_t i = 1; i < r->n; i++) {
             llmpari_comm_widen(x, llmpari_data(&row[i]) + r->from + 2 * at, m, row->dtype);
-            llmpari_fold_f32(acc, (const char *)acc, (const char *)x, m, row->reduce);
+            llmpari_fold_f32((char *)acc, (const char *)acc, (const char *)x, m, row->reduce);
         }
         llmpari_narrow(half, acc, m, row->dtype);
         llmpari_store_result(r, 2 * at, (const char *)half, 2 * m);
@@ -10027,23 +10049,26 @@ LLMPARI_FN void llmpari_reduce_any(const llmpari_reduction *r) {
 }
 
 // What the limits of llmpar_comm_tuning are compared with.
-LLMPARI_FN int64_t llmpari_tuned_size(int64_t count, int64_t element, int32_t n) { return count > INT64_MAX / 8 / n ? INT64_MAX : count * element * n / 2; }
+LLMPARI_FN int64_t llmpari_tuned_size(int64_t count, int64_t element, int32_t n) { return count > INT64_MAX / 8 / 65536 ? INT64_MAX : count * element * n / 2; }
 
 // All have arrived at collective k: do they ask for the same, and how is it done?
 LLMPARI_FN llmpar_status llmpari_check_posts(llmpari_end *end, int64_t k, llmpar_error *err) {
     const llmpari_team *team = end->team;
     const llmpari_post *row = llmpari_posts(team, k);
     uint64_t sent = 0, wanted = 0;
+    int lag = 0;
     bool exchanges = llmpari_exchanges(row), over = false;
     end->direct = false;
     for (int32_t i = 0; i < team->n; i++) {
         if (i && !llmpari_same(&row[0], &row[i])) return llmpari_differ(end, row, k, err);
-        if (row[i].where == LLMPARI_IN_PLACE) end->direct = true;
+        if (llmpari_where(&row[i]) == LLMPARI_IN_PLACE) end->direct = true;
+        lag = llmpari_lag(&row[i]) > lag ? llmpari_lag(&row[i]) : lag;
         if (!exchanges) continue;
         sent   += row[i].sent;
         wanted += row[i].wanted;
     }
     if (sent != wanted) return llmpari_differ_pairs(end, row, k, err);
+    end->free_until = llmpari_max(end->free_until, k - lag + LLMPARI_FLIGHT);
     if (end->comm.trace) {
         int32_t last = 0;
         for (int32_t i = 1; i < team->n; i++) if (row[i].came > row[last].came) last = i;
@@ -10071,7 +10096,7 @@ LLMPARI_FN void llmpari_work(const llmpari_team *team, int64_t k, int32_t m, boo
     const llmpari_post *row = llmpari_posts(team, k), *mine = &row[m];
     int32_t n = team->n;
     int64_t element = llmpar_dtype_bytes((llmpar_dtype)mine->dtype), at = 0;
-    llmpari_reduction r = { row, n, m, m + 1, 0, mine->count, 0, false };
+    llmpari_reduction r = { row, n, m, m + 1, m, 0, mine->count, 0, false };
     switch (mine->kind) {
     case LLMPAR_ALL_REDUCE:
         if (slices) {
@@ -10131,6 +10156,16 @@ LLMPARI_FN bool llmpari_all_arrived(llmpari_end *end, int64_t k) {
     return end->scan == end->team->n;
 }
 
+LLMPARI_FN void llmpari_retire(llmpari_end *end) {
+    llmpari_team *team = end->team;
+    end->finished++;
+    end->scan    = 0;
+    end->checked = false;
+    end->since   = 0;
+    llmpari_comm_release(team->world, &team->retired[end->comm.rank].value, end->finished);       // no fence: who sleeps for a slot looks again in time
+    llmpari_wake(team);
+}
+
 // Finishes what can be finished without waiting, oldest first.
 LLMPARI_FN llmpar_status llmpari_advance(llmpari_end *end, llmpar_error *err) {
     llmpari_team *team = end->team;
@@ -10143,12 +10178,7 @@ LLMPARI_FN llmpar_status llmpari_advance(llmpari_end *end, llmpar_error *err) {
             if (!end->direct) llmpari_work(team, k, end->comm.rank, false);
         }
         if (end->direct && !llmpari_units_done(end, k)) return LLMPAR_OK;
-        end->finished = k + 1;
-        end->scan     = 0;
-        end->checked  = false;
-        end->since    = 0;
-        llmpari_comm_release(team->world, &team->retired[end->comm.rank].value, k + 1);    // no fence: who sleeps for a slot looks again in time
-        llmpari_wake(team);
+        llmpari_retire(end);
     }
     return LLMPAR_OK;
 }
@@ -10336,7 +10366,7 @@ LLMPARI_FN llmpar_status llmpari_await(const llmpari_wish *wish, llmpar_error *e
     llmpar_status status;
     bool done = false, armed = false;
     double began = 0;
-    int64_t mark = 0;
+    int64_t mark = 0, awake = 0;
     for (int64_t round = 0; ; round++) {
         status = llmpari_step(wish, &done, err);
         if (status || done) break;
@@ -10348,10 +10378,12 @@ LLMPARI_FN llmpar_status llmpari_await(const llmpari_wish *wish, llmpar_error *e
         status = llmpari_patience(wish, began, now, err);
         if (status) break;
         if (now - began < 0.001) continue;
-        if (!armed) {                                                                      // from now on publishers wake; look once more before sleeping
+        if (!armed) {                                                                      // from now on publishers wake; look again before sleeping
             llmpari_add(world, &team->sleepers->value, 1);
             armed = true;
-        } else llmpari_sleep(team, mark, began + wish->timeout_s - now);
+            awake = round + 16;
+        } else if (round < awake) sched_yield();                                           // what was on its way when this rank announced itself has come by then
+        else llmpari_sleep(team, mark, began + wish->timeout_s - now);
         mark = llmpari_comm_load(world, &team->wakes);
     }
     if (armed) llmpari_add(world, &team->sleepers->value, -1);
@@ -10514,40 +10546,40 @@ LLMPARI_FN llmpar_status llmpari_mail_wait(llmpari_end *end, int64_t ticket, boo
 // ---- The vtable ----
 
 // Where this member's `bytes` of collective k may be copied to: the post, a box, the large box of this parity if all are through with what was in it. NULL: nowhere.
-LLMPARI_FN char *llmpari_box_for(llmpari_end *end, llmpari_post *post, int64_t k, int64_t bytes, bool folds) {
+LLMPARI_FN char *llmpari_box_for(llmpari_end *end, llmpari_post *post, int64_t k, int64_t bytes, bool folds, unsigned *where) {
     llmpari_team *team = end->team;
     int64_t parity = k & 1;
-    post->where = LLMPARI_IN_POST;
+    *where = LLMPARI_IN_POST;
     if (bytes <= LLMPARI_SMALL) return post->small;
-    post->where = LLMPARI_IN_BOX;
+    *where = LLMPARI_IN_BOX;
     bool fits = !folds || llmpari_tuned_size(bytes, 1, team->n) <= team->world->tuning.mailbox_bytes;
-    if (fits && bytes <= LLMPARI_BOX) return team->boxes + ((k % LLMPARI_FLIGHT) * team->n + end->comm.rank) * LLMPARI_BOX;
-    if (fits && bytes <= team->large_bytes && llmpari_retired(team) >= end->used[parity]) {
-        end->used[parity] = k + 1;
-        return team->large + (end->comm.rank * 2 + parity) * team->large_bytes;
+    if (fits && bytes <= team->large_bytes) {
+        if (end->free_until - LLMPARI_FLIGHT < end->used[parity]) end->free_until = llmpari_retired(team) + LLMPARI_FLIGHT;
+        if (end->free_until - LLMPARI_FLIGHT >= end->used[parity]) {
+            end->used[parity] = k + 1;
+            return team->large + (end->comm.rank * 2 + parity) * team->large_bytes;
+        }
     }
-    post->where = LLMPARI_IN_PLACE;
+    if (fits && bytes <= LLMPARI_BOX) return team->boxes + ((k % LLMPARI_FLIGHT) * team->n + end->comm.rank) * LLMPARI_BOX;
+    *where = LLMPARI_IN_PLACE;
     return NULL;
 }
 
-// Writes this member's part of slot k; seq, last, tells the others.
-LLMPARI_FN void llmpari_post_call(llmpari_end *end, const llmpar_call *call, int64_t k) {
-    llmpari_team *team = end->team;
-    int32_t n = team->n, me = end->comm.rank;
-    llmpari_post *post = &llmpari_posts(team, k)[me];
+// The signature and the counts of calls other than AllReduce.
+LLMPARI_FN llmpari_extent llmpari_post_counts(llmpari_end *end, const llmpar_call *call, llmpari_post *post) {
+    int32_t n = end->team->n, me = end->comm.rank;
     llmpari_extent x;
-    int64_t element = llmpar_dtype_bytes(call->dtype);
-    if (call->kind == LLMPAR_ALL_REDUCE) x.send = x.recv = x.payload = call->count * element;
-    else (void)llmpari_call_extent(&end->comm, call, &x, NULL);                            // was checked already
     bool ragged = call->kind == LLMPAR_ALL_GATHER || call->kind == LLMPAR_REDUCE_SCATTER;
     bool swaps  = call->kind == LLMPAR_ALL_TO_ALL || call->kind == LLMPAR_PERMUTE;
-    bool folds  = call->kind == LLMPAR_ALL_REDUCE || call->kind == LLMPAR_REDUCE_SCATTER;
-    post->kind   = (uint8_t)call->kind;
-    post->dtype  = call->kind == LLMPAR_BARRIER ? 0 : (uint8_t)call->dtype;
-    post->reduce = folds ? (uint8_t)call->reduce : 0;
-    post->root   = call->kind == LLMPAR_BROADCAST ? call->peer : 0;
-    post->count  = call->kind == LLMPAR_BARRIER ? 0 : call->kind == LLMPAR_ALL_REDUCE ? call->count : x.payload / element;
-    post->hash   = 0;
+    (void)llmpari_call_extent(&end->comm, call, &x, NULL);                                 // was checked already
+    if (call->kind == LLMPAR_BARRIER) post->dtype = 0;
+    else if (call->kind != LLMPAR_BROADCAST) post->count = x.payload / llmpar_dtype_bytes(call->dtype);
+    if (call->kind != LLMPAR_REDUCE_SCATTER) post->reduce = 0;
+    if (call->kind == LLMPAR_BARRIER) post->count = 0;
+    if (call->kind == LLMPAR_BROADCAST) {
+        post->root = call->peer;
+        if (x.recv == 0) post->recv = NULL;
+    }
     if (swaps) post->sent = post->wanted = 0;
     for (int32_t i = 0; ragged && i < n; i++) {
         post->hash += llmpari_mix((uint64_t)i, call->recv_counts[i]);
@@ -10559,14 +10591,86 @@ LLMPARI_FN void llmpari_post_call(llmpari_end *end, const llmpar_call *call, int
         post->counts[i]     = call->send_counts[i];
         post->counts[n + i] = call->recv_counts[i];
     }
-    post->recv = call->kind == LLMPAR_BROADCAST && x.recv == 0 ? NULL : (char *)call->recv;
-    post->over = call->send == call->recv;
+    return x;
+}
+
+// What AllReduce has in its post.
+LLMPARI_FN void llmpari_post_mark(llmpari_post *post, const llmpar_call *call) {
+    post->kind   = (uint8_t)call->kind;
+    post->dtype  = (uint8_t)call->dtype;
+    post->reduce = (uint8_t)call->reduce;
+    post->root   = 0;
+    post->count  = call->count;
+    post->hash   = 0;
+    post->recv   = (char *)call->recv;
+    post->over   = call->send == call->recv;
+}
+LLMPARI_FN bool llmpari_asks(const llmpari_post *post, const llmpar_call *call) {
+    unsigned mark = (unsigned)(post->kind ^ (uint8_t)call->kind) | (unsigned)(post->dtype ^ (uint8_t)call->dtype) | (unsigned)(post->reduce ^ (uint8_t)call->reduce) | (unsigned)post->root;
+    return (mark | post->hash | (uint64_t)(post->count ^ call->count)) == 0;
+}
+LLMPARI_FN void llmpari_post_publish(llmpari_end *end, llmpari_post *post, int64_t k, unsigned where) {
+    post->where = (uint8_t)(where | (unsigned)(k - end->finished) << 2);
+    llmpari_comm_release(end->team->world, &post->seq, k + 1);                             // no fence: a sleeper looks again
+    llmpari_wake(end->team);
+}
+
+// Writes this member's part of slot k; seq, last, tells the others.
+LLMPARI_FN void llmpari_post_call(llmpari_end *end, const llmpar_call *call, int64_t k) {
+    llmpari_post *post = &llmpari_posts(end->team, k)[end->comm.rank];
+    int64_t sent = call->count * llmpar_dtype_bytes(call->dtype), boxed = sent;
+    llmpari_post_mark(post, call);
     if (end->comm.trace) post->came = llmpari_now();
-    char *box = llmpari_box_for(end, post, k, call->kind == LLMPAR_BROADCAST ? x.payload : x.send, folds);
-    if (box) llmpari_move_bytes(box, (const char *)call->send, x.send);
-    if (post->where != LLMPARI_IN_POST) post->data = box ? box : (const char *)call->send;
-    llmpari_comm_store(team->world, &post->seq, k + 1);
-    llmpari_wake(team);
+    if (call->kind != LLMPAR_ALL_REDUCE) {
+        llmpari_extent x = llmpari_post_counts(end, call, post);
+        sent  = x.send;
+        boxed = call->kind == LLMPAR_BROADCAST ? x.payload : x.send;
+    }
+    unsigned where;
+    char *box = llmpari_box_for(end, post, k, boxed, call->kind == LLMPAR_ALL_REDUCE || call->kind == LLMPAR_REDUCE_SCATTER, &where);
+    if (box) llmpari_move_bytes(box, (const char *)call->send, sent);
+    post->data = box ? box : (const char *)call->send;
+    llmpari_post_publish(end, post, k, where);
+}
+
+// A small AllReduce while nothing else is in flight: what start and wait come to, on a short path as long as the others are not late.
+LLMPARI_FN bool llmpari_threads_quick(llmpar_comm *comm, const llmpar_call *call, llmpar_status *status, llmpar_error *err) {
+    llmpari_end *end = (llmpari_end *)comm->impl;
+    llmpari_team *team = end->team;
+    llmpar_threads *world = team->world;
+    const int64_t k = end->started, bytes = call->count * llmpar_dtype_bytes(call->dtype);
+    llmpari_post *row = llmpari_posts(team, k), *mine = &row[comm->rank];
+    int lag = 0;
+    if (k != end->finished || k >= end->free_until || llmpari_comm_load(world, &world->stopped)) return false;
+    unsigned where;
+    char *box = llmpari_box_for(end, mine, k, bytes, true, &where);
+    if (!box) return false;
+    end->started = k + 1;
+    end->timeout_s[k & (LLMPARI_FLIGHT - 1)] = comm->timeout_s;
+    mine->data   = box;
+    if (bytes != 4) memcpy(box, call->send, (size_t)bytes);
+    else memcpy(box, call->send, 4);                                                       // from here on in one go: others look at this line all the time
+    llmpari_post_mark(mine, call);
+    llmpari_post_publish(end, mine, k, where);
+    *status = LLMPAR_OK;
+    for (int32_t i = 0; i < team->n; i++) {
+        const llmpari_post *post = &row[i];
+        if (i == comm->rank) continue;
+        int spins = world->spin;
+        while (llmpari_comm_load(world, &post->seq) != k + 1 && spins-- > 0) llmpari_cpu_pause();
+        if (spins < 0 || llmpari_where(post) == LLMPARI_IN_PLACE || !llmpari_asks(post, call)) {
+            llmpari_wish wish = llmpari_wish_of(end, LLMPARI_GOAL_CALL, k);
+            *status = llmpari_await(&wish, err);
+            return true;
+        }
+        lag = llmpari_lag(post) > lag ? llmpari_lag(post) : lag;
+    }
+    llmpari_reduction r = { row, team->n, comm->rank, comm->rank + 1, comm->rank, 0, call->count, 0, false };
+    end->free_until = llmpari_max(end->free_until, k - lag + LLMPARI_FLIGHT);
+    if (call->dtype == LLMPAR_F32 && bytes <= LLMPARI_SMALL) llmpari_reduce_few(&r);
+    else llmpari_reduce_any(&r);
+    llmpari_retire(end);
+    return true;
 }
 
 LLMPARI_FN llmpar_status llmpari_threads_start(llmpar_comm *comm, const llmpar_call *call, int64_t *ticket, llmpar_error *err) {
@@ -10675,10 +10779,10 @@ LLMPARI_FN llmpar_status llmpari_threads_shrink(llmpar_comm *comm, llmpar_comm *
 LLMPARI_FN llmpari_team *llmpari_team_new(llmpar_threads *world, int32_t n, int64_t parent) {
     static const llmpar_comm_vtable vtable = {
         llmpari_threads_start, llmpari_threads_wait, llmpari_threads_group, llmpari_threads_comm_abort, llmpari_threads_comm_free,
-        llmpari_threads_shrink
+        llmpari_threads_shrink, llmpari_threads_quick
     };
     int64_t large = 2 * world->tuning.mailbox_bytes / n;       // what a member may have in a box: see llmpari_tuned_size
-    if (large <= LLMPARI_BOX) large = 0;
+    large = (llmpari_max(large, LLMPARI_BOX) + LLMPARI_LINE - 1) / LLMPARI_LINE * LLMPARI_LINE;
     size_t clear, total = llmpari_team_layout(NULL, NULL, n, large, &clear) + LLMPARI_LINE;
     void *memory = llmpari_alloc(&world->allocator, total);
     if (!memory) return NULL;
@@ -11592,7 +11696,7 @@ LLMPARI_FN void llmpari_mpi_fold_floats(const char *const *rows, int32_t n, char
         for (int32_t i = 1; i < n; i++, first = (const char *)acc) {
             const char *operand = rows[i] + at * element;
             if (dtype != LLMPAR_F32) { llmpari_comm_widen(x, operand, m, dtype); operand = (const char *)x; }
-            llmpari_fold_f32(acc, first, operand, m, reduce);
+            llmpari_fold_f32((char *)acc, first, operand, m, reduce);
         }
         if (dtype == LLMPAR_F32 || raw) { memcpy(to + at * 4, acc, (size_t)m * 4); continue; }
         llmpari_narrow(half, acc, m, dtype);
@@ -12429,7 +12533,7 @@ LLMPARI_FN void llmpari_mpi_free(llmpar_comm *comm);
 
 // An end with members[n] (in parent, or without one in the world), this rank being `me` of them; NULL: no memory.
 LLMPARI_FN llmpari_mpi_end *llmpari_mpi_end_new(llmpari_mpi_world *world, const llmpari_mpi_end *parent, const int32_t *members, int32_t n, int32_t me) {
-    static const llmpar_comm_vtable vtable = { llmpari_mpi_start, llmpari_mpi_wait, llmpari_mpi_group, llmpari_mpi_abort, llmpari_mpi_free, NULL };
+    static const llmpar_comm_vtable vtable = { llmpari_mpi_start, llmpari_mpi_wait, llmpari_mpi_group, llmpari_mpi_abort, llmpari_mpi_free, NULL, NULL };
     int64_t small = llmpari_max(1024, llmpari_min(LLMPARI_MPI_SMALL, (1 << 16) / n / 128 * 128)), staging = n == 1 ? 0 : llmpari_max(world->desc.staging_bytes, (int64_t)4096 * n);
     size_t bytes = llmpari_mpi_layout(NULL, NULL, n, small, staging), clear = llmpari_mpi_layout(NULL, NULL, n, 0, 0);
     llmpari_mpi_end *end = (llmpari_mpi_end *)llmpari_alloc(&world->allocator, bytes);
