@@ -10,6 +10,7 @@ int main(void) {
 }
 #else
 #include "jobs.h"
+#include "sequence.h"
 
 static int my_rank, n_ranks;
 static double now_s(void) {
@@ -676,6 +677,32 @@ static int over_hosts(llmpar_comm *world, int calls) {
     return wrong > 0;
 }
 
+// ---- Random sequences ----
+
+static void test_sequences(void) {
+    static sequence s;
+    test_seed(20262);
+    TEST("random sequences give what the reference gives") {
+        for (int i = 0; i < (test_stress() ? 2000 : 60) && !test_bad; i++) {
+            int32_t hosts[MOST];
+            sequence_make(&s, test_state + (uint64_t)i, n_ranks);
+            uint64_t seed = s.seed;
+            llmpar_mpi_desc desc = desc_of(60, rank_below(&seed, 2));
+            desc.staging_bytes = s.limit[0] < 1 << 20 ? s.limit[0] : 0;
+            desc.message_bytes = s.limit[1] < 1 << 20 ? s.limit[1] : 0;
+            for (int k = 0, host = 0; k < n_ranks; k++, host += rank_below(&seed, 2) != 0) hosts[k] = host;
+            if (s.seed % 2) desc.hosts = hosts;
+            s.leaves = false;
+            run(&desc, sequence_rank, &s);
+            if (test_bad) {
+                printf("LLMPAR_SEED=%llu runs the sequence that failed on rank %d:\n", (unsigned long long)s.seed, my_rank);
+                sequence_print(&s);
+            }
+            sequence_free(&s);
+        }
+    }
+}
+
 int main(int argc, char **argv) {
     llmpar_error err = LLMPAR_ZERO;
     llmpar_comm *first = NULL;
@@ -688,6 +715,7 @@ int main(int argc, char **argv) {
     test_groups();
     test_flight();
     test_mail();
+    test_sequences();
     test_own();
     test_clash();
     test_late();
