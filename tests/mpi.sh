@@ -1,5 +1,6 @@
 #!/bin/sh
 # The MPI backend under every MPI that is installed: test_mpi on 2 to 4 ranks (stress: 1 to 4, MPICH too), golden_check --mpi and llama --mpi on 2 to 4, and what mpirun tells its processes.
+# Logits have the threads' bits; in the invariant mode one hash at every tp (stress: every dense model at tp = 1..8, Open MPI, since MPICH does not yield).
 B=${B:-build}; passed=0; failed=0; skipped=0
 stress=${LLMPAR_STRESS:-0}
 run() { # run N PROGRAM...: under the mpirun of $mpi
@@ -10,6 +11,7 @@ run() { # run N PROGRAM...: under the mpirun of $mpi
     *)       timeout 300 mpirun -np "$n" "$@" ;;
     esac
 }
+hashes() { out=$("$@" 2>&1) && printf '%s\n' "$out" | grep '^prefill \|^decode ' | tr '\n' ' '; }        # of golden_check --hash
 ok()   { passed=$((passed + 1)); }
 bad()  { failed=$((failed + 1)); echo "FAIL $mpi: $1"; printf '%s\n' "$2" | grep -v 'UCX  WARN\|yaksa' | tail -n 20; }
 for mpi in openmpi mpich default; do
@@ -27,6 +29,20 @@ for mpi in openmpi mpich default; do
             out=$(run "$1" "$B/golden_check.$mpi" tests/golden/$model "$2" --mpi 2>&1)
             if [ $? = 0 ] && printf '%s\n' "$out" | grep -q '^max |dlogits|'; then ok; else bad "golden_check $model $2" "$out"; fi
         done
+    done
+    models="llama-odd"; degrees="2 3"
+    [ $mpi = mpich ] && degrees=2
+    [ "$mpi$stress" = openmpi1 ] && models="llama llama-odd llama3-rope llama-bf16 llama-bias llama-linear llama-mqa mistral qwen2 qwen3 shakespeare-dense" && degrees="1 2 3 4 5 6 7 8"
+    for model in $models; do
+        one=$(hashes "$B/golden_check.$mpi" tests/golden/$model tp=1 --invariant --hash)
+        for tp in $degrees; do
+            got=$(hashes run $tp "$B/golden_check.$mpi" tests/golden/$model tp=$tp --invariant --hash --mpi)
+            if [ -n "$one" ] && [ "$got" = "$one" ]; then ok; else bad "invariant $model tp=$tp: $got instead of $one" ""; fi
+            want=$(hashes "$B/golden_check.$mpi" tests/golden/$model tp=$tp --hash)
+            got=$(hashes run $tp "$B/golden_check.$mpi" tests/golden/$model tp=$tp --hash --mpi)
+            if [ -n "$want" ] && [ "$got" = "$want" ]; then ok; else bad "$model tp=$tp: $got instead of the threads' $want" ""; fi
+        done
+        [ "$stress" = 0 ] || echo "$mpi $model at tp = $degrees, invariant: $one"
     done
     for fault in late mismatch-count mismatch-dtype mismatch-op abort; do          # every survivor names the culprit
         [ "$mpi$stress" = mpich0 ] && [ $fault != abort ] && continue
