@@ -30,6 +30,7 @@
 //          >>solve    which collectives where, exactly; explain
 //          >>model    a transformer's description, from config.json or by name
 //          >>build    the graph of a model
+//          >>pipe     pipeline schedules: made, lowered, proven, timed, drawn
 //   move   >>comm     collectives behind one small vtable; ranks as threads
 //          >>launch   which rank of how many this process is: mpirun, srun, torchrun
 //          >>mpi      the same collectives between processes, over MPI
@@ -778,6 +779,193 @@ typedef struct llmpar_build_desc {
 // model that has a head and a cache, whatever batch, seq and the flags are: llmpar_exec can share them.
 // Errors: the model's, sizes below 0, context below seq, loss together with last_only or no_head; then the graph's.
 LLMPAR_DEF llmpar_status llmpar_build(const llmpar_model *model, const llmpar_build_desc *desc, llmpar_graph *g, llmpar_error *err);
+
+// ============================================================================================================
+// >>pipe   pipeline schedules: made, lowered, proven, timed, drawn             (uses: base)
+// ============================================================================================================
+// A pipeline is a row of stages; every rank holds some of them and does its actions in a fixed order. All schedules have one form, PyTorch's: "2F0" is the forward of
+// stage 2 for micro-batch 0, "B" a whole backward, "I" its part that makes the gradient of the inputs, "W" the part that makes the gradient of the weights (any time after
+// I). A rank is a row of a CSV text. Lowering adds the transfers: "0SEND_F3" (stage 0 sends its output for micro-batch 3 to stage 1), "1RECV_F3", "1SEND_B3", "0RECV_B3".
+//
+//     llmpar_pipe_desc desc = LLMPAR_ZERO;
+//     desc.kind = LLMPAR_PIPE_ZB_H1; desc.n_ranks = 4; desc.n_micro = 8;
+//     llmpar_pipe_make(&desc, &arena, &schedule, err);                                            // who does what, in which order
+//     llmpar_pipe_lower(&schedule, &desc.costs, LLMPAR_PIPE_NCCL, &arena, &program, err);         // with transfers and their buffers
+//     llmpar_pipe_verify(&program, &desc.costs, LLMPAR_PIPE_NCCL, 0, &arena, err);                // complete, in order, cannot deadlock
+//     llmpar_pipe_simulate(&program, &desc.costs, LLMPAR_PIPE_NCCL, &arena, &timing, err);        // makespan, span, bubbles, peak memory
+
+typedef enum llmpar_action_kind {
+    LLMPAR_ACTION_F = 0,           // forward
+    LLMPAR_ACTION_B,               // whole backward = I then W
+    LLMPAR_ACTION_I,               // gradient of the inputs; what the stage before waits for
+    LLMPAR_ACTION_W,               // gradient of the weights
+    LLMPAR_ACTION_SEND_F,          // starts to send F's output to the stage after; of the last stage: the token back to stage 0 (in_flight > 0)
+    LLMPAR_ACTION_RECV_F,          // posts the buffer for F's input; F waits for it
+    LLMPAR_ACTION_SEND_B,          // starts to send the gradient of the inputs to the stage before
+    LLMPAR_ACTION_RECV_B,          // posts the buffer for the gradient of the outputs; B or I waits for it
+    LLMPAR_ACTION_COUNT
+} llmpar_action_kind;
+
+typedef struct llmpar_action {     // 12 bytes
+    int32_t micro;                 // micro-batch
+    int16_t stage;
+    uint8_t kind;                  // llmpar_action_kind
+    uint8_t reserved;              // 0
+    int32_t slot;                  // SEND, RECV: number of the message buffer on this rank, 0 .. n_slots[rank] - 1; else -1
+} llmpar_action;
+
+// A schedule (no transfers) or a program (lowered, with transfers). Arrays live in the arena that made them; whoever fills the struct by hand owns them.
+#define LLMPAR_MAX_STAGES 4096
+typedef struct llmpar_schedule {
+    int32_t  n_ranks, n_stages, n_micro;
+    int32_t  in_flight;            // > 0: decode. micro-batch m is a token that needs the output of micro-batch m - in_flight (the same sequence) at the last stage
+    bool     lowered;              // has transfers
+    int32_t *rank_of;              // [n_stages]
+    int64_t *first;                // [n_ranks + 1]: rank r does action[first[r]] .. action[first[r + 1] - 1], in this order
+    llmpar_action *action;
+    int32_t *n_slots;              // [n_ranks] message buffers; NULL unless lowered
+    char     name[LLMPAR_NAME];
+} llmpar_schedule;
+
+// What things take, in any unit of time and memory. All-zero = F = I = W = 1, free transfers, F holds 1.
+typedef struct llmpar_pipe_costs {
+    const double *f, *i, *w;       // [n_stages]; NULL = 1 each
+    const double *b;               // [n_stages]; NULL = i + w
+    const double *link;            // [n_stages] from stage s to s + 1 or back; the last: from the last stage to stage 0. NULL = 0. Stages of one rank: 0
+    const double *hold;            // [n_stages] memory that F takes until the backward; NULL = 1
+    const double *release;         // [n_stages] of it, what I gives back, W the rest; NULL = half. B gives back all
+} llmpar_pipe_costs;
+
+// The published schedules, by name in tools and messages.
+//   gpipe         all F, then all B (arXiv 1811.06965)                            1f1b        P - r warm-up forwards, then one B, one F (arXiv 2006.09503)
+//   eager-1f1b    2 (P - r) - 1 warm-up forwards, which hides transfers (arXiv 2211.05322)
+//   interleaved   several stages a rank, stage s on rank s % P (arXiv 2104.04473) breadth-first  every stage of a rank through all micro-batches (arXiv 2211.05953)
+//   zb-h1, zb-h2  I and W apart; W fills bubbles; memory p and 2p - 1 (arXiv 2401.10241)         zb-1p, zb-2p  the same by its list heuristic, within p and 2p forwards
+//   zb-v          two stages a rank in the shape of a V, memory p (same paper)    v-half, v-min  the V at about half and a third of that memory (arXiv 2405.15362)
+//   dualpipe-v    the V with F of one and B of the other direction side by side   forward     inference: F only
+//   auto          searched for the given times and memory
+#define LLMPAR_PIPE_LIST(X) \
+    X(LLMPAR_PIPE_GPIPE,         "gpipe") \
+    X(LLMPAR_PIPE_1F1B,          "1f1b") \
+    X(LLMPAR_PIPE_EAGER_1F1B,    "eager-1f1b") \
+    X(LLMPAR_PIPE_INTERLEAVED,   "interleaved") \
+    X(LLMPAR_PIPE_BREADTH_FIRST, "breadth-first") \
+    X(LLMPAR_PIPE_ZB_H1,         "zb-h1") \
+    X(LLMPAR_PIPE_ZB_H2,         "zb-h2") \
+    X(LLMPAR_PIPE_ZB_1P,         "zb-1p") \
+    X(LLMPAR_PIPE_ZB_2P,         "zb-2p") \
+    X(LLMPAR_PIPE_ZB_V,          "zb-v") \
+    X(LLMPAR_PIPE_V_HALF,        "v-half") \
+    X(LLMPAR_PIPE_V_MIN,         "v-min") \
+    X(LLMPAR_PIPE_DUALPIPE_V,    "dualpipe-v") \
+    X(LLMPAR_PIPE_FORWARD,       "forward") \
+    X(LLMPAR_PIPE_AUTO,          "auto")
+typedef enum llmpar_pipe_kind {
+#define LLMPARI_X(name, text) name,
+    LLMPAR_PIPE_LIST(LLMPARI_X)
+#undef LLMPARI_X
+    LLMPAR_PIPE_KIND_COUNT
+} llmpar_pipe_kind;
+LLMPAR_DEF const char   *llmpar_pipe_kind_name(llmpar_pipe_kind kind);                        // "1f1b"; static storage
+LLMPAR_DEF llmpar_status llmpar_pipe_kind_parse(const char *name, llmpar_pipe_kind *kind, llmpar_error *err);
+
+// How stages lie on ranks when a rank has several of them.
+typedef enum llmpar_pipe_map {
+    LLMPAR_PIPE_MAP_DEFAULT = 0,   // the schedule's own: V for zb-v, v-half, v-min and dualpipe-v, else loop; auto takes the better one
+    LLMPAR_PIPE_MAP_LOOP,          // stage s on rank s % P: 0 1 2 3 0 1 2 3
+    LLMPAR_PIPE_MAP_V              // back and forth: 0 1 2 3 3 2 1 0
+} llmpar_pipe_map;
+
+typedef struct llmpar_pipe_desc {
+    llmpar_pipe_kind kind;
+    int32_t n_ranks;               // P
+    int32_t n_virtual;             // stages of a rank; 0 = 1, or 2 for the V-shaped ones. stages = P * n_virtual
+    int32_t n_micro;               // M >= 1, any number
+    int32_t group;                 // interleaved: micro-batches that a rank takes through one stage before it turns to its next. 0 = M in M / P equal groups (PyTorch);
+                                   //   P = Megatron's default
+    int32_t in_flight;             // forward: sequences in decode, see llmpar_schedule; 0 = micro-batches do not depend on each other (prefill)
+    llmpar_pipe_map map;           // for interleaved, breadth-first, gpipe, forward and auto
+    llmpar_pipe_costs costs;       // zb-1p, zb-2p, v-half, v-min, auto, and the order of forward
+    double  memory;                // most that a rank may hold, in units of costs.hold; 0 = the schedule's own; auto: no limit
+    bool    whole_backward;        // auto: B instead of I and W
+} llmpar_pipe_desc;
+
+// Errors: counts below 1, a schedule that needs another n_virtual, times that are negative or not finite, a memory limit that is too small (the least that works is named).
+LLMPAR_DEF llmpar_status llmpar_pipe_make(const llmpar_pipe_desc *desc, llmpar_arena *arena, llmpar_schedule *schedule, llmpar_error *err);
+
+// CSV, a rank per line, actions between commas; an empty cell is idle time and says nothing. A "B" that a "W" of the same stage and micro-batch follows is read as "I".
+// Programs are read too. Errors name line and cell. Writing has no idle cells. in_flight is not in the text.
+LLMPAR_DEF llmpar_status llmpar_pipe_read(const char *text, size_t bytes, llmpar_arena *arena, llmpar_schedule *schedule, llmpar_error *err);
+LLMPAR_DEF void          llmpar_pipe_write(const llmpar_schedule *schedule, llmpar_sink sink);
+
+// When a transfer moves, and whom it holds up. In all of them RECV posts a buffer and goes on; the action that consumes it waits.
+typedef enum llmpar_transport {
+    LLMPAR_PIPE_BUFFERED = 0,      // SEND copies and goes on; messages are found by what they carry
+    LLMPAR_PIPE_RENDEZVOUS,        // SEND waits until the other rank has posted its RECV
+    LLMPAR_PIPE_NCCL               // SEND starts and goes on; the transfers of two ranks run one after the other in the order of both programs, which must agree. Those
+                                   //   that no action on a stage parts form a group (ncclGroupStart .. End) and run together
+} llmpar_transport;
+
+// Adds SEND and RECV, each RECV as late as possible without holding anybody up at the given costs, and gives messages their buffers (lowest free number by liveness).
+// No transfer between stages of one rank. The programs of all ranks together cannot deadlock under this transport if the schedule itself cannot; errors: verify's.
+LLMPAR_DEF llmpar_status llmpar_pipe_lower(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport,
+                                           llmpar_arena *arena, llmpar_schedule *program, llmpar_error *err);
+
+// Proves: every stage does F once per micro-batch and either nothing else, or B once, or I and then W once; inputs come before what needs them; every transfer has its
+// other end, on the right rank; buffers are free when they are taken; no rank holds more than `memory` (0 = no limit); and all ranks reach their end whatever the times:
+// else the error shows a shortest circle of waiting ("rank 0 waits in 0F1 for ..., which ..."). BAD_ARGUMENT, or DOES_NOT_FIT for memory with what would suffice.
+LLMPAR_DEF llmpar_status llmpar_pipe_verify(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport, double memory,
+                                            llmpar_arena *scratch, llmpar_error *err);
+
+typedef struct llmpar_pipe_timing {
+    double  makespan;              // from the first action to the end of the last one
+    double  span;                  // longest time of a rank from its own first F to its last end (the Zero Bubble paper's)
+    double  work;                  // of the rank that works most: no schedule is shorter
+    double *busy, *begin, *end;    // [n_ranks] time in F, B, I, W; begin of the first F and end of the last action
+    double *peak;                  // [n_ranks] most memory held
+    double *action_begin, *action_end;   // [actions]; a SEND ends when its rank goes on, a RECV when it is posted
+    int64_t *critical;             // [n_critical] indices of the actions that make the makespan, first to last: each begins when the one before ends (plus its link)
+    int64_t n_critical;
+} llmpar_pipe_timing;
+// Every action starts as early as its rank, its inputs and the transport allow. Errors: verify's of a schedule that stops.
+LLMPAR_DEF llmpar_status llmpar_pipe_simulate(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport,
+                                              llmpar_arena *arena, llmpar_pipe_timing *timing, llmpar_error *err);
+
+// No schedule of these stages, micro-batches, times and memory limit (0 = none) has a shorter span, or makespan.
+typedef struct llmpar_pipe_bound { double span, makespan; } llmpar_pipe_bound;
+LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, double memory, llmpar_pipe_bound *bound, llmpar_error *err);
+
+// Contiguous items to stages so that the rank with the most cost has as little as possible (its stages together: V or loop). cost[n_items] >= 0: layers, with the embedding
+// as the first item and the head as the last one, say; bytes[n_items] (NULL = none) under limit_bytes per rank. A stage may be empty where there are fewer items than
+// stages. first[n_stages + 1] gets the first item of every stage. Exact for one stage a rank and for the V of two; several rounds of a loop: the slowest stage is
+// the least possible, and items are then moved between stages while that helps the slowest rank.
+typedef struct llmpar_partition_desc {
+    const double  *cost;           // [n_items]
+    const int64_t *bytes;          // [n_items]
+    int32_t n_items, n_ranks, n_virtual;   // n_virtual: 0 = 1
+    llmpar_pipe_map map;           // default = loop
+    int64_t limit_bytes;           // of a rank; 0 = none
+} llmpar_partition_desc;
+LLMPAR_DEF llmpar_status llmpar_pipe_partition(const llmpar_partition_desc *desc, int32_t *first, double *slowest, llmpar_error *err);
+
+// Chunked prefill: cuts n tokens into chunks that go through P equal stages one after the other; a chunk of tokens [a, b) takes per_chunk + per_token (b - a) +
+// per_pair (b^2 - a^2) in a stage (attention looks at all before it). Time of all = sum of chunks + (P - 1) longest. bound[*n_chunks]: the end of every chunk.
+typedef struct llmpar_chunks_desc {
+    int64_t n_tokens;
+    int64_t unit;                  // chunks end at multiples of it; 0 = 1
+    int32_t n_ranks;
+    int32_t n_chunks;              // 0 = the best number, at most `capacity`
+    double  per_chunk, per_token, per_pair;
+} llmpar_chunks_desc;
+LLMPAR_DEF llmpar_status llmpar_pipe_chunks(const llmpar_chunks_desc *desc, int64_t *bound, int32_t capacity, int32_t *n_chunks, double *seconds, llmpar_error *err);
+
+// Interval i lives from begin[i] until end[i] (half-open); slot[i] = the lowest number that no interval alive at its begin has. begin ascending. Returns how many slots.
+LLMPAR_DEF int32_t llmpar_slots(const int64_t *begin, const int64_t *end, int64_t n, int32_t *slot, llmpar_arena *scratch);
+
+// A timeline: rows of text, `columns` wide; SVG with the memory of every rank over time; a Chrome trace (chrome://tracing, Perfetto), times taken as seconds.
+LLMPAR_DEF void llmpar_pipe_text (const llmpar_schedule *schedule, const llmpar_pipe_timing *timing, int columns, llmpar_sink sink);
+LLMPAR_DEF void llmpar_pipe_svg  (const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, const llmpar_pipe_timing *timing, llmpar_sink sink);
+LLMPAR_DEF void llmpar_pipe_trace(const llmpar_schedule *schedule, const llmpar_pipe_timing *timing, llmpar_sink sink);
 
 // ============================================================================================================
 // >>comm   collectives behind one small vtable; ranks as threads               (uses: base, mesh, cost)
@@ -8849,6 +9037,1169 @@ LLMPAR_DEF llmpar_status llmpar_build(const llmpar_model *model, const llmpar_bu
     return LLMPAR_OK;
 }
 LLMPARI_ONCE_END
+// ============================================================================================================
+// >>pipe (impl)
+// ============================================================================================================
+
+static const char *const llmpari_action_name[LLMPAR_ACTION_COUNT] = { "F", "B", "I", "W", "SEND_F", "RECV_F", "SEND_B", "RECV_B" };
+
+typedef struct llmpari_action_text { char text[40]; } llmpari_action_text;
+LLMPARI_FN llmpari_action_text llmpari_action_print(llmpar_action a) {
+    llmpari_action_text t;
+    snprintf(t.text, sizeof t.text, "%d%s%d", (int)a.stage, a.kind < LLMPAR_ACTION_COUNT ? llmpari_action_name[a.kind] : "?", (int)a.micro);
+    return t;
+}
+LLMPARI_FN llmpar_action llmpari_action(llmpar_action_kind kind, int64_t stage, int64_t micro) {
+    llmpar_action a = LLMPAR_ZERO;
+    a.kind  = (uint8_t)kind;
+    a.stage = (int16_t)stage;
+    a.micro = (int32_t)micro;
+    a.slot  = -1;
+    return a;
+}
+
+static const char *const llmpari_pipe_name[LLMPAR_PIPE_KIND_COUNT] = {
+#define LLMPARI_X(name, text) text,
+    LLMPAR_PIPE_LIST(LLMPARI_X)
+#undef LLMPARI_X
+};
+LLMPAR_DEF const char *llmpar_pipe_kind_name(llmpar_pipe_kind kind) { return (unsigned)kind < LLMPAR_PIPE_KIND_COUNT ? llmpari_pipe_name[kind] : "unknown schedule"; }
+
+LLMPAR_DEF llmpar_status llmpar_pipe_kind_parse(const char *name, llmpar_pipe_kind *kind, llmpar_error *err) {
+    for (int k = 0; name && k < LLMPAR_PIPE_KIND_COUNT; k++)
+        if (strcmp(name, llmpari_pipe_name[k]) == 0) { *kind = (llmpar_pipe_kind)k; return LLMPAR_OK; }
+    return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "schedule \"%.40s\" is not known; known: gpipe 1f1b eager-1f1b interleaved breadth-first zb-h1 zb-h2 zb-1p zb-2p zb-v "
+                        "v-half v-min dualpipe-v forward auto", name ? name : "(null)");
+}
+
+// Costs with every array filled in; links between stages of one rank are 0.
+typedef struct llmpari_pipe_cost { double *time[4], *link, *hold, *release; } llmpari_pipe_cost;   // time[F, B, I, W][stage]
+
+LLMPARI_FN llmpar_status llmpari_pipe_cost_take(const double *from, double otherwise, const char *what, int32_t n, double *to, llmpar_error *err) {
+    for (int32_t s = 0; s < n; s++) {
+        to[s] = from ? from[s] : otherwise;
+        if (!(to[s] >= 0 && to[s] <= 1e100)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s of stage %d is %g; pass a finite number >= 0", what, (int)s, to[s]);
+    }
+    return LLMPAR_OK;
+}
+LLMPARI_FN llmpar_status llmpari_pipe_cost_fill(const llmpar_pipe_costs *costs, const llmpar_schedule *schedule, llmpar_arena *arena, llmpari_pipe_cost *c, llmpar_error *err) {
+    static const llmpar_pipe_costs none = LLMPAR_ZERO;
+    const int32_t n = schedule->n_stages;
+    double *all = (double *)llmpar_arena_alloc(arena, 7 * (size_t)n * sizeof *all);
+    if (!all) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the costs of %d stages", (int)n);
+    if (!costs) costs = &none;
+    for (int k = 0; k < 4; k++) c->time[k] = all + (int64_t)k * n;
+    c->link = all + 4 * (int64_t)n, c->hold = all + 5 * (int64_t)n, c->release = all + 6 * (int64_t)n;
+    LLMPARI_TRY(llmpari_pipe_cost_take(costs->f, 1, "time of F", n, c->time[LLMPAR_ACTION_F], err));
+    LLMPARI_TRY(llmpari_pipe_cost_take(costs->i, 1, "time of I", n, c->time[LLMPAR_ACTION_I], err));
+    LLMPARI_TRY(llmpari_pipe_cost_take(costs->w, 1, "time of W", n, c->time[LLMPAR_ACTION_W], err));
+    LLMPARI_TRY(llmpari_pipe_cost_take(costs->b, 0, "time of B", n, c->time[LLMPAR_ACTION_B], err));
+    LLMPARI_TRY(llmpari_pipe_cost_take(costs->link, 0, "link", n, c->link, err));
+    LLMPARI_TRY(llmpari_pipe_cost_take(costs->hold, 1, "memory", n, c->hold, err));
+    LLMPARI_TRY(llmpari_pipe_cost_take(costs->release, 0, "memory released", n, c->release, err));
+    for (int32_t s = 0; s < n; s++) {
+        if (!costs->b) c->time[LLMPAR_ACTION_B][s] = c->time[LLMPAR_ACTION_I][s] + c->time[LLMPAR_ACTION_W][s];
+        if (!costs->release) c->release[s] = c->hold[s] / 2;
+        if (c->release[s] > c->hold[s])
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "stage %d: I releases %g, more than the %g that F holds", (int)s, c->release[s], c->hold[s]);
+        if (schedule->rank_of[s] == schedule->rank_of[(s + 1) % n]) c->link[s] = 0;
+    }
+    return LLMPAR_OK;
+}
+// What an action adds to the memory of its rank: F at its begin, the others at their end.
+LLMPARI_FN double llmpari_pipe_memory(const llmpari_pipe_cost *c, llmpar_action a) {
+    switch (a.kind) {
+    case LLMPAR_ACTION_F: return c->hold[a.stage];
+    case LLMPAR_ACTION_B: return -c->hold[a.stage];
+    case LLMPAR_ACTION_I: return -c->release[a.stage];
+    case LLMPAR_ACTION_W: return c->release[a.stage] - c->hold[a.stage];
+    default: return 0;
+    }
+}
+
+// ---- Where every action stands --------------------------------------------------------------------------------
+
+// at[kind][stage * M + micro]: index of the action, -1 = there is none.
+typedef struct llmpari_pipe_index { int32_t *at[LLMPAR_ACTION_COUNT]; bool backward; } llmpari_pipe_index;
+
+LLMPARI_FN bool llmpari_pipe_crosses(const llmpar_schedule *s, int64_t stage) {   // do stages `stage` and the next one (after the last: the first) lie on different ranks?
+    return s->rank_of[stage] != s->rank_of[(stage + 1) % s->n_stages];
+}
+// Which outputs of F travel: all but the last stage's, and those tokens that go back to stage 0.
+LLMPARI_FN bool llmpari_pipe_sends_f(const llmpar_schedule *s, int64_t stage, int64_t micro) {
+    return llmpari_pipe_crosses(s, stage) && (stage + 1 < s->n_stages || (s->in_flight > 0 && micro + s->in_flight < s->n_micro));
+}
+LLMPARI_FN bool llmpari_pipe_sends_b(const llmpar_schedule *s, int64_t stage) { return stage > 0 && llmpari_pipe_crosses(s, stage - 1); }
+
+LLMPARI_FN llmpar_status llmpari_pipe_shape(const llmpar_schedule *s, llmpar_error *err) {
+    if (!s || !s->rank_of || !s->first || (!s->action && s->first[s->n_ranks] > 0)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the schedule is empty: make or read one first");
+    if (s->n_ranks < 1 || s->n_micro < 1 || s->n_stages < 1 || s->n_stages > LLMPAR_MAX_STAGES)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%d ranks, %d stages, %d micro-batches: all must be >= 1, stages at most %d", (int)s->n_ranks, (int)s->n_stages,
+                            (int)s->n_micro, LLMPAR_MAX_STAGES);
+    if (s->first[s->n_ranks] > INT32_MAX || (int64_t)s->n_stages * s->n_micro > INT32_MAX)
+        return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%d stages x %d micro-batches are too many actions", (int)s->n_stages, (int)s->n_micro);
+    if (s->in_flight < 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "in_flight=%d; pass the number of sequences, or 0", (int)s->in_flight);
+    for (int32_t i = 0; i < s->n_stages; i++)
+        if (s->rank_of[i] < 0 || s->rank_of[i] >= s->n_ranks) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "stage %d lies on rank %d of %d", (int)i, (int)s->rank_of[i], (int)s->n_ranks);
+    return LLMPAR_OK;
+}
+
+// Fills the index; errors: an action twice, on a rank that does not hold its stage, out of range.
+LLMPARI_FN llmpar_status llmpari_pipe_index_fill(const llmpar_schedule *s, llmpar_arena *arena, llmpari_pipe_index *x, llmpar_error *err) {
+    const int64_t cells = (int64_t)s->n_stages * s->n_micro;
+    const int kinds = s->lowered ? LLMPAR_ACTION_COUNT : 4;
+    int32_t *all = (int32_t *)llmpar_arena_alloc(arena, (size_t)(kinds * cells) * sizeof *all);
+    if (!all) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for an index of %d stages x %d micro-batches", (int)s->n_stages, (int)s->n_micro);
+    memset(all, 0xff, (size_t)(kinds * cells) * sizeof *all);
+    memset(x, 0, sizeof *x);
+    for (int k = 0; k < kinds; k++) x->at[k] = all + k * cells;
+    for (int32_t r = 0; r < s->n_ranks; r++)
+        for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
+            const llmpar_action a = s->action[j];
+            if (a.kind >= kinds || a.stage < 0 || a.stage >= s->n_stages || a.micro < 0 || a.micro >= s->n_micro)
+                return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d: %s is not an action of %d stages, %d micro-batches%s", (int)r, llmpari_action_print(a).text, (int)s->n_stages,
+                                    (int)s->n_micro, s->lowered ? "" : " in a schedule without transfers");
+            if (s->rank_of[a.stage] != r)
+                return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s stands on rank %d, but stage %d lies on rank %d", llmpari_action_print(a).text, (int)r, (int)a.stage, (int)s->rank_of[a.stage]);
+            int32_t *at = &x->at[a.kind][(int64_t)a.stage * s->n_micro + a.micro];
+            if (*at >= 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d does %s twice", (int)r, llmpari_action_print(a).text);
+            *at = (int32_t)j;
+            if (a.kind >= LLMPAR_ACTION_B && a.kind <= LLMPAR_ACTION_W) x->backward = true;
+        }
+    return LLMPAR_OK;
+}
+
+// `late` must come after `early` on their rank.
+LLMPARI_FN llmpar_status llmpari_pipe_order(const llmpar_schedule *s, int32_t early, int32_t late, llmpar_error *err) {
+    if (early < late) return LLMPAR_OK;
+    return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d does %s before %s", (int)s->rank_of[s->action[late].stage], llmpari_action_print(s->action[late]).text,
+                        llmpari_action_print(s->action[early]).text);
+}
+LLMPARI_FN llmpar_status llmpari_pipe_missing(const llmpar_schedule *s, llmpar_action_kind kind, int64_t stage, int64_t micro, llmpar_error *err) {
+    return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is missing on rank %d", llmpari_action_print(llmpari_action(kind, stage, micro)).text, (int)s->rank_of[stage]);
+}
+
+// The two ends of a transfer: made by `from` on its rank, needed by `to` on its own. -1 where no end is wanted.
+LLMPARI_FN llmpar_status llmpari_pipe_transfer_check(const llmpar_schedule *s, const llmpari_pipe_index *x, bool wanted, llmpar_action_kind send, int64_t from_stage, int64_t from_micro,
+                                                     int64_t to_stage, int64_t to_micro, int32_t made, int32_t used, llmpar_error *err) {
+    const llmpar_action_kind recv = (llmpar_action_kind)(send + 1);
+    const int32_t out = x->at[send][from_stage * s->n_micro + from_micro], in = to_stage >= 0 ? x->at[recv][to_stage * s->n_micro + to_micro] : -1;
+    if (!wanted) {
+        if (out < 0 && in < 0) return LLMPAR_OK;
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s has nobody to talk to: its value stays on rank %d", llmpari_action_print(s->action[out < 0 ? in : out]).text, (int)s->rank_of[from_stage]);
+    }
+    if (out < 0) return llmpari_pipe_missing(s, send, from_stage, from_micro, err);
+    if (in < 0) return llmpari_pipe_missing(s, recv, to_stage, to_micro, err);
+    LLMPARI_TRY(llmpari_pipe_order(s, made, out, err));
+    return llmpari_pipe_order(s, in, used, err);
+}
+
+LLMPARI_FN llmpar_status llmpari_pipe_complete(const llmpar_schedule *s, const llmpari_pipe_index *x, llmpar_error *err) {
+    const int64_t M = s->n_micro;
+    if (x->backward && s->in_flight) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "in_flight=%d is for schedules without backward", (int)s->in_flight);
+    for (int64_t st = 0; st < s->n_stages; st++)
+        for (int64_t m = 0; m < M; m++) {
+            const int64_t c = st * M + m;
+            const int32_t f = x->at[LLMPAR_ACTION_F][c], b = x->at[LLMPAR_ACTION_B][c], i = x->at[LLMPAR_ACTION_I][c], w = x->at[LLMPAR_ACTION_W][c], back = b >= 0 ? b : i;
+            if (f < 0) return llmpari_pipe_missing(s, LLMPAR_ACTION_F, st, m, err);
+            if (!x->backward) continue;
+            if (back < 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "stage %d never does B%d, nor I%d, of its F%d", (int)st, (int)m, (int)m, (int)m);
+            if (b >= 0 && (i >= 0 || w >= 0))
+                return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "stage %d does B%d, which is I and W, and %s%d again", (int)st, (int)m, i >= 0 ? "I" : "W", (int)m);
+            LLMPARI_TRY(llmpari_pipe_order(s, f, back, err));
+            if (b >= 0) continue;
+            if (w < 0) return llmpari_pipe_missing(s, LLMPAR_ACTION_W, st, m, err);
+            LLMPARI_TRY(llmpari_pipe_order(s, i, w, err));
+        }
+    if (!s->lowered) return LLMPAR_OK;
+    for (int64_t st = 0; st < s->n_stages; st++)
+        for (int64_t m = 0; m < M; m++) {
+            const bool last = st + 1 == s->n_stages;
+            const int64_t c = st * M + m, to = last ? 0 : st + 1, to_m = last ? m + s->in_flight : m;
+            const bool exists = to_m < M && (!last || s->in_flight > 0);
+            const int32_t back = x->at[LLMPAR_ACTION_B][c] >= 0 ? x->at[LLMPAR_ACTION_B][c] : x->at[LLMPAR_ACTION_I][c];
+            LLMPARI_TRY(llmpari_pipe_transfer_check(s, x, llmpari_pipe_sends_f(s, st, m), LLMPAR_ACTION_SEND_F, st, m, exists ? to : -1, to_m, x->at[LLMPAR_ACTION_F][c],
+                                                    exists ? x->at[LLMPAR_ACTION_F][to * M + to_m] : -1, err));
+            const int64_t before = st > 0 ? c - M : 0;
+            LLMPARI_TRY(llmpari_pipe_transfer_check(s, x, x->backward && llmpari_pipe_sends_b(s, st), LLMPAR_ACTION_SEND_B, st, m, st > 0 ? st - 1 : -1, m, back,
+                                                    x->at[LLMPAR_ACTION_B][before] >= 0 ? x->at[LLMPAR_ACTION_B][before] : x->at[LLMPAR_ACTION_I][before], err));
+            if (last && x->at[LLMPAR_ACTION_RECV_B][c] >= 0)
+                return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%dRECV_B%d: no stage comes after the last one", (int)st, (int)m);
+            if (st == 0 && m < s->in_flight + (s->in_flight ? 0 : M) && x->at[LLMPAR_ACTION_RECV_F][c] >= 0)
+                return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "0RECV_F%d: nobody sends to the first stage", (int)m);
+        }
+    return LLMPAR_OK;
+}
+
+// ---- Running a schedule: when does what begin, and who waits for whom ------------------------------------------
+
+// The transfers of two ranks in NCCL's order. A rank's SENDs and RECVs with the other one stand in two rows; those with the same epoch (no action on a stage between
+// them) are a group. A transfer moves when its ends are the first of their rows, both are issued, and the groups before are done on both sides.
+typedef struct llmpari_channel_op { int32_t action, epoch; } llmpari_channel_op;
+typedef struct llmpari_channel_side {
+    llmpari_channel_op *send, *recv;
+    int32_t n_send, n_recv, next_send, next_recv;
+    double  open, done;            // when the group in turn may begin; when the last transfer ended
+} llmpari_channel_side;
+typedef struct llmpari_channel { int32_t rank[2]; llmpari_channel_side side[2]; } llmpari_channel;
+
+typedef struct llmpari_pipe_run {
+    const llmpar_schedule    *s;
+    const llmpari_pipe_cost  *c;
+    const llmpari_pipe_index *x;
+    llmpar_transport transport;
+    double  *begin, *end;          // [actions]; end -1 = not done
+    double  *arrive[2];            // [F, gradient][stage * M + micro]: when the output is where it is needed; -1 = not yet
+    double  *slot_free;            // [all slots] NCCL: when the last SEND from this buffer was done; -1 = under way
+    int64_t *slot_first;           // [n_ranks] of slot_free
+    int64_t *at;                   // [n_ranks] next action
+    const double **wait;           // [n_ranks] what a rank waits for: a number that becomes >= 0; NULL = nothing
+    int32_t *ready, n_ready;       // ranks that can go on
+    int32_t *channel_of;           // [n_stages] number of the channel from stage s to the next one
+    llmpari_channel *channel;
+    int32_t  n_channels;
+} llmpari_pipe_run;
+
+LLMPARI_FN bool llmpari_action_is_send(llmpar_action a) { return a.kind == LLMPAR_ACTION_SEND_F || a.kind == LLMPAR_ACTION_SEND_B; }
+LLMPARI_FN bool llmpari_action_is_transfer(llmpar_action a) { return a.kind >= LLMPAR_ACTION_SEND_F; }
+
+// The other end of a transfer; the same for a RECV as for a SEND.
+LLMPARI_FN llmpar_action llmpari_pipe_other_end(const llmpar_schedule *s, llmpar_action a) {
+    const bool up = a.kind == LLMPAR_ACTION_SEND_F || a.kind == LLMPAR_ACTION_RECV_B;      // is the other end at the stage after?
+    llmpar_action o = a;
+    o.kind = (uint8_t)(llmpari_action_is_send(a) ? a.kind + 1 : a.kind - 1);
+    o.slot = -1;
+    if (up && a.stage + 1 == s->n_stages) o.stage = 0, o.micro = a.micro + s->in_flight;
+    else if (!up && a.kind == LLMPAR_ACTION_RECV_F && a.stage == 0) o.stage = (int16_t)(s->n_stages - 1), o.micro = a.micro - s->in_flight;
+    else o.stage = (int16_t)(a.stage + (up ? 1 : -1));
+    return o;
+}
+LLMPARI_FN int32_t llmpari_pipe_at(const llmpari_pipe_run *q, llmpar_action a) { return q->x->at[a.kind][(int64_t)a.stage * q->s->n_micro + a.micro]; }
+// The stage whose link to the next one a transfer takes.
+LLMPARI_FN int32_t llmpari_pipe_link_of(const llmpar_schedule *s, llmpar_action a) {
+    if (a.kind == LLMPAR_ACTION_SEND_F || a.kind == LLMPAR_ACTION_RECV_B) return a.stage;
+    return a.stage > 0 ? a.stage - 1 : s->n_stages - 1;
+}
+
+LLMPARI_FN void llmpari_pipe_wake(llmpari_pipe_run *q, int32_t rank, const double *what) {
+    if (q->wait[rank] != what) return;
+    q->wait[rank] = NULL;
+    q->ready[q->n_ready++] = rank;
+}
+// The value that a SEND, or the F, B or I before it, makes is where it is needed at time t.
+LLMPARI_FN void llmpari_pipe_arrive(llmpari_pipe_run *q, int direction, int32_t stage, int32_t micro, double t) {
+    double *cell = &q->arrive[direction][(int64_t)stage * q->s->n_micro + micro];
+    const int32_t to = direction ? stage - 1 : stage + 1 < q->s->n_stages ? stage + 1 : 0;
+    *cell = t;
+    if (to >= 0) llmpari_pipe_wake(q, q->s->rank_of[to], cell);
+}
+
+LLMPARI_FN int32_t llmpari_channel_epoch(const llmpari_channel_side *side) {
+    const int32_t s = side->next_send < side->n_send ? side->send[side->next_send].epoch : INT32_MAX, r = side->next_recv < side->n_recv ? side->recv[side->next_recv].epoch : INT32_MAX;
+    return s < r ? s : r;
+}
+LLMPARI_FN void llmpari_channel_advance(llmpari_channel_side *side, int32_t *next, double done) {
+    const int32_t before = llmpari_channel_epoch(side);
+    ++*next;
+    if (done > side->done) side->done = done;
+    if (llmpari_channel_epoch(side) != before) side->open = side->done;
+}
+// Moves what can move between two ranks.
+LLMPARI_FN llmpar_status llmpari_channel_move(llmpari_pipe_run *q, llmpari_channel *channel, llmpar_error *err) {
+    const llmpar_schedule *s = q->s;
+    for (bool moved = true; moved; ) {
+        moved = false;
+        for (int d = 0; d < 2; d++) {
+            llmpari_channel_side *from = &channel->side[d], *to = &channel->side[1 - d];
+            if (from->next_send == from->n_send || to->next_recv == to->n_recv) continue;
+            const llmpari_channel_op out = from->send[from->next_send], in = to->recv[to->next_recv];
+            if (q->end[out.action] < 0 || q->end[in.action] < 0 || out.epoch != llmpari_channel_epoch(from) || in.epoch != llmpari_channel_epoch(to)) continue;
+            const llmpar_action a = s->action[out.action];
+            if (llmpari_pipe_at(q, llmpari_pipe_other_end(s, a)) != in.action)
+                return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "ranks %d and %d disagree about the order of their transfers: rank %d does %s when rank %d expects %s", (int)channel->rank[d],
+                                    (int)channel->rank[1 - d], (int)channel->rank[d], llmpari_action_print(a).text, (int)channel->rank[1 - d], llmpari_action_print(s->action[in.action]).text);
+            double t = q->end[out.action];
+            if (q->end[in.action] > t) t = q->end[in.action];
+            if (from->open > t) t = from->open;
+            if (to->open > t) t = to->open;
+            t += q->c->link[llmpari_pipe_link_of(s, a)];
+            llmpari_pipe_arrive(q, a.kind == LLMPAR_ACTION_SEND_B, a.stage, a.micro, t);
+            if (a.slot >= 0) {
+                double *slot = &q->slot_free[q->slot_first[channel->rank[d]] + a.slot];
+                *slot = t;
+                llmpari_pipe_wake(q, channel->rank[d], slot);
+            }
+            llmpari_channel_advance(from, &from->next_send, t);
+            llmpari_channel_advance(to, &to->next_recv, t);
+            moved = true;
+        }
+    }
+    return LLMPAR_OK;
+}
+
+// Which number an action needs before it can begin; NULL = none.
+LLMPARI_FN const double *llmpari_pipe_need(const llmpari_pipe_run *q, llmpar_action a, int which) {
+    const llmpar_schedule *s = q->s;
+    const int64_t M = s->n_micro, c = (int64_t)a.stage * M + a.micro;
+    if (which == 0) {
+        if (a.kind == LLMPAR_ACTION_F) {
+            if (a.stage > 0) return &q->arrive[0][c - M];
+            return s->in_flight > 0 && a.micro >= s->in_flight ? &q->arrive[0][(int64_t)(s->n_stages - 1) * M + a.micro - s->in_flight] : NULL;
+        }
+        if (a.kind == LLMPAR_ACTION_B || a.kind == LLMPAR_ACTION_I) return a.stage + 1 < s->n_stages ? &q->arrive[1][c + M] : NULL;
+        if (q->transport == LLMPAR_PIPE_RENDEZVOUS && llmpari_action_is_send(a)) return &q->end[llmpari_pipe_at(q, llmpari_pipe_other_end(s, a))];
+        return NULL;
+    }
+    if (q->transport != LLMPAR_PIPE_NCCL || !s->lowered || a.kind == LLMPAR_ACTION_W || llmpari_action_is_transfer(a)) return NULL;
+    const int32_t send = q->x->at[a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B][c];   // its result goes into that SEND's buffer
+    return send >= 0 && s->action[send].slot >= 0 ? &q->slot_free[q->slot_first[s->rank_of[a.stage]] + s->action[send].slot] : NULL;
+}
+
+// One rank, as far as it gets.
+LLMPARI_FN llmpar_status llmpari_pipe_advance(llmpari_pipe_run *q, int32_t r, llmpar_error *err) {
+    const llmpar_schedule *s = q->s;
+    double clock = q->at[r] > s->first[r] ? q->end[q->at[r] - 1] : 0;
+    for (; q->at[r] < s->first[r + 1]; q->at[r]++) {
+        const int64_t j = q->at[r];
+        const llmpar_action a = s->action[j];
+        for (int which = 0; which < 2; which++) {
+            const double *need = llmpari_pipe_need(q, a, which);
+            if (need && *need < 0) { q->wait[r] = need; return LLMPAR_OK; }
+            if (need && *need > clock) clock = *need;
+        }
+        q->begin[j] = clock;
+        if (a.kind <= LLMPAR_ACTION_W) {
+            clock += q->c->time[a.kind][a.stage];
+            q->end[j] = clock;
+            if (a.kind == LLMPAR_ACTION_W) continue;
+            const int d = a.kind != LLMPAR_ACTION_F;
+            const bool crosses = d ? llmpari_pipe_sends_b(s, a.stage) : llmpari_pipe_sends_f(s, a.stage, a.micro);
+            if (!s->lowered || !crosses) llmpari_pipe_arrive(q, d, a.stage, a.micro, clock + (crosses ? q->c->link[d ? a.stage - 1 : a.stage] : 0));
+            continue;
+        }
+        q->end[j] = clock;
+        if (q->transport == LLMPAR_PIPE_NCCL) {
+            if (llmpari_action_is_send(a) && a.slot >= 0) q->slot_free[q->slot_first[r] + a.slot] = -1;
+            LLMPARI_TRY(llmpari_channel_move(q, &q->channel[q->channel_of[llmpari_pipe_link_of(s, a)]], err));
+        } else if (llmpari_action_is_send(a)) {
+            llmpari_pipe_arrive(q, a.kind == LLMPAR_ACTION_SEND_B, a.stage, a.micro, clock + q->c->link[llmpari_pipe_link_of(s, a)]);
+        } else if (q->transport == LLMPAR_PIPE_RENDEZVOUS) {
+            llmpari_pipe_wake(q, s->rank_of[llmpari_pipe_other_end(s, a).stage], &q->end[j]);
+        }
+    }
+    return LLMPAR_OK;
+}
+
+// What the rank that is stuck waits for: an action that another rank (or, later, the same one) has not done.
+LLMPARI_FN int32_t llmpari_pipe_blocker(const llmpari_pipe_run *q, int32_t rank) {
+    const llmpar_schedule *s = q->s;
+    llmpar_action a = s->action[q->at[rank]];
+    int32_t out, in;
+    if (llmpari_action_is_send(a)) return llmpari_pipe_at(q, llmpari_pipe_other_end(s, a));
+    const double *need = llmpari_pipe_need(q, a, 0);
+    if (need && *need < 0) {
+        const int d = a.kind != LLMPAR_ACTION_F;
+        llmpar_action made = llmpari_action(d ? LLMPAR_ACTION_SEND_B : LLMPAR_ACTION_SEND_F, 0, 0);
+        const int64_t cell = need - q->arrive[d];
+        made.stage = (int16_t)(cell / s->n_micro), made.micro = (int32_t)(cell % s->n_micro);
+        if (!s->lowered || s->rank_of[made.stage] == rank) {
+            made.kind = (uint8_t)(!d ? LLMPAR_ACTION_F : q->x->at[LLMPAR_ACTION_B][cell] >= 0 ? LLMPAR_ACTION_B : LLMPAR_ACTION_I);
+            return llmpari_pipe_at(q, made);
+        }
+        out = llmpari_pipe_at(q, made);
+    } else {                                                                               // the buffer of its result: the SEND before from there
+        const int32_t send = q->x->at[a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B][(int64_t)a.stage * s->n_micro + a.micro];
+        for (out = (int32_t)q->at[rank]; !llmpari_action_is_send(s->action[out]) || s->action[out].slot != s->action[send].slot; ) out--;
+    }
+    for (;;) {                                                                             // a transfer: which of those before it in the order of the two ranks is not issued?
+        in = llmpari_pipe_at(q, llmpari_pipe_other_end(s, s->action[out]));
+        if (q->end[out] < 0) return out;
+        if (q->end[in] < 0) return in;
+        const llmpari_channel *channel = &q->channel[q->channel_of[llmpari_pipe_link_of(s, s->action[out])]];
+        const int from = channel->rank[0] == s->rank_of[s->action[out].stage] ? 0 : 1;
+        int32_t first = out;
+        for (int d = 0; d < 2 && first == out; d++) {
+            const llmpari_channel_side *side = &channel->side[d ? 1 - from : from];
+            const int32_t epoch = llmpari_channel_epoch(side), own = d ? in : out;
+            const int32_t head_send = side->next_send < side->n_send && side->send[side->next_send].epoch == epoch ? side->send[side->next_send].action : -1;
+            const int32_t head_recv = side->next_recv < side->n_recv && side->recv[side->next_recv].epoch == epoch ? side->recv[side->next_recv].action : -1;
+            if (own == head_send || own == head_recv) continue;
+            const int32_t head = head_send >= 0 ? head_send : head_recv;
+            first = llmpari_action_is_send(s->action[head]) ? head : llmpari_pipe_at(q, llmpari_pipe_other_end(s, s->action[head]));
+        }
+        if (first == out) return in;                                                       // cannot be: both ends are first in their rows
+        out = first;
+    }
+}
+
+// Nobody can go on: says so with a shortest circle of ranks.
+LLMPARI_FN llmpar_status llmpari_pipe_stuck(const llmpari_pipe_run *q, llmpar_error *err) {
+    const llmpar_schedule *s = q->s;
+    int32_t best = -1, best_length = INT32_MAX;
+    char text[900];
+    int at = 0;
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        int32_t p = r, length = 0;
+        if (!q->wait[r]) continue;
+        do { p = s->rank_of[s->action[llmpari_pipe_blocker(q, p)].stage]; length++; } while (p != r && length <= s->n_ranks && length < best_length);
+        if (p == r && length < best_length) best = r, best_length = length;
+    }
+    text[0] = 0;
+    for (int32_t p = best, i = 0; best >= 0 && i < best_length; i++) {
+        const int32_t b = llmpari_pipe_blocker(q, p), next = s->rank_of[s->action[b].stage];
+        if (i < 6) llmpari_append(text, sizeof text, &at, "%srank %d waits in %s for %s, which comes after %s on rank %d", i ? "; " : "", (int)p, llmpari_action_print(s->action[q->at[p]]).text,
+                                  llmpari_action_print(s->action[b]).text, llmpari_action_print(s->action[q->at[next]]).text, (int)next);
+        else if (i == 6) llmpari_append(text, sizeof text, &at, "; and so on, %d ranks", (int)best_length);
+        p = next;
+    }
+    return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "deadlock: %s", text);
+}
+
+LLMPARI_FN llmpar_status llmpari_pipe_channels(llmpari_pipe_run *q, llmpar_arena *arena, llmpar_error *err) {
+    const llmpar_schedule *s = q->s;
+    const int32_t S = s->n_stages;
+    int64_t transfers = 0;
+    q->channel_of = (int32_t *)llmpar_arena_alloc(arena, (size_t)S * sizeof(int32_t));
+    q->channel    = (llmpari_channel *)llmpar_arena_alloc(arena, (size_t)S * sizeof(llmpari_channel));
+    int32_t *first = (int32_t *)llmpar_arena_alloc(arena, (size_t)s->n_ranks * sizeof(int32_t));   // a channel of the rank as the lower one; next: one more of them
+    int32_t *next  = (int32_t *)llmpar_arena_alloc(arena, (size_t)S * sizeof(int32_t));
+    if (!q->channel_of || !q->channel || !first || !next) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d links", (int)S);
+    for (int32_t r = 0; r < s->n_ranks; r++) first[r] = -1;
+    for (int32_t st = 0; st < S; st++) {
+        const int32_t a = s->rank_of[st], b = s->rank_of[(st + 1) % S], low = a < b ? a : b, high = a < b ? b : a;
+        int32_t k = first[low];
+        while (k >= 0 && q->channel[k].rank[1] != high) k = next[k];
+        if (k < 0) {
+            k = q->n_channels++;
+            q->channel[k].rank[0] = low, q->channel[k].rank[1] = high;
+            next[k] = first[low], first[low] = k;
+        }
+        q->channel_of[st] = k;
+    }
+    for (int pass = 0; pass < 2; pass++) {                                                 // count, then fill
+        for (int32_t r = 0; r < s->n_ranks; r++) {
+            int32_t epoch = 0;
+            for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
+                const llmpar_action a = s->action[j];
+                if (!llmpari_action_is_transfer(a)) { epoch++; continue; }
+                llmpari_channel *channel = &q->channel[q->channel_of[llmpari_pipe_link_of(s, a)]];
+                llmpari_channel_side *side = &channel->side[channel->rank[0] == r ? 0 : 1];
+                int32_t *n = llmpari_action_is_send(a) ? &side->n_send : &side->n_recv;
+                if (pass) {
+                    llmpari_channel_op *op = (llmpari_action_is_send(a) ? side->send : side->recv) + *n;
+                    op->action = (int32_t)j, op->epoch = epoch;
+                }
+                ++*n, transfers++;
+            }
+        }
+        if (pass) break;
+        llmpari_channel_op *op = (llmpari_channel_op *)llmpar_arena_alloc(arena, (size_t)transfers * sizeof *op);
+        if (!op) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %lld transfers", (long long)transfers);
+        for (int32_t k = 0; k < q->n_channels; k++)
+            for (int d = 0; d < 2; d++) {
+                llmpari_channel_side *side = &q->channel[k].side[d];
+                side->send = op, op += side->n_send, side->n_send = 0;
+                side->recv = op, op += side->n_recv, side->n_recv = 0;
+            }
+    }
+    return LLMPAR_OK;
+}
+
+// begin and end of every action. The index must be of this schedule, and complete.
+LLMPARI_FN llmpar_status llmpari_pipe_times(llmpari_pipe_run *q, llmpar_arena *arena, llmpar_error *err) {
+    const llmpar_schedule *s = q->s;
+    const int64_t cells = (int64_t)s->n_stages * s->n_micro, n = s->first[s->n_ranks], R = s->n_ranks;
+    int64_t slots = 0;
+    q->arrive[0]  = (double *)llmpar_arena_alloc(arena, (size_t)(2 * cells) * sizeof(double));
+    q->at         = (int64_t *)llmpar_arena_alloc(arena, (size_t)R * sizeof(int64_t));
+    q->slot_first = (int64_t *)llmpar_arena_alloc(arena, (size_t)R * sizeof(int64_t));
+    q->wait       = (const double **)llmpar_arena_alloc(arena, (size_t)R * sizeof(double *));
+    q->ready      = (int32_t *)llmpar_arena_alloc(arena, (size_t)R * sizeof(int32_t));
+    if (!q->arrive[0] || !q->at || !q->slot_first || !q->wait || !q->ready) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to time %lld actions", (long long)n);
+    q->arrive[1] = q->arrive[0] + cells;
+    for (int64_t c = 0; c < 2 * cells; c++) q->arrive[0][c] = -1;
+    for (int64_t j = 0; j < n; j++) q->end[j] = -1;
+    for (int32_t r = 0; r < R; r++) {
+        q->at[r] = s->first[r];
+        q->slot_first[r] = slots;
+        if (s->n_slots) slots += s->n_slots[r];
+        q->ready[q->n_ready++] = (int32_t)(R - 1 - r);
+    }
+    q->slot_free = (double *)llmpar_arena_alloc(arena, (size_t)llmpari_max(slots, 1) * sizeof(double));
+    if (!q->slot_free) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %lld message buffers", (long long)slots);
+    if (s->lowered && q->transport == LLMPAR_PIPE_NCCL) LLMPARI_TRY(llmpari_pipe_channels(q, arena, err));
+    while (q->n_ready) LLMPARI_TRY(llmpari_pipe_advance(q, q->ready[--q->n_ready], err));
+    for (int32_t r = 0; r < R; r++)
+        if (q->at[r] < s->first[r + 1]) return llmpari_pipe_stuck(q, err);
+    return LLMPAR_OK;
+}
+
+// Checks all, fills the index and the completed costs, and times every action into begin and end.
+LLMPARI_FN llmpar_status llmpari_pipe_prove(const llmpar_schedule *s, const llmpar_pipe_costs *costs, llmpar_transport transport, llmpar_arena *arena, double *begin, double *end,
+                                            llmpari_pipe_cost *c, llmpari_pipe_index *x, llmpar_error *err) {
+    llmpari_pipe_run run = LLMPAR_ZERO;
+    LLMPARI_TRY(llmpari_pipe_shape(s, err));
+    if ((unsigned)transport > LLMPAR_PIPE_NCCL) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "transport %d is not known", (int)transport);
+    LLMPARI_TRY(llmpari_pipe_cost_fill(costs, s, arena, c, err));
+    LLMPARI_TRY(llmpari_pipe_index_fill(s, arena, x, err));
+    LLMPARI_TRY(llmpari_pipe_complete(s, x, err));
+    run.s = s, run.c = c, run.x = x, run.transport = transport, run.begin = begin, run.end = end;
+    return llmpari_pipe_times(&run, arena, err);
+}
+
+// Buffers of a program: a message's number is in range, and nothing else is in it from the action that fills it (RECV, or the action before a SEND) to the one that empties it.
+LLMPARI_FN llmpar_status llmpari_pipe_slots_check(const llmpar_schedule *s, const llmpari_pipe_index *x, llmpar_arena *arena, llmpar_error *err) {
+    const int64_t M = s->n_micro;
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        int32_t *owner = (int32_t *)llmpar_arena_alloc(arena, (size_t)llmpari_max(s->n_slots[r], 1) * sizeof *owner);   // 1 + the SEND or RECV whose message is in it
+        if (s->n_slots[r] < 0 || !owner) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d message buffers", (int)s->n_slots[r]);
+        for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
+            const llmpar_action a = s->action[j];
+            const int64_t c = (int64_t)a.stage * M + a.micro;
+            int32_t take = -1, give = -1;                                                  // transfers whose buffer is filled, emptied here
+            if (a.kind == LLMPAR_ACTION_RECV_F || a.kind == LLMPAR_ACTION_RECV_B) take = (int32_t)j;
+            else if (llmpari_action_is_send(a)) give = (int32_t)j;
+            else if (a.kind != LLMPAR_ACTION_W) {
+                take = x->at[a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B][c];
+                give = x->at[a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_RECV_F : LLMPAR_ACTION_RECV_B][c];
+            }
+            for (int which = 0; which < 2; which++) {
+                const int32_t k = which ? give : take;
+                if (k < 0) continue;
+                const int32_t slot = s->action[k].slot;
+                if (slot < 0 || slot >= s->n_slots[r])
+                    return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s has buffer %d of %d on rank %d", llmpari_action_print(s->action[k]).text, (int)slot, (int)s->n_slots[r], (int)r);
+                if (!which && owner[slot])
+                    return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d: %s overwrites buffer %d, where the message of %s still is", (int)r, llmpari_action_print(a).text, (int)slot,
+                                        llmpari_action_print(s->action[owner[slot] - 1]).text);
+                owner[slot] = which ? 0 : k + 1;
+            }
+        }
+    }
+    return LLMPAR_OK;
+}
+
+// Most memory that a rank holds.
+LLMPARI_FN double llmpari_pipe_peak(const llmpar_schedule *s, const llmpari_pipe_cost *c, int32_t rank) {
+    double held = 0, peak = 0;
+    for (int64_t j = s->first[rank]; j < s->first[rank + 1]; j++) {
+        held += llmpari_pipe_memory(c, s->action[j]);
+        if (held > peak) peak = held;
+    }
+    return peak;
+}
+
+LLMPAR_DEF llmpar_status llmpar_pipe_verify(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport, double memory, llmpar_arena *scratch,
+                                            llmpar_error *err) {
+    const llmpar_arena_mark mark = llmpar_arena_save(scratch);
+    llmpari_pipe_cost c;
+    llmpari_pipe_index x;
+    llmpar_status status = llmpari_pipe_shape(schedule, err);
+    if (status) return status;
+    const int64_t n = schedule->first[schedule->n_ranks];
+    double *times = (double *)llmpar_arena_alloc(scratch, 2 * (size_t)n * sizeof *times);
+    status = times ? llmpari_pipe_prove(schedule, costs, transport, scratch, times, times + n, &c, &x, err) : LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
+    if (!status && schedule->lowered && schedule->n_slots) status = llmpari_pipe_slots_check(schedule, &x, scratch, err);
+    for (int32_t r = 0; !status && memory > 0 && r < schedule->n_ranks; r++) {
+        const double peak = llmpari_pipe_peak(schedule, &c, r);
+        if (peak > memory * (1 + 1e-9)) status = LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "rank %d holds up to %g, more than the limit of %g; this schedule needs %g there", (int)r, peak, memory, peak);
+    }
+    llmpar_arena_restore(scratch, mark);
+    return status;
+}
+
+// From the action that ends last back to the start: over the rank's action before, or the end of what was waited for, whichever held it up.
+LLMPARI_FN void llmpari_pipe_critical(const llmpar_schedule *s, const llmpari_pipe_index *x, llmpar_pipe_timing *t) {
+    const int64_t n = s->first[s->n_ranks], M = s->n_micro;
+    int64_t last = 0;
+    for (int64_t j = 1; j < n; j++) if (t->action_end[j] > t->action_end[last]) last = j;
+    for (int64_t j = last; j >= 0 && t->n_critical < n; ) {
+        const llmpar_action a = s->action[j];
+        const int64_t c = (int64_t)a.stage * M + a.micro, own = j > s->first[s->rank_of[a.stage]] ? j - 1 : -1;
+        int64_t input = -1;
+        t->critical[t->n_critical++] = j;
+        if (a.kind == LLMPAR_ACTION_F && a.stage > 0) input = x->at[LLMPAR_ACTION_F][c - M];
+        else if (a.kind == LLMPAR_ACTION_F && s->in_flight > 0 && a.micro >= s->in_flight) input = x->at[LLMPAR_ACTION_F][(int64_t)(s->n_stages - 1) * M + a.micro - s->in_flight];
+        else if ((a.kind == LLMPAR_ACTION_B || a.kind == LLMPAR_ACTION_I) && a.stage + 1 < s->n_stages)
+            input = x->at[LLMPAR_ACTION_I][c + M] >= 0 ? x->at[LLMPAR_ACTION_I][c + M] : x->at[LLMPAR_ACTION_B][c + M];
+        else if (llmpari_action_is_send(a)) {
+            const llmpar_action o = llmpari_pipe_other_end(s, a);
+            input = x->at[o.kind][(int64_t)o.stage * M + o.micro];
+        }
+        j = own >= 0 && (input < 0 || t->action_end[own] >= t->action_begin[j] || t->action_end[own] >= t->action_end[input]) ? own : input;
+    }
+    for (int64_t i = 0, k = t->n_critical - 1; i < k; i++, k--) {
+        const int64_t j = t->critical[i];
+        t->critical[i] = t->critical[k], t->critical[k] = j;
+    }
+}
+
+LLMPAR_DEF llmpar_status llmpar_pipe_simulate(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport, llmpar_arena *arena,
+                                              llmpar_pipe_timing *timing, llmpar_error *err) {
+    llmpari_pipe_cost c;
+    llmpari_pipe_index x;
+    LLMPARI_TRY(llmpari_pipe_shape(schedule, err));
+    const int64_t n = schedule->first[schedule->n_ranks], R = schedule->n_ranks;
+    const llmpar_arena_mark all = llmpar_arena_save(arena);
+    double *numbers = (double *)llmpar_arena_alloc(arena, (size_t)(4 * R + 2 * n) * sizeof *numbers);
+    if (!numbers) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
+    memset(timing, 0, sizeof *timing);
+    timing->busy = numbers, timing->begin = numbers + R, timing->end = numbers + 2 * R, timing->peak = numbers + 3 * R;
+    timing->action_begin = numbers + 4 * R, timing->action_end = timing->action_begin + n;
+    timing->critical = (int64_t *)llmpar_arena_alloc(arena, (size_t)n * sizeof(int64_t));
+    const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    llmpar_status status = timing->critical ? llmpari_pipe_prove(schedule, costs, transport, arena, timing->action_begin, timing->action_end, &c, &x, err)
+                                            : LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the critical path");
+    for (int32_t r = 0; !status && r < R; r++) {
+        bool begun = false;
+        for (int64_t j = schedule->first[r]; j < schedule->first[r + 1]; j++) {
+            const llmpar_action a = schedule->action[j];
+            if (llmpari_action_is_transfer(a)) continue;
+            if (!begun && a.kind == LLMPAR_ACTION_F) begun = true, timing->begin[r] = timing->action_begin[j];
+            timing->busy[r] += c.time[a.kind][a.stage];
+            timing->end[r]   = timing->action_end[j];
+        }
+        timing->peak[r] = llmpari_pipe_peak(schedule, &c, r);
+        if (timing->busy[r] > timing->work) timing->work = timing->busy[r];
+        if (timing->end[r] > timing->makespan) timing->makespan = timing->end[r];
+        if (timing->end[r] - timing->begin[r] > timing->span) timing->span = timing->end[r] - timing->begin[r];
+    }
+    if (!status) llmpari_pipe_critical(schedule, &x, timing);
+    llmpar_arena_restore(arena, status ? all : mark);
+    return status;
+}
+
+// ---- Lowering ---------------------------------------------------------------------------------------------------
+
+LLMPAR_DEF int32_t llmpar_slots(const int64_t *begin, const int64_t *end, int64_t n, int32_t *slot, llmpar_arena *scratch) {
+    const llmpar_arena_mark mark = llmpar_arena_save(scratch);
+    int64_t *until = (int64_t *)llmpar_arena_alloc(scratch, (size_t)llmpari_max(n, 1) * sizeof *until);
+    int32_t slots = 0;
+    for (int64_t i = 0; until && i < n; i++) {
+        int32_t k = 0;
+        while (k < slots && until[k] > begin[i]) k++;
+        if (k == slots) slots++;
+        until[k] = end[i];
+        slot[i]  = k;
+    }
+    llmpar_arena_restore(scratch, mark);
+    return until ? slots : -1;
+}
+
+// A message: made by action `made` (index in the schedule), posted on the other rank just before the action `before`.
+typedef struct llmpari_message { int32_t made, before; } llmpari_message;
+
+// Which action of the schedule takes what `a` makes; -1 = it does not travel.
+LLMPARI_FN int32_t llmpari_pipe_consumer(const llmpar_schedule *s, const llmpari_pipe_index *x, llmpar_action a) {
+    const int64_t M = s->n_micro, c = (int64_t)a.stage * M + a.micro;
+    if (a.kind == LLMPAR_ACTION_F) {
+        if (!llmpari_pipe_sends_f(s, a.stage, a.micro)) return -1;
+        return a.stage + 1 < s->n_stages ? x->at[LLMPAR_ACTION_F][c + M] : x->at[LLMPAR_ACTION_F][a.micro + s->in_flight];
+    }
+    if ((a.kind != LLMPAR_ACTION_B && a.kind != LLMPAR_ACTION_I) || !llmpari_pipe_sends_b(s, a.stage)) return -1;
+    return x->at[LLMPAR_ACTION_B][c - M] >= 0 ? x->at[LLMPAR_ACTION_B][c - M] : x->at[LLMPAR_ACTION_I][c - M];
+}
+
+// Where every message is posted: before the first action of the receiver that ends when the message is made or later. In the schedule's own times nobody waits for a
+// post then; and the order of posts and sends of two ranks follows the times at which messages are made, on both alike, so that no transfer can wait for a later one.
+// Only messages that are made at the same time in both directions need care: in NCCL's order both are posted beside the sends, in one group.
+LLMPARI_FN void llmpari_pipe_post(const llmpar_schedule *s, const llmpari_pipe_index *x, const double *end, llmpar_transport transport, int32_t *cursor, llmpari_message *message,
+                                  int64_t *n_messages) {
+    int64_t n = 0;
+    for (int32_t i = 0; i < 2 * s->n_stages; i++) cursor[i] = -1;
+    for (int64_t j = 0; j < s->first[s->n_ranks]; j++) {
+        const llmpar_action a = s->action[j];
+        const int32_t to = llmpari_pipe_consumer(s, x, a);
+        if (to < 0) continue;
+        int32_t *k = &cursor[2 * a.stage + (a.kind != LLMPAR_ACTION_F)];                   // the messages of a stage in one direction are made in the order of time
+        if (*k < 0) *k = (int32_t)s->first[s->rank_of[s->action[to].stage]];
+        while (*k < to && end[*k] < end[j]) ++*k;
+        message[n].made   = (int32_t)j;
+        message[n].before = *k;
+        if (transport == LLMPAR_PIPE_NCCL && *k < to && end[*k] <= end[j]) {
+            const int32_t back = llmpari_pipe_consumer(s, x, s->action[*k]);
+            if (back >= 0 && s->rank_of[s->action[back].stage] == s->rank_of[a.stage]) message[n].before++;
+        }
+        n++;
+    }
+    *n_messages = n;
+}
+
+// Numbers the buffers of one rank's messages: those received live from the post to the action that takes them, those sent from the action that makes them until the SEND
+// is over: with NCCL, until it is expected to be.
+typedef struct llmpari_pipe_life { int64_t *begin, *end; int32_t *slot, *action; int64_t n; } llmpari_pipe_life;
+
+LLMPARI_FN void llmpari_pipe_live(llmpari_pipe_life *life, int64_t begin, int64_t end, int64_t action) {
+    life->begin[life->n] = begin, life->end[life->n] = end;
+    life->action[life->n++] = (int32_t)action;
+}
+LLMPARI_FN llmpar_status llmpari_pipe_life_new(llmpari_pipe_life *life, int64_t most, llmpar_arena *arena, llmpar_error *err) {
+    const size_t n = (size_t)llmpari_max(most, 1);
+    life->begin  = (int64_t *)llmpar_arena_alloc(arena, 2 * n * sizeof(int64_t));
+    life->slot   = (int32_t *)llmpar_arena_alloc(arena, 2 * n * sizeof(int32_t));
+    if (!life->begin || !life->slot) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the buffers of %lld messages", (long long)most);
+    life->end    = life->begin + n;
+    life->action = life->slot + n;
+    life->n      = 0;
+    return LLMPAR_OK;
+}
+LLMPARI_FN llmpar_status llmpari_pipe_life_number(llmpari_pipe_life *life, llmpar_schedule *program, int32_t rank, llmpar_arena *scratch, llmpar_error *err) {
+    const int32_t n = llmpar_slots(life->begin, life->end, life->n, life->slot, scratch);
+    if (n < 0) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to number the buffers of rank %d", (int)rank);
+    for (int64_t i = 0; i < life->n; i++) program->action[life->action[i]].slot = program->n_slots[rank] + life->slot[i];
+    program->n_slots[rank] += n;
+    return LLMPAR_OK;
+}
+
+typedef struct llmpari_lowering {
+    const llmpar_schedule    *s;
+    const llmpari_pipe_cost  *c;
+    const llmpari_pipe_index *x;
+    llmpar_transport transport;
+    const double *begin, *end;
+    int32_t *gap, *posted;         // posted[gap[k]] .. posted[gap[k + 1] - 1]: the actions that make the messages posted before action k, by time
+    int32_t *recv_at;              // [actions of the schedule] where the program posts what an action takes
+} llmpari_lowering;
+
+LLMPARI_FN llmpar_status llmpari_pipe_lower_rank(const llmpari_lowering *l, int32_t r, llmpar_schedule *program, int64_t *at, llmpari_pipe_life *in, llmpari_pipe_life *out,
+                                                 llmpar_arena *scratch, llmpar_error *err) {
+    const llmpar_schedule *s = l->s;
+    const int64_t first = *at;
+    in->n = out->n = 0;
+    for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
+        const llmpar_action a = s->action[j];
+        for (int32_t i = l->gap[j]; i < l->gap[j + 1]; i++) {
+            llmpar_action send = s->action[l->posted[i]];
+            const int32_t to = llmpari_pipe_consumer(s, l->x, send);
+            send.kind = (uint8_t)(send.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B);
+            l->recv_at[to] = (int32_t)in->n;
+            llmpari_pipe_live(in, *at - first, 0, *at);
+            program->action[(*at)++] = llmpari_pipe_other_end(s, send);
+        }
+        if (l->recv_at[j] >= 0) in->end[l->recv_at[j]] = *at - first + 1;
+        program->action[(*at)++] = a;
+        if (llmpari_pipe_consumer(s, l->x, a) < 0) continue;
+        llmpar_action send = llmpari_action(a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B, a.stage, a.micro);
+        int64_t until = j + 1;                                                             // first action of the schedule that may use the buffer again
+        if (l->transport == LLMPAR_PIPE_NCCL) {
+            const double done = l->end[j] + l->c->link[llmpari_pipe_link_of(s, send)];
+            while (until < s->first[r + 1] && l->begin[until] < done) until++;
+        }
+        llmpari_pipe_live(out, j - s->first[r], until - s->first[r], *at);
+        program->action[(*at)++] = send;
+    }
+    LLMPARI_TRY(llmpari_pipe_life_number(in, program, r, scratch, err));
+    return llmpari_pipe_life_number(out, program, r, scratch, err);
+}
+
+LLMPARI_FN llmpar_status llmpari_pipe_lower_into(const llmpar_schedule *s, const llmpar_pipe_costs *costs, llmpar_transport transport, llmpar_arena *scratch,
+                                                 llmpar_schedule *program, llmpar_error *err) {
+    const int64_t n = s->first[s->n_ranks];
+    llmpari_pipe_cost  c;
+    llmpari_pipe_index x;
+    llmpari_pipe_run   run = LLMPAR_ZERO;
+    llmpari_lowering   l = LLMPAR_ZERO;
+    llmpari_pipe_life  in, out;
+    double *times = (double *)llmpar_arena_alloc(scratch, 2 * (size_t)n * sizeof *times), longest = 0;
+    if (!times) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
+    LLMPARI_TRY(llmpari_pipe_cost_fill(costs, s, scratch, &c, err));
+    LLMPARI_TRY(llmpari_pipe_index_fill(s, scratch, &x, err));
+    LLMPARI_TRY(llmpari_pipe_complete(s, &x, err));
+    for (int k = 0; k < 4; k++) for (int32_t i = 0; i < s->n_stages; i++) if (c.time[k][i] > longest) longest = c.time[k][i];
+    if (!(longest > 0)) longest = 1;
+    for (int k = 0; k < 4; k++)                                                            // what takes no time still comes after what it needs
+        for (int32_t i = 0; i < s->n_stages; i++) if (c.time[k][i] < 1e-6 * longest) c.time[k][i] = 1e-6 * longest;
+    run.s = s, run.c = &c, run.x = &x, run.begin = times, run.end = times + n;
+    LLMPARI_TRY(llmpari_pipe_times(&run, scratch, err));
+
+    int64_t n_messages = 0;
+    l.s = s, l.c = &c, l.x = &x, l.transport = transport, l.begin = times, l.end = times + n;
+    llmpari_message *message = (llmpari_message *)llmpar_arena_alloc(scratch, (size_t)n * sizeof *message);
+    int32_t *cursor = (int32_t *)llmpar_arena_alloc(scratch, 2 * (size_t)s->n_stages * sizeof *cursor);
+    l.gap     = (int32_t *)llmpar_arena_alloc(scratch, (size_t)(n + 2) * sizeof(int32_t));
+    l.posted  = (int32_t *)llmpar_arena_alloc(scratch, (size_t)n * sizeof(int32_t));
+    l.recv_at = (int32_t *)llmpar_arena_alloc(scratch, (size_t)n * sizeof(int32_t));
+    if (!message || !cursor || !l.gap || !l.posted || !l.recv_at) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the messages of %lld actions", (long long)n);
+    llmpari_pipe_post(s, &x, l.end, transport, cursor, message, &n_messages);
+    for (int64_t i = 0; i < n_messages; i++) l.gap[message[i].before + 2]++;               // counting sort by gap, then by time within a gap, of which there are few
+    for (int64_t k = 0; k < n; k++) l.gap[k + 2] += l.gap[k + 1];
+    for (int64_t i = 0; i < n_messages; i++) {
+        int32_t p = l.gap[message[i].before + 1]++;
+        for (; p > l.gap[message[i].before] && l.end[l.posted[p - 1]] > l.end[message[i].made]; p--) l.posted[p] = l.posted[p - 1];
+        l.posted[p] = message[i].made;
+    }
+    for (int64_t k = 0; k < n; k++) l.recv_at[k] = -1;
+
+    int64_t at = 0, most = 0;
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        const int64_t received = l.gap[s->first[r + 1]] - l.gap[s->first[r]], own = s->first[r + 1] - s->first[r];
+        most = llmpari_max(most, llmpari_max(received, own));
+    }
+    LLMPARI_TRY(llmpari_pipe_life_new(&in, most, scratch, err));
+    LLMPARI_TRY(llmpari_pipe_life_new(&out, most, scratch, err));
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        program->first[r] = at;
+        LLMPARI_TRY(llmpari_pipe_lower_rank(&l, r, program, &at, &in, &out, scratch, err));
+    }
+    program->first[s->n_ranks] = at;
+    return LLMPAR_OK;
+}
+
+LLMPARI_FN llmpar_status llmpari_pipe_new(llmpar_schedule *s, int32_t n_ranks, int32_t n_stages, int32_t n_micro, int64_t n_actions, llmpar_arena *arena, llmpar_error *err) {
+    memset(s, 0, sizeof *s);
+    s->n_ranks = n_ranks, s->n_stages = n_stages, s->n_micro = n_micro;
+    s->rank_of = (int32_t *)llmpar_arena_alloc(arena, (size_t)n_stages * sizeof(int32_t));
+    s->first   = (int64_t *)llmpar_arena_alloc(arena, ((size_t)n_ranks + 1) * sizeof(int64_t));
+    s->action  = (llmpar_action *)llmpar_arena_alloc(arena, (size_t)llmpari_max(n_actions, 1) * sizeof(llmpar_action));
+    if (s->rank_of && s->first && s->action) return LLMPAR_OK;
+    return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a schedule of %lld actions", (long long)n_actions);
+}
+
+LLMPAR_DEF llmpar_status llmpar_pipe_lower(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport, llmpar_arena *arena, llmpar_schedule *program,
+                                           llmpar_error *err) {
+    LLMPARI_TRY(llmpari_pipe_shape(schedule, err));
+    if (schedule->lowered) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "schedule \"%s\" has its transfers already", schedule->name);
+    if ((unsigned)transport > LLMPAR_PIPE_NCCL) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "transport %d is not known", (int)transport);
+    const llmpar_arena_mark all = llmpar_arena_save(arena);
+    int64_t transfers = 0;
+    for (int64_t j = 0; j < schedule->first[schedule->n_ranks]; j++) {
+        const llmpar_action a = schedule->action[j];
+        if (a.stage < 0 || a.stage >= schedule->n_stages) continue;                        // an error that the index finds
+        transfers += a.kind == LLMPAR_ACTION_F ? llmpari_pipe_sends_f(schedule, a.stage, a.micro) : a.kind != LLMPAR_ACTION_W && llmpari_pipe_sends_b(schedule, a.stage);
+    }
+    llmpar_schedule made;
+    llmpar_status status = llmpari_pipe_new(&made, schedule->n_ranks, schedule->n_stages, schedule->n_micro, schedule->first[schedule->n_ranks] + 2 * transfers, arena, err);
+    made.n_slots = status ? NULL : (int32_t *)llmpar_arena_alloc(arena, (size_t)schedule->n_ranks * sizeof(int32_t));
+    if (!status && !made.n_slots) status = LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d ranks", (int)schedule->n_ranks);
+    const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    if (!status) {
+        memcpy(made.rank_of, schedule->rank_of, (size_t)schedule->n_stages * sizeof(int32_t));
+        memcpy(made.name, schedule->name, sizeof made.name);
+        made.in_flight = schedule->in_flight;
+        made.lowered   = true;
+        status = llmpari_pipe_lower_into(schedule, costs, transport, arena, &made, err);
+    }
+    llmpar_arena_restore(arena, status ? all : mark);
+    if (!status) *program = made;
+    return status;
+}
+
+// ---- The text form ------------------------------------------------------------------------------------------------
+
+// A whole number of at most 9 digits at *text; false when there is none.
+LLMPARI_FN bool llmpari_pipe_number(const char **text, const char *end, int32_t *value) {
+    const char *from = *text;
+    for (*value = 0; *text < end && llmpari_is_digit(**text) && *text - from < 9; ++*text) *value = *value * 10 + (**text - '0');
+    return *text > from && (*text == end || !llmpari_is_digit(**text));
+}
+// One cell, blanks around it gone: 1 = an action, 0 = idle, -1 = neither.
+LLMPARI_FN int llmpari_pipe_cell(const char *text, const char *end, llmpar_action *a) {
+    int32_t stage, micro;
+    while (text < end && (*text == ' ' || *text == '\t' || *text == '\r')) text++;
+    while (end > text && (end[-1] == ' ' || end[-1] == '\t' || end[-1] == '\r')) end--;
+    if (text == end) return 0;
+    if (!llmpari_pipe_number(&text, end, &stage) || stage >= LLMPAR_MAX_STAGES) return -1;
+    int kind = LLMPAR_ACTION_COUNT;
+    size_t length = 0;
+    for (int k = 0; k < LLMPAR_ACTION_COUNT; k++) {                                        // the longest name that fits: F, or SEND_F
+        const size_t n = strlen(llmpari_action_name[k]);
+        if ((size_t)(end - text) > n && n > length && memcmp(text, llmpari_action_name[k], n) == 0) kind = k, length = n;
+    }
+    if (kind == LLMPAR_ACTION_COUNT) return -1;
+    text += length;
+    if (!llmpari_pipe_number(&text, end, &micro) || text != end) return -1;
+    *a = llmpari_action((llmpar_action_kind)kind, stage, micro);
+    return 1;
+}
+
+LLMPAR_DEF llmpar_status llmpar_pipe_read(const char *text, size_t bytes, llmpar_arena *arena, llmpar_schedule *schedule, llmpar_error *err) {
+    const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    llmpar_schedule s = LLMPAR_ZERO;
+    int64_t n = 0, forwards = 0;
+    int32_t stages = 0, micros = 0, ranks = 0;
+    bool lowered = false;
+    if (!text) bytes = 0;
+    while (bytes > 0 && strchr(" \t\r\n", text[bytes - 1]) && text[bytes - 1]) bytes--;
+    for (int pass = 0; pass < 2; pass++) {                                                 // count and check, then fill
+        int32_t rank = 0, cell = 0;
+        const char *end = text ? text + bytes : NULL;
+        n = 0;
+        for (const char *at = text, *from = text; bytes > 0 && at <= end; at++) {
+            llmpar_action a;
+            if (at < end && *at != ',' && *at != '\n') continue;
+            const int found = llmpari_pipe_cell(from, at, &a);
+            cell++;
+            if (found < 0)
+                return LLMPARI_FAIL(err, LLMPAR_BAD_SYNTAX, "line %d, cell %d: \"%.*s\" is not an action; write stage, one of F B I W SEND_F RECV_F SEND_B RECV_B, micro-batch: 2F0", (int)rank + 1,
+                                    (int)cell, (int)llmpari_min(at - from, 40), from);
+            if (found && pass) {
+                s.action[n] = a;
+                if (s.rank_of[a.stage] < 0) s.rank_of[a.stage] = rank;
+            }
+            if (found) {
+                n++;
+                forwards += !pass && a.kind == LLMPAR_ACTION_F;
+                lowered = lowered || llmpari_action_is_transfer(a);
+                if (a.stage >= stages) stages = a.stage + 1;
+                if (a.micro >= micros) micros = a.micro + 1;
+            }
+            from = at + 1;
+            if (at == end || *at == '\n') {
+                rank++, cell = 0;
+                if (pass) s.first[rank] = n;
+            }
+        }
+        if (pass) break;
+        ranks = rank;
+        if (n == 0) return LLMPARI_FAIL(err, LLMPAR_BAD_SYNTAX, "the text has no action; write a line per rank: 0F0,0F1,0B0,0B1");
+        if (forwards < (int64_t)stages * micros)
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%d stages x %d micro-batches need %lld forwards; the text has %lld", (int)stages, (int)micros, (long long)stages * micros, (long long)forwards);
+        const llmpar_status status = llmpari_pipe_new(&s, ranks, stages, micros, n, arena, err);
+        if (status) { llmpar_arena_restore(arena, mark); return status; }
+        for (int32_t i = 0; i < stages; i++) s.rank_of[i] = -1;
+    }
+    s.lowered = lowered;
+    llmpari_name_set(s.name, "csv", 3);
+    const llmpar_arena_mark made = llmpar_arena_save(arena);
+    char *w = (char *)llmpar_arena_alloc(arena, (size_t)stages * (size_t)micros);          // does a W of it come later?
+    if (!w) {
+        llmpar_arena_restore(arena, mark);
+        return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d stages x %d micro-batches", (int)stages, (int)micros);
+    }
+    for (int64_t j = n; j-- > 0; ) {
+        llmpar_action *a = &s.action[j];
+        char *later = &w[(int64_t)a->stage * micros + a->micro];
+        if (a->kind == LLMPAR_ACTION_W) *later = 1;
+        if (a->kind == LLMPAR_ACTION_B && *later) a->kind = LLMPAR_ACTION_I;
+    }
+    llmpar_arena_restore(arena, made);
+    for (int32_t i = 0; i < stages; i++)
+        if (s.rank_of[i] < 0) {
+            llmpar_arena_restore(arena, mark);
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "no rank does stage %d of %d", (int)i, (int)stages);
+        }
+    *schedule = s;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_pipe_write(const llmpar_schedule *schedule, llmpar_sink sink) {
+    for (int32_t r = 0; r < schedule->n_ranks; r++) {
+        for (int64_t j = schedule->first[r]; j < schedule->first[r + 1]; j++)
+            llmpari_print(&sink, "%s%s", j > schedule->first[r] ? "," : "", llmpari_action_print(schedule->action[j]).text);
+        llmpari_print(&sink, "\n");
+    }
+}
+
+// ---- Published schedules --------------------------------------------------------------------------------------------
+
+// The k-th forward of a rank with several stages: which of its stages (0 = its first), which micro-batch. The backward order is the same with its stages reversed.
+typedef struct llmpari_turn { int32_t chunk, micro; } llmpari_turn;
+typedef struct llmpari_generator {
+    const llmpar_pipe_desc *desc;
+    llmpar_schedule *s;
+    int32_t P, V, M, rank;
+    int32_t group;                 // size of the largest group
+    bool    v_shape;
+    llmpari_turn *turn;            // [V * M]
+    int64_t at;                    // where the next action goes
+} llmpari_generator;
+
+LLMPARI_FN int32_t llmpari_pipe_stage(int32_t P, bool v_shape, int32_t rank, int32_t chunk) { return chunk * P + (v_shape && chunk % 2 ? P - 1 - rank : rank); }
+
+LLMPARI_FN void llmpari_emit(llmpari_generator *g, llmpar_action_kind kind, int32_t chunk, int32_t micro) {
+    if (micro < g->M) g->s->action[g->at++] = llmpari_action(kind, llmpari_pipe_stage(g->P, g->v_shape, g->rank, chunk), micro);
+}
+
+// Groups of micro-batches go through a rank's stages one stage after the other. size 0: M in M / P groups, as equal as can be.
+LLMPARI_FN void llmpari_pipe_turns(llmpari_generator *g, int32_t size) {
+    const int32_t n = size > 0 ? (g->M + size - 1) / size : g->M / g->P > 0 ? g->M / g->P : 1;
+    int64_t k = 0;
+    int32_t first = 0;
+    g->group = 0;
+    for (int32_t i = 0; i < n; i++) {
+        int32_t take = size > 0 ? size : g->M / n + (i < g->M % n);
+        if (take > g->M - first) take = g->M - first;
+        if (take > g->group) g->group = take;
+        for (int32_t chunk = 0; chunk < g->V; chunk++)
+            for (int32_t m = 0; m < take; m++, k++) g->turn[k].chunk = chunk, g->turn[k].micro = first + m;
+        first += take;
+    }
+}
+
+// `warm` forwards, then one forward and one backward in turns, then the backwards that are left. lag >= 0: I and W apart, W comes `lag` backwards after its I.
+LLMPARI_FN void llmpari_pipe_steady(llmpari_generator *g, int64_t warm, int32_t lag) {
+    const int64_t n = (int64_t)g->V * g->M;
+    int64_t f = 0, b = 0, w = 0;
+    while (f < warm && f < n) llmpari_emit(g, LLMPAR_ACTION_F, g->turn[f].chunk, g->turn[f].micro), f++;
+    for (; b < n; b++) {
+        if (f < n) llmpari_emit(g, LLMPAR_ACTION_F, g->turn[f].chunk, g->turn[f].micro), f++;
+        llmpari_emit(g, lag < 0 ? LLMPAR_ACTION_B : LLMPAR_ACTION_I, g->V - 1 - g->turn[b].chunk, g->turn[b].micro);
+        if (lag >= 0 && b >= lag) llmpari_emit(g, LLMPAR_ACTION_W, g->V - 1 - g->turn[w].chunk, g->turn[w].micro), w++;
+    }
+    for (; lag >= 0 && w < n; w++) llmpari_emit(g, LLMPAR_ACTION_W, g->V - 1 - g->turn[w].chunk, g->turn[w].micro);
+}
+
+// Every stage of the rank through all micro-batches, then back; the last micro-batch comes back first.
+LLMPARI_FN void llmpari_pipe_breadth(llmpari_generator *g, bool backward, bool reverse) {
+    for (int32_t c = 0; c < g->V; c++) for (int32_t m = 0; m < g->M; m++) llmpari_emit(g, LLMPAR_ACTION_F, c, m);
+    for (int32_t c = g->V; backward && c-- > 0; ) for (int32_t m = 0; m < g->M; m++) llmpari_emit(g, LLMPAR_ACTION_B, c, reverse ? g->M - 1 - m : m);
+}
+
+// The V of two stages a rank, chunk 0 down and chunk 1 back up (arXiv 2401.10241, section 6). Made for at least 2 P - 1 micro-batches; those past M are left out.
+LLMPARI_FN void llmpari_pipe_zb_v(llmpari_generator *g) {
+    const int32_t P = g->P, r = g->rank, M = g->M > 2 * P - 1 ? g->M : 2 * P - 1;
+    int32_t f[2] = { 0, 0 }, b[2] = { 0, 0 }, w[2];
+    for (int32_t i = 0; i < 2 * (P - r) - 1; i++) llmpari_emit(g, LLMPAR_ACTION_F, 0, f[0]++);
+    for (int32_t i = 0; i < r; i++) {
+        llmpari_emit(g, LLMPAR_ACTION_F, 1, f[1]++);
+        llmpari_emit(g, LLMPAR_ACTION_F, 0, f[0]++);
+    }
+    for (int32_t i = 0; i < P - r; i++) {
+        llmpari_emit(g, LLMPAR_ACTION_F, 1, f[1]++);
+        llmpari_emit(g, LLMPAR_ACTION_I, 1, b[1]);
+        llmpari_emit(g, LLMPAR_ACTION_W, 1, b[1]++);
+    }
+    while (f[1] < f[0] || f[0] < M) {                                                      // F0 I0 W0 F1 I1 W1
+        if (f[0] < M) llmpari_emit(g, LLMPAR_ACTION_F, 0, f[0]++);
+        llmpari_emit(g, LLMPAR_ACTION_I, 0, b[0]);
+        llmpari_emit(g, LLMPAR_ACTION_W, 0, b[0]++);
+        llmpari_emit(g, LLMPAR_ACTION_F, 1, f[1]++);
+        llmpari_emit(g, LLMPAR_ACTION_I, 1, b[1]);
+        llmpari_emit(g, LLMPAR_ACTION_W, 1, b[1]++);
+    }
+    w[0] = b[0], w[1] = b[1];
+    for (int32_t i = 0; i < r; i++) {
+        llmpari_emit(g, LLMPAR_ACTION_I, 0, b[0]++);
+        llmpari_emit(g, LLMPAR_ACTION_I, 1, b[1]++);
+    }
+    for (int32_t i = 0; i < P - r; i++) {
+        llmpari_emit(g, LLMPAR_ACTION_I, 0, b[0]++);
+        llmpari_emit(g, LLMPAR_ACTION_W, 0, w[0]++);
+    }
+    while (w[1] < b[1]) llmpari_emit(g, LLMPAR_ACTION_W, 1, w[1]++);
+    while (w[0] < b[0]) llmpari_emit(g, LLMPAR_ACTION_W, 0, w[0]++);
+}
+
+// DualPipe cut in half (DeepSeek-AI, 2025): on the V, the forward of one chunk beside the whole backward of the other. Made for at least 2 P micro-batches; those past M
+// are left out. Of the backwards at the end every second one, counted by rank, is cut into I and W; W's wait in a row.
+LLMPARI_FN void llmpari_pipe_dualpipe(llmpari_generator *g) {
+    const int32_t P = g->P, r = g->rank, M = g->M > 2 * P ? g->M : 2 * P;
+    int32_t f[2] = { 0, 0 }, b[2] = { 0, 0 }, waiting = 0, done = 0;
+    for (int32_t i = 0; i < 2 * (P - r - 1); i++) llmpari_emit(g, LLMPAR_ACTION_F, 0, f[0]++);
+    for (int32_t i = 0; i <= r; i++) {
+        llmpari_emit(g, LLMPAR_ACTION_F, 0, f[0]++);
+        llmpari_emit(g, LLMPAR_ACTION_F, 1, f[1]++);
+    }
+    for (int32_t i = 0; i < P - r - 1; i++) {
+        llmpari_emit(g, LLMPAR_ACTION_I, 1, b[1]);
+        llmpari_emit(g, LLMPAR_ACTION_W, 1, b[1]++);
+        llmpari_emit(g, LLMPAR_ACTION_F, 1, f[1]++);
+    }
+    for (int32_t i = 0; i < M - 2 * P + r + 1; i++) {
+        llmpari_emit(g, LLMPAR_ACTION_F, 0, f[0]++);
+        llmpari_emit(g, LLMPAR_ACTION_B, 1, b[1]++);
+        llmpari_emit(g, LLMPAR_ACTION_F, 1, f[1]++);
+        llmpari_emit(g, LLMPAR_ACTION_B, 0, b[0]++);
+    }
+    for (int32_t i = 0; i < P - r - 1; i++) {
+        llmpari_emit(g, LLMPAR_ACTION_B, 1, b[1]++);
+        llmpari_emit(g, LLMPAR_ACTION_F, 1, f[1]++);
+        llmpari_emit(g, LLMPAR_ACTION_B, 0, b[0]++);
+    }
+    llmpari_turn *row = g->turn;                                                           // W's that wait: at most one per backward
+    for (int32_t i = 0; i <= r; i++)
+        for (int c = 1; c >= 0; c--) {
+            const bool split = 2 * i + (c == 0) >= r + 1;                                  // the second half of these 2 (r + 1) backwards
+            llmpari_emit(g, split ? LLMPAR_ACTION_I : LLMPAR_ACTION_B, c, b[c]);
+            if (split && b[c] < g->M) row[waiting].chunk = c, row[waiting++].micro = b[c];
+            b[c]++;
+        }
+    for (int32_t i = 0; i < P - r - 1; i++) {
+        if (done < waiting) llmpari_emit(g, LLMPAR_ACTION_W, row[done].chunk, row[done].micro), done++;
+        llmpari_emit(g, LLMPAR_ACTION_I, 0, b[0]);
+        if (b[0] < g->M) row[waiting].chunk = 0, row[waiting++].micro = b[0];
+        b[0]++;
+    }
+    for (; done < waiting; done++) llmpari_emit(g, LLMPAR_ACTION_W, row[done].chunk, row[done].micro);
+}
+
+LLMPARI_FN void llmpari_pipe_rank(llmpari_generator *g) {
+    const int64_t inner = g->P - 1 - g->rank, ahead = (int64_t)(g->V - 1) * g->group;
+    switch (g->desc->kind) {
+    case LLMPAR_PIPE_GPIPE:         llmpari_pipe_breadth(g, true, false); break;
+    case LLMPAR_PIPE_BREADTH_FIRST: llmpari_pipe_breadth(g, true, true); break;
+    case LLMPAR_PIPE_1F1B:          llmpari_pipe_steady(g, inner, -1); break;
+    case LLMPAR_PIPE_EAGER_1F1B:    llmpari_pipe_steady(g, 2 * inner, -1); break;
+    case LLMPAR_PIPE_INTERLEAVED:   llmpari_pipe_steady(g, ahead + 2 * inner, -1); break;
+    case LLMPAR_PIPE_ZB_H1:         llmpari_pipe_steady(g, ahead + inner, g->rank); break;
+    case LLMPAR_PIPE_ZB_H2:         llmpari_pipe_steady(g, ahead + 2 * inner, 2 * g->rank); break;
+    case LLMPAR_PIPE_ZB_V:          llmpari_pipe_zb_v(g); break;
+    case LLMPAR_PIPE_DUALPIPE_V:    llmpari_pipe_dualpipe(g); break;
+    case LLMPAR_PIPE_FORWARD:
+        for (int64_t k = 0; k < (int64_t)g->V * g->M; k++) llmpari_emit(g, LLMPAR_ACTION_F, g->turn[k].chunk, g->turn[k].micro);
+        break;
+    default: break;
+    }
+}
+
+LLMPARI_FN llmpar_status llmpari_pipe_desc_check(const llmpar_pipe_desc *d, int32_t *V, bool *v_shape, llmpar_error *err) {
+    const llmpar_pipe_kind k = d->kind;
+    if ((unsigned)k >= LLMPAR_PIPE_KIND_COUNT) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "schedule %d is not known", (int)k);
+    const bool v_only = k == LLMPAR_PIPE_ZB_V || k == LLMPAR_PIPE_V_HALF || k == LLMPAR_PIPE_V_MIN || k == LLMPAR_PIPE_DUALPIPE_V;
+    const bool any_map = k == LLMPAR_PIPE_GPIPE || k == LLMPAR_PIPE_BREADTH_FIRST || k == LLMPAR_PIPE_FORWARD || k == LLMPAR_PIPE_AUTO;
+    const bool single = k == LLMPAR_PIPE_1F1B || k == LLMPAR_PIPE_EAGER_1F1B || k == LLMPAR_PIPE_ZB_1P || k == LLMPAR_PIPE_ZB_2P;
+    const char *name = llmpari_pipe_name[k];
+    *V = d->n_virtual ? d->n_virtual : v_only ? 2 : 1;
+    if (d->n_ranks < 1 || d->n_micro < 1 || *V < 1)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s: %d ranks, %d stages a rank, %d micro-batches; all must be >= 1", name, (int)d->n_ranks, (int)*V, (int)d->n_micro);
+    if ((int64_t)d->n_ranks * *V > LLMPAR_MAX_STAGES || (int64_t)d->n_ranks * *V * d->n_micro > INT32_MAX / 8)
+        return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%s: %d ranks x %d stages x %d micro-batches; at most %d stages and 2^28 forwards", name, (int)d->n_ranks, (int)*V, (int)d->n_micro, LLMPAR_MAX_STAGES);
+    if (d->group < 0 || d->in_flight < 0 || !(d->memory >= 0))
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s: group=%d, in_flight=%d, memory=%g; none may be negative", name, (int)d->group, (int)d->in_flight, d->memory);
+    if (v_only && *V != 2) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s has 2 stages a rank, not %d", name, (int)*V);
+    if (single && *V != 1) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s has 1 stage a rank, not %d; interleaved, zb-h1, breadth-first and auto take more", name, (int)*V);
+    if ((unsigned)d->map > LLMPAR_PIPE_MAP_V) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "map %d is not known", (int)d->map);
+    if (!any_map && d->map != LLMPAR_PIPE_MAP_DEFAULT && *V > 1 && (d->map == LLMPAR_PIPE_MAP_V) != v_only)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s lays its stages out as a %s; leave map 0", name, v_only ? "V" : "loop");
+    if (d->in_flight && k != LLMPAR_PIPE_FORWARD) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s: in_flight=%d is for the schedule \"forward\"", name, (int)d->in_flight);
+    *v_shape = v_only || (any_map && d->map == LLMPAR_PIPE_MAP_V);
+    return LLMPAR_OK;
+}
+
+LLMPARI_FN llmpar_status llmpari_pipe_generate(const llmpar_pipe_desc *desc, int32_t V, bool v_shape, llmpar_arena *arena, llmpar_schedule *s, llmpar_error *err) {
+    const bool backward = desc->kind != LLMPAR_PIPE_FORWARD, split = desc->kind == LLMPAR_PIPE_ZB_H1 || desc->kind == LLMPAR_PIPE_ZB_H2 || desc->kind == LLMPAR_PIPE_ZB_V ||
+                                                                     desc->kind == LLMPAR_PIPE_DUALPIPE_V;
+    llmpari_generator g = LLMPAR_ZERO;
+    LLMPARI_TRY(llmpari_pipe_new(s, desc->n_ranks, desc->n_ranks * V, desc->n_micro, (int64_t)desc->n_ranks * V * desc->n_micro * (split ? 3 : backward ? 2 : 1), arena, err));
+    const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    g.desc = desc, g.s = s, g.P = desc->n_ranks, g.V = V, g.M = desc->n_micro, g.v_shape = v_shape;
+    g.turn = (llmpari_turn *)llmpar_arena_alloc(arena, (size_t)V * (size_t)(desc->n_micro + 2 * desc->n_ranks) * sizeof(llmpari_turn));
+    if (!g.turn) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the order of %d micro-batches", (int)desc->n_micro);
+    s->in_flight = desc->in_flight;
+    llmpari_pipe_turns(&g, desc->group > 0 ? desc->group : desc->in_flight);
+    for (int32_t i = 0; i < s->n_stages; i++) s->rank_of[i] = v_shape && i / g.P % 2 ? g.P - 1 - i % g.P : i % g.P;
+    for (g.rank = 0; g.rank < g.P; g.rank++) {
+        s->first[g.rank] = g.at;
+        llmpari_pipe_rank(&g);
+    }
+    s->first[g.P] = g.at;
+    llmpari_name_set(s->name, llmpari_pipe_name[desc->kind], strlen(llmpari_pipe_name[desc->kind]));
+    llmpar_arena_restore(arena, mark);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_pipe_make(const llmpar_pipe_desc *desc, llmpar_arena *arena, llmpar_schedule *schedule, llmpar_error *err) {
+    const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    llmpar_schedule s;
+    int32_t V;
+    bool v_shape;
+    LLMPARI_TRY(llmpari_pipe_desc_check(desc, &V, &v_shape, err));
+    const llmpar_status status = llmpari_pipe_generate(desc, V, v_shape, arena, &s, err);
+    if (status) llmpar_arena_restore(arena, mark);
+    else *schedule = s;
+    return status;
+}
+
 // ============================================================================================================
 // >>comm (impl)
 // ============================================================================================================
