@@ -918,16 +918,16 @@ LLMPAR_DEF llmpar_status llmpar_pipe_verify(const llmpar_schedule *schedule, con
                                             llmpar_arena *scratch, llmpar_error *err);
 
 typedef struct llmpar_pipe_timing {
-    double  makespan;              // from the first action to the end of the last one
+    double  makespan;              // from time 0 to the end of the last action
     double  span;                  // longest time of a rank from its own first F to its last end (the Zero Bubble paper's)
     double  work;                  // of the rank that works most: no schedule is shorter
     double *busy, *begin, *end;    // [n_ranks] time in F, B, I, W; begin of the first F and end of the last action
     double *peak;                  // [n_ranks] most memory held
     double *action_begin, *action_end;   // [actions]; a SEND ends when its rank goes on, a RECV when it is posted
-    int64_t *critical;             // [n_critical] indices of the actions that make the makespan, first to last: each begins when the one before ends (plus its link)
+    int32_t *critical;             // [n_critical] indices of the actions that make the makespan, first to last: each begins when the one before ends (plus its link)
     int64_t n_critical;
 } llmpar_pipe_timing;
-// Every action starts as early as its rank, its inputs and the transport allow. Errors: verify's of a schedule that stops.
+// Every action starts as early as its rank, its inputs and the transport allow. Proves all that verify proves, but for the limit of memory: timing->peak says what is held.
 LLMPAR_DEF llmpar_status llmpar_pipe_simulate(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport,
                                               llmpar_arena *arena, llmpar_pipe_timing *timing, llmpar_error *err);
 
@@ -9119,8 +9119,8 @@ LLMPARI_FN double llmpari_pipe_memory(const llmpari_pipe_cost *c, llmpar_action 
 
 // ---- Where every action stands --------------------------------------------------------------------------------
 
-// at[kind][stage * M + micro]: index of the action, -1 = there is none.
-typedef struct llmpari_pipe_index { int32_t *at[LLMPAR_ACTION_COUNT]; bool backward; } llmpari_pipe_index;
+// at[kind][stage * M + micro]: index of the action, -1 = there is none. partner[action]: of a SEND its RECV, of a RECV its SEND.
+typedef struct llmpari_pipe_index { int32_t *at[LLMPAR_ACTION_COUNT], *partner; bool backward; } llmpari_pipe_index;
 
 LLMPARI_FN bool llmpari_pipe_crosses(const llmpar_schedule *s, int64_t stage) {   // do stages `stage` and the next one (after the last: the first) lie on different ranks?
     return s->rank_of[stage] != s->rank_of[(stage + 1) % s->n_stages];
@@ -9153,6 +9153,8 @@ LLMPARI_FN llmpar_status llmpari_pipe_index_fill(const llmpar_schedule *s, llmpa
     memset(all, 0xff, (size_t)(kinds * cells) * sizeof *all);
     memset(x, 0, sizeof *x);
     for (int k = 0; k < kinds; k++) x->at[k] = all + k * cells;
+    x->partner = s->lowered ? (int32_t *)llmpar_arena_alloc(arena, (size_t)s->first[s->n_ranks] * sizeof(int32_t)) : NULL;
+    if (s->lowered && !x->partner) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for an index of %lld transfers", (long long)s->first[s->n_ranks]);
     for (int32_t r = 0; r < s->n_ranks; r++)
         for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
             const llmpar_action a = s->action[j];
@@ -9190,6 +9192,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_transfer_check(const llmpar_schedule *s, c
     }
     if (out < 0) return llmpari_pipe_missing(s, send, from_stage, from_micro, err);
     if (in < 0) return llmpari_pipe_missing(s, recv, to_stage, to_micro, err);
+    x->partner[out] = in, x->partner[in] = out;
     LLMPARI_TRY(llmpari_pipe_order(s, made, out, err));
     return llmpari_pipe_order(s, in, used, err);
 }
@@ -9239,7 +9242,8 @@ typedef struct llmpari_channel_op { int32_t action, epoch; } llmpari_channel_op;
 typedef struct llmpari_channel_side {
     llmpari_channel_op *send, *recv;
     int32_t n_send, n_recv, next_send, next_recv;
-    double  open, done;            // when the group in turn may begin; when the last transfer ended
+    int32_t epoch;                 // of the group in turn
+    double  open, done;            // when it may begin; when the last transfer ended
 } llmpari_channel_side;
 typedef struct llmpari_channel { int32_t rank[2]; llmpari_channel_side side[2]; } llmpari_channel;
 
@@ -9294,15 +9298,10 @@ LLMPARI_FN void llmpari_pipe_arrive(llmpari_pipe_run *q, int direction, int32_t 
     if (to >= 0) llmpari_pipe_wake(q, q->s->rank_of[to], cell);
 }
 
-LLMPARI_FN int32_t llmpari_channel_epoch(const llmpari_channel_side *side) {
+LLMPARI_FN void llmpari_channel_turn(llmpari_channel_side *side) {
     const int32_t s = side->next_send < side->n_send ? side->send[side->next_send].epoch : INT32_MAX, r = side->next_recv < side->n_recv ? side->recv[side->next_recv].epoch : INT32_MAX;
-    return s < r ? s : r;
-}
-LLMPARI_FN void llmpari_channel_advance(llmpari_channel_side *side, int32_t *next, double done) {
-    const int32_t before = llmpari_channel_epoch(side);
-    ++*next;
-    if (done > side->done) side->done = done;
-    if (llmpari_channel_epoch(side) != before) side->open = side->done;
+    const int32_t epoch = s < r ? s : r;
+    if (epoch != side->epoch) side->epoch = epoch, side->open = side->done;
 }
 // Moves what can move between two ranks.
 LLMPARI_FN llmpar_status llmpari_channel_move(llmpari_pipe_run *q, llmpari_channel *channel, llmpar_error *err) {
@@ -9313,9 +9312,9 @@ LLMPARI_FN llmpar_status llmpari_channel_move(llmpari_pipe_run *q, llmpari_chann
             llmpari_channel_side *from = &channel->side[d], *to = &channel->side[1 - d];
             if (from->next_send == from->n_send || to->next_recv == to->n_recv) continue;
             const llmpari_channel_op out = from->send[from->next_send], in = to->recv[to->next_recv];
-            if (q->end[out.action] < 0 || q->end[in.action] < 0 || out.epoch != llmpari_channel_epoch(from) || in.epoch != llmpari_channel_epoch(to)) continue;
+            if (q->end[out.action] < 0 || q->end[in.action] < 0 || out.epoch != from->epoch || in.epoch != to->epoch) continue;
             const llmpar_action a = s->action[out.action];
-            if (llmpari_pipe_at(q, llmpari_pipe_other_end(s, a)) != in.action)
+            if (q->x->partner[out.action] != in.action)
                 return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "ranks %d and %d disagree about the order of their transfers: rank %d does %s when rank %d expects %s", (int)channel->rank[d],
                                     (int)channel->rank[1 - d], (int)channel->rank[d], llmpari_action_print(a).text, (int)channel->rank[1 - d], llmpari_action_print(s->action[in.action]).text);
             double t = q->end[out.action];
@@ -9329,30 +9328,36 @@ LLMPARI_FN llmpar_status llmpari_channel_move(llmpari_pipe_run *q, llmpari_chann
                 *slot = t;
                 llmpari_pipe_wake(q, channel->rank[d], slot);
             }
-            llmpari_channel_advance(from, &from->next_send, t);
-            llmpari_channel_advance(to, &to->next_recv, t);
+            from->next_send++, to->next_recv++;
+            if (t > from->done) from->done = t;
+            if (t > to->done) to->done = t;
+            llmpari_channel_turn(from);
+            llmpari_channel_turn(to);
             moved = true;
         }
     }
     return LLMPAR_OK;
 }
 
-// Which number an action needs before it can begin; NULL = none.
-LLMPARI_FN const double *llmpari_pipe_need(const llmpari_pipe_run *q, llmpar_action a, int which) {
+// The number that says when the input of an action is there; NULL = it needs none.
+LLMPARI_FN const double *llmpari_pipe_input(const llmpari_pipe_run *q, int64_t j) {
     const llmpar_schedule *s = q->s;
+    const llmpar_action a = s->action[j];
     const int64_t M = s->n_micro, c = (int64_t)a.stage * M + a.micro;
-    if (which == 0) {
-        if (a.kind == LLMPAR_ACTION_F) {
-            if (a.stage > 0) return &q->arrive[0][c - M];
-            return s->in_flight > 0 && a.micro >= s->in_flight ? &q->arrive[0][(int64_t)(s->n_stages - 1) * M + a.micro - s->in_flight] : NULL;
-        }
-        if (a.kind == LLMPAR_ACTION_B || a.kind == LLMPAR_ACTION_I) return a.stage + 1 < s->n_stages ? &q->arrive[1][c + M] : NULL;
-        if (q->transport == LLMPAR_PIPE_RENDEZVOUS && llmpari_action_is_send(a)) return &q->end[llmpari_pipe_at(q, llmpari_pipe_other_end(s, a))];
-        return NULL;
+    switch (a.kind) {
+    case LLMPAR_ACTION_F:
+        if (a.stage > 0) return &q->arrive[0][c - M];
+        return s->in_flight > 0 && a.micro >= s->in_flight ? &q->arrive[0][(int64_t)(s->n_stages - 1) * M + a.micro - s->in_flight] : NULL;
+    case LLMPAR_ACTION_B: case LLMPAR_ACTION_I: return a.stage + 1 < s->n_stages ? &q->arrive[1][c + M] : NULL;
+    case LLMPAR_ACTION_SEND_F: case LLMPAR_ACTION_SEND_B: return q->transport == LLMPAR_PIPE_RENDEZVOUS ? &q->end[q->x->partner[j]] : NULL;
+    default: return NULL;
     }
-    if (q->transport != LLMPAR_PIPE_NCCL || !s->lowered || a.kind == LLMPAR_ACTION_W || llmpari_action_is_transfer(a)) return NULL;
-    const int32_t send = q->x->at[a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B][c];   // its result goes into that SEND's buffer
-    return send >= 0 && s->action[send].slot >= 0 ? &q->slot_free[q->slot_first[s->rank_of[a.stage]] + s->action[send].slot] : NULL;
+}
+// With NCCL: the number that says when the buffer of its result is free again; NULL = it has none.
+LLMPARI_FN double *llmpari_pipe_buffer(const llmpari_pipe_run *q, llmpar_action a) {
+    if (q->transport != LLMPAR_PIPE_NCCL || !q->s->lowered || a.kind > LLMPAR_ACTION_I) return NULL;
+    const int32_t send = q->x->at[a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B][(int64_t)a.stage * q->s->n_micro + a.micro];
+    return send >= 0 && q->s->action[send].slot >= 0 ? &q->slot_free[q->slot_first[q->s->rank_of[a.stage]] + q->s->action[send].slot] : NULL;
 }
 
 // One rank, as far as it gets.
@@ -9362,11 +9367,12 @@ LLMPARI_FN llmpar_status llmpari_pipe_advance(llmpari_pipe_run *q, int32_t r, ll
     for (; q->at[r] < s->first[r + 1]; q->at[r]++) {
         const int64_t j = q->at[r];
         const llmpar_action a = s->action[j];
-        for (int which = 0; which < 2; which++) {
-            const double *need = llmpari_pipe_need(q, a, which);
-            if (need && *need < 0) { q->wait[r] = need; return LLMPAR_OK; }
-            if (need && *need > clock) clock = *need;
-        }
+        const double *need = llmpari_pipe_input(q, j);
+        if (need && *need < 0) { q->wait[r] = need; return LLMPAR_OK; }
+        if (need && *need > clock) clock = *need;
+        need = llmpari_pipe_buffer(q, a);
+        if (need && *need < 0) { q->wait[r] = need; return LLMPAR_OK; }
+        if (need && *need > clock) clock = *need;
         q->begin[j] = clock;
         if (a.kind <= LLMPAR_ACTION_W) {
             clock += q->c->time[a.kind][a.stage];
@@ -9384,7 +9390,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_advance(llmpari_pipe_run *q, int32_t r, ll
         } else if (llmpari_action_is_send(a)) {
             llmpari_pipe_arrive(q, a.kind == LLMPAR_ACTION_SEND_B, a.stage, a.micro, clock + q->c->link[llmpari_pipe_link_of(s, a)]);
         } else if (q->transport == LLMPAR_PIPE_RENDEZVOUS) {
-            llmpari_pipe_wake(q, s->rank_of[llmpari_pipe_other_end(s, a).stage], &q->end[j]);
+            llmpari_pipe_wake(q, s->rank_of[s->action[q->x->partner[j]].stage], &q->end[j]);
         }
     }
     return LLMPAR_OK;
@@ -9395,8 +9401,8 @@ LLMPARI_FN int32_t llmpari_pipe_blocker(const llmpari_pipe_run *q, int32_t rank)
     const llmpar_schedule *s = q->s;
     llmpar_action a = s->action[q->at[rank]];
     int32_t out, in;
-    if (llmpari_action_is_send(a)) return llmpari_pipe_at(q, llmpari_pipe_other_end(s, a));
-    const double *need = llmpari_pipe_need(q, a, 0);
+    if (llmpari_action_is_send(a)) return q->x->partner[q->at[rank]];
+    const double *need = llmpari_pipe_input(q, q->at[rank]);
     if (need && *need < 0) {
         const int d = a.kind != LLMPAR_ACTION_F;
         llmpar_action made = llmpari_action(d ? LLMPAR_ACTION_SEND_B : LLMPAR_ACTION_SEND_F, 0, 0);
@@ -9412,7 +9418,7 @@ LLMPARI_FN int32_t llmpari_pipe_blocker(const llmpari_pipe_run *q, int32_t rank)
         for (out = (int32_t)q->at[rank]; !llmpari_action_is_send(s->action[out]) || s->action[out].slot != s->action[send].slot; ) out--;
     }
     for (;;) {                                                                             // a transfer: which of those before it in the order of the two ranks is not issued?
-        in = llmpari_pipe_at(q, llmpari_pipe_other_end(s, s->action[out]));
+        in = q->x->partner[out];
         if (q->end[out] < 0) return out;
         if (q->end[in] < 0) return in;
         const llmpari_channel *channel = &q->channel[q->channel_of[llmpari_pipe_link_of(s, s->action[out])]];
@@ -9420,12 +9426,12 @@ LLMPARI_FN int32_t llmpari_pipe_blocker(const llmpari_pipe_run *q, int32_t rank)
         int32_t first = out;
         for (int d = 0; d < 2 && first == out; d++) {
             const llmpari_channel_side *side = &channel->side[d ? 1 - from : from];
-            const int32_t epoch = llmpari_channel_epoch(side), own = d ? in : out;
+            const int32_t epoch = side->epoch, own = d ? in : out;
             const int32_t head_send = side->next_send < side->n_send && side->send[side->next_send].epoch == epoch ? side->send[side->next_send].action : -1;
             const int32_t head_recv = side->next_recv < side->n_recv && side->recv[side->next_recv].epoch == epoch ? side->recv[side->next_recv].action : -1;
             if (own == head_send || own == head_recv) continue;
             const int32_t head = head_send >= 0 ? head_send : head_recv;
-            first = llmpari_action_is_send(s->action[head]) ? head : llmpari_pipe_at(q, llmpari_pipe_other_end(s, s->action[head]));
+            first = llmpari_action_is_send(s->action[head]) ? head : q->x->partner[head];
         }
         if (first == out) return in;                                                       // cannot be: both ends are first in their rows
         out = first;
@@ -9502,6 +9508,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_channels(llmpari_pipe_run *q, llmpar_arena
                 side->recv = op, op += side->n_recv, side->n_recv = 0;
             }
     }
+    for (int32_t k = 0; k < q->n_channels; k++) llmpari_channel_turn(&q->channel[k].side[0]), llmpari_channel_turn(&q->channel[k].side[1]);
     return LLMPAR_OK;
 }
 
@@ -9532,19 +9539,6 @@ LLMPARI_FN llmpar_status llmpari_pipe_times(llmpari_pipe_run *q, llmpar_arena *a
     for (int32_t r = 0; r < R; r++)
         if (q->at[r] < s->first[r + 1]) return llmpari_pipe_stuck(q, err);
     return LLMPAR_OK;
-}
-
-// Checks all, fills the index and the completed costs, and times every action into begin and end.
-LLMPARI_FN llmpar_status llmpari_pipe_prove(const llmpar_schedule *s, const llmpar_pipe_costs *costs, llmpar_transport transport, llmpar_arena *arena, double *begin, double *end,
-                                            llmpari_pipe_cost *c, llmpari_pipe_index *x, llmpar_error *err) {
-    llmpari_pipe_run run = LLMPAR_ZERO;
-    LLMPARI_TRY(llmpari_pipe_shape(s, err));
-    if ((unsigned)transport > LLMPAR_PIPE_NCCL) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "transport %d is not known", (int)transport);
-    LLMPARI_TRY(llmpari_pipe_cost_fill(costs, s, arena, c, err));
-    LLMPARI_TRY(llmpari_pipe_index_fill(s, arena, x, err));
-    LLMPARI_TRY(llmpari_pipe_complete(s, x, err));
-    run.s = s, run.c = c, run.x = x, run.transport = transport, run.begin = begin, run.end = end;
-    return llmpari_pipe_times(&run, arena, err);
 }
 
 // Buffers of a program: a message's number is in range, and nothing else is in it from the action that fills it (RECV, or the action before a SEND) to the one that empties it.
@@ -9589,25 +9583,6 @@ LLMPARI_FN double llmpari_pipe_peak(const llmpar_schedule *s, const llmpari_pipe
     return peak;
 }
 
-LLMPAR_DEF llmpar_status llmpar_pipe_verify(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport, double memory, llmpar_arena *scratch,
-                                            llmpar_error *err) {
-    const llmpar_arena_mark mark = llmpar_arena_save(scratch);
-    llmpari_pipe_cost c;
-    llmpari_pipe_index x;
-    llmpar_status status = llmpari_pipe_shape(schedule, err);
-    if (status) return status;
-    const int64_t n = schedule->first[schedule->n_ranks];
-    double *times = (double *)llmpar_arena_alloc(scratch, 2 * (size_t)n * sizeof *times);
-    status = times ? llmpari_pipe_prove(schedule, costs, transport, scratch, times, times + n, &c, &x, err) : LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
-    if (!status && schedule->lowered && schedule->n_slots) status = llmpari_pipe_slots_check(schedule, &x, scratch, err);
-    for (int32_t r = 0; !status && memory > 0 && r < schedule->n_ranks; r++) {
-        const double peak = llmpari_pipe_peak(schedule, &c, r);
-        if (peak > memory * (1 + 1e-9)) status = LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "rank %d holds up to %g, more than the limit of %g; this schedule needs %g there", (int)r, peak, memory, peak);
-    }
-    llmpar_arena_restore(scratch, mark);
-    return status;
-}
-
 // From the action that ends last back to the start: over the rank's action before, or the end of what was waited for, whichever held it up.
 LLMPARI_FN void llmpari_pipe_critical(const llmpar_schedule *s, const llmpari_pipe_index *x, llmpar_pipe_timing *t) {
     const int64_t n = s->first[s->n_ranks], M = s->n_micro;
@@ -9617,56 +9592,81 @@ LLMPARI_FN void llmpari_pipe_critical(const llmpar_schedule *s, const llmpari_pi
         const llmpar_action a = s->action[j];
         const int64_t c = (int64_t)a.stage * M + a.micro, own = j > s->first[s->rank_of[a.stage]] ? j - 1 : -1;
         int64_t input = -1;
-        t->critical[t->n_critical++] = j;
+        t->critical[t->n_critical++] = (int32_t)j;
         if (a.kind == LLMPAR_ACTION_F && a.stage > 0) input = x->at[LLMPAR_ACTION_F][c - M];
         else if (a.kind == LLMPAR_ACTION_F && s->in_flight > 0 && a.micro >= s->in_flight) input = x->at[LLMPAR_ACTION_F][(int64_t)(s->n_stages - 1) * M + a.micro - s->in_flight];
         else if ((a.kind == LLMPAR_ACTION_B || a.kind == LLMPAR_ACTION_I) && a.stage + 1 < s->n_stages)
             input = x->at[LLMPAR_ACTION_I][c + M] >= 0 ? x->at[LLMPAR_ACTION_I][c + M] : x->at[LLMPAR_ACTION_B][c + M];
-        else if (llmpari_action_is_send(a)) {
-            const llmpar_action o = llmpari_pipe_other_end(s, a);
-            input = x->at[o.kind][(int64_t)o.stage * M + o.micro];
-        }
+        else if (llmpari_action_is_send(a)) input = x->partner[j];
         j = own >= 0 && (input < 0 || t->action_end[own] >= t->action_begin[j] || t->action_end[own] >= t->action_end[input]) ? own : input;
     }
     for (int64_t i = 0, k = t->n_critical - 1; i < k; i++, k--) {
-        const int64_t j = t->critical[i];
+        const int32_t j = t->critical[i];
         t->critical[i] = t->critical[k], t->critical[k] = j;
     }
 }
 
-LLMPAR_DEF llmpar_status llmpar_pipe_simulate(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport, llmpar_arena *arena,
-                                              llmpar_pipe_timing *timing, llmpar_error *err) {
-    llmpari_pipe_cost c;
+// What the ranks did, from begin and end of every action.
+LLMPARI_FN void llmpari_pipe_sum(const llmpar_schedule *s, const llmpari_pipe_cost *c, llmpar_pipe_timing *t) {
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        bool begun = false;
+        for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
+            const llmpar_action a = s->action[j];
+            if (llmpari_action_is_transfer(a)) continue;
+            if (!begun) begun = true, t->begin[r] = t->action_begin[j];
+            t->busy[r] += c->time[a.kind][a.stage];
+            t->end[r]   = t->action_end[j];
+        }
+        t->peak[r] = llmpari_pipe_peak(s, c, r);
+        if (t->busy[r] > t->work) t->work = t->busy[r];
+        if (t->end[r] > t->makespan) t->makespan = t->end[r];
+        if (t->end[r] - t->begin[r] > t->span) t->span = t->end[r] - t->begin[r];
+    }
+}
+
+// Checks all, and times every action on the way. timing may be NULL.
+LLMPARI_FN llmpar_status llmpari_pipe_prove(const llmpar_schedule *s, const llmpar_pipe_costs *costs, llmpar_transport transport, double memory, llmpar_arena *arena,
+                                            llmpar_pipe_timing *timing, llmpar_error *err) {
+    llmpari_pipe_cost  c;
     llmpari_pipe_index x;
-    LLMPARI_TRY(llmpari_pipe_shape(schedule, err));
-    const int64_t n = schedule->first[schedule->n_ranks], R = schedule->n_ranks;
+    llmpari_pipe_run   run = LLMPAR_ZERO;
+    llmpar_pipe_timing t = LLMPAR_ZERO;
+    LLMPARI_TRY(llmpari_pipe_shape(s, err));
+    if ((unsigned)transport > LLMPAR_PIPE_NCCL) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "transport %d is not known", (int)transport);
+    if (!(memory >= 0)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "memory limit %g; pass 0 for none", memory);
+    const int64_t n = s->first[s->n_ranks], R = s->n_ranks;
     const llmpar_arena_mark all = llmpar_arena_save(arena);
     double *numbers = (double *)llmpar_arena_alloc(arena, (size_t)(4 * R + 2 * n) * sizeof *numbers);
-    if (!numbers) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
-    memset(timing, 0, sizeof *timing);
-    timing->busy = numbers, timing->begin = numbers + R, timing->end = numbers + 2 * R, timing->peak = numbers + 3 * R;
-    timing->action_begin = numbers + 4 * R, timing->action_end = timing->action_begin + n;
-    timing->critical = (int64_t *)llmpar_arena_alloc(arena, (size_t)n * sizeof(int64_t));
-    const llmpar_arena_mark mark = llmpar_arena_save(arena);
-    llmpar_status status = timing->critical ? llmpari_pipe_prove(schedule, costs, transport, arena, timing->action_begin, timing->action_end, &c, &x, err)
-                                            : LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the critical path");
-    for (int32_t r = 0; !status && r < R; r++) {
-        bool begun = false;
-        for (int64_t j = schedule->first[r]; j < schedule->first[r + 1]; j++) {
-            const llmpar_action a = schedule->action[j];
-            if (llmpari_action_is_transfer(a)) continue;
-            if (!begun && a.kind == LLMPAR_ACTION_F) begun = true, timing->begin[r] = timing->action_begin[j];
-            timing->busy[r] += c.time[a.kind][a.stage];
-            timing->end[r]   = timing->action_end[j];
-        }
-        timing->peak[r] = llmpari_pipe_peak(schedule, &c, r);
-        if (timing->busy[r] > timing->work) timing->work = timing->busy[r];
-        if (timing->end[r] > timing->makespan) timing->makespan = timing->end[r];
-        if (timing->end[r] - timing->begin[r] > timing->span) timing->span = timing->end[r] - timing->begin[r];
+    t.critical = timing ? (int32_t *)llmpar_arena_alloc(arena, (size_t)n * sizeof(int32_t)) : NULL;
+    if (!numbers || (timing && !t.critical)) {
+        llmpar_arena_restore(arena, all);
+        return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
     }
-    if (!status) llmpari_pipe_critical(schedule, &x, timing);
-    llmpar_arena_restore(arena, status ? all : mark);
+    t.busy = numbers, t.begin = numbers + R, t.end = numbers + 2 * R, t.peak = numbers + 3 * R;
+    t.action_begin = numbers + 4 * R, t.action_end = t.action_begin + n;
+    const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    llmpar_status status = llmpari_pipe_cost_fill(costs, s, arena, &c, err);
+    if (!status) status = llmpari_pipe_index_fill(s, arena, &x, err);
+    if (!status) status = llmpari_pipe_complete(s, &x, err);
+    if (!status && s->lowered && s->n_slots) status = llmpari_pipe_slots_check(s, &x, arena, err);
+    run.s = s, run.c = &c, run.x = &x, run.transport = transport, run.begin = t.action_begin, run.end = t.action_end;
+    if (!status) status = llmpari_pipe_times(&run, arena, err);
+    if (!status) llmpari_pipe_sum(s, &c, &t);
+    for (int32_t r = 0; !status && memory > 0 && r < R; r++)
+        if (t.peak[r] > memory * (1 + 1e-9)) status = LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "rank %d holds up to %g, more than the limit of %g", (int)r, t.peak[r], memory);
+    if (!status && timing) llmpari_pipe_critical(s, &x, &t);
+    llmpar_arena_restore(arena, status || !timing ? all : mark);
+    if (!status && timing) *timing = t;
     return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_pipe_verify(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport, double memory, llmpar_arena *scratch,
+                                            llmpar_error *err) {
+    return llmpari_pipe_prove(schedule, costs, transport, memory, scratch, NULL, err);
+}
+LLMPAR_DEF llmpar_status llmpar_pipe_simulate(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport, llmpar_arena *arena,
+                                              llmpar_pipe_timing *timing, llmpar_error *err) {
+    return llmpari_pipe_prove(schedule, costs, transport, 0, arena, timing, err);
 }
 
 // ---- Lowering ---------------------------------------------------------------------------------------------------
