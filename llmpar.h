@@ -9396,8 +9396,26 @@ LLMPARI_FN llmpar_status llmpari_pipe_advance(llmpari_pipe_run *q, int32_t r, ll
     return LLMPAR_OK;
 }
 
-// What the rank that is stuck waits for: an action that another rank (or, later, the same one) has not done.
-LLMPARI_FN int32_t llmpari_pipe_blocker(const llmpari_pipe_run *q, int32_t rank) {
+// Transfer `out`, issued at both ends, cannot move (NCCL): the SEND of the one that stands before it; *rank = where.
+LLMPARI_FN int32_t llmpari_channel_before(const llmpari_pipe_run *q, int32_t out, int32_t *rank) {
+    const llmpar_schedule *s = q->s;
+    const llmpari_channel *channel = &q->channel[q->channel_of[llmpari_pipe_link_of(s, s->action[out])]];
+    const int from = channel->rank[0] == s->rank_of[s->action[out].stage] ? 0 : 1;
+    for (int d = 0; d < 2; d++) {
+        const llmpari_channel_side *side = &channel->side[d ? 1 - from : from];
+        const int32_t own = d ? q->x->partner[out] : out;
+        const int32_t send = side->next_send < side->n_send && side->send[side->next_send].epoch == side->epoch ? side->send[side->next_send].action : -1;
+        const int32_t recv = side->next_recv < side->n_recv && side->recv[side->next_recv].epoch == side->epoch ? side->recv[side->next_recv].action : -1;
+        if (own == send || own == recv) continue;
+        *rank = channel->rank[d ? 1 - from : from];
+        return send >= 0 ? send : q->x->partner[recv];
+    }
+    return -1;
+}
+
+// What the rank that is stuck waits for: an action that another rank (or, later, the same one) has not done. -1 = all transfers in question are issued, but in orders
+// that exclude each other; the error says which.
+LLMPARI_FN int32_t llmpari_pipe_blocker(const llmpari_pipe_run *q, int32_t rank, llmpar_error *err) {
     const llmpar_schedule *s = q->s;
     llmpar_action a = s->action[q->at[rank]];
     int32_t out, in;
@@ -9417,23 +9435,20 @@ LLMPARI_FN int32_t llmpari_pipe_blocker(const llmpari_pipe_run *q, int32_t rank)
         const int32_t send = q->x->at[a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B][(int64_t)a.stage * s->n_micro + a.micro];
         for (out = (int32_t)q->at[rank]; !llmpari_action_is_send(s->action[out]) || s->action[out].slot != s->action[send].slot; ) out--;
     }
-    for (;;) {                                                                             // a transfer: which of those before it in the order of the two ranks is not issued?
+    for (int32_t i = 0; ; i++) {                                                           // a transfer: which of those before it in the order of the two ranks is not issued?
+        int32_t here = 0, there = 0;
         in = q->x->partner[out];
         if (q->end[out] < 0) return out;
         if (q->end[in] < 0) return in;
-        const llmpari_channel *channel = &q->channel[q->channel_of[llmpari_pipe_link_of(s, s->action[out])]];
-        const int from = channel->rank[0] == s->rank_of[s->action[out].stage] ? 0 : 1;
-        int32_t first = out;
-        for (int d = 0; d < 2 && first == out; d++) {
-            const llmpari_channel_side *side = &channel->side[d ? 1 - from : from];
-            const int32_t epoch = side->epoch, own = d ? in : out;
-            const int32_t head_send = side->next_send < side->n_send && side->send[side->next_send].epoch == epoch ? side->send[side->next_send].action : -1;
-            const int32_t head_recv = side->next_recv < side->n_recv && side->recv[side->next_recv].epoch == epoch ? side->recv[side->next_recv].action : -1;
-            if (own == head_send || own == head_recv) continue;
-            const int32_t head = head_send >= 0 ? head_send : head_recv;
-            first = llmpari_action_is_send(s->action[head]) ? head : q->x->partner[head];
+        const int32_t first = llmpari_channel_before(q, out, &here);
+        if (first < 0) return in;                                                          // cannot be: it would have moved
+        if (i > 2 * s->n_micro * s->n_stages) {
+            const int32_t second = llmpari_channel_before(q, first, &there);
+            LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "deadlock: two ranks order their transfers differently: rank %d does %s before %s, rank %d %s before %s", (int)here,
+                         llmpari_action_print(s->action[first]).text, llmpari_action_print(s->action[out]).text, (int)there,
+                         llmpari_action_print(s->action[second < 0 ? first : second]).text, llmpari_action_print(s->action[first]).text);
+            return -1;
         }
-        if (first == out) return in;                                                       // cannot be: both ends are first in their rows
         out = first;
     }
 }
@@ -9447,12 +9462,16 @@ LLMPARI_FN llmpar_status llmpari_pipe_stuck(const llmpari_pipe_run *q, llmpar_er
     for (int32_t r = 0; r < s->n_ranks; r++) {
         int32_t p = r, length = 0;
         if (!q->wait[r]) continue;
-        do { p = s->rank_of[s->action[llmpari_pipe_blocker(q, p)].stage]; length++; } while (p != r && length <= s->n_ranks && length < best_length);
+        do {
+            const int32_t b = llmpari_pipe_blocker(q, p, err);
+            if (b < 0) return LLMPAR_BAD_ARGUMENT;
+            p = s->rank_of[s->action[b].stage];
+        } while (++length < best_length && p != r && length <= s->n_ranks);
         if (p == r && length < best_length) best = r, best_length = length;
     }
     text[0] = 0;
     for (int32_t p = best, i = 0; best >= 0 && i < best_length; i++) {
-        const int32_t b = llmpari_pipe_blocker(q, p), next = s->rank_of[s->action[b].stage];
+        const int32_t b = llmpari_pipe_blocker(q, p, err), next = s->rank_of[s->action[b].stage];
         if (i < 6) llmpari_append(text, sizeof text, &at, "%srank %d waits in %s for %s, which comes after %s on rank %d", i ? "; " : "", (int)p, llmpari_action_print(s->action[q->at[p]]).text,
                                   llmpari_action_print(s->action[b]).text, llmpari_action_print(s->action[q->at[next]]).text, (int)next);
         else if (i == 6) llmpari_append(text, sizeof text, &at, "; and so on, %d ranks", (int)best_length);
@@ -9953,7 +9972,8 @@ LLMPAR_DEF llmpar_status llmpar_pipe_read(const char *text, size_t bytes, llmpar
         ranks = rank;
         if (n == 0) return LLMPARI_FAIL(err, LLMPAR_BAD_SYNTAX, "the text has no action; write a line per rank: 0F0,0F1,0B0,0B1");
         if (forwards < (int64_t)stages * micros)
-            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%d stages x %d micro-batches need %lld forwards; the text has %lld", (int)stages, (int)micros, (long long)stages * micros, (long long)forwards);
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%d stages x %d micro-batches need %lld forwards; the text has %lld", (int)stages, (int)micros,
+                                (long long)stages * micros, (long long)forwards);
         const llmpar_status status = llmpari_pipe_new(&s, ranks, stages, micros, n, arena, err);
         if (status) { llmpar_arena_restore(arena, mark); return status; }
         for (int32_t i = 0; i < stages; i++) s.rank_of[i] = -1;
@@ -10144,6 +10164,7 @@ LLMPARI_FN void llmpari_pipe_rank(llmpari_generator *g) {
 
 LLMPARI_FN llmpar_status llmpari_pipe_desc_check(const llmpar_pipe_desc *d, int32_t *V, bool *v_shape, llmpar_error *err) {
     const llmpar_pipe_kind k = d->kind;
+    *V = 1, *v_shape = false;
     if ((unsigned)k >= LLMPAR_PIPE_KIND_COUNT) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "schedule %d is not known", (int)k);
     const bool v_only = k == LLMPAR_PIPE_ZB_V || k == LLMPAR_PIPE_V_HALF || k == LLMPAR_PIPE_V_MIN || k == LLMPAR_PIPE_DUALPIPE_V;
     const bool any_map = k == LLMPAR_PIPE_GPIPE || k == LLMPAR_PIPE_BREADTH_FIRST || k == LLMPAR_PIPE_FORWARD || k == LLMPAR_PIPE_AUTO;
@@ -10153,7 +10174,8 @@ LLMPARI_FN llmpar_status llmpari_pipe_desc_check(const llmpar_pipe_desc *d, int3
     if (d->n_ranks < 1 || d->n_micro < 1 || *V < 1)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s: %d ranks, %d stages a rank, %d micro-batches; all must be >= 1", name, (int)d->n_ranks, (int)*V, (int)d->n_micro);
     if ((int64_t)d->n_ranks * *V > LLMPAR_MAX_STAGES || (int64_t)d->n_ranks * *V * d->n_micro > INT32_MAX / 8)
-        return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%s: %d ranks x %d stages x %d micro-batches; at most %d stages and 2^28 forwards", name, (int)d->n_ranks, (int)*V, (int)d->n_micro, LLMPAR_MAX_STAGES);
+        return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%s: %d ranks x %d stages x %d micro-batches; at most %d stages and 2^28 forwards", name, (int)d->n_ranks, (int)*V,
+                            (int)d->n_micro, LLMPAR_MAX_STAGES);
     if (d->group < 0 || d->in_flight < 0 || !(d->memory >= 0))
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s: group=%d, in_flight=%d, memory=%g; none may be negative", name, (int)d->group, (int)d->in_flight, d->memory);
     if (v_only && *V != 2) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s has 2 stages a rank, not %d", name, (int)*V);
