@@ -9238,10 +9238,9 @@ LLMPARI_FN llmpar_status llmpari_pipe_complete(const llmpar_schedule *s, const l
 
 // The transfers of two ranks in NCCL's order. A rank's SENDs and RECVs with the other one stand in two rows; those with the same epoch (no action on a stage between
 // them) are a group. A transfer moves when its ends are the first of their rows, both are issued, and the groups before are done on both sides.
-typedef struct llmpari_channel_op { int32_t action, epoch; } llmpari_channel_op;
+typedef struct llmpari_channel_op { int32_t next, epoch; } llmpari_channel_op;           // of every action: the next one of its row, -1 = none
 typedef struct llmpari_channel_side {
-    llmpari_channel_op *send, *recv;
-    int32_t n_send, n_recv, next_send, next_recv;
+    int32_t send, recv;            // first of each row that has not moved, -1 = none
     int32_t epoch;                 // of the group in turn
     double  open, done;            // when it may begin; when the last transfer ended
 } llmpari_channel_side;
@@ -9262,6 +9261,7 @@ typedef struct llmpari_pipe_run {
     int32_t *channel_of;           // [n_stages] number of the channel from stage s to the next one
     llmpari_channel *channel;
     int32_t  n_channels;
+    llmpari_channel_op *op;        // [actions]
 } llmpari_pipe_run;
 
 LLMPARI_FN bool llmpari_action_is_send(llmpar_action a) { return a.kind == LLMPAR_ACTION_SEND_F || a.kind == LLMPAR_ACTION_SEND_B; }
@@ -9298,9 +9298,8 @@ LLMPARI_FN void llmpari_pipe_arrive(llmpari_pipe_run *q, int direction, int32_t 
     if (to >= 0) llmpari_pipe_wake(q, q->s->rank_of[to], cell);
 }
 
-LLMPARI_FN void llmpari_channel_turn(llmpari_channel_side *side) {
-    const int32_t s = side->next_send < side->n_send ? side->send[side->next_send].epoch : INT32_MAX, r = side->next_recv < side->n_recv ? side->recv[side->next_recv].epoch : INT32_MAX;
-    const int32_t epoch = s < r ? s : r;
+LLMPARI_FN void llmpari_channel_turn(const llmpari_pipe_run *q, llmpari_channel_side *side) {
+    const int32_t s = side->send >= 0 ? q->op[side->send].epoch : INT32_MAX, r = side->recv >= 0 ? q->op[side->recv].epoch : INT32_MAX, epoch = s < r ? s : r;
     if (epoch != side->epoch) side->epoch = epoch, side->open = side->done;
 }
 // Moves what can move between two ranks.
@@ -9310,15 +9309,14 @@ LLMPARI_FN llmpar_status llmpari_channel_move(llmpari_pipe_run *q, llmpari_chann
         moved = false;
         for (int d = 0; d < 2; d++) {
             llmpari_channel_side *from = &channel->side[d], *to = &channel->side[1 - d];
-            if (from->next_send == from->n_send || to->next_recv == to->n_recv) continue;
-            const llmpari_channel_op out = from->send[from->next_send], in = to->recv[to->next_recv];
-            if (q->end[out.action] < 0 || q->end[in.action] < 0 || out.epoch != from->epoch || in.epoch != to->epoch) continue;
-            const llmpar_action a = s->action[out.action];
-            if (q->x->partner[out.action] != in.action)
+            const int32_t out = from->send, in = to->recv;
+            if (out < 0 || in < 0 || q->end[out] < 0 || q->end[in] < 0 || q->op[out].epoch != from->epoch || q->op[in].epoch != to->epoch) continue;
+            const llmpar_action a = s->action[out];
+            if (q->x->partner[out] != in)
                 return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "ranks %d and %d disagree about the order of their transfers: rank %d does %s when rank %d expects %s", (int)channel->rank[d],
-                                    (int)channel->rank[1 - d], (int)channel->rank[d], llmpari_action_print(a).text, (int)channel->rank[1 - d], llmpari_action_print(s->action[in.action]).text);
-            double t = q->end[out.action];
-            if (q->end[in.action] > t) t = q->end[in.action];
+                                    (int)channel->rank[1 - d], (int)channel->rank[d], llmpari_action_print(a).text, (int)channel->rank[1 - d], llmpari_action_print(s->action[in]).text);
+            double t = q->end[out];
+            if (q->end[in] > t) t = q->end[in];
             if (from->open > t) t = from->open;
             if (to->open > t) t = to->open;
             t += q->c->link[llmpari_pipe_link_of(s, a)];
@@ -9328,11 +9326,11 @@ LLMPARI_FN llmpar_status llmpari_channel_move(llmpari_pipe_run *q, llmpari_chann
                 *slot = t;
                 llmpari_pipe_wake(q, channel->rank[d], slot);
             }
-            from->next_send++, to->next_recv++;
+            from->send = q->op[out].next, to->recv = q->op[in].next;
             if (t > from->done) from->done = t;
             if (t > to->done) to->done = t;
-            llmpari_channel_turn(from);
-            llmpari_channel_turn(to);
+            llmpari_channel_turn(q, from);
+            llmpari_channel_turn(q, to);
             moved = true;
         }
     }
@@ -9404,8 +9402,8 @@ LLMPARI_FN int32_t llmpari_channel_before(const llmpari_pipe_run *q, int32_t out
     for (int d = 0; d < 2; d++) {
         const llmpari_channel_side *side = &channel->side[d ? 1 - from : from];
         const int32_t own = d ? q->x->partner[out] : out;
-        const int32_t send = side->next_send < side->n_send && side->send[side->next_send].epoch == side->epoch ? side->send[side->next_send].action : -1;
-        const int32_t recv = side->next_recv < side->n_recv && side->recv[side->next_recv].epoch == side->epoch ? side->recv[side->next_recv].action : -1;
+        const int32_t send = side->send >= 0 && q->op[side->send].epoch == side->epoch ? side->send : -1;
+        const int32_t recv = side->recv >= 0 && q->op[side->recv].epoch == side->epoch ? side->recv : -1;
         if (own == send || own == recv) continue;
         *rank = channel->rank[d ? 1 - from : from];
         return send >= 0 ? send : q->x->partner[recv];
@@ -9483,12 +9481,12 @@ LLMPARI_FN llmpar_status llmpari_pipe_stuck(const llmpari_pipe_run *q, llmpar_er
 LLMPARI_FN llmpar_status llmpari_pipe_channels(llmpari_pipe_run *q, llmpar_arena *arena, llmpar_error *err) {
     const llmpar_schedule *s = q->s;
     const int32_t S = s->n_stages;
-    int64_t transfers = 0;
+    q->op         = (llmpari_channel_op *)llmpar_arena_alloc(arena, (size_t)s->first[s->n_ranks] * sizeof(llmpari_channel_op));
     q->channel_of = (int32_t *)llmpar_arena_alloc(arena, (size_t)S * sizeof(int32_t));
     q->channel    = (llmpari_channel *)llmpar_arena_alloc(arena, (size_t)S * sizeof(llmpari_channel));
     int32_t *first = (int32_t *)llmpar_arena_alloc(arena, (size_t)s->n_ranks * sizeof(int32_t));   // a channel of the rank as the lower one; next: one more of them
     int32_t *next  = (int32_t *)llmpar_arena_alloc(arena, (size_t)S * sizeof(int32_t));
-    if (!q->channel_of || !q->channel || !first || !next) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d links", (int)S);
+    if (!q->op || !q->channel_of || !q->channel || !first || !next) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d links", (int)S);
     for (int32_t r = 0; r < s->n_ranks; r++) first[r] = -1;
     for (int32_t st = 0; st < S; st++) {
         const int32_t a = s->rank_of[st], b = s->rank_of[(st + 1) % S], low = a < b ? a : b, high = a < b ? b : a;
@@ -9501,33 +9499,21 @@ LLMPARI_FN llmpar_status llmpari_pipe_channels(llmpari_pipe_run *q, llmpar_arena
         }
         q->channel_of[st] = k;
     }
-    for (int pass = 0; pass < 2; pass++) {                                                 // count, then fill
-        for (int32_t r = 0; r < s->n_ranks; r++) {
-            int32_t epoch = 0;
-            for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
-                const llmpar_action a = s->action[j];
-                if (!llmpari_action_is_transfer(a)) { epoch++; continue; }
-                llmpari_channel *channel = &q->channel[q->channel_of[llmpari_pipe_link_of(s, a)]];
-                llmpari_channel_side *side = &channel->side[channel->rank[0] == r ? 0 : 1];
-                int32_t *n = llmpari_action_is_send(a) ? &side->n_send : &side->n_recv;
-                if (pass) {
-                    llmpari_channel_op *op = (llmpari_action_is_send(a) ? side->send : side->recv) + *n;
-                    op->action = (int32_t)j, op->epoch = epoch;
-                }
-                ++*n, transfers++;
-            }
+    for (int32_t k = 0; k < q->n_channels; k++)
+        for (int d = 0; d < 2; d++) q->channel[k].side[d].send = q->channel[k].side[d].recv = -1;
+    for (int32_t r = 0; r < s->n_ranks; r++) {                                             // from the last action back, so that every row ends up at its first one
+        int32_t epoch = INT32_MAX - 1;
+        for (int64_t j = s->first[r + 1]; j-- > s->first[r]; ) {
+            const llmpar_action a = s->action[j];
+            if (!llmpari_action_is_transfer(a)) { epoch--; continue; }
+            llmpari_channel *channel = &q->channel[q->channel_of[llmpari_pipe_link_of(s, a)]];
+            llmpari_channel_side *side = &channel->side[channel->rank[0] == r ? 0 : 1];
+            int32_t *head = llmpari_action_is_send(a) ? &side->send : &side->recv;
+            q->op[j].next = *head, q->op[j].epoch = epoch;
+            *head = (int32_t)j;
         }
-        if (pass) break;
-        llmpari_channel_op *op = (llmpari_channel_op *)llmpar_arena_alloc(arena, (size_t)transfers * sizeof *op);
-        if (!op) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %lld transfers", (long long)transfers);
-        for (int32_t k = 0; k < q->n_channels; k++)
-            for (int d = 0; d < 2; d++) {
-                llmpari_channel_side *side = &q->channel[k].side[d];
-                side->send = op, op += side->n_send, side->n_send = 0;
-                side->recv = op, op += side->n_recv, side->n_recv = 0;
-            }
     }
-    for (int32_t k = 0; k < q->n_channels; k++) llmpari_channel_turn(&q->channel[k].side[0]), llmpari_channel_turn(&q->channel[k].side[1]);
+    for (int32_t k = 0; k < q->n_channels; k++) llmpari_channel_turn(q, &q->channel[k].side[0]), llmpari_channel_turn(q, &q->channel[k].side[1]);
     return LLMPAR_OK;
 }
 
