@@ -8963,6 +8963,7 @@ LLMPARI_FN llmpar_status llmpari_call_check(const llmpar_comm *comm, const llmpa
 
 enum {
     LLMPARI_FOLD = 512,            // elements that are reduced at a time: accumulator and operand stay in the first-level cache
+    LLMPARI_BLOCK = 4096,          // f32 that are reduced at a time: as many as memcpy's string moves need, which store into lines of another core without reading them before
     LLMPARI_LANE = 16              // and in one step of the loops: a constant count is vectorised at -O2 too
 };
 
@@ -9046,13 +9047,6 @@ LLMPARI_FN void llmpari_streamed(void) { _mm_sfence(); }
 LLMPARI_FN void llmpari_stream(char *to, const char *from, int64_t bytes) { memcpy(to, from, (size_t)bytes); }
 LLMPARI_FN void llmpari_streamed(void) { }
 #endif
-
-// A short copy that the caller's loop runs through with vectors; a library's memcpy may turn to string moves, which wait longer for a line of another core.
-LLMPARI_FN void llmpari_copy_block(char *to, const char *from, int64_t bytes) {
-    int64_t at = 0;
-    for (; at + 64 <= bytes; at += 64) memcpy(to + at, from + at, 64);
-    memcpy(to + at, from + at, (size_t)(bytes - at));
-}
 
 // A copy that may find its source in place already.
 LLMPARI_FN void llmpari_move_bytes(char *to, const char *from, int64_t bytes) {
@@ -9980,16 +9974,16 @@ LLMPARI_FN void llmpari_store_result(const llmpari_reduction *r, int64_t at, con
     for (int32_t i = r->first; i < r->last; i++) {
         char *to = r->row[i].recv + r->to + at;
         if (r->stream) llmpari_stream(to, result, bytes);
-        else if (to != result) llmpari_copy_block(to, result, bytes);
+        else llmpari_move_bytes(to, result, bytes);
     }
 }
 LLMPARI_FN void llmpari_reduce_f32(const llmpari_reduction *r) {
     const llmpari_post *row = r->row;
-    char own[4 * LLMPARI_FOLD], *home = row[r->home].recv + r->to;
+    char own[4 * LLMPARI_BLOCK], *home = row[r->home].recv + r->to;
     bool straight = !r->stream;                                                            // into the output, where nobody's data still have to be read
     for (int32_t i = 2; i < r->n; i++) straight = straight && home != llmpari_data(&row[i]) + r->from;
-    for (int64_t at = 0; at < r->count; at += LLMPARI_FOLD) {
-        int m = (int)llmpari_min(LLMPARI_FOLD, r->count - at);
+    for (int64_t at = 0; at < r->count; at += LLMPARI_BLOCK) {
+        int m = (int)llmpari_min(LLMPARI_BLOCK, r->count - at);
         int64_t from = r->from + 4 * at;
         char *acc = straight ? home + 4 * at : own;
         if (r->n == 1) llmpari_move_bytes(acc, llmpari_data(&row[0]) + from, 4 * m);
@@ -10075,7 +10069,7 @@ LLMPARI_FN llmpar_status llmpari_check_posts(llmpari_end *end, int64_t k, llmpar
         end->comm.late   = team->ranks[last];
         end->comm.late_s = row[last].came;
     }
-    end->pull = true;
+    end->pull = !end->direct || row->kind == LLMPAR_REDUCE_SCATTER;
     if (!end->direct || row->kind != LLMPAR_ALL_REDUCE) return LLMPAR_OK;
     for (int32_t i = 0; i < team->n; i++) over = over || row[i].over;
     end->pull = !over && llmpari_tuned_size(row->count, llmpar_dtype_bytes((llmpar_dtype)row->dtype), team->n) <= team->world->tuning.pull_bytes;
@@ -10091,16 +10085,26 @@ LLMPARI_FN llmpar_range llmpari_slice_of(int64_t count, int32_t n, int32_t m) {
     return range;
 }
 
-// Unit m of collective k: member m's output, or slice m of everybody's.
+// `bytes` at `from` go to byte `at` of the recv of members first .. last-1. In blocks that are long enough for memcpy's string moves, which store into lines of another core
+// without reading them before; from the end on: the end is what was written last, the beginning what is read first, and both are still in a near cache.
+LLMPARI_FN void llmpari_push(const llmpari_post *row, int32_t first, int32_t last, int64_t at, const char *from, int64_t bytes) {
+    for (int64_t end = bytes, begin; end > 0; end = begin) {
+        begin = (end - 1) / LLMPARI_CHUNK * LLMPARI_CHUNK;
+        for (int32_t i = first; i < last; i++) if (row[i].recv) llmpari_move_bytes(row[i].recv + at + begin, from + begin, end - begin);
+    }
+}
+
+// Unit m of collective k: with `slices` what member m sends, or slice m, in everybody's output, else member m's output.
 LLMPARI_FN void llmpari_work(const llmpari_team *team, int64_t k, int32_t m, bool slices) {
     const llmpari_post *row = llmpari_posts(team, k), *mine = &row[m];
     int32_t n = team->n;
     int64_t element = llmpar_dtype_bytes((llmpar_dtype)mine->dtype), at = 0;
     llmpari_reduction r = { row, n, m, m + 1, m, 0, mine->count, 0, false };
+    llmpar_range part = { 0, mine->count };
     switch (mine->kind) {
     case LLMPAR_ALL_REDUCE:
         if (slices) {
-            llmpar_range part = llmpari_slice_of(mine->count, n, m);
+            part     = llmpari_slice_of(mine->count, n, m);
             r.from = r.to = part.first * element;
             r.count  = part.count;
             r.first  = 0;
@@ -10117,17 +10121,22 @@ LLMPARI_FN void llmpari_work(const llmpari_team *team, int64_t k, int32_t m, boo
         llmpari_reduce_any(&r);
         break;
     case LLMPAR_ALL_GATHER:
-        for (int32_t i = 0; i < n; at += mine->counts[n + i++] * element) llmpari_move_bytes(mine->recv + at, llmpari_data(&row[i]), mine->counts[n + i] * element);
+        for (int32_t i = 0; i < n; at += mine->counts[n + i++] * element)
+            if (!slices || i == m) llmpari_push(row, slices ? 0 : m, slices ? n : m + 1, at, llmpari_data(&row[i]), mine->counts[n + i] * element);
         break;
     case LLMPAR_ALL_TO_ALL: case LLMPAR_PERMUTE:
-        for (int32_t i = 0; i < n; at += mine->counts[n + i++] * element) {
+        for (int32_t i = n - 1; i >= 0; i--) {
+            int32_t sender = slices ? m : i, taker = slices ? i : m;
             int64_t from = 0;
-            for (int32_t j = 0; j < m; j++) from += row[i].counts[j] * element;
-            if (mine->counts[n + i]) llmpari_move_bytes(mine->recv + at, llmpari_data(&row[i]) + from, mine->counts[n + i] * element);
+            at = 0;
+            for (int32_t j = 0; j < taker; j++)  from += row[sender].counts[j] * element;
+            for (int32_t j = 0; j < sender; j++) at   += row[taker].counts[n + j] * element;
+            if (row[sender].counts[taker]) llmpari_push(row, taker, taker + 1, at, llmpari_data(&row[sender]) + from, row[sender].counts[taker] * element);
         }
         break;
     case LLMPAR_BROADCAST:
-        if (mine->recv) llmpari_move_bytes(mine->recv, llmpari_data(&row[mine->root]), mine->count * element);
+        if (slices) { part = llmpari_slice_of(mine->count, n, m); r.first = 0; r.last = n; }
+        llmpari_push(row, r.first, r.last, part.first * element, llmpari_data(&row[mine->root]) + part.first * element, part.count * element);
         break;
     default: break;                                                                        // a barrier has no work
     }
