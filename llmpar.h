@@ -911,7 +911,8 @@ LLMPAR_DEF llmpar_status llmpar_comm_self(const llmpar_allocator *allocator, llm
 // matters which cores the threads got. All zeros: defaults for cores that share a cache.
 typedef struct llmpar_comm_tuning {
     int64_t mailbox_bytes;         // up to here every rank copies its part into a box of its own and reads all boxes: one synchronisation. 0 = 1024; at most 1 MiB
-    int64_t pull_bytes;            // up to here (unless in place) every rank reads all inputs; beyond, it reduces one slice and stores that into every output. 0 = never
+    int64_t staged_bytes;          // up to here too inputs are copied into boxes, but a rank reads one slice of them; beyond, it reads that slice of the inputs. It reduces the slice and
+                                   // stores it into every output. Where cores are far from each other; 0 = never; at most 1 MiB
     int64_t stream_bytes;          // from here on results bypass the caches. 0 = eight times the second-level cache, or 8 MiB if its size is not known
 } llmpar_comm_tuning;
 
@@ -9621,7 +9622,7 @@ LLMPAR_DEF llmpar_status llmpar_comm_self(const llmpar_allocator *allocator, llm
 // A team is one group: a block of memory with the ends of all its members and a ring of LLMPARI_FLIGHT slots, one per collective in flight. Collective k uses
 // slot k % LLMPARI_FLIGHT. In it each member posts its signature and its buffers; post.seq = k + 1, written last, says "arrived".
 //   small    every member's data fits into its post or a box of its own: it is copied there, and each member, once all have arrived, computes its own result. One synchronisation.
-//   direct   the work is cut into one unit per member (AllReduce, unless pulled: a slice that is reduced and stored into every output; else: one member's output). Once all
+//   direct   the work is cut into one unit per member (ReduceScatter: its output; AllReduce and Broadcast: a slice of every output; else: what it sends). Once all
 //            have arrived, a member claims its own unit and then those that nobody has begun yet, so that a late or unscheduled rank holds nobody up, and a
 //            call is done when all units are. Every unit gives the same bits, whoever does it.
 // A member retires collective k when it needs its slot no more; a slot is used again when all have retired it.
@@ -9655,9 +9656,8 @@ struct llmpari_post {              // what one member asks for: a cache line tha
     char       *recv;
     int64_t    *counts;            // [n] send_counts, [n] recv_counts: copies
     uint64_t    sent, wanted;      // AllToAll: sums of hashes of (from, to, count), equal over the team when the counts fit together
-    int64_t     over;              // AllReduce: send is recv
     double      came;              // when, if traced
-    char        pad[LLMPARI_LINE - 64 - 56];
+    char        pad[LLMPARI_LINE - 64 - 48];
 };
 typedef struct llmpari_post llmpari_post;
 
@@ -9685,7 +9685,7 @@ typedef struct llmpari_end {       // one member's end; but for `left` used by i
     int64_t free_until;            // collectives below this one have a free slot
     int32_t scan;                  // members below this one have arrived at `finished`
     bool    checked, direct;       // of `finished`: signatures are equal; not all are boxed
-    bool    pull;                  // direct: every member's output is a unit
+    bool    slices;                // direct: a unit is a slice of every output, or what a member sends; else a member's output
     double  timeout_s[LLMPARI_FLIGHT];   // of the calls in flight
     int64_t used[2];               // collective that used this member's large box last, + 1
     bool    drained;               // the world has stopped and nobody touches this end's buffers any more
@@ -10045,14 +10045,20 @@ LLMPARI_FN void llmpari_reduce_any(const llmpari_reduction *r) {
 // What the limits of llmpar_comm_tuning are compared with.
 LLMPARI_FN int64_t llmpari_tuned_size(int64_t count, int64_t element, int32_t n) { return count > INT64_MAX / 8 / 65536 ? INT64_MAX : count * element * n / 2; }
 
+// Is this AllReduce too large for one synchronisation?
+LLMPARI_FN bool llmpari_staged(const llmpari_team *team, int64_t count, int64_t element) {
+    return count * element > LLMPARI_SMALL && llmpari_tuned_size(count, element, team->n) > team->world->tuning.mailbox_bytes;
+}
+
 // All have arrived at collective k: do they ask for the same, and how is it done?
 LLMPARI_FN llmpar_status llmpari_check_posts(llmpari_end *end, int64_t k, llmpar_error *err) {
     const llmpari_team *team = end->team;
     const llmpari_post *row = llmpari_posts(team, k);
     uint64_t sent = 0, wanted = 0;
     int lag = 0;
-    bool exchanges = llmpari_exchanges(row), over = false;
-    end->direct = false;
+    bool exchanges = llmpari_exchanges(row);
+    end->direct = row->kind == LLMPAR_ALL_REDUCE && llmpari_staged(team, row->count, llmpar_dtype_bytes((llmpar_dtype)row->dtype));
+    end->slices = row->kind != LLMPAR_REDUCE_SCATTER;
     for (int32_t i = 0; i < team->n; i++) {
         if (i && !llmpari_same(&row[0], &row[i])) return llmpari_differ(end, row, k, err);
         if (llmpari_where(&row[i]) == LLMPARI_IN_PLACE) end->direct = true;
@@ -10069,10 +10075,6 @@ LLMPARI_FN llmpar_status llmpari_check_posts(llmpari_end *end, int64_t k, llmpar
         end->comm.late   = team->ranks[last];
         end->comm.late_s = row[last].came;
     }
-    end->pull = !end->direct || row->kind == LLMPAR_REDUCE_SCATTER;
-    if (!end->direct || row->kind != LLMPAR_ALL_REDUCE) return LLMPAR_OK;
-    for (int32_t i = 0; i < team->n; i++) over = over || row[i].over;
-    end->pull = !over && llmpari_tuned_size(row->count, llmpar_dtype_bytes((llmpar_dtype)row->dtype), team->n) <= team->world->tuning.pull_bytes;
     return LLMPAR_OK;
 }
 
@@ -10151,7 +10153,7 @@ LLMPARI_FN bool llmpari_units_done(llmpari_end *end, int64_t k) {
     for (int32_t step = 0, i = end->comm.rank; step < team->n; step++, i = i + 1 == team->n ? 0 : i + 1) {
         int64_t claim = llmpari_comm_load(world, &units[i].claim);
         if (claim != k + 1 && llmpari_swap(world, &units[i].claim, claim, k + 1)) {
-            llmpari_work(team, k, i, !end->pull);
+            llmpari_work(team, k, i, end->slices);
             llmpari_comm_store(world, &units[i].done, k + 1);
             llmpari_wake(team);
         } else if (llmpari_comm_load(world, &units[i].done) != k + 1) all = false;
@@ -10561,7 +10563,8 @@ LLMPARI_FN char *llmpari_box_for(llmpari_end *end, llmpari_post *post, int64_t k
     *where = LLMPARI_IN_POST;
     if (bytes <= LLMPARI_SMALL) return post->small;
     *where = LLMPARI_IN_BOX;
-    bool fits = !folds || llmpari_tuned_size(bytes, 1, team->n) <= team->world->tuning.mailbox_bytes;
+    const llmpar_comm_tuning *tuning = &team->world->tuning;
+    bool fits = folds ? llmpari_tuned_size(bytes, 1, team->n) <= llmpari_max(tuning->mailbox_bytes, tuning->staged_bytes) : bytes <= LLMPARI_BOX;
     if (fits && bytes <= team->large_bytes) {
         if (end->free_until - LLMPARI_FLIGHT < end->used[parity]) end->free_until = llmpari_retired(team) + LLMPARI_FLIGHT;
         if (end->free_until - LLMPARI_FLIGHT >= end->used[parity]) {
@@ -10612,7 +10615,6 @@ LLMPARI_FN void llmpari_post_mark(llmpari_post *post, const llmpar_call *call) {
     post->count  = call->count;
     post->hash   = 0;
     post->recv   = (char *)call->recv;
-    post->over   = call->send == call->recv;
 }
 LLMPARI_FN bool llmpari_asks(const llmpari_post *post, const llmpar_call *call) {
     unsigned mark = (unsigned)(post->kind ^ (uint8_t)call->kind) | (unsigned)(post->dtype ^ (uint8_t)call->dtype) | (unsigned)(post->reduce ^ (uint8_t)call->reduce) | (unsigned)post->root;
@@ -10650,7 +10652,7 @@ LLMPARI_FN bool llmpari_threads_quick(llmpar_comm *comm, const llmpar_call *call
     const int64_t k = end->started, bytes = call->count * llmpar_dtype_bytes(call->dtype);
     llmpari_post *row = llmpari_posts(team, k), *mine = &row[comm->rank];
     int lag = 0;
-    if (k != end->finished || k >= end->free_until || llmpari_comm_load(world, &world->stopped)) return false;
+    if (k != end->finished || k >= end->free_until || llmpari_staged(team, bytes, 1) || llmpari_comm_load(world, &world->stopped)) return false;
     unsigned where;
     char *box = llmpari_box_for(end, mine, k, bytes, true, &where);
     if (!box) return false;
@@ -10790,7 +10792,7 @@ LLMPARI_FN llmpari_team *llmpari_team_new(llmpar_threads *world, int32_t n, int6
         llmpari_threads_start, llmpari_threads_wait, llmpari_threads_group, llmpari_threads_comm_abort, llmpari_threads_comm_free,
         llmpari_threads_shrink, llmpari_threads_quick
     };
-    int64_t large = 2 * world->tuning.mailbox_bytes / n;       // what a member may have in a box: see llmpari_tuned_size
+    int64_t large = 2 * llmpari_max(world->tuning.mailbox_bytes, world->tuning.staged_bytes) / n;       // what a member may have in a box: see llmpari_tuned_size
     large = (llmpari_max(large, LLMPARI_BOX) + LLMPARI_LINE - 1) / LLMPARI_LINE * LLMPARI_LINE;
     size_t clear, total = llmpari_team_layout(NULL, NULL, n, large, &clear) + LLMPARI_LINE;
     void *memory = llmpari_alloc(&world->allocator, total);
@@ -10939,6 +10941,7 @@ LLMPARI_FN llmpar_comm_tuning llmpari_tuning_or(const llmpar_comm_tuning *given)
     if (tuning.mailbox_bytes <= 0) tuning.mailbox_bytes = 1024;
     if (tuning.stream_bytes  <= 0) tuning.stream_bytes  = cache > 0 ? 8 * cache : 8 << 20;
     tuning.mailbox_bytes = llmpari_min(tuning.mailbox_bytes, 1 << 20);
+    tuning.staged_bytes  = llmpari_min(tuning.staged_bytes, 1 << 20);
     return tuning;
 }
 
@@ -10951,17 +10954,20 @@ LLMPARI_FN llmpar_status llmpari_probe_time(llmpar_comm *comm, float *buffer, in
     float *out = buffer + LLMPARI_PROBE_BYTES / 4;
     if (comm->rank == 0) {
         world->tuning.mailbox_bytes = way == 0 ? LLMPARI_PROBE_BYTES : 0;
-        world->tuning.pull_bytes    = way == 1 ? LLMPARI_PROBE_BYTES : 0;
+        world->tuning.staged_bytes  = way == 1 ? LLMPARI_PROBE_BYTES : 0;
     }
+    float value[LLMPARI_FOLD], sum[LLMPARI_FOLD];
     *seconds = INFINITY;
-    for (int run = 0; run < 4; run++) {                                                    // the first one warms up
+    for (int run = 0; run < 4 + (64 << 10) / (int)bytes; run++) {                         // the first one warms up
+        for (int i = 0; i < LLMPARI_FOLD; i++) { value[i] = (float)run; sum[i] = 0; }
         LLMPARI_TRY(llmpar_barrier(comm, err));
         double began = llmpari_now();
-        for (int64_t i = 0; i < bytes / 4; i++) buffer[i] = (float)run;
+        for (int64_t i = 0; i < bytes / 4; i += LLMPARI_FOLD) llmpari_fold_f32((char *)(buffer + i), (const char *)value, (const char *)value, LLMPARI_FOLD, LLMPAR_SUM);
         LLMPARI_TRY(llmpar_all_reduce(comm, buffer, out, bytes / 4, LLMPAR_F32, LLMPAR_SUM, err));
-        for (int64_t i = 0; i < bytes / 4; i++) if (out[i] != 2 * (float)run) return LLMPARI_FAIL(err, LLMPAR_MISMATCH, "a measured AllReduce gave %g", (double)out[i]);
+        for (int64_t i = 0; i < bytes / 4; i += LLMPARI_FOLD) llmpari_fold_f32((char *)sum, (const char *)sum, (const char *)(out + i), LLMPARI_FOLD, LLMPAR_SUM);
         LLMPARI_TRY(llmpar_barrier(comm, err));
         double took = llmpari_now() - began;
+        if (sum[0] != (float)(bytes / 4 / LLMPARI_FOLD * 4 * run)) return LLMPARI_FAIL(err, LLMPAR_MISMATCH, "measured AllReduces gave %g in all", (double)sum[0]);
         if (run && took < *seconds) *seconds = took;
     }
     return LLMPAR_OK;
@@ -10970,7 +10976,7 @@ LLMPARI_FN llmpar_status llmpari_probe_time(llmpar_comm *comm, float *buffer, in
 LLMPARI_FN llmpar_status llmpari_probe_sizes(llmpar_comm *comm, float *buffer, llmpari_probe *probe, llmpar_error *err) {
     llmpar_comm_tuning found = LLMPAR_ZERO;
     bool boxes = true;
-    for (int64_t bytes = 8192; bytes <= LLMPARI_PROBE_BYTES; bytes *= 4) {
+    for (int64_t bytes = 4096; bytes <= LLMPARI_PROBE_BYTES; bytes *= 2) {
         double seconds[3], late = llmpari_now() > probe->until;
         float stop = (float)late;
         LLMPARI_TRY(llmpar_all_reduce(comm, &stop, &stop, 1, LLMPAR_F32, LLMPAR_MAX, err));
@@ -10978,9 +10984,9 @@ LLMPARI_FN llmpar_status llmpari_probe_sizes(llmpar_comm *comm, float *buffer, l
         for (int way = 0; way < 3; way++) LLMPARI_TRY(llmpari_probe_time(comm, buffer, bytes, way, &seconds[way], err));
         boxes = boxes && seconds[0] < seconds[1] && seconds[0] < 0.9 * seconds[2];      // clearly: a draw goes to the slices
         if (boxes) found.mailbox_bytes = bytes;
-        else if (seconds[1] < 0.9 * seconds[2]) found.pull_bytes = bytes;
+        else if (seconds[1] < 0.9 * seconds[2]) found.staged_bytes = bytes;
     }
-    if (comm->rank == 0) { probe->tuning.mailbox_bytes = found.mailbox_bytes; probe->tuning.pull_bytes = found.pull_bytes; }
+    if (comm->rank == 0) { probe->tuning.mailbox_bytes = found.mailbox_bytes; probe->tuning.staged_bytes = found.staged_bytes; }
     return LLMPAR_OK;
 }
 
