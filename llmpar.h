@@ -9049,6 +9049,13 @@ LLMPARI_FN void llmpari_stream(char *to, const char *from, int64_t bytes) { memc
 LLMPARI_FN void llmpari_streamed(void) { }
 #endif
 
+// A short copy that the caller's loop runs through with vectors.
+LLMPARI_FN void llmpari_copy_block(char *to, const char *from, int64_t bytes) {
+    int64_t at = 0;
+    for (; at + 64 <= bytes; at += 64) memcpy(to + at, from + at, 64);
+    memcpy(to + at, from + at, (size_t)(bytes - at));
+}
+
 // A copy that may find its source in place already.
 LLMPARI_FN void llmpari_move_bytes(char *to, const char *from, int64_t bytes) {
     if (bytes > 0 && to != from) memcpy(to, from, (size_t)bytes);
@@ -9974,16 +9981,18 @@ LLMPARI_FN void llmpari_store_result(const llmpari_reduction *r, int64_t at, con
     for (int32_t i = r->first; i < r->last; i++) {
         char *to = r->row[i].recv + r->to + at;
         if (r->stream) llmpari_stream(to, result, bytes);
+        else if (to != result && bytes <= 4 * LLMPARI_FOLD) llmpari_copy_block(to, result, bytes);
         else llmpari_move_bytes(to, result, bytes);
     }
 }
 LLMPARI_FN void llmpari_reduce_f32(const llmpari_reduction *r) {
     const llmpari_post *row = r->row;
+    const int64_t block = r->stream ? LLMPARI_FOLD : LLMPARI_BLOCK;
     char own[4 * LLMPARI_BLOCK], *home = row[r->home].recv + r->to;
     bool straight = !r->stream;                                                            // into the output, where nobody's data still have to be read
     for (int32_t i = 2; i < r->n; i++) straight = straight && home != llmpari_data(&row[i]) + r->from;
-    for (int64_t at = 0; at < r->count; at += LLMPARI_BLOCK) {
-        int m = (int)llmpari_min(LLMPARI_BLOCK, r->count - at);
+    for (int64_t at = 0; at < r->count; at += block) {
+        int m = (int)llmpari_min(block, r->count - at);
         int64_t from = r->from + 4 * at;
         char *acc = straight ? home + 4 * at : own;
         if (r->n == 1) llmpari_move_bytes(acc, llmpari_data(&row[0]) + from, 4 * m);
