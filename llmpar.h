@@ -911,7 +911,8 @@ LLMPAR_DEF llmpar_status llmpar_comm_self(const llmpar_allocator *allocator, llm
 // matters which cores the threads got. All zeros: defaults for cores that share a cache.
 typedef struct llmpar_comm_tuning {
     int64_t mailbox_bytes;         // up to here every rank copies its part into a box of its own and reads all boxes: one synchronisation. 0 = 1024; at most 1 MiB
-    int64_t pull_bytes;            // up to here (unless in place) every rank reads all inputs; beyond, it reduces one slice and stores that into every output. 0 = never
+    int64_t staged_bytes;          // up to here too inputs are copied into boxes, but a rank reads one slice of them; beyond, it reads that slice of the inputs. It reduces the slice and
+                                   // stores it into every output. Where cores are far from each other; 0 = never; at most 1 MiB
     int64_t stream_bytes;          // from here on results bypass the caches. 0 = eight times the second-level cache, or 8 MiB if its size is not known
 } llmpar_comm_tuning;
 
@@ -8963,6 +8964,7 @@ LLMPARI_FN llmpar_status llmpari_call_check(const llmpar_comm *comm, const llmpa
 
 enum {
     LLMPARI_FOLD = 512,            // elements that are reduced at a time: accumulator and operand stay in the first-level cache
+    LLMPARI_BLOCK = 4096,          // f32 that are reduced at a time: as many as memcpy's string moves need, which store into lines of another core without reading them before
     LLMPARI_LANE = 16              // and in one step of the loops: a constant count is vectorised at -O2 too
 };
 
@@ -9047,7 +9049,7 @@ LLMPARI_FN void llmpari_stream(char *to, const char *from, int64_t bytes) { memc
 LLMPARI_FN void llmpari_streamed(void) { }
 #endif
 
-// A short copy that the caller's loop runs through with vectors; a library's memcpy may turn to string moves, which wait longer for a line of another core.
+// A short copy that the caller's loop runs through with vectors.
 LLMPARI_FN void llmpari_copy_block(char *to, const char *from, int64_t bytes) {
     int64_t at = 0;
     for (; at + 64 <= bytes; at += 64) memcpy(to + at, from + at, 64);
@@ -9627,7 +9629,7 @@ LLMPAR_DEF llmpar_status llmpar_comm_self(const llmpar_allocator *allocator, llm
 // A team is one group: a block of memory with the ends of all its members and a ring of LLMPARI_FLIGHT slots, one per collective in flight. Collective k uses
 // slot k % LLMPARI_FLIGHT. In it each member posts its signature and its buffers; post.seq = k + 1, written last, says "arrived".
 //   small    every member's data fits into its post or a box of its own: it is copied there, and each member, once all have arrived, computes its own result. One synchronisation.
-//   direct   the work is cut into one unit per member (AllReduce, unless pulled: a slice that is reduced and stored into every output; else: one member's output). Once all
+//   direct   the work is cut into one unit per member (ReduceScatter: its output; AllReduce and Broadcast: a slice of every output; else: what it sends). Once all
 //            have arrived, a member claims its own unit and then those that nobody has begun yet, so that a late or unscheduled rank holds nobody up, and a
 //            call is done when all units are. Every unit gives the same bits, whoever does it.
 // A member retires collective k when it needs its slot no more; a slot is used again when all have retired it.
@@ -9661,9 +9663,8 @@ struct llmpari_post {              // what one member asks for: a cache line tha
     char       *recv;
     int64_t    *counts;            // [n] send_counts, [n] recv_counts: copies
     uint64_t    sent, wanted;      // AllToAll: sums of hashes of (from, to, count), equal over the team when the counts fit together
-    int64_t     over;              // AllReduce: send is recv
     double      came;              // when, if traced
-    char        pad[LLMPARI_LINE - 64 - 56];
+    char        pad[LLMPARI_LINE - 64 - 48];
 };
 typedef struct llmpari_post llmpari_post;
 
@@ -9691,7 +9692,7 @@ typedef struct llmpari_end {       // one member's end; but for `left` used by i
     int64_t free_until;            // collectives below this one have a free slot
     int32_t scan;                  // members below this one have arrived at `finished`
     bool    checked, direct;       // of `finished`: signatures are equal; not all are boxed
-    bool    pull;                  // direct: every member's output is a unit
+    bool    slices;                // direct: a unit is a slice of every output, or what a member sends; else a member's output
     double  timeout_s[LLMPARI_FLIGHT];   // of the calls in flight
     int64_t used[2];               // collective that used this member's large box last, + 1
     bool    drained;               // the world has stopped and nobody touches this end's buffers any more
@@ -9980,16 +9981,18 @@ LLMPARI_FN void llmpari_store_result(const llmpari_reduction *r, int64_t at, con
     for (int32_t i = r->first; i < r->last; i++) {
         char *to = r->row[i].recv + r->to + at;
         if (r->stream) llmpari_stream(to, result, bytes);
-        else if (to != result) llmpari_copy_block(to, result, bytes);
+        else if (to != result && bytes <= 4 * LLMPARI_FOLD) llmpari_copy_block(to, result, bytes);
+        else llmpari_move_bytes(to, result, bytes);
     }
 }
 LLMPARI_FN void llmpari_reduce_f32(const llmpari_reduction *r) {
     const llmpari_post *row = r->row;
-    char own[4 * LLMPARI_FOLD], *home = row[r->home].recv + r->to;
+    const int64_t block = r->stream ? LLMPARI_FOLD : LLMPARI_BLOCK;
+    char own[4 * LLMPARI_BLOCK], *home = row[r->home].recv + r->to;
     bool straight = !r->stream;                                                            // into the output, where nobody's data still have to be read
     for (int32_t i = 2; i < r->n; i++) straight = straight && home != llmpari_data(&row[i]) + r->from;
-    for (int64_t at = 0; at < r->count; at += LLMPARI_FOLD) {
-        int m = (int)llmpari_min(LLMPARI_FOLD, r->count - at);
+    for (int64_t at = 0; at < r->count; at += block) {
+        int m = (int)llmpari_min(block, r->count - at);
         int64_t from = r->from + 4 * at;
         char *acc = straight ? home + 4 * at : own;
         if (r->n == 1) llmpari_move_bytes(acc, llmpari_data(&row[0]) + from, 4 * m);
@@ -10051,14 +10054,20 @@ LLMPARI_FN void llmpari_reduce_any(const llmpari_reduction *r) {
 // What the limits of llmpar_comm_tuning are compared with.
 LLMPARI_FN int64_t llmpari_tuned_size(int64_t count, int64_t element, int32_t n) { return count > INT64_MAX / 8 / 65536 ? INT64_MAX : count * element * n / 2; }
 
+// Is this AllReduce too large for one synchronisation?
+LLMPARI_FN bool llmpari_staged(const llmpari_team *team, int64_t count, int64_t element) {
+    return count * element > LLMPARI_SMALL && llmpari_tuned_size(count, element, team->n) > team->world->tuning.mailbox_bytes;
+}
+
 // All have arrived at collective k: do they ask for the same, and how is it done?
 LLMPARI_FN llmpar_status llmpari_check_posts(llmpari_end *end, int64_t k, llmpar_error *err) {
     const llmpari_team *team = end->team;
     const llmpari_post *row = llmpari_posts(team, k);
     uint64_t sent = 0, wanted = 0;
     int lag = 0;
-    bool exchanges = llmpari_exchanges(row), over = false;
-    end->direct = false;
+    bool exchanges = llmpari_exchanges(row);
+    end->direct = row->kind == LLMPAR_ALL_REDUCE && llmpari_staged(team, row->count, llmpar_dtype_bytes((llmpar_dtype)row->dtype));
+    end->slices = row->kind != LLMPAR_REDUCE_SCATTER;
     for (int32_t i = 0; i < team->n; i++) {
         if (i && !llmpari_same(&row[0], &row[i])) return llmpari_differ(end, row, k, err);
         if (llmpari_where(&row[i]) == LLMPARI_IN_PLACE) end->direct = true;
@@ -10075,10 +10084,6 @@ LLMPARI_FN llmpar_status llmpari_check_posts(llmpari_end *end, int64_t k, llmpar
         end->comm.late   = team->ranks[last];
         end->comm.late_s = row[last].came;
     }
-    end->pull = true;
-    if (!end->direct || row->kind != LLMPAR_ALL_REDUCE) return LLMPAR_OK;
-    for (int32_t i = 0; i < team->n; i++) over = over || row[i].over;
-    end->pull = !over && llmpari_tuned_size(row->count, llmpar_dtype_bytes((llmpar_dtype)row->dtype), team->n) <= team->world->tuning.pull_bytes;
     return LLMPAR_OK;
 }
 
@@ -10091,16 +10096,26 @@ LLMPARI_FN llmpar_range llmpari_slice_of(int64_t count, int32_t n, int32_t m) {
     return range;
 }
 
-// Unit m of collective k: member m's output, or slice m of everybody's.
+// `bytes` at `from` go to byte `at` of the recv of members first .. last-1. In blocks that are long enough for memcpy's string moves, which store into lines of another core
+// without reading them before; from the end on: the end is what was written last, the beginning what is read first, and both are still in a near cache.
+LLMPARI_FN void llmpari_push(const llmpari_post *row, int32_t first, int32_t last, int64_t at, const char *from, int64_t bytes) {
+    for (int64_t end = bytes, begin; end > 0; end = begin) {
+        begin = (end - 1) / LLMPARI_CHUNK * LLMPARI_CHUNK;
+        for (int32_t i = first; i < last; i++) if (row[i].recv) llmpari_move_bytes(row[i].recv + at + begin, from + begin, end - begin);
+    }
+}
+
+// Unit m of collective k: with `slices` what member m sends, or slice m, in everybody's output, else member m's output.
 LLMPARI_FN void llmpari_work(const llmpari_team *team, int64_t k, int32_t m, bool slices) {
     const llmpari_post *row = llmpari_posts(team, k), *mine = &row[m];
     int32_t n = team->n;
     int64_t element = llmpar_dtype_bytes((llmpar_dtype)mine->dtype), at = 0;
     llmpari_reduction r = { row, n, m, m + 1, m, 0, mine->count, 0, false };
+    llmpar_range part = { 0, mine->count };
     switch (mine->kind) {
     case LLMPAR_ALL_REDUCE:
         if (slices) {
-            llmpar_range part = llmpari_slice_of(mine->count, n, m);
+            part     = llmpari_slice_of(mine->count, n, m);
             r.from = r.to = part.first * element;
             r.count  = part.count;
             r.first  = 0;
@@ -10117,17 +10132,22 @@ LLMPARI_FN void llmpari_work(const llmpari_team *team, int64_t k, int32_t m, boo
         llmpari_reduce_any(&r);
         break;
     case LLMPAR_ALL_GATHER:
-        for (int32_t i = 0; i < n; at += mine->counts[n + i++] * element) llmpari_move_bytes(mine->recv + at, llmpari_data(&row[i]), mine->counts[n + i] * element);
+        for (int32_t i = 0; i < n; at += mine->counts[n + i++] * element)
+            if (!slices || i == m) llmpari_push(row, slices ? 0 : m, slices ? n : m + 1, at, llmpari_data(&row[i]), mine->counts[n + i] * element);
         break;
     case LLMPAR_ALL_TO_ALL: case LLMPAR_PERMUTE:
-        for (int32_t i = 0; i < n; at += mine->counts[n + i++] * element) {
+        for (int32_t i = n - 1; i >= 0; i--) {
+            int32_t sender = slices ? m : i, taker = slices ? i : m;
             int64_t from = 0;
-            for (int32_t j = 0; j < m; j++) from += row[i].counts[j] * element;
-            if (mine->counts[n + i]) llmpari_move_bytes(mine->recv + at, llmpari_data(&row[i]) + from, mine->counts[n + i] * element);
+            at = 0;
+            for (int32_t j = 0; j < taker; j++)  from += row[sender].counts[j] * element;
+            for (int32_t j = 0; j < sender; j++) at   += row[taker].counts[n + j] * element;
+            if (row[sender].counts[taker]) llmpari_push(row, taker, taker + 1, at, llmpari_data(&row[sender]) + from, row[sender].counts[taker] * element);
         }
         break;
     case LLMPAR_BROADCAST:
-        if (mine->recv) llmpari_move_bytes(mine->recv, llmpari_data(&row[mine->root]), mine->count * element);
+        if (slices) { part = llmpari_slice_of(mine->count, n, m); r.first = 0; r.last = n; }
+        llmpari_push(row, r.first, r.last, part.first * element, llmpari_data(&row[mine->root]) + part.first * element, part.count * element);
         break;
     default: break;                                                                        // a barrier has no work
     }
@@ -10142,7 +10162,7 @@ LLMPARI_FN bool llmpari_units_done(llmpari_end *end, int64_t k) {
     for (int32_t step = 0, i = end->comm.rank; step < team->n; step++, i = i + 1 == team->n ? 0 : i + 1) {
         int64_t claim = llmpari_comm_load(world, &units[i].claim);
         if (claim != k + 1 && llmpari_swap(world, &units[i].claim, claim, k + 1)) {
-            llmpari_work(team, k, i, !end->pull);
+            llmpari_work(team, k, i, end->slices);
             llmpari_comm_store(world, &units[i].done, k + 1);
             llmpari_wake(team);
         } else if (llmpari_comm_load(world, &units[i].done) != k + 1) all = false;
@@ -10552,7 +10572,8 @@ LLMPARI_FN char *llmpari_box_for(llmpari_end *end, llmpari_post *post, int64_t k
     *where = LLMPARI_IN_POST;
     if (bytes <= LLMPARI_SMALL) return post->small;
     *where = LLMPARI_IN_BOX;
-    bool fits = !folds || llmpari_tuned_size(bytes, 1, team->n) <= team->world->tuning.mailbox_bytes;
+    const llmpar_comm_tuning *tuning = &team->world->tuning;
+    bool fits = folds ? llmpari_tuned_size(bytes, 1, team->n) <= llmpari_max(tuning->mailbox_bytes, tuning->staged_bytes) : bytes <= LLMPARI_BOX;
     if (fits && bytes <= team->large_bytes) {
         if (end->free_until - LLMPARI_FLIGHT < end->used[parity]) end->free_until = llmpari_retired(team) + LLMPARI_FLIGHT;
         if (end->free_until - LLMPARI_FLIGHT >= end->used[parity]) {
@@ -10603,7 +10624,6 @@ LLMPARI_FN void llmpari_post_mark(llmpari_post *post, const llmpar_call *call) {
     post->count  = call->count;
     post->hash   = 0;
     post->recv   = (char *)call->recv;
-    post->over   = call->send == call->recv;
 }
 LLMPARI_FN bool llmpari_asks(const llmpari_post *post, const llmpar_call *call) {
     unsigned mark = (unsigned)(post->kind ^ (uint8_t)call->kind) | (unsigned)(post->dtype ^ (uint8_t)call->dtype) | (unsigned)(post->reduce ^ (uint8_t)call->reduce) | (unsigned)post->root;
@@ -10641,7 +10661,7 @@ LLMPARI_FN bool llmpari_threads_quick(llmpar_comm *comm, const llmpar_call *call
     const int64_t k = end->started, bytes = call->count * llmpar_dtype_bytes(call->dtype);
     llmpari_post *row = llmpari_posts(team, k), *mine = &row[comm->rank];
     int lag = 0;
-    if (k != end->finished || k >= end->free_until || llmpari_comm_load(world, &world->stopped)) return false;
+    if (k != end->finished || k >= end->free_until || llmpari_staged(team, bytes, 1) || llmpari_comm_load(world, &world->stopped)) return false;
     unsigned where;
     char *box = llmpari_box_for(end, mine, k, bytes, true, &where);
     if (!box) return false;
@@ -10781,7 +10801,7 @@ LLMPARI_FN llmpari_team *llmpari_team_new(llmpar_threads *world, int32_t n, int6
         llmpari_threads_start, llmpari_threads_wait, llmpari_threads_group, llmpari_threads_comm_abort, llmpari_threads_comm_free,
         llmpari_threads_shrink, llmpari_threads_quick
     };
-    int64_t large = 2 * world->tuning.mailbox_bytes / n;       // what a member may have in a box: see llmpari_tuned_size
+    int64_t large = 2 * llmpari_max(world->tuning.mailbox_bytes, world->tuning.staged_bytes) / n;       // what a member may have in a box: see llmpari_tuned_size
     large = (llmpari_max(large, LLMPARI_BOX) + LLMPARI_LINE - 1) / LLMPARI_LINE * LLMPARI_LINE;
     size_t clear, total = llmpari_team_layout(NULL, NULL, n, large, &clear) + LLMPARI_LINE;
     void *memory = llmpari_alloc(&world->allocator, total);
@@ -10930,6 +10950,7 @@ LLMPARI_FN llmpar_comm_tuning llmpari_tuning_or(const llmpar_comm_tuning *given)
     if (tuning.mailbox_bytes <= 0) tuning.mailbox_bytes = 1024;
     if (tuning.stream_bytes  <= 0) tuning.stream_bytes  = cache > 0 ? 8 * cache : 8 << 20;
     tuning.mailbox_bytes = llmpari_min(tuning.mailbox_bytes, 1 << 20);
+    tuning.staged_bytes  = llmpari_min(tuning.staged_bytes, 1 << 20);
     return tuning;
 }
 
@@ -10942,17 +10963,20 @@ LLMPARI_FN llmpar_status llmpari_probe_time(llmpar_comm *comm, float *buffer, in
     float *out = buffer + LLMPARI_PROBE_BYTES / 4;
     if (comm->rank == 0) {
         world->tuning.mailbox_bytes = way == 0 ? LLMPARI_PROBE_BYTES : 0;
-        world->tuning.pull_bytes    = way == 1 ? LLMPARI_PROBE_BYTES : 0;
+        world->tuning.staged_bytes  = way == 1 ? LLMPARI_PROBE_BYTES : 0;
     }
+    float value[LLMPARI_FOLD], sum[LLMPARI_FOLD];
     *seconds = INFINITY;
-    for (int run = 0; run < 4; run++) {                                                    // the first one warms up
+    for (int run = 0; run < 4 + (64 << 10) / (int)bytes; run++) {                         // the first one warms up
+        for (int i = 0; i < LLMPARI_FOLD; i++) { value[i] = (float)run; sum[i] = 0; }
         LLMPARI_TRY(llmpar_barrier(comm, err));
         double began = llmpari_now();
-        for (int64_t i = 0; i < bytes / 4; i++) buffer[i] = (float)run;
+        for (int64_t i = 0; i < bytes / 4; i += LLMPARI_FOLD) llmpari_fold_f32((char *)(buffer + i), (const char *)value, (const char *)value, LLMPARI_FOLD, LLMPAR_SUM);
         LLMPARI_TRY(llmpar_all_reduce(comm, buffer, out, bytes / 4, LLMPAR_F32, LLMPAR_SUM, err));
-        for (int64_t i = 0; i < bytes / 4; i++) if (out[i] != 2 * (float)run) return LLMPARI_FAIL(err, LLMPAR_MISMATCH, "a measured AllReduce gave %g", (double)out[i]);
+        for (int64_t i = 0; i < bytes / 4; i += LLMPARI_FOLD) llmpari_fold_f32((char *)sum, (const char *)sum, (const char *)(out + i), LLMPARI_FOLD, LLMPAR_SUM);
         LLMPARI_TRY(llmpar_barrier(comm, err));
         double took = llmpari_now() - began;
+        if (sum[0] != (float)(bytes / 4 / LLMPARI_FOLD * 4 * run)) return LLMPARI_FAIL(err, LLMPAR_MISMATCH, "measured AllReduces gave %g in all", (double)sum[0]);
         if (run && took < *seconds) *seconds = took;
     }
     return LLMPAR_OK;
@@ -10961,7 +10985,7 @@ LLMPARI_FN llmpar_status llmpari_probe_time(llmpar_comm *comm, float *buffer, in
 LLMPARI_FN llmpar_status llmpari_probe_sizes(llmpar_comm *comm, float *buffer, llmpari_probe *probe, llmpar_error *err) {
     llmpar_comm_tuning found = LLMPAR_ZERO;
     bool boxes = true;
-    for (int64_t bytes = 8192; bytes <= LLMPARI_PROBE_BYTES; bytes *= 4) {
+    for (int64_t bytes = 4096; bytes <= LLMPARI_PROBE_BYTES; bytes *= 2) {
         double seconds[3], late = llmpari_now() > probe->until;
         float stop = (float)late;
         LLMPARI_TRY(llmpar_all_reduce(comm, &stop, &stop, 1, LLMPAR_F32, LLMPAR_MAX, err));
@@ -10969,9 +10993,9 @@ LLMPARI_FN llmpar_status llmpari_probe_sizes(llmpar_comm *comm, float *buffer, l
         for (int way = 0; way < 3; way++) LLMPARI_TRY(llmpari_probe_time(comm, buffer, bytes, way, &seconds[way], err));
         boxes = boxes && seconds[0] < seconds[1] && seconds[0] < 0.9 * seconds[2];      // clearly: a draw goes to the slices
         if (boxes) found.mailbox_bytes = bytes;
-        else if (seconds[1] < 0.9 * seconds[2]) found.pull_bytes = bytes;
+        else if (seconds[1] < 0.9 * seconds[2]) found.staged_bytes = bytes;
     }
-    if (comm->rank == 0) { probe->tuning.mailbox_bytes = found.mailbox_bytes; probe->tuning.pull_bytes = found.pull_bytes; }
+    if (comm->rank == 0) { probe->tuning.mailbox_bytes = found.mailbox_bytes; probe->tuning.staged_bytes = found.staged_bytes; }
     return LLMPAR_OK;
 }
 

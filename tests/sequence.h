@@ -23,7 +23,7 @@ typedef struct {
     uint64_t seed;
     int n_ranks, n_groups, n_calls, n_batches, crowd, crossed, traced;
     bool leaves;                   // some groups are left to the world to free
-    int64_t limit[3];              // where one way ends and another begins, in bytes; 0 = the default. Threads: mailbox, pull, stream of llmpar_comm_tuning
+    int64_t limit[3];              // where one way ends and another begins, in bytes; 0 = the default. Threads: mailbox, staged, stream of llmpar_comm_tuning
     seq_group group[SEQ_GROUPS];
     seq_call  call[SEQ_CALLS];
 } sequence;

@@ -61,7 +61,7 @@ static void test_self(void) {
 
 #ifndef LLMPAR_NO_THREADS
 // Each way of a reduction forced in turn; what is measured comes last, and is rare because it takes milliseconds.
-enum { SLICES, MAILBOX, PULL, STREAM, MIXED, DEFAULTS, WAYS };
+enum { SLICES, MAILBOX, STAGED, STREAM, MIXED, DEFAULTS, WAYS };
 static const llmpar_comm_tuning ways[WAYS] = { { 1, 0, INT64_MAX }, { 1 << 20, 0, INT64_MAX }, { 1, INT64_MAX, INT64_MAX }, { 1, 0, 1 }, { 2048, 20000, 100000 }, { 0, 0, 0 } };
 static int way;
 static llmpar_threads_desc desc_of(int n, double timeout_s) {
