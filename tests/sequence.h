@@ -341,27 +341,39 @@ static llmpar_status seq_run_batch(seq_rank *r, llmpar_error *err) {
     return LLMPAR_OK;
 }
 
+static llmpar_status seq_make_group(seq_rank *r, int i, llmpar_error *err) {
+    const seq_group *g = &r->s->group[i];
+    llmpar_comm *parent = r->comm[g->parent];
+    int32_t members[MOST];
+    llmpar_mesh mesh;
+    int me = seq_find(g->rank, g->n, r->me);
+    memcpy(members, g->member, sizeof members);
+    if (g->mesh[0]) {
+        TRY(llmpar_mesh_parse(g->mesh, &mesh, err));
+        TRY(llmpar_comm_group(parent, &mesh, g->axes, &r->comm[i], err));
+    } else {
+        TRY(parent->vtable->group(parent, members, g->n, &r->comm[i], err));
+        r->comm[i]->trace = parent->trace;
+    }
+    memset(members, 0xff, sizeof members);
+    if (r->comm[i]->size != g->n || r->comm[i]->rank != me) return bad(err, "group %d: member %d of %d, want %d of %d", i, r->comm[i]->rank, r->comm[i]->size, me, g->n);
+    TRY(seq_group_used(r, g->parent, err));
+    r->uses[i]++;                                                                          // its making is one: no calls may come
+    return seq_group_used(r, i, err);
+}
+
+// Makes this rank's groups of the batch in an order of its own, but parents first, and those of the same members of one parent in their order.
 static llmpar_status seq_make_groups(seq_rank *r, llmpar_error *err) {
-    for (int i = 1; i < r->s->n_groups; i++) {
-        const seq_group *g = &r->s->group[i];
-        llmpar_comm *parent = r->comm[g->parent];
-        int32_t members[MOST];
-        llmpar_mesh mesh;
-        int me = seq_find(g->rank, g->n, r->me);
-        if (g->batch != r->batch || me < 0) continue;
-        memcpy(members, g->member, sizeof members);
-        if (g->mesh[0]) {
-            TRY(llmpar_mesh_parse(g->mesh, &mesh, err));
-            TRY(llmpar_comm_group(parent, &mesh, g->axes, &r->comm[i], err));
-        } else {
-            TRY(parent->vtable->group(parent, members, g->n, &r->comm[i], err));
-            r->comm[i]->trace = parent->trace;
+    int todo[SEQ_GROUPS], n = 0;
+    for (int i = 1; i < r->s->n_groups; i++) if (r->s->group[i].batch == r->batch && seq_find(r->s->group[i].rank, r->s->group[i].n, r->me) >= 0) todo[n++] = i;
+    for (; n > 0; n--) {
+        int at = (int)rank_below(&r->seed, n);
+        for (int i = at - 1; i >= 0; i--) {
+            const seq_group *a = &r->s->group[todo[i]], *b = &r->s->group[todo[at]];
+            if (b->parent == todo[i] || (a->parent == b->parent && a->n == b->n && memcmp(a->rank, b->rank, (size_t)a->n * sizeof *a->rank) == 0)) at = i;
         }
-        memset(members, 0xff, sizeof members);
-        if (r->comm[i]->size != g->n || r->comm[i]->rank != me) return bad(err, "group %d: member %d of %d, want %d of %d", i, r->comm[i]->rank, r->comm[i]->size, me, g->n);
-        TRY(seq_group_used(r, g->parent, err));
-        r->uses[i]++;                                                                      // its making is one: no calls may come
-        TRY(seq_group_used(r, i, err));
+        TRY(seq_make_group(r, todo[at], err));
+        memmove(todo + at, todo + at + 1, (size_t)(n - 1 - at) * sizeof *todo);
     }
     return LLMPAR_OK;
 }
