@@ -9487,39 +9487,54 @@ LLMPARI_FN const llmpar_trace_event *llmpari_trace_next(const llmpar_trace *trac
     return NULL;
 }
 
+// A group's line: sums over all of its collectives, and how often ranks first .. first + LLMPARI_LATE-1 came last. Without memory of where each rank is: LLMPARI_SUMMED
+// collectives at a time, each rank's trace read from its beginning.
+enum { LLMPARI_LATE = 64, LLMPARI_SUMMED = 256 };
+typedef struct llmpari_trace_sum { int64_t calls, bytes, known, late[LLMPARI_LATE]; double took_s, least_s; } llmpari_trace_sum;
+
+LLMPARI_FN llmpari_trace_sum llmpari_trace_add(const llmpar_trace *const *trace, int32_t n, int64_t group, int32_t first) {
+    llmpari_trace_sum sum;
+    int64_t seen = LLMPARI_SUMMED;
+    memset(&sum, 0, sizeof sum);
+    for (int64_t begin = 0; seen == LLMPARI_SUMMED; begin += LLMPARI_SUMMED) {
+        double least_s[LLMPARI_SUMMED];
+        seen = 0;
+        for (int32_t r = 0; r < n; r++) {
+            const llmpar_trace_event *e;
+            int64_t at = 0;
+            for (int64_t k = -begin; k < LLMPARI_SUMMED && (e = llmpari_trace_next(trace[r], group, &at)) != NULL; k++) {
+                if (k < 0) continue;
+                double took_s = e->end_s > 0 ? e->end_s - e->begin_s : 0;                 // failed, or never waited for
+                sum.took_s += took_s / e->size;
+                if (k < seen) { least_s[k] = fmin(least_s[k], took_s); continue; }
+                least_s[seen++] = took_s;
+                sum.calls++;
+                sum.bytes += e->payload_bytes;
+                sum.known += e->late >= 0;
+                if (e->late >= first && e->late < first + LLMPARI_LATE) sum.late[e->late - first]++;
+            }
+        }
+        for (int64_t k = 0; k < seen; k++) sum.least_s += least_s[k];
+    }
+    return sum;
+}
+
 LLMPAR_DEF void llmpar_trace_summary(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink) {
-    enum { MOST = 64 };
     int64_t last_group = -1;
     llmpari_print(&sink, "group ranks  collectives        bytes   in calls ms    least ms  came last\n");
     for (;;) {
-        int64_t group = INT64_MAX, at[MOST], calls = 0, bytes = 0, late[MOST];
-        int32_t size = 0, known = 0;
-        double sum = 0, least = 0;
+        int64_t group = INT64_MAX;
+        int32_t size = 0;
         for (int32_t r = 0; r < n; r++)
             for (int64_t i = 0; i < llmpari_trace_events(trace[r]); i++)
                 if (trace[r]->event[i].group > last_group && trace[r]->event[i].group < group) { group = trace[r]->event[i].group; size = trace[r]->event[i].size; }
         if (group == INT64_MAX) return;
-        memset(at, 0, sizeof at);
-        memset(late, 0, sizeof late);
-        for (bool any = true; any; ) {
-            double shortest = INFINITY;
-            any = false;
-            for (int32_t r = 0; r < n && r < MOST; r++) {
-                const llmpar_trace_event *e = llmpari_trace_next(trace[r], group, &at[r]);
-                if (!e) continue;
-                double took = e->end_s > 0 ? e->end_s - e->begin_s : 0;                   // failed, or never waited for
-                sum += took / size;
-                if (took < shortest) shortest = took;
-                if (any) continue;
-                any = true;
-                calls++;
-                bytes += e->payload_bytes;
-                if (e->late >= 0 && e->late < MOST) { late[e->late]++; known++; }
-            }
-            if (any) least += shortest;
+        for (int32_t first = 0; first == 0 || first < n; first += LLMPARI_LATE) {
+            llmpari_trace_sum sum = llmpari_trace_add(trace, n, group, first);
+            if (first == 0)
+                llmpari_print(&sink, "%5lld %5d %12lld %12lld %13.3f %11.3f ", (long long)group, size, (long long)sum.calls, (long long)sum.bytes, 1e3 * sum.took_s, 1e3 * sum.least_s);
+            for (int32_t r = 0; r < LLMPARI_LATE; r++) if (sum.late[r]) llmpari_print(&sink, " rank %d %.0f %%", first + r, 100.0 * (double)sum.late[r] / (double)sum.known);
         }
-        llmpari_print(&sink, "%5lld %5d %12lld %12lld %13.3f %11.3f ", (long long)group, size, (long long)calls, (long long)bytes, 1e3 * sum, 1e3 * least);
-        for (int32_t r = 0; r < MOST; r++) if (late[r]) llmpari_print(&sink, " rank %d %.0f %%", r, 100.0 * (double)late[r] / known);
         llmpari_print(&sink, "\n");
         last_group = group;
     }
