@@ -11419,6 +11419,7 @@ typedef struct llmpari_note {
 
 typedef struct llmpari_letter { int64_t count; int32_t dtype, pad; } llmpari_letter;                                             // header of a Send
 typedef struct llmpari_mpi_name { int32_t rank, number; uint64_t key; } llmpari_mpi_name;
+typedef struct llmpari_mpi_made { uint64_t members; int64_t times; } llmpari_mpi_made;
 
 typedef struct llmpari_mpi_requests {      // messages of one step
     MPI_Request *request;
@@ -11462,7 +11463,9 @@ typedef struct llmpari_mpi_end {
     llmpari_mpi_world *world;
     struct llmpari_mpi_end *next;
     size_t    bytes;
-    uint64_t  key;
+    uint64_t  key;                 // the same on all members: the parent's, the members, how many of them the parent had before
+    llmpari_mpi_made *made;        // groups of this one, so that two with the same members differ
+    int64_t   n_made, cap_made;
     int32_t   number, joined;      // own number; members whose number is known
     bool      left;                // freed; stays until all names are there
     int32_t  *ranks, *numbers;     // [n] in the world; of this communicator, -1 = not known yet
@@ -12547,7 +12550,29 @@ LLMPARI_FN llmpar_status llmpari_mpi_group(llmpar_comm *comm, const int32_t *mem
 LLMPARI_FN void llmpari_mpi_free(llmpar_comm *comm);
 
 // An end with members[n] (in parent, or without one in the world), this rank being `me` of them; NULL: no memory.
-LLMPARI_FN llmpari_mpi_end *llmpari_mpi_end_new(llmpari_mpi_world *world, const llmpari_mpi_end *parent, const int32_t *members, int32_t n, int32_t me) {
+// How many groups with these members have been made of this end before: all members make those in the same order. -1: no memory.
+LLMPARI_FN int64_t llmpari_mpi_times(llmpari_mpi_end *end, uint64_t members) {
+    const llmpar_allocator *allocator = &end->world->allocator;
+    for (int64_t i = 0; i < end->n_made; i++) if (end->made[i].members == members) return ++end->made[i].times;
+    if (end->n_made == end->cap_made) {
+        int64_t more = 2 * end->cap_made + 8;
+        llmpari_mpi_made *grown = (llmpari_mpi_made *)llmpari_alloc(allocator, (size_t)more * sizeof *grown);
+        if (!grown) return -1;
+        if (end->n_made) memcpy(grown, end->made, (size_t)end->n_made * sizeof *grown);
+        llmpari_free(allocator, end->made, (size_t)end->cap_made * sizeof *grown);
+        end->made     = grown;
+        end->cap_made = more;
+    }
+    end->made[end->n_made].members = members;
+    end->made[end->n_made++].times = 0;
+    return 0;
+}
+LLMPARI_FN void llmpari_mpi_end_drop(llmpari_mpi_world *world, llmpari_mpi_end *end) {
+    llmpari_free(&world->allocator, end->made, (size_t)end->cap_made * sizeof *end->made);
+    llmpari_free(&world->allocator, end, end->bytes);
+}
+
+LLMPARI_FN llmpari_mpi_end *llmpari_mpi_end_new(llmpari_mpi_world *world, llmpari_mpi_end *parent, const int32_t *members, int32_t n, int32_t me) {
     static const llmpar_comm_vtable vtable = { llmpari_mpi_start, llmpari_mpi_wait, llmpari_mpi_group, llmpari_mpi_abort, llmpari_mpi_free, NULL, NULL };
     int64_t small = llmpari_max(1024, llmpari_min(LLMPARI_MPI_SMALL, (1 << 16) / n / 128 * 128)), staging = n == 1 ? 0 : llmpari_max(world->desc.staging_bytes, (int64_t)4096 * n);
     size_t bytes = llmpari_mpi_layout(NULL, NULL, n, small, staging), clear = llmpari_mpi_layout(NULL, NULL, n, 0, 0);
@@ -12573,6 +12598,9 @@ LLMPARI_FN llmpari_mpi_end *llmpari_mpi_end_new(llmpari_mpi_world *world, const 
         end->numbers[i] = -1;
         end->key        = llmpari_mix(end->key, end->ranks[i]);
     }
+    int64_t times = parent ? llmpari_mpi_times(parent, end->key) : 0;
+    if (times < 0) { llmpari_free(&world->allocator, end, bytes); return NULL; }
+    end->key = llmpari_mix(end->key, times);
     end->numbers[me] = end->number;
     for (int i = 0; i < LLMPARI_MPI_FLIGHT; i++) for (int64_t m = 0; m < 8 * (int64_t)n; m++) end->op[i].messages.request[m] = MPI_REQUEST_NULL;
     for (int i = 0; i < LLMPARI_MPI_MAIL; i++) { end->mail[i].box = -1; for (int m = 0; m < 3; m++) end->mail[i].request[m] = MPI_REQUEST_NULL; }
@@ -12589,7 +12617,7 @@ LLMPARI_FN void llmpari_mpi_reap(llmpari_mpi_world *world) {
         llmpari_mpi_end *end = *link;
         if (!end->left || end->joined < end->comm.size || end->mails_used || end->finished < end->started) { link = &end->next; continue; }
         *link = end->next;
-        llmpari_free(&world->allocator, end, end->bytes);
+        llmpari_mpi_end_drop(world, end);
     }
 }
 
@@ -12708,7 +12736,7 @@ LLMPARI_FN void llmpari_mpi_free(llmpar_comm *comm) {
         else {
             for (int i = 0; i < LLMPARI_MPI_FLIGHT; i++)
                 llmpari_free(&world->allocator, each->op[i].counts, 2 * (size_t)each->comm.size * (size_t)each->comm.size * sizeof(int64_t));
-            llmpari_free(&world->allocator, each, each->bytes);
+            llmpari_mpi_end_drop(world, each);
         }
     }
     for (int i = 0; i < LLMPARI_MPI_NOTES; i++) {
