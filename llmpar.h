@@ -10319,6 +10319,7 @@ LLMPARI_FN llmpar_status llmpari_too_late(const llmpari_wish *wish, double secon
     llmpari_rank_list(who, sizeof who, end->team, llmpari_pick_missing, wish);
     llmpari_describe_missing(last, sizeof last, wish);
     int32_t culprit = llmpari_culprit(wish);
+    if (llmpari_comm_load(end->team->world, &end->team->world->stopped)) return LLMPAR_OK;    // ranks on the way to the culprit may have stopped waiting for that reason
     root[0] = 0;
     if (culprit >= 0) snprintf(root, sizeof root, "; in the end all wait for rank %d", culprit);
     return llmpari_end_fail(end, LLMPAR_TIMEOUT, err, "rank %d waited %.3g s in %s for %s%s%s (timeout_s is %g)", llmpari_me(end), seconds, what, who, last, root,
@@ -10334,6 +10335,7 @@ LLMPARI_FN llmpar_status llmpari_never(const llmpari_wish *wish, llmpar_error *e
     for (int32_t i = 0; i < team->n; i++) {
         bool gone = llmpari_comm_load(world, &world->gone[team->ranks[i]]) != 0, left = llmpari_comm_load(world, &team->ends[i].left) != 0;
         if (!(gone || left) || !llmpari_pick_missing(team, i, wish)) continue;             // the order of the two questions matters
+        if (llmpari_comm_load(world, &world->stopped)) return LLMPAR_OK;                   // it may have gone for that reason
         llmpari_describe_wish(what, sizeof what, wish);
         return llmpari_end_fail(end, LLMPAR_MISMATCH, err, "rank %d waits in %s for rank %d, %s", llmpari_me(end), what, team->ranks[i],
                                 gone ? "whose function has returned" : "which has freed its end of the group");
@@ -10350,7 +10352,7 @@ LLMPARI_FN llmpar_status llmpari_last_step(const llmpari_wish *wish, bool *done,
     return status || *done ? status : llmpari_stopped(wish->end, err);
 }
 
-// Deadline and vanished members, `began` seconds on the clock after which the wait did not get on.
+// Deadline and vanished members, `began` seconds on the clock after which the wait did not get on. No error once others have stopped the world: the caller sees that next.
 LLMPARI_FN llmpar_status llmpari_patience(const llmpari_wish *wish, double began, double now, llmpar_error *err) {
     const llmpari_team *team = wish->end->team;
     int32_t missing = 0;
