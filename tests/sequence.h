@@ -187,6 +187,7 @@ typedef struct {
     bool starting;                 // calls of `batch` are still to be started
     uint64_t seed;                 // of this rank's manner
     int64_t eager;                 // of 8 chances, how many to wait for something after each start
+    int64_t blocks;                // of 20 calls, how many block, where they may: none to all
     int64_t calls;
     llmpar_comm *comm[SEQ_GROUPS];
     llmpar_comm_stats want[SEQ_GROUPS];
@@ -302,7 +303,7 @@ static llmpar_status seq_start(seq_rank *r, seq_item *it, llmpar_error *err) {
     want->payload_bytes[it->side] += elements * llmpar_dtype_bytes(j->dtype);
     r->calls++;
     it->state = SEQ_OPEN;
-    if (!r->s->crossed && rank_below(&r->seed, 20) < r->eager && !(seq_is_mail(it->c) && j->root == j->to)) {
+    if (!r->s->crossed && rank_below(&r->seed, 20) < r->blocks && !(seq_is_mail(it->c) && j->root == j->to)) {
         memset(&it->request, 0, sizeof it->request);
         TRY(blocking(comm, &call, err));
         return seq_done(r, it, err);
@@ -434,6 +435,7 @@ static llmpar_status sequence_rank(llmpar_comm *world, void *user, llmpar_error 
     r->comm[0] = world;
     r->seed    = s->seed * 31 + (uint64_t)world->rank + 1;
     r->eager   = rank_below(&r->seed, 9);
+    r->blocks  = seq_chance(r, 3) ? 20 : rank_below(&r->seed, 9);
     llmpar_status status = seq_run(r, err);
     if (status) { llmpar_comm_abort(world, err->text); return status; }
     free(r);
