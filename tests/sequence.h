@@ -18,7 +18,9 @@ typedef struct {
     llmpar_axes axes;
 } seq_group;
 typedef struct { job j; int group, batch; } seq_call;
-enum { SEQ_ANY = 0, SEQ_COLLECTIVES, SEQ_MAIL };       // a crowd: many calls, only of this sort, on the world only; more in flight than there is room for
+// A crowd: many calls, only of this sort, on the world only; more in flight than there is room for. Burst: of tiny AllReduce, all in flight but for one rank, which comes late
+// and then blocks in one after the other while the rest still sleeps.
+enum { SEQ_ANY = 0, SEQ_COLLECTIVES, SEQ_MAIL, SEQ_BURST };
 typedef struct {
     uint64_t seed;
     int n_ranks, n_groups, n_calls, n_batches, crowd, crossed, traced;
@@ -114,14 +116,16 @@ static void seq_add_call(sequence *s, int batch, uint64_t *seed) {
     static const llmpar_collective kinds[] = { LLMPAR_ALL_REDUCE, LLMPAR_ALL_REDUCE, LLMPAR_ALL_REDUCE, LLMPAR_ALL_GATHER, LLMPAR_REDUCE_SCATTER, LLMPAR_REDUCE_SCATTER,
                                                LLMPAR_ALL_TO_ALL, LLMPAR_PERMUTE, LLMPAR_BROADCAST, LLMPAR_SEND, LLMPAR_SEND, LLMPAR_BARRIER };
     seq_call *c = &s->call[s->n_calls++];
-    llmpar_collective kind = s->crowd == SEQ_MAIL ? LLMPAR_SEND : kinds[rank_below(seed, s->crowd == SEQ_COLLECTIVES ? 9 : 12)];
+    llmpar_collective kind = s->crowd == SEQ_MAIL ? LLMPAR_SEND : s->crowd == SEQ_BURST ? LLMPAR_ALL_REDUCE : kinds[rank_below(seed, s->crowd == SEQ_COLLECTIVES ? 9 : 12)];
     bool folds = kind == LLMPAR_ALL_REDUCE || kind == LLMPAR_REDUCE_SCATTER;
     llmpar_dtype dtype = (llmpar_dtype)rank_below(seed, folds ? LLMPAR_U8 : LLMPAR_DTYPE_COUNT);
     llmpar_reduce reduce = (llmpar_reduce)rank_below(seed, 3);
     c->batch = batch;
     c->group = (int)rank_below(seed, s->n_groups);
     int n = s->group[c->group].n;
-    job_make(&c->j, kind, dtype, reduce, n, kind == LLMPAR_BARRIER ? 0 : seq_size(s, n, llmpar_dtype_bytes(dtype), kind == LLMPAR_SEND ? 10 : 50, seed), seed);
+    int64_t element = llmpar_dtype_bytes(dtype), size = s->crowd == SEQ_BURST ? rank_below(seed, 12) : seq_size(s, n, element, kind == LLMPAR_SEND ? 10 : 50, seed);
+    if (kind == LLMPAR_SEND && rank_below(seed, 12) == 0) size = (65536 + rank_below(seed, 131072)) / element;      // copied by both sides
+    job_make(&c->j, kind, dtype, reduce, n, kind == LLMPAR_BARRIER ? 0 : size, seed);
 }
 
 // n_ranks 0: random, mostly up to 8. The same seed and number of ranks give the same sequence.
@@ -129,9 +133,9 @@ static void sequence_make(sequence *s, uint64_t seed, int n_ranks) {
     static const int64_t limits[] = { 0, 1, 300, 4000, 40000, INT64_MAX / 2 };
     s->seed      = seed;
     s->n_ranks   = n_ranks ? n_ranks : (int)(rank_below(&seed, 40) ? 1 + rank_below(&seed, 8) : 9 + rank_below(&seed, MOST - 8));
-    s->crowd     = (int)(rank_below(&seed, 10) ? SEQ_ANY : 1 + rank_below(&seed, 2));
+    s->crowd     = (int)(rank_below(&seed, 10) ? SEQ_ANY : 1 + rank_below(&seed, 3));
     s->crossed   = s->crowd == SEQ_ANY && rank_below(&seed, 2);
-    s->traced    = rank_below(&seed, 4) == 0;
+    s->traced    = rank_below(&seed, 4) == 0 && s->crowd != SEQ_BURST;
     s->leaves    = rank_below(&seed, 2) == 0;
     s->n_groups  = s->n_calls = s->n_batches = 0;
     for (int i = 0; i < 3; i++) s->limit[i] = limits[rank_below(&seed, 6)];
@@ -188,6 +192,7 @@ typedef struct {
     uint64_t seed;                 // of this rank's manner
     int64_t eager;                 // of 8 chances, how many to wait for something after each start
     int64_t blocks;                // of 20 calls, how many block, where they may: none to all
+    bool    late;                  // a burst's rank that comes late
     int64_t calls;
     llmpar_comm *comm[SEQ_GROUPS];
     llmpar_comm_stats want[SEQ_GROUPS];
@@ -200,7 +205,7 @@ static bool seq_chance(seq_rank *r, int64_t one_of) { return rank_below(&r->seed
 
 static void seq_dawdle(seq_rank *r) {
     struct timespec t = { 0, 2000000 };
-    if (seq_chance(r, 3000)) nanosleep(&t, NULL);                                          // the others go to sleep meanwhile
+    if (seq_chance(r, r->late ? 24 : 3000)) nanosleep(&t, NULL);                                          // the others go to sleep meanwhile
     else if (seq_chance(r, 8)) sched_yield();
 }
 
@@ -436,6 +441,11 @@ static llmpar_status sequence_rank(llmpar_comm *world, void *user, llmpar_error 
     r->seed    = s->seed * 31 + (uint64_t)world->rank + 1;
     r->eager   = rank_below(&r->seed, 9);
     r->blocks  = seq_chance(r, 3) ? 20 : rank_below(&r->seed, 9);
+    if (s->crowd == SEQ_BURST) {
+        r->late   = (uint64_t)r->me == s->seed % (uint64_t)s->n_ranks;
+        r->eager  = 0;
+        r->blocks = r->late ? 20 : 0;
+    }
     llmpar_status status = seq_run(r, err);
     if (status) { llmpar_comm_abort(world, err->text); return status; }
     free(r);
