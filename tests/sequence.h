@@ -124,7 +124,7 @@ static void seq_add_call(sequence *s, int batch, uint64_t *seed) {
     c->group = (int)rank_below(seed, s->n_groups);
     int n = s->group[c->group].n;
     int64_t element = llmpar_dtype_bytes(dtype), size = s->crowd == SEQ_BURST ? rank_below(seed, 12) : seq_size(s, n, element, kind == LLMPAR_SEND ? 10 : 50, seed);
-    if (kind == LLMPAR_SEND && rank_below(seed, 12) == 0) size = (65536 + rank_below(seed, 131072)) / element;      // copied by both sides
+    if (kind == LLMPAR_SEND && rank_below(seed, s->crowd == SEQ_MAIL ? 3 : 12) == 0) size = (65536 + rank_below(seed, 131072)) / element;      // copied by both sides
     job_make(&c->j, kind, dtype, reduce, n, kind == LLMPAR_BARRIER ? 0 : size, seed);
 }
 
@@ -400,6 +400,26 @@ static void seq_plan(seq_rank *r) {
     for (int i = 1; i < r->s->n_groups; i++) if (seq_find(r->s->group[i].rank, r->s->group[i].n, r->me) >= 0) r->uses[r->s->group[i].parent]++;
 }
 
+// When all have got all their messages, each may send as many as are buffered before it receives any.
+static llmpar_status seq_exchange(seq_rank *r, llmpar_error *err) {
+    enum { BUFFERED = 8 };
+    llmpar_comm *world = r->comm[0];
+    int32_t n = world->size, me = world->rank, from = (me + n - 1) % n, got;
+    if (n == 1) return LLMPAR_OK;
+    TRY(llmpar_barrier(world, err));
+    for (int32_t k = 0; k < BUFFERED; k++) TRY(llmpar_send(world, &k, 1, LLMPAR_I32, (me + 1) % n, err));
+    for (int32_t k = 0; k < BUFFERED; k++) {
+        TRY(llmpar_recv(world, &got, 1, LLMPAR_I32, from, err));
+        NEED(got == k);
+    }
+    r->want[0].calls[LLMPAR_BARRIER]++;
+    for (int side = 0; side < 2; side++) {
+        r->want[0].calls        [side ? LLMPAR_RECV : LLMPAR_SEND] += BUFFERED;
+        r->want[0].payload_bytes[side ? LLMPAR_RECV : LLMPAR_SEND] += 4 * BUFFERED;
+    }
+    return LLMPAR_OK;
+}
+
 static llmpar_status seq_run(seq_rank *r, llmpar_error *err) {
     llmpar_comm *world = r->comm[0];
     llmpar_trace trace = { r->event, rank_below(&r->seed, SEQ_EVENTS), 0 };
@@ -423,6 +443,7 @@ static llmpar_status seq_run(seq_rank *r, llmpar_error *err) {
     if (r->s->traced) NEED(trace.n == r->calls);
     for (int64_t i = 0; i < trace.n && i < trace.capacity; i++) NEED(r->event[i].begin_s > 0 && r->event[i].end_s >= r->event[i].begin_s && r->event[i].late < r->s->n_ranks);
     world->trace = NULL;
+    TRY(seq_exchange(r, err));
     for (int i = r->s->n_groups - 1; i >= 0; i--) {
         if (!r->comm[i]) continue;
         TRY(seq_check_stats(r, i, err));
