@@ -10268,6 +10268,13 @@ LLMPARI_FN bool llmpari_pick_missing(const void *owner, int32_t i, const void *w
     return missing;
 }
 
+// The first member that the wish waits for; n: none, it is fulfilled.
+LLMPARI_FN int32_t llmpari_missing(const llmpari_wish *wish) {
+    int32_t first = 0;
+    while (first < wish->end->team->n && !llmpari_pick_missing(wish->end->team, first, wish)) first++;
+    return first;
+}
+
 LLMPARI_FN void llmpari_describe_wish(char *text, size_t bytes, const llmpari_wish *wish) {
     const llmpari_end *end = wish->end;
     if (wish->goal == LLMPARI_GOAL_CALL) {
@@ -10284,12 +10291,11 @@ LLMPARI_FN void llmpari_describe_wish(char *text, size_t bytes, const llmpari_wi
 // What the first missing member did last in this team, for the text of a timeout.
 LLMPARI_FN void llmpari_describe_missing(char *text, size_t bytes, const llmpari_wish *wish) {
     llmpari_team *team = wish->end->team;
-    int32_t first = 0;
     int64_t last = 0;
     bool joined;
     text[0] = 0;
     if (wish->goal != LLMPARI_GOAL_CALL) return;
-    while (first < team->n && !llmpari_pick_missing(team, first, wish)) first++;
+    int32_t first = llmpari_missing(wish);
     if (first == team->n) return;
     pthread_mutex_lock(team->world->mutex);
     joined = team->ends[first].joined;
@@ -10304,8 +10310,7 @@ LLMPARI_FN void llmpari_describe_missing(char *text, size_t bytes, const llmpari
 LLMPARI_FN int32_t llmpari_culprit(const llmpari_wish *wish) {
     const llmpari_team *team = wish->end->team;
     llmpar_threads *world = team->world;
-    int32_t first = 0, steps = 0;
-    while (first < team->n && !llmpari_pick_missing(team, first, wish)) first++;
+    int32_t first = llmpari_missing(wish), steps = 0;
     if (first == team->n) return -1;
     int64_t at = team->ranks[first], next;
     while (steps < world->n && (next = llmpari_comm_load(world, &world->waits[at])) >= 0) { at = next; steps++; }
@@ -10319,7 +10324,8 @@ LLMPARI_FN llmpar_status llmpari_too_late(const llmpari_wish *wish, double secon
     llmpari_rank_list(who, sizeof who, end->team, llmpari_pick_missing, wish);
     llmpari_describe_missing(last, sizeof last, wish);
     int32_t culprit = llmpari_culprit(wish);
-    if (llmpari_comm_load(end->team->world, &end->team->world->stopped)) return LLMPAR_OK;    // ranks on the way to the culprit may have stopped waiting for that reason
+    // Ranks on the way to the culprit may have stopped waiting because the world has stopped; and who was missing may have come.
+    if (llmpari_comm_load(end->team->world, &end->team->world->stopped) || llmpari_missing(wish) == end->team->n) return LLMPAR_OK;
     root[0] = 0;
     if (culprit >= 0) snprintf(root, sizeof root, "; in the end all wait for rank %d", culprit);
     return llmpari_end_fail(end, LLMPAR_TIMEOUT, err, "rank %d waited %.3g s in %s for %s%s%s (timeout_s is %g)", llmpari_me(end), seconds, what, who, last, root,
@@ -10355,9 +10361,8 @@ LLMPARI_FN llmpar_status llmpari_last_step(const llmpari_wish *wish, bool *done,
 // Deadline and vanished members, `began` seconds on the clock after which the wait did not get on. No error once others have stopped the world: the caller sees that next.
 LLMPARI_FN llmpar_status llmpari_patience(const llmpari_wish *wish, double began, double now, llmpar_error *err) {
     const llmpari_team *team = wish->end->team;
-    int32_t missing = 0;
     LLMPARI_TRY(llmpari_never(wish, err));
-    while (missing < team->n && !llmpari_pick_missing(team, missing, wish)) missing++;
+    int32_t missing = llmpari_missing(wish);
     llmpari_comm_release(team->world, &team->world->waits[llmpari_me(wish->end)], missing < team->n ? team->ranks[missing] : -1);
     if (now - began <= wish->timeout_s || missing == team->n) return LLMPAR_OK;
     return llmpari_too_late(wish, now - began, err);

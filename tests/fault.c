@@ -60,7 +60,9 @@ static bool spoil(faulty *f, llmpar_comm *comm, llmpar_call *call, int64_t count
         if (f->j->mpi) kill(getpid(), SIGKILL);
         while (__atomic_load_n(&f->j->over, __ATOMIC_SEQ_CST) < f->j->ranks - 1) pause_s(0.001);
         return true;
-    case LATE: pause_s(f->j->late_by_s); return true;
+    case LATE:                     // threads: at most until all others have given up
+        for (double until = now_s() + f->j->late_by_s; now_s() < until && __atomic_load_n(&f->j->over, __ATOMIC_SEQ_CST) < f->j->ranks - 1; ) pause_s(0.001);
+        return true;
     case ABORT: llmpar_comm_abort(comm, "gives up"); return true;
     case DTYPE: call->dtype = call->dtype == LLMPAR_F32 ? LLMPAR_I32 : LLMPAR_F32; return call->kind != LLMPAR_BARRIER;
     case OP: call->kind = call->kind == LLMPAR_BARRIER ? LLMPAR_ALL_REDUCE : LLMPAR_BARRIER; call->count = 0; return true;

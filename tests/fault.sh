@@ -5,21 +5,22 @@ B=${B:-build}; SEEDS=${SEEDS:-1000}; passed=0; failed=0
 export ASAN_OPTIONS=detect_leaks=1 TSAN_OPTIONS=halt_on_error=1
 one() { # one PROGRAM SEEDS FIRST KIND OPTION...
     program=$1; seeds=$2; first=$3; kind=$4; shift 4
-    "$program" --backend threads --fault $kind --seed $first --seeds $seeds "$@" > "$program.$kind" 2>&1; echo "exit $?" >> "$program.$kind"
+    "$program" --backend threads --fault $kind --seed $first --seeds $seeds "$@" > "$program.$kind.$first" 2>&1; echo "exit $?" >> "$program.$kind.$first"
 }
-faults() { # faults PROGRAM SEEDS FIRST TIMEOUT LATE_BY: who waits for a deadline leaves the processors to the rest
-    for kind in dead late; do one "$1" "$2" "$3" $kind --timeout "$4" --late-by "$5" & done
+faults() { # faults PROGRAM SEEDS FIRST: who waits for a deadline leaves the processors to the rest
+    quarter=$((($2 + 3) / 4))
+    for kind in dead late; do for part in 0 1 2 3; do one "$1" $quarter $(($3 + part * quarter)) $kind --timeout 0.5 --late-by 5 & done; done
     for kind in mismatch-count mismatch-dtype mismatch-op abort; do one "$1" "$2" "$3" $kind --timeout 10; done
     wait
-    for kind in dead late mismatch-count mismatch-dtype mismatch-op abort; do
-        if [ "$(tail -n 1 "$1.$kind")" = "exit 0" ]; then passed=$((passed + 1)); else failed=$((failed + 1)); head -n 60 "$1.$kind"; fi
-        echo "$(basename "$1"), seeds from $3: $(tail -n 3 "$1.$kind" | tr '\n' ' ')"
-        rm -f "$1.$kind"
+    for out in "$1".dead.* "$1".late.* "$1".mismatch-*.* "$1".abort.*; do
+        if [ "$(tail -n 1 "$out")" = "exit 0" ]; then passed=$((passed + 1)); else failed=$((failed + 1)); head -n 60 "$out"; fi
+        echo "$(basename "$1"), seeds from ${out##*.}: $(grep -v '^  \|^seed ' "$out" | tr '\n' ' ')"
+        rm -f "$out"
     done
 }
 each=$(((SEEDS + 5) / 6))
-faults "$B/fault"         "$SEEDS" 1      0.25 0.3
-faults "$B/fault.address" $each    100001 0.5  0.6
-faults "$B/fault.thread"  $each    200001 0.5  0.6
+faults "$B/fault"         "$SEEDS" 1
+faults "$B/fault.address" $each    100001
+faults "$B/fault.thread"  $each    200001
 echo "$passed passed, $failed failed"
 [ $failed = 0 ]
