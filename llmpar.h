@@ -9489,39 +9489,54 @@ LLMPARI_FN const llmpar_trace_event *llmpari_trace_next(const llmpar_trace *trac
     return NULL;
 }
 
+// A group's line: sums over all of its collectives, and how often ranks first .. first + LLMPARI_LATE-1 came last. Without memory of where each rank is: LLMPARI_SUMMED
+// collectives at a time, each rank's trace read from its beginning.
+enum { LLMPARI_LATE = 64, LLMPARI_SUMMED = 256 };
+typedef struct llmpari_trace_sum { int64_t calls, bytes, known, late[LLMPARI_LATE]; double took_s, least_s; } llmpari_trace_sum;
+
+LLMPARI_FN llmpari_trace_sum llmpari_trace_add(const llmpar_trace *const *trace, int32_t n, int64_t group, int32_t first) {
+    llmpari_trace_sum sum;
+    int64_t seen = LLMPARI_SUMMED;
+    memset(&sum, 0, sizeof sum);
+    for (int64_t begin = 0; seen == LLMPARI_SUMMED; begin += LLMPARI_SUMMED) {
+        double least_s[LLMPARI_SUMMED];
+        seen = 0;
+        for (int32_t r = 0; r < n; r++) {
+            const llmpar_trace_event *e;
+            int64_t at = 0;
+            for (int64_t k = -begin; k < LLMPARI_SUMMED && (e = llmpari_trace_next(trace[r], group, &at)) != NULL; k++) {
+                if (k < 0) continue;
+                double took_s = e->end_s > 0 ? e->end_s - e->begin_s : 0;                 // failed, or never waited for
+                sum.took_s += took_s / e->size;
+                if (k < seen) { least_s[k] = fmin(least_s[k], took_s); continue; }
+                least_s[seen++] = took_s;
+                sum.calls++;
+                sum.bytes += e->payload_bytes;
+                sum.known += e->late >= 0;
+                if (e->late >= first && e->late < first + LLMPARI_LATE) sum.late[e->late - first]++;
+            }
+        }
+        for (int64_t k = 0; k < seen; k++) sum.least_s += least_s[k];
+    }
+    return sum;
+}
+
 LLMPAR_DEF void llmpar_trace_summary(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink) {
-    enum { MOST = 64 };
     int64_t last_group = -1;
     llmpari_print(&sink, "group ranks  collectives        bytes   in calls ms    least ms  came last\n");
     for (;;) {
-        int64_t group = INT64_MAX, at[MOST], calls = 0, bytes = 0, late[MOST];
-        int32_t size = 0, known = 0;
-        double sum = 0, least = 0;
+        int64_t group = INT64_MAX;
+        int32_t size = 0;
         for (int32_t r = 0; r < n; r++)
             for (int64_t i = 0; i < llmpari_trace_events(trace[r]); i++)
                 if (trace[r]->event[i].group > last_group && trace[r]->event[i].group < group) { group = trace[r]->event[i].group; size = trace[r]->event[i].size; }
         if (group == INT64_MAX) return;
-        memset(at, 0, sizeof at);
-        memset(late, 0, sizeof late);
-        for (bool any = true; any; ) {
-            double shortest = INFINITY;
-            any = false;
-            for (int32_t r = 0; r < n && r < MOST; r++) {
-                const llmpar_trace_event *e = llmpari_trace_next(trace[r], group, &at[r]);
-                if (!e) continue;
-                double took = e->end_s > 0 ? e->end_s - e->begin_s : 0;                   // failed, or never waited for
-                sum += took / size;
-                if (took < shortest) shortest = took;
-                if (any) continue;
-                any = true;
-                calls++;
-                bytes += e->payload_bytes;
-                if (e->late >= 0 && e->late < MOST) { late[e->late]++; known++; }
-            }
-            if (any) least += shortest;
+        for (int32_t first = 0; first == 0 || first < n; first += LLMPARI_LATE) {
+            llmpari_trace_sum sum = llmpari_trace_add(trace, n, group, first);
+            if (first == 0)
+                llmpari_print(&sink, "%5lld %5d %12lld %12lld %13.3f %11.3f ", (long long)group, size, (long long)sum.calls, (long long)sum.bytes, 1e3 * sum.took_s, 1e3 * sum.least_s);
+            for (int32_t r = 0; r < LLMPARI_LATE; r++) if (sum.late[r]) llmpari_print(&sink, " rank %d %.0f %%", first + r, 100.0 * (double)sum.late[r] / (double)sum.known);
         }
-        llmpari_print(&sink, "%5lld %5d %12lld %12lld %13.3f %11.3f ", (long long)group, size, (long long)calls, (long long)bytes, 1e3 * sum, 1e3 * least);
-        for (int32_t r = 0; r < MOST; r++) if (late[r]) llmpari_print(&sink, " rank %d %.0f %%", r, 100.0 * (double)late[r] / known);
         llmpari_print(&sink, "\n");
         last_group = group;
     }
@@ -10273,6 +10288,13 @@ LLMPARI_FN bool llmpari_pick_missing(const void *owner, int32_t i, const void *w
     return missing;
 }
 
+// The first member that the wish waits for; n: none, it is fulfilled.
+LLMPARI_FN int32_t llmpari_missing(const llmpari_wish *wish) {
+    int32_t first = 0;
+    while (first < wish->end->team->n && !llmpari_pick_missing(wish->end->team, first, wish)) first++;
+    return first;
+}
+
 LLMPARI_FN void llmpari_describe_wish(char *text, size_t bytes, const llmpari_wish *wish) {
     const llmpari_end *end = wish->end;
     if (wish->goal == LLMPARI_GOAL_CALL) {
@@ -10289,12 +10311,11 @@ LLMPARI_FN void llmpari_describe_wish(char *text, size_t bytes, const llmpari_wi
 // What the first missing member did last in this team, for the text of a timeout.
 LLMPARI_FN void llmpari_describe_missing(char *text, size_t bytes, const llmpari_wish *wish) {
     llmpari_team *team = wish->end->team;
-    int32_t first = 0;
     int64_t last = 0;
     bool joined;
     text[0] = 0;
     if (wish->goal != LLMPARI_GOAL_CALL) return;
-    while (first < team->n && !llmpari_pick_missing(team, first, wish)) first++;
+    int32_t first = llmpari_missing(wish);
     if (first == team->n) return;
     pthread_mutex_lock(team->world->mutex);
     joined = team->ends[first].joined;
@@ -10309,8 +10330,7 @@ LLMPARI_FN void llmpari_describe_missing(char *text, size_t bytes, const llmpari
 LLMPARI_FN int32_t llmpari_culprit(const llmpari_wish *wish) {
     const llmpari_team *team = wish->end->team;
     llmpar_threads *world = team->world;
-    int32_t first = 0, steps = 0;
-    while (first < team->n && !llmpari_pick_missing(team, first, wish)) first++;
+    int32_t first = llmpari_missing(wish), steps = 0;
     if (first == team->n) return -1;
     int64_t at = team->ranks[first], next;
     while (steps < world->n && (next = llmpari_comm_load(world, &world->waits[at])) >= 0) { at = next; steps++; }
@@ -10324,6 +10344,8 @@ LLMPARI_FN llmpar_status llmpari_too_late(const llmpari_wish *wish, double secon
     llmpari_rank_list(who, sizeof who, end->team, llmpari_pick_missing, wish);
     llmpari_describe_missing(last, sizeof last, wish);
     int32_t culprit = llmpari_culprit(wish);
+    // Ranks on the way to the culprit may have stopped waiting because the world has stopped; and who was missing may have come.
+    if (llmpari_comm_load(end->team->world, &end->team->world->stopped) || llmpari_missing(wish) == end->team->n) return LLMPAR_OK;
     root[0] = 0;
     if (culprit >= 0) snprintf(root, sizeof root, "; in the end all wait for rank %d", culprit);
     return llmpari_end_fail(end, LLMPAR_TIMEOUT, err, "rank %d waited %.3g s in %s for %s%s%s (timeout_s is %g)", llmpari_me(end), seconds, what, who, last, root,
@@ -10339,6 +10361,7 @@ LLMPARI_FN llmpar_status llmpari_never(const llmpari_wish *wish, llmpar_error *e
     for (int32_t i = 0; i < team->n; i++) {
         bool gone = llmpari_comm_load(world, &world->gone[team->ranks[i]]) != 0, left = llmpari_comm_load(world, &team->ends[i].left) != 0;
         if (!(gone || left) || !llmpari_pick_missing(team, i, wish)) continue;             // the order of the two questions matters
+        if (llmpari_comm_load(world, &world->stopped)) return LLMPAR_OK;                   // it may have gone for that reason
         llmpari_describe_wish(what, sizeof what, wish);
         return llmpari_end_fail(end, LLMPAR_MISMATCH, err, "rank %d waits in %s for rank %d, %s", llmpari_me(end), what, team->ranks[i],
                                 gone ? "whose function has returned" : "which has freed its end of the group");
@@ -10355,12 +10378,11 @@ LLMPARI_FN llmpar_status llmpari_last_step(const llmpari_wish *wish, bool *done,
     return status || *done ? status : llmpari_stopped(wish->end, err);
 }
 
-// Deadline and vanished members, `began` seconds on the clock after which the wait did not get on.
+// Deadline and vanished members, `began` seconds on the clock after which the wait did not get on. No error once others have stopped the world: the caller sees that next.
 LLMPARI_FN llmpar_status llmpari_patience(const llmpari_wish *wish, double began, double now, llmpar_error *err) {
     const llmpari_team *team = wish->end->team;
-    int32_t missing = 0;
     LLMPARI_TRY(llmpari_never(wish, err));
-    while (missing < team->n && !llmpari_pick_missing(team, missing, wish)) missing++;
+    int32_t missing = llmpari_missing(wish);
     llmpari_comm_release(team->world, &team->world->waits[llmpari_me(wish->end)], missing < team->n ? team->ranks[missing] : -1);
     if (now - began <= wish->timeout_s || missing == team->n) return LLMPAR_OK;
     return llmpari_too_late(wish, now - began, err);
@@ -11428,6 +11450,7 @@ typedef struct llmpari_note {
 
 typedef struct llmpari_letter { int64_t count; int32_t dtype, pad; } llmpari_letter;                                             // header of a Send
 typedef struct llmpari_mpi_name { int32_t rank, number; uint64_t key; } llmpari_mpi_name;
+typedef struct llmpari_mpi_made { uint64_t members; int64_t times; } llmpari_mpi_made;
 
 typedef struct llmpari_mpi_requests {      // messages of one step
     MPI_Request *request;
@@ -11471,7 +11494,9 @@ typedef struct llmpari_mpi_end {
     llmpari_mpi_world *world;
     struct llmpari_mpi_end *next;
     size_t    bytes;
-    uint64_t  key;
+    uint64_t  key;                 // the same on all members: the parent's, the members, how many of them the parent had before
+    llmpari_mpi_made *made;        // groups of this one, so that two with the same members differ
+    int64_t   n_made, cap_made;
     int32_t   number, joined;      // own number; members whose number is known
     bool      left;                // freed; stays until all names are there
     int32_t  *ranks, *numbers;     // [n] in the world; of this communicator, -1 = not known yet
@@ -12556,7 +12581,29 @@ LLMPARI_FN llmpar_status llmpari_mpi_group(llmpar_comm *comm, const int32_t *mem
 LLMPARI_FN void llmpari_mpi_free(llmpar_comm *comm);
 
 // An end with members[n] (in parent, or without one in the world), this rank being `me` of them; NULL: no memory.
-LLMPARI_FN llmpari_mpi_end *llmpari_mpi_end_new(llmpari_mpi_world *world, const llmpari_mpi_end *parent, const int32_t *members, int32_t n, int32_t me) {
+// How many groups with these members have been made of this end before: all members make those in the same order. -1: no memory.
+LLMPARI_FN int64_t llmpari_mpi_times(llmpari_mpi_end *end, uint64_t members) {
+    const llmpar_allocator *allocator = &end->world->allocator;
+    for (int64_t i = 0; i < end->n_made; i++) if (end->made[i].members == members) return ++end->made[i].times;
+    if (end->n_made == end->cap_made) {
+        int64_t more = 2 * end->cap_made + 8;
+        llmpari_mpi_made *grown = (llmpari_mpi_made *)llmpari_alloc(allocator, (size_t)more * sizeof *grown);
+        if (!grown) return -1;
+        if (end->n_made) memcpy(grown, end->made, (size_t)end->n_made * sizeof *grown);
+        llmpari_free(allocator, end->made, (size_t)end->cap_made * sizeof *grown);
+        end->made     = grown;
+        end->cap_made = more;
+    }
+    end->made[end->n_made].members = members;
+    end->made[end->n_made++].times = 0;
+    return 0;
+}
+LLMPARI_FN void llmpari_mpi_end_drop(llmpari_mpi_world *world, llmpari_mpi_end *end) {
+    llmpari_free(&world->allocator, end->made, (size_t)end->cap_made * sizeof *end->made);
+    llmpari_free(&world->allocator, end, end->bytes);
+}
+
+LLMPARI_FN llmpari_mpi_end *llmpari_mpi_end_new(llmpari_mpi_world *world, llmpari_mpi_end *parent, const int32_t *members, int32_t n, int32_t me) {
     static const llmpar_comm_vtable vtable = { llmpari_mpi_start, llmpari_mpi_wait, llmpari_mpi_group, llmpari_mpi_abort, llmpari_mpi_free, NULL, NULL };
     int64_t small = llmpari_max(1024, llmpari_min(LLMPARI_MPI_SMALL, (1 << 16) / n / 128 * 128)), staging = n == 1 ? 0 : llmpari_max(world->desc.staging_bytes, (int64_t)4096 * n);
     size_t bytes = llmpari_mpi_layout(NULL, NULL, n, small, staging), clear = llmpari_mpi_layout(NULL, NULL, n, 0, 0);
@@ -12582,6 +12629,9 @@ LLMPARI_FN llmpari_mpi_end *llmpari_mpi_end_new(llmpari_mpi_world *world, const 
         end->numbers[i] = -1;
         end->key        = llmpari_mix(end->key, end->ranks[i]);
     }
+    int64_t times = parent ? llmpari_mpi_times(parent, end->key) : 0;
+    if (times < 0) { llmpari_free(&world->allocator, end, bytes); return NULL; }
+    end->key = llmpari_mix(end->key, times);
     end->numbers[me] = end->number;
     for (int i = 0; i < LLMPARI_MPI_FLIGHT; i++) for (int64_t m = 0; m < 8 * (int64_t)n; m++) end->op[i].messages.request[m] = MPI_REQUEST_NULL;
     for (int i = 0; i < LLMPARI_MPI_MAIL; i++) { end->mail[i].box = -1; for (int m = 0; m < 3; m++) end->mail[i].request[m] = MPI_REQUEST_NULL; }
@@ -12598,7 +12648,7 @@ LLMPARI_FN void llmpari_mpi_reap(llmpari_mpi_world *world) {
         llmpari_mpi_end *end = *link;
         if (!end->left || end->joined < end->comm.size || end->mails_used || end->finished < end->started) { link = &end->next; continue; }
         *link = end->next;
-        llmpari_free(&world->allocator, end, end->bytes);
+        llmpari_mpi_end_drop(world, end);
     }
 }
 
@@ -12717,7 +12767,7 @@ LLMPARI_FN void llmpari_mpi_free(llmpar_comm *comm) {
         else {
             for (int i = 0; i < LLMPARI_MPI_FLIGHT; i++)
                 llmpari_free(&world->allocator, each->op[i].counts, 2 * (size_t)each->comm.size * (size_t)each->comm.size * sizeof(int64_t));
-            llmpari_free(&world->allocator, each, each->bytes);
+            llmpari_mpi_end_drop(world, each);
         }
     }
     for (int i = 0; i < LLMPARI_MPI_NOTES; i++) {

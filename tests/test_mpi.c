@@ -169,6 +169,13 @@ static llmpar_status groups_rank(llmpar_comm *world, void *user, llmpar_error *e
     TRY(llmpar_mesh_parse(text, &line, err));
     TRY(llmpar_comm_group(tp, &line, 1, &pair, err));                                      // a group of a group
     TRY(group_sum(pair, r, of_tp, err));
+    llmpar_comm *of[2] = { tp, again }, *child[2];
+    for (int k = 0; k < 2; k++) TRY(llmpar_comm_group(of[(k + r) % 2], &line, 1, &child[(k + r) % 2], err));          // of two groups with the same members, in any order
+    TRY(group_sum(child[0], r, of_tp, err));
+    TRY(group_sum(child[1], 1, tps, err));
+    NEED(child[0]->id != child[1]->id);
+    llmpar_comm_free(child[0]);
+    llmpar_comm_free(child[1]);
     if (r % 2) llmpar_comm_free(tp);                                                       // any order; what is not freed goes with the world
     llmpar_comm_free(pair);
     if (r % 2 == 0) llmpar_comm_free(tp);
