@@ -11396,12 +11396,17 @@ enum {
     LLMPARI_NOTE_OFFER, LLMPARI_NOTE_WITHDRAW, LLMPARI_NOTE_AGREE,       // offer `number` of survivors, whose members must agree
     LLMPARI_NOTE_DECIDED           // text: bit i = rank i goes on
 };
+typedef enum llmpari_mpi_goal {     // what a wait is for
+    LLMPARI_MPI_CALL,              // collective `arg` is finished
+    LLMPARI_MPI_MAILED,            // entry `arg` of the mail is done
+    LLMPARI_MPI_ROOM               // the mail has a free entry
+} llmpari_mpi_goal;
 enum { LLMPARI_STEP_NAMES = -3, LLMPARI_STEP_SIGN = -2, LLMPARI_STEP_COUNTS = -1 };
 
 typedef struct llmpari_wire { int32_t kind, dtype, reduce, root; int64_t count, k; uint64_t hash, sent, wanted; } llmpari_wire;   // llmpari_sign of collective k - 1, as it travels
 typedef struct llmpari_note {
-    int32_t  kind, number;         // number: the sender's of the communicator; ANSWER: the asker's; OFFER, AGREE: of the offer
-    int32_t  culprit, peer;        // ABORT: peer = rank in whose message the mistake is, -1 = none
+    int32_t  kind, number;         // number: the sender's of the communicator; ANSWER: the asker's, -1 = it asks for `culprit` only; OFFER, AGREE: of the offer
+    int32_t  culprit, peer;        // ABORT: peer = rank in whose message the mistake is, -1 = none; ANSWER: culprit = whom the sender waits for, -1 = nobody
     uint64_t key;                  // NAME: of the group; ASK and ANSWER: which question
     int64_t  calls;                // ASK: which collective; ANSWER: how many the sender has begun; -1 = it has freed the group, or not made it
     llmpari_wire sign;             // ANSWER: what it called there, k = 0: nothing yet
@@ -11419,7 +11424,7 @@ typedef struct llmpari_mpi_stay {          // one rank's part in llmpar_comm_shr
 
 typedef struct llmpari_mpi_requests {      // messages of one step
     MPI_Request *request;
-    bool        *receives;
+    int32_t     *member;           // [n] from whom; ~member: to whom
     int32_t      n, at;            // those below `at` are done
 } llmpari_mpi_requests;
 
@@ -11496,6 +11501,11 @@ struct llmpari_mpi_world {
     bool      offering, decided;
     int32_t   culprit, peer;       // of the abort
     char      reason[900];
+    const llmpari_mpi_end *waiting;                           // while this rank listens in a wait: where, for what
+    llmpari_mpi_goal goal;
+    int64_t   arg;
+    uint64_t  question;            // to a single rank: whom it waits for
+    int32_t   answer;              // -2 = none yet
     llmpari_mpi_end *ends, *end;
     llmpari_mpi_name *names;       // of groups that this rank has not made yet
     int64_t   n_names, cap_names;
@@ -11603,6 +11613,19 @@ LLMPARI_FN void llmpari_note_name(llmpari_mpi_world *world, int32_t rank, const 
     name->key    = note->key;
 }
 
+// The rank whose message this rank waits for; -1: it listens in passing.
+LLMPARI_FN int32_t llmpari_mpi_waits_for(const llmpari_mpi_world *world) {
+    const llmpari_mpi_end *end = world->waiting;
+    if (!end || world->goal == LLMPARI_MPI_ROOM) return -1;
+    if (world->goal == LLMPARI_MPI_MAILED) return end->ranks[end->mail[world->arg].peer];
+    for (int32_t i = 0; i < end->comm.size; i++) if (end->numbers[i] < 0) return end->ranks[i];
+    for (int i = 0; i < LLMPARI_MPI_FLIGHT; i++) {
+        const llmpari_mpi_requests *m = &end->op[(end->finished + i) % LLMPARI_MPI_FLIGHT].messages;
+        if (m->at < m->n) return end->ranks[m->member[m->at] < 0 ? ~m->member[m->at] : m->member[m->at]];
+    }
+    return -1;
+}
+
 // Somebody waits in a collective of a group, and asks how many this rank has begun there.
 LLMPARI_FN void llmpari_note_answer(llmpari_mpi_world *world, int32_t rank, const llmpari_note *ask) {
     llmpari_note note;
@@ -11612,6 +11635,7 @@ LLMPARI_FN void llmpari_note_answer(llmpari_mpi_world *world, int32_t rank, cons
     note.number = ask->number;
     note.key    = ask->key;
     note.calls  = -1;
+    note.culprit = llmpari_mpi_waits_for(world);
     for (llmpari_mpi_end *end = world->ends; end; end = end->next)
         for (int32_t i = 0; i < end->comm.size && !end->left; i++) {
             if (end->ranks[i] != rank || end->numbers[i] != ask->number) continue;
@@ -11646,6 +11670,7 @@ LLMPARI_FN void llmpari_note_take(llmpari_mpi_world *world, int process) {
     else if (note->kind == LLMPARI_NOTE_NAME) llmpari_note_name(world, rank, note);
     else if (note->kind == LLMPARI_NOTE_ASK) llmpari_note_answer(world, rank, note);
     else if (note->kind == LLMPARI_NOTE_ABORT) llmpari_mpi_stop(world, note->culprit, note->peer, false, note->text);
+    else if (note->number < 0) { if (note->key == world->question) world->answer = note->culprit; }
     else
         for (llmpari_mpi_end *end = world->ends; end; end = end->next)
             for (int32_t i = 0; i < end->comm.size && end->number == note->number && end->question == note->key; i++)
@@ -11705,7 +11730,7 @@ LLMPARI_FN void llmpari_mpi_add(llmpari_mpi_end *end, llmpari_mpi_op *op, int64_
     int tag = llmpari_mpi_tag(end->world, sends ? end->number : end->numbers[member], (int32_t)(k % LLMPARI_MPI_FLIGHT) * 4 + what, what == LLMPARI_TAG_DATA ? op->hash : 0, bytes);
     for (int64_t at = 0; at < bytes; at += most) {
         int n = llmpari_mpi_message(end, sends, (char *)(uintptr_t)data + at, llmpari_min(most, bytes - at), member, tag, m->request + m->n);
-        for (int i = 0; i < n; i++) m->receives[m->n++] = !sends;
+        for (int i = 0; i < n; i++) m->member[m->n++] = sends ? ~member : member;
     }
 }
 
@@ -12157,11 +12182,6 @@ LLMPARI_FN void llmpari_mpi_advance_all(llmpari_mpi_world *world) {
 
 // ---- Waiting ----
 
-typedef enum llmpari_mpi_goal {
-    LLMPARI_MPI_CALL,              // collective `arg` is finished
-    LLMPARI_MPI_MAILED,            // entry `arg` of the mail is done
-    LLMPARI_MPI_ROOM               // the mail has a free entry
-} llmpari_mpi_goal;
 LLMPARI_FN bool llmpari_mpi_met(const llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg) {
     if (goal == LLMPARI_MPI_CALL) return end->finished > arg;
     if (goal == LLMPARI_MPI_MAILED) return end->mail[arg].done;
@@ -12184,7 +12204,7 @@ LLMPARI_FN bool llmpari_mpi_drain(llmpari_mpi_end *end) {
     bool clean = true;
     for (int i = 0; i < LLMPARI_MPI_FLIGHT; i++)
         for (int32_t m = 0; m < end->op[i].messages.n; m++) {
-            llmpari_mpi_give_up(&end->op[i].messages.request[m], end->op[i].messages.receives[m]);
+            llmpari_mpi_give_up(&end->op[i].messages.request[m], end->op[i].messages.member[m] >= 0);
             clean = clean && end->op[i].messages.request[m] == MPI_REQUEST_NULL;
         }
     for (int i = 0; i < LLMPARI_MPI_MAIL; i++)
@@ -12224,12 +12244,45 @@ LLMPARI_FN bool llmpari_mpi_absent(const void *owner, int32_t i, const void *wha
     return i != end->comm.rank && end->answers[i] <= end->finished;
 }
 
+// Listens in a wait, so that whoever asks hears whom this rank waits for.
+LLMPARI_FN void llmpari_mpi_hear(llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg) {
+    end->world->waiting = end;
+    end->world->goal    = goal;
+    end->world->arg     = arg;
+    llmpari_mpi_listen(end->world);
+    end->world->waiting = NULL;
+}
+LLMPARI_FN double llmpari_mpi_hearing_s(double timeout_s) { return timeout_s < 0.1 ? 0.1 : timeout_s < 1 ? timeout_s : 1; }
+
+// Rank `at` is missing, and may itself wait for another, in another group: asks from one to the next. Returns who does not answer or waits for nobody; -1: they wait in a circle.
+LLMPARI_FN int32_t llmpari_mpi_culprit(llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg, int32_t at) {
+    llmpari_mpi_world *world = end->world;
+    llmpari_note note;
+    memset(&note, 0, sizeof note);
+    note.kind   = LLMPARI_NOTE_ASK;
+    note.number = -1;
+    world->asked = true;
+    for (int32_t steps = 0; steps < world->n && at != world->rank; steps++) {
+        double began = llmpari_now(), hearing_s = llmpari_mpi_hearing_s(llmpari_mpi_patience(end, goal, arg));
+        note.key = ++world->question;
+        world->answer = -2;
+        llmpari_note_send(world, &note, at);
+        while (world->answer == -2 && !world->stopped && llmpari_now() - began < hearing_s) {
+            llmpari_mpi_hear(end, goal, arg);
+            sched_yield();
+        }
+        if (world->answer < 0) return at;
+        at = world->answer;
+    }
+    return -1;
+}
+
 LLMPARI_FN llmpar_status llmpari_mpi_too_late(llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg, double seconds, llmpar_error *err) {
     llmpari_mpi_world *world = end->world;
-    char what[320], who[320], last[160], text[900];
+    char what[280], who[280], last[160], root[64], text[900];
     double timeout_s = llmpari_mpi_patience(end, goal, arg);
     const llmpari_mpi_op *op = llmpari_mpi_op_of(end, end->finished);
-    int32_t first = 0;
+    int32_t first = 0, missing = -1;
     bool named = end->joined == end->comm.size;
     last[0] = 0;
     if (goal == LLMPARI_MPI_CALL) {
@@ -12242,6 +12295,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_too_late(llmpari_mpi_end *end, llmpari_mpi_
         if (first == end->comm.size) first = 0;
         while (first + 1 < end->comm.size && !(named ? llmpari_mpi_absent(end, first, NULL) : llmpari_mpi_unnamed(end, first, NULL))) first++;
         int32_t rank = end->ranks[first];
+        if (!named || end->answers[first] >= 0) missing = rank;
         if (!named) snprintf(last, sizeof last, "; rank %d has not called llmpar_comm_group for it yet", rank);
         else if (end->answers[first] == -2) snprintf(last, sizeof last, "; rank %d does not answer: it waits in no call, or is dead", rank);
         else if (end->answers[first] == -1) snprintf(last, sizeof last, "; rank %d has freed its end of the group", rank);
@@ -12251,12 +12305,16 @@ LLMPARI_FN llmpar_status llmpari_mpi_too_late(llmpari_mpi_end *end, llmpari_mpi_
         const llmpari_mpi_mail *mail = &end->mail[arg];
         snprintf(what, sizeof what, "%s %s[%lld] %s rank %d", mail->is_send ? "Send" : "Recv", llmpar_dtype_name((llmpar_dtype)mail->mine.dtype), (long long)mail->mine.count,
                  mail->is_send ? "to" : "from", end->ranks[mail->peer]);
-        snprintf(who, sizeof who, "rank %d", end->ranks[mail->peer]);
+        snprintf(who, sizeof who, "rank %d", missing = end->ranks[mail->peer]);
     } else {
         snprintf(what, sizeof what, "a Send or Recv (%d messages are under way already)", LLMPARI_MPI_MAIL);
         snprintf(who, sizeof who, "those who should receive them");
     }
-    snprintf(text, sizeof text, "rank %d waited %.3g s in %s for %s%s (timeout_s is %g)", world->rank, seconds, what, who, last, timeout_s);
+    int32_t culprit = missing < 0 ? -1 : llmpari_mpi_culprit(end, goal, arg, missing);
+    if (world->stopped) return llmpari_mpi_stopped(end, goal, arg, err);                   // somebody else was quicker
+    root[0] = 0;
+    if (culprit >= 0 && culprit != missing) snprintf(root, sizeof root, "; in the end all wait for rank %d", culprit);
+    snprintf(text, sizeof text, "rank %d waited %.3g s in %s for %s%s%s (timeout_s is %g)", world->rank, seconds, what, who, last, root, timeout_s);
     llmpari_mpi_stop(world, world->rank, -1, true, text);
     for (llmpari_mpi_end *each = world->ends; each; each = each->next) (void)llmpari_mpi_drain(each);
     return LLMPARI_FAIL(err, LLMPAR_TIMEOUT, "%s", text);
@@ -12304,7 +12362,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_late(llmpari_mpi_end *end, llmpari_mpi_goal
         return LLMPAR_OK;
     }
     for (int32_t i = 0; i < end->comm.size; i++) all = all && (i == end->comm.rank || end->answers[i] != -2);
-    if (!all && now - end->asked < (timeout_s < 0.1 ? 0.1 : timeout_s < 1 ? timeout_s : 1)) return LLMPAR_OK;
+    if (!all && now - end->asked < llmpari_mpi_hearing_s(timeout_s)) return LLMPAR_OK;
     for (int32_t i = 0; i < end->comm.size; i++) {
         const llmpari_wire *a = &llmpari_mpi_op_of(end, end->finished)->signs[end->comm.rank], *b = &llmpari_mpi_op_of(end, end->finished)->signs[i];
         if (i != end->comm.rank && end->answers[i] > end->finished && b->k == a->k && !llmpari_mpi_same_wire(a, b)) return llmpari_mpi_other(end, i, err);
@@ -12323,7 +12381,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_look(llmpari_mpi_end *end, llmpari_mpi_goal
     llmpari_mpi_advance_all(world);
     *done = llmpari_mpi_met(end, goal, arg);
     if (*done) return LLMPAR_OK;
-    if (listen) llmpari_mpi_listen(world);
+    if (listen) llmpari_mpi_hear(end, goal, arg);
     if (!world->stopped) return LLMPAR_OK;
     for (double until = llmpari_now() + 1; goal == LLMPARI_MPI_CALL; ) {                 // signatures differ, and all members say what: their counts are coming
         const llmpari_mpi_op *op = llmpari_mpi_op_of(end, end->finished);
@@ -12535,7 +12593,7 @@ LLMPARI_FN size_t llmpari_mpi_layout(llmpari_mpi_end *end, char *base, int64_t n
     for (int i = 0; i < LLMPARI_MPI_FLIGHT; i++) {
         llmpari_mpi_op *op = &e->op[i];
         op->messages.request  = (MPI_Request *)(void *)llmpari_mpi_place(base, &at, 8 * n, sizeof(MPI_Request));
-        op->messages.receives = (bool *)(void *)llmpari_mpi_place(base, &at, 8 * n, sizeof(bool));
+        op->messages.member   = (int32_t *)(void *)llmpari_mpi_place(base, &at, 8 * n, sizeof(int32_t));
         op->send_at    = (int64_t *)(void *)llmpari_mpi_place(base, &at, n + 1, sizeof(int64_t));
         op->recv_at    = (int64_t *)(void *)llmpari_mpi_place(base, &at, n + 1, sizeof(int64_t));
         op->counts_own = (int64_t *)(void *)llmpari_mpi_place(base, &at, 2 * n, sizeof(int64_t));
@@ -12843,8 +12901,7 @@ LLMPARI_FN void llmpari_stay_look(llmpari_mpi_world *world, double began, double
     }
     if (world->offering) {
         if (lead != me) { llmpari_stay_withdraw(world); return; }
-        if (agreed) { world->decided = true; return; }
-        if (now - *offered <= patience) return;
+        if (now - *offered <= patience) { world->decided = agreed; return; }               // beyond, those who agreed may have given this rank up
         llmpari_stay_withdraw(world);
         for (int32_t i = 0; i < world->n; i++) if (stay[i].stays && !stay[i].agreed) stay[i].lost = true;
     } else if (world->bound < 0 && lead == me && (all || now > began + timeout_s)) {

@@ -532,6 +532,28 @@ static llmpar_status elsewhere_rank(llmpar_comm *world, void *user, llmpar_error
     else CHECK(strstr(seen.text, "has not called llmpar_comm_group for it yet") != NULL);
     return LLMPAR_OK;
 }
+// Rank 0 waits for rank 1, which waits for rank 2 in another group, which comes to neither: all hear of rank 2, whoever's deadline is over first.
+static llmpar_status chain_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    int what = *(int *)user, r = world->rank;
+    float word = 0;
+    llmpar_error seen = LLMPAR_ZERO;
+    llmpar_comm *pair = NULL;
+    int32_t members[2] = { 0, 1 };
+    if (r > 0) { members[0] = 1; members[1] = 2; }
+    if (r < 3) TRY(world->vtable->group(world, members, 2, &pair, err));
+    TRY(llmpar_barrier(world, err));
+    if (r > 1) { pause_ms(2500); CHECK(llmpar_barrier(world, &seen) != LLMPAR_OK); return LLMPAR_OK; }
+    world->timeout_s = pair->timeout_s = r == 0 ? 0.3 : 20;
+    llmpar_status status;
+    if (what == 2) status = r == 0 ? llmpar_recv(world, &word, 1, LLMPAR_F32, 1, &seen) : llmpar_recv(world, &word, 1, LLMPAR_F32, 2, &seen);
+    else if (what == 1 && r == 0) { TRY(world->vtable->group(world, members, 2, &pair, err)); pair->timeout_s = 0.3; status = llmpar_barrier(pair, &seen); }
+    else status = llmpar_all_reduce(pair, &word, &word, 1, LLMPAR_F32, LLMPAR_SUM, &seen);
+    CHECK_EQ(status, r == 0 ? LLMPAR_TIMEOUT : LLMPAR_ABORTED);
+    if (r == 0) CHECK(strstr(seen.text, "for rank 1") && strstr(seen.text, "; in the end all wait for rank 2 (timeout_s is 0.3)"));
+    else CHECK(strstr(seen.text, "; in the end all wait for rank 2 (timeout_s is 0.3)") != NULL);
+    if (test_bad) printf("%s\n", seen.text);
+    return LLMPAR_OK;
+}
 static llmpar_status abort_rank(llmpar_comm *world, void *user, llmpar_error *err) {
     (void)err;
     static float data[40000];
@@ -597,6 +619,7 @@ static llmpar_status crowd_rank(llmpar_comm *world, void *user, llmpar_error *er
 static void test_late(void) {
     for (int what = 0; what < 4 && n_ranks > 1; what++) TEST("a late rank: deadline") { llmpar_mpi_desc desc = desc_of(0.1, what % 2 == 1); run(&desc, late_rank, &what); }
     for (int what = 0; what < 2 && n_ranks > 1; what++) TEST("a rank that waits elsewhere: deadline") { llmpar_mpi_desc desc = desc_of(0.3, false); run(&desc, elsewhere_rank, &what); }
+    for (int what = 0; what < 3 && n_ranks > 2; what++) TEST("a late rank that others wait for in another group") { llmpar_mpi_desc desc = desc_of(20, false); run(&desc, chain_rank, &what); }
     for (int what = 0; what < 4 && n_ranks > 1; what++) TEST("abort") {
         llmpar_mpi_desc desc = desc_of(what == 1 ? (double)INFINITY : 20, false);
         run(&desc, abort_rank, &what);
