@@ -975,12 +975,18 @@ LLMPAR_DEF const char   *llmpar_launcher_name(llmpar_launcher launcher);        
 //   - `checked` compares what all members of a group ask for before each collective, and both ends of each message, as the threads do, for one small message per pair.
 //     Without it, messages of calls that differ do not meet; a rank that waits for a second asks, and then says LLMPAR_MISMATCH (collectives), or runs into the deadline
 //     (Send and Recv; AllToAll whose counts do not fit together).
-//   - No trace knows who came last.
-//   - A rank that waits past timeout_s asks the others where they are; those that have not come to the call or do not answer within a second (or timeout_s, from 0.1 s) are named.
+//   - No trace knows who came last (late is -1, late_s 0): that is for threads, which share a clock.
+//   - A rank that waits past timeout_s asks the others where they are; those that have not come to the call or do not answer within a second (or timeout_s, from 0.1 s) are named. It
+//     asks on whom those wait for, in whichever group, so that the text names the rank that all wait for in the end.
+//   - llmpar_comm_shrink agrees by messages between pairs of survivors, and makes no MPI call that needs the lost ranks: it works after an abort, differing calls or a late rank with both
+//     MPIs, and after a rank was killed where MPI leaves the others alive (Open MPI 4.1: mpirun --enable-recovery; MPICH ends the job). Who has not called it within timeout_s stays behind;
+//     one that dies meanwhile costs about three times that (at least 3 s). Eight times in a row, up to 7200 ranks, else LLMPAR_UNSUPPORTED. A rank that stands still for longer than that while
+//     the others agree may find itself in a world that nobody else is in: its calls there run into the deadline. Free the old world too, before or after the new one, whose
+//     free does not finalise MPI: messages of the old one may be under way for good.
 //   - All ranks must have the same byte order. MPI_Abort is never called. MPI's own failures return LLMPAR_IO_FAILED with its text, where MPI returns: it sends errors of
 //     messages under way to MPI_COMM_WORLD's handler, which ends the job. Where the library initialises MPI it sets MPI_ERRORS_RETURN there; else that is the user's choice.
 // An AllReduce of a group whose members lie host by host (several hosts, several members on one) crosses between hosts once in each direction: the first host's members
-// are reduced on it, the next host goes on from there (in f32, also for bf16 and f16), the result comes back. The bits are the same as without hosts.
+// are reduced on it, the next host goes on from there (in f32, also for bf16 and f16), the result comes back, in pieces (256 KiB, or an eighth of the whole). The bits are the same as without hosts.
 // Threads: at MPI_THREAD_SERIALIZED or above, comms of one world may be used by several threads, one of them per comm (calls take turns), and llmpar_comm_abort by any.
 // Below that everything has to be called by MPI's main thread; an abort from another one is sent at that thread's next call.
 
@@ -11382,6 +11388,7 @@ enum {
     LLMPARI_MPI_BOX    = 4096,     // bytes of a buffered message
     LLMPARI_MPI_SMALL  = 7680,     // bytes of an AllReduce in one step: everybody sends everything,
     LLMPARI_MPI_EAGER  = 3840,     //   in messages of this: Open MPI sends up to 4 KiB, headers included, without asking first
+    LLMPARI_MPI_RELAY  = 1 << 18,  // bytes of a piece that goes from host to host; an eighth of the whole, if that is more and fits
     LLMPARI_MPI_MAIL   = 64,       // Send and Recv in flight
     LLMPARI_MPI_BOXES  = 8,        // of them buffered
     LLMPARI_MPI_NOTES  = 64,       // notes that are being sent
@@ -11477,6 +11484,7 @@ typedef struct llmpari_mpi_end {
     int64_t   host_bytes, host_messages, small_bytes, staging_bytes;
     bool      chain;               // AllReduce from host to host
     int32_t   host_first, host_end, host_before, host_after, host_most;   // members on this host; the first ones on the hosts beside it, -1 = none; most on one host
+    int32_t   host_at, host_count; // this host in the chain, of how many
     char     *staging;
     const char **rows;             // [n + 1]
     llmpari_mpi_op   op[LLMPARI_MPI_FLIGHT];
@@ -11819,9 +11827,10 @@ LLMPARI_FN void llmpari_mpi_plan(llmpari_mpi_end *end, llmpari_mpi_op *op) {
         break;
     case LLMPAR_ALL_REDUCE:
         if (llmpari_mpi_way_of(end, op) == LLMPARI_WAY_ONE) break;
-        op->unit  = llmpari_mpi_way_of(end, op) == LLMPARI_WAY_CHAIN ? room / (end->host_most + 2) / llmpari_mpi_carry(op) : room / n / op->element / 64 * 64 * n;
+        op->unit  = room / n / op->element / 64 * 64 * n;
+        if (end->chain) op->unit = llmpari_min(room / (end->host_most + 2), llmpari_max(LLMPARI_MPI_RELAY, op->call.count * llmpari_mpi_carry(op) / 8)) / llmpari_mpi_carry(op);
         pieces    = (op->call.count + op->unit - 1) / op->unit;
-        op->steps = (int32_t)(pieces * (llmpari_mpi_way_of(end, op) == LLMPARI_WAY_CHAIN ? 3 : 2));
+        op->steps = (int32_t)(end->chain ? pieces + 2 * end->host_count - 1 - end->host_at : 2 * pieces);
         break;
     default: break;
     }
@@ -11829,21 +11838,32 @@ LLMPARI_FN void llmpari_mpi_plan(llmpari_mpi_end *end, llmpari_mpi_op *op) {
 
 typedef struct llmpari_mpi_part { const char *send; char *recv; int64_t sent, got; } llmpari_mpi_part;       // bytes to and from one member
 
+// The elements of the piece that is `lag` steps behind; count 0: there is none.
+LLMPARI_FN llmpar_range llmpari_mpi_piece(const llmpari_mpi_op *op, int32_t lag) {
+    llmpar_range range;
+    range.first = llmpari_min(op->call.count, llmpari_max(0, op->step - lag) * op->unit);
+    range.count = op->step < lag ? 0 : llmpari_min(op->unit, op->call.count - range.first);
+    return range;
+}
+
+// From host to host, in pieces, so that the wire carries both directions at once. Host h of H gathers piece p in its step p + h, the partial result of the hosts before too, which is sent in
+// that very step; gets the result back in step p + 2 H - 2 - h, and tells it to its members and to the host before in the step after that.
 LLMPARI_FN void llmpari_mpi_part_chain(llmpari_mpi_end *end, const llmpari_mpi_op *op, int32_t j, llmpari_mpi_part *p) {
-    int32_t me = end->comm.rank, phase = op->step % 3, first = end->host_first;
-    int64_t base = op->step / 3 * op->unit, count = llmpari_min(op->unit, op->call.count - base), bytes = count * op->element, row = op->unit * llmpari_mpi_carry(op);
-    char *recv = (char *)op->call.recv + base * op->element;
+    int32_t me = end->comm.rank, first = end->host_first, lag = end->host_at, back = 2 * end->host_count - 2 - lag;
+    llmpar_range in = llmpari_mpi_piece(op, lag), on = llmpari_mpi_piece(op, lag + 1), result = llmpari_mpi_piece(op, back), told = llmpari_mpi_piece(op, back + 1);
+    int64_t e = op->element, carry = llmpari_mpi_carry(op), row = op->unit * carry;
+    char *recv = (char *)op->call.recv;
     bool here = j >= first && j < end->host_end;
     if (me != first) {                                                                     // gives its data to the first one of its host, and gets the result
         if (j != first) return;
-        if (phase == 0) { p->send = (const char *)op->call.send + base * op->element; p->sent = bytes; }
-        if (phase == 2) { p->recv = recv; p->got = bytes; }
+        p->send = (const char *)op->call.send + in.first * e; p->sent = in.count * e;
+        p->recv = recv + told.first * e;                      p->got  = told.count * e;
         return;
     }
-    if (phase == 0 && here)                  { p->recv = end->staging + (j - first + 1) * row; p->got = bytes; }
-    if (phase == 0 && j == end->host_before) { p->recv = end->staging; p->got = count * llmpari_mpi_carry(op); }
-    if (phase == 1 && j == end->host_after)  { p->send = end->staging + row; p->sent = count * llmpari_mpi_carry(op); p->recv = recv; p->got = bytes; }
-    if (phase == 2 && (here || j == end->host_before)) { p->send = recv; p->sent = bytes; }
+    if (here || j == end->host_before) { p->send = recv + told.first * e; p->sent = told.count * e; }
+    if (here)                  { p->recv = end->staging + (j - first + 1) * row; p->got = in.count * e; }
+    if (j == end->host_before) { p->recv = end->staging; p->got = in.count * carry; }
+    if (j == end->host_after)  { p->send = end->staging + row; p->sent = on.count * carry; p->recv = recv + result.first * e; p->got = result.count * e; }
 }
 
 LLMPARI_FN void llmpari_mpi_part_reduce(llmpari_mpi_end *end, const llmpari_mpi_op *op, int32_t j, llmpari_mpi_part *p) {
@@ -11953,13 +11973,12 @@ LLMPARI_FN void llmpari_mpi_work(llmpari_mpi_end *end, llmpari_mpi_op *op) {
     if (way == LLMPARI_WAY_CHAIN) {
         int32_t first = end->host_first, rows = 0;
         int64_t row = op->unit * llmpari_mpi_carry(op);
-        base  = op->step / 3 * op->unit;
-        count = llmpari_min(op->unit, op->call.count - base);
-        if (op->step % 3 != 0 || me != first) return;
+        llmpar_range in = llmpari_mpi_piece(op, end->host_at);
+        if (in.count == 0 || me != first) return;
         if (end->host_before >= 0) end->rows[rows++] = end->staging;
-        end->rows[rows++] = send + base * e;
+        end->rows[rows++] = send + in.first * e;
         for (int32_t j = first + 1; j < end->host_end; j++) end->rows[rows++] = end->staging + (j - first + 1) * row;
-        llmpari_mpi_fold(op, end->rows, rows, end->host_after >= 0 ? end->staging + row : recv + base * e, count, end->host_before >= 0, end->host_after >= 0);
+        llmpari_mpi_fold(op, end->rows, rows, end->host_after >= 0 ? end->staging + row : recv + in.first * e, in.count, end->host_before >= 0, end->host_after >= 0);
         return;
     }
     if (way == LLMPARI_WAY_ONE) {
@@ -12617,13 +12636,14 @@ LLMPARI_FN void llmpari_mpi_hosts(llmpari_mpi_end *end) {
             for (int32_t j = 0; j < i; j++) if (hosts[end->ranks[j]] == host) return;      // a host that comes twice
             runs++;
             begin = i;
-            if (i <= me) { end->host_before = first == i ? -1 : first; first = i; }
+            if (i <= me) { end->host_before = first == i ? -1 : first; end->host_at = runs - 1; first = i; }
             else if (end->host_after < 0) end->host_after = i;
         }
         end->host_most = (int32_t)llmpari_max(end->host_most, i - begin + 1);
     }
     end->host_first = first;
     end->host_end   = end->host_after < 0 ? n : end->host_after;
+    end->host_count = runs;
     end->chain      = runs > 1 && runs < n;
 }
 
@@ -12938,7 +12958,6 @@ LLMPARI_FN llmpar_status llmpari_mpi_inherit(llmpari_mpi_world *world, llmpari_m
     heir->side        = world->side;
     heir->block       = world->block;
     heir->shared      = world->shared;
-    heir->finalise    = world->finalise && heir->n == world->n;
     heir->asked       = true;                                                              // old notes may be on their way
     heir->tag_numbers = world->tag_numbers;
     heir->hash_mask   = world->hash_mask;
