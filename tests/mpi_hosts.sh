@@ -37,7 +37,7 @@ run() { # run PROGRAM...: sets out, and the bytes that each side sent
 # survivors WANT PATTERN PROGRAM...: until WANT ranks have said PATTERN. Open MPI's mpirun stays, though all ranks are through, when one of them was killed: it is ended.
 survivors() {
     want=$1; pattern=$2; shift 2
-    start "$@" > "$log" 2>&1 &
+    : > "$log"; start "$@" > "$log" 2>&1 &
     pid=$!
     for i in $(seq 300); do
         [ "$(grep -c "$pattern" "$log")" -lt $want ] && kill -0 $pid 2> /dev/null || break
