@@ -210,6 +210,8 @@ static int run_mpi(job *j, uint64_t seed, int64_t at) {
     if (world->size < 2 || world->size > MAX_RANKS || !prepare(j, seed, world->size, at)) return usage("2 to 64 ranks", NULL);
     one_rank(world, j, &err);
     if (rank != j->culprit) {
+        static char buffer[1 << 14];                               // one write: the ranks' lines do not mix
+        setvbuf(stdout, buffer, _IOFBF, sizeof buffer);
         show(j, seed);
         fflush(stdout);
     }
