@@ -9237,8 +9237,14 @@ LLMPARI_FN llmpar_status llmpari_comm_call(llmpar_comm *comm, const llmpar_call 
     llmpar_trace_event *event = NULL;
     int64_t ticket = 0;
     bool done = false;
+    llmpar_status status;
+    if (comm && comm->vtable->quick && !comm->trace && llmpari_call_plain(call) && comm->vtable->quick(comm, call, &status, err)) {
+        comm->stats.calls[LLMPAR_ALL_REDUCE]++;
+        comm->stats.payload_bytes[LLMPAR_ALL_REDUCE] += call->count * llmpar_dtype_bytes(call->dtype);
+        return status;
+    }
     LLMPARI_TRY(llmpari_comm_start(comm, call, &ticket, &event, err));
-    llmpar_status status = comm->vtable->wait(comm, ticket, true, &done, err);
+    status = comm->vtable->wait(comm, ticket, true, &done, err);
     if (event) llmpari_trace_end(comm, event);
     return status;
 }
@@ -9255,13 +9261,7 @@ LLMPARI_FN llmpar_call llmpari_call_of(llmpar_collective kind, const void *send,
 
 LLMPAR_DEF llmpar_status llmpar_all_reduce(llmpar_comm *comm, const void *send, void *recv, int64_t count, llmpar_dtype dtype, llmpar_reduce reduce, llmpar_error *err) {
     llmpar_call call = llmpari_call_of(LLMPAR_ALL_REDUCE, send, recv, count, dtype);
-    llmpar_status status;
     call.reduce = reduce;
-    if (comm && comm->vtable->quick && !comm->trace && llmpari_call_plain(&call) && comm->vtable->quick(comm, &call, &status, err)) {
-        comm->stats.calls[LLMPAR_ALL_REDUCE]++;
-        comm->stats.payload_bytes[LLMPAR_ALL_REDUCE] += count * llmpar_dtype_bytes(dtype);
-        return status;
-    }
     return llmpari_comm_call(comm, &call, err);
 }
 LLMPAR_DEF llmpar_status llmpar_all_gather(llmpar_comm *comm, const void *send, void *recv, const int64_t *counts, llmpar_dtype dtype, llmpar_error *err) {
