@@ -62,6 +62,9 @@ $(B)/test_comm_random: tests/jobs.h tests/sequence.h
 # The same under TSan, which looks at a tenth as many sequences: `make stress` alone.
 $(B)/test_comm_random.thread: tests/test_comm_random.c llmpar.h tests/test.h tests/jobs.h tests/sequence.h | $(B)
 	$(CC) $(TFLAGS) $(STRICT) -DLLMPAR_STATIC -fno-omit-frame-pointer -fsanitize=thread -I. -Itests $< -o $@ $(LDLIBS)
+# fault under ASan and TSan: `make stress` alone.
+$(B)/fault.address $(B)/fault.thread: $(B)/fault.%: tests/fault.c llmpar.h | $(B)
+	$(CC) $(TFLAGS) $(STRICT) -DLLMPAR_STATIC -fno-omit-frame-pointer -fsanitize=$* -I. -Itests $< -o $@ $(LDLIBS)
 $(B)/bench_comm: tests/bench_comm.h
 $(PEERS): $(B)/bench_comm_%: tests/bench_comm_mpi.c tests/bench_comm.h | $(B)
 	mpicc.$* $(CFLAGS) $(STRICT) -DBENCH_MPI -Itests $< -o $@
@@ -85,8 +88,8 @@ demo: $(B)/llama
 test: all $(TESTS) $(REPLAYS) $(MPI_RUNS)
 	@sh tests/run.sh $(TESTS) $(REPLAYS) tests/cli.sh tests/golden.sh tests/mpi.sh tests/mpi_hosts.sh
 
-stress: all $(TESTS) $(REPLAYS) $(MPI_RUNS) $(B)/test_comm_random.thread
-	@LLMPAR_STRESS=1 sh tests/run.sh $(TESTS) $(B)/test_comm_random.thread $(REPLAYS) tests/cli.sh tests/golden.sh tests/mpi.sh tests/mpi_hosts.sh
+stress: all $(TESTS) $(REPLAYS) $(MPI_RUNS) $(B)/test_comm_random.thread $(B)/fault.address $(B)/fault.thread
+	@LLMPAR_STRESS=1 sh tests/run.sh $(TESTS) $(B)/test_comm_random.thread $(REPLAYS) tests/fault.sh tests/cli.sh tests/golden.sh tests/mpi.sh tests/mpi_hosts.sh
 
 bench: $(BENCHES) $(TOOLS) $(B)/llama
 	@sh tests/bench.sh

@@ -1099,7 +1099,8 @@ LLMPAR_DEF llmpar_status llmpar_comm_self(const llmpar_allocator *allocator, llm
 // matters which cores the threads got. All zeros: defaults for cores that share a cache.
 typedef struct llmpar_comm_tuning {
     int64_t mailbox_bytes;         // up to here every rank copies its part into a box of its own and reads all boxes: one synchronisation. 0 = 1024; at most 1 MiB
-    int64_t pull_bytes;            // up to here (unless in place) every rank reads all inputs; beyond, it reduces one slice and stores that into every output. 0 = never
+    int64_t staged_bytes;          // up to here too inputs are copied into boxes, but a rank reads one slice of them; beyond, it reads that slice of the inputs. It reduces the slice and
+                                   // stores it into every output. Where cores are far from each other; 0 = never; at most 1 MiB
     int64_t stream_bytes;          // from here on results bypass the caches. 0 = eight times the second-level cache, or 8 MiB if its size is not known
 } llmpar_comm_tuning;
 
@@ -1163,12 +1164,18 @@ LLMPAR_DEF const char   *llmpar_launcher_name(llmpar_launcher launcher);        
 //   - `checked` compares what all members of a group ask for before each collective, and both ends of each message, as the threads do, for one small message per pair.
 //     Without it, messages of calls that differ do not meet; a rank that waits for a second asks, and then says LLMPAR_MISMATCH (collectives), or runs into the deadline
 //     (Send and Recv; AllToAll whose counts do not fit together).
-//   - llmpar_comm_shrink is not there, and no trace knows who came last.
-//   - A rank that waits past timeout_s asks the others where they are; those that have not come to the call or do not answer within a second (or timeout_s, from 0.1 s) are named.
+//   - No trace knows who came last (late is -1, late_s 0): that is for threads, which share a clock.
+//   - A rank that waits past timeout_s asks the others where they are; those that have not come to the call or do not answer within a second (or timeout_s, from 0.1 s) are named. It
+//     asks on whom those wait for, in whichever group, so that the text names the rank that all wait for in the end.
+//   - llmpar_comm_shrink agrees by messages between pairs of survivors, and makes no MPI call that needs the lost ranks: it works after an abort, differing calls or a late rank with both
+//     MPIs, and after a rank was killed where MPI leaves the others alive (Open MPI 4.1: mpirun --enable-recovery; MPICH ends the job). Who has not called it within timeout_s stays behind;
+//     one that dies meanwhile costs about three times that (at least 3 s). Eight times in a row, up to 7200 ranks, else LLMPAR_UNSUPPORTED. A rank that stands still for longer than that while
+//     the others agree may find itself in a world that nobody else is in: its calls there run into the deadline. Free the old world too, before or after the new one, whose
+//     free does not finalise MPI: messages of the old one may be under way for good.
 //   - All ranks must have the same byte order. MPI_Abort is never called. MPI's own failures return LLMPAR_IO_FAILED with its text, where MPI returns: it sends errors of
 //     messages under way to MPI_COMM_WORLD's handler, which ends the job. Where the library initialises MPI it sets MPI_ERRORS_RETURN there; else that is the user's choice.
 // An AllReduce of a group whose members lie host by host (several hosts, several members on one) crosses between hosts once in each direction: the first host's members
-// are reduced on it, the next host goes on from there (in f32, also for bf16 and f16), the result comes back. The bits are the same as without hosts.
+// are reduced on it, the next host goes on from there (in f32, also for bf16 and f16), the result comes back, in pieces (256 KiB, or an eighth of the whole). The bits are the same as without hosts.
 // Threads: at MPI_THREAD_SERIALIZED or above, comms of one world may be used by several threads, one of them per comm (calls take turns), and llmpar_comm_abort by any.
 // Below that everything has to be called by MPI's main thread; an abort from another one is sent at that thread's next call.
 
@@ -10322,6 +10329,7 @@ LLMPARI_FN llmpar_status llmpari_call_check(const llmpar_comm *comm, const llmpa
 
 enum {
     LLMPARI_FOLD = 512,            // elements that are reduced at a time: accumulator and operand stay in the first-level cache
+    LLMPARI_BLOCK = 4096,          // f32 that are reduced at a time: as many as memcpy's string moves need, which store into lines of another core without reading them before
     LLMPARI_LANE = 16              // and in one step of the loops: a constant count is vectorised at -O2 too
 };
 
@@ -10406,7 +10414,7 @@ LLMPARI_FN void llmpari_stream(char *to, const char *from, int64_t bytes) { memc
 LLMPARI_FN void llmpari_streamed(void) { }
 #endif
 
-// A short copy that the caller's loop runs through with vectors; a library's memcpy may turn to string moves, which wait longer for a line of another core.
+// A short copy that the caller's loop runs through with vectors.
 LLMPARI_FN void llmpari_copy_block(char *to, const char *from, int64_t bytes) {
     int64_t at = 0;
     for (; at + 64 <= bytes; at += 64) memcpy(to + at, from + at, 64);
@@ -10588,8 +10596,14 @@ LLMPARI_FN llmpar_status llmpari_comm_call(llmpar_comm *comm, const llmpar_call 
     llmpar_trace_event *event = NULL;
     int64_t ticket = 0;
     bool done = false;
+    llmpar_status status;
+    if (comm && comm->vtable->quick && !comm->trace && llmpari_call_plain(call) && comm->vtable->quick(comm, call, &status, err)) {
+        comm->stats.calls[LLMPAR_ALL_REDUCE]++;
+        comm->stats.payload_bytes[LLMPAR_ALL_REDUCE] += call->count * llmpar_dtype_bytes(call->dtype);
+        return status;
+    }
     LLMPARI_TRY(llmpari_comm_start(comm, call, &ticket, &event, err));
-    llmpar_status status = comm->vtable->wait(comm, ticket, true, &done, err);
+    status = comm->vtable->wait(comm, ticket, true, &done, err);
     if (event) llmpari_trace_end(comm, event);
     return status;
 }
@@ -10606,13 +10620,7 @@ LLMPARI_FN llmpar_call llmpari_call_of(llmpar_collective kind, const void *send,
 
 LLMPAR_DEF llmpar_status llmpar_all_reduce(llmpar_comm *comm, const void *send, void *recv, int64_t count, llmpar_dtype dtype, llmpar_reduce reduce, llmpar_error *err) {
     llmpar_call call = llmpari_call_of(LLMPAR_ALL_REDUCE, send, recv, count, dtype);
-    llmpar_status status;
     call.reduce = reduce;
-    if (comm && comm->vtable->quick && !comm->trace && llmpari_call_plain(&call) && comm->vtable->quick(comm, &call, &status, err)) {
-        comm->stats.calls[LLMPAR_ALL_REDUCE]++;
-        comm->stats.payload_bytes[LLMPAR_ALL_REDUCE] += count * llmpar_dtype_bytes(dtype);
-        return status;
-    }
     return llmpari_comm_call(comm, &call, err);
 }
 LLMPAR_DEF llmpar_status llmpar_all_gather(llmpar_comm *comm, const void *send, void *recv, const int64_t *counts, llmpar_dtype dtype, llmpar_error *err) {
@@ -10846,39 +10854,54 @@ LLMPARI_FN const llmpar_trace_event *llmpari_trace_next(const llmpar_trace *trac
     return NULL;
 }
 
+// A group's line: sums over all of its collectives, and how often ranks first .. first + LLMPARI_LATE-1 came last. Without memory of where each rank is: LLMPARI_SUMMED
+// collectives at a time, each rank's trace read from its beginning.
+enum { LLMPARI_LATE = 64, LLMPARI_SUMMED = 256 };
+typedef struct llmpari_trace_sum { int64_t calls, bytes, known, late[LLMPARI_LATE]; double took_s, least_s; } llmpari_trace_sum;
+
+LLMPARI_FN llmpari_trace_sum llmpari_trace_add(const llmpar_trace *const *trace, int32_t n, int64_t group, int32_t first) {
+    llmpari_trace_sum sum;
+    int64_t seen = LLMPARI_SUMMED;
+    memset(&sum, 0, sizeof sum);
+    for (int64_t begin = 0; seen == LLMPARI_SUMMED; begin += LLMPARI_SUMMED) {
+        double least_s[LLMPARI_SUMMED];
+        seen = 0;
+        for (int32_t r = 0; r < n; r++) {
+            const llmpar_trace_event *e;
+            int64_t at = 0;
+            for (int64_t k = -begin; k < LLMPARI_SUMMED && (e = llmpari_trace_next(trace[r], group, &at)) != NULL; k++) {
+                if (k < 0) continue;
+                double took_s = e->end_s > 0 ? e->end_s - e->begin_s : 0;                 // failed, or never waited for
+                sum.took_s += took_s / e->size;
+                if (k < seen) { least_s[k] = fmin(least_s[k], took_s); continue; }
+                least_s[seen++] = took_s;
+                sum.calls++;
+                sum.bytes += e->payload_bytes;
+                sum.known += e->late >= 0;
+                if (e->late >= first && e->late < first + LLMPARI_LATE) sum.late[e->late - first]++;
+            }
+        }
+        for (int64_t k = 0; k < seen; k++) sum.least_s += least_s[k];
+    }
+    return sum;
+}
+
 LLMPAR_DEF void llmpar_trace_summary(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink) {
-    enum { MOST = 64 };
     int64_t last_group = -1;
     llmpari_print(&sink, "group ranks  collectives        bytes   in calls ms    least ms  came last\n");
     for (;;) {
-        int64_t group = INT64_MAX, at[MOST], calls = 0, bytes = 0, late[MOST];
-        int32_t size = 0, known = 0;
-        double sum = 0, least = 0;
+        int64_t group = INT64_MAX;
+        int32_t size = 0;
         for (int32_t r = 0; r < n; r++)
             for (int64_t i = 0; i < llmpari_trace_events(trace[r]); i++)
                 if (trace[r]->event[i].group > last_group && trace[r]->event[i].group < group) { group = trace[r]->event[i].group; size = trace[r]->event[i].size; }
         if (group == INT64_MAX) return;
-        memset(at, 0, sizeof at);
-        memset(late, 0, sizeof late);
-        for (bool any = true; any; ) {
-            double shortest = INFINITY;
-            any = false;
-            for (int32_t r = 0; r < n && r < MOST; r++) {
-                const llmpar_trace_event *e = llmpari_trace_next(trace[r], group, &at[r]);
-                if (!e) continue;
-                double took = e->end_s > 0 ? e->end_s - e->begin_s : 0;                   // failed, or never waited for
-                sum += took / size;
-                if (took < shortest) shortest = took;
-                if (any) continue;
-                any = true;
-                calls++;
-                bytes += e->payload_bytes;
-                if (e->late >= 0 && e->late < MOST) { late[e->late]++; known++; }
-            }
-            if (any) least += shortest;
+        for (int32_t first = 0; first == 0 || first < n; first += LLMPARI_LATE) {
+            llmpari_trace_sum sum = llmpari_trace_add(trace, n, group, first);
+            if (first == 0)
+                llmpari_print(&sink, "%5lld %5d %12lld %12lld %13.3f %11.3f ", (long long)group, size, (long long)sum.calls, (long long)sum.bytes, 1e3 * sum.took_s, 1e3 * sum.least_s);
+            for (int32_t r = 0; r < LLMPARI_LATE; r++) if (sum.late[r]) llmpari_print(&sink, " rank %d %.0f %%", first + r, 100.0 * (double)sum.late[r] / (double)sum.known);
         }
-        llmpari_print(&sink, "%5lld %5d %12lld %12lld %13.3f %11.3f ", (long long)group, size, (long long)calls, (long long)bytes, 1e3 * sum, 1e3 * least);
-        for (int32_t r = 0; r < MOST; r++) if (late[r]) llmpari_print(&sink, " rank %d %.0f %%", r, 100.0 * (double)late[r] / known);
         llmpari_print(&sink, "\n");
         last_group = group;
     }
@@ -10986,7 +11009,7 @@ LLMPAR_DEF llmpar_status llmpar_comm_self(const llmpar_allocator *allocator, llm
 // A team is one group: a block of memory with the ends of all its members and a ring of LLMPARI_FLIGHT slots, one per collective in flight. Collective k uses
 // slot k % LLMPARI_FLIGHT. In it each member posts its signature and its buffers; post.seq = k + 1, written last, says "arrived".
 //   small    every member's data fits into its post or a box of its own: it is copied there, and each member, once all have arrived, computes its own result. One synchronisation.
-//   direct   the work is cut into one unit per member (AllReduce, unless pulled: a slice that is reduced and stored into every output; else: one member's output). Once all
+//   direct   the work is cut into one unit per member (ReduceScatter: its output; AllReduce and Broadcast: a slice of every output; else: what it sends). Once all
 //            have arrived, a member claims its own unit and then those that nobody has begun yet, so that a late or unscheduled rank holds nobody up, and a
 //            call is done when all units are. Every unit gives the same bits, whoever does it.
 // A member retires collective k when it needs its slot no more; a slot is used again when all have retired it.
@@ -11020,9 +11043,8 @@ struct llmpari_post {              // what one member asks for: a cache line tha
     char       *recv;
     int64_t    *counts;            // [n] send_counts, [n] recv_counts: copies
     uint64_t    sent, wanted;      // AllToAll: sums of hashes of (from, to, count), equal over the team when the counts fit together
-    int64_t     over;              // AllReduce: send is recv
     double      came;              // when, if traced
-    char        pad[LLMPARI_LINE - 64 - 56];
+    char        pad[LLMPARI_LINE - 64 - 48];
 };
 typedef struct llmpari_post llmpari_post;
 
@@ -11050,7 +11072,7 @@ typedef struct llmpari_end {       // one member's end; but for `left` used by i
     int64_t free_until;            // collectives below this one have a free slot
     int32_t scan;                  // members below this one have arrived at `finished`
     bool    checked, direct;       // of `finished`: signatures are equal; not all are boxed
-    bool    pull;                  // direct: every member's output is a unit
+    bool    slices;                // direct: a unit is a slice of every output, or what a member sends; else a member's output
     double  timeout_s[LLMPARI_FLIGHT];   // of the calls in flight
     int64_t used[2];               // collective that used this member's large box last, + 1
     bool    drained;               // the world has stopped and nobody touches this end's buffers any more
@@ -11339,16 +11361,18 @@ LLMPARI_FN void llmpari_store_result(const llmpari_reduction *r, int64_t at, con
     for (int32_t i = r->first; i < r->last; i++) {
         char *to = r->row[i].recv + r->to + at;
         if (r->stream) llmpari_stream(to, result, bytes);
-        else if (to != result) llmpari_copy_block(to, result, bytes);
+        else if (to != result && bytes <= 4 * LLMPARI_FOLD) llmpari_copy_block(to, result, bytes);
+        else llmpari_move_bytes(to, result, bytes);
     }
 }
 LLMPARI_FN void llmpari_reduce_f32(const llmpari_reduction *r) {
     const llmpari_post *row = r->row;
-    char own[4 * LLMPARI_FOLD], *home = row[r->home].recv + r->to;
+    const int64_t block = r->stream ? LLMPARI_FOLD : LLMPARI_BLOCK;
+    char own[4 * LLMPARI_BLOCK], *home = row[r->home].recv + r->to;
     bool straight = !r->stream;                                                            // into the output, where nobody's data still have to be read
     for (int32_t i = 2; i < r->n; i++) straight = straight && home != llmpari_data(&row[i]) + r->from;
-    for (int64_t at = 0; at < r->count; at += LLMPARI_FOLD) {
-        int m = (int)llmpari_min(LLMPARI_FOLD, r->count - at);
+    for (int64_t at = 0; at < r->count; at += block) {
+        int m = (int)llmpari_min(block, r->count - at);
         int64_t from = r->from + 4 * at;
         char *acc = straight ? home + 4 * at : own;
         if (r->n == 1) llmpari_move_bytes(acc, llmpari_data(&row[0]) + from, 4 * m);
@@ -11410,14 +11434,20 @@ LLMPARI_FN void llmpari_reduce_any(const llmpari_reduction *r) {
 // What the limits of llmpar_comm_tuning are compared with.
 LLMPARI_FN int64_t llmpari_tuned_size(int64_t count, int64_t element, int32_t n) { return count > INT64_MAX / 8 / 65536 ? INT64_MAX : count * element * n / 2; }
 
+// Is this AllReduce too large for one synchronisation?
+LLMPARI_FN bool llmpari_staged(const llmpari_team *team, int64_t count, int64_t element) {
+    return count * element > LLMPARI_SMALL && llmpari_tuned_size(count, element, team->n) > team->world->tuning.mailbox_bytes;
+}
+
 // All have arrived at collective k: do they ask for the same, and how is it done?
 LLMPARI_FN llmpar_status llmpari_check_posts(llmpari_end *end, int64_t k, llmpar_error *err) {
     const llmpari_team *team = end->team;
     const llmpari_post *row = llmpari_posts(team, k);
     uint64_t sent = 0, wanted = 0;
     int lag = 0;
-    bool exchanges = llmpari_exchanges(row), over = false;
-    end->direct = false;
+    bool exchanges = llmpari_exchanges(row);
+    end->direct = row->kind == LLMPAR_ALL_REDUCE && llmpari_staged(team, row->count, llmpar_dtype_bytes((llmpar_dtype)row->dtype));
+    end->slices = row->kind != LLMPAR_REDUCE_SCATTER;
     for (int32_t i = 0; i < team->n; i++) {
         if (i && !llmpari_same(&row[0], &row[i])) return llmpari_differ(end, row, k, err);
         if (llmpari_where(&row[i]) == LLMPARI_IN_PLACE) end->direct = true;
@@ -11434,10 +11464,6 @@ LLMPARI_FN llmpar_status llmpari_check_posts(llmpari_end *end, int64_t k, llmpar
         end->comm.late   = team->ranks[last];
         end->comm.late_s = row[last].came;
     }
-    end->pull = true;
-    if (!end->direct || row->kind != LLMPAR_ALL_REDUCE) return LLMPAR_OK;
-    for (int32_t i = 0; i < team->n; i++) over = over || row[i].over;
-    end->pull = !over && llmpari_tuned_size(row->count, llmpar_dtype_bytes((llmpar_dtype)row->dtype), team->n) <= team->world->tuning.pull_bytes;
     return LLMPAR_OK;
 }
 
@@ -11450,16 +11476,26 @@ LLMPARI_FN llmpar_range llmpari_slice_of(int64_t count, int32_t n, int32_t m) {
     return range;
 }
 
-// Unit m of collective k: member m's output, or slice m of everybody's.
+// `bytes` at `from` go to byte `at` of the recv of members first .. last-1. In blocks that are long enough for memcpy's string moves, which store into lines of another core
+// without reading them before; from the end on: the end is what was written last, the beginning what is read first, and both are still in a near cache.
+LLMPARI_FN void llmpari_push(const llmpari_post *row, int32_t first, int32_t last, int64_t at, const char *from, int64_t bytes) {
+    for (int64_t end = bytes, begin; end > 0; end = begin) {
+        begin = (end - 1) / LLMPARI_CHUNK * LLMPARI_CHUNK;
+        for (int32_t i = first; i < last; i++) if (row[i].recv) llmpari_move_bytes(row[i].recv + at + begin, from + begin, end - begin);
+    }
+}
+
+// Unit m of collective k: with `slices` what member m sends, or slice m, in everybody's output, else member m's output.
 LLMPARI_FN void llmpari_work(const llmpari_team *team, int64_t k, int32_t m, bool slices) {
     const llmpari_post *row = llmpari_posts(team, k), *mine = &row[m];
     int32_t n = team->n;
     int64_t element = llmpar_dtype_bytes((llmpar_dtype)mine->dtype), at = 0;
     llmpari_reduction r = { row, n, m, m + 1, m, 0, mine->count, 0, false };
+    llmpar_range part = { 0, mine->count };
     switch (mine->kind) {
     case LLMPAR_ALL_REDUCE:
         if (slices) {
-            llmpar_range part = llmpari_slice_of(mine->count, n, m);
+            part     = llmpari_slice_of(mine->count, n, m);
             r.from = r.to = part.first * element;
             r.count  = part.count;
             r.first  = 0;
@@ -11476,17 +11512,22 @@ LLMPARI_FN void llmpari_work(const llmpari_team *team, int64_t k, int32_t m, boo
         llmpari_reduce_any(&r);
         break;
     case LLMPAR_ALL_GATHER:
-        for (int32_t i = 0; i < n; at += mine->counts[n + i++] * element) llmpari_move_bytes(mine->recv + at, llmpari_data(&row[i]), mine->counts[n + i] * element);
+        for (int32_t i = 0; i < n; at += mine->counts[n + i++] * element)
+            if (!slices || i == m) llmpari_push(row, slices ? 0 : m, slices ? n : m + 1, at, llmpari_data(&row[i]), mine->counts[n + i] * element);
         break;
     case LLMPAR_ALL_TO_ALL: case LLMPAR_PERMUTE:
-        for (int32_t i = 0; i < n; at += mine->counts[n + i++] * element) {
+        for (int32_t i = n - 1; i >= 0; i--) {
+            int32_t sender = slices ? m : i, taker = slices ? i : m;
             int64_t from = 0;
-            for (int32_t j = 0; j < m; j++) from += row[i].counts[j] * element;
-            if (mine->counts[n + i]) llmpari_move_bytes(mine->recv + at, llmpari_data(&row[i]) + from, mine->counts[n + i] * element);
+            at = 0;
+            for (int32_t j = 0; j < taker; j++)  from += row[sender].counts[j] * element;
+            for (int32_t j = 0; j < sender; j++) at   += row[taker].counts[n + j] * element;
+            if (row[sender].counts[taker]) llmpari_push(row, taker, taker + 1, at, llmpari_data(&row[sender]) + from, row[sender].counts[taker] * element);
         }
         break;
     case LLMPAR_BROADCAST:
-        if (mine->recv) llmpari_move_bytes(mine->recv, llmpari_data(&row[mine->root]), mine->count * element);
+        if (slices) { part = llmpari_slice_of(mine->count, n, m); r.first = 0; r.last = n; }
+        llmpari_push(row, r.first, r.last, part.first * element, llmpari_data(&row[mine->root]) + part.first * element, part.count * element);
         break;
     default: break;                                                                        // a barrier has no work
     }
@@ -11501,7 +11542,7 @@ LLMPARI_FN bool llmpari_units_done(llmpari_end *end, int64_t k) {
     for (int32_t step = 0, i = end->comm.rank; step < team->n; step++, i = i + 1 == team->n ? 0 : i + 1) {
         int64_t claim = llmpari_comm_load(world, &units[i].claim);
         if (claim != k + 1 && llmpari_swap(world, &units[i].claim, claim, k + 1)) {
-            llmpari_work(team, k, i, !end->pull);
+            llmpari_work(team, k, i, end->slices);
             llmpari_comm_store(world, &units[i].done, k + 1);
             llmpari_wake(team);
         } else if (llmpari_comm_load(world, &units[i].done) != k + 1) all = false;
@@ -11612,6 +11653,13 @@ LLMPARI_FN bool llmpari_pick_missing(const void *owner, int32_t i, const void *w
     return missing;
 }
 
+// The first member that the wish waits for; n: none, it is fulfilled.
+LLMPARI_FN int32_t llmpari_missing(const llmpari_wish *wish) {
+    int32_t first = 0;
+    while (first < wish->end->team->n && !llmpari_pick_missing(wish->end->team, first, wish)) first++;
+    return first;
+}
+
 LLMPARI_FN void llmpari_describe_wish(char *text, size_t bytes, const llmpari_wish *wish) {
     const llmpari_end *end = wish->end;
     if (wish->goal == LLMPARI_GOAL_CALL) {
@@ -11628,12 +11676,11 @@ LLMPARI_FN void llmpari_describe_wish(char *text, size_t bytes, const llmpari_wi
 // What the first missing member did last in this team, for the text of a timeout.
 LLMPARI_FN void llmpari_describe_missing(char *text, size_t bytes, const llmpari_wish *wish) {
     llmpari_team *team = wish->end->team;
-    int32_t first = 0;
     int64_t last = 0;
     bool joined;
     text[0] = 0;
     if (wish->goal != LLMPARI_GOAL_CALL) return;
-    while (first < team->n && !llmpari_pick_missing(team, first, wish)) first++;
+    int32_t first = llmpari_missing(wish);
     if (first == team->n) return;
     pthread_mutex_lock(team->world->mutex);
     joined = team->ends[first].joined;
@@ -11648,8 +11695,7 @@ LLMPARI_FN void llmpari_describe_missing(char *text, size_t bytes, const llmpari
 LLMPARI_FN int32_t llmpari_culprit(const llmpari_wish *wish) {
     const llmpari_team *team = wish->end->team;
     llmpar_threads *world = team->world;
-    int32_t first = 0, steps = 0;
-    while (first < team->n && !llmpari_pick_missing(team, first, wish)) first++;
+    int32_t first = llmpari_missing(wish), steps = 0;
     if (first == team->n) return -1;
     int64_t at = team->ranks[first], next;
     while (steps < world->n && (next = llmpari_comm_load(world, &world->waits[at])) >= 0) { at = next; steps++; }
@@ -11663,6 +11709,8 @@ LLMPARI_FN llmpar_status llmpari_too_late(const llmpari_wish *wish, double secon
     llmpari_rank_list(who, sizeof who, end->team, llmpari_pick_missing, wish);
     llmpari_describe_missing(last, sizeof last, wish);
     int32_t culprit = llmpari_culprit(wish);
+    // Ranks on the way to the culprit may have stopped waiting because the world has stopped; and who was missing may have come.
+    if (llmpari_comm_load(end->team->world, &end->team->world->stopped) || llmpari_missing(wish) == end->team->n) return LLMPAR_OK;
     root[0] = 0;
     if (culprit >= 0) snprintf(root, sizeof root, "; in the end all wait for rank %d", culprit);
     return llmpari_end_fail(end, LLMPAR_TIMEOUT, err, "rank %d waited %.3g s in %s for %s%s%s (timeout_s is %g)", llmpari_me(end), seconds, what, who, last, root,
@@ -11678,6 +11726,7 @@ LLMPARI_FN llmpar_status llmpari_never(const llmpari_wish *wish, llmpar_error *e
     for (int32_t i = 0; i < team->n; i++) {
         bool gone = llmpari_comm_load(world, &world->gone[team->ranks[i]]) != 0, left = llmpari_comm_load(world, &team->ends[i].left) != 0;
         if (!(gone || left) || !llmpari_pick_missing(team, i, wish)) continue;             // the order of the two questions matters
+        if (llmpari_comm_load(world, &world->stopped)) return LLMPAR_OK;                   // it may have gone for that reason
         llmpari_describe_wish(what, sizeof what, wish);
         return llmpari_end_fail(end, LLMPAR_MISMATCH, err, "rank %d waits in %s for rank %d, %s", llmpari_me(end), what, team->ranks[i],
                                 gone ? "whose function has returned" : "which has freed its end of the group");
@@ -11694,12 +11743,11 @@ LLMPARI_FN llmpar_status llmpari_last_step(const llmpari_wish *wish, bool *done,
     return status || *done ? status : llmpari_stopped(wish->end, err);
 }
 
-// Deadline and vanished members, `began` seconds on the clock after which the wait did not get on.
+// Deadline and vanished members, `began` seconds on the clock after which the wait did not get on. No error once others have stopped the world: the caller sees that next.
 LLMPARI_FN llmpar_status llmpari_patience(const llmpari_wish *wish, double began, double now, llmpar_error *err) {
     const llmpari_team *team = wish->end->team;
-    int32_t missing = 0;
     LLMPARI_TRY(llmpari_never(wish, err));
-    while (missing < team->n && !llmpari_pick_missing(team, missing, wish)) missing++;
+    int32_t missing = llmpari_missing(wish);
     llmpari_comm_release(team->world, &team->world->waits[llmpari_me(wish->end)], missing < team->n ? team->ranks[missing] : -1);
     if (now - began <= wish->timeout_s || missing == team->n) return LLMPAR_OK;
     return llmpari_too_late(wish, now - began, err);
@@ -11911,7 +11959,8 @@ LLMPARI_FN char *llmpari_box_for(llmpari_end *end, llmpari_post *post, int64_t k
     *where = LLMPARI_IN_POST;
     if (bytes <= LLMPARI_SMALL) return post->small;
     *where = LLMPARI_IN_BOX;
-    bool fits = !folds || llmpari_tuned_size(bytes, 1, team->n) <= team->world->tuning.mailbox_bytes;
+    const llmpar_comm_tuning *tuning = &team->world->tuning;
+    bool fits = folds ? llmpari_tuned_size(bytes, 1, team->n) <= llmpari_max(tuning->mailbox_bytes, tuning->staged_bytes) : bytes <= LLMPARI_BOX;
     if (fits && bytes <= team->large_bytes) {
         if (end->free_until - LLMPARI_FLIGHT < end->used[parity]) end->free_until = llmpari_retired(team) + LLMPARI_FLIGHT;
         if (end->free_until - LLMPARI_FLIGHT >= end->used[parity]) {
@@ -11962,7 +12011,6 @@ LLMPARI_FN void llmpari_post_mark(llmpari_post *post, const llmpar_call *call) {
     post->count  = call->count;
     post->hash   = 0;
     post->recv   = (char *)call->recv;
-    post->over   = call->send == call->recv;
 }
 LLMPARI_FN bool llmpari_asks(const llmpari_post *post, const llmpar_call *call) {
     unsigned mark = (unsigned)(post->kind ^ (uint8_t)call->kind) | (unsigned)(post->dtype ^ (uint8_t)call->dtype) | (unsigned)(post->reduce ^ (uint8_t)call->reduce) | (unsigned)post->root;
@@ -12000,7 +12048,7 @@ LLMPARI_FN bool llmpari_threads_quick(llmpar_comm *comm, const llmpar_call *call
     const int64_t k = end->started, bytes = call->count * llmpar_dtype_bytes(call->dtype);
     llmpari_post *row = llmpari_posts(team, k), *mine = &row[comm->rank];
     int lag = 0;
-    if (k != end->finished || k >= end->free_until || llmpari_comm_load(world, &world->stopped)) return false;
+    if (k != end->finished || k >= end->free_until || llmpari_staged(team, bytes, 1) || llmpari_comm_load(world, &world->stopped)) return false;
     unsigned where;
     char *box = llmpari_box_for(end, mine, k, bytes, true, &where);
     if (!box) return false;
@@ -12140,7 +12188,7 @@ LLMPARI_FN llmpari_team *llmpari_team_new(llmpar_threads *world, int32_t n, int6
         llmpari_threads_start, llmpari_threads_wait, llmpari_threads_group, llmpari_threads_comm_abort, llmpari_threads_comm_free,
         llmpari_threads_shrink, llmpari_threads_quick
     };
-    int64_t large = 2 * world->tuning.mailbox_bytes / n;       // what a member may have in a box: see llmpari_tuned_size
+    int64_t large = 2 * llmpari_max(world->tuning.mailbox_bytes, world->tuning.staged_bytes) / n;       // what a member may have in a box: see llmpari_tuned_size
     large = (llmpari_max(large, LLMPARI_BOX) + LLMPARI_LINE - 1) / LLMPARI_LINE * LLMPARI_LINE;
     size_t clear, total = llmpari_team_layout(NULL, NULL, n, large, &clear) + LLMPARI_LINE;
     void *memory = llmpari_alloc(&world->allocator, total);
@@ -12289,6 +12337,7 @@ LLMPARI_FN llmpar_comm_tuning llmpari_tuning_or(const llmpar_comm_tuning *given)
     if (tuning.mailbox_bytes <= 0) tuning.mailbox_bytes = 1024;
     if (tuning.stream_bytes  <= 0) tuning.stream_bytes  = cache > 0 ? 8 * cache : 8 << 20;
     tuning.mailbox_bytes = llmpari_min(tuning.mailbox_bytes, 1 << 20);
+    tuning.staged_bytes  = llmpari_min(tuning.staged_bytes, 1 << 20);
     return tuning;
 }
 
@@ -12301,17 +12350,20 @@ LLMPARI_FN llmpar_status llmpari_probe_time(llmpar_comm *comm, float *buffer, in
     float *out = buffer + LLMPARI_PROBE_BYTES / 4;
     if (comm->rank == 0) {
         world->tuning.mailbox_bytes = way == 0 ? LLMPARI_PROBE_BYTES : 0;
-        world->tuning.pull_bytes    = way == 1 ? LLMPARI_PROBE_BYTES : 0;
+        world->tuning.staged_bytes  = way == 1 ? LLMPARI_PROBE_BYTES : 0;
     }
+    float value[LLMPARI_FOLD], sum[LLMPARI_FOLD];
     *seconds = INFINITY;
-    for (int run = 0; run < 4; run++) {                                                    // the first one warms up
+    for (int run = 0; run < 4 + (64 << 10) / (int)bytes; run++) {                         // the first one warms up
+        for (int i = 0; i < LLMPARI_FOLD; i++) { value[i] = (float)run; sum[i] = 0; }
         LLMPARI_TRY(llmpar_barrier(comm, err));
         double began = llmpari_now();
-        for (int64_t i = 0; i < bytes / 4; i++) buffer[i] = (float)run;
+        for (int64_t i = 0; i < bytes / 4; i += LLMPARI_FOLD) llmpari_fold_f32((char *)(buffer + i), (const char *)value, (const char *)value, LLMPARI_FOLD, LLMPAR_SUM);
         LLMPARI_TRY(llmpar_all_reduce(comm, buffer, out, bytes / 4, LLMPAR_F32, LLMPAR_SUM, err));
-        for (int64_t i = 0; i < bytes / 4; i++) if (out[i] != 2 * (float)run) return LLMPARI_FAIL(err, LLMPAR_MISMATCH, "a measured AllReduce gave %g", (double)out[i]);
+        for (int64_t i = 0; i < bytes / 4; i += LLMPARI_FOLD) llmpari_fold_f32((char *)sum, (const char *)sum, (const char *)(out + i), LLMPARI_FOLD, LLMPAR_SUM);
         LLMPARI_TRY(llmpar_barrier(comm, err));
         double took = llmpari_now() - began;
+        if (sum[0] != (float)(bytes / 4 / LLMPARI_FOLD * 4 * run)) return LLMPARI_FAIL(err, LLMPAR_MISMATCH, "measured AllReduces gave %g in all", (double)sum[0]);
         if (run && took < *seconds) *seconds = took;
     }
     return LLMPAR_OK;
@@ -12320,7 +12372,7 @@ LLMPARI_FN llmpar_status llmpari_probe_time(llmpar_comm *comm, float *buffer, in
 LLMPARI_FN llmpar_status llmpari_probe_sizes(llmpar_comm *comm, float *buffer, llmpari_probe *probe, llmpar_error *err) {
     llmpar_comm_tuning found = LLMPAR_ZERO;
     bool boxes = true;
-    for (int64_t bytes = 8192; bytes <= LLMPARI_PROBE_BYTES; bytes *= 4) {
+    for (int64_t bytes = 4096; bytes <= LLMPARI_PROBE_BYTES; bytes *= 2) {
         double seconds[3], late = llmpari_now() > probe->until;
         float stop = (float)late;
         LLMPARI_TRY(llmpar_all_reduce(comm, &stop, &stop, 1, LLMPAR_F32, LLMPAR_MAX, err));
@@ -12328,9 +12380,9 @@ LLMPARI_FN llmpar_status llmpari_probe_sizes(llmpar_comm *comm, float *buffer, l
         for (int way = 0; way < 3; way++) LLMPARI_TRY(llmpari_probe_time(comm, buffer, bytes, way, &seconds[way], err));
         boxes = boxes && seconds[0] < seconds[1] && seconds[0] < 0.9 * seconds[2];      // clearly: a draw goes to the slices
         if (boxes) found.mailbox_bytes = bytes;
-        else if (seconds[1] < 0.9 * seconds[2]) found.pull_bytes = bytes;
+        else if (seconds[1] < 0.9 * seconds[2]) found.staged_bytes = bytes;
     }
-    if (comm->rank == 0) { probe->tuning.mailbox_bytes = found.mailbox_bytes; probe->tuning.pull_bytes = found.pull_bytes; }
+    if (comm->rank == 0) { probe->tuning.mailbox_bytes = found.mailbox_bytes; probe->tuning.staged_bytes = found.staged_bytes; }
     return LLMPAR_OK;
 }
 
@@ -12741,32 +12793,51 @@ enum {
     LLMPARI_MPI_BOX    = 4096,     // bytes of a buffered message
     LLMPARI_MPI_SMALL  = 7680,     // bytes of an AllReduce in one step: everybody sends everything,
     LLMPARI_MPI_EAGER  = 3840,     //   in messages of this: Open MPI sends up to 4 KiB, headers included, without asking first
+    LLMPARI_MPI_RELAY  = 1 << 18,  // bytes of a piece that goes from host to host; an eighth of the whole, if that is more and fits
     LLMPARI_MPI_MAIL   = 64,       // Send and Recv in flight
     LLMPARI_MPI_BOXES  = 8,        // of them buffered
     LLMPARI_MPI_NOTES  = 64,       // notes that are being sent
     LLMPARI_MPI_TAGS   = 128,      // per communicator: 16 slots of 4, then mail
+    LLMPARI_MPI_HEIRS  = 8,        // worlds of survivors, one after the other
     LLMPARI_MPI_TAG_MAIL = 64      // its header, and 65: its data
 };
 enum { LLMPARI_TAG_SIGN = 0, LLMPARI_TAG_COUNTS, LLMPARI_TAG_DATA };
-enum { LLMPARI_NOTE_NAME = 1, LLMPARI_NOTE_ABORT, LLMPARI_NOTE_ASK, LLMPARI_NOTE_ANSWER };
+enum {
+    LLMPARI_NOTE_NAME = 1, LLMPARI_NOTE_ABORT, LLMPARI_NOTE_ASK, LLMPARI_NOTE_ANSWER,
+    LLMPARI_NOTE_STAY,             // the sender has called llmpar_comm_shrink
+    LLMPARI_NOTE_OFFER, LLMPARI_NOTE_WITHDRAW, LLMPARI_NOTE_AGREE,       // offer `number` of survivors, whose members must agree
+    LLMPARI_NOTE_DECIDED           // text: bit i = rank i goes on
+};
+typedef enum llmpari_mpi_goal {     // what a wait is for
+    LLMPARI_MPI_CALL,              // collective `arg` is finished
+    LLMPARI_MPI_MAILED,            // entry `arg` of the mail is done
+    LLMPARI_MPI_ROOM               // the mail has a free entry
+} llmpari_mpi_goal;
 enum { LLMPARI_STEP_NAMES = -3, LLMPARI_STEP_SIGN = -2, LLMPARI_STEP_COUNTS = -1 };
 
 typedef struct llmpari_wire { int32_t kind, dtype, reduce, root; int64_t count, k; uint64_t hash, sent, wanted; } llmpari_wire;   // llmpari_sign of collective k - 1, as it travels
 typedef struct llmpari_note {
-    int32_t  kind, number;         // number: the sender's of the communicator; ANSWER: the asker's
-    int32_t  culprit, peer;        // ABORT: peer = rank in whose message the mistake is, -1 = none
+    int32_t  kind, number;         // number: the sender's of the communicator; ANSWER: the asker's, -1 = it asks for `culprit` only; OFFER, AGREE: of the offer
+    int32_t  culprit, peer;        // ABORT: peer = rank in whose message the mistake is, -1 = none; ANSWER: culprit = whom the sender waits for, -1 = nobody
     uint64_t key;                  // NAME: of the group; ASK and ANSWER: which question
     int64_t  calls;                // ASK: which collective; ANSWER: how many the sender has begun; -1 = it has freed the group, or not made it
     llmpari_wire sign;             // ANSWER: what it called there, k = 0: nothing yet
-    char     text[900];            // ABORT; notes of other kinds are sent without it
+    char     text[900];            // ABORT, DECIDED; notes of other kinds are sent without it
 } llmpari_note;
 
 typedef struct llmpari_letter { int64_t count; int32_t dtype, pad; } llmpari_letter;                                             // header of a Send
 typedef struct llmpari_mpi_name { int32_t rank, number; uint64_t key; } llmpari_mpi_name;
+typedef struct llmpari_mpi_made { uint64_t members; int64_t times; } llmpari_mpi_made;
+
+typedef struct llmpari_mpi_stay {          // one rank's part in llmpar_comm_shrink, as far as it is known here
+    bool    joined, lost, agreed, stays;   // has called it; is not waited for any more; agrees to this rank's offer; is of those who go on
+    int32_t offer;                         // number of its offer, 0 = none
+    double  heard;                         // when its last note came
+} llmpari_mpi_stay;
 
 typedef struct llmpari_mpi_requests {      // messages of one step
     MPI_Request *request;
-    bool        *receives;
+    int32_t     *member;           // [n] from whom; ~member: to whom
     int32_t      n, at;            // those below `at` are done
 } llmpari_mpi_requests;
 
@@ -12806,7 +12877,9 @@ typedef struct llmpari_mpi_end {
     llmpari_mpi_world *world;
     struct llmpari_mpi_end *next;
     size_t    bytes;
-    uint64_t  key;
+    uint64_t  key;                 // the same on all members: the parent's, the members, how many of them the parent had before
+    llmpari_mpi_made *made;        // groups of this one, so that two with the same members differ
+    int64_t   n_made, cap_made;
     int32_t   number, joined;      // own number; members whose number is known
     bool      left;                // freed; stays until all names are there
     int32_t  *ranks, *numbers;     // [n] in the world; of this communicator, -1 = not known yet
@@ -12819,6 +12892,7 @@ typedef struct llmpari_mpi_end {
     int64_t   host_bytes, host_messages, small_bytes, staging_bytes;
     bool      chain;               // AllReduce from host to host
     int32_t   host_first, host_end, host_before, host_after, host_most;   // members on this host; the first ones on the hosts beside it, -1 = none; most on one host
+    int32_t   host_at, host_count; // this host in the chain, of how many
     char     *staging;
     const char **rows;             // [n + 1]
     llmpari_mpi_op   op[LLMPARI_MPI_FLIGHT];
@@ -12832,11 +12906,22 @@ struct llmpari_mpi_world {
     MPI_Comm  data, side;
     MPI_Datatype block;
     bool      finalise, shared, stopped, pending, asked;      // shared: several threads may call MPI; pending: an abort that is to be told yet; asked: or answered
-    int32_t   rank, n, spin, tag_numbers, numbers;
+    int32_t   rank, n, room, spin, tag_numbers;               // room: ranks that there is memory for
+    int32_t   generation;          // worlds before this one that it survived; the tag on the side channel
+    int32_t   number_first, number_end, numbers;              // of its communicators; the last that was given
     uint32_t  hash_mask;           // bits of a tag that hash the call
-    int32_t  *hosts;               // [n]
+    int32_t  *hosts, *process;     // [n] host; rank in `data` and `side`, ascending
+    llmpari_mpi_stay *stay;        // [n]
+    llmpari_mpi_world *heir;       // the survivors' world
+    int32_t   offers, bound;       // llmpar_comm_shrink: offers made here; whose offer this rank agrees to, -1 = nobody's
+    bool      offering, decided;
     int32_t   culprit, peer;       // of the abort
     char      reason[900];
+    const llmpari_mpi_end *waiting;                           // while this rank listens in a wait: where, for what
+    llmpari_mpi_goal goal;
+    int64_t   arg;
+    uint64_t  question;            // to a single rank: whom it waits for
+    int32_t   answer;              // -2 = none yet
     llmpari_mpi_end *ends, *end;
     llmpari_mpi_name *names;       // of groups that this rank has not made yet
     int64_t   n_names, cap_names;
@@ -12871,13 +12956,14 @@ LLMPARI_ONCE_BEGIN
 // Sends a note in a slot of its own; one that finds no free slot within a second is lost: its reader runs into the deadline instead.
 LLMPARI_FN void llmpari_note_send(llmpari_mpi_world *world, const llmpari_note *note, int32_t to) {
     double began = 0;
-    size_t bytes = note->kind == LLMPARI_NOTE_ABORT ? sizeof *note : offsetof(llmpari_note, text);
+    size_t bytes = note->kind == LLMPARI_NOTE_ABORT || note->kind == LLMPARI_NOTE_DECIDED ? sizeof *note : offsetof(llmpari_note, text);
     for (int i = 0; ; i = i + 1 == LLMPARI_MPI_NOTES ? 0 : i + 1) {
         int free_slot = 0;
         if (MPI_Test(&world->out_request[i], &free_slot, MPI_STATUS_IGNORE) != MPI_SUCCESS) continue;
         if (free_slot) {
             memcpy(&world->out[i], note, bytes);
-            if (MPI_Isend(&world->out[i], (int)bytes, MPI_BYTE, to, 0, world->side, &world->out_request[i]) != MPI_SUCCESS) world->out_request[i] = MPI_REQUEST_NULL;
+            if (MPI_Isend(&world->out[i], (int)bytes, MPI_BYTE, world->process[to], world->generation, world->side, &world->out_request[i]) != MPI_SUCCESS)
+                world->out_request[i] = MPI_REQUEST_NULL;
             return;
         }
         double now = llmpari_now();
@@ -12943,6 +13029,19 @@ LLMPARI_FN void llmpari_note_name(llmpari_mpi_world *world, int32_t rank, const 
     name->key    = note->key;
 }
 
+// The rank whose message this rank waits for; -1: it listens in passing.
+LLMPARI_FN int32_t llmpari_mpi_waits_for(const llmpari_mpi_world *world) {
+    const llmpari_mpi_end *end = world->waiting;
+    if (!end || world->goal == LLMPARI_MPI_ROOM) return -1;
+    if (world->goal == LLMPARI_MPI_MAILED) return end->ranks[end->mail[world->arg].peer];
+    for (int32_t i = 0; i < end->comm.size; i++) if (end->numbers[i] < 0) return end->ranks[i];
+    for (int i = 0; i < LLMPARI_MPI_FLIGHT; i++) {
+        const llmpari_mpi_requests *m = &end->op[(end->finished + i) % LLMPARI_MPI_FLIGHT].messages;
+        if (m->at < m->n) return end->ranks[m->member[m->at] < 0 ? ~m->member[m->at] : m->member[m->at]];
+    }
+    return -1;
+}
+
 // Somebody waits in a collective of a group, and asks how many this rank has begun there.
 LLMPARI_FN void llmpari_note_answer(llmpari_mpi_world *world, int32_t rank, const llmpari_note *ask) {
     llmpari_note note;
@@ -12952,6 +13051,7 @@ LLMPARI_FN void llmpari_note_answer(llmpari_mpi_world *world, int32_t rank, cons
     note.number = ask->number;
     note.key    = ask->key;
     note.calls  = -1;
+    note.culprit = llmpari_mpi_waits_for(world);
     for (llmpari_mpi_end *end = world->ends; end; end = end->next)
         for (int32_t i = 0; i < end->comm.size && !end->left; i++) {
             if (end->ranks[i] != rank || end->numbers[i] != ask->number) continue;
@@ -12961,11 +13061,32 @@ LLMPARI_FN void llmpari_note_answer(llmpari_mpi_world *world, int32_t rank, cons
     llmpari_note_send(world, &note, rank);
 }
 
-LLMPARI_FN void llmpari_note_take(llmpari_mpi_world *world, int32_t rank) {
+LLMPARI_FN void llmpari_note_stay(llmpari_mpi_world *world, int32_t rank, const llmpari_note *note) {
+    llmpari_mpi_stay *stay = &world->stay[rank];
+    stay->heard = llmpari_now();
+    stay->lost  = false;
+    if (note->kind == LLMPARI_NOTE_STAY) stay->joined = true;
+    if (note->kind == LLMPARI_NOTE_OFFER) stay->offer = note->number;
+    if (note->kind == LLMPARI_NOTE_AGREE && world->offering && note->number == world->offers) stay->agreed = true;
+    if (note->kind == LLMPARI_NOTE_WITHDRAW) {
+        stay->offer = 0;
+        if (world->bound == rank) world->bound = -1;
+    }
+    if (note->kind != LLMPARI_NOTE_DECIDED || world->decided) return;
+    world->decided = true;
+    for (int32_t i = 0; i < world->n; i++) world->stay[i].stays = (note->text[i / 8] >> i % 8 & 1) != 0;
+}
+
+LLMPARI_FN void llmpari_note_take(llmpari_mpi_world *world, int process) {
     const llmpari_note *note = &world->in;
-    if (note->kind == LLMPARI_NOTE_NAME) llmpari_note_name(world, rank, note);
+    int32_t rank = 0;
+    while (rank < world->n && world->process[rank] != process) rank++;
+    if (rank == world->n) return;                                                          // of a world that others made without this rank
+    if (note->kind >= LLMPARI_NOTE_STAY) llmpari_note_stay(world, rank, note);
+    else if (note->kind == LLMPARI_NOTE_NAME) llmpari_note_name(world, rank, note);
     else if (note->kind == LLMPARI_NOTE_ASK) llmpari_note_answer(world, rank, note);
     else if (note->kind == LLMPARI_NOTE_ABORT) llmpari_mpi_stop(world, note->culprit, note->peer, false, note->text);
+    else if (note->number < 0) { if (note->key == world->question) world->answer = note->culprit; }
     else
         for (llmpari_mpi_end *end = world->ends; end; end = end->next)
             for (int32_t i = 0; i < end->comm.size && end->number == note->number && end->question == note->key; i++)
@@ -12984,8 +13105,8 @@ LLMPARI_FN void llmpari_mpi_listen(llmpari_mpi_world *world) {
         int code = MPI_Test(&world->in_request, &there, &status);
         if (code != MPI_SUCCESS) { llmpari_mpi_broken(world, code, "MPI_Test"); return; }
         if (!there) return;
-        if (world->in_request == MPI_REQUEST_NULL && status.MPI_SOURCE >= 0) llmpari_note_take(world, (int32_t)status.MPI_SOURCE);
-        code = MPI_Irecv(&world->in, (int)sizeof world->in, MPI_BYTE, MPI_ANY_SOURCE, 0, world->side, &world->in_request);
+        if (world->in_request == MPI_REQUEST_NULL && status.MPI_SOURCE >= 0) llmpari_note_take(world, status.MPI_SOURCE);
+        code = MPI_Irecv(&world->in, (int)sizeof world->in, MPI_BYTE, MPI_ANY_SOURCE, world->generation, world->side, &world->in_request);
         if (code != MPI_SUCCESS) { world->in_request = MPI_REQUEST_NULL; llmpari_mpi_broken(world, code, "MPI_Irecv"); return; }
     }
 }
@@ -13003,8 +13124,8 @@ LLMPARI_FN int llmpari_mpi_tag(const llmpari_mpi_world *world, int32_t number, i
 LLMPARI_FN int llmpari_mpi_message(llmpari_mpi_end *end, bool sends, char *data, int64_t bytes, int32_t member, int tag, MPI_Request *request) {
     llmpari_mpi_world *world = end->world;
     int64_t block = world->desc.message_bytes, blocks = bytes > block ? bytes / block : 0;
-    int n = 0, code = MPI_SUCCESS, peer = (int)end->ranks[member];
-    if (sends && world->hosts[peer] != world->hosts[world->rank]) { end->host_bytes += bytes; end->host_messages++; }
+    int n = 0, code = MPI_SUCCESS, peer = (int)world->process[end->ranks[member]];
+    if (sends && world->hosts[end->ranks[member]] != world->hosts[world->rank]) { end->host_bytes += bytes; end->host_messages++; }
     for (int part = 0; part < 2 && code == MPI_SUCCESS; part++) {
         int64_t count = part == 0 ? blocks : bytes - blocks * block;
         MPI_Datatype type = part == 0 ? world->block : MPI_BYTE;
@@ -13025,7 +13146,7 @@ LLMPARI_FN void llmpari_mpi_add(llmpari_mpi_end *end, llmpari_mpi_op *op, int64_
     int tag = llmpari_mpi_tag(end->world, sends ? end->number : end->numbers[member], (int32_t)(k % LLMPARI_MPI_FLIGHT) * 4 + what, what == LLMPARI_TAG_DATA ? op->hash : 0, bytes);
     for (int64_t at = 0; at < bytes; at += most) {
         int n = llmpari_mpi_message(end, sends, (char *)(uintptr_t)data + at, llmpari_min(most, bytes - at), member, tag, m->request + m->n);
-        for (int i = 0; i < n; i++) m->receives[m->n++] = !sends;
+        for (int i = 0; i < n; i++) m->member[m->n++] = sends ? ~member : member;
     }
 }
 
@@ -13114,9 +13235,10 @@ LLMPARI_FN void llmpari_mpi_plan(llmpari_mpi_end *end, llmpari_mpi_op *op) {
         break;
     case LLMPAR_ALL_REDUCE:
         if (llmpari_mpi_way_of(end, op) == LLMPARI_WAY_ONE) break;
-        op->unit  = llmpari_mpi_way_of(end, op) == LLMPARI_WAY_CHAIN ? room / (end->host_most + 2) / llmpari_mpi_carry(op) : room / n / op->element / 64 * 64 * n;
+        op->unit  = room / n / op->element / 64 * 64 * n;
+        if (end->chain) op->unit = llmpari_min(room / (end->host_most + 2), llmpari_max(LLMPARI_MPI_RELAY, op->call.count * llmpari_mpi_carry(op) / 8)) / llmpari_mpi_carry(op);
         pieces    = (op->call.count + op->unit - 1) / op->unit;
-        op->steps = (int32_t)(pieces * (llmpari_mpi_way_of(end, op) == LLMPARI_WAY_CHAIN ? 3 : 2));
+        op->steps = (int32_t)(end->chain ? pieces + 2 * end->host_count - 1 - end->host_at : 2 * pieces);
         break;
     default: break;
     }
@@ -13124,21 +13246,32 @@ LLMPARI_FN void llmpari_mpi_plan(llmpari_mpi_end *end, llmpari_mpi_op *op) {
 
 typedef struct llmpari_mpi_part { const char *send; char *recv; int64_t sent, got; } llmpari_mpi_part;       // bytes to and from one member
 
+// The elements of the piece that is `lag` steps behind; count 0: there is none.
+LLMPARI_FN llmpar_range llmpari_mpi_piece(const llmpari_mpi_op *op, int32_t lag) {
+    llmpar_range range;
+    range.first = llmpari_min(op->call.count, llmpari_max(0, op->step - lag) * op->unit);
+    range.count = op->step < lag ? 0 : llmpari_min(op->unit, op->call.count - range.first);
+    return range;
+}
+
+// From host to host, in pieces, so that the wire carries both directions at once. Host h of H gathers piece p in its step p + h, the partial result of the hosts before too, which is sent in
+// that very step; gets the result back in step p + 2 H - 2 - h, and tells it to its members and to the host before in the step after that.
 LLMPARI_FN void llmpari_mpi_part_chain(llmpari_mpi_end *end, const llmpari_mpi_op *op, int32_t j, llmpari_mpi_part *p) {
-    int32_t me = end->comm.rank, phase = op->step % 3, first = end->host_first;
-    int64_t base = op->step / 3 * op->unit, count = llmpari_min(op->unit, op->call.count - base), bytes = count * op->element, row = op->unit * llmpari_mpi_carry(op);
-    char *recv = (char *)op->call.recv + base * op->element;
+    int32_t me = end->comm.rank, first = end->host_first, lag = end->host_at, back = 2 * end->host_count - 2 - lag;
+    llmpar_range in = llmpari_mpi_piece(op, lag), on = llmpari_mpi_piece(op, lag + 1), result = llmpari_mpi_piece(op, back), told = llmpari_mpi_piece(op, back + 1);
+    int64_t e = op->element, carry = llmpari_mpi_carry(op), row = op->unit * carry;
+    char *recv = (char *)op->call.recv;
     bool here = j >= first && j < end->host_end;
     if (me != first) {                                                                     // gives its data to the first one of its host, and gets the result
         if (j != first) return;
-        if (phase == 0) { p->send = (const char *)op->call.send + base * op->element; p->sent = bytes; }
-        if (phase == 2) { p->recv = recv; p->got = bytes; }
+        p->send = (const char *)op->call.send + in.first * e; p->sent = in.count * e;
+        p->recv = recv + told.first * e;                      p->got  = told.count * e;
         return;
     }
-    if (phase == 0 && here)                  { p->recv = end->staging + (j - first + 1) * row; p->got = bytes; }
-    if (phase == 0 && j == end->host_before) { p->recv = end->staging; p->got = count * llmpari_mpi_carry(op); }
-    if (phase == 1 && j == end->host_after)  { p->send = end->staging + row; p->sent = count * llmpari_mpi_carry(op); p->recv = recv; p->got = bytes; }
-    if (phase == 2 && (here || j == end->host_before)) { p->send = recv; p->sent = bytes; }
+    if (here || j == end->host_before) { p->send = recv + told.first * e; p->sent = told.count * e; }
+    if (here)                  { p->recv = end->staging + (j - first + 1) * row; p->got = in.count * e; }
+    if (j == end->host_before) { p->recv = end->staging; p->got = in.count * carry; }
+    if (j == end->host_after)  { p->send = end->staging + row; p->sent = on.count * carry; p->recv = recv + result.first * e; p->got = result.count * e; }
 }
 
 LLMPARI_FN void llmpari_mpi_part_reduce(llmpari_mpi_end *end, const llmpari_mpi_op *op, int32_t j, llmpari_mpi_part *p) {
@@ -13248,13 +13381,12 @@ LLMPARI_FN void llmpari_mpi_work(llmpari_mpi_end *end, llmpari_mpi_op *op) {
     if (way == LLMPARI_WAY_CHAIN) {
         int32_t first = end->host_first, rows = 0;
         int64_t row = op->unit * llmpari_mpi_carry(op);
-        base  = op->step / 3 * op->unit;
-        count = llmpari_min(op->unit, op->call.count - base);
-        if (op->step % 3 != 0 || me != first) return;
+        llmpar_range in = llmpari_mpi_piece(op, end->host_at);
+        if (in.count == 0 || me != first) return;
         if (end->host_before >= 0) end->rows[rows++] = end->staging;
-        end->rows[rows++] = send + base * e;
+        end->rows[rows++] = send + in.first * e;
         for (int32_t j = first + 1; j < end->host_end; j++) end->rows[rows++] = end->staging + (j - first + 1) * row;
-        llmpari_mpi_fold(op, end->rows, rows, end->host_after >= 0 ? end->staging + row : recv + base * e, count, end->host_before >= 0, end->host_after >= 0);
+        llmpari_mpi_fold(op, end->rows, rows, end->host_after >= 0 ? end->staging + row : recv + in.first * e, in.count, end->host_before >= 0, end->host_after >= 0);
         return;
     }
     if (way == LLMPARI_WAY_ONE) {
@@ -13396,7 +13528,7 @@ LLMPARI_FN int llmpari_mpi_mail_tag(const llmpari_mpi_end *end, const llmpari_mp
 
 // The data. A checked Send is done only when its Recv has agreed to it, unless it was buffered.
 LLMPARI_FN void llmpari_mpi_mail_data(llmpari_mpi_end *end, llmpari_mpi_mail *mail) {
-    int tag = llmpari_mpi_mail_tag(end, mail, false), code = MPI_SUCCESS, peer = (int)end->ranks[mail->peer];
+    int tag = llmpari_mpi_mail_tag(end, mail, false), code = MPI_SUCCESS, peer = (int)end->world->process[end->ranks[mail->peer]];
     bool waits = mail->is_send && mail->held && end->world->desc.checked && mail->bytes <= end->world->desc.message_bytes;
     mail->matched = true;
     if (mail->bytes && !waits) { (void)llmpari_mpi_message(end, mail->is_send, mail->data, mail->bytes, mail->peer, tag, mail->request + 1); return; }
@@ -13477,11 +13609,6 @@ LLMPARI_FN void llmpari_mpi_advance_all(llmpari_mpi_world *world) {
 
 // ---- Waiting ----
 
-typedef enum llmpari_mpi_goal {
-    LLMPARI_MPI_CALL,              // collective `arg` is finished
-    LLMPARI_MPI_MAILED,            // entry `arg` of the mail is done
-    LLMPARI_MPI_ROOM               // the mail has a free entry
-} llmpari_mpi_goal;
 LLMPARI_FN bool llmpari_mpi_met(const llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg) {
     if (goal == LLMPARI_MPI_CALL) return end->finished > arg;
     if (goal == LLMPARI_MPI_MAILED) return end->mail[arg].done;
@@ -13504,7 +13631,7 @@ LLMPARI_FN bool llmpari_mpi_drain(llmpari_mpi_end *end) {
     bool clean = true;
     for (int i = 0; i < LLMPARI_MPI_FLIGHT; i++)
         for (int32_t m = 0; m < end->op[i].messages.n; m++) {
-            llmpari_mpi_give_up(&end->op[i].messages.request[m], end->op[i].messages.receives[m]);
+            llmpari_mpi_give_up(&end->op[i].messages.request[m], end->op[i].messages.member[m] >= 0);
             clean = clean && end->op[i].messages.request[m] == MPI_REQUEST_NULL;
         }
     for (int i = 0; i < LLMPARI_MPI_MAIL; i++)
@@ -13544,12 +13671,45 @@ LLMPARI_FN bool llmpari_mpi_absent(const void *owner, int32_t i, const void *wha
     return i != end->comm.rank && end->answers[i] <= end->finished;
 }
 
+// Listens in a wait, so that whoever asks hears whom this rank waits for.
+LLMPARI_FN void llmpari_mpi_hear(llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg) {
+    end->world->waiting = end;
+    end->world->goal    = goal;
+    end->world->arg     = arg;
+    llmpari_mpi_listen(end->world);
+    end->world->waiting = NULL;
+}
+LLMPARI_FN double llmpari_mpi_hearing_s(double timeout_s) { return timeout_s < 0.1 ? 0.1 : timeout_s < 1 ? timeout_s : 1; }
+
+// Rank `at` is missing, and may itself wait for another, in another group: asks from one to the next. Returns who does not answer or waits for nobody; -1: they wait in a circle.
+LLMPARI_FN int32_t llmpari_mpi_culprit(llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg, int32_t at) {
+    llmpari_mpi_world *world = end->world;
+    llmpari_note note;
+    memset(&note, 0, sizeof note);
+    note.kind   = LLMPARI_NOTE_ASK;
+    note.number = -1;
+    world->asked = true;
+    for (int32_t steps = 0; steps < world->n && at != world->rank; steps++) {
+        double began = llmpari_now(), hearing_s = llmpari_mpi_hearing_s(llmpari_mpi_patience(end, goal, arg));
+        note.key = ++world->question;
+        world->answer = -2;
+        llmpari_note_send(world, &note, at);
+        while (world->answer == -2 && !world->stopped && llmpari_now() - began < hearing_s) {
+            llmpari_mpi_hear(end, goal, arg);
+            sched_yield();
+        }
+        if (world->answer < 0) return at;
+        at = world->answer;
+    }
+    return -1;
+}
+
 LLMPARI_FN llmpar_status llmpari_mpi_too_late(llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg, double seconds, llmpar_error *err) {
     llmpari_mpi_world *world = end->world;
-    char what[320], who[320], last[160], text[900];
+    char what[280], who[280], last[160], root[64], text[900];
     double timeout_s = llmpari_mpi_patience(end, goal, arg);
     const llmpari_mpi_op *op = llmpari_mpi_op_of(end, end->finished);
-    int32_t first = 0;
+    int32_t first = 0, missing = -1;
     bool named = end->joined == end->comm.size;
     last[0] = 0;
     if (goal == LLMPARI_MPI_CALL) {
@@ -13558,8 +13718,11 @@ LLMPARI_FN llmpar_status llmpari_mpi_too_late(llmpari_mpi_end *end, llmpari_mpi_
         llmpari_sign sign = llmpari_mpi_sign_of(&seen, end->comm.rank);
         llmpari_describe_sign(what, sizeof what, &sign, end->ranks, end->finished);
         llmpari_list_ranks(who, sizeof who, end->ranks, end->comm.size, named ? llmpari_mpi_absent : llmpari_mpi_unnamed, end, NULL);
+        while (named && first < end->comm.size && (first == end->comm.rank || end->answers[first] != -2)) first++;       // one that does not answer, else any
+        if (first == end->comm.size) first = 0;
         while (first + 1 < end->comm.size && !(named ? llmpari_mpi_absent(end, first, NULL) : llmpari_mpi_unnamed(end, first, NULL))) first++;
         int32_t rank = end->ranks[first];
+        if (!named || end->answers[first] >= 0) missing = rank;
         if (!named) snprintf(last, sizeof last, "; rank %d has not called llmpar_comm_group for it yet", rank);
         else if (end->answers[first] == -2) snprintf(last, sizeof last, "; rank %d does not answer: it waits in no call, or is dead", rank);
         else if (end->answers[first] == -1) snprintf(last, sizeof last, "; rank %d has freed its end of the group", rank);
@@ -13569,12 +13732,16 @@ LLMPARI_FN llmpar_status llmpari_mpi_too_late(llmpari_mpi_end *end, llmpari_mpi_
         const llmpari_mpi_mail *mail = &end->mail[arg];
         snprintf(what, sizeof what, "%s %s[%lld] %s rank %d", mail->is_send ? "Send" : "Recv", llmpar_dtype_name((llmpar_dtype)mail->mine.dtype), (long long)mail->mine.count,
                  mail->is_send ? "to" : "from", end->ranks[mail->peer]);
-        snprintf(who, sizeof who, "rank %d", end->ranks[mail->peer]);
+        snprintf(who, sizeof who, "rank %d", missing = end->ranks[mail->peer]);
     } else {
         snprintf(what, sizeof what, "a Send or Recv (%d messages are under way already)", LLMPARI_MPI_MAIL);
         snprintf(who, sizeof who, "those who should receive them");
     }
-    snprintf(text, sizeof text, "rank %d waited %.3g s in %s for %s%s (timeout_s is %g)", world->rank, seconds, what, who, last, timeout_s);
+    int32_t culprit = missing < 0 ? -1 : llmpari_mpi_culprit(end, goal, arg, missing);
+    if (world->stopped) return llmpari_mpi_stopped(end, goal, arg, err);                   // somebody else was quicker
+    root[0] = 0;
+    if (culprit >= 0 && culprit != missing) snprintf(root, sizeof root, "; in the end all wait for rank %d", culprit);
+    snprintf(text, sizeof text, "rank %d waited %.3g s in %s for %s%s%s (timeout_s is %g)", world->rank, seconds, what, who, last, root, timeout_s);
     llmpari_mpi_stop(world, world->rank, -1, true, text);
     for (llmpari_mpi_end *each = world->ends; each; each = each->next) (void)llmpari_mpi_drain(each);
     return LLMPARI_FAIL(err, LLMPAR_TIMEOUT, "%s", text);
@@ -13622,7 +13789,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_late(llmpari_mpi_end *end, llmpari_mpi_goal
         return LLMPAR_OK;
     }
     for (int32_t i = 0; i < end->comm.size; i++) all = all && (i == end->comm.rank || end->answers[i] != -2);
-    if (!all && now - end->asked < (timeout_s < 0.1 ? 0.1 : timeout_s < 1 ? timeout_s : 1)) return LLMPAR_OK;
+    if (!all && now - end->asked < llmpari_mpi_hearing_s(timeout_s)) return LLMPAR_OK;
     for (int32_t i = 0; i < end->comm.size; i++) {
         const llmpari_wire *a = &llmpari_mpi_op_of(end, end->finished)->signs[end->comm.rank], *b = &llmpari_mpi_op_of(end, end->finished)->signs[i];
         if (i != end->comm.rank && end->answers[i] > end->finished && b->k == a->k && !llmpari_mpi_same_wire(a, b)) return llmpari_mpi_other(end, i, err);
@@ -13641,7 +13808,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_look(llmpari_mpi_end *end, llmpari_mpi_goal
     llmpari_mpi_advance_all(world);
     *done = llmpari_mpi_met(end, goal, arg);
     if (*done) return LLMPAR_OK;
-    if (listen) llmpari_mpi_listen(world);
+    if (listen) llmpari_mpi_hear(end, goal, arg);
     if (!world->stopped) return LLMPAR_OK;
     for (double until = llmpari_now() + 1; goal == LLMPARI_MPI_CALL; ) {                 // signatures differ, and all members say what: their counts are coming
         const llmpari_mpi_op *op = llmpari_mpi_op_of(end, end->finished);
@@ -13853,7 +14020,7 @@ LLMPARI_FN size_t llmpari_mpi_layout(llmpari_mpi_end *end, char *base, int64_t n
     for (int i = 0; i < LLMPARI_MPI_FLIGHT; i++) {
         llmpari_mpi_op *op = &e->op[i];
         op->messages.request  = (MPI_Request *)(void *)llmpari_mpi_place(base, &at, 8 * n, sizeof(MPI_Request));
-        op->messages.receives = (bool *)(void *)llmpari_mpi_place(base, &at, 8 * n, sizeof(bool));
+        op->messages.member   = (int32_t *)(void *)llmpari_mpi_place(base, &at, 8 * n, sizeof(int32_t));
         op->send_at    = (int64_t *)(void *)llmpari_mpi_place(base, &at, n + 1, sizeof(int64_t));
         op->recv_at    = (int64_t *)(void *)llmpari_mpi_place(base, &at, n + 1, sizeof(int64_t));
         op->counts_own = (int64_t *)(void *)llmpari_mpi_place(base, &at, 2 * n, sizeof(int64_t));
@@ -13877,22 +14044,46 @@ LLMPARI_FN void llmpari_mpi_hosts(llmpari_mpi_end *end) {
             for (int32_t j = 0; j < i; j++) if (hosts[end->ranks[j]] == host) return;      // a host that comes twice
             runs++;
             begin = i;
-            if (i <= me) { end->host_before = first == i ? -1 : first; first = i; }
+            if (i <= me) { end->host_before = first == i ? -1 : first; end->host_at = runs - 1; first = i; }
             else if (end->host_after < 0) end->host_after = i;
         }
         end->host_most = (int32_t)llmpari_max(end->host_most, i - begin + 1);
     }
     end->host_first = first;
     end->host_end   = end->host_after < 0 ? n : end->host_after;
+    end->host_count = runs;
     end->chain      = runs > 1 && runs < n;
 }
 
 LLMPARI_FN llmpar_status llmpari_mpi_group(llmpar_comm *comm, const int32_t *members, int32_t n, llmpar_comm **sub, llmpar_error *err);
 LLMPARI_FN void llmpari_mpi_free(llmpar_comm *comm);
+LLMPARI_FN llmpar_status llmpari_mpi_shrink(llmpar_comm *comm, llmpar_comm **survivors, llmpar_error *err);
 
-// An end with members[n] (in parent, or without one in the world), this rank being `me` of them; NULL: no memory.
-LLMPARI_FN llmpari_mpi_end *llmpari_mpi_end_new(llmpari_mpi_world *world, const llmpari_mpi_end *parent, const int32_t *members, int32_t n, int32_t me) {
-    static const llmpar_comm_vtable vtable = { llmpari_mpi_start, llmpari_mpi_wait, llmpari_mpi_group, llmpari_mpi_abort, llmpari_mpi_free, NULL, NULL };
+// How many groups with these members have been made of this end before: all members make those in the same order. -1: no memory.
+LLMPARI_FN int64_t llmpari_mpi_times(llmpari_mpi_end *end, uint64_t members) {
+    const llmpar_allocator *allocator = &end->world->allocator;
+    for (int64_t i = 0; i < end->n_made; i++) if (end->made[i].members == members) return ++end->made[i].times;
+    if (end->n_made == end->cap_made) {
+        int64_t more = 2 * end->cap_made + 8;
+        llmpari_mpi_made *grown = (llmpari_mpi_made *)llmpari_alloc(allocator, (size_t)more * sizeof *grown);
+        if (!grown) return -1;
+        if (end->n_made) memcpy(grown, end->made, (size_t)end->n_made * sizeof *grown);
+        llmpari_free(allocator, end->made, (size_t)end->cap_made * sizeof *grown);
+        end->made     = grown;
+        end->cap_made = more;
+    }
+    end->made[end->n_made].members = members;
+    end->made[end->n_made++].times = 0;
+    return 0;
+}
+LLMPARI_FN void llmpari_mpi_end_drop(llmpari_mpi_world *world, llmpari_mpi_end *end) {
+    llmpari_free(&world->allocator, end->made, (size_t)end->cap_made * sizeof *end->made);
+    llmpari_free(&world->allocator, end, end->bytes);
+}
+
+// An end with members[n] of parent, this rank being `me` of them, or of the whole world without one; NULL: no memory.
+LLMPARI_FN llmpari_mpi_end *llmpari_mpi_end_new(llmpari_mpi_world *world, llmpari_mpi_end *parent, const int32_t *members, int32_t n, int32_t me) {
+    static const llmpar_comm_vtable vtable = { llmpari_mpi_start, llmpari_mpi_wait, llmpari_mpi_group, llmpari_mpi_abort, llmpari_mpi_free, llmpari_mpi_shrink, NULL };
     int64_t small = llmpari_max(1024, llmpari_min(LLMPARI_MPI_SMALL, (1 << 16) / n / 128 * 128)), staging = n == 1 ? 0 : llmpari_max(world->desc.staging_bytes, (int64_t)4096 * n);
     size_t bytes = llmpari_mpi_layout(NULL, NULL, n, small, staging), clear = llmpari_mpi_layout(NULL, NULL, n, 0, 0);
     llmpari_mpi_end *end = (llmpari_mpi_end *)llmpari_alloc(&world->allocator, bytes);
@@ -13913,10 +14104,13 @@ LLMPARI_FN llmpari_mpi_end *llmpari_mpi_end_new(llmpari_mpi_world *world, const 
     end->small_bytes   = small;
     end->staging_bytes = staging;
     for (int32_t i = 0; i < n; i++) {
-        end->ranks[i]   = parent ? parent->ranks[members[i]] : members[i];
+        end->ranks[i]   = parent ? parent->ranks[members[i]] : i;
         end->numbers[i] = -1;
         end->key        = llmpari_mix(end->key, end->ranks[i]);
     }
+    int64_t times = parent ? llmpari_mpi_times(parent, end->key) : 0;
+    if (times < 0) { llmpari_free(&world->allocator, end, bytes); return NULL; }
+    end->key = llmpari_mix(end->key, times);
     end->numbers[me] = end->number;
     for (int i = 0; i < LLMPARI_MPI_FLIGHT; i++) for (int64_t m = 0; m < 8 * (int64_t)n; m++) end->op[i].messages.request[m] = MPI_REQUEST_NULL;
     for (int i = 0; i < LLMPARI_MPI_MAIL; i++) { end->mail[i].box = -1; for (int m = 0; m < 3; m++) end->mail[i].request[m] = MPI_REQUEST_NULL; }
@@ -13933,15 +14127,15 @@ LLMPARI_FN void llmpari_mpi_reap(llmpari_mpi_world *world) {
         llmpari_mpi_end *end = *link;
         if (!end->left || end->joined < end->comm.size || end->mails_used || end->finished < end->started) { link = &end->next; continue; }
         *link = end->next;
-        llmpari_free(&world->allocator, end, end->bytes);
+        llmpari_mpi_end_drop(world, end);
     }
 }
 
 // The next number that no end has: they come round again after some thousands of groups.
 LLMPARI_FN bool llmpari_mpi_number(llmpari_mpi_world *world) {
-    for (int32_t tried = 0; tried < world->tag_numbers; tried++) {
+    for (int32_t tried = world->number_first; tried < world->number_end; tried++) {
         bool used = false;
-        world->numbers = world->numbers + 1 == world->tag_numbers ? 1 : world->numbers + 1;
+        world->numbers = world->numbers + 1 == world->number_end ? world->number_first : world->numbers + 1;
         for (const llmpari_mpi_end *end = world->ends; end; end = end->next) used = used || end->number == world->numbers;
         if (!used) return true;
     }
@@ -13966,7 +14160,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_group_locked(llmpari_mpi_end *parent, const
     if (!text[0] && me < 0) snprintf(text, sizeof text, "rank %d is not a member of the group that it makes", world->rank);
     bool good = !text[0];
     llmpari_mpi_end *end = good && llmpari_mpi_number(world) ? llmpari_mpi_end_new(world, parent, members, n, me) : NULL;
-    if (good && !end) snprintf(text, sizeof text, "rank %d: no memory for a group of %d ranks, or %d groups are there already", world->rank, n, world->tag_numbers - 1);
+    if (good && !end) snprintf(text, sizeof text, "rank %d: no memory for a group of %d ranks, or %d groups are there already", world->rank, n, world->number_end - world->number_first - 1);
     if (!end) {
         llmpari_mpi_stop(world, world->rank, -1, true, text);
         return LLMPARI_FAIL(err, good ? LLMPAR_NO_MEMORY : LLMPAR_BAD_ARGUMENT, "%s", text);
@@ -14003,8 +14197,64 @@ LLMPARI_FN void llmpari_mpi_world_drop(llmpari_mpi_world *world) {
     pthread_mutex_destroy(&world->mutex);
 #endif
     llmpari_free(&allocator, world->names, (size_t)world->cap_names * sizeof *world->names);
-    llmpari_free(&allocator, world->hosts, (size_t)world->n * sizeof *world->hosts);
+    llmpari_free(&allocator, world->stay, (size_t)world->room * sizeof *world->stay);
+    llmpari_free(&allocator, world->process, (size_t)world->room * sizeof *world->process);
+    llmpari_free(&allocator, world->hosts, (size_t)world->room * sizeof *world->hosts);
     llmpari_free(&allocator, world, sizeof *world);
+}
+
+// A world with room for n ranks, of none yet. NULL, or stay = NULL: no memory.
+LLMPARI_FN llmpari_mpi_world *llmpari_mpi_world_new(const llmpar_mpi_desc *desc, int32_t n) {
+    llmpari_mpi_world *world = (llmpari_mpi_world *)llmpari_alloc(&desc->allocator, sizeof *world);
+    if (!world) return NULL;
+    memset(world, 0, sizeof *world);
+#ifndef LLMPAR_NO_THREADS
+    if (pthread_mutex_init(&world->mutex, NULL)) { llmpari_free(&desc->allocator, world, sizeof *world); return NULL; }
+#endif
+    world->desc       = *desc;
+    world->allocator  = desc->allocator;
+    world->room       = n;
+    world->bound      = -1;
+    world->in_request = MPI_REQUEST_NULL;
+    for (int i = 0; i < LLMPARI_MPI_NOTES; i++) world->out_request[i] = MPI_REQUEST_NULL;
+    world->hosts   = (int32_t *)llmpari_alloc(&desc->allocator, (size_t)n * sizeof *world->hosts);
+    world->process = (int32_t *)llmpari_alloc(&desc->allocator, (size_t)n * sizeof *world->process);
+    if (world->hosts && world->process) world->stay = (llmpari_mpi_stay *)llmpari_alloc(&desc->allocator, (size_t)n * sizeof *world->stay);
+    if (world->stay) memset(world->stay, 0, (size_t)n * sizeof *world->stay);
+    return world;
+}
+
+// The world's own communicator, once its ranks and hosts are known: it has the first number on every rank. Begins to listen.
+LLMPARI_FN llmpar_status llmpari_mpi_begin(llmpari_mpi_world *world, llmpar_error *err) {
+    int32_t here = 0, eighth = world->tag_numbers / 2 / LLMPARI_MPI_HEIRS;
+    long cores = 1;
+#ifdef _SC_NPROCESSORS_ONLN
+    cores = sysconf(_SC_NPROCESSORS_ONLN);
+#endif
+    for (int32_t i = 0; i < world->n; i++) here += world->hosts[i] == world->hosts[world->rank];
+    world->spin = here <= cores ? 2048 : 32;
+    // What the worlds before it have left under way has other numbers.
+    world->number_first = world->generation == 0 ? 0 : world->tag_numbers - world->tag_numbers / 2 + (world->generation - 1) * eighth;
+    world->number_end   = world->generation == 0 ? world->tag_numbers - world->tag_numbers / 2 : world->number_first + eighth;
+    world->numbers      = world->number_first;
+    int code = MPI_Irecv(&world->in, (int)sizeof world->in, MPI_BYTE, MPI_ANY_SOURCE, world->generation, world->side, &world->in_request);
+    if (code != MPI_SUCCESS) return LLMPARI_FAIL(err, LLMPAR_IO_FAILED, "MPI failed with code %d while the world was set up", code);
+    world->end = llmpari_mpi_end_new(world, NULL, NULL, world->n, world->rank);
+    if (!world->end) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the buffers of a world of %d ranks", world->n);
+    for (int32_t i = 0; i < world->n; i++) world->end->numbers[i] = world->number_first;
+    world->end->joined = world->n;
+    return LLMPAR_OK;
+}
+
+// Gives up listening; false: MPI holds on to notes.
+LLMPARI_FN bool llmpari_mpi_hush(llmpari_mpi_world *world) {
+    llmpari_mpi_give_up(&world->in_request, true);
+    bool clean = world->in_request == MPI_REQUEST_NULL;
+    for (int i = 0; i < LLMPARI_MPI_NOTES; i++) {
+        llmpari_mpi_give_up(&world->out_request[i], false);
+        clean = clean && world->out_request[i] == MPI_REQUEST_NULL;
+    }
+    return clean;
 }
 
 // Lets buffered messages and notes go out: until they have, or the deadline, or somebody aborts.
@@ -14052,17 +14302,13 @@ LLMPARI_FN void llmpari_mpi_free(llmpar_comm *comm) {
         else {
             for (int i = 0; i < LLMPARI_MPI_FLIGHT; i++)
                 llmpari_free(&world->allocator, each->op[i].counts, 2 * (size_t)each->comm.size * (size_t)each->comm.size * sizeof(int64_t));
-            llmpari_free(&world->allocator, each, each->bytes);
+            llmpari_mpi_end_drop(world, each);
         }
     }
-    for (int i = 0; i < LLMPARI_MPI_NOTES; i++) {
-        llmpari_mpi_give_up(&world->out_request[i], false);
-        kept = kept || world->out_request[i] != MPI_REQUEST_NULL;
-    }
-    llmpari_mpi_give_up(&world->in_request, true);
+    if (!llmpari_mpi_hush(world)) kept = true;
     llmpari_mpi_unlock(world);
     if (kept) return;
-    MPI_Type_free(&world->block);
+    if (!world->heir) MPI_Type_free(&world->block);
     bool finalise = world->finalise && clean;
     if (clean && !world->asked) {                                                          // else notes may still be on their way, to turn up in whatever MPI makes next
         MPI_Comm_free(&world->side);
@@ -14070,6 +14316,133 @@ LLMPARI_FN void llmpari_mpi_free(llmpar_comm *comm) {
     }
     llmpari_mpi_world_drop(world);
     if (finalise) MPI_Finalize();
+}
+
+// ---- Survivors ----
+// Who goes on is agreed on by notes alone, since nothing that MPI does together works with a dead rank. Everybody tells all others that it is here. The lowest of those, once
+// all have come or its time is up, offers a list; when all on the list agree, it decides, and tells everybody, as does each rank that hears it. A rank agrees to one
+// offer at a time, and the first decision holds. An offer is withdrawn when a lower rank turns up, or when somebody does not answer, who is then left out.
+
+LLMPARI_FN void llmpari_stay_tell(llmpari_mpi_world *world, int32_t kind, bool all) {
+    llmpari_note note;
+    memset(&note, 0, sizeof note);
+    note.kind   = kind;
+    note.number = world->offers;
+    for (int32_t i = 0; i < world->n; i++) if (world->stay[i].stays) note.text[i / 8] = (char)((unsigned char)note.text[i / 8] | 1u << i % 8);
+    for (int32_t i = 0; i < world->n; i++) if (i != world->rank && (all || world->stay[i].stays)) llmpari_note_send(world, &note, i);
+}
+
+LLMPARI_FN void llmpari_stay_withdraw(llmpari_mpi_world *world) {
+    llmpari_stay_tell(world, LLMPARI_NOTE_WITHDRAW, false);
+    world->offering = false;
+    world->bound = -1;
+}
+
+// One look at what has come. began: when this rank called; *offered: when it made its offer.
+LLMPARI_FN void llmpari_stay_look(llmpari_mpi_world *world, double began, double timeout_s, double *offered) {
+    llmpari_mpi_stay *stay = world->stay;
+    int32_t lead = -1, offer = -1, lost = 0, me = world->rank;
+    double now = llmpari_now(), patience = timeout_s < 1 ? 1 : timeout_s, latest = began;
+    bool all = true, agreed = true;
+    for (int32_t i = 0; i < world->n; i++) {
+        all    = all && (stay[i].joined || stay[i].lost);
+        agreed = agreed && (!stay[i].stays || stay[i].agreed);
+        lost  += stay[i].lost;
+        if (lead < 0 && stay[i].joined && !stay[i].lost) lead = i;
+        if (offer < 0 && stay[i].offer) offer = i;
+        if (stay[i].heard > latest) latest = stay[i].heard;
+    }
+    if (world->offering) {
+        if (lead != me) { llmpari_stay_withdraw(world); return; }
+        if (now - *offered <= patience) { world->decided = agreed; return; }               // beyond, those who agreed may have given this rank up
+        llmpari_stay_withdraw(world);
+        for (int32_t i = 0; i < world->n; i++) if (stay[i].stays && !stay[i].agreed) stay[i].lost = true;
+    } else if (world->bound < 0 && lead == me && (all || now > began + timeout_s)) {
+        world->offers++;
+        world->offering = true;
+        world->bound    = me;
+        *offered = now;
+        for (int32_t i = 0; i < world->n; i++) { stay[i].stays = stay[i].joined && !stay[i].lost; stay[i].agreed = i == me; }
+        llmpari_stay_tell(world, LLMPARI_NOTE_OFFER, false);
+    } else if (world->bound < 0 && offer >= 0) {
+        llmpari_note note;
+        memset(&note, 0, sizeof note);
+        note.kind    = LLMPARI_NOTE_AGREE;
+        note.number  = stay[offer].offer;
+        world->bound = offer;
+        llmpari_note_send(world, &note, offer);
+    } else if (lead != me && now > latest + timeout_s + 2 * patience * (1 + lost)) {       // it has died since; those behind it wait for longer
+        stay[lead].lost  = true;
+        stay[lead].offer = 0;
+        if (world->bound == lead) world->bound = -1;
+    }
+}
+
+// The world of those who stay, in memory that was there before anybody agreed.
+LLMPARI_FN llmpar_status llmpari_mpi_inherit(llmpari_mpi_world *world, llmpari_mpi_world *heir, llmpar_error *err) {
+    llmpar_error own;
+    for (int32_t i = 0; i < world->n; i++) {
+        if (!world->stay[i].stays) continue;
+        if (i == world->rank) heir->rank = heir->n;
+        heir->hosts[heir->n]     = world->hosts[i];
+        heir->process[heir->n++] = world->process[i];
+    }
+    heir->data        = world->data;
+    heir->side        = world->side;
+    heir->block       = world->block;
+    heir->shared      = world->shared;
+    heir->asked       = true;                                                              // old notes may be on their way
+    heir->tag_numbers = world->tag_numbers;
+    heir->hash_mask   = world->hash_mask;
+    heir->generation  = world->generation + 1;
+    llmpar_status status = llmpari_mpi_begin(heir, &own);
+    if (status == LLMPAR_OK) { world->heir = heir; return LLMPAR_OK; }
+    llmpari_mpi_stop(heir, heir->rank, -1, true, own.text);                                // the others hear of it in their first call
+    return LLMPARI_FAIL(err, status, "%s", own.text);
+}
+
+LLMPARI_FN llmpar_status llmpari_mpi_shrink_locked(llmpari_mpi_end *end, llmpari_mpi_world **heir, llmpar_error *err) {
+    llmpari_mpi_world *world = end->world;
+    double began = llmpari_now(), offered = 0;
+    llmpari_mpi_listen(world);
+    if (!world->stopped)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_comm_shrink: the world is sound; it goes on without a rank only after an error or llmpar_comm_abort");
+    if (world->heir) { *heir = world->heir; return LLMPAR_OK; }
+    if (world->generation == LLMPARI_MPI_HEIRS) return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "llmpar_comm_shrink: this is the world of survivors number %d in a row, the last one", LLMPARI_MPI_HEIRS);
+    if (world->n > (int32_t)(8 * sizeof world->in.text))
+        return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "llmpar_comm_shrink: the world has %d ranks; it can be made smaller up to %d", world->n, (int)(8 * sizeof world->in.text));
+    *heir = llmpari_mpi_world_new(&world->desc, world->n);
+    if (!*heir || !(*heir)->stay) {
+        if (*heir) llmpari_mpi_world_drop(*heir);
+        return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "llmpar_comm_shrink: no memory for a world of %d ranks", world->n);
+    }
+    for (llmpari_mpi_end *each = world->ends; each; each = each->next) (void)llmpari_mpi_drain(each);
+    if (!world->stay[world->rank].joined) llmpari_stay_tell(world, LLMPARI_NOTE_STAY, true);
+    world->stay[world->rank].joined = true;
+    while (!world->decided) {
+        llmpari_stay_look(world, began, end->comm.timeout_s, &offered);
+        llmpari_mpi_listen(world);
+        llmpari_mpi_unlock(world);
+        sched_yield();
+        llmpari_mpi_lock(world);
+    }
+    llmpar_status status = LLMPAR_OK;
+    if (!world->stay[world->rank].stays) status = LLMPARI_FAIL(err, LLMPAR_ABORTED, "rank %d came after the survivors had gone on without it", world->rank);
+    else {
+        llmpari_stay_tell(world, LLMPARI_NOTE_DECIDED, true);
+        status = llmpari_mpi_inherit(world, *heir, err);
+    }
+    if (status && llmpari_mpi_hush(*heir)) llmpari_mpi_world_drop(*heir);
+    return status;
+}
+LLMPARI_FN llmpar_status llmpari_mpi_shrink(llmpar_comm *comm, llmpar_comm **survivors, llmpar_error *err) {
+    llmpari_mpi_end *end = llmpari_mpi_of(comm);
+    llmpari_mpi_world *heir = NULL;
+    llmpari_mpi_lock(end->world);
+    llmpar_status status = llmpari_mpi_shrink_locked(end, &heir, err);
+    llmpari_mpi_unlock(end->world);
+    if (status == LLMPAR_OK) *survivors = &heir->end->comm;
+    return status;
 }
 
 LLMPARI_FN llmpar_status llmpari_mpi_init(bool *ours, bool *shared, llmpar_error *err) {
@@ -14099,39 +14472,30 @@ LLMPARI_FN int llmpari_mpi_find_hosts(llmpari_mpi_world *world) {
 }
 
 // The part of creation that all ranks do together; a rank without memory takes part too, so that nobody waits for it.
-LLMPARI_FN llmpar_status llmpari_mpi_join(llmpari_mpi_world *world, MPI_Comm comm, int32_t *ranks, llmpar_error *err) {
-    int mine = world->hosts && ranks, all = 0, *limit = NULL, there = 0, code;
-    long cores = 1;
-    int32_t here = 0;
+LLMPARI_FN llmpar_status llmpari_mpi_join(llmpari_mpi_world *world, MPI_Comm comm, llmpar_error *err) {
+    int mine = world->stay != NULL, all = 0, *limit = NULL, there = 0, code;
+    llmpar_error own;
     if ((code = MPI_Comm_dup(comm, &world->data)) != MPI_SUCCESS || (code = MPI_Comm_dup(comm, &world->side)) != MPI_SUCCESS)
         return LLMPARI_FAIL(err, LLMPAR_IO_FAILED, "MPI_Comm_dup failed with code %d", code);
     MPI_Comm_set_errhandler(world->data, MPI_ERRORS_RETURN);
     MPI_Comm_set_errhandler(world->side, MPI_ERRORS_RETURN);
     code = MPI_Allreduce(&mine, &all, 1, MPI_INT, MPI_MIN, world->data);
     if (code == MPI_SUCCESS && !all) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a world of %d ranks%s", world->n, mine ? ", on another rank" : "");
+    for (int32_t i = 0; i < world->n && all; i++) world->process[i] = i;
     if (code == MPI_SUCCESS && world->desc.hosts) memcpy(world->hosts, world->desc.hosts, (size_t)world->n * sizeof *world->hosts);
     else if (code == MPI_SUCCESS) code = llmpari_mpi_find_hosts(world);
     if (code == MPI_SUCCESS) code = MPI_Type_contiguous((int)world->desc.message_bytes, MPI_BYTE, &world->block);
     if (code == MPI_SUCCESS) code = MPI_Type_commit(&world->block);
-    if (code == MPI_SUCCESS) code = MPI_Irecv(&world->in, (int)sizeof world->in, MPI_BYTE, MPI_ANY_SOURCE, 0, world->side, &world->in_request);
     if (code != MPI_SUCCESS) return LLMPARI_FAIL(err, LLMPAR_IO_FAILED, "MPI failed with code %d while the world was set up", code);
     if (MPI_Comm_get_attr(world->data, MPI_TAG_UB, (void *)&limit, &there) != MPI_SUCCESS || !there) limit = NULL;
     world->tag_numbers = (limit ? *limit : 32767) / LLMPARI_MPI_TAGS;
     while (world->tag_numbers > 2048 && world->hash_mask < 4095) { world->tag_numbers /= 2; world->hash_mask = 2 * world->hash_mask + 1; }
-#ifdef _SC_NPROCESSORS_ONLN
-    cores = sysconf(_SC_NPROCESSORS_ONLN);
-#endif
-    for (int32_t i = 0; i < world->n; i++) { ranks[i] = i; here += world->hosts[i] == world->hosts[world->rank]; }
-    world->spin = here <= cores ? 2048 : 32;
-    world->end  = llmpari_mpi_end_new(world, NULL, ranks, world->n, world->rank);
-    if (world->end) {
-        for (int32_t i = 0; i < world->n; i++) world->end->numbers[i] = 0;
-        world->end->joined = world->n;
-    }
-    mine = world->end != NULL;
+    llmpar_status status = llmpari_mpi_begin(world, &own);
+    mine = status == LLMPAR_OK;
     code = MPI_Allreduce(&mine, &all, 1, MPI_INT, MPI_MIN, world->data);
     if (code == MPI_SUCCESS && all) return LLMPAR_OK;
-    return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the buffers of a world of %d ranks%s", world->n, mine ? ", on another rank" : "");
+    if (status) return LLMPARI_FAIL(err, status, "%s", own.text);
+    return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the buffers of a world of %d ranks, on another rank", world->n);
 }
 
 LLMPARI_FN llmpar_status llmpari_mpi_check(const llmpar_mpi_desc *desc, llmpar_error *err) {
@@ -14156,28 +14520,17 @@ LLMPAR_DEF llmpar_status llmpar_mpi_create(const llmpar_mpi_desc *desc, llmpar_c
     LLMPARI_TRY(llmpari_mpi_init(&ours, &shared, err));
     MPI_Comm comm = own.comm ? *own.comm : MPI_COMM_WORLD;
     if (MPI_Comm_rank(comm, &rank) != MPI_SUCCESS || MPI_Comm_size(comm, &n) != MPI_SUCCESS) return LLMPARI_FAIL(err, LLMPAR_IO_FAILED, "comm is no communicator of MPI");
-    llmpari_mpi_world *w = (llmpari_mpi_world *)llmpari_alloc(&own.allocator, sizeof *w);
-    if (!w) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %lld bytes", (long long)sizeof *w);   // the others wait in MPI_Comm_dup: nothing is left to tell them with
-    memset(w, 0, sizeof *w);
     if (own.timeout_s == 0) own.timeout_s = 60;
     if (own.staging_bytes == 0) own.staging_bytes = (int64_t)4 << 20;
     if (own.message_bytes == 0) own.message_bytes = (int64_t)1 << 30;
-    w->desc      = own;
-    w->desc.comm = NULL;
-    w->allocator = own.allocator;
-    w->finalise  = ours;
-    w->shared    = shared;
-    w->rank      = (int32_t)rank;
-    w->n         = (int32_t)n;
-    w->in_request = MPI_REQUEST_NULL;
-    for (int i = 0; i < LLMPARI_MPI_NOTES; i++) w->out_request[i] = MPI_REQUEST_NULL;
-#ifndef LLMPAR_NO_THREADS
-    if (pthread_mutex_init(&w->mutex, NULL)) { llmpari_free(&own.allocator, w, sizeof *w); return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a lock"); }
-#endif
-    w->hosts = (int32_t *)llmpari_alloc(&own.allocator, (size_t)n * sizeof *w->hosts);
-    int32_t *ranks = (int32_t *)llmpari_alloc(&own.allocator, (size_t)n * sizeof *ranks);
-    llmpar_status status = llmpari_mpi_join(w, comm, ranks, err);
-    llmpari_free(&own.allocator, ranks, (size_t)n * sizeof *ranks);
+    own.comm = NULL;
+    llmpari_mpi_world *w = llmpari_mpi_world_new(&own, (int32_t)n);
+    if (!w) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %lld bytes", (long long)sizeof *w);   // the others wait in MPI_Comm_dup: nothing is left to tell them with
+    w->finalise = ours;
+    w->shared   = shared;
+    w->rank     = (int32_t)rank;
+    w->n        = (int32_t)n;
+    llmpar_status status = llmpari_mpi_join(w, comm, err);
     if (status) {
         llmpari_mpi_give_up(&w->in_request, true);
         if (w->end) llmpari_free(&own.allocator, w->end, w->end->bytes);

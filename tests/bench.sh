@@ -49,6 +49,7 @@ bare() {
         if ! mpicc.$mpi $CFLAGS -std=c99 -DLLMPAR_MPI -I. -Itests tests/bench_mpi.c -o "$D/bench_mpi_$mpi" -lpthread -lm; then failed=$((failed + 1)); echo "FAILED: bench_mpi.c does not build with mpicc.$mpi"; continue; fi
         options=""; [ $mpi = mpich ] || options="--allow-run-as-root --oversubscribe --bind-to none"
         run "bench_mpi, $mpi, 2 ranks" mpirun.$mpi $options -np 2 "$D/bench_mpi_$mpi"
+        [ $mpi = mpich ] || run "bench_mpi, two hosts of two ranks" sh tests/mpi_hosts.sh bench "$D/bench_mpi_$mpi"
     done
 }
 : > "$D/all"

@@ -91,6 +91,7 @@ typedef struct bench {
     int64_t context;
     bool    decode, prefill;
     llmpar_mesh mesh;
+    llmpar_rank_fn fn;                 // what every rank runs
     llmpar_threads *half;              // crowd: the smaller world, of the first half of the ranks
     bool    near;                      // the processors are, by the probe before
     pthread_barrier_t barrier;
@@ -566,11 +567,21 @@ static int set_up(bench *b, int n) {
     printf("cannot set up %s: %s\n", mesh, err.text);
     return 1;
 }
+// A rank that fails ends the program at once: others may wait at a pthread barrier, which nobody can call off.
+static llmpar_status run_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    const bench *b = (const bench *)user;
+    llmpar_status status = b->fn(world, user, err);
+    if (!status) return status;
+    printf("%d ranks: rank %d: %s\n", b->n_ranks, world->rank, err->text);
+    fflush(stdout);
+    _exit(1);
+}
 static int run_threads(bench *b, llmpar_rank_fn fn) {
     llmpar_error err = LLMPAR_ZERO;
     llmpar_threads_desc threads = LLMPAR_ZERO;
     threads.n_ranks = b->n_ranks;
-    if (llmpar_threads_run(&threads, fn, b, &err)) { printf("%d ranks: %s\n", b->n_ranks, err.text); return 1; }
+    b->fn = fn;
+    if (llmpar_threads_run(&threads, run_rank, b, &err)) { printf("%d ranks: %s\n", b->n_ranks, err.text); return 1; }
     if (b->repeated) printf("%d rounds were disturbed by other work and repeated%s\n", b->repeated, b->disturbed ? "; too many: disturbed ones count" : "");
     b->repeated = b->disturbed = 0;
     return 0;

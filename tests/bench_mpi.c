@@ -1,6 +1,6 @@
 // bench_mpi: what the MPI backend adds to the bare MPI call, side by side in one run: mpirun -np 2 build/bench_mpi.openmpi
 // Each round runs every peer once, the source rewritten before and the result read after; medians of the rounds on rank 0, in us. "off": timeout_s = INFINITY against the
-// blocking MPI call. Arguments: factor on the rounds, staging_bytes, how many of the collectives. "on": 60 s against MPI_I* and a loop of MPI_Test. A ratio over 1: slower than MPI. AllReduce here has a fixed order, MPI's has not: it is another algorithm.
+// blocking MPI call. --hosts: AllReduce from host to host beside the flat one, see tests/mpi_hosts.sh bench. Arguments: factor on the rounds, staging_bytes, how many of the collectives. "on": 60 s against MPI_I* and a loop of MPI_Test. A ratio over 1: slower than MPI. AllReduce here has a fixed order, MPI's has not: it is another algorithm.
 #define LLMPAR_IMPLEMENTATION
 #include "llmpar.h"
 #ifndef LLMPAR_MPI
@@ -55,7 +55,43 @@ static void call(int kind, int peer, llmpar_comm *comm, float *in, float *out, i
     if (status) { printf("%s\n", err.text); MPI_Abort(MPI_COMM_WORLD, 1); }
 }
 
+// Ranks of several hosts: the hosts that MPI finds, against the same ranks as if each were a host of its own (then nothing goes by hosts).
+static int by_hosts(int rounds) {
+    double time[2][100], sum = 0;
+    float *data = (float *)malloc(1 << 24);
+    llmpar_comm *comm[2];
+    llmpar_error err = LLMPAR_ZERO;
+    llmpar_mpi_desc desc = LLMPAR_ZERO;
+    int32_t alone[64];
+    for (int i = 0; i < 64; i++) alone[i] = i;
+    for (int i = 0; i < 2; i++) {
+        desc.hosts = i ? alone : NULL;
+        if (llmpar_mpi_create(&desc, &comm[i], &err)) { printf("%s\n", err.text); return 1; }
+    }
+    if (!data || comm[0]->size > 64 || rounds > 100) { printf("at most 64 ranks, 100 rounds\n"); return 1; }
+    for (int mb = 1; mb <= 16; mb *= 4) {
+        int count = mb << 18;
+        for (int r = -1; r < rounds; r++)
+            for (int turn = 0; turn < 2; turn++) {
+                int flat = (r + 1 + turn) & 1;
+                for (int i = 0; i < count; i++) data[i] = (float)((i + r) & 1023);
+                if (llmpar_barrier(comm[0], &err)) { printf("%s\n", err.text); return 1; }
+                double began = now_us();
+                if (llmpar_all_reduce(comm[flat], data, data, count, LLMPAR_F32, LLMPAR_SUM, &err)) { printf("%s\n", err.text); return 1; }
+                if (r >= 0) time[flat][r] = now_us() - began;
+                for (int i = 0; i < count; i += 16) sum += (double)data[i];
+            }
+        for (int i = 0; i < 2; i++) qsort(time[i], (size_t)rounds, sizeof(double), by_size);
+        if (comm[0]->rank == 0) printf("AllReduce %2d MB, %d ranks: by hosts %8.0f us, flat %8.0f us, flat / by hosts %.2f\n", mb, comm[0]->size, time[0][rounds / 2], time[1][rounds / 2],
+                                       time[1][rounds / 2] / time[0][rounds / 2]);
+    }
+    for (int i = 1; i >= 0; i--) llmpar_comm_free(comm[i]);
+    free(data);
+    return isnan(sum);
+}
+
 int main(int argc, char **argv) {
+    if (argc > 1 && strcmp(argv[1], "--hosts") == 0) return by_hosts(argc > 2 ? atoi(argv[2]) : 21);
     static const int kinds[] = { LLMPAR_ALL_REDUCE, LLMPAR_ALL_GATHER, LLMPAR_REDUCE_SCATTER, LLMPAR_ALL_TO_ALL, LLMPAR_BROADCAST, LLMPAR_SEND };
     static const int sizes[] = { 1 << 12, 1 << 16, 1 << 20, 1 << 24 };
     enum { MOST = 4000 };

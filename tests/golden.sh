@@ -37,11 +37,13 @@ invariant() { # invariant PROGRAM
 }
 invariant "$B/golden_check"
 same "$(hashes "$B/golden_check" tests/golden/llama-odd tp=1 --invariant)" "with --sp" "$B/golden_check" tests/golden/llama-odd tp=3 --invariant --sp
-runs=3; degrees=3
-[ "${LLMPAR_STRESS:-0}" != 0 ] && runs=100 && degrees="1 2 3 4 5 6 7 8"
-for tp in $degrees; do
-    want=$(hashes "$B/golden_check" tests/golden/llama-odd tp=$tp)
-    for run in $(seq 2 $runs); do same "$want" "run $run has other bits" "$B/golden_check" tests/golden/llama-odd tp=$tp; done
+runs=3; degrees=3; models=llama-odd
+[ "${LLMPAR_STRESS:-0}" != 0 ] && runs=100 && degrees="1 2 3 4 5 6 7 8" && models="llama-odd shakespeare-dense qwen3 llama-bf16"
+for model in $models; do
+    for tp in $degrees; do
+        want=$(hashes "$B/golden_check" tests/golden/$model tp=$tp)
+        for run in $(seq 2 $runs); do same "$want" "run $run has other bits" "$B/golden_check" tests/golden/$model tp=$tp; done
+    done
 done
 if [ "${LLMPAR_STRESS:-0}" != 0 ]; then
     for flags in "-mavx2 -mfma -mtune=znver3" "-march=native"; do

@@ -18,12 +18,14 @@ typedef struct {
     llmpar_axes axes;
 } seq_group;
 typedef struct { job j; int group, batch; } seq_call;
-enum { SEQ_ANY = 0, SEQ_COLLECTIVES, SEQ_MAIL };       // a crowd: many calls, only of this sort, on the world only; more in flight than there is room for
+// A crowd: many calls, only of this sort, on the world only; more in flight than there is room for. Burst: of tiny AllReduce, all in flight but for one rank, which comes late
+// and then blocks in one after the other while the rest still sleeps.
+enum { SEQ_ANY = 0, SEQ_COLLECTIVES, SEQ_MAIL, SEQ_BURST };
 typedef struct {
     uint64_t seed;
     int n_ranks, n_groups, n_calls, n_batches, crowd, crossed, traced;
     bool leaves;                   // some groups are left to the world to free
-    int64_t limit[3];              // where one way ends and another begins, in bytes; 0 = the default. Threads: mailbox, pull, stream of llmpar_comm_tuning
+    int64_t limit[3];              // where one way ends and another begins, in bytes; 0 = the default. Threads: mailbox, staged, stream of llmpar_comm_tuning
     seq_group group[SEQ_GROUPS];
     seq_call  call[SEQ_CALLS];
 } sequence;
@@ -114,14 +116,16 @@ static void seq_add_call(sequence *s, int batch, uint64_t *seed) {
     static const llmpar_collective kinds[] = { LLMPAR_ALL_REDUCE, LLMPAR_ALL_REDUCE, LLMPAR_ALL_REDUCE, LLMPAR_ALL_GATHER, LLMPAR_REDUCE_SCATTER, LLMPAR_REDUCE_SCATTER,
                                                LLMPAR_ALL_TO_ALL, LLMPAR_PERMUTE, LLMPAR_BROADCAST, LLMPAR_SEND, LLMPAR_SEND, LLMPAR_BARRIER };
     seq_call *c = &s->call[s->n_calls++];
-    llmpar_collective kind = s->crowd == SEQ_MAIL ? LLMPAR_SEND : kinds[rank_below(seed, s->crowd == SEQ_COLLECTIVES ? 9 : 12)];
+    llmpar_collective kind = s->crowd == SEQ_MAIL ? LLMPAR_SEND : s->crowd == SEQ_BURST ? LLMPAR_ALL_REDUCE : kinds[rank_below(seed, s->crowd == SEQ_COLLECTIVES ? 9 : 12)];
     bool folds = kind == LLMPAR_ALL_REDUCE || kind == LLMPAR_REDUCE_SCATTER;
     llmpar_dtype dtype = (llmpar_dtype)rank_below(seed, folds ? LLMPAR_U8 : LLMPAR_DTYPE_COUNT);
     llmpar_reduce reduce = (llmpar_reduce)rank_below(seed, 3);
     c->batch = batch;
     c->group = (int)rank_below(seed, s->n_groups);
     int n = s->group[c->group].n;
-    job_make(&c->j, kind, dtype, reduce, n, kind == LLMPAR_BARRIER ? 0 : seq_size(s, n, llmpar_dtype_bytes(dtype), kind == LLMPAR_SEND ? 10 : 50, seed), seed);
+    int64_t element = llmpar_dtype_bytes(dtype), size = s->crowd == SEQ_BURST ? rank_below(seed, 12) : seq_size(s, n, element, kind == LLMPAR_SEND ? 10 : 50, seed);
+    if (kind == LLMPAR_SEND && rank_below(seed, s->crowd == SEQ_MAIL ? 3 : 12) == 0) size = (65536 + rank_below(seed, 131072)) / element;      // copied by both sides
+    job_make(&c->j, kind, dtype, reduce, n, kind == LLMPAR_BARRIER ? 0 : size, seed);
 }
 
 // n_ranks 0: random, mostly up to 8. The same seed and number of ranks give the same sequence.
@@ -129,9 +133,9 @@ static void sequence_make(sequence *s, uint64_t seed, int n_ranks) {
     static const int64_t limits[] = { 0, 1, 300, 4000, 40000, INT64_MAX / 2 };
     s->seed      = seed;
     s->n_ranks   = n_ranks ? n_ranks : (int)(rank_below(&seed, 40) ? 1 + rank_below(&seed, 8) : 9 + rank_below(&seed, MOST - 8));
-    s->crowd     = (int)(rank_below(&seed, 10) ? SEQ_ANY : 1 + rank_below(&seed, 2));
+    s->crowd     = (int)(rank_below(&seed, 10) ? SEQ_ANY : 1 + rank_below(&seed, 3));
     s->crossed   = s->crowd == SEQ_ANY && rank_below(&seed, 2);
-    s->traced    = rank_below(&seed, 4) == 0;
+    s->traced    = rank_below(&seed, 4) == 0 && s->crowd != SEQ_BURST;
     s->leaves    = rank_below(&seed, 2) == 0;
     s->n_groups  = s->n_calls = s->n_batches = 0;
     for (int i = 0; i < 3; i++) s->limit[i] = limits[rank_below(&seed, 6)];
@@ -187,6 +191,8 @@ typedef struct {
     bool starting;                 // calls of `batch` are still to be started
     uint64_t seed;                 // of this rank's manner
     int64_t eager;                 // of 8 chances, how many to wait for something after each start
+    int64_t blocks;                // of 20 calls, how many block, where they may: none to all
+    bool    late;                  // a burst's rank that comes late
     int64_t calls;
     llmpar_comm *comm[SEQ_GROUPS];
     llmpar_comm_stats want[SEQ_GROUPS];
@@ -199,7 +205,7 @@ static bool seq_chance(seq_rank *r, int64_t one_of) { return rank_below(&r->seed
 
 static void seq_dawdle(seq_rank *r) {
     struct timespec t = { 0, 2000000 };
-    if (seq_chance(r, 3000)) nanosleep(&t, NULL);                                          // the others go to sleep meanwhile
+    if (seq_chance(r, r->late ? 24 : 3000)) nanosleep(&t, NULL);                                          // the others go to sleep meanwhile
     else if (seq_chance(r, 8)) sched_yield();
 }
 
@@ -302,7 +308,7 @@ static llmpar_status seq_start(seq_rank *r, seq_item *it, llmpar_error *err) {
     want->payload_bytes[it->side] += elements * llmpar_dtype_bytes(j->dtype);
     r->calls++;
     it->state = SEQ_OPEN;
-    if (!r->s->crossed && rank_below(&r->seed, 20) < r->eager && !(seq_is_mail(it->c) && j->root == j->to)) {
+    if (!r->s->crossed && rank_below(&r->seed, 20) < r->blocks && !(seq_is_mail(it->c) && j->root == j->to)) {
         memset(&it->request, 0, sizeof it->request);
         TRY(blocking(comm, &call, err));
         return seq_done(r, it, err);
@@ -341,27 +347,39 @@ static llmpar_status seq_run_batch(seq_rank *r, llmpar_error *err) {
     return LLMPAR_OK;
 }
 
+static llmpar_status seq_make_group(seq_rank *r, int i, llmpar_error *err) {
+    const seq_group *g = &r->s->group[i];
+    llmpar_comm *parent = r->comm[g->parent];
+    int32_t members[MOST];
+    llmpar_mesh mesh;
+    int me = seq_find(g->rank, g->n, r->me);
+    memcpy(members, g->member, sizeof members);
+    if (g->mesh[0]) {
+        TRY(llmpar_mesh_parse(g->mesh, &mesh, err));
+        TRY(llmpar_comm_group(parent, &mesh, g->axes, &r->comm[i], err));
+    } else {
+        TRY(parent->vtable->group(parent, members, g->n, &r->comm[i], err));
+        r->comm[i]->trace = parent->trace;
+    }
+    memset(members, 0xff, sizeof members);
+    if (r->comm[i]->size != g->n || r->comm[i]->rank != me) return bad(err, "group %d: member %d of %d, want %d of %d", i, r->comm[i]->rank, r->comm[i]->size, me, g->n);
+    TRY(seq_group_used(r, g->parent, err));
+    r->uses[i]++;                                                                          // its making is one: no calls may come
+    return seq_group_used(r, i, err);
+}
+
+// Makes this rank's groups of the batch in an order of its own, but parents first, and those of the same members of one parent in their order.
 static llmpar_status seq_make_groups(seq_rank *r, llmpar_error *err) {
-    for (int i = 1; i < r->s->n_groups; i++) {
-        const seq_group *g = &r->s->group[i];
-        llmpar_comm *parent = r->comm[g->parent];
-        int32_t members[MOST];
-        llmpar_mesh mesh;
-        int me = seq_find(g->rank, g->n, r->me);
-        if (g->batch != r->batch || me < 0) continue;
-        memcpy(members, g->member, sizeof members);
-        if (g->mesh[0]) {
-            TRY(llmpar_mesh_parse(g->mesh, &mesh, err));
-            TRY(llmpar_comm_group(parent, &mesh, g->axes, &r->comm[i], err));
-        } else {
-            TRY(parent->vtable->group(parent, members, g->n, &r->comm[i], err));
-            r->comm[i]->trace = parent->trace;
+    int todo[SEQ_GROUPS], n = 0;
+    for (int i = 1; i < r->s->n_groups; i++) if (r->s->group[i].batch == r->batch && seq_find(r->s->group[i].rank, r->s->group[i].n, r->me) >= 0) todo[n++] = i;
+    for (; n > 0; n--) {
+        int at = (int)rank_below(&r->seed, n);
+        for (int i = at - 1; i >= 0; i--) {
+            const seq_group *a = &r->s->group[todo[i]], *b = &r->s->group[todo[at]];
+            if (b->parent == todo[i] || (a->parent == b->parent && a->n == b->n && memcmp(a->rank, b->rank, (size_t)a->n * sizeof *a->rank) == 0)) at = i;
         }
-        memset(members, 0xff, sizeof members);
-        if (r->comm[i]->size != g->n || r->comm[i]->rank != me) return bad(err, "group %d: member %d of %d, want %d of %d", i, r->comm[i]->rank, r->comm[i]->size, me, g->n);
-        TRY(seq_group_used(r, g->parent, err));
-        r->uses[i]++;                                                                      // its making is one: no calls may come
-        TRY(seq_group_used(r, i, err));
+        TRY(seq_make_group(r, todo[at], err));
+        memmove(todo + at, todo + at + 1, (size_t)(n - 1 - at) * sizeof *todo);
     }
     return LLMPAR_OK;
 }
@@ -380,6 +398,26 @@ static void seq_plan(seq_rank *r) {
         }
     }
     for (int i = 1; i < r->s->n_groups; i++) if (seq_find(r->s->group[i].rank, r->s->group[i].n, r->me) >= 0) r->uses[r->s->group[i].parent]++;
+}
+
+// When all have got all their messages, each may send as many as are buffered before it receives any.
+static llmpar_status seq_exchange(seq_rank *r, llmpar_error *err) {
+    enum { BUFFERED = 8 };
+    llmpar_comm *world = r->comm[0];
+    int32_t n = world->size, me = world->rank, from = (me + n - 1) % n, got;
+    if (n == 1) return LLMPAR_OK;
+    TRY(llmpar_barrier(world, err));
+    for (int32_t k = 0; k < BUFFERED; k++) TRY(llmpar_send(world, &k, 1, LLMPAR_I32, (me + 1) % n, err));
+    for (int32_t k = 0; k < BUFFERED; k++) {
+        TRY(llmpar_recv(world, &got, 1, LLMPAR_I32, from, err));
+        NEED(got == k);
+    }
+    r->want[0].calls[LLMPAR_BARRIER]++;
+    for (int side = 0; side < 2; side++) {
+        r->want[0].calls        [side ? LLMPAR_RECV : LLMPAR_SEND] += BUFFERED;
+        r->want[0].payload_bytes[side ? LLMPAR_RECV : LLMPAR_SEND] += 4 * BUFFERED;
+    }
+    return LLMPAR_OK;
 }
 
 static llmpar_status seq_run(seq_rank *r, llmpar_error *err) {
@@ -405,6 +443,7 @@ static llmpar_status seq_run(seq_rank *r, llmpar_error *err) {
     if (r->s->traced) NEED(trace.n == r->calls);
     for (int64_t i = 0; i < trace.n && i < trace.capacity; i++) NEED(r->event[i].begin_s > 0 && r->event[i].end_s >= r->event[i].begin_s && r->event[i].late < r->s->n_ranks);
     world->trace = NULL;
+    TRY(seq_exchange(r, err));
     for (int i = r->s->n_groups - 1; i >= 0; i--) {
         if (!r->comm[i]) continue;
         TRY(seq_check_stats(r, i, err));
@@ -422,6 +461,12 @@ static llmpar_status sequence_rank(llmpar_comm *world, void *user, llmpar_error 
     r->comm[0] = world;
     r->seed    = s->seed * 31 + (uint64_t)world->rank + 1;
     r->eager   = rank_below(&r->seed, 9);
+    r->blocks  = seq_chance(r, 3) ? 20 : rank_below(&r->seed, 9);
+    if (s->crowd == SEQ_BURST) {
+        r->late   = (uint64_t)r->me == s->seed % (uint64_t)s->n_ranks;
+        r->eager  = 0;
+        r->blocks = r->late ? 20 : 0;
+    }
     llmpar_status status = seq_run(r, err);
     if (status) { llmpar_comm_abort(world, err->text); return status; }
     free(r);

@@ -61,7 +61,7 @@ static void test_self(void) {
 
 #ifndef LLMPAR_NO_THREADS
 // Each way of a reduction forced in turn; what is measured comes last, and is rare because it takes milliseconds.
-enum { SLICES, MAILBOX, PULL, STREAM, MIXED, DEFAULTS, WAYS };
+enum { SLICES, MAILBOX, STAGED, STREAM, MIXED, DEFAULTS, WAYS };
 static const llmpar_comm_tuning ways[WAYS] = { { 1, 0, INT64_MAX }, { 1 << 20, 0, INT64_MAX }, { 1, INT64_MAX, INT64_MAX }, { 1, 0, 1 }, { 2048, 20000, 100000 }, { 0, 0, 0 } };
 static int way;
 static llmpar_threads_desc desc_of(int n, double timeout_s) {
@@ -942,6 +942,34 @@ static void test_trace(void) {
         p.n = 0;
         llmpar_trace_svg(traces, 1, sink);
         CHECK(times_in(p.text, "<title>") == 0 && times_in(p.text, "<rect") == 2 + (what == 2) && times_in(p.text, ">0</text>") == 1);   // an axis all the same
+    }
+    TEST("a summary of more ranks than 64, of more collectives than are summed at a time") {
+        enum { RANKS = 130, CALLS = 600 };
+        static llmpar_trace_event event[RANKS][CALLS];
+        static paper p;
+        llmpar_trace one[RANKS];
+        const llmpar_trace *traces[RANKS];
+        llmpar_sink sink = { paper_write, &p };
+        for (int r = 0; r < RANKS; r++) {
+            one[r].event = event[r]; one[r].capacity = one[r].n = r == 1 ? CALLS - 200 : CALLS;    // one that has missed the end
+            traces[r] = &one[r];
+            for (int i = 0; i < CALLS; i++) {
+                llmpar_trace_event *e = &event[r][i];
+                e->kind = LLMPAR_ALL_REDUCE; e->size = RANKS; e->payload_bytes = 4;
+                e->begin_s = 1; e->end_s = 1 + (r == i % RANKS ? 1 : 3) / 1024.0;           // exact in binary: 129 of 130 wait 3, one 1
+                e->late = i % 4 == 0 ? 129 : i % 4 == 1 ? 64 : i % 4 == 2 ? 63 : -1;
+            }
+        }
+        p.n = 0;
+        llmpar_trace_summary(traces, RANKS, sink);
+        double in_calls = 0, least = 0;
+        long long calls = 0, bytes = 0;
+        const char *line = strchr(p.text, '\n');
+        CHECK(line && sscanf(line, "%*d %*d %lld %lld %lf %lf", &calls, &bytes, &in_calls, &least) == 4 && strstr(line, "rank 63 33 % rank 64 33 % rank 129 33 %\n"));
+        CHECK_EQ(calls, CALLS);
+        CHECK_EQ(bytes, 4 * CALLS);
+        CHECK_NEAR(in_calls, 1e3 / 1024 / RANKS * (3.0 * (RANKS * CALLS - 200) - 2.0 * (CALLS - 1)), 0.001);      // rank 1's call 521 is among the missing
+        CHECK_NEAR(least, 1e3 / 1024 * (CALLS + 2), 0.001);
     }
 }
 

@@ -11,6 +11,7 @@ int main(void) {
 #else
 #include "jobs.h"
 #include "sequence.h"
+#include <signal.h>
 
 static int my_rank, n_ranks;
 static double now_s(void) {
@@ -169,6 +170,13 @@ static llmpar_status groups_rank(llmpar_comm *world, void *user, llmpar_error *e
     TRY(llmpar_mesh_parse(text, &line, err));
     TRY(llmpar_comm_group(tp, &line, 1, &pair, err));                                      // a group of a group
     TRY(group_sum(pair, r, of_tp, err));
+    llmpar_comm *of[2] = { tp, again }, *child[2];
+    for (int k = 0; k < 2; k++) TRY(llmpar_comm_group(of[(k + r) % 2], &line, 1, &child[(k + r) % 2], err));          // of two groups with the same members, in any order
+    TRY(group_sum(child[0], r, of_tp, err));
+    TRY(group_sum(child[1], 1, tps, err));
+    NEED(child[0]->id != child[1]->id);
+    llmpar_comm_free(child[0]);
+    llmpar_comm_free(child[1]);
     if (r % 2) llmpar_comm_free(tp);                                                       // any order; what is not freed goes with the world
     llmpar_comm_free(pair);
     if (r % 2 == 0) llmpar_comm_free(tp);
@@ -531,6 +539,28 @@ static llmpar_status elsewhere_rank(llmpar_comm *world, void *user, llmpar_error
     else CHECK(strstr(seen.text, "has not called llmpar_comm_group for it yet") != NULL);
     return LLMPAR_OK;
 }
+// Rank 0 waits for rank 1, which waits for rank 2 in another group, which comes to neither: all hear of rank 2, whoever's deadline is over first.
+static llmpar_status chain_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    int what = *(int *)user, r = world->rank;
+    float word = 0;
+    llmpar_error seen = LLMPAR_ZERO;
+    llmpar_comm *pair = NULL;
+    int32_t members[2] = { 0, 1 };
+    if (r > 0) { members[0] = 1; members[1] = 2; }
+    if (r < 3) TRY(world->vtable->group(world, members, 2, &pair, err));
+    TRY(llmpar_barrier(world, err));
+    if (r > 1) { pause_ms(2500); CHECK(llmpar_barrier(world, &seen) != LLMPAR_OK); return LLMPAR_OK; }
+    world->timeout_s = pair->timeout_s = r == 0 ? 0.3 : 20;
+    llmpar_status status;
+    if (what == 2) status = r == 0 ? llmpar_recv(world, &word, 1, LLMPAR_F32, 1, &seen) : llmpar_recv(world, &word, 1, LLMPAR_F32, 2, &seen);
+    else if (what == 1 && r == 0) { TRY(world->vtable->group(world, members, 2, &pair, err)); pair->timeout_s = 0.3; status = llmpar_barrier(pair, &seen); }
+    else status = llmpar_all_reduce(pair, &word, &word, 1, LLMPAR_F32, LLMPAR_SUM, &seen);
+    CHECK_EQ(status, r == 0 ? LLMPAR_TIMEOUT : LLMPAR_ABORTED);
+    if (r == 0) CHECK(strstr(seen.text, "for rank 1") && strstr(seen.text, "; in the end all wait for rank 2 (timeout_s is 0.3)"));
+    else CHECK(strstr(seen.text, "; in the end all wait for rank 2 (timeout_s is 0.3)") != NULL);
+    if (test_bad) printf("%s\n", seen.text);
+    return LLMPAR_OK;
+}
 static llmpar_status abort_rank(llmpar_comm *world, void *user, llmpar_error *err) {
     (void)err;
     static float data[40000];
@@ -596,6 +626,7 @@ static llmpar_status crowd_rank(llmpar_comm *world, void *user, llmpar_error *er
 static void test_late(void) {
     for (int what = 0; what < 4 && n_ranks > 1; what++) TEST("a late rank: deadline") { llmpar_mpi_desc desc = desc_of(0.1, what % 2 == 1); run(&desc, late_rank, &what); }
     for (int what = 0; what < 2 && n_ranks > 1; what++) TEST("a rank that waits elsewhere: deadline") { llmpar_mpi_desc desc = desc_of(0.3, false); run(&desc, elsewhere_rank, &what); }
+    for (int what = 0; what < 3 && n_ranks > 2; what++) TEST("a late rank that others wait for in another group") { llmpar_mpi_desc desc = desc_of(20, false); run(&desc, chain_rank, &what); }
     for (int what = 0; what < 4 && n_ranks > 1; what++) TEST("abort") {
         llmpar_mpi_desc desc = desc_of(what == 1 ? (double)INFINITY : 20, false);
         run(&desc, abort_rank, &what);
@@ -620,6 +651,156 @@ static void test_late(void) {
         CHECK_FAIL(llmpar_mpi_create(&desc, &world, &err), LLMPAR_BAD_ARGUMENT, err, "MPI_COMM_NULL");
         CHECK(world == NULL);
     }
+}
+
+// ---- Survivors ----
+
+// What a sound world does: collectives of every kind, many in flight, mail, a group.
+static llmpar_status sound(llmpar_comm *world, llmpar_error *err) {
+    static const llmpar_collective kinds[] = { LLMPAR_ALL_REDUCE, LLMPAR_ALL_GATHER, LLMPAR_REDUCE_SCATTER, LLMPAR_ALL_TO_ALL, LLMPAR_BROADCAST };
+    uint64_t seed = 99;
+    llmpar_mesh mesh;
+    llmpar_comm *group;
+    char text[32];
+    int n = world->size, r = world->rank;
+    int32_t word = r, got = -1;
+    for (int i = 0; i < 20; i++) {
+        job j;
+        job_make(&j, kinds[i % 5], LLMPAR_F32, LLMPAR_SUM, n, i < 10 ? 100 : 40000, &seed);
+        llmpar_status status = job_run(world, &j, 0, err);
+        job_free(&j);
+        TRY(status);
+    }
+    TRY(llmpar_send(world, &word, 1, LLMPAR_I32, (r + 1) % n, err));
+    TRY(llmpar_recv(world, &got, 1, LLMPAR_I32, (r + n - 1) % n, err));
+    NEED(got == (r + n - 1) % n);
+    snprintf(text, sizeof text, "a=%d", n);
+    TRY(llmpar_mesh_parse(text, &mesh, err));
+    for (int i = 0; i < 10; i++) {
+        TRY(llmpar_comm_group(world, &mesh, 1, &group, err));
+        TRY(group_sum(group, r, n * (n - 1) / 2, err));
+        llmpar_comm_free(group);
+    }
+    return LLMPAR_OK;
+}
+// What was under way when the world stopped: calls of the others that the last rank does not come to, a message nobody receives.
+static void begin_much(llmpar_comm *world) {
+    enum { N = 100000 };
+    llmpar_error seen = LLMPAR_ZERO;
+    llmpar_request request;
+    llmpar_call call = LLMPAR_ZERO;
+    call.kind = LLMPAR_ALL_REDUCE; call.dtype = LLMPAR_F32;
+    for (int i = 0; i < 8; i++) {
+        call.count = i % 2 ? N : 10;
+        call.send  = call.recv = calloc(N, sizeof(float));                                 // MPI's until the end
+        (void)llmpar_start(world, &call, &request, &seen);
+    }
+    call.kind = LLMPAR_SEND; call.count = N; call.peer = (world->rank + 1) % world->size;
+    (void)llmpar_start(world, &call, &request, &seen);
+}
+// The world stops, by an abort or calls that differ; all ranks go on in a new one, again and again.
+static llmpar_status heirs_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    llmpar_error seen = LLMPAR_ZERO;
+    llmpar_comm *heir[9], *none = NULL, *again = NULL;
+    float data[8] = { 0 };
+    int what = *(int *)user, last = world->size - 1;
+    heir[0] = world;
+    NEED(llmpar_comm_shrink(world, &none, &seen) == LLMPAR_BAD_ARGUMENT && strstr(seen.text, "is sound") && !none);
+    for (int i = 0; i < 8; i++) {
+        llmpar_comm *now = heir[i];
+        NEED(llmpar_barrier(now, &seen) == LLMPAR_OK || (what == 0 && strstr(seen.text, "is tired")));    // the last one was through, and has stopped the world already
+        if (now->rank != last) begin_much(now);
+        if (what == 0 && now->rank == last) { llmpar_comm_abort(now, "is tired"); llmpar_comm_abort(now, "once more"); }
+        else NEED(llmpar_all_reduce(now, data, data, now->rank == last ? 7 : 8, LLMPAR_F32, LLMPAR_SUM, &seen) != LLMPAR_OK);
+        if (now->rank == (i + 1) % now->size) pause_ms(20 * i);
+        TRY(llmpar_comm_shrink(now, &heir[i + 1], err));
+        NEED(heir[i + 1]->size == world->size && heir[i + 1]->rank == world->rank && heir[i + 1]->id == 0);
+        NEED(llmpar_comm_shrink(now, &again, err) == LLMPAR_OK && again == heir[i + 1]);
+        TRY(sound(heir[i + 1], err));
+        if (i % 2) llmpar_comm_free(heir[i]);
+    }
+    if (heir[8]->rank == last) llmpar_comm_abort(heir[8], "is tired");
+    else NEED(llmpar_barrier(heir[8], &seen) == LLMPAR_ABORTED);
+    NEED(llmpar_comm_shrink(heir[8], &none, &seen) == LLMPAR_UNSUPPORTED && strstr(seen.text, "number 8 in a row"));
+    for (int i = 2; i <= 8; i += 2) llmpar_comm_free(heir[i]);
+    return LLMPAR_OK;
+}
+// One rank stays away for longer than the deadline; the others go on without it, and then lose their last one.
+static llmpar_status away_for_good_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    llmpar_error seen = LLMPAR_ZERO;
+    llmpar_comm *left = NULL, *fewer = NULL, *none = NULL;
+    int lost = *(int *)user, n = world->size;
+    TRY(llmpar_barrier(world, err));
+    if (world->rank == lost) {
+        pause_ms(2500);
+        NEED(llmpar_barrier(world, &seen) != LLMPAR_OK);
+        NEED(llmpar_comm_shrink(world, &none, &seen) == LLMPAR_ABORTED && strstr(seen.text, "came after the survivors") && !none);
+        return LLMPAR_OK;
+    }
+    begin_much(world);
+    NEED(llmpar_barrier(world, &seen) != LLMPAR_OK);
+    TRY(llmpar_comm_shrink(world, &left, err));
+    NEED(left->size == n - 1 && left->rank == world->rank - (world->rank > lost));
+    TRY(sound(left, err));
+    if (left->size == 1 || left->rank == left->size - 1) return LLMPAR_OK;                 // the last one leaves without a word
+    NEED(llmpar_barrier(left, &seen) != LLMPAR_OK && strstr(seen.text, "does not answer"));
+    TRY(llmpar_comm_shrink(left, &fewer, err));
+    NEED(fewer->size == n - 2);
+    TRY(sound(fewer, err));
+    return LLMPAR_OK;
+}
+// Ranks come about when the first ones' time is up: all who are in agree on who is, the others are told.
+static llmpar_status edge_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    llmpar_error seen = LLMPAR_ZERO;
+    llmpar_comm *left = NULL;
+    uint64_t seed = *(uint64_t *)user * 64 + (uint64_t)world->rank;
+    int32_t others = 0, one = 1;
+    if (world->rank == 0) llmpar_comm_abort(world, "begins");
+    else { while (llmpar_barrier(world, &seen) == LLMPAR_OK) {} }
+    int64_t late = rank_below(&seed, 2) ? 0 : 49500 + rank_below(&seed, 1000);             // us
+    MPI_Barrier(MPI_COMM_WORLD);
+    for (double until = now_s() + 1e-6 * (double)late; now_s() < until; ) {}
+    world->timeout_s = 0.05;
+    llmpar_status status = llmpar_comm_shrink(world, &left, &seen);
+    if (status) { NEED(status == LLMPAR_ABORTED && strstr(seen.text, "came after")); return LLMPAR_OK; }
+    left->timeout_s = 20;
+    TRY(llmpar_all_reduce(left, &one, &others, 1, LLMPAR_I32, LLMPAR_SUM, err));
+    NEED(others == left->size);
+    TRY(sound(left, err));
+    return LLMPAR_OK;
+}
+static void test_survivors(void) {
+    if (n_ranks < 2) return;
+    for (int what = 0; what < 2; what++) TEST("after an error all go on, eight times") { llmpar_mpi_desc desc = desc_of(20, what == 1); run(&desc, heirs_rank, &what); }
+    for (int lost = 0; lost < n_ranks; lost += n_ranks - 1) TEST("the others go on without one, and without two") { llmpar_mpi_desc desc = desc_of(0.2, false); run(&desc, away_for_good_rank, &lost); }
+    TEST("late for the survivors, or just in time") for (uint64_t i = 0; i < (test_stress() ? 200u : 10u); i++) { llmpar_mpi_desc desc = desc_of(20, false); run(&desc, edge_rank, &i); }
+}
+
+// --lose RANKS: ranks of the list ("2", "0,3") kill themselves in a running collective, one after the other; for tests/mpi.sh, under mpirun --enable-recovery.
+static int lose(llmpar_comm *world, const char *list) {
+    llmpar_error err = LLMPAR_ZERO;
+    int me = world->rank, n = world->size, lost = 0;
+    float data[20000] = { 0 };
+    llmpar_comm *now = world;
+    for (const char *at = list; *at; lost++) {
+        char *end;
+        int next = (int)strtol(at, &end, 10);
+        at = *end ? end + 1 : end;
+        now->timeout_s = 1;
+        llmpar_status status = LLMPAR_OK;
+        for (int i = 0; i < 1000 && !status; i++) {
+            if (me == next && i == 10) kill(getpid(), SIGKILL);
+            status = llmpar_all_reduce(now, data, data, i % 2 ? 20000 : 3, LLMPAR_F32, LLMPAR_SUM, &err);
+        }
+        if (!status) return printf("rank %d: nobody was missed\n", me), 1;
+        if (llmpar_comm_shrink(now, &now, &err)) return printf("rank %d: %s\n", me, err.text), 1;
+        now->timeout_s = 20;
+        if (now->size != n - lost - 1 || sound(now, &err)) return printf("rank %d: %d are left: %s\n", me, now->size, err.text), 1;
+    }
+    printf("rank %d goes on as %d of %d\n", me, now->rank, now->size);
+    fflush(stdout);
+    pause_ms(300);                                                                         // mpirun may end the others when the first one leaves
+    return 0;
 }
 
 // A communicator of the user's, with ranks in reverse; memory from the desc's allocator, all of it given back.
@@ -708,6 +889,7 @@ int main(int argc, char **argv) {
     llmpar_comm *first = NULL;
     if (llmpar_mpi_create(NULL, &first, &err)) return printf("%s\n0 passed, 1 failed\n", err.text), 1;      // initialises MPI, and finalises it at the end
     if (argc > 2 && strcmp(argv[1], "--hosts") == 0) return over_hosts(first, atoi(argv[2]));
+    if (argc > 2 && strcmp(argv[1], "--lose") == 0) return lose(first, argv[2]);
     my_rank = first->rank;
     n_ranks = first->size;
     test_grid();
@@ -719,6 +901,7 @@ int main(int argc, char **argv) {
     test_own();
     test_clash();
     test_late();
+    test_survivors();
     test_close();
     int64_t mine[2], all[2] = { 0, 0 };
     mine[0] = test_failed; mine[1] = test_passed == 0;
