@@ -37,6 +37,7 @@
 //          >>weights  safetensors checkpoints: each rank reads its own slices
 //   run    >>ops      kernels behind a table that an engine replaces one by one
 //          >>exec     runs a plan on one rank
+//          >>stage    runs a pipeline schedule over a communicator
 //          >>engine   a whole model on one rank: load, prefill, decode
 //          >>licence
 
@@ -1349,6 +1350,47 @@ LLMPAR_DEF size_t       llmpar_exec_bytes(const llmpar_exec *exec);             
 LLMPAR_DEF int          llmpar_exec_traffic(const llmpar_exec *exec, llmpar_traffic *rows, int capacity);
 // Called after every step with this rank's values, for tests and tracing; NULL = none. Of a sum along the tree, before it is exchanged: this rank's pieces, if any.
 LLMPAR_DEF void         llmpar_exec_watch(llmpar_exec *exec, void (*fn)(int step, int round, const llmpar_tensor *out, const void *data, void *user), void *user);
+
+// ============================================================================================================
+// >>stage   runs a pipeline schedule over a communicator                       (uses: base, pipe, comm)
+// ============================================================================================================
+// llmpar_stages does one rank's actions of a program of >>pipe, in their order, with a callback for the work of a stage. What travels between ranks goes through buffers that
+// the runner owns: a RECV is posted when its turn comes and waited for by the action that takes it; a SEND is started and waited for when its buffer is filled again, so
+// that both run beside the work. What one stage hands to another of the same rank stays where it was written. Creating allocates, running does not.
+//
+//     desc.program = &program; desc.transport = LLMPAR_PIPE_NCCL; desc.comm = comm; desc.forward_bytes = 4 * tokens * hidden; desc.forward = work;
+//     llmpar_stages_create(&desc, &stages, err);
+//     llmpar_stages_run(stages, err);                                                             // as often as wanted
+
+typedef struct llmpar_stages llmpar_stages;
+typedef struct llmpar_stages_desc {
+    const llmpar_schedule *program;   // of llmpar_pipe_lower, the same on every rank; must outlive the runner
+    llmpar_transport transport;    // that it was lowered for. BUFFERED: SEND copies; with 16 of a rank's messages under way it waits for the oldest. RENDEZVOUS: SEND waits
+                                   //   until its message is taken. NCCL: SEND starts, from the buffer in which its message was made. Groups are not needed here: every
+                                   //   message of this library's communicators goes on its own
+    llmpar_comm *comm;             // comm rank = rank of the program; used by the runner alone while it runs; must outlive it
+    int64_t forward_bytes;         // of what a stage hands to the next one; 0 = nothing but the signal
+    int64_t token_bytes;           // of what the last stage hands to the first one (in_flight > 0)
+    int64_t backward_bytes;        // of what a stage hands to the one before
+    // in: what stage - 1 made of this micro-batch; stage 0: what the last stage made of micro - in_flight, or NULL. out: for stage + 1, or stage 0; NULL where nobody takes it.
+    // Both are valid during the call only (what the backward needs has to be kept), aligned to 64 bytes, and may not be the same.
+    llmpar_status (*forward)(int32_t stage, int32_t micro, const void *in, void *out, void *user, llmpar_error *err);
+    // what: B, I or W. in: what stage + 1 made (the gradient of the outputs), NULL at the last stage; out: for stage - 1, NULL at the first one. W has neither. NULL: no backward
+    llmpar_status (*backward)(int32_t stage, int32_t micro, llmpar_action_kind what, const void *in, void *out, void *user, llmpar_error *err);
+    void *user;                    // handed to both
+    bool  record;                  // the clock is read around every action, for llmpar_stages_timing
+    bool  unproven;                // llmpar_pipe_verify is left out: a program that cannot end runs into comm's deadline
+    llmpar_allocator allocator;
+} llmpar_stages_desc;
+// Local: waits for nobody, and fails on all ranks alike. Errors: verify's, messages of two ranks whose order differs between them, no memory.
+LLMPAR_DEF llmpar_status llmpar_stages_create(const llmpar_stages_desc *desc, llmpar_stages **stages, llmpar_error *err);
+LLMPAR_DEF void          llmpar_stages_free(llmpar_stages *stages);
+// Runs the program from beginning to end. Every rank calls it. An error of a callback stops comm's world: this rank returns it, the others LLMPAR_ABORTED with its text.
+LLMPAR_DEF llmpar_status llmpar_stages_run(llmpar_stages *stages, llmpar_error *err);
+LLMPAR_DEF size_t        llmpar_stages_bytes(const llmpar_stages *stages);                     // all its memory
+// What the last run took (with `record`), on all ranks, for llmpar_pipe_text, _svg and _trace; seconds from the first begin. Collective. Ranks on several hosts: each has a
+// clock of its own, and the times say as much as these agree. costs: of them the memory alone. Arrays live in the arena.
+LLMPAR_DEF llmpar_status llmpar_stages_timing(const llmpar_stages *stages, const llmpar_pipe_costs *costs, llmpar_arena *arena, llmpar_pipe_timing *timing, llmpar_error *err);
 
 // ============================================================================================================
 // >>engine   a whole model on one rank: plans, loads its slices, generates     (uses: model, build, comm, weights, ops, exec)
@@ -9634,37 +9676,45 @@ LLMPARI_FN void llmpari_pipe_critical(const llmpar_schedule *s, const llmpari_pi
     }
 }
 
+LLMPARI_FN llmpar_status llmpari_pipe_timing_new(const llmpar_schedule *s, llmpar_arena *arena, llmpar_pipe_timing *t, llmpar_error *err) {
+    const int64_t n = s->first[s->n_ranks], R = s->n_ranks;
+    double *numbers = (double *)llmpar_arena_alloc(arena, (size_t)(4 * R + 2 * n) * sizeof *numbers);
+    memset(t, 0, sizeof *t);
+    t->critical = (int64_t *)llmpar_arena_alloc(arena, (size_t)n * sizeof(int64_t));
+    if (!numbers || !t->critical) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
+    t->busy = numbers, t->begin = numbers + R, t->end = numbers + 2 * R, t->peak = numbers + 3 * R;
+    t->action_begin = numbers + 4 * R, t->action_end = t->action_begin + n;
+    return LLMPAR_OK;
+}
+// All else from the begin and end of every action.
+LLMPARI_FN void llmpari_pipe_timing_sum(const llmpar_schedule *s, const llmpari_pipe_cost *c, const llmpari_pipe_index *x, llmpar_pipe_timing *t) {
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        bool begun = false;
+        for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
+            const llmpar_action a = s->action[j];
+            if (llmpari_action_is_transfer(a)) continue;
+            if (!begun && a.kind == LLMPAR_ACTION_F) begun = true, t->begin[r] = t->action_begin[j];
+            t->busy[r] += t->action_end[j] - t->action_begin[j];
+            t->end[r]   = t->action_end[j];
+        }
+        t->peak[r] = llmpari_pipe_peak(s, c, r);
+        if (t->busy[r] > t->work) t->work = t->busy[r];
+        if (t->end[r] > t->makespan) t->makespan = t->end[r];
+        if (t->end[r] - t->begin[r] > t->span) t->span = t->end[r] - t->begin[r];
+    }
+    llmpari_pipe_critical(s, x, t);
+}
+
 LLMPAR_DEF llmpar_status llmpar_pipe_simulate(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport, llmpar_arena *arena,
                                               llmpar_pipe_timing *timing, llmpar_error *err) {
     llmpari_pipe_cost c;
     llmpari_pipe_index x;
     LLMPARI_TRY(llmpari_pipe_shape(schedule, err));
-    const int64_t n = schedule->first[schedule->n_ranks], R = schedule->n_ranks;
     const llmpar_arena_mark all = llmpar_arena_save(arena);
-    double *numbers = (double *)llmpar_arena_alloc(arena, (size_t)(4 * R + 2 * n) * sizeof *numbers);
-    if (!numbers) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
-    memset(timing, 0, sizeof *timing);
-    timing->busy = numbers, timing->begin = numbers + R, timing->end = numbers + 2 * R, timing->peak = numbers + 3 * R;
-    timing->action_begin = numbers + 4 * R, timing->action_end = timing->action_begin + n;
-    timing->critical = (int64_t *)llmpar_arena_alloc(arena, (size_t)n * sizeof(int64_t));
+    LLMPARI_TRY(llmpari_pipe_timing_new(schedule, arena, timing, err));
     const llmpar_arena_mark mark = llmpar_arena_save(arena);
-    llmpar_status status = timing->critical ? llmpari_pipe_prove(schedule, costs, transport, arena, timing->action_begin, timing->action_end, &c, &x, err)
-                                            : LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the critical path");
-    for (int32_t r = 0; !status && r < R; r++) {
-        bool begun = false;
-        for (int64_t j = schedule->first[r]; j < schedule->first[r + 1]; j++) {
-            const llmpar_action a = schedule->action[j];
-            if (llmpari_action_is_transfer(a)) continue;
-            if (!begun && a.kind == LLMPAR_ACTION_F) begun = true, timing->begin[r] = timing->action_begin[j];
-            timing->busy[r] += c.time[a.kind][a.stage];
-            timing->end[r]   = timing->action_end[j];
-        }
-        timing->peak[r] = llmpari_pipe_peak(schedule, &c, r);
-        if (timing->busy[r] > timing->work) timing->work = timing->busy[r];
-        if (timing->end[r] > timing->makespan) timing->makespan = timing->end[r];
-        if (timing->end[r] - timing->begin[r] > timing->span) timing->span = timing->end[r] - timing->begin[r];
-    }
-    if (!status) llmpari_pipe_critical(schedule, &x, timing);
+    const llmpar_status status = llmpari_pipe_prove(schedule, costs, transport, arena, timing->action_begin, timing->action_end, &c, &x, err);
+    if (!status) llmpari_pipe_timing_sum(schedule, &c, &x, timing);
     llmpar_arena_restore(arena, status ? all : mark);
     return status;
 }
@@ -10191,8 +10241,8 @@ LLMPARI_FN llmpar_status llmpari_pipe_generate(const llmpar_pipe_desc *desc, int
 LLMPAR_DEF llmpar_status llmpar_pipe_make(const llmpar_pipe_desc *desc, llmpar_arena *arena, llmpar_schedule *schedule, llmpar_error *err) {
     const llmpar_arena_mark mark = llmpar_arena_save(arena);
     llmpar_schedule s;
-    int32_t V;
-    bool v_shape;
+    int32_t V = 0;
+    bool v_shape = false;
     LLMPARI_TRY(llmpari_pipe_desc_check(desc, &V, &v_shape, err));
     const llmpar_status status = llmpari_pipe_generate(desc, V, v_shape, arena, &s, err);
     if (status) llmpar_arena_restore(arena, mark);
@@ -18003,6 +18053,283 @@ LLMPAR_DEF llmpar_status llmpar_exec_run(llmpar_exec *x, const int32_t *position
 
 
 // ============================================================================================================
+// >>stage (impl)
+// ============================================================================================================
+
+#define LLMPARI_STAGE_COPIES    16     // messages of a rank under way with BUFFERED
+#define LLMPARI_STAGE_UNDER_WAY 48     // from so many on those that are over are looked for: comm takes 64
+
+typedef struct llmpari_stage_buffer { char *memory; llmpar_request request; } llmpari_stage_buffer;
+typedef struct llmpari_stage_links { int32_t in, out; } llmpari_stage_links;   // buffers of an action, -1 = none; SEND: in, RECV: out
+
+struct llmpar_stages {
+    llmpar_stages_desc desc;
+    llmpar_arena  arena;
+    int64_t first, n;              // this rank's actions in the program
+    llmpari_stage_links  *links;   // [n]
+    llmpari_stage_buffer *buffer;  // message buffers, then those between stages of this rank, then copies
+    int32_t n_messages, n_local, n_copies, next_copy, under_way;
+    double *begin, *end;           // [n] of the last run, or NULL
+};
+
+LLMPARI_ONCE_BEGIN
+// Bytes of what a transfer carries, or of what an action hands on.
+LLMPARI_FN int64_t llmpari_stage_bytes(const llmpar_stages_desc *d, llmpar_action a) {
+    const bool token = (a.kind == LLMPAR_ACTION_RECV_F && a.stage == 0) || ((a.kind == LLMPAR_ACTION_SEND_F || a.kind == LLMPAR_ACTION_F) && a.stage + 1 == d->program->n_stages);
+    if (a.kind == LLMPAR_ACTION_F || a.kind == LLMPAR_ACTION_SEND_F || a.kind == LLMPAR_ACTION_RECV_F) return token ? d->token_bytes : d->forward_bytes;
+    return d->backward_bytes;
+}
+
+// Messages meet in the order in which they are sent from one rank to another: the receiver must post them in that order.
+LLMPARI_FN llmpar_status llmpari_stage_order(const llmpar_schedule *s, llmpar_arena *scratch, llmpar_error *err) {
+    int64_t *cursor = (int64_t *)llmpar_arena_alloc(scratch, (size_t)s->n_ranks * sizeof *cursor);
+    if (!cursor) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to compare the messages of %d ranks", (int)s->n_ranks);
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        memcpy(cursor, s->first, (size_t)s->n_ranks * sizeof *cursor);
+        for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
+            const llmpar_action a = s->action[j];
+            if (!llmpari_action_is_send(a)) continue;
+            const llmpar_action o = llmpari_pipe_other_end(s, a);
+            const int32_t to = s->rank_of[o.stage];
+            for (;; cursor[to]++) {
+                if (cursor[to] == s->first[to + 1])
+                    return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d does %s, and rank %d posts nothing more for it", (int)r, llmpari_action_print(a).text, (int)to);
+                const llmpar_action b = s->action[cursor[to]];
+                if (llmpari_action_is_transfer(b) && !llmpari_action_is_send(b) && s->rank_of[llmpari_pipe_other_end(s, b).stage] == r) break;
+            }
+            const llmpar_action b = s->action[cursor[to]++];
+            if (b.kind != o.kind || b.stage != o.stage || b.micro != o.micro)
+                return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "ranks %d and %d disagree about the order of their messages: rank %d does %s when rank %d expects %s; lower the schedule with "
+                                    "llmpar_pipe_lower", (int)r, (int)to, (int)r, llmpari_action_print(a).text, (int)to, llmpari_action_print(b).text);
+        }
+    }
+    return LLMPAR_OK;
+}
+
+// The action, F or a backward, that takes what `a` makes; -1: nobody does. *stays: on the same rank.
+LLMPARI_FN int32_t llmpari_stage_taker(const llmpar_schedule *s, const llmpari_pipe_index *x, llmpar_action a, bool *stays) {
+    const int64_t c = (int64_t)a.stage * s->n_micro + a.micro;
+    *stays = false;
+    if (a.kind == LLMPAR_ACTION_F) {
+        const bool last = a.stage + 1 == s->n_stages;
+        if (last && (!s->in_flight || a.micro + s->in_flight >= s->n_micro)) return -1;
+        *stays = !llmpari_pipe_crosses(s, a.stage);
+        return last ? x->at[LLMPAR_ACTION_F][a.micro + s->in_flight] : x->at[LLMPAR_ACTION_F][c + s->n_micro];
+    }
+    if ((a.kind != LLMPAR_ACTION_B && a.kind != LLMPAR_ACTION_I) || a.stage == 0) return -1;
+    *stays = !llmpari_pipe_crosses(s, a.stage - 1);
+    return x->at[LLMPAR_ACTION_B][c - s->n_micro] >= 0 ? x->at[LLMPAR_ACTION_B][c - s->n_micro] : x->at[LLMPAR_ACTION_I][c - s->n_micro];
+}
+
+// Gives every action of this rank its buffers.
+LLMPARI_FN llmpar_status llmpari_stage_link(llmpar_stages *q, const llmpari_pipe_index *x, llmpar_arena *scratch, llmpar_error *err) {
+    const llmpar_schedule *s = q->desc.program;
+    llmpari_pipe_life local;
+    LLMPARI_TRY(llmpari_pipe_life_new(&local, q->n, scratch, err));
+    q->n_messages = s->n_slots[q->desc.comm->rank];
+    for (int64_t j = 0; j < q->n; j++) q->links[j].in = q->links[j].out = -1;
+    for (int64_t j = 0; j < q->n; j++) {
+        const llmpar_action a = s->action[q->first + j];
+        const int64_t c = (int64_t)a.stage * s->n_micro + a.micro;
+        bool stays;
+        if (llmpari_action_is_send(a)) q->links[j].in = a.slot;
+        else if (llmpari_action_is_transfer(a)) q->links[j].out = a.slot;
+        else if (a.kind != LLMPAR_ACTION_W) {
+            const bool f = a.kind == LLMPAR_ACTION_F;
+            const int32_t recv = x->at[f ? LLMPAR_ACTION_RECV_F : LLMPAR_ACTION_RECV_B][c], send = x->at[f ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B][c];
+            const int32_t to = llmpari_stage_taker(s, x, a, &stays);
+            if (recv >= 0) q->links[j].in = s->action[recv].slot;
+            if (send >= 0) q->links[j].out = s->action[send].slot;
+            if (stays) llmpari_pipe_live(&local, j, to - q->first + 1, j);
+        }
+    }
+    q->n_local = llmpar_slots(local.begin, local.end, local.n, local.slot, scratch);
+    if (q->n_local < 0) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to number the buffers of rank %d", q->desc.comm->rank);
+    for (int64_t i = 0; i < local.n; i++)
+        q->links[local.action[i]].out = q->links[local.end[i] - 1].in = q->n_messages + local.slot[i];
+    return LLMPAR_OK;
+}
+
+LLMPARI_FN llmpar_status llmpari_stage_buffers(llmpar_stages *q, llmpar_error *err) {
+    const llmpar_stages_desc *d = &q->desc;
+    int64_t sends = 0, bytes = 1, all;
+    for (int64_t j = 0; j < q->n; j++) {
+        const llmpar_action a = d->program->action[q->first + j];
+        sends += llmpari_action_is_send(a);
+        if (q->links[j].out >= 0) bytes = llmpari_max(bytes, llmpari_stage_bytes(d, a));
+    }
+    bytes = llmpar_round_up(bytes, 64);
+    q->n_copies = d->transport == LLMPAR_PIPE_BUFFERED ? (int32_t)llmpari_min(sends, LLMPARI_STAGE_COPIES) : 0;
+    const int64_t n = (int64_t)q->n_messages + q->n_local + q->n_copies;
+    q->buffer = (llmpari_stage_buffer *)llmpar_arena_alloc(&q->arena, (size_t)llmpari_max(n, 1) * sizeof *q->buffer);
+    char *memory = q->buffer && llmpari_mul(llmpari_max(n, 1), bytes, &all) ? (char *)llmpar_arena_alloc(&q->arena, (size_t)all) : NULL;
+    if (!memory) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "rank %d: no memory for %lld buffers of %lld bytes", d->comm->rank, (long long)n, (long long)bytes);
+    for (int64_t i = 0; i < n; i++) q->buffer[i].memory = memory + i * bytes;
+    return LLMPAR_OK;
+}
+
+LLMPARI_FN llmpar_status llmpari_stage_prepare(llmpar_stages *q, llmpar_arena *scratch, llmpar_error *err) {
+    const llmpar_stages_desc *d = &q->desc;
+    const llmpar_schedule *s = d->program;
+    llmpari_pipe_index x;
+    LLMPARI_TRY(llmpari_pipe_shape(s, err));
+    if (!s->lowered || !s->n_slots) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the program has no transfers, or no buffers for them; pass what llmpar_pipe_lower made");
+    if (d->comm->size != s->n_ranks) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "a program of %d ranks on a communicator of %d", (int)s->n_ranks, (int)d->comm->size);
+    if (d->forward_bytes < 0 || d->backward_bytes < 0 || d->token_bytes < 0)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "messages of %lld, %lld and %lld bytes; none may be negative", (long long)d->forward_bytes, (long long)d->backward_bytes,
+                            (long long)d->token_bytes);
+    if (!d->unproven) LLMPARI_TRY(llmpar_pipe_verify(s, NULL, d->transport, 0, scratch, err));
+    LLMPARI_TRY(llmpari_stage_order(s, scratch, err));
+    LLMPARI_TRY(llmpari_pipe_index_fill(s, scratch, &x, err));
+    LLMPARI_TRY(llmpari_pipe_complete(s, &x, err));
+    if (!d->forward || (x.backward && !d->backward)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is NULL", d->forward ? "backward" : "forward");
+    LLMPARI_TRY(llmpari_pipe_slots_check(s, &x, scratch, err));
+    q->first = s->first[d->comm->rank];
+    q->n     = s->first[d->comm->rank + 1] - q->first;
+    q->links = (llmpari_stage_links *)llmpar_arena_alloc(&q->arena, (size_t)llmpari_max(q->n, 1) * sizeof *q->links);
+    if (d->record) q->begin = (double *)llmpar_arena_alloc(&q->arena, 2 * (size_t)llmpari_max(q->n, 1) * sizeof *q->begin);
+    if (!q->links || (d->record && !q->begin)) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %lld actions", (long long)q->n);
+    q->end = q->begin ? q->begin + q->n : NULL;
+    LLMPARI_TRY(llmpari_stage_link(q, &x, scratch, err));
+    return llmpari_stage_buffers(q, err);
+}
+
+LLMPAR_DEF llmpar_status llmpar_stages_create(const llmpar_stages_desc *desc, llmpar_stages **stages, llmpar_error *err) {
+    llmpar_arena scratch;
+    if (!desc || !desc->program || !desc->comm || !stages)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is NULL", !desc ? "desc" : !stages ? "stages" : !desc->comm ? "comm" : "program");
+    llmpar_stages *q = (llmpar_stages *)llmpari_alloc(&desc->allocator, sizeof *q);
+    if (!q) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a runner of %lld bytes", (long long)sizeof *q);
+    memset(q, 0, sizeof *q);
+    memset(&scratch, 0, sizeof scratch);
+    q->desc = *desc;
+    q->arena.allocator = scratch.allocator = desc->allocator;
+    const llmpar_status status = llmpari_stage_prepare(q, &scratch, err);
+    llmpar_arena_free(&scratch);
+    if (status) llmpar_stages_free(q);
+    else *stages = q;
+    return status;
+}
+
+LLMPAR_DEF void llmpar_stages_free(llmpar_stages *stages) {
+    if (!stages) return;
+    const llmpar_allocator allocator = stages->desc.allocator;
+    llmpar_arena_free(&stages->arena);
+    llmpari_free(&allocator, stages, sizeof *stages);
+}
+LLMPAR_DEF size_t llmpar_stages_bytes(const llmpar_stages *stages) { return stages->arena.used_bytes + sizeof *stages; }
+
+LLMPAR_DEF llmpar_status llmpar_stages_timing(const llmpar_stages *stages, const llmpar_pipe_costs *costs, llmpar_arena *arena, llmpar_pipe_timing *timing, llmpar_error *err) {
+    const llmpar_schedule *s = stages->desc.program;
+    llmpari_pipe_cost c;
+    llmpari_pipe_index x;
+    int64_t *counts;
+    double start = INFINITY;
+    if (!stages->begin) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "nothing was recorded; set llmpar_stages_desc.record");
+    LLMPARI_TRY(llmpari_pipe_timing_new(s, arena, timing, err));
+    const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    LLMPARI_TRY(llmpari_pipe_cost_fill(costs, s, arena, &c, err));
+    LLMPARI_TRY(llmpari_pipe_index_fill(s, arena, &x, err));
+    if (!(counts = (int64_t *)llmpar_arena_alloc(arena, (size_t)s->n_ranks * sizeof *counts))) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the counts of %d ranks", (int)s->n_ranks);
+    for (int32_t r = 0; r < s->n_ranks; r++) counts[r] = (s->first[r + 1] - s->first[r]) * (int64_t)sizeof(double);
+    LLMPARI_TRY(llmpar_all_gather(stages->desc.comm, stages->begin, timing->action_begin, counts, LLMPAR_U8, err));
+    LLMPARI_TRY(llmpar_all_gather(stages->desc.comm, stages->end, timing->action_end, counts, LLMPAR_U8, err));
+    for (int64_t j = 0; j < s->first[s->n_ranks]; j++) if (timing->action_begin[j] < start) start = timing->action_begin[j];
+    for (int64_t j = 0; j < s->first[s->n_ranks]; j++) timing->action_begin[j] -= start, timing->action_end[j] -= start;
+    llmpari_pipe_timing_sum(s, &c, &x, timing);
+    llmpar_arena_restore(arena, mark);
+    return LLMPAR_OK;
+}
+LLMPARI_ONCE_END
+
+LLMPARI_FN double llmpari_stage_clock(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+// The last transfer from or to this buffer is over.
+LLMPARI_FN llmpar_status llmpari_stage_settle(llmpar_stages *q, int32_t buffer, llmpar_error *err) {
+    return buffer < 0 || !q->buffer[buffer].request.comm ? LLMPAR_OK : llmpar_wait(&q->buffer[buffer].request, err);
+}
+
+LLMPARI_FN llmpar_status llmpari_stage_transfer(llmpar_stages *q, llmpar_action a, llmpari_stage_links links, llmpar_error *err) {
+    const llmpar_schedule *s = q->desc.program;
+    const bool send = llmpari_action_is_send(a);
+    int32_t buffer = send ? links.in : links.out;
+    llmpar_call call;
+    memset(&call, 0, sizeof call);
+    call.kind  = send ? LLMPAR_SEND : LLMPAR_RECV;
+    call.count = llmpari_stage_bytes(&q->desc, a);
+    call.dtype = LLMPAR_U8;
+    call.peer  = s->rank_of[llmpari_pipe_other_end(s, a).stage];
+    if (send && q->desc.transport == LLMPAR_PIPE_BUFFERED) {
+        const int32_t copy = q->n_messages + q->n_local + q->next_copy++ % q->n_copies;
+        q->next_copy %= q->n_copies;
+        LLMPARI_TRY(llmpari_stage_settle(q, copy, err));
+        memcpy(q->buffer[copy].memory, q->buffer[buffer].memory, (size_t)call.count);
+        buffer = copy;
+    }
+    LLMPARI_TRY(llmpari_stage_settle(q, buffer, err));
+    if (++q->under_way > LLMPARI_STAGE_UNDER_WAY) {
+        q->under_way = 1;
+        for (int32_t i = 0; i < q->n_messages + q->n_local + q->n_copies; i++) {
+            bool done = true;
+            if (q->buffer[i].request.comm) LLMPARI_TRY(llmpar_test(&q->buffer[i].request, &done, err));
+            q->under_way += !done;
+        }
+    }
+    if (send) call.send = q->buffer[buffer].memory;
+    else call.recv = q->buffer[buffer].memory;
+    LLMPARI_TRY(llmpar_start(q->desc.comm, &call, &q->buffer[buffer].request, err));
+    return send && q->desc.transport == LLMPAR_PIPE_RENDEZVOUS ? llmpari_stage_settle(q, buffer, err) : LLMPAR_OK;
+}
+
+// The work of a stage. An error of the callback stops everybody.
+LLMPARI_FN llmpar_status llmpari_stage_work(llmpar_stages *q, llmpar_action a, llmpari_stage_links links, llmpar_error *err) {
+    const llmpar_stages_desc *d = &q->desc;
+    const void *in = links.in < 0 ? NULL : q->buffer[links.in].memory;
+    void *out = links.out < 0 ? NULL : q->buffer[links.out].memory;
+    llmpar_error own;
+    memset(&own, 0, sizeof own);
+    const llmpar_status status = a.kind == LLMPAR_ACTION_F ? d->forward(a.stage, a.micro, in, out, d->user, &own)
+                                                           : d->backward(a.stage, a.micro, (llmpar_action_kind)a.kind, in, out, d->user, &own);
+    if (!status) return LLMPAR_OK;
+    llmpar_error full;
+    memset(&full, 0, sizeof full);
+    LLMPARI_FAIL(&full, status, "%s: %.900s", llmpari_action_print(a).text, own.text[0] ? own.text : llmpar_status_text(status));
+    llmpar_comm_abort(d->comm, full.text);
+    if (err) *err = full;
+    return status;
+}
+
+LLMPARI_FN llmpar_status llmpari_stage_action(llmpar_stages *q, int64_t j, llmpar_error *err) {
+    const llmpar_action a = q->desc.program->action[q->first + j];
+    const llmpari_stage_links links = q->links[j];
+    const bool transfer = llmpari_action_is_transfer(a);
+    if (!transfer) {
+        LLMPARI_TRY(llmpari_stage_settle(q, links.in, err));
+        LLMPARI_TRY(llmpari_stage_settle(q, links.out, err));
+    }
+    if (q->begin) q->begin[j] = llmpari_stage_clock();
+    LLMPARI_TRY(transfer ? llmpari_stage_transfer(q, a, links, err) : llmpari_stage_work(q, a, links, err));
+    if (q->end) q->end[j] = llmpari_stage_clock();
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_stages_run(llmpar_stages *stages, llmpar_error *err) {
+    llmpar_status status = LLMPAR_OK;
+    for (int64_t j = 0; !status && j < stages->n; j++) status = llmpari_stage_action(stages, j, err);
+    for (int32_t i = 0; i < stages->n_messages + stages->n_local + stages->n_copies; i++) {    // after an error too: they return at once then
+        const llmpar_status late = llmpari_stage_settle(stages, i, status ? NULL : err);
+        if (!status) status = late;
+        stages->buffer[i].request.comm = NULL;
+    }
+    stages->under_way = 0;
+    return status;
+}
+
+// ============================================================================================================
 // >>engine (impl)
 // ============================================================================================================
 LLMPARI_ONCE_BEGIN
@@ -18032,12 +18359,6 @@ struct llmpar_engine {
     int64_t      *used;            // [batch]: tokens of each row in the cache
     int64_t       bytes_read;
 };
-
-LLMPARI_FN double llmpari_engine_clock(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
 
 // Makes all ranks go on, or all fail with the error of the first rank that did. Every rank calls it with its own result so far.
 LLMPARI_FN llmpar_status llmpari_engine_agree(llmpar_comm *world, llmpar_status mine, llmpar_error *err) {
@@ -18345,12 +18666,12 @@ LLMPAR_DEF llmpar_status llmpar_engine_step(llmpar_engine *engine, const int32_t
     memset(engine->logits, 0, (size_t)(b.rows * (engine->desc.all_logits ? stride : 1) * engine->model.vocabulary) * sizeof(float));
     for (int64_t done = 0, n; done < b.longest; done += n) {
         llmpari_phase *phase = &engine->phase[b.longest - done > 1 ? LLMPARI_PREFILL : LLMPARI_DECODE];
-        double start = llmpari_engine_clock();
+        double start = llmpari_stage_clock();
         n = llmpari_min(phase->seq, b.longest - done);
         llmpari_engine_fill(engine, phase, &b, done, n);
         LLMPARI_TRY(llmpar_exec_run(phase->exec, phase->position, err));
         llmpari_engine_collect(engine, phase, &b, done, n);
-        phase->seconds += llmpari_engine_clock() - start;
+        phase->seconds += llmpari_stage_clock() - start;
         phase->runs++;
     }
     for (int64_t row = 0; row < b.rows; row++) engine->used[row] += lengths[row];
