@@ -37,7 +37,10 @@ static llmpar_status rank_main(llmpar_comm *comm, void *user, llmpar_error *erro
     desc.forward = j->forward, desc.backward = j->backward, desc.user = j;
     desc.record = j->record, desc.unproven = j->unproven;
     llmpar_status status = llmpar_stages_create(&desc, &stages, error);
-    for (int i = 0; !status && i < j->runs; i++) status = llmpar_stages_run(stages, error);
+    for (int i = 0; !status && i < j->runs; i++) {
+        status = llmpar_stages_run(stages, error);
+        if (status) (void)llmpar_barrier(comm, NULL);                                      // nobody may be waiting for this rank any more, though it has not returned
+    }
     if (!status && j->timing) {
         llmpar_arena own = LLMPAR_ZERO;
         llmpar_pipe_timing timing;
@@ -255,7 +258,8 @@ static void test_schedules(void) {
         int runs[3] = { 0, 0, 0 };
         const int n = test_short() ? 60 : test_stress() ? 3000 : 500;
         for (int i = 0; i < n; i++) {
-            const int P = 2 + (int)test_below(3), S = P * (1 + (int)test_below(3)), M = 1 + (int)test_below(8), t = i % 5 == 0 ? LLMPAR_PIPE_BUFFERED : i % 5 == 1 ? LLMPAR_PIPE_NCCL : LLMPAR_PIPE_RENDEZVOUS;
+            const int P = 2 + (int)test_below(3), S = P * (1 + (int)test_below(3)), M = 1 + (int)test_below(8);
+            const int t = i % 5 == 0 ? LLMPAR_PIPE_BUFFERED : i % 5 == 1 ? LLMPAR_PIPE_NCCL : LLMPAR_PIPE_RENDEZVOUS;
             const bool backward = test_below(4) > 0;
             llmpar_pipe_costs costs = random_costs(0, 1);
             llmpar_schedule program, schedule = random_schedule(P, S, M, backward);
@@ -341,7 +345,7 @@ static void test_errors(void) {
             llmpar_arena_free(&arena);
             CHECK_OK(llmpar_pipe_make(&desc, &arena, &schedule, &err), err);
             CHECK_OK(llmpar_pipe_lower(&schedule, NULL, (llmpar_transport)t, &arena, &program, &err), err);
-            j.program = &program, j.transport = (llmpar_transport)t, j.bytes = 4104, j.forward = failing_f, j.backward = number_b;
+            j.program = &program, j.transport = (llmpar_transport)t, j.bytes = 4104, j.forward = failing_f, j.backward = number_b, j.timeout_s = 3;
             CHECK_FAIL(run(&j), LLMPAR_DOES_NOT_FIT, err, "1F2: planted");
             for (int r = 0; r < 4; r++) CHECK_EQ(j.status[r], r == 1 ? LLMPAR_DOES_NOT_FIT : LLMPAR_ABORTED);
         }
@@ -358,6 +362,61 @@ static void test_errors(void) {
         CHECK_FAIL(run(&j), LLMPAR_BAD_ARGUMENT, err, "forward is NULL");
         j.forward = number_f;
         CHECK_OK(run(&j), err);
+    }
+}
+
+// Counts blocks, and refuses the one numbered `refuse`.
+typedef struct counter { int64_t blocks, bytes, refuse; } counter;
+static void *counter_alloc(size_t bytes, void *user) {
+    counter *c = (counter *)user;
+    if (c->blocks++ == c->refuse) return NULL;
+    c->bytes += (int64_t)bytes;
+    return malloc(bytes);
+}
+static void counter_free(void *memory, size_t bytes, void *user) {
+    ((counter *)user)->bytes -= (int64_t)bytes;
+    free(memory);
+}
+static void test_memory(void) {
+    TEST("every allocation may fail; running makes none") {
+        llmpar_pipe_desc pipe = LLMPAR_ZERO;
+        llmpar_schedule schedule, program;
+        llmpar_threads_desc threads = LLMPAR_ZERO;
+        llmpar_threads *world;
+        int failures = 0;
+        pipe.kind = LLMPAR_PIPE_ZB_V, pipe.n_ranks = 1, pipe.n_micro = 3;
+        threads.n_ranks = 1;
+        llmpar_arena_free(&arena);
+        CHECK_OK(llmpar_pipe_make(&pipe, &arena, &schedule, &err), err);
+        CHECK_OK(llmpar_pipe_lower(&schedule, NULL, LLMPAR_PIPE_BUFFERED, &arena, &program, &err), err);
+        CHECK_OK(llmpar_threads_create(&threads, &world, &err), err);
+        for (int64_t refuse = 0; ; refuse++) {
+            counter c = { 0, 0, 0 };
+            llmpar_stages_desc desc = LLMPAR_ZERO;
+            llmpar_stages *stages = NULL;
+            job j = LLMPAR_ZERO;
+            c.refuse = refuse, j.program = &program, j.bytes = 64;
+            desc.program = &program, desc.comm = llmpar_threads_comm(world, 0), desc.forward_bytes = desc.backward_bytes = 64, desc.forward = number_f, desc.backward = number_b;
+            desc.user = &j, desc.record = true;
+            desc.allocator.alloc = counter_alloc, desc.allocator.free = counter_free, desc.allocator.user = &c;
+            const llmpar_status status = llmpar_stages_create(&desc, &stages, &err);
+            if (status) {
+                CHECK_EQ(status, LLMPAR_NO_MEMORY);
+                CHECK_EQ(c.bytes, 0);
+                if (status != LLMPAR_NO_MEMORY || ++failures > 1000) break;
+                continue;
+            }
+            const int64_t blocks = c.blocks;
+            CHECK_OK(llmpar_stages_run(stages, &err), err);
+            CHECK(numbers_right(&program, true));
+            CHECK_EQ(c.blocks, blocks);
+            CHECK_EQ(c.bytes, llmpar_stages_bytes(stages));
+            llmpar_stages_free(stages);
+            CHECK_EQ(c.bytes, 0);
+            break;
+        }
+        CHECK(failures >= 3);
+        llmpar_threads_free(world);
     }
 }
 
@@ -418,7 +477,8 @@ static void test_times(void) {
             CHECK(measured.makespan >= simulated.makespan);                                // a sleep is never shorter than asked for
             for (int r = 0; r < P; r++) CHECK_NEAR(measured.peak[r], simulated.peak[r], 1e-9);
             worst = fmax(worst, measured.makespan / simulated.makespan);
-            printf("random %d: P%d, %d stages, M%d: simulated %.1f ms, measured %.1f ms, ratio %.4f\n", i, P, S, M, 1e3 * simulated.makespan, 1e3 * measured.makespan, measured.makespan / simulated.makespan);
+            printf("random %d: P%d, %d stages, M%d: simulated %.1f ms, measured %.1f ms, ratio %.4f\n", i, P, S, M,
+                   1e3 * simulated.makespan, 1e3 * measured.makespan, measured.makespan / simulated.makespan);
         }
         printf("worst ratio of %d: %.4f\n", n, worst);
         if (test_stress()) CHECK(worst < 1.5);
@@ -461,6 +521,7 @@ int main(void) {
     test_gradients();
     test_schedules();
     test_errors();
+    test_memory();
     test_times();
     llmpar_arena_free(&arena);
     return test_done();
