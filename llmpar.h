@@ -771,14 +771,16 @@ typedef struct llmpar_build_desc {
     bool    parallel_block;        // attention and MLP read the same norm and are added together (GPT-J, PaLM): for study
     bool    loss;                  // cross entropy against input "labels"[B, S]: output "loss"; else output "logits"
     bool    no_head;               // ends with the last norm: output "hidden"
+    bool    no_embed, no_end;      // a stage of a pipeline. It begins with input "h_in"[B, S, H], what the stage before ends with, instead of ids and the embedding; it ends
+                                   //   after its last layer: output "h_out", laid out like h_in
     bool    invariant;             // an invariant graph: I gets 32 to 64 granules, of 128 items and more from I = 4096 on; heads are granules
     int64_t layers;                // 0 = the model's
 } llmpar_build_desc;
 // Writes the graph into g (fresh from llmpar_graph_init): input "ids"[B, S] i32, weights named as llmpar_weight_name says with tag = kind, caches
 // "k_cache", "v_cache" [B, K, C, D], layers as one repeat block. Node names: h0 (embeddings), h (the block's carry), x, q, k (after rope), v, o,
 // h1 (h + o), x1, h2 (what leaves a layer), hidden (after the last norm), logits. Weights and caches have the same node numbers in every graph of a
-// model that has a head and a cache, whatever batch, seq and the flags are: llmpar_exec can share them.
-// Errors: the model's, sizes below 0, context below seq, loss together with last_only or no_head; then the graph's.
+// model that has a head and a cache, whatever batch, seq and the flags are (but for no_embed and no_end): llmpar_exec can share them.
+// Errors: the model's, sizes below 0, context below seq, loss together with last_only, no_head or no_end; then the graph's.
 LLMPAR_DEF llmpar_status llmpar_build(const llmpar_model *model, const llmpar_build_desc *desc, llmpar_graph *g, llmpar_error *err);
 
 // ============================================================================================================
@@ -1332,6 +1334,7 @@ typedef struct llmpar_exec_desc {
     const llmpar_ops  *ops;        // NULL = llmpar_ops_cpu(); copied. An invariant graph refuses a table that does not promise `invariant`
     llmpar_allocator   allocator;
     const float       *rope_frequencies;   // [D / 2], for graphs with rope; must outlive the exec
+    int32_t            n_caches;   // sets of caches, for batches that take turns (llmpar_exec_use_cache); 0 = 1
     llmpar_exec       *share;      // an exec of another plan over the same nodes (prefill beside decode): weights and caches are its; NULL = own. Must outlive this one
 } llmpar_exec_desc;
 
@@ -1341,6 +1344,8 @@ LLMPAR_DEF void          llmpar_exec_free(llmpar_exec *exec);
 // Weights have the node's dtype; inputs are i32 when their dtype is I32, else f32; caches f32. Rounds of a repeat block may differ in their layouts.
 // The blocks of an input in partial sums ({U_x}) add up to its values over x: write them where the coordinate on x is 0; elsewhere leave the zeros of creation.
 LLMPAR_DEF void *llmpar_exec_data(llmpar_exec *exec, int node, int round, llmpar_tensor *tensor);
+// The runs from now on read and fill cache set `set`, and llmpar_exec_data gives that one's addresses. Outside of [0, n_caches): LLMPAR_BAD_ARGUMENT, and all stays.
+LLMPAR_DEF llmpar_status llmpar_exec_use_cache(llmpar_exec *exec, int32_t set, llmpar_error *err);
 // position[B, S] of every token of the global batch (row-major, the same on every rank, kept by the caller during the run); -1 = padding. NULL = 0 .. S-1 in each row.
 LLMPAR_DEF llmpar_status llmpar_exec_run(llmpar_exec *exec, const int32_t *position, llmpar_error *err);
 // This rank's block of an output, valid until the next run.
@@ -1360,7 +1365,7 @@ LLMPAR_DEF void         llmpar_exec_watch(llmpar_exec *exec, void (*fn)(int step
 //
 //     desc.program = &program; desc.transport = LLMPAR_PIPE_NCCL; desc.comm = comm; desc.forward_bytes = 4 * tokens * hidden; desc.forward = work;
 //     llmpar_stages_create(&desc, &stages, err);
-//     llmpar_stages_run(stages, err);                                                             // as often as wanted
+//     llmpar_stages_run(stages, NULL, err);                                                       // as often as wanted
 
 typedef struct llmpar_stages llmpar_stages;
 typedef struct llmpar_stages_desc {
@@ -1385,8 +1390,9 @@ typedef struct llmpar_stages_desc {
 // Local: waits for nobody, and fails on all ranks alike. Errors: verify's, messages of two ranks whose order differs between them, no memory.
 LLMPAR_DEF llmpar_status llmpar_stages_create(const llmpar_stages_desc *desc, llmpar_stages **stages, llmpar_error *err);
 LLMPAR_DEF void          llmpar_stages_free(llmpar_stages *stages);
-// Runs the program from beginning to end. Every rank calls it. An error of a callback stops comm's world: this rank returns it, the others LLMPAR_ABORTED with its text.
-LLMPAR_DEF llmpar_status llmpar_stages_run(llmpar_stages *stages, llmpar_error *err);
+// Runs the program from beginning to end. Every rank calls it, with the same skip[n_micro]: micro-batches that are left out this time (NULL = none; with in_flight, all that
+// follow one left out are too). An error of a callback stops comm's world: this rank returns it, the others LLMPAR_ABORTED with its text.
+LLMPAR_DEF llmpar_status llmpar_stages_run(llmpar_stages *stages, const bool *skip, llmpar_error *err);
 LLMPAR_DEF size_t        llmpar_stages_bytes(const llmpar_stages *stages);                     // all its memory
 // What the last run took (with `record`), on all ranks, for llmpar_pipe_text, _svg and _trace; seconds from the first begin. Collective. Ranks on several hosts: each has a
 // clock of its own, and the times say as much as these agree. costs: of them the memory alone. Arrays live in the arena.
@@ -9046,8 +9052,8 @@ LLMPARI_FN llmpar_status llmpari_build_check(const llmpar_build_desc *d, llmpar_
     if (d->context && d->context < d->seq)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "context=%lld slots cannot take seq=%lld new tokens; pass a context of at least seq, or 0 for "
                             "no cache", (long long)d->context, (long long)d->seq);
-    if (d->loss && (d->last_only || d->no_head))
-        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "loss needs the logits of every token; clear last_only and no_head");
+    if (d->loss && (d->last_only || d->no_head || d->no_end))
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "loss needs the logits of every token; clear last_only, no_head and no_end");
     if (d->weight_dtype > LLMPAR_F16 || d->activation_dtype > LLMPAR_F16)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "weight_dtype=%s activation_dtype=%s; f32, bf16 and f16 are possible",
                             llmpar_dtype_name(d->weight_dtype), llmpar_dtype_name(d->activation_dtype));
@@ -9056,8 +9062,7 @@ LLMPARI_FN llmpar_status llmpari_build_check(const llmpar_build_desc *d, llmpar_
 
 LLMPAR_DEF llmpar_status llmpar_build(const llmpar_model *model, const llmpar_build_desc *desc, llmpar_graph *g, llmpar_error *err) {
     llmpari_builder b;
-    char text[128];
-    int norm, head = -1;
+    char text[128], layout[144];
     LLMPARI_TRY(llmpar_model_check(model, err));
     LLMPARI_TRY(llmpari_build_check(desc, err));
     b.model  = model;
@@ -9068,12 +9073,19 @@ LLMPAR_DEF llmpar_status llmpar_build(const llmpar_model *model, const llmpar_bu
     g->activation_dtype = desc->activation_dtype;
     llmpari_build_sizes(&b);
     // Weights and caches get the same node numbers whatever batch, seq, last_only, ... are: two graphs of one model can share their memory.
-    int ids   = llmpar_input(g, llmpari_build_text(&b, "ids[B_dp, S]", desc->pin_batch, text));
-    int embed = llmpari_build_weight(&b, LLMPAR_W_EMBED);
-    norm = llmpari_build_weight(&b, LLMPAR_W_FINAL_NORM);
-    if (!desc->no_head) head = llmpar_model_has(model, LLMPAR_W_HEAD) ? llmpari_build_weight(&b, LLMPAR_W_HEAD) : embed;
-    int h0 = llmpari_build_residual(&b, llmpar_embed(g, ids, embed), "h0");
-    llmpari_build_end(&b, llmpari_build_layers(&b, h0), norm, head);
+    const char *between = desc->sequence_parallel ? "h_in[B_dp, S_tp, H]" : "h_in[B_dp, S, H]";    // the residual stream from stage to stage
+    const bool end = !desc->no_end, tied = !llmpar_model_has(model, LLMPAR_W_HEAD), pinned = desc->pin_batch || desc->sequence_parallel;
+    int in    = llmpar_input(g, desc->no_embed ? llmpari_build_text(&b, between, pinned, text) : llmpari_build_text(&b, "ids[B_dp, S]", desc->pin_batch, text));
+    int embed = !desc->no_embed || (end && tied && !desc->no_head) ? llmpari_build_weight(&b, LLMPAR_W_EMBED) : -1;
+    int norm  = end ? llmpari_build_weight(&b, LLMPAR_W_FINAL_NORM) : -1;
+    int head  = !end || desc->no_head ? -1 : tied ? embed : llmpari_build_weight(&b, LLMPAR_W_HEAD);
+    int h = llmpari_build_layers(&b, desc->no_embed ? in : llmpari_build_residual(&b, llmpar_embed(g, in, embed), "h0"));
+    if (end) llmpari_build_end(&b, h, norm, head);
+    else if (!pinned) llmpar_output(g, h, "h_out");
+    else {
+        snprintf(layout, sizeof layout, "h_out%s", llmpari_build_text(&b, between, true, text) + strlen("h_in"));
+        llmpar_output(g, h, layout);
+    }
     g->weight_dtype = desc->weight_dtype;
     if (g->error.status) { if (err) *err = g->error; return g->error.status; }
     return LLMPAR_OK;
@@ -16262,6 +16274,7 @@ struct llmpar_exec {
     llmpar_comm **comm;
     llmpari_exec_table table[LLMPARI_EXEC_MAX_TABLES];
     int64_t       cache_slots;     // the fewest slots of a row in any cache; 0 = no cache
+    int32_t       n_caches, cache_set;   // sets, one after another in the memory of a cache; which one is in use
     int64_t       activation_bytes, scratch_bytes;
     char         *scratch;
     void         *state, *work;    // weights and caches; all else. As allocated
@@ -17800,6 +17813,8 @@ LLMPARI_FN llmpar_status llmpari_exec_borrow(llmpar_exec *x, int32_t node, int32
                             (int)x->rank, a,
                             llmpar_dtype_name(mine->tensor.dtype), b, llmpar_dtype_name(copy->tensor.dtype));
     }
+    if (x->n_caches > from->n_caches)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_caches=%d, but the exec whose caches are to be shared has %d", (int)x->n_caches, (int)from->n_caches);
     slot->data = theirs->data;
     return LLMPAR_OK;
 }
@@ -17835,10 +17850,12 @@ LLMPARI_FN llmpar_status llmpari_exec_allocate(llmpar_exec *x, llmpar_error *err
                     continue;
                 }
                 llmpari_exec_slot *slot = &x->slot[x->node_slot[n] + r];
-                if (pass == 0) { if (input) work += slot->bytes; else state += slot->bytes; continue; }
+                const bool cache = x->graph->node[n].role == LLMPAR_ROLE_CACHE;
+                const int64_t bytes = slot->bytes * (cache ? x->n_caches : 1);
+                if (pass == 0) { if (input) work += bytes; else state += bytes; continue; }
                 slot->data = input ? work_at : state_at;
-                if (input) work_at += slot->bytes; else state_at += slot->bytes;
-                if (x->graph->node[n].role == LLMPAR_ROLE_CACHE) memset(slot->data, 0, (size_t)slot->bytes);
+                if (input) work_at += bytes; else state_at += bytes;
+                if (cache) memset(slot->data, 0, (size_t)bytes);
             }
         }
         for (int32_t i = 0; i < x->n_tables; i++) {
@@ -17883,6 +17900,8 @@ LLMPARI_FN llmpar_status llmpari_exec_build(const llmpar_exec_desc *desc, llmpar
     x->world = desc->world;
     x->rank  = desc->world->rank;
     x->share = desc->share;
+    x->n_caches = desc->n_caches ? desc->n_caches : 1;
+    if (x->n_caches < 1) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_caches=%d; pass 0 (one) or more", (int)x->n_caches);
     x->ops   = desc->ops ? *desc->ops : llmpar_ops_cpu();
     x->rope_frequencies = desc->rope_frequencies;
     if (!llmpar_mesh_coord(x->mesh, x->rank, coord))
@@ -17946,7 +17965,13 @@ LLMPAR_DEF void *llmpar_exec_data(llmpar_exec *x, int node, int round, llmpar_te
     const llmpari_exec_slot *slot = &x->slot[x->node_slot[node] + round];
     if (slot->value < 0) return NULL;
     if (tensor) *tensor = x->value[slot->value].tensor;
-    return slot->data;
+    return (char *)slot->data + (x->graph->node[node].role == LLMPAR_ROLE_CACHE ? x->cache_set * slot->bytes : 0);
+}
+
+LLMPAR_DEF llmpar_status llmpar_exec_use_cache(llmpar_exec *x, int32_t set, llmpar_error *err) {
+    if (set < 0 || set >= x->n_caches) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "cache set %d of %d", (int)set, (int)x->n_caches);
+    x->cache_set = set;
+    return LLMPAR_OK;
 }
 
 LLMPAR_DEF const float *llmpar_exec_output(llmpar_exec *x, const char *name, llmpar_tensor *tensor) {
@@ -18030,7 +18055,10 @@ LLMPAR_DEF llmpar_status llmpar_exec_run(llmpar_exec *x, const int32_t *position
         llmpari_exec_kernel run = task->run;
         if (turn->merged && !x->watch) continue;
         for (int s = 0; s < task->n_in; s++) args.in[s] = x->slot[turn->in[s]].data;
-        for (int s = 0; s < 2; s++) args.cache[s] = turn->cache[s] >= 0 ? (float *)x->slot[turn->cache[s]].data : NULL;
+        for (int s = 0; s < 2; s++) {
+            const llmpari_exec_slot *cache = turn->cache[s] >= 0 ? &x->slot[turn->cache[s]] : NULL;
+            args.cache[s] = cache ? (float *)(void *)((char *)cache->data + x->cache_set * cache->bytes) : NULL;
+        }
         args.out = turn->out >= 0 ? x->slot[turn->out].data : NULL;
         for (int s = 0; task->converts >> s; s++)
             if (task->converts >> s & 1u) {
@@ -18317,9 +18345,12 @@ LLMPARI_FN llmpar_status llmpari_stage_action(llmpar_stages *q, int64_t j, llmpa
     return LLMPAR_OK;
 }
 
-LLMPAR_DEF llmpar_status llmpar_stages_run(llmpar_stages *stages, llmpar_error *err) {
+LLMPAR_DEF llmpar_status llmpar_stages_run(llmpar_stages *stages, const bool *skip, llmpar_error *err) {
     llmpar_status status = LLMPAR_OK;
-    for (int64_t j = 0; !status && j < stages->n; j++) status = llmpari_stage_action(stages, j, err);
+    for (int64_t j = 0; !status && j < stages->n; j++) {                                   // what remains without a micro-batch waits for less, so it cannot deadlock either
+        if (!skip || !skip[stages->desc.program->action[stages->first + j].micro]) status = llmpari_stage_action(stages, j, err);
+        else if (stages->begin) stages->begin[j] = stages->end[j] = llmpari_stage_clock();
+    }
     for (int32_t i = 0; i < stages->n_messages + stages->n_local + stages->n_copies; i++) {    // after an error too: they return at once then
         const llmpar_status late = llmpari_stage_settle(stages, i, status ? NULL : err);
         if (!status) status = late;
