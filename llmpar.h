@@ -1399,7 +1399,7 @@ LLMPAR_DEF size_t        llmpar_stages_bytes(const llmpar_stages *stages);      
 LLMPAR_DEF llmpar_status llmpar_stages_timing(const llmpar_stages *stages, const llmpar_pipe_costs *costs, llmpar_arena *arena, llmpar_pipe_timing *timing, llmpar_error *err);
 
 // ============================================================================================================
-// >>engine   a whole model on one rank: plans, loads its slices, generates     (uses: model, build, comm, weights, ops, exec)
+// >>engine   a whole model on one rank: plans, loads its slices, generates     (uses: model, build, pipe, comm, weights, ops, exec, stage)
 // ============================================================================================================
 // Two plans over the same weights and KV cache: prefill, max_batch x max_prompt tokens at a time, and decode, max_batch x 1. Both are solved, and all
 // memory is taken, when the engine is created; a step allocates nothing. Every rank of `world` makes the same calls with the same arguments.
@@ -1409,11 +1409,15 @@ LLMPAR_DEF llmpar_status llmpar_stages_timing(const llmpar_stages *stages, const
 //     if (llmpar_engine_create(&desc, &engine, err)) return err->status;
 //     llmpar_engine_step(engine, prompt, lengths, 2, 64, &logits, err);                 // two prompts, each of its own length
 //     for (;;) { choose next[2] from logits; llmpar_engine_step(engine, next, ones, 2, 1, &logits, err); }
+//
+// With an axis pp the layers are cut into stages, as even as parameters go (the last one has the head, the first one the embedding; a tied one both have), and each rank plans,
+// holds and reads its own stages alone. A step sends its rows through them in groups, and prompts in chunks: a group's next chunk follows as soon as a stage has done the one
+// before, so that all stages work at a time (section stage). The logits of the last stage go to all ranks.
 
 typedef struct llmpar_engine llmpar_engine;
 typedef struct llmpar_engine_desc {
     const char       *folder;      // checkpoint
-    const llmpar_mesh *mesh;       // axes dp (rows) and tp (heads, intermediate, vocabulary); others are an error until they are implemented
+    const llmpar_mesh *mesh;       // axes pp (layers), dp (rows) and tp (heads, intermediate, vocabulary); others are an error until they are implemented
     llmpar_comm      *world;       // mesh rank = comm rank; must outlive the engine
     int64_t           max_batch;   // rows; 0 = 1. Split over dp; more dp ranks than rows is legal
     int64_t           max_prompt;  // tokens per row of one prefill run; 0 = max_context. Shorter prompts are padded to it, longer ones run in pieces:
@@ -1426,14 +1430,19 @@ typedef struct llmpar_engine_desc {
     llmpar_dtype      weight_dtype;    // with round_weights
     bool              invariant;   // the same bits of the logits at every tp, uneven ones too (prefill as at tp=1, decode as at tp=1; the two need not agree with each
                                    //   other), see llmpar_graph. Refused: a table of ops that does not promise it, CBLAS, axes other than dp and tp
+    int32_t           n_virtual;   // stages of a rank of axis pp; 0 = 1, or as many as the schedule has
+    int32_t           n_micro;     // groups that the rows are cut into; 0 = size of pp. At most max_batch; every group gets the same number of rows, the last one fewer
+    int64_t           chunk;       // tokens of a row that go through a stage at a time in prefill; 0 = max_prompt
+    const char       *schedule;    // order of a rank's work in prefill: that of F in one of llmpar_pipe_kind's schedules, by name; NULL = "forward". Matters with several
+                                   //   stages a rank; those in the shape of a V place them so
     const llmpar_ops *ops;         // NULL = llmpar_ops_cpu(); copied
     llmpar_hardware   hardware;    // for the plans' costs and, with memory_bytes, their limit; zeroed = llmpar_hardware_threads
     llmpar_allocator  allocator;
     llmpar_log        log;         // progress of loading
 } llmpar_engine_desc;
 // Collective; blocks until every rank has loaded. When one rank fails all fail, with its error ("rank 2: ..."). Where ranks load for very different
-// times the world's timeout_s must be longer than that. Errors: the checkpoint's, the plan's, an axis of size > 1 other than dp and tp, max_context
-// past the model's positions, no memory. hardware.memory_bytes limits each of the two plans; an exec's scratch, inputs and outputs come on top: llmpar_exec_bytes.
+// times the world's timeout_s must be longer than that. Errors: the checkpoint's, the plan's, an axis of size > 1 other than pp, dp and tp, fewer layers
+// than stages, max_context past the model's positions, no memory. hardware.memory_bytes limits each of the two plans; an exec's scratch, inputs and outputs come on top: llmpar_exec_bytes.
 LLMPAR_DEF llmpar_status llmpar_engine_create(const llmpar_engine_desc *desc, llmpar_engine **engine, llmpar_error *err);
 LLMPAR_DEF void          llmpar_engine_free(llmpar_engine *engine);
 LLMPAR_DEF const llmpar_model *llmpar_engine_model(const llmpar_engine *engine);
@@ -1451,11 +1460,23 @@ typedef struct llmpar_engine_stats {   // of this rank, since creation
     int64_t weight_bytes_read;     // from files, headers and config.json included
     int64_t memory_bytes;          // weights, caches and buffers
     int64_t prefill_tokens, decode_tokens;   // of all rows, padding not counted
-    int64_t prefill_runs, decode_runs;       // how often each plan ran
+    int64_t prefill_runs, decode_runs;       // how often each plan ran: steps' pieces x groups x chunks that had tokens
     double  prefill_s, decode_s;
 } llmpar_engine_stats;
 LLMPAR_DEF llmpar_engine_stats llmpar_engine_get_stats(const llmpar_engine *engine);
-// The plans behind it, for explain and for checks of what comm counted. phase 0 = prefill, 1 = decode.
+// A stage of this rank: layers [first_layer, first_layer + layers). Without pp there is one, with all.
+typedef struct llmpar_engine_stage {
+    int32_t stage, n_stages;       // number among those of the model
+    int64_t first_layer, layers;
+    const llmpar_mesh *mesh;       // of the ranks that have this stage, without pp; its ranks are comm's
+    llmpar_comm       *comm;
+    const llmpar_plan *plan[2];    // prefill, decode
+    llmpar_exec       *exec[2];
+    int64_t row, token;            // while it runs (llmpar_exec_watch): the first row of the group, the first token of the chunk counted from the step's first
+} llmpar_engine_stage;
+LLMPAR_DEF int32_t llmpar_engine_stages(const llmpar_engine *engine);                         // how many this rank has
+LLMPAR_DEF const llmpar_engine_stage *llmpar_engine_stage_at(const llmpar_engine *engine, int32_t i);   // in the order of their layers; NULL outside; owned by the engine
+// Plans and execs of the first of them, for explain and for checks of what comm counted. phase 0 = prefill, 1 = decode.
 LLMPAR_DEF const llmpar_plan *llmpar_engine_plan(const llmpar_engine *engine, int phase);
 LLMPAR_DEF llmpar_exec       *llmpar_engine_exec(llmpar_engine *engine, int phase);
 
@@ -18368,23 +18389,47 @@ LLMPARI_ONCE_BEGIN
 #define LLMPARI_PREFILL 0
 #define LLMPARI_DECODE  1
 
-typedef struct llmpari_phase {     // one plan and what runs it
+typedef struct llmpari_phase {     // one plan and what is around it
     llmpar_graph graph;
     llmpar_plan  plan;
-    llmpar_exec *exec;
     int64_t      seq;              // tokens per row of one run
-    int          ids, last;        // input nodes; last = -1: there is none
-    int32_t     *position;         // [batch, seq]
-    int64_t      runs, tokens;
-    double       seconds;
+    int          in, last;         // input nodes: ids or h_in; which token's logits, -1 = there is none
+    int32_t     *position;         // [group_rows, seq]
+    int64_t      bytes;            // of this rank's block of h_out, or h_in
 } llmpari_phase;
+
+typedef struct llmpari_engine_part {      // a stage of this rank
+    llmpar_engine_stage about;
+    llmpari_phase phase[2];
+} llmpari_engine_part;
+
+typedef struct llmpari_batch { const int32_t *ids, *lengths; int64_t rows, stride, longest; } llmpari_batch;
+
+// How a step's work is cut: units of group_rows rows x seq tokens go through the stages, unit number chunk * n_groups + group.
+typedef struct llmpari_flow {
+    llmpar_schedule program;
+    llmpar_stages  *stages;
+    bool           *skip;          // [units]
+    int32_t         n_chunks;
+    int64_t         runs, tokens;
+    double          seconds;
+} llmpari_flow;
 
 struct llmpar_engine {
     llmpar_engine_desc desc;       // sizes filled in; folder and mesh are not kept
-    llmpar_mesh   mesh;
+    llmpar_mesh   mesh;            // without pp: of the ranks that have the same stages
+    llmpar_comm  *comm, *pipe;     // those ranks, in the mesh's order; the ranks that have the other stages of the same block, in the order of pp
     llmpar_model  model;
     llmpar_arena  arena;           // graphs, plans and the arrays below
-    llmpari_phase phase[2];
+    int32_t       n_stages, n_parts, n_groups;
+    int64_t       group_rows;
+    int32_t      *stage_rank;      // [n_stages]: rank of pp
+    int64_t      *first_layer;     // [n_stages + 1]
+    llmpari_engine_part *part;            // [n_parts]
+    llmpari_flow  flow[2];
+    int           which;           // of the run that goes on: phase, batch, first token
+    llmpari_batch batch;
+    int64_t       done;
     float        *rope;            // [D / 2]
     float        *logits;          // [batch, V], with all_logits [batch, max_prompt, V]
     int64_t      *used;            // [batch]: tokens of each row in the cache
@@ -18412,12 +18457,15 @@ LLMPARI_FN llmpar_status llmpari_engine_check(const llmpar_engine_desc *desc, ll
     LLMPARI_TRY(llmpar_mesh_check(desc->mesh, desc->world->size, err));
     for (int a = 0; a < desc->mesh->n_axes; a++) {
         const llmpar_axis *axis = &desc->mesh->axis[a];
-        if (axis->size > 1 && strcmp(axis->name, "dp") != 0 && strcmp(axis->name, "tp") != 0)
-            return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "axis \"%s\" is not implemented yet; use dp and tp", axis->name);
+        if (axis->size > 1 && strcmp(axis->name, "dp") != 0 && strcmp(axis->name, "tp") != 0 && strcmp(axis->name, "pp") != 0)
+            return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "axis \"%s\" is not implemented yet; use pp, dp and tp", axis->name);
     }
     if (desc->max_batch < 0 || desc->max_batch > INT32_MAX || desc->max_prompt < 0 || desc->max_context < 0)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "max_batch=%lld max_prompt=%lld max_context=%lld; all must be 0 (the default) or more",
                             (long long)desc->max_batch, (long long)desc->max_prompt, (long long)desc->max_context);
+    if (desc->n_virtual < 0 || desc->n_micro < 0 || desc->chunk < 0)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_virtual=%d n_micro=%d chunk=%lld; all must be 0 (the default) or more", (int)desc->n_virtual, (int)desc->n_micro,
+                            (long long)desc->chunk);
     if (desc->round_weights && desc->weight_dtype > LLMPAR_F16)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "weight_dtype=%s; weights can be f32, bf16 or f16", llmpar_dtype_name(desc->weight_dtype));
     return LLMPAR_OK;
@@ -18435,20 +18483,128 @@ LLMPARI_FN llmpar_status llmpari_engine_sizes(llmpar_engine *e, llmpar_error *er
     if (d->max_prompt > d->max_context)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "max_prompt=%lld is more than max_context=%lld, the tokens that a row may have in all",
                             (long long)d->max_prompt, (long long)d->max_context);
+    if (d->n_micro > d->max_batch)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_micro=%d groups of max_batch=%lld rows; pass at most as many groups as rows", (int)d->n_micro, (long long)d->max_batch);
+    if (!d->chunk || d->chunk > d->max_prompt) d->chunk = d->max_prompt;
     return LLMPAR_OK;
 }
 
-// The dtype that all files have for a weight, f32 when layers differ (one node of the graph stands for all layers) or it is missing.
-LLMPARI_FN llmpar_dtype llmpari_engine_file_dtype(const llmpar_engine *e, const llmpar_checkpoint *checkpoint, llmpar_weight_kind kind,
+// The mesh without axis pp, whose ranks are those of one stage.
+LLMPARI_FN void llmpari_engine_mesh(llmpar_engine *e, const llmpar_mesh *mesh, int pp) {
+    e->mesh = *mesh;
+    if (pp < 0) return;
+    e->mesh.n_axes = 0;
+    for (int a = 0; a < mesh->n_axes; a++) if (a != pp) e->mesh.axis[e->mesh.n_axes++] = mesh->axis[a];
+    for (int a = e->mesh.n_axes, stride = 1; a-- > 0; stride *= e->mesh.axis[a].size) e->mesh.axis[a].stride = stride;
+    for (int a = e->mesh.n_axes; a < LLMPAR_MAX_AXES; a++) memset(&e->mesh.axis[a], 0, sizeof e->mesh.axis[a]);
+}
+
+// A schedule without its backward. Chunks must go through every stage in their order: they fill the cache.
+LLMPARI_FN llmpar_status llmpari_engine_forward_only(llmpar_schedule *s, llmpar_arena *scratch, llmpar_error *err) {
+    int32_t *next = (int32_t *)llmpar_arena_alloc(scratch, (size_t)s->n_stages * sizeof *next);
+    int64_t at = 0;
+    if (!next) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d stages", (int)s->n_stages);
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        const int64_t from = s->first[r];
+        s->first[r] = at;
+        for (int64_t j = from; j < s->first[r + 1]; j++) {
+            if (s->action[j].kind != LLMPAR_ACTION_F) continue;
+            if (s->action[j].micro != next[s->action[j].stage]++)
+                return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "schedule %s takes micro-batches through a stage out of order, which the KV cache does not allow; use \"forward\"", s->name);
+            s->action[at++] = s->action[j];
+        }
+    }
+    s->first[s->n_ranks] = at;
+    return LLMPAR_OK;
+}
+
+// The order in which units go through the stages. Decode has the places of prefill's stages, and the order of "forward".
+LLMPARI_FN llmpar_status llmpari_engine_program(llmpar_engine *e, int which, llmpar_error *err) {
+    llmpari_flow *flow = &e->flow[which];
+    llmpar_arena scratch;
+    llmpar_pipe_desc desc;
+    llmpar_schedule s;
+    memset(&desc, 0, sizeof desc);
+    memset(&scratch, 0, sizeof scratch);
+    scratch.allocator = e->desc.allocator;
+    desc.kind = LLMPAR_PIPE_FORWARD;
+    if (which == LLMPARI_PREFILL && e->desc.schedule) LLMPARI_TRY(llmpar_pipe_kind_parse(e->desc.schedule, &desc.kind, err));
+    flow->n_chunks = which == LLMPARI_PREFILL ? (int32_t)((e->desc.max_prompt + e->desc.chunk - 1) / e->desc.chunk) : 1;
+    if ((int64_t)flow->n_chunks * e->n_groups > INT32_MAX / 8)
+        return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%d groups of rows x %d chunks are too many; pass a larger chunk", (int)e->n_groups, (int)flow->n_chunks);
+    desc.n_ranks   = e->pipe->size;
+    desc.n_virtual = which == LLMPARI_PREFILL ? e->desc.n_virtual : e->n_parts;
+    desc.n_micro   = flow->n_chunks * e->n_groups;
+    if (which == LLMPARI_DECODE && e->n_parts > 1 && e->stage_rank[e->pipe->size] != 0) desc.map = LLMPAR_PIPE_MAP_V;
+    llmpar_status status = llmpar_pipe_make(&desc, &scratch, &s, err);
+    if (!status) status = llmpari_engine_forward_only(&s, &scratch, err);
+    if (!status) status = llmpar_pipe_lower(&s, NULL, LLMPAR_PIPE_NCCL, &e->arena, &flow->program, err);
+    llmpar_arena_free(&scratch);
+    if (status) return status;
+    flow->skip = (bool *)llmpar_arena_alloc(&e->arena, (size_t)desc.n_micro * sizeof(bool));
+    if (!flow->skip) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d units", (int)desc.n_micro);
+    e->stage_rank = flow->program.rank_of;
+    e->n_stages   = flow->program.n_stages;
+    e->n_parts    = e->n_stages / e->pipe->size;
+    return LLMPAR_OK;
+}
+
+// Layers to stages: all layers cost the same and the head comes on top of the last stage's, so the next layer always goes where least is.
+LLMPARI_FN llmpar_status llmpari_engine_layers(llmpar_engine *e, llmpar_error *err) {
+    const int32_t n = e->n_stages;
+    const double head = (double)e->model.vocabulary * (double)e->model.hidden;
+    const double layer = ((double)llmpar_model_parameters(&e->model) - head * (e->model.tied_head ? 1 : 2)) / (double)e->model.layers;
+    e->first_layer = (int64_t *)llmpar_arena_alloc(&e->arena, (size_t)(n + 1) * sizeof *e->first_layer);
+    if (!e->first_layer) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d stages", (int)n);
+    if (e->model.layers < n)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%lld layers do not fill the %d stages of pp=%d, %d a rank; use at most %lld stages", (long long)e->model.layers, (int)n, (int)e->pipe->size,
+                            (int)e->n_parts, (long long)e->model.layers);
+    for (int32_t i = 0; i < n; i++) e->first_layer[i + 1] = 1;
+    for (int64_t given = n; given < e->model.layers; given++) {
+        int32_t best = 0;
+        double least = INFINITY;
+        for (int32_t i = 0; i < n; i++) {
+            const double cost = (double)(e->first_layer[i + 1] + 1) * layer + (i + 1 == n ? head : 0);
+            if (cost < least) least = cost, best = i;
+        }
+        e->first_layer[best + 1]++;
+    }
+    for (int32_t i = 0; i < n; i++) e->first_layer[i + 1] += e->first_layer[i];
+    return LLMPAR_OK;
+}
+
+// Which stages this rank has, and in which order units go through all of them.
+LLMPARI_FN llmpar_status llmpari_engine_stages(llmpar_engine *e, llmpar_error *err) {
+    llmpar_engine_desc *d = &e->desc;
+    e->n_groups   = d->n_micro ? d->n_micro : (int32_t)llmpari_min(e->pipe->size, d->max_batch);
+    e->group_rows = (d->max_batch + e->n_groups - 1) / e->n_groups;
+    e->n_groups   = (int32_t)((d->max_batch + e->group_rows - 1) / e->group_rows);
+    LLMPARI_TRY(llmpari_engine_program(e, LLMPARI_PREFILL, err));
+    LLMPARI_TRY(llmpari_engine_program(e, LLMPARI_DECODE, err));
+    LLMPARI_TRY(llmpari_engine_layers(e, err));
+    e->part = (llmpari_engine_part *)llmpar_arena_alloc(&e->arena, (size_t)e->n_parts * sizeof *e->part);
+    if (!e->part) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d stages", (int)e->n_parts);
+    for (int32_t stage = 0, i = 0; stage < e->n_stages; stage++) {
+        if (e->stage_rank[stage] != e->pipe->rank) continue;
+        llmpar_engine_stage *about = &e->part[i++].about;
+        about->stage = stage, about->n_stages = e->n_stages;
+        about->first_layer = e->first_layer[stage], about->layers = e->first_layer[stage + 1] - e->first_layer[stage];
+        about->mesh = &e->mesh, about->comm = e->comm;
+    }
+    return LLMPAR_OK;
+}
+
+// The dtype that all files have for a weight, f32 when layers differ (one node of the graph stands for all layers of a stage) or it is missing.
+LLMPARI_FN llmpar_dtype llmpari_engine_file_dtype(const llmpar_engine *e, const llmpar_checkpoint *checkpoint, llmpar_weight_kind kind, int64_t first,
                                                   int64_t layers) {
     llmpar_dtype dtype = LLMPAR_F32;
-    for (int64_t layer = 0; layer < layers; layer++) {
+    for (int64_t layer = first; layer < first + layers; layer++) {
         const llmpar_file_tensor *found = NULL;
         char name[LLMPAR_TENSOR_NAME];
         int64_t offset, rows;
         for (int choice = 0; !found && llmpar_model_tensor_name(&e->model, kind, layer, choice, name, &offset, &rows); choice++)
             found = llmpar_checkpoint_find(checkpoint, name);
-        if (!found || found->dtype > LLMPAR_F16 || (layer && found->dtype != dtype)) return LLMPAR_F32;
+        if (!found || found->dtype > LLMPAR_F16 || (layer > first && found->dtype != dtype)) return LLMPAR_F32;
         dtype = found->dtype;
     }
     return dtype;
@@ -18458,19 +18614,22 @@ LLMPARI_FN int64_t llmpari_engine_rounds(const llmpar_graph *g, int node) {
     return g->node[node].block < 0 ? 1 : g->block[g->node[node].block].repeats;
 }
 
-// Builds and solves one plan.
-LLMPARI_FN llmpar_status llmpari_engine_solve(llmpar_engine *e, const llmpar_checkpoint *checkpoint, int which, llmpar_error *err) {
+// Builds and solves one plan of one stage.
+LLMPARI_FN llmpar_status llmpari_engine_solve(llmpar_engine *e, const llmpar_checkpoint *checkpoint, llmpari_engine_part *part, int which, llmpar_error *err) {
     const llmpar_engine_desc *d = &e->desc;
-    llmpari_phase *phase = &e->phase[which];
+    llmpari_phase *phase = &part->phase[which];
     llmpar_graph *g = &phase->graph;
     llmpar_build_desc build;
     llmpar_solve_desc solve;
     memset(&build, 0, sizeof build);
     memset(&solve, 0, sizeof solve);
-    phase->seq = which == LLMPARI_DECODE ? 1 : d->max_prompt;
-    build.batch   = d->max_batch;
+    phase->seq = which == LLMPARI_DECODE ? 1 : d->chunk;
+    build.batch   = e->group_rows;
     build.seq     = phase->seq;
     build.context = d->max_context;
+    build.layers  = part->about.layers;
+    build.no_embed = part->about.stage > 0;
+    build.no_end   = part->about.stage + 1 < e->n_stages;
     build.weight_dtype = d->round_weights ? d->weight_dtype : LLMPAR_F32;
     build.pin_weights  = build.pin_batch = build.whole_output = true;
     build.sequence_parallel = d->sequence_parallel && which == LLMPARI_PREFILL;
@@ -18480,15 +18639,26 @@ LLMPARI_FN llmpar_status llmpari_engine_solve(llmpar_engine *e, const llmpar_che
     LLMPARI_TRY(llmpar_build(&e->model, &build, g, err));
     for (int i = 0; i < g->n_nodes && d->keep_dtype && !d->round_weights; i++)
         if (g->node[i].role == LLMPAR_ROLE_WEIGHT && llmpari_weight_is_matrix(g->node[i].tag))
-            g->node[i].tensor.dtype = llmpari_engine_file_dtype(e, checkpoint, (llmpar_weight_kind)g->node[i].tag, llmpari_engine_rounds(g, i));
+            g->node[i].tensor.dtype = llmpari_engine_file_dtype(e, checkpoint, (llmpar_weight_kind)g->node[i].tag, part->about.first_layer, llmpari_engine_rounds(g, i));
     solve.hardware = llmpari_hardware_or(&d->hardware, llmpar_hardware_threads());
     LLMPARI_TRY(llmpar_solve(g, &solve, &phase->plan, err));
-    phase->ids  = llmpar_find(g, "ids");
+    part->about.plan[which] = &phase->plan;
+    phase->in   = llmpar_find(g, build.no_embed ? "h_in" : "ids");
     phase->last = llmpar_find(g, "last");
-    phase->position = (int32_t *)llmpar_arena_alloc(&e->arena, (size_t)(d->max_batch * phase->seq) * sizeof(int32_t));
+    phase->position = (int32_t *)llmpar_arena_alloc(&e->arena, (size_t)(e->group_rows * phase->seq) * sizeof(int32_t));
     if (!phase->position)
-        return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the positions of %lld x %lld tokens", (long long)d->max_batch, (long long)phase->seq);
+        return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the positions of %lld x %lld tokens", (long long)e->group_rows, (long long)phase->seq);
     return LLMPAR_OK;
+}
+
+// Who this rank shares its stages with, and who has the others. Waits for nobody.
+LLMPARI_FN llmpar_status llmpari_engine_groups(llmpar_engine *e, const llmpar_mesh *mesh, llmpar_error *err) {
+    const int pp = llmpar_mesh_find(mesh, "pp");
+    const llmpar_axes all = (1u << mesh->n_axes) - 1, pipe = pp < 0 ? 0 : 1u << pp;
+    llmpari_engine_mesh(e, mesh, pp);
+    LLMPARI_TRY(llmpar_comm_group(e->desc.world, mesh, pipe, &e->pipe, err));
+    e->comm = e->desc.world;
+    return pp < 0 ? LLMPAR_OK : llmpar_comm_group(e->desc.world, mesh, all & ~pipe, &e->comm, err);
 }
 
 // All that a rank can do on its own: description, plans, arrays.
@@ -18501,8 +18671,8 @@ LLMPARI_FN llmpar_status llmpari_engine_prepare(const llmpar_engine_desc *desc, 
     if (!e) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for an engine of %lld bytes", (long long)sizeof *e);
     memset(e, 0, sizeof *e);
     e->desc = *desc;
-    e->mesh = *desc->mesh;
     e->arena.allocator = desc->allocator;
+    LLMPARI_TRY(llmpari_engine_groups(e, desc->mesh, err));
     memset(&files, 0, sizeof files);
     files.folder    = desc->folder;
     files.allocator = desc->allocator;
@@ -18510,8 +18680,9 @@ LLMPARI_FN llmpar_status llmpari_engine_prepare(const llmpar_engine_desc *desc, 
     LLMPARI_TRY(llmpar_checkpoint_open(&files, checkpoint, err));
     e->model = *llmpar_checkpoint_model(*checkpoint);
     LLMPARI_TRY(llmpari_engine_sizes(e, err));
-    LLMPARI_TRY(llmpari_engine_solve(e, *checkpoint, LLMPARI_PREFILL, err));
-    LLMPARI_TRY(llmpari_engine_solve(e, *checkpoint, LLMPARI_DECODE, err));
+    LLMPARI_TRY(llmpari_engine_stages(e, err));
+    for (int32_t i = 0; i < e->n_parts; i++)
+        for (int which = 0; which < 2; which++) LLMPARI_TRY(llmpari_engine_solve(e, *checkpoint, &e->part[i], which, err));
     const llmpar_engine_desc *d = &e->desc;
     if (!llmpari_mul(d->max_batch, d->all_logits ? d->max_prompt : 1, &n) || !llmpari_mul(n, e->model.vocabulary * (int64_t)sizeof(float), &n))
         return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "the logits of max_batch=%lld rows of max_prompt=%lld tokens are more bytes than 64 bits can count",
@@ -18524,17 +18695,39 @@ LLMPARI_FN llmpar_status llmpari_engine_prepare(const llmpar_engine_desc *desc, 
     return LLMPAR_OK;
 }
 
+LLMPARI_FN llmpar_status llmpari_engine_forward(int32_t stage, int32_t unit, const void *in, void *out, void *user, llmpar_error *err);
+
+// Execs, then what sends units through them: every message is this rank's block of the residual stream.
 LLMPARI_FN llmpar_status llmpari_engine_execs(llmpar_engine *e, llmpar_error *err) {
+    for (int32_t p = 0; p < e->n_parts; p++)
+        for (int i = 0; i < 2; i++) {
+            llmpari_engine_part *part = &e->part[p];
+            llmpar_exec_desc desc;
+            llmpar_tensor layout;
+            memset(&desc, 0, sizeof desc);
+            desc.plan      = &part->phase[i].plan;
+            desc.world     = e->comm;
+            desc.ops       = e->desc.ops;
+            desc.allocator = e->desc.allocator;
+            desc.rope_frequencies = e->rope;
+            desc.n_caches  = e->n_groups;
+            desc.share     = i ? part->about.exec[0] : NULL;
+            LLMPARI_TRY(llmpar_exec_create(&desc, &part->about.exec[i], err));
+            if (part->about.stage > 0) (void)llmpar_exec_data(part->about.exec[i], part->phase[i].in, 0, &layout);
+            else (void)llmpar_exec_output(part->about.exec[i], "h_out", &layout);
+            if (e->n_stages > 1) part->phase[i].bytes = llmpar_tensor_local_bytes(&layout, &e->mesh, e->comm->rank);
+        }
     for (int i = 0; i < 2; i++) {
-        llmpar_exec_desc desc;
+        llmpar_stages_desc desc;
         memset(&desc, 0, sizeof desc);
-        desc.plan      = &e->phase[i].plan;
-        desc.world     = e->desc.world;
-        desc.ops       = e->desc.ops;
+        desc.program   = &e->flow[i].program;
+        desc.transport = LLMPAR_PIPE_NCCL;
+        desc.comm      = e->pipe;
+        desc.forward_bytes = e->part[0].phase[i].bytes;
+        desc.forward   = llmpari_engine_forward;
+        desc.user      = e;
         desc.allocator = e->desc.allocator;
-        desc.rope_frequencies = e->rope;
-        desc.share     = i ? e->phase[0].exec : NULL;
-        LLMPARI_TRY(llmpar_exec_create(&desc, &e->phase[i].exec, err));
+        LLMPARI_TRY(llmpar_stages_create(&desc, &e->flow[i].stages, err));
     }
     return LLMPAR_OK;
 }
@@ -18550,27 +18743,34 @@ LLMPARI_FN llmpar_status llmpari_engine_round(float *values, int64_t n, llmpar_d
     return LLMPAR_OK;
 }
 
-// Reads this rank's block of every weight; reports every tenth.
-LLMPARI_FN llmpar_status llmpari_engine_load(llmpar_engine *e, llmpar_checkpoint *checkpoint, llmpar_error *err) {
-    const llmpar_graph *g = &e->phase[0].graph;
-    const int rank = e->desc.world->rank;
-    int64_t total = 0, done = 0, said = 0;
-    for (int i = 0; i < g->n_nodes; i++) if (g->node[i].role == LLMPAR_ROLE_WEIGHT) total += llmpari_engine_rounds(g, i);
+// Reads this rank's block of every weight of a stage; reports every tenth of all.
+LLMPARI_FN llmpar_status llmpari_engine_load_part(llmpar_engine *e, llmpar_checkpoint *checkpoint, const llmpari_engine_part *part, int64_t total, int64_t *done, llmpar_error *err) {
+    const llmpar_graph *g = &part->phase[0].graph;
+    const int rank = e->comm->rank;
     for (int i = 0; i < g->n_nodes; i++) {
         if (g->node[i].role != LLMPAR_ROLE_WEIGHT) continue;
-        for (int64_t round = 0; round < llmpari_engine_rounds(g, i); round++, done++) {
+        for (int64_t round = 0; round < llmpari_engine_rounds(g, i); round++) {
             llmpar_tensor layout;
-            void *memory = llmpar_exec_data(e->phase[0].exec, i, (int)round, &layout);
-            LLMPARI_TRY(llmpar_checkpoint_read_weight(checkpoint, (llmpar_weight_kind)g->node[i].tag, round, &layout, &e->mesh, rank, memory,
+            void *memory = llmpar_exec_data(part->about.exec[0], i, (int)round, &layout);
+            LLMPARI_TRY(llmpar_checkpoint_read_weight(checkpoint, (llmpar_weight_kind)g->node[i].tag, part->about.first_layer + round, &layout, &e->mesh, rank, memory,
                                                       layout.dtype, err));
             if (e->desc.round_weights && e->desc.weight_dtype != LLMPAR_F32 && layout.dtype == LLMPAR_F32)
                 LLMPARI_TRY(llmpari_engine_round((float *)memory, llmpar_tensor_local_elements(&layout, &e->mesh, rank), e->desc.weight_dtype, err));
-            if ((done + 1) * 10 / total == said) continue;
-            said = (done + 1) * 10 / total;
-            llmpari_log(&e->desc.log, LLMPAR_LOG_INFO, "rank %d: loaded %lld of %lld weights, %.1f MB", rank, (long long)done + 1, (long long)total,
+            ++*done;
+            if (*done * 10 / total == (*done - 1) * 10 / total) continue;
+            llmpari_log(&e->desc.log, LLMPAR_LOG_INFO, "rank %d: loaded %lld of %lld weights, %.1f MB", (int)e->desc.world->rank, (long long)*done, (long long)total,
                         1e-6 * (double)llmpar_checkpoint_bytes_read(checkpoint));
         }
     }
+    return LLMPAR_OK;
+}
+LLMPARI_FN llmpar_status llmpari_engine_load(llmpar_engine *e, llmpar_checkpoint *checkpoint, llmpar_error *err) {
+    int64_t total = 0, done = 0;
+    for (int32_t p = 0; p < e->n_parts; p++) {
+        const llmpar_graph *g = &e->part[p].phase[0].graph;
+        for (int i = 0; i < g->n_nodes; i++) if (g->node[i].role == LLMPAR_ROLE_WEIGHT) total += llmpari_engine_rounds(g, i);
+    }
+    for (int32_t p = 0; p < e->n_parts; p++) LLMPARI_TRY(llmpari_engine_load_part(e, checkpoint, &e->part[p], total, &done, err));
     e->bytes_read = llmpar_checkpoint_bytes_read(checkpoint);
     return LLMPAR_OK;
 }
@@ -18608,15 +18808,16 @@ LLMPAR_DEF llmpar_status llmpar_engine_create(const llmpar_engine_desc *desc, ll
 LLMPAR_DEF void llmpar_engine_free(llmpar_engine *engine) {
     if (!engine) return;
     llmpar_allocator allocator = engine->desc.allocator;
-    llmpar_exec_free(engine->phase[LLMPARI_DECODE].exec);                                  // it uses the other one's weights
-    llmpar_exec_free(engine->phase[LLMPARI_PREFILL].exec);
+    for (int i = 0; i < 2; i++) llmpar_stages_free(engine->flow[i].stages);
+    for (int32_t p = 0; engine->part && p < engine->n_parts; p++)
+        for (int i = 2; i-- > 0; ) llmpar_exec_free(engine->part[p].about.exec[i]);        // decode's uses the other one's weights
+    llmpar_comm_free(engine->pipe);
+    if (engine->comm != engine->desc.world) llmpar_comm_free(engine->comm);
     llmpar_arena_free(&engine->arena);
     llmpari_free(&allocator, engine, sizeof *engine);
 }
 
 // ---- steps
-
-typedef struct llmpari_batch { const int32_t *ids, *lengths; int64_t rows, stride, longest; } llmpari_batch;
 
 LLMPARI_FN llmpar_status llmpari_engine_check_row(const llmpar_engine *e, const llmpari_batch *b, int64_t row, llmpar_error *err) {
     int64_t length = b->lengths[row];
@@ -18657,55 +18858,85 @@ LLMPARI_FN int64_t llmpari_batch_count(const llmpari_batch *b, int64_t row, int6
     return row < b->rows ? llmpari_max(0, llmpari_min(n, b->lengths[row] - done)) : 0;
 }
 
-// Inputs of one run. Positions are of the whole batch; ids and last of this rank's block.
-LLMPARI_FN void llmpari_engine_fill(llmpar_engine *e, llmpari_phase *phase, const llmpari_batch *b, int64_t done, int64_t n) {
-    const int rank = e->desc.world->rank;
+// Inputs of one run, rows from `row` and tokens from `token` of the batch on. Positions are of the whole group; ids and last of this rank's block.
+LLMPARI_FN void llmpari_engine_fill(llmpar_engine *e, const llmpari_engine_part *part, const llmpari_phase *phase, int64_t row, int64_t token) {
+    const llmpari_batch *b = &e->batch;
+    const int rank = e->comm->rank;
     llmpar_tensor layout;
-    int32_t *to = (int32_t *)llmpar_exec_data(phase->exec, phase->ids, 0, &layout);
+    int32_t *to = (int32_t *)llmpar_exec_data(part->about.exec[e->which], phase->in, 0, &layout);
     llmpar_range rows = llmpar_tensor_local(&layout, &e->mesh, rank, 0), tokens = llmpar_tensor_local(&layout, &e->mesh, rank, 1);
-    for (int64_t row = 0; row < e->desc.max_batch; row++) {
-        int64_t count = llmpari_batch_count(b, row, done, n);
-        for (int64_t t = 0; t < phase->seq; t++) phase->position[row * phase->seq + t] = t < count ? (int32_t)(e->used[row] + done + t) : -1;
-        phase->tokens += count;
-        if (row < rows.first || row >= rows.first + rows.count) continue;
-        for (int64_t t = tokens.first; t < tokens.first + tokens.count; t++) *to++ = t < count ? b->ids[row * b->stride + done + t] : 0;
+    for (int64_t r = 0; r < e->group_rows; r++) {
+        const int64_t count = llmpari_batch_count(b, row + r, token, phase->seq);
+        for (int64_t t = 0; t < phase->seq; t++) phase->position[r * phase->seq + t] = t < count ? (int32_t)(e->used[row + r] + token + t) : -1;
+        if (part->about.stage > 0 || r < rows.first || r >= rows.first + rows.count) continue;
+        for (int64_t t = tokens.first; t < tokens.first + tokens.count; t++) *to++ = t < count ? b->ids[(row + r) * b->stride + token + t] : 0;
     }
     if (phase->last < 0) return;
-    to   = (int32_t *)llmpar_exec_data(phase->exec, phase->last, 0, &layout);
+    to   = (int32_t *)llmpar_exec_data(part->about.exec[e->which], phase->last, 0, &layout);
     rows = llmpar_tensor_local(&layout, &e->mesh, rank, 0);
-    for (int64_t row = rows.first; row < rows.first + rows.count; row++) *to++ = (int32_t)llmpari_max(0, llmpari_batch_count(b, row, done, n) - 1);
+    for (int64_t r = rows.first; r < rows.first + rows.count; r++) *to++ = (int32_t)llmpari_max(0, llmpari_batch_count(b, row + r, token, phase->seq) - 1);
 }
 
 // Takes the logits of one run to where the caller looks for them; those of a row's last piece stay.
-LLMPARI_FN void llmpari_engine_collect(llmpar_engine *e, const llmpari_phase *phase, const llmpari_batch *b, int64_t done, int64_t n) {
+LLMPARI_FN void llmpari_engine_collect(llmpar_engine *e, const llmpari_engine_part *part, const llmpari_phase *phase, int64_t row, int64_t token) {
     const int64_t v = e->model.vocabulary;
-    const float *from = llmpar_exec_output(phase->exec, "logits", NULL);
-    for (int64_t row = 0; row < b->rows; row++) {
-        int64_t count = llmpari_batch_count(b, row, done, n);
+    const float *from = llmpar_exec_output(part->about.exec[e->which], "logits", NULL);
+    for (int64_t r = 0; r < e->group_rows; r++) {
+        const int64_t count = llmpari_batch_count(&e->batch, row + r, token, phase->seq);
         if (!count) continue;
-        if (e->desc.all_logits) memcpy(e->logits + (row * b->stride + done) * v, from + row * phase->seq * v, (size_t)(count * v) * sizeof(float));
-        else memcpy(e->logits + row * v, from + row * v, (size_t)v * sizeof(float));
+        if (e->desc.all_logits) memcpy(e->logits + ((row + r) * e->batch.stride + token) * v, from + r * phase->seq * v, (size_t)(count * v) * sizeof(float));
+        else memcpy(e->logits + (row + r) * v, from + r * v, (size_t)v * sizeof(float));
     }
+}
+
+// One unit through one stage.
+LLMPARI_FN llmpar_status llmpari_engine_forward(int32_t stage, int32_t unit, const void *in, void *out, void *user, llmpar_error *err) {
+    llmpar_engine *e = (llmpar_engine *)user;
+    llmpari_engine_part *part = e->part;
+    while (part->about.stage != stage) part++;
+    const llmpari_phase *phase = &part->phase[e->which];
+    llmpar_exec *exec = part->about.exec[e->which];
+    const int64_t row = part->about.row = unit % e->n_groups * e->group_rows, token = part->about.token = e->done + unit / e->n_groups * phase->seq;
+    llmpari_engine_fill(e, part, phase, row, token);
+    if (in) memcpy(llmpar_exec_data(exec, phase->in, 0, NULL), in, (size_t)phase->bytes);
+    LLMPARI_TRY(llmpar_exec_use_cache(exec, unit % e->n_groups, err));
+    LLMPARI_TRY(llmpar_exec_run(exec, phase->position, err));
+    if (out) memcpy(out, llmpar_exec_output(exec, "h_out", NULL), (size_t)phase->bytes);
+    if (stage + 1 == e->n_stages) llmpari_engine_collect(e, part, phase, row, token);
+    return LLMPAR_OK;
+}
+
+// Sends all units that have tokens through the stages, of the piece that begins at token e->done.
+LLMPARI_FN llmpar_status llmpari_engine_piece(llmpar_engine *e, llmpar_error *err) {
+    llmpari_flow *flow = &e->flow[e->which];
+    const int64_t seq = e->part[0].phase[e->which].seq;
+    const double start = llmpari_stage_clock();
+    for (int32_t unit = 0; unit < flow->n_chunks * e->n_groups; unit++) {
+        int64_t tokens = 0;
+        for (int64_t r = 0; r < e->group_rows; r++) tokens += llmpari_batch_count(&e->batch, unit % e->n_groups * e->group_rows + r, e->done + unit / e->n_groups * seq, seq);
+        flow->skip[unit] = tokens == 0;
+        flow->tokens += tokens;
+        flow->runs   += tokens > 0;
+    }
+    LLMPARI_TRY(llmpar_stages_run(flow->stages, flow->skip, err));
+    flow->seconds += llmpari_stage_clock() - start;
+    return LLMPAR_OK;
 }
 
 LLMPAR_DEF llmpar_status llmpar_engine_step(llmpar_engine *engine, const int32_t *ids, const int32_t *lengths, int32_t rows, int64_t stride,
                                             const float **logits, llmpar_error *err) {
-    llmpari_batch b;
-    memset(&b, 0, sizeof b);
-    b.ids = ids; b.lengths = lengths; b.rows = rows; b.stride = stride;
-    LLMPARI_TRY(llmpari_engine_check_batch(engine, &b, err));
-    memset(engine->logits, 0, (size_t)(b.rows * (engine->desc.all_logits ? stride : 1) * engine->model.vocabulary) * sizeof(float));
-    for (int64_t done = 0, n; done < b.longest; done += n) {
-        llmpari_phase *phase = &engine->phase[b.longest - done > 1 ? LLMPARI_PREFILL : LLMPARI_DECODE];
-        double start = llmpari_stage_clock();
-        n = llmpari_min(phase->seq, b.longest - done);
-        llmpari_engine_fill(engine, phase, &b, done, n);
-        LLMPARI_TRY(llmpar_exec_run(phase->exec, phase->position, err));
-        llmpari_engine_collect(engine, phase, &b, done, n);
-        phase->seconds += llmpari_stage_clock() - start;
-        phase->runs++;
+    llmpari_batch *b = &engine->batch;
+    b->ids = ids; b->lengths = lengths; b->rows = rows; b->stride = stride;
+    LLMPARI_TRY(llmpari_engine_check_batch(engine, b, err));
+    const int64_t n_logits = b->rows * (engine->desc.all_logits ? stride : 1) * engine->model.vocabulary;
+    memset(engine->logits, 0, (size_t)n_logits * sizeof(float));
+    for (engine->done = 0; engine->done < b->longest; ) {
+        engine->which = b->longest - engine->done > 1 ? LLMPARI_PREFILL : LLMPARI_DECODE;
+        LLMPARI_TRY(llmpari_engine_piece(engine, err));
+        engine->done += engine->part[0].phase[engine->which].seq * engine->flow[engine->which].n_chunks;
     }
-    for (int64_t row = 0; row < b.rows; row++) engine->used[row] += lengths[row];
+    if (engine->pipe->size > 1) LLMPARI_TRY(llmpar_broadcast(engine->pipe, engine->logits, n_logits, LLMPAR_F32, engine->stage_rank[engine->n_stages - 1], err));
+    for (int64_t row = 0; row < b->rows; row++) engine->used[row] += lengths[row];
     *logits = engine->logits;
     return LLMPAR_OK;
 }
@@ -18716,8 +18947,10 @@ LLMPAR_DEF llmpar_status llmpar_engine_reset(llmpar_engine *engine) {
 }
 
 LLMPAR_DEF const llmpar_model *llmpar_engine_model(const llmpar_engine *engine) { return &engine->model; }
-LLMPAR_DEF const llmpar_plan  *llmpar_engine_plan(const llmpar_engine *engine, int phase) { return phase == 0 || phase == 1 ? &engine->phase[phase].plan : NULL; }
-LLMPAR_DEF llmpar_exec        *llmpar_engine_exec(llmpar_engine *engine, int phase) { return phase == 0 || phase == 1 ? engine->phase[phase].exec : NULL; }
+LLMPAR_DEF int32_t llmpar_engine_stages(const llmpar_engine *engine) { return engine->n_parts; }
+LLMPAR_DEF const llmpar_engine_stage *llmpar_engine_stage_at(const llmpar_engine *engine, int32_t i) { return i >= 0 && i < engine->n_parts ? &engine->part[i].about : NULL; }
+LLMPAR_DEF const llmpar_plan  *llmpar_engine_plan(const llmpar_engine *engine, int phase) { return phase == 0 || phase == 1 ? engine->part[0].about.plan[phase] : NULL; }
+LLMPAR_DEF llmpar_exec        *llmpar_engine_exec(llmpar_engine *engine, int phase) { return phase == 0 || phase == 1 ? engine->part[0].about.exec[phase] : NULL; }
 
 LLMPAR_DEF bool llmpar_engine_is_eos(const llmpar_engine *engine, int64_t token) {
     for (int i = 0; i < engine->model.n_eos; i++)
@@ -18726,10 +18959,12 @@ LLMPAR_DEF bool llmpar_engine_is_eos(const llmpar_engine *engine, int64_t token)
 }
 
 LLMPAR_DEF llmpar_engine_stats llmpar_engine_get_stats(const llmpar_engine *engine) {
-    const llmpari_phase *prefill = &engine->phase[LLMPARI_PREFILL], *decode = &engine->phase[LLMPARI_DECODE];
+    const llmpari_flow *prefill = &engine->flow[LLMPARI_PREFILL], *decode = &engine->flow[LLMPARI_DECODE];
     llmpar_engine_stats stats;
     stats.weight_bytes_read = engine->bytes_read;
-    stats.memory_bytes   = (int64_t)(llmpar_exec_bytes(prefill->exec) + llmpar_exec_bytes(decode->exec) + engine->arena.used_bytes + sizeof *engine);
+    stats.memory_bytes   = (int64_t)(llmpar_stages_bytes(prefill->stages) + llmpar_stages_bytes(decode->stages) + engine->arena.used_bytes + sizeof *engine);
+    for (int32_t p = 0; p < engine->n_parts; p++)
+        for (int i = 0; i < 2; i++) stats.memory_bytes += (int64_t)llmpar_exec_bytes(engine->part[p].about.exec[i]);
     stats.prefill_tokens = prefill->tokens;
     stats.decode_tokens  = decode->tokens;
     stats.prefill_runs   = prefill->runs;

@@ -125,7 +125,7 @@ static llmpar_status prefill_all(llmpar_engine *engine, int rank, void *user, ll
         int n = llmpar_plan_traffic(llmpar_engine_plan(engine, phase), 0, rows, 32);
         for (int i = 0; i < n; i++) if (rows[i].kind == LLMPAR_REDUCE_SCATTER) g->scatters[phase] += rows[i].calls;
     }
-    return check_traffic(engine, rank, err);
+    return check_traffic(engine, err);
 }
 
 static void test_golden(void) {
@@ -207,7 +207,7 @@ static llmpar_status feed_all(llmpar_engine *engine, int rank, void *user, llmpa
             if (f->kind == FEED_RESET && round == 0 && s == 1) break;                      // leave something in the cache
         }
     }
-    return check_traffic(engine, rank, err);
+    return check_traffic(engine, err);
 }
 
 static void test_feeding(void) {
