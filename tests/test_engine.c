@@ -129,15 +129,24 @@ static llmpar_status prefill_all(llmpar_engine *engine, int rank, void *user, ll
 }
 
 static void test_golden(void) {
-    static const struct { const char *model, *mesh; bool sp; } runs[] = {
-        { "llama", "tp=1", false }, { "llama", "tp=3", false }, { "llama", "tp=3", true }, { "llama", "dp=2,tp=2", true }, { "llama", "tp=2,dp=2", false },
-        { "llama", "dp=3", false }, { "llama-odd", "tp=4", false }, { "llama-odd", "tp=5", true }, { "qwen2", "tp=2", false }, { "qwen3", "tp=3", true },
-        { "mistral", "tp=2", false }, { "mistral", "dp=2", false }, { "llama-bias", "tp=3", false }, { "llama-bias", "tp=2", true }, { "llama-mqa", "tp=8", false },
-        { "llama-bf16", "tp=2", false }, { "llama-linear", "tp=3", false }, { "llama3-rope", "tp=2", false },
+    static const struct { const char *model, *mesh; bool sp; int n_virtual, micro, chunk; const char *schedule; } runs[] = {
+        { "llama", "tp=1", false, 0, 0, 0, NULL }, { "llama", "tp=3", false, 0, 0, 0, NULL }, { "llama", "tp=3", true, 0, 0, 0, NULL },
+        { "llama", "dp=2,tp=2", true, 0, 0, 0, NULL }, { "llama", "tp=2,dp=2", false, 0, 0, 0, NULL },
+        { "llama", "dp=3", false, 0, 0, 0, NULL }, { "llama-odd", "tp=4", false, 0, 0, 0, NULL }, { "llama-odd", "tp=5", true, 0, 0, 0, NULL },
+        { "qwen2", "tp=2", false, 0, 0, 0, NULL }, { "qwen3", "tp=3", true, 0, 0, 0, NULL },
+        { "mistral", "tp=2", false, 0, 0, 0, NULL }, { "mistral", "dp=2", false, 0, 0, 0, NULL }, { "llama-bias", "tp=3", false, 0, 0, 0, NULL },
+        { "llama-bias", "tp=2", true, 0, 0, 0, NULL }, { "llama-mqa", "tp=8", false, 0, 0, 0, NULL },
+        { "llama-bf16", "tp=2", false, 0, 0, 0, NULL }, { "llama-linear", "tp=3", false, 0, 0, 0, NULL }, { "llama3-rope", "tp=2", false, 0, 0, 0, NULL },
+        { "llama", "pp=2", false, 0, 0, 0, NULL }, { "qwen2", "pp=2", false, 0, 1, 4, NULL }, { "llama-odd", "tp=2,pp=2", true, 0, 0, 5, NULL },
+        { "qwen3", "dp=2,pp=2", false, 0, 0, 3, NULL },
+        { "shakespeare-dense", "pp=3", false, 0, 2, 0, NULL }, { "shakespeare-dense", "pp=4", false, 0, 0, 7, NULL },
+        { "shakespeare-dense", "pp=2,tp=2", true, 2, 0, 8, "breadth-first" },
+        { "shakespeare-dense", "pp=2", false, 0, 0, 5, "zb-v" }, { "shakespeare-dense", "tp=1", false, 4, 2, 9, "interleaved" },
     };
     for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) {
         if (!can_run(runs[i].mesh)) continue;
-        TEST(named("golden: %s on %s%s", runs[i].model, runs[i].mesh, runs[i].sp ? ", sequence-parallel" : "")) {
+        TEST(named("golden: %s on %s%s, virtual %d micro %d chunk %d %s", runs[i].model, runs[i].mesh, runs[i].sp ? ", sequence-parallel" : "", runs[i].n_virtual, runs[i].micro,
+                   runs[i].chunk, runs[i].schedule ? runs[i].schedule : "")) {
             plan_of_test p = LLMPAR_ZERO;
             llmpar_error err = LLMPAR_ZERO;
             golden_run g = LLMPAR_ZERO;
@@ -147,6 +156,10 @@ static void test_golden(void) {
             p.desc.max_context = g.e.t;
             p.desc.all_logits  = true;
             p.desc.sequence_parallel = runs[i].sp;
+            p.desc.n_virtual = runs[i].n_virtual;
+            p.desc.n_micro   = runs[i].micro;
+            p.desc.chunk     = runs[i].chunk;
+            p.desc.schedule  = runs[i].schedule;
             p.fn = prefill_all;
             p.user = &g;
             CHECK_OK(run_on(&p, runs[i].model, runs[i].mesh, &err), err);
@@ -211,12 +224,13 @@ static llmpar_status feed_all(llmpar_engine *engine, int rank, void *user, llmpa
 }
 
 static void test_feeding(void) {
-    static const struct { const char *model, *mesh; int64_t batch, prompt; } runs[] = {
-        { "llama", "tp=1", 2, 8 }, { "llama-odd", "dp=2,tp=2", 3, 7 }, { "qwen2", "tp=3", 2, 5 }, { "llama", "dp=4", 2, 8 }, { "mistral", "tp=2", 1, 6 },
+    static const struct { const char *model, *mesh; int64_t batch, prompt, chunk; } runs[] = {
+        { "llama", "tp=1", 2, 8, 0 }, { "llama-odd", "dp=2,tp=2", 3, 7, 0 }, { "qwen2", "tp=3", 2, 5, 0 }, { "llama", "dp=4", 2, 8, 0 }, { "mistral", "tp=2", 1, 6, 0 },
+        { "llama", "pp=2", 2, 8, 3 }, { "llama-odd", "pp=2,tp=2", 3, 7, 2 }, { "qwen2", "pp=2", 2, 9, 9 }, { "llama", "pp=2,dp=2", 2, 8, 5 },
     };
     for (size_t i = 0; i < sizeof runs / sizeof *runs; i++)
         for (int kind = 0; kind < FEED_KINDS; kind++) {
-                if (!can_run(runs[i].mesh)) continue;
+            if (!can_run(runs[i].mesh)) continue;
             TEST(named("feeding: %s, %s on %s", feed_name[kind], runs[i].model, runs[i].mesh)) {
                 plan_of_test p = LLMPAR_ZERO;
                 llmpar_error err = LLMPAR_ZERO;
@@ -225,6 +239,7 @@ static void test_feeding(void) {
                 f.kind = kind;
                 p.desc.max_batch   = runs[i].batch;
                 p.desc.max_prompt  = runs[i].prompt;
+                p.desc.chunk       = runs[i].chunk;
                 p.desc.max_context = f.e.t;
                 p.desc.sequence_parallel = kind == FEED_PIECES;
                 p.fn = feed_all;
@@ -344,7 +359,7 @@ static llmpar_status bad_steps(llmpar_engine *engine, int rank, void *user, llmp
 
 static void test_errors(void) {
     static const struct { const char *name, *model, *mesh; int64_t batch, prompt, context; llmpar_status status; const char *part; } bad[] = {
-        { "an axis that is not implemented", "llama", "pp=2",      1, 0, 0,   LLMPAR_UNSUPPORTED,  "axis \"pp\" is not implemented yet; use dp and tp" },
+        { "an axis that is not implemented", "llama", "cp=2",      1, 0, 0,   LLMPAR_UNSUPPORTED,  "axis \"cp\" is not implemented yet; use pp, dp and tp" },
         { "the same beside tp",              "llama", "cp=2,tp=2", 1, 0, 0,   LLMPAR_UNSUPPORTED,  "axis \"cp\"" },
         { "no such folder",                  "none",  "tp=1",      1, 0, 0,   LLMPAR_IO_FAILED,    "none" },
         { "context past the positions",      "llama", "tp=1",      1, 0, 257, LLMPAR_DOES_NOT_FIT, "256 positions" },
@@ -398,6 +413,23 @@ static void test_errors(void) {
         CHECK_NEAR(f.worst, 0, 1e-4);
         free_expected(&f.e);
     }
+    static const struct { const char *name, *mesh; int n_virtual, micro, chunk; const char *schedule; llmpar_status status; const char *part; } wrong[] = {
+        { "more stages than layers",         "tp=1", 1000, 0, 0,  NULL,       LLMPAR_BAD_ARGUMENT, "1000 stages" },
+        { "more groups than rows",           "tp=1", 0, 3, 0,     NULL,       LLMPAR_BAD_ARGUMENT, "n_micro=3 groups of max_batch=2 rows" },
+        { "a negative chunk",                "tp=1", 0, 0, -1,    NULL,       LLMPAR_BAD_ARGUMENT, "chunk=-1" },
+        { "a schedule nobody knows",         "tp=1", 0, 0, 0,     "2f2b",     LLMPAR_BAD_ARGUMENT, "\"2f2b\"" },
+        { "a schedule of one stage a rank",  "tp=1", 2, 0, 0,     "1f1b",     LLMPAR_BAD_ARGUMENT, "1f1b has 1 stage a rank, not 2" },
+    };
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
+        TEST(named("errors: %s", wrong[i].name)) {
+            plan_of_test p = LLMPAR_ZERO;
+            llmpar_error err = LLMPAR_ZERO;
+            p.desc.max_batch = 2, p.desc.max_prompt = p.desc.max_context = 4;
+            p.desc.n_virtual = wrong[i].n_virtual, p.desc.n_micro = wrong[i].micro, p.desc.chunk = wrong[i].chunk, p.desc.schedule = wrong[i].schedule;
+            CHECK_OK(run_on(&p, "llama", wrong[i].mesh, &err), err);
+            CHECK_EQ(p.status[0], wrong[i].status);
+            test_note(strstr(p.text[0], wrong[i].part) != NULL, __FILE__, __LINE__, wrong[i].part, p.text[0]);
+        }
     if (can_run("tp=3")) TEST("errors: one rank that cannot read its files stops all, and all know why") {
         plan_of_test p = LLMPAR_ZERO;
         llmpar_error err = LLMPAR_ZERO;
@@ -454,6 +486,49 @@ static void test_eos(void) {
     }
 }
 
+// ---- weights: each stage reads its own layers; of a tied model both ends read the embedding
+
+typedef struct bytes_run { int64_t read[MAX_RANKS], layers[MAX_RANKS], embedding; } bytes_run;
+static llmpar_status see_bytes(llmpar_engine *engine, int rank, void *user, llmpar_error *err) {
+    bytes_run *b = (bytes_run *)user;
+    const llmpar_model *m = llmpar_engine_model(engine);
+    (void)err;
+    b->read[rank] = llmpar_engine_get_stats(engine).weight_bytes_read;
+    for (int i = 0; i < llmpar_engine_stages(engine); i++) b->layers[rank] += llmpar_engine_stage_at(engine, i)->layers;
+    if (rank == 0) b->embedding = m->tied_head ? m->vocabulary * m->hidden * 4 : 0;
+    return LLMPAR_OK;
+}
+static void test_bytes(void) {
+    static const struct { const char *model, *mesh; } runs[] = { { "llama", "pp=2" }, { "qwen2", "pp=2" } };
+    for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) {
+        if (!can_run(runs[i].mesh)) continue;
+        TEST(named("weights: %s on %s: the stages' parts are the whole", runs[i].model, runs[i].mesh)) {
+            llmpar_checkpoint_desc files = LLMPAR_ZERO;
+            llmpar_checkpoint *checkpoint = NULL;
+            llmpar_error err = LLMPAR_ZERO;
+            bytes_run b[2];
+            char path[512];
+            memset(b, 0, sizeof b);
+            model_path(path, runs[i].model);
+            files.folder = path;
+            CHECK_OK(llmpar_checkpoint_open(&files, &checkpoint, &err), err);
+            const int64_t headers = llmpar_checkpoint_bytes_read(checkpoint), layers = llmpar_checkpoint_model(checkpoint)->layers;
+            llmpar_checkpoint_close(checkpoint);
+            for (int k = 0; k < 2; k++) {
+                plan_of_test p = LLMPAR_ZERO;
+                p.desc.max_prompt = p.desc.max_context = 4;
+                p.fn = see_bytes;
+                p.user = &b[k];
+                CHECK_OK(run_on(&p, runs[i].model, k ? runs[i].mesh : "tp=1", &err), err);
+            }
+            CHECK_EQ(b[1].read[0] - headers + b[1].read[1] - headers, b[0].read[0] - headers + b[1].embedding);
+            CHECK(b[1].read[0] < b[0].read[0] && b[1].read[1] < b[0].read[0]);
+            CHECK_EQ(b[1].layers[0] + b[1].layers[1], layers);
+            CHECK(b[1].embedding > 0 || i == 0);
+        }
+    }
+}
+
 // ---- memory: none is taken between create and free; every allocation may fail
 
 typedef struct counter { int64_t calls, live, fail_at; } counter;          // one rank's; fail_at = number of the call that fails, 0 = none
@@ -501,19 +576,24 @@ static void test_memory(void) {
     llmpar_error err = LLMPAR_ZERO;
     m.e = read_expected("llama");
     TEST("memory: steps allocate nothing, free gives all back") {
-        const char *mesh = can_run("dp=2,tp=2") ? "dp=2,tp=2" : "tp=1";
-        plan_of_test p = memory_plan(&m, 0, 0);
-        CHECK_OK(run_on(&p, "llama", mesh, &err), err);
-        for (int r = 0; r < llmpar_mesh_size(&p.mesh); r++) {
-            CHECK_EQ(m.calls_in_steps[r], 0);
-            CHECK(m.counter[r].calls > 5);
-            CHECK_EQ(m.counter[r].live, 0);
+        static const char *const meshes[] = { "tp=1", "dp=2,tp=2", "pp=2", "tp=2,pp=2" };
+        for (int i = 0; i < 4; i++) {
+            if (!can_run(meshes[i])) continue;
+            plan_of_test p = memory_plan(&m, 0, 0);
+            p.desc.chunk = i >= 2 ? 6 : 0;
+            CHECK_OK(run_on(&p, "llama", meshes[i], &err), err);
+            for (int r = 0; r < llmpar_mesh_size(&p.mesh); r++) {
+                CHECK_EQ(m.calls_in_steps[r], 0);
+                CHECK(m.counter[r].calls > 5);
+                CHECK_EQ(m.counter[r].live, 0);
+            }
         }
     }
     TEST("memory: every allocation of one rank fails once: an error, no leak") {
         int64_t failures = 0;
         for (int64_t at = 1; at < 10000; at++) {
             plan_of_test p = memory_plan(&m, at, 0);
+            p.desc.n_virtual = 2, p.desc.n_micro = 2, p.desc.chunk = 6;
             CHECK_OK(run_on(&p, "llama", "tp=1", &err), err);
             CHECK_EQ(m.counter[0].live, 0);
             if (p.status[0] == LLMPAR_OK) break;
@@ -595,6 +675,7 @@ int main(void) {
     test_dtypes();
     test_errors();
     test_eos();
+    test_bytes();
     test_memory();
     test_ops();
     return test_done();
