@@ -1455,6 +1455,13 @@ LLMPAR_DEF bool          llmpar_engine_is_eos(const llmpar_engine *engine, int64
 // the step, but the world is of no use any more.
 LLMPAR_DEF llmpar_status llmpar_engine_step(llmpar_engine *engine, const int32_t *ids, const int32_t *lengths, int32_t rows, int64_t stride,
                                             const float **logits, llmpar_error *err);
+// Decodes on without a stop: row r begins with token ids[r] (< 0: it has none), and pick chooses each next one, which goes from the last stage straight back to the first. With pp, and
+// with at least as many groups of rows (n_micro) as ranks in pp, no stage waits for long: while one group's token is chosen, the others' are under way. tokens[rows][steps]
+// gets what pick returned, complete on every rank; < 0 ends a row, and all after it is -1. pick(row, step, logits[V], user) is called on the ranks of the last stage, on all of
+// them in the same order with the same bits: it must return the same there. As with llmpar_engine_step a row's last token is not in the cache yet. Errors: llmpar_engine_step's.
+typedef int32_t (*llmpar_pick_fn)(int64_t row, int64_t step, const float *logits, void *user);
+LLMPAR_DEF llmpar_status llmpar_engine_generate(llmpar_engine *engine, const int32_t *ids, int32_t rows, int64_t steps, llmpar_pick_fn pick, void *user, int32_t *tokens,
+                                                llmpar_error *err);
 LLMPAR_DEF llmpar_status llmpar_engine_reset(llmpar_engine *engine);                          // forgets all rows; local
 typedef struct llmpar_engine_stats {   // of this rank, since creation
     int64_t weight_bytes_read;     // from files, headers and config.json included
@@ -18369,7 +18376,9 @@ LLMPARI_FN llmpar_status llmpari_stage_action(llmpar_stages *q, int64_t j, llmpa
 LLMPAR_DEF llmpar_status llmpar_stages_run(llmpar_stages *stages, const bool *skip, llmpar_error *err) {
     llmpar_status status = LLMPAR_OK;
     for (int64_t j = 0; !status && j < stages->n; j++) {                                   // what remains without a micro-batch waits for less, so it cannot deadlock either
-        if (!skip || !skip[stages->desc.program->action[stages->first + j].micro]) status = llmpari_stage_action(stages, j, err);
+        const llmpar_action a = stages->desc.program->action[stages->first + j];
+        const bool token = a.kind == LLMPAR_ACTION_SEND_F && a.stage + 1 == stages->desc.program->n_stages;      // for another micro-batch
+        if (!skip || !(skip[a.micro] || (token && skip[a.micro + stages->desc.program->in_flight]))) status = llmpari_stage_action(stages, j, err);
         else if (stages->begin) stages->begin[j] = stages->end[j] = llmpari_stage_clock();
     }
     for (int32_t i = 0; i < stages->n_messages + stages->n_local + stages->n_copies; i++) {    // after an error too: they return at once then
@@ -18386,8 +18395,10 @@ LLMPAR_DEF llmpar_status llmpar_stages_run(llmpar_stages *stages, const bool *sk
 // ============================================================================================================
 LLMPARI_ONCE_BEGIN
 
-#define LLMPARI_PREFILL 0
-#define LLMPARI_DECODE  1
+#define LLMPARI_PREFILL  0
+#define LLMPARI_DECODE   1
+#define LLMPARI_GENERATE 2              // decode's plans, token after token
+#define LLMPARI_GENERATE_STEPS 64       // of one run
 
 typedef struct llmpari_phase {     // one plan and what is around it
     llmpar_graph graph;
@@ -18426,10 +18437,14 @@ struct llmpar_engine {
     int32_t      *stage_rank;      // [n_stages]: rank of pp
     int64_t      *first_layer;     // [n_stages + 1]
     llmpari_engine_part *part;            // [n_parts]
-    llmpari_flow  flow[2];
-    int           which;           // of the run that goes on: phase, batch, first token
+    llmpari_flow  flow[3];
+    int           which, phase;    // of the run that goes on: flow, its phase, batch, first token
     llmpari_batch batch;
     int64_t       done;
+    llmpar_pick_fn pick;           // of the llmpar_engine_generate that goes on
+    void         *pick_user;
+    int64_t       picked;          // tokens of a row in its runs before
+    int32_t      *tokens, *lengths;   // [batch][GENERATE_STEPS + 1]: what goes in, and comes out one further; [batch]
     float        *rope;            // [D / 2]
     float        *logits;          // [batch, V], with all_logits [batch, max_prompt, V]
     int64_t      *used;            // [batch]: tokens of each row in the cache
@@ -18518,7 +18533,8 @@ LLMPARI_FN llmpar_status llmpari_engine_forward_only(llmpar_schedule *s, llmpar_
     return LLMPAR_OK;
 }
 
-// The order in which units go through the stages. Decode has the places of prefill's stages, and the order of "forward".
+// The order in which units go through the stages. Decode has the places of prefill's stages, and the order of "forward"; a unit of generate is a token of each row of a
+// group, and needs the one before.
 LLMPARI_FN llmpar_status llmpari_engine_program(llmpar_engine *e, int which, llmpar_error *err) {
     llmpari_flow *flow = &e->flow[which];
     llmpar_arena scratch;
@@ -18529,13 +18545,14 @@ LLMPARI_FN llmpar_status llmpari_engine_program(llmpar_engine *e, int which, llm
     scratch.allocator = e->desc.allocator;
     desc.kind = LLMPAR_PIPE_FORWARD;
     if (which == LLMPARI_PREFILL && e->desc.schedule) LLMPARI_TRY(llmpar_pipe_kind_parse(e->desc.schedule, &desc.kind, err));
-    flow->n_chunks = which == LLMPARI_PREFILL ? (int32_t)((e->desc.max_prompt + e->desc.chunk - 1) / e->desc.chunk) : 1;
+    flow->n_chunks = which == LLMPARI_PREFILL ? (int32_t)((e->desc.max_prompt + e->desc.chunk - 1) / e->desc.chunk) : which == LLMPARI_DECODE ? 1 : LLMPARI_GENERATE_STEPS;
     if ((int64_t)flow->n_chunks * e->n_groups > INT32_MAX / 8)
         return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%d groups of rows x %d chunks are too many; pass a larger chunk", (int)e->n_groups, (int)flow->n_chunks);
     desc.n_ranks   = e->pipe->size;
     desc.n_virtual = which == LLMPARI_PREFILL ? e->desc.n_virtual : e->n_parts;
     desc.n_micro   = flow->n_chunks * e->n_groups;
-    if (which == LLMPARI_DECODE && e->n_parts > 1 && e->stage_rank[e->pipe->size] != 0) desc.map = LLMPAR_PIPE_MAP_V;
+    if (which != LLMPARI_PREFILL && e->n_parts > 1 && e->stage_rank[e->pipe->size] != 0) desc.map = LLMPAR_PIPE_MAP_V;
+    if (which == LLMPARI_GENERATE) desc.in_flight = e->n_groups;
     llmpar_status status = llmpar_pipe_make(&desc, &scratch, &s, err);
     if (!status) status = llmpari_engine_forward_only(&s, &scratch, err);
     if (!status) status = llmpar_pipe_lower(&s, NULL, LLMPAR_PIPE_NCCL, &e->arena, &flow->program, err);
@@ -18581,6 +18598,7 @@ LLMPARI_FN llmpar_status llmpari_engine_stages(llmpar_engine *e, llmpar_error *e
     e->n_groups   = (int32_t)((d->max_batch + e->group_rows - 1) / e->group_rows);
     LLMPARI_TRY(llmpari_engine_program(e, LLMPARI_PREFILL, err));
     LLMPARI_TRY(llmpari_engine_program(e, LLMPARI_DECODE, err));
+    LLMPARI_TRY(llmpari_engine_program(e, LLMPARI_GENERATE, err));
     LLMPARI_TRY(llmpari_engine_layers(e, err));
     e->part = (llmpari_engine_part *)llmpar_arena_alloc(&e->arena, (size_t)e->n_parts * sizeof *e->part);
     if (!e->part) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d stages", (int)e->n_parts);
@@ -18690,7 +18708,9 @@ LLMPARI_FN llmpar_status llmpari_engine_prepare(const llmpar_engine_desc *desc, 
     e->logits = (float *)llmpar_arena_alloc(&e->arena, (size_t)n);
     e->used   = (int64_t *)llmpar_arena_alloc(&e->arena, (size_t)d->max_batch * sizeof(int64_t));
     e->rope   = (float *)llmpar_arena_alloc(&e->arena, (size_t)(e->model.head_dim / 2) * sizeof(float));
-    if (!e->logits || !e->used || !e->rope) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %lld bytes of logits", (long long)n);
+    e->lengths = (int32_t *)llmpar_arena_alloc(&e->arena, (size_t)d->max_batch * sizeof(int32_t));
+    e->tokens  = (int32_t *)llmpar_arena_alloc(&e->arena, (size_t)d->max_batch * (LLMPARI_GENERATE_STEPS + 1) * sizeof(int32_t));
+    if (!e->logits || !e->used || !e->rope || !e->lengths || !e->tokens) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %lld bytes of logits", (long long)n);
     llmpar_rope_frequencies(&e->model.rope, e->model.head_dim, e->rope);
     return LLMPAR_OK;
 }
@@ -18717,13 +18737,14 @@ LLMPARI_FN llmpar_status llmpari_engine_execs(llmpar_engine *e, llmpar_error *er
             else (void)llmpar_exec_output(part->about.exec[i], "h_out", &layout);
             if (e->n_stages > 1) part->phase[i].bytes = llmpar_tensor_local_bytes(&layout, &e->mesh, e->comm->rank);
         }
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 3; i++) {
         llmpar_stages_desc desc;
         memset(&desc, 0, sizeof desc);
         desc.program   = &e->flow[i].program;
         desc.transport = LLMPAR_PIPE_NCCL;
         desc.comm      = e->pipe;
-        desc.forward_bytes = e->part[0].phase[i].bytes;
+        desc.forward_bytes = e->part[0].phase[i > 0].bytes;
+        desc.token_bytes   = e->group_rows * (int64_t)sizeof(int32_t);
         desc.forward   = llmpari_engine_forward;
         desc.user      = e;
         desc.allocator = e->desc.allocator;
@@ -18808,7 +18829,7 @@ LLMPAR_DEF llmpar_status llmpar_engine_create(const llmpar_engine_desc *desc, ll
 LLMPAR_DEF void llmpar_engine_free(llmpar_engine *engine) {
     if (!engine) return;
     llmpar_allocator allocator = engine->desc.allocator;
-    for (int i = 0; i < 2; i++) llmpar_stages_free(engine->flow[i].stages);
+    for (int i = 0; i < 3; i++) llmpar_stages_free(engine->flow[i].stages);
     for (int32_t p = 0; engine->part && p < engine->n_parts; p++)
         for (int i = 2; i-- > 0; ) llmpar_exec_free(engine->part[p].about.exec[i]);        // decode's uses the other one's weights
     llmpar_comm_free(engine->pipe);
@@ -18863,16 +18884,16 @@ LLMPARI_FN void llmpari_engine_fill(llmpar_engine *e, const llmpari_engine_part 
     const llmpari_batch *b = &e->batch;
     const int rank = e->comm->rank;
     llmpar_tensor layout;
-    int32_t *to = (int32_t *)llmpar_exec_data(part->about.exec[e->which], phase->in, 0, &layout);
+    int32_t *to = (int32_t *)llmpar_exec_data(part->about.exec[e->phase], phase->in, 0, &layout);
     llmpar_range rows = llmpar_tensor_local(&layout, &e->mesh, rank, 0), tokens = llmpar_tensor_local(&layout, &e->mesh, rank, 1);
     for (int64_t r = 0; r < e->group_rows; r++) {
         const int64_t count = llmpari_batch_count(b, row + r, token, phase->seq);
         for (int64_t t = 0; t < phase->seq; t++) phase->position[r * phase->seq + t] = t < count ? (int32_t)(e->used[row + r] + token + t) : -1;
         if (part->about.stage > 0 || r < rows.first || r >= rows.first + rows.count) continue;
-        for (int64_t t = tokens.first; t < tokens.first + tokens.count; t++) *to++ = t < count ? b->ids[(row + r) * b->stride + token + t] : 0;
+        for (int64_t t = tokens.first; t < tokens.first + tokens.count; t++) *to++ = t < count ? (int32_t)llmpari_max(0, b->ids[(row + r) * b->stride + token + t]) : 0;
     }
     if (phase->last < 0) return;
-    to   = (int32_t *)llmpar_exec_data(part->about.exec[e->which], phase->last, 0, &layout);
+    to   = (int32_t *)llmpar_exec_data(part->about.exec[e->phase], phase->last, 0, &layout);
     rows = llmpar_tensor_local(&layout, &e->mesh, rank, 0);
     for (int64_t r = rows.first; r < rows.first + rows.count; r++) *to++ = (int32_t)llmpari_max(0, llmpari_batch_count(b, row + r, token, phase->seq) - 1);
 }
@@ -18880,7 +18901,7 @@ LLMPARI_FN void llmpari_engine_fill(llmpar_engine *e, const llmpari_engine_part 
 // Takes the logits of one run to where the caller looks for them; those of a row's last piece stay.
 LLMPARI_FN void llmpari_engine_collect(llmpar_engine *e, const llmpari_engine_part *part, const llmpari_phase *phase, int64_t row, int64_t token) {
     const int64_t v = e->model.vocabulary;
-    const float *from = llmpar_exec_output(part->about.exec[e->which], "logits", NULL);
+    const float *from = llmpar_exec_output(part->about.exec[e->phase], "logits", NULL);
     for (int64_t r = 0; r < e->group_rows; r++) {
         const int64_t count = llmpari_batch_count(&e->batch, row + r, token, phase->seq);
         if (!count) continue;
@@ -18889,27 +18910,47 @@ LLMPARI_FN void llmpari_engine_collect(llmpar_engine *e, const llmpari_engine_pa
     }
 }
 
+// The next token of every row of a group, from the last stage's logits, for the first stage: into out, if it needs them.
+LLMPARI_FN void llmpari_engine_pick(llmpar_engine *e, const llmpari_engine_part *part, int64_t row, int64_t token, void *out) {
+    const float *logits = llmpar_exec_output(part->about.exec[e->phase], "logits", NULL);
+    for (int64_t r = 0; r < e->group_rows; r++) {
+        int32_t next = -1;
+        if (row + r < e->batch.rows) {
+            int32_t *at = e->tokens + (row + r) * e->batch.stride + token;
+            if (at[0] >= 0) next = e->pick(row + r, e->picked + token, logits + r * e->model.vocabulary, e->pick_user);
+            if (next < 0 || next >= e->model.vocabulary) next = -1;
+            at[1] = next;
+        }
+        if (out) memcpy((char *)out + r * 4, &next, 4);
+    }
+}
+
 // One unit through one stage.
 LLMPARI_FN llmpar_status llmpari_engine_forward(int32_t stage, int32_t unit, const void *in, void *out, void *user, llmpar_error *err) {
     llmpar_engine *e = (llmpar_engine *)user;
     llmpari_engine_part *part = e->part;
     while (part->about.stage != stage) part++;
-    const llmpari_phase *phase = &part->phase[e->which];
-    llmpar_exec *exec = part->about.exec[e->which];
+    const llmpari_phase *phase = &part->phase[e->phase];
+    llmpar_exec *exec = part->about.exec[e->phase];
     const int64_t row = part->about.row = unit % e->n_groups * e->group_rows, token = part->about.token = e->done + unit / e->n_groups * phase->seq;
+    for (int64_t r = 0; in && stage == 0 && r < e->group_rows && row + r < e->batch.rows; r++)    // generate's tokens from the last stage
+        memcpy(e->tokens + (row + r) * e->batch.stride + token, (const char *)in + r * 4, 4);
     llmpari_engine_fill(e, part, phase, row, token);
-    if (in) memcpy(llmpar_exec_data(exec, phase->in, 0, NULL), in, (size_t)phase->bytes);
+    if (in && stage > 0) memcpy(llmpar_exec_data(exec, phase->in, 0, NULL), in, (size_t)phase->bytes);
     LLMPARI_TRY(llmpar_exec_use_cache(exec, unit % e->n_groups, err));
     LLMPARI_TRY(llmpar_exec_run(exec, phase->position, err));
-    if (out) memcpy(out, llmpar_exec_output(exec, "h_out", NULL), (size_t)phase->bytes);
-    if (stage + 1 == e->n_stages) llmpari_engine_collect(e, part, phase, row, token);
+    if (stage + 1 < e->n_stages) memcpy(out, llmpar_exec_output(exec, "h_out", NULL), (size_t)phase->bytes);
+    else if (e->which == LLMPARI_GENERATE) llmpari_engine_pick(e, part, row, token, out);
+    else llmpari_engine_collect(e, part, phase, row, token);
     return LLMPAR_OK;
 }
 
 // Sends all units that have tokens through the stages, of the piece that begins at token e->done.
-LLMPARI_FN llmpar_status llmpari_engine_piece(llmpar_engine *e, llmpar_error *err) {
-    llmpari_flow *flow = &e->flow[e->which];
-    const int64_t seq = e->part[0].phase[e->which].seq;
+LLMPARI_FN llmpar_status llmpari_engine_piece(llmpar_engine *e, int which, llmpar_error *err) {
+    llmpari_flow *flow = &e->flow[which];
+    e->which = which;
+    e->phase = which == LLMPARI_PREFILL ? LLMPARI_PREFILL : LLMPARI_DECODE;
+    const int64_t seq = e->part[0].phase[e->phase].seq;
     const double start = llmpari_stage_clock();
     for (int32_t unit = 0; unit < flow->n_chunks * e->n_groups; unit++) {
         int64_t tokens = 0;
@@ -18931,13 +18972,48 @@ LLMPAR_DEF llmpar_status llmpar_engine_step(llmpar_engine *engine, const int32_t
     const int64_t n_logits = b->rows * (engine->desc.all_logits ? stride : 1) * engine->model.vocabulary;
     memset(engine->logits, 0, (size_t)n_logits * sizeof(float));
     for (engine->done = 0; engine->done < b->longest; ) {
-        engine->which = b->longest - engine->done > 1 ? LLMPARI_PREFILL : LLMPARI_DECODE;
-        LLMPARI_TRY(llmpari_engine_piece(engine, err));
+        LLMPARI_TRY(llmpari_engine_piece(engine, b->longest - engine->done > 1 ? LLMPARI_PREFILL : LLMPARI_DECODE, err));
         engine->done += engine->part[0].phase[engine->which].seq * engine->flow[engine->which].n_chunks;
     }
     if (engine->pipe->size > 1) LLMPARI_TRY(llmpar_broadcast(engine->pipe, engine->logits, n_logits, LLMPAR_F32, engine->stage_rank[engine->n_stages - 1], err));
     for (int64_t row = 0; row < b->rows; row++) engine->used[row] += lengths[row];
     *logits = engine->logits;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_engine_generate(llmpar_engine *engine, const int32_t *ids, int32_t rows, int64_t steps, llmpar_pick_fn pick, void *user, int32_t *tokens,
+                                                llmpar_error *err) {
+    const int64_t stride = LLMPARI_GENERATE_STEPS + 1;
+    llmpari_batch *b = &engine->batch;
+    if (!ids || !pick || !tokens || rows < 1 || rows > engine->desc.max_batch || steps < 0)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s; a batch of %lld rows (1 to max_batch=%lld), steps=%lld (0 or more)", !ids || !pick || !tokens ? "ids, pick or tokens is NULL" : "bad sizes",
+                            (long long)rows, (long long)engine->desc.max_batch, (long long)steps);
+    b->ids = engine->tokens, b->lengths = engine->lengths, b->rows = rows, b->stride = stride;
+    for (int64_t row = 0; row < rows; row++) {
+        if (ids[row] >= engine->model.vocabulary || (ids[row] >= 0 && steps > engine->desc.max_context - engine->used[row]))
+            return LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "row %lld: token %d of a vocabulary of %lld, %lld tokens in the cache and %lld steps of max_context=%lld; generate fewer tokens, or create "
+                                "the engine with a larger max_context", (long long)row, (int)ids[row], (long long)engine->model.vocabulary, (long long)engine->used[row], (long long)steps,
+                                (long long)engine->desc.max_context);
+        engine->tokens[row * stride] = ids[row] < 0 ? -1 : ids[row];
+    }
+    engine->pick = pick, engine->pick_user = user;
+    for (int64_t done = 0, n; done < steps; done += n) {
+        n = llmpari_min(steps - done, LLMPARI_GENERATE_STEPS);
+        for (int64_t row = 0; row < rows; row++) engine->lengths[row] = engine->tokens[row * stride] < 0 ? 0 : (int32_t)n;
+        engine->done = 0, engine->picked = done;
+        LLMPARI_TRY(llmpari_engine_piece(engine, LLMPARI_GENERATE, err));
+        if (engine->pipe->size > 1)
+            LLMPARI_TRY(llmpar_broadcast(engine->pipe, engine->tokens, rows * stride, LLMPAR_I32, engine->stage_rank[engine->n_stages - 1], err));
+        for (int64_t row = 0; row < rows; row++) {
+            int32_t *at = engine->tokens + row * stride;
+            for (int64_t s = 0; s < n; s++) {
+                engine->used[row] += at[s] >= 0;
+                if (at[s] < 0) at[s + 1] = -1;                                             // a row that did not take part
+                tokens[row * steps + done + s] = at[s + 1];
+            }
+            at[0] = at[n];
+        }
+    }
     return LLMPAR_OK;
 }
 
@@ -18962,15 +19038,16 @@ LLMPAR_DEF llmpar_engine_stats llmpar_engine_get_stats(const llmpar_engine *engi
     const llmpari_flow *prefill = &engine->flow[LLMPARI_PREFILL], *decode = &engine->flow[LLMPARI_DECODE];
     llmpar_engine_stats stats;
     stats.weight_bytes_read = engine->bytes_read;
-    stats.memory_bytes   = (int64_t)(llmpar_stages_bytes(prefill->stages) + llmpar_stages_bytes(decode->stages) + engine->arena.used_bytes + sizeof *engine);
+    const llmpari_flow *generate = &engine->flow[LLMPARI_GENERATE];
+    stats.memory_bytes   = (int64_t)(llmpar_stages_bytes(prefill->stages) + llmpar_stages_bytes(decode->stages) + llmpar_stages_bytes(generate->stages) + engine->arena.used_bytes + sizeof *engine);
     for (int32_t p = 0; p < engine->n_parts; p++)
         for (int i = 0; i < 2; i++) stats.memory_bytes += (int64_t)llmpar_exec_bytes(engine->part[p].about.exec[i]);
     stats.prefill_tokens = prefill->tokens;
-    stats.decode_tokens  = decode->tokens;
+    stats.decode_tokens  = decode->tokens + generate->tokens;
     stats.prefill_runs   = prefill->runs;
-    stats.decode_runs    = decode->runs;
+    stats.decode_runs    = decode->runs + generate->runs;
     stats.prefill_s      = prefill->seconds;
-    stats.decode_s       = decode->seconds;
+    stats.decode_s       = decode->seconds + generate->seconds;
     return stats;
 }
 LLMPARI_ONCE_END

@@ -22,7 +22,7 @@ check tests/golden/shakespeare-dense pp=3
 check tests/golden/shakespeare-dense pp=2,tp=2 --virtual 2 --chunk 16 --sp
 check tests/golden/qwen2 pp=2 --chunk 5
 if [ "${LLMPAR_STRESS:-0}" != 0 ]; then
-    for model in $dense; do
+    for model in llama llama-odd llama3-rope llama-bf16 llama-mqa mistral qwen2 qwen3; do
         for mesh in pp=2 pp=2,tp=2 tp=3,pp=2 dp=2,pp=2; do check tests/golden/$model $mesh; check tests/golden/$model $mesh --chunk 5 --micro 1; done
     done
     for mesh in pp=2 pp=3 pp=4 pp=2,tp=2 pp=4,tp=3 dp=2,pp=2,tp=2; do

@@ -486,6 +486,102 @@ static void test_eos(void) {
     }
 }
 
+// ---- generate: the same tokens as step by step, whatever the stages
+
+static int32_t largest(const float *logits, int64_t n) {
+    int64_t best = 0;
+    for (int64_t i = 1; i < n; i++) if (logits[i] > logits[best]) best = i;
+    return (int32_t)best;
+}
+typedef struct talk {
+    expected e;
+    int64_t  steps, end_row, end_step;         // row end_row ends when it has end_step tokens
+    int32_t *by_step, *by_run[MAX_RANKS];      // [b][steps]
+    int64_t  calls[MAX_RANKS], v;
+    int      out_of_order;
+} talk;
+typedef struct talker { talk *t; int rank; int64_t last, before; } talker;   // before: tokens of earlier calls
+static int32_t pick_largest(int64_t row, int64_t step, const float *logits, void *user) {
+    talker *k = (talker *)user;
+    k->t->calls[k->rank]++;
+    if (step < k->last) k->t->out_of_order = 1;
+    k->last = step;
+    return row == k->t->end_row && k->before + step >= k->t->end_step ? -5 : largest(logits, k->t->v);
+}
+static llmpar_status talk_both(llmpar_engine *engine, int rank, void *user, llmpar_error *err) {
+    talk *t = (talk *)user;
+    talker k = { t, rank, 0, 0 };
+    const float *logits;
+    int32_t lengths[8] = { 0 }, next[8], tokens[8 * 80], first[8];
+    const int64_t b = t->e.b, v = t->e.v;
+    for (int64_t i = 0; i < b; i++) lengths[i] = (int32_t)(t->e.t - 3 * (i % 2));
+    TRY(llmpar_engine_step(engine, t->e.ids, lengths, (int32_t)b, t->e.t, &logits, err));
+    for (int64_t i = 0; i < b; i++) first[i] = next[i] = largest(logits + i * v, v);
+    for (int64_t i = 0; i < b; i++) lengths[i] = 1;
+    for (int64_t s = 0; s < t->steps; s++) {
+        TRY(llmpar_engine_step(engine, next, lengths, (int32_t)b, 1, &logits, err));
+        for (int64_t i = 0; i < b; i++) {
+            if (lengths[i]) next[i] = i == t->end_row && s >= t->end_step ? -1 : largest(logits + i * v, v);
+            lengths[i] = next[i] >= 0;
+            if (!rank) t->by_step[i * t->steps + s] = next[i];
+            if (next[i] < 0) next[i] = -1;
+        }
+    }
+    TRY(llmpar_engine_reset(engine));
+    for (int64_t i = 0; i < b; i++) lengths[i] = (int32_t)(t->e.t - 3 * (i % 2));
+    TRY(llmpar_engine_step(engine, t->e.ids, lengths, (int32_t)b, t->e.t, &logits, err));
+    const int64_t part = t->steps / 3;                                                     // in two calls: a row that has ended stays out of the second
+    TRY(llmpar_engine_generate(engine, first, (int32_t)b, part, pick_largest, &k, tokens, err));
+    for (int64_t i = 0; i < b; i++) {
+        memcpy(t->by_run[rank] + i * t->steps, tokens + i * part, (size_t)part * sizeof(int32_t));
+        first[i] = tokens[i * part + part - 1];
+    }
+    k.last = 0, k.before = part;
+    TRY(llmpar_engine_generate(engine, first, (int32_t)b, t->steps - part, pick_largest, &k, tokens, err));
+    for (int64_t i = 0; i < b; i++) memcpy(t->by_run[rank] + i * t->steps + part, tokens + i * (t->steps - part), (size_t)(t->steps - part) * sizeof(int32_t));
+    llmpar_error late = LLMPAR_ZERO;
+    if (llmpar_engine_generate(engine, first, (int32_t)b, 100000, pick_largest, &k, tokens, &late) != LLMPAR_DOES_NOT_FIT || !strstr(late.text, "100000 steps")) t->out_of_order = 2;
+    return check_traffic(engine, err);
+}
+static void test_generate(void) {
+    static const struct { const char *model, *mesh; int n_virtual, micro; int64_t steps; } runs[] = {
+        { "shakespeare-dense", "tp=1", 0, 0, 100 }, { "shakespeare-dense", "pp=2", 0, 0, 100 }, { "shakespeare-dense", "pp=3", 0, 2, 12 }, { "shakespeare-dense", "pp=2,tp=2", 2, 0, 70 },
+        { "qwen2", "dp=2,pp=2", 0, 1, 9 }, { "llama", "pp=1", 2, 2, 30 },
+    };
+    for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) {
+        if (!can_run(runs[i].mesh)) continue;
+        TEST(named("generate: %s on %s, virtual %d micro %d: the tokens of single steps", runs[i].model, runs[i].mesh, runs[i].n_virtual, runs[i].micro)) {
+            plan_of_test p = LLMPAR_ZERO;
+            llmpar_error err = LLMPAR_ZERO;
+            talk t = LLMPAR_ZERO;
+            t.e = read_expected(runs[i].model);
+            t.v = t.e.v, t.steps = runs[i].steps, t.end_row = 1, t.end_step = runs[i].steps / 2;
+            const size_t n = (size_t)(t.e.b * t.steps);
+            t.by_step = (int32_t *)calloc(n, sizeof(int32_t));
+            for (int r = 0; r < MAX_RANKS; r++) t.by_run[r] = (int32_t *)calloc(n, sizeof(int32_t));
+            p.desc.max_batch   = t.e.b;
+            p.desc.max_prompt  = t.e.t;
+            p.desc.max_context = t.e.t + t.steps;
+            p.desc.n_virtual = runs[i].n_virtual, p.desc.n_micro = runs[i].micro;
+            p.fn = talk_both;
+            p.user = &t;
+            CHECK_OK(run_on(&p, runs[i].model, runs[i].mesh, &err), err);
+            CHECK_STR(p.text[0], "");
+            int64_t calls = 0;
+            for (int r = 0; r < llmpar_mesh_size(&p.mesh); r++) {
+                CHECK(memcmp(t.by_run[r], t.by_step, n * sizeof(int32_t)) == 0);
+                calls += t.calls[r];
+            }
+            CHECK(t.e.b < 2 || t.by_step[t.steps + t.end_step] == -1);
+            CHECK(calls > 0);
+            CHECK_EQ(t.out_of_order, 0);
+            free(t.by_step);
+            for (int r = 0; r < MAX_RANKS; r++) free(t.by_run[r]);
+            free_expected(&t.e);
+        }
+    }
+}
+
 // ---- weights: each stage reads its own layers; of a tied model both ends read the embedding
 
 typedef struct bytes_run { int64_t read[MAX_RANKS], layers[MAX_RANKS], embedding; } bytes_run;
@@ -675,6 +771,7 @@ int main(void) {
     test_dtypes();
     test_errors();
     test_eos();
+    test_generate();
     test_bytes();
     test_memory();
     test_ops();
