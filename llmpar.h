@@ -1435,6 +1435,7 @@ typedef struct llmpar_engine_desc {
     int64_t           chunk;       // tokens of a row that go through a stage at a time in prefill; 0 = max_prompt
     const char       *schedule;    // order of a rank's work in prefill: that of F in one of llmpar_pipe_kind's schedules, by name; NULL = "forward". Matters with several
                                    //   stages a rank; those in the shape of a V place them so
+    bool              record;      // for llmpar_engine_timing: the clock is read around everything a stage does
     const llmpar_ops *ops;         // NULL = llmpar_ops_cpu(); copied
     llmpar_hardware   hardware;    // for the plans' costs and, with memory_bytes, their limit; zeroed = llmpar_hardware_threads
     llmpar_allocator  allocator;
@@ -1483,6 +1484,9 @@ typedef struct llmpar_engine_stage {
 } llmpar_engine_stage;
 LLMPAR_DEF int32_t llmpar_engine_stages(const llmpar_engine *engine);                         // how many this rank has
 LLMPAR_DEF const llmpar_engine_stage *llmpar_engine_stage_at(const llmpar_engine *engine, int32_t i);   // in the order of their layers; NULL outside; owned by the engine
+// What the last run of prefill (0), decode (1) or llmpar_engine_generate (2) took on the ranks of this pipeline, with `record`, and its program: for llmpar_pipe_text, _svg and
+// _trace; units that had no tokens take no time. Collective; see llmpar_stages_timing.
+LLMPAR_DEF llmpar_status llmpar_engine_timing(const llmpar_engine *engine, int flow, llmpar_arena *arena, const llmpar_schedule **program, llmpar_pipe_timing *timing, llmpar_error *err);
 // Plans and execs of the first of them, for explain and for checks of what comm counted. phase 0 = prefill, 1 = decode.
 LLMPAR_DEF const llmpar_plan *llmpar_engine_plan(const llmpar_engine *engine, int phase);
 LLMPAR_DEF llmpar_exec       *llmpar_engine_exec(llmpar_engine *engine, int phase);
@@ -18747,6 +18751,7 @@ LLMPARI_FN llmpar_status llmpari_engine_execs(llmpar_engine *e, llmpar_error *er
         desc.token_bytes   = e->group_rows * (int64_t)sizeof(int32_t);
         desc.forward   = llmpari_engine_forward;
         desc.user      = e;
+        desc.record    = e->desc.record;
         desc.allocator = e->desc.allocator;
         LLMPARI_TRY(llmpar_stages_create(&desc, &e->flow[i].stages, err));
     }
@@ -19025,6 +19030,11 @@ LLMPAR_DEF llmpar_status llmpar_engine_reset(llmpar_engine *engine) {
 LLMPAR_DEF const llmpar_model *llmpar_engine_model(const llmpar_engine *engine) { return &engine->model; }
 LLMPAR_DEF int32_t llmpar_engine_stages(const llmpar_engine *engine) { return engine->n_parts; }
 LLMPAR_DEF const llmpar_engine_stage *llmpar_engine_stage_at(const llmpar_engine *engine, int32_t i) { return i >= 0 && i < engine->n_parts ? &engine->part[i].about : NULL; }
+LLMPAR_DEF llmpar_status llmpar_engine_timing(const llmpar_engine *engine, int flow, llmpar_arena *arena, const llmpar_schedule **program, llmpar_pipe_timing *timing, llmpar_error *err) {
+    if (flow < 0 || flow > LLMPARI_GENERATE) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "flow %d; 0 is prefill, 1 decode, 2 generate", flow);
+    *program = &engine->flow[flow].program;
+    return llmpar_stages_timing(engine->flow[flow].stages, NULL, arena, timing, err);
+}
 LLMPAR_DEF const llmpar_plan  *llmpar_engine_plan(const llmpar_engine *engine, int phase) { return phase == 0 || phase == 1 ? engine->part[0].about.plan[phase] : NULL; }
 LLMPAR_DEF llmpar_exec        *llmpar_engine_exec(llmpar_engine *engine, int phase) { return phase == 0 || phase == 1 ? engine->part[0].about.exec[phase] : NULL; }
 

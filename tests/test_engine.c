@@ -582,6 +582,56 @@ static void test_generate(void) {
     }
 }
 
+// ---- record: when every stage did what
+
+static llmpar_status see_times(llmpar_engine *engine, int rank, void *user, llmpar_error *err) {
+    const expected *e = (const expected *)user;
+    const llmpar_schedule *program;
+    const float *logits;
+    llmpar_pipe_timing timing;
+    llmpar_arena arena = LLMPAR_ZERO;
+    llmpar_error late = LLMPAR_ZERO;
+    int32_t lengths[8], next[8], tokens[8 * 5];
+    talk t = LLMPAR_ZERO;
+    talker k = { &t, 0, 0, 0 };
+    t.v = e->v, t.end_row = -1;
+    for (int64_t i = 0; i < e->b; i++) lengths[i] = (int32_t)e->t, next[i] = 1;
+    TRY(llmpar_engine_step(engine, e->ids, lengths, (int32_t)e->b, e->t, &logits, err));
+    for (int64_t i = 0; i < e->b; i++) lengths[i] = 1;
+    TRY(llmpar_engine_step(engine, next, lengths, (int32_t)e->b, 1, &logits, err));
+    TRY(llmpar_engine_generate(engine, next, (int32_t)e->b, 5, pick_largest, &k, tokens, err));
+    for (int flow = 0; flow < 3; flow++) {
+        double end[4][200], busy = 0;
+        TRY(llmpar_engine_timing(engine, flow, &arena, &program, &timing, err));
+        bool right = program->n_stages == 4 && program->n_micro <= 200 && program->n_ranks == 2;
+        for (int again = 0; again < 2 && right; again++)
+            for (int64_t j = 0; j < program->first[program->n_ranks]; j++) {
+                const llmpar_action a = program->action[j];
+                if (a.kind != LLMPAR_ACTION_F) continue;
+                if (again && a.stage && timing.action_end[j] > timing.action_begin[j]) right = right && timing.action_begin[j] >= end[a.stage - 1][a.micro];
+                end[a.stage][a.micro] = timing.action_end[j];
+            }
+        for (int r = 0; r < 2; r++) busy += timing.busy[r];
+        if (!rank) CHECK(right && busy > 0 && timing.makespan > 0);
+        llmpar_arena_free(&arena);
+    }
+    if (!rank) CHECK_FAIL(llmpar_engine_timing(engine, 3, &arena, &program, &timing, &late), LLMPAR_BAD_ARGUMENT, late, "flow 3");
+    return LLMPAR_OK;
+}
+static void test_record(void) {
+    if (can_run("pp=2")) TEST("record: no stage begins before the one before has ended") {
+        plan_of_test p = LLMPAR_ZERO;
+        llmpar_error err = LLMPAR_ZERO;
+        expected e = read_expected("shakespeare-dense");
+        p.desc.max_batch = e.b, p.desc.max_prompt = e.t, p.desc.max_context = e.t + 8;
+        p.desc.n_virtual = 2, p.desc.chunk = 8, p.desc.record = true;
+        p.fn = see_times, p.user = &e;
+        CHECK_OK(run_on(&p, "shakespeare-dense", "pp=2", &err), err);
+        CHECK_STR(p.text[0], "");
+        free_expected(&e);
+    }
+}
+
 // ---- weights: each stage reads its own layers; of a tied model both ends read the embedding
 
 typedef struct bytes_run { int64_t read[MAX_RANKS], layers[MAX_RANKS], embedding; } bytes_run;
@@ -772,6 +822,7 @@ int main(void) {
     test_errors();
     test_eos();
     test_generate();
+    test_record();
     test_bytes();
     test_memory();
     test_ops();
