@@ -18969,6 +18969,14 @@ LLMPARI_FN llmpar_status llmpari_engine_piece(llmpar_engine *e, int which, llmpa
     return LLMPAR_OK;
 }
 
+// What the last stage made, to the others; its time is part of the run's.
+LLMPARI_FN llmpar_status llmpari_engine_share(llmpar_engine *e, void *data, int64_t n, llmpar_dtype dtype, llmpar_error *err) {
+    const double start = llmpari_stage_clock();
+    if (e->pipe->size > 1) LLMPARI_TRY(llmpar_broadcast(e->pipe, data, n, dtype, e->stage_rank[e->n_stages - 1], err));
+    e->flow[e->which].seconds += llmpari_stage_clock() - start;
+    return LLMPAR_OK;
+}
+
 LLMPAR_DEF llmpar_status llmpar_engine_step(llmpar_engine *engine, const int32_t *ids, const int32_t *lengths, int32_t rows, int64_t stride,
                                             const float **logits, llmpar_error *err) {
     llmpari_batch *b = &engine->batch;
@@ -18980,7 +18988,7 @@ LLMPAR_DEF llmpar_status llmpar_engine_step(llmpar_engine *engine, const int32_t
         LLMPARI_TRY(llmpari_engine_piece(engine, b->longest - engine->done > 1 ? LLMPARI_PREFILL : LLMPARI_DECODE, err));
         engine->done += engine->part[0].phase[engine->which].seq * engine->flow[engine->which].n_chunks;
     }
-    if (engine->pipe->size > 1) LLMPARI_TRY(llmpar_broadcast(engine->pipe, engine->logits, n_logits, LLMPAR_F32, engine->stage_rank[engine->n_stages - 1], err));
+    LLMPARI_TRY(llmpari_engine_share(engine, engine->logits, n_logits, LLMPAR_F32, err));
     for (int64_t row = 0; row < b->rows; row++) engine->used[row] += lengths[row];
     *logits = engine->logits;
     return LLMPAR_OK;
@@ -19007,8 +19015,7 @@ LLMPAR_DEF llmpar_status llmpar_engine_generate(llmpar_engine *engine, const int
         for (int64_t row = 0; row < rows; row++) engine->lengths[row] = engine->tokens[row * stride] < 0 ? 0 : (int32_t)n;
         engine->done = 0, engine->picked = done;
         LLMPARI_TRY(llmpari_engine_piece(engine, LLMPARI_GENERATE, err));
-        if (engine->pipe->size > 1)
-            LLMPARI_TRY(llmpar_broadcast(engine->pipe, engine->tokens, rows * stride, LLMPAR_I32, engine->stage_rank[engine->n_stages - 1], err));
+        LLMPARI_TRY(llmpari_engine_share(engine, engine->tokens, rows * stride, LLMPAR_I32, err));
         for (int64_t row = 0; row < rows; row++) {
             int32_t *at = engine->tokens + row * stride;
             for (int64_t s = 0; s < n; s++) {
