@@ -282,6 +282,25 @@ static void test_schedules(void) {
         CHECK(test_short() || runs[LLMPAR_PIPE_RENDEZVOUS] >= 300);
         for (int t = 0; t < 3; t++) printf("%d random schedules, %s\n", runs[t], name[t]);
     }
+    TEST("every schedule's messages have one order between two ranks, with every transport") {
+        static const int ranks[] = { 1, 2, 3, 5, 8 }, micros[] = { 1, 2, 5, 8, 13 };
+        int programs = 0;
+        for (int k = 0; k < LLMPAR_PIPE_KIND_COUNT * 5 * 5 * 3 * 3; k++) {
+            llmpar_pipe_desc desc = LLMPAR_ZERO;
+            llmpar_schedule schedule, program;
+            llmpar_pipe_costs costs = random_costs(0, 1);
+            const llmpar_transport t = (llmpar_transport)(k / 225 % 3);
+            desc.n_ranks = ranks[k % 5], desc.n_micro = micros[k / 5 % 5], desc.n_virtual = 1 + k / 25 % 3, desc.kind = (llmpar_pipe_kind)(k / 675);
+            if (desc.kind == LLMPAR_PIPE_FORWARD && k % 2) desc.in_flight = 3;
+            llmpar_arena_free(&arena);
+            if (desc.n_ranks * desc.n_virtual > MAX_STAGES || llmpar_pipe_make(&desc, &arena, &schedule, &err) || !schedule.first[schedule.n_ranks]) continue;
+            CHECK_OK(llmpar_pipe_lower(&schedule, k % 7 ? &costs : NULL, t, &arena, &program, &err), err);
+            CHECK_OK(llmpari_stage_order(&program, &arena, &err), err);
+            programs++;
+        }
+        CHECK(programs >= 1000);
+        printf("%d programs of published schedules\n", programs);
+    }
     TEST("decode: tokens go back to the first stage; more than 64 messages may lie in buffers") {
         for (int i = 0; i < 24; i++) {
             llmpar_pipe_desc desc = LLMPAR_ZERO;
