@@ -1394,7 +1394,7 @@ LLMPAR_DEF void          llmpar_stages_free(llmpar_stages *stages);
 // follow one left out are too). An error of a callback stops comm's world: this rank returns it, the others LLMPAR_ABORTED with its text.
 LLMPAR_DEF llmpar_status llmpar_stages_run(llmpar_stages *stages, const bool *skip, llmpar_error *err);
 LLMPAR_DEF size_t        llmpar_stages_bytes(const llmpar_stages *stages);                     // all its memory
-// What the last run took (with `record`), on all ranks, for llmpar_pipe_text, _svg and _trace; seconds from the first begin. Collective. Ranks on several hosts: each has a
+// What the last run took (with `record`), on all ranks, for llmpar_pipe_text, _svg and _trace; seconds from the first begin; no critical path. Collective. Ranks on several hosts: each has a
 // clock of its own, and the times say as much as these agree. costs: of them the memory alone. Arrays live in the arena.
 LLMPAR_DEF llmpar_status llmpar_stages_timing(const llmpar_stages *stages, const llmpar_pipe_costs *costs, llmpar_arena *arena, llmpar_pipe_timing *timing, llmpar_error *err);
 
@@ -9720,45 +9720,37 @@ LLMPARI_FN void llmpari_pipe_critical(const llmpar_schedule *s, const llmpari_pi
     }
 }
 
-LLMPARI_FN llmpar_status llmpari_pipe_timing_new(const llmpar_schedule *s, llmpar_arena *arena, llmpar_pipe_timing *t, llmpar_error *err) {
-    const int64_t n = s->first[s->n_ranks], R = s->n_ranks;
-    double *numbers = (double *)llmpar_arena_alloc(arena, (size_t)(4 * R + 2 * n) * sizeof *numbers);
-    memset(t, 0, sizeof *t);
-    t->critical = (int64_t *)llmpar_arena_alloc(arena, (size_t)n * sizeof(int64_t));
-    if (!numbers || !t->critical) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
-    t->busy = numbers, t->begin = numbers + R, t->end = numbers + 2 * R, t->peak = numbers + 3 * R;
-    t->action_begin = numbers + 4 * R, t->action_end = t->action_begin + n;
-    return LLMPAR_OK;
-}
-// All else from the begin and end of every action.
-LLMPARI_FN void llmpari_pipe_timing_sum(const llmpar_schedule *s, const llmpari_pipe_cost *c, const llmpari_pipe_index *x, llmpar_pipe_timing *t) {
-    for (int32_t r = 0; r < s->n_ranks; r++) {
-        bool begun = false;
-        for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
-            const llmpar_action a = s->action[j];
-            if (llmpari_action_is_transfer(a)) continue;
-            if (!begun && a.kind == LLMPAR_ACTION_F) begun = true, t->begin[r] = t->action_begin[j];
-            t->busy[r] += t->action_end[j] - t->action_begin[j];
-            t->end[r]   = t->action_end[j];
-        }
-        t->peak[r] = llmpari_pipe_peak(s, c, r);
-        if (t->busy[r] > t->work) t->work = t->busy[r];
-        if (t->end[r] > t->makespan) t->makespan = t->end[r];
-        if (t->end[r] - t->begin[r] > t->span) t->span = t->end[r] - t->begin[r];
-    }
-    llmpari_pipe_critical(s, x, t);
-}
-
 LLMPAR_DEF llmpar_status llmpar_pipe_simulate(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport, llmpar_arena *arena,
                                               llmpar_pipe_timing *timing, llmpar_error *err) {
     llmpari_pipe_cost c;
     llmpari_pipe_index x;
     LLMPARI_TRY(llmpari_pipe_shape(schedule, err));
+    const int64_t n = schedule->first[schedule->n_ranks], R = schedule->n_ranks;
     const llmpar_arena_mark all = llmpar_arena_save(arena);
-    LLMPARI_TRY(llmpari_pipe_timing_new(schedule, arena, timing, err));
+    double *numbers = (double *)llmpar_arena_alloc(arena, (size_t)(4 * R + 2 * n) * sizeof *numbers);
+    if (!numbers) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
+    memset(timing, 0, sizeof *timing);
+    timing->busy = numbers, timing->begin = numbers + R, timing->end = numbers + 2 * R, timing->peak = numbers + 3 * R;
+    timing->action_begin = numbers + 4 * R, timing->action_end = timing->action_begin + n;
+    timing->critical = (int64_t *)llmpar_arena_alloc(arena, (size_t)n * sizeof(int64_t));
     const llmpar_arena_mark mark = llmpar_arena_save(arena);
-    const llmpar_status status = llmpari_pipe_prove(schedule, costs, transport, arena, timing->action_begin, timing->action_end, &c, &x, err);
-    if (!status) llmpari_pipe_timing_sum(schedule, &c, &x, timing);
+    llmpar_status status = timing->critical ? llmpari_pipe_prove(schedule, costs, transport, arena, timing->action_begin, timing->action_end, &c, &x, err)
+                                            : LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the critical path");
+    for (int32_t r = 0; !status && r < R; r++) {
+        bool begun = false;
+        for (int64_t j = schedule->first[r]; j < schedule->first[r + 1]; j++) {
+            const llmpar_action a = schedule->action[j];
+            if (llmpari_action_is_transfer(a)) continue;
+            if (!begun && a.kind == LLMPAR_ACTION_F) begun = true, timing->begin[r] = timing->action_begin[j];
+            timing->busy[r] += c.time[a.kind][a.stage];
+            timing->end[r]   = timing->action_end[j];
+        }
+        timing->peak[r] = llmpari_pipe_peak(schedule, &c, r);
+        if (timing->busy[r] > timing->work) timing->work = timing->busy[r];
+        if (timing->end[r] > timing->makespan) timing->makespan = timing->end[r];
+        if (timing->end[r] - timing->begin[r] > timing->span) timing->span = timing->end[r] - timing->begin[r];
+    }
+    if (!status) llmpari_pipe_critical(schedule, &x, timing);
     llmpar_arena_restore(arena, status ? all : mark);
     return status;
 }
@@ -18279,24 +18271,43 @@ LLMPAR_DEF void llmpar_stages_free(llmpar_stages *stages) {
 }
 LLMPAR_DEF size_t llmpar_stages_bytes(const llmpar_stages *stages) { return stages->arena.used_bytes + sizeof *stages; }
 
+// What every rank did, from the begin and end of its actions.
+LLMPARI_FN void llmpari_stage_sum(const llmpar_schedule *s, const llmpari_pipe_cost *c, llmpar_pipe_timing *t) {
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        bool begun = false;
+        for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
+            if (llmpari_action_is_transfer(s->action[j])) continue;
+            if (!begun) begun = true, t->begin[r] = t->action_begin[j];
+            t->busy[r] += t->action_end[j] - t->action_begin[j];
+            t->end[r]   = t->action_end[j];
+        }
+        t->peak[r]  = llmpari_pipe_peak(s, c, r);
+        t->work     = fmax(t->work, t->busy[r]);
+        t->makespan = fmax(t->makespan, t->end[r]);
+        t->span     = fmax(t->span, t->end[r] - t->begin[r]);
+    }
+}
+
 LLMPAR_DEF llmpar_status llmpar_stages_timing(const llmpar_stages *stages, const llmpar_pipe_costs *costs, llmpar_arena *arena, llmpar_pipe_timing *timing, llmpar_error *err) {
     const llmpar_schedule *s = stages->desc.program;
+    const int64_t n = s->first[s->n_ranks], R = s->n_ranks;
     llmpari_pipe_cost c;
-    llmpari_pipe_index x;
-    int64_t *counts;
     double start = INFINITY;
     if (!stages->begin) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "nothing was recorded; set llmpar_stages_desc.record");
-    LLMPARI_TRY(llmpari_pipe_timing_new(s, arena, timing, err));
+    double *numbers = (double *)llmpar_arena_alloc(arena, (size_t)(4 * R + 2 * n) * sizeof *numbers);
     const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    int64_t *counts = (int64_t *)llmpar_arena_alloc(arena, (size_t)R * sizeof *counts);
+    if (!numbers || !counts) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
     LLMPARI_TRY(llmpari_pipe_cost_fill(costs, s, arena, &c, err));
-    LLMPARI_TRY(llmpari_pipe_index_fill(s, arena, &x, err));
-    if (!(counts = (int64_t *)llmpar_arena_alloc(arena, (size_t)s->n_ranks * sizeof *counts))) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the counts of %d ranks", (int)s->n_ranks);
-    for (int32_t r = 0; r < s->n_ranks; r++) counts[r] = (s->first[r + 1] - s->first[r]) * (int64_t)sizeof(double);
+    memset(timing, 0, sizeof *timing);
+    timing->busy = numbers, timing->begin = numbers + R, timing->end = numbers + 2 * R, timing->peak = numbers + 3 * R;
+    timing->action_begin = numbers + 4 * R, timing->action_end = timing->action_begin + n;
+    for (int32_t r = 0; r < R; r++) counts[r] = (s->first[r + 1] - s->first[r]) * (int64_t)sizeof(double);
     LLMPARI_TRY(llmpar_all_gather(stages->desc.comm, stages->begin, timing->action_begin, counts, LLMPAR_U8, err));
     LLMPARI_TRY(llmpar_all_gather(stages->desc.comm, stages->end, timing->action_end, counts, LLMPAR_U8, err));
-    for (int64_t j = 0; j < s->first[s->n_ranks]; j++) if (timing->action_begin[j] < start) start = timing->action_begin[j];
-    for (int64_t j = 0; j < s->first[s->n_ranks]; j++) timing->action_begin[j] -= start, timing->action_end[j] -= start;
-    llmpari_pipe_timing_sum(s, &c, &x, timing);
+    for (int64_t j = 0; j < n; j++) start = fmin(start, timing->action_begin[j]);
+    for (int64_t j = 0; j < n; j++) timing->action_begin[j] -= start, timing->action_end[j] -= start;
+    llmpari_stage_sum(s, &c, timing);
     llmpar_arena_restore(arena, mark);
     return LLMPAR_OK;
 }
