@@ -5,6 +5,7 @@
 #include "traffic.h"
 #include "test.h"
 #include <stdarg.h>
+#include <time.h>
 
 // The runner keeps the pointer of a test's name, so made-up names live in a pool.
 static const char *named(const char *format, ...) {
@@ -632,6 +633,68 @@ static void test_record(void) {
     }
 }
 
+// Generating with attention that sleeps: one layer a stage, so all stages take the same time. idle: of the ranks from the begin of their first to that of their last unit.
+typedef struct sleepy { llmpar_ops inner; expected e; int64_t steps; double idle; } sleepy;
+static void sleepy_attention(void *user, const llmpar_attention_args *args) {
+    const struct timespec t = { 0, 6000000 };
+    sleepy *s = (sleepy *)user;
+    nanosleep(&t, NULL);
+    s->inner.attention(s->inner.user, args);
+}
+static llmpar_status generate_sleepy(llmpar_engine *engine, int rank, void *user, llmpar_error *err) {
+    sleepy *s = (sleepy *)user;
+    const llmpar_schedule *program;
+    llmpar_pipe_timing timing;
+    llmpar_arena arena = LLMPAR_ZERO;
+    int32_t next[8], tokens[8 * 32];
+    talk t = LLMPAR_ZERO;
+    talker k = { &t, 0, 0, 0 };
+    t.v = s->e.v, t.end_row = -1;
+    for (int i = 0; i < 8; i++) next[i] = 65 + i;
+    TRY(llmpar_engine_generate(engine, next, 8, s->steps, pick_largest, &k, tokens, err));
+    TRY(llmpar_engine_timing(engine, 2, &arena, &program, &timing, err));
+    for (int r = 0; r < 4 && !rank; r++) {
+        double busy = 0, begin = -1, last = 0, work = 0;
+        for (int64_t j = program->first[r]; j < program->first[r + 1]; j++) {
+            if (program->action[j].kind != LLMPAR_ACTION_F || timing.action_end[j] - timing.action_begin[j] < 1e-3) continue;
+            if (begin < 0) begin = timing.action_begin[j];
+            busy += work;
+            last = timing.action_begin[j];
+            work = timing.action_end[j] - timing.action_begin[j];
+        }
+        s->idle = fmax(s->idle, 1 - busy / (last - begin));
+    }
+    llmpar_arena_free(&arena);
+    return LLMPAR_OK;
+}
+static void test_in_flight(void) {
+    if (!can_run("pp=4")) return;
+    TEST("generate: groups in flight fill the stages of pp=4") {
+        double idle[3];
+        for (int i = 0; i < 3; i++) {
+            plan_of_test p = LLMPAR_ZERO;
+            llmpar_error err = LLMPAR_ZERO;
+            sleepy s = LLMPAR_ZERO;
+            llmpar_ops ops = s.inner = llmpar_ops_cpu();
+            ops.attention = sleepy_attention;
+            ops.user = &s;
+            s.e = read_expected("shakespeare-dense");
+            s.steps = i ? 16 : 8;
+            p.desc.max_batch = 8, p.desc.max_prompt = 4, p.desc.max_context = 40;
+            p.desc.n_micro = i == 0 ? 1 : i == 1 ? 4 : 8;
+            p.desc.record = true, p.desc.ops = &ops;
+            p.fn = generate_sleepy, p.user = &s;
+            CHECK_OK(run_on(&p, "shakespeare-dense", "pp=4", &err), err);
+            CHECK_STR(p.text[0], "");
+            idle[i] = s.idle;
+            printf("    generate on pp=4, %d groups in flight: %.1f %% idle\n", (int)p.desc.n_micro, 100 * s.idle);
+            free_expected(&s.e);
+        }
+        CHECK(idle[0] > 0.7);                                                              // who sleeps in turns is idle three quarters of the time, at least
+        if (test_stress()) CHECK(idle[1] < 0.3 && idle[2] < 0.3);
+    }
+}
+
 // ---- weights: each stage reads its own layers; of a tied model both ends read the embedding
 
 typedef struct bytes_run { int64_t read[MAX_RANKS], layers[MAX_RANKS], embedding; } bytes_run;
@@ -823,6 +886,7 @@ int main(void) {
     test_eos();
     test_generate();
     test_record();
+    test_in_flight();
     test_bytes();
     test_memory();
     test_ops();
