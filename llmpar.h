@@ -1443,7 +1443,8 @@ typedef struct llmpar_engine_desc {
 } llmpar_engine_desc;
 // Collective; blocks until every rank has loaded. When one rank fails all fail, with its error ("rank 2: ..."). Where ranks load for very different
 // times the world's timeout_s must be longer than that. Errors: the checkpoint's, the plan's, an axis of size > 1 other than pp, dp and tp, fewer layers
-// than stages, max_context past the model's positions, no memory. hardware.memory_bytes limits each of the two plans; an exec's scratch, inputs and outputs come on top: llmpar_exec_bytes.
+// than stages, max_context past the model's positions, no memory. hardware.memory_bytes limits each plan: of one stage, with the caches of one
+// group of rows; further stages and groups of the rank, an exec's scratch, inputs and outputs, and messages come on top: llmpar_engine_stats.memory_bytes.
 LLMPAR_DEF llmpar_status llmpar_engine_create(const llmpar_engine_desc *desc, llmpar_engine **engine, llmpar_error *err);
 LLMPAR_DEF void          llmpar_engine_free(llmpar_engine *engine);
 LLMPAR_DEF const llmpar_model *llmpar_engine_model(const llmpar_engine *engine);

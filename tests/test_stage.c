@@ -532,7 +532,7 @@ static void test_times(void) {
             CHECK_OK(llmpar_pipe_make(&desc, &arena, &schedule, &err), err);
             CHECK_OK(llmpar_pipe_lower(&schedule, &costs, LLMPAR_PIPE_NCCL, &arena, &program, &err), err);
             CHECK_OK(llmpar_pipe_simulate(&program, &costs, LLMPAR_PIPE_NCCL, &arena, &time[0], &err), err);
-            j.program = &program, j.transport = LLMPAR_PIPE_NCCL, j.bytes = 64, j.forward = nap_f, j.record = true, j.timing = &time[1], j.costs = &costs;
+            j.program = &program, j.transport = LLMPAR_PIPE_NCCL, j.bytes = i ? 64 : 0, j.forward = nap_f, j.record = true, j.timing = &time[1], j.costs = &costs;
             CHECK_OK(run(&j), err);
             CHECK(in_order(&program, &time[1]));
             for (int k = 0; k < 2; k++) {                                                  // of every rank from the begin of its first to that of its last action
