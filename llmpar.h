@@ -37,6 +37,7 @@
 //          >>weights  safetensors checkpoints: each rank reads its own slices
 //   run    >>ops      kernels behind a table that an engine replaces one by one
 //          >>exec     runs a plan on one rank
+//          >>stage    runs a pipeline schedule over a communicator
 //          >>engine   a whole model on one rank: load, prefill, decode
 //          >>licence
 
@@ -770,14 +771,16 @@ typedef struct llmpar_build_desc {
     bool    parallel_block;        // attention and MLP read the same norm and are added together (GPT-J, PaLM): for study
     bool    loss;                  // cross entropy against input "labels"[B, S]: output "loss"; else output "logits"
     bool    no_head;               // ends with the last norm: output "hidden"
+    bool    no_embed, no_end;      // a stage of a pipeline. It begins with input "h_in"[B, S, H], what the stage before ends with, instead of ids and the embedding; it ends
+                                   //   after its last layer: output "h_out", laid out like h_in
     bool    invariant;             // an invariant graph: I gets 32 to 64 granules, of 128 items and more from I = 4096 on; heads are granules
     int64_t layers;                // 0 = the model's
 } llmpar_build_desc;
 // Writes the graph into g (fresh from llmpar_graph_init): input "ids"[B, S] i32, weights named as llmpar_weight_name says with tag = kind, caches
 // "k_cache", "v_cache" [B, K, C, D], layers as one repeat block. Node names: h0 (embeddings), h (the block's carry), x, q, k (after rope), v, o,
 // h1 (h + o), x1, h2 (what leaves a layer), hidden (after the last norm), logits. Weights and caches have the same node numbers in every graph of a
-// model that has a head and a cache, whatever batch, seq and the flags are: llmpar_exec can share them.
-// Errors: the model's, sizes below 0, context below seq, loss together with last_only or no_head; then the graph's.
+// model that has a head and a cache, whatever batch, seq and the flags are (but for no_embed and no_end): llmpar_exec can share them.
+// Errors: the model's, sizes below 0, context below seq, loss together with last_only, no_head or no_end; then the graph's.
 LLMPAR_DEF llmpar_status llmpar_build(const llmpar_model *model, const llmpar_build_desc *desc, llmpar_graph *g, llmpar_error *err);
 
 // ============================================================================================================
@@ -1338,6 +1341,7 @@ typedef struct llmpar_exec_desc {
     const llmpar_ops  *ops;        // NULL = llmpar_ops_cpu(); copied. An invariant graph refuses a table that does not promise `invariant`
     llmpar_allocator   allocator;
     const float       *rope_frequencies;   // [D / 2], for graphs with rope; must outlive the exec
+    int32_t            n_caches;   // sets of caches, for batches that take turns (llmpar_exec_use_cache); 0 = 1
     llmpar_exec       *share;      // an exec of another plan over the same nodes (prefill beside decode): weights and caches are its; NULL = own. Must outlive this one
 } llmpar_exec_desc;
 
@@ -1347,6 +1351,8 @@ LLMPAR_DEF void          llmpar_exec_free(llmpar_exec *exec);
 // Weights have the node's dtype; inputs are i32 when their dtype is I32, else f32; caches f32. Rounds of a repeat block may differ in their layouts.
 // The blocks of an input in partial sums ({U_x}) add up to its values over x: write them where the coordinate on x is 0; elsewhere leave the zeros of creation.
 LLMPAR_DEF void *llmpar_exec_data(llmpar_exec *exec, int node, int round, llmpar_tensor *tensor);
+// The runs from now on read and fill cache set `set`, and llmpar_exec_data gives that one's addresses. Outside of [0, n_caches): LLMPAR_BAD_ARGUMENT, and all stays.
+LLMPAR_DEF llmpar_status llmpar_exec_use_cache(llmpar_exec *exec, int32_t set, llmpar_error *err);
 // position[B, S] of every token of the global batch (row-major, the same on every rank, kept by the caller during the run); -1 = padding. NULL = 0 .. S-1 in each row.
 LLMPAR_DEF llmpar_status llmpar_exec_run(llmpar_exec *exec, const int32_t *position, llmpar_error *err);
 // This rank's block of an output, valid until the next run.
@@ -1358,7 +1364,49 @@ LLMPAR_DEF int          llmpar_exec_traffic(const llmpar_exec *exec, llmpar_traf
 LLMPAR_DEF void         llmpar_exec_watch(llmpar_exec *exec, void (*fn)(int step, int round, const llmpar_tensor *out, const void *data, void *user), void *user);
 
 // ============================================================================================================
-// >>engine   a whole model on one rank: plans, loads its slices, generates     (uses: model, build, comm, weights, ops, exec)
+// >>stage   runs a pipeline schedule over a communicator                       (uses: base, pipe, comm)
+// ============================================================================================================
+// llmpar_stages does one rank's actions of a program of >>pipe, in their order, with a callback for the work of a stage. What travels between ranks goes through buffers that
+// the runner owns: a RECV is posted when its turn comes and waited for by the action that takes it; a SEND is started and waited for when its buffer is filled again, so
+// that both run beside the work. What one stage hands to another of the same rank stays where it was written. Creating allocates, running does not.
+//
+//     desc.program = &program; desc.transport = LLMPAR_PIPE_NCCL; desc.comm = comm; desc.forward_bytes = 4 * tokens * hidden; desc.forward = work;
+//     llmpar_stages_create(&desc, &stages, err);
+//     llmpar_stages_run(stages, NULL, err);                                                       // as often as wanted
+
+typedef struct llmpar_stages llmpar_stages;
+typedef struct llmpar_stages_desc {
+    const llmpar_schedule *program;   // of llmpar_pipe_lower, the same on every rank; must outlive the runner
+    llmpar_transport transport;    // that it was lowered for. BUFFERED: SEND copies; with 16 of a rank's messages under way it waits for the oldest. RENDEZVOUS: SEND waits
+                                   //   until its message is taken. NCCL: SEND starts, from the buffer in which its message was made. Groups are not needed here: every
+                                   //   message of this library's communicators goes on its own
+    llmpar_comm *comm;             // comm rank = rank of the program; used by the runner alone while it runs; must outlive it
+    int64_t forward_bytes;         // of what a stage hands to the next one; 0 = nothing but the signal
+    int64_t token_bytes;           // of what the last stage hands to the first one (in_flight > 0)
+    int64_t backward_bytes;        // of what a stage hands to the one before
+    // in: what stage - 1 made of this micro-batch; stage 0: what the last stage made of micro - in_flight, or NULL. out: for stage + 1, or stage 0; NULL where nobody takes it.
+    // Both are valid during the call only (what the backward needs has to be kept), aligned to 64 bytes, and may not be the same.
+    llmpar_status (*forward)(int32_t stage, int32_t micro, const void *in, void *out, void *user, llmpar_error *err);
+    // what: B, I or W. in: what stage + 1 made (the gradient of the outputs), NULL at the last stage; out: for stage - 1, NULL at the first one. W has neither. NULL: no backward
+    llmpar_status (*backward)(int32_t stage, int32_t micro, llmpar_action_kind what, const void *in, void *out, void *user, llmpar_error *err);
+    void *user;                    // handed to both
+    bool  record;                  // the clock is read around every action, for llmpar_stages_timing
+    bool  unproven;                // llmpar_pipe_verify is left out: a program that cannot end runs into comm's deadline
+    llmpar_allocator allocator;
+} llmpar_stages_desc;
+// Local: waits for nobody, and fails on all ranks alike. Errors: verify's, messages of two ranks whose order differs between them, no memory.
+LLMPAR_DEF llmpar_status llmpar_stages_create(const llmpar_stages_desc *desc, llmpar_stages **stages, llmpar_error *err);
+LLMPAR_DEF void          llmpar_stages_free(llmpar_stages *stages);
+// Runs the program from beginning to end. Every rank calls it, with the same skip[n_micro]: micro-batches that are left out this time (NULL = none; with in_flight, all that
+// follow one left out are too). An error of a callback stops comm's world: this rank returns it, the others LLMPAR_ABORTED with its text.
+LLMPAR_DEF llmpar_status llmpar_stages_run(llmpar_stages *stages, const bool *skip, llmpar_error *err);
+LLMPAR_DEF size_t        llmpar_stages_bytes(const llmpar_stages *stages);                     // all its memory
+// What the last run took (with `record`), on all ranks, for llmpar_pipe_text, _svg and _trace; seconds from the first begin; no critical path. Collective. Ranks on several hosts: each has a
+// clock of its own, and the times say as much as these agree. costs: of them the memory alone. Arrays live in the arena.
+LLMPAR_DEF llmpar_status llmpar_stages_timing(const llmpar_stages *stages, const llmpar_pipe_costs *costs, llmpar_arena *arena, llmpar_pipe_timing *timing, llmpar_error *err);
+
+// ============================================================================================================
+// >>engine   a whole model on one rank: plans, loads its slices, generates     (uses: model, build, pipe, comm, weights, ops, exec, stage)
 // ============================================================================================================
 // Two plans over the same weights and KV cache: prefill, max_batch x max_prompt tokens at a time, and decode, max_batch x 1. Both are solved, and all
 // memory is taken, when the engine is created; a step allocates nothing. Every rank of `world` makes the same calls with the same arguments.
@@ -1368,11 +1416,15 @@ LLMPAR_DEF void         llmpar_exec_watch(llmpar_exec *exec, void (*fn)(int step
 //     if (llmpar_engine_create(&desc, &engine, err)) return err->status;
 //     llmpar_engine_step(engine, prompt, lengths, 2, 64, &logits, err);                 // two prompts, each of its own length
 //     for (;;) { choose next[2] from logits; llmpar_engine_step(engine, next, ones, 2, 1, &logits, err); }
+//
+// With an axis pp the layers are cut into stages, as even as parameters go (the last one has the head, the first one the embedding; a tied one both have), and each rank plans,
+// holds and reads its own stages alone. A step sends its rows through them in groups, and prompts in chunks: a group's next chunk follows as soon as a stage has done the one
+// before, so that all stages work at a time (section stage). The logits of the last stage go to all ranks.
 
 typedef struct llmpar_engine llmpar_engine;
 typedef struct llmpar_engine_desc {
     const char       *folder;      // checkpoint
-    const llmpar_mesh *mesh;       // axes dp (rows) and tp (heads, intermediate, vocabulary); others are an error until they are implemented
+    const llmpar_mesh *mesh;       // axes pp (layers), dp (rows) and tp (heads, intermediate, vocabulary); others are an error until they are implemented
     llmpar_comm      *world;       // mesh rank = comm rank; must outlive the engine
     int64_t           max_batch;   // rows; 0 = 1. Split over dp; more dp ranks than rows is legal
     int64_t           max_prompt;  // tokens per row of one prefill run; 0 = max_context. Shorter prompts are padded to it, longer ones run in pieces:
@@ -1383,16 +1435,23 @@ typedef struct llmpar_engine_desc {
     bool              keep_dtype;  // matrices stay bf16 / f16 in memory when the file has them so in all layers; default: f32
     bool              round_weights;   // round all weights to weight_dtype on load; matrices are kept in it, which halves what decode reads
     llmpar_dtype      weight_dtype;    // with round_weights
-    bool              invariant;   // the same bits of the logits at every tp, uneven ones too (prefill as at tp=1, decode as at tp=1; the two need not agree with each
-                                   //   other), see llmpar_graph. Refused: a table of ops that does not promise it, CBLAS, axes other than dp and tp
+    bool              invariant;   // the same bits of the logits at every tp and pp, uneven ones too (prefill as at tp=1, decode as at tp=1; the two need not agree with
+                                   //   each other), see llmpar_graph. Refused: a table of ops that does not promise it, CBLAS, axes other than pp, dp and tp
+    int32_t           n_virtual;   // stages of a rank of axis pp; 0 = 1, or as many as the schedule has
+    int32_t           n_micro;     // groups that the rows are cut into; 0 = size of pp. At most max_batch; every group gets the same number of rows, the last one fewer
+    int64_t           chunk;       // tokens of a row that go through a stage at a time in prefill; 0 = max_prompt
+    const char       *schedule;    // order of a rank's work in prefill: that of F in one of llmpar_pipe_kind's schedules, by name; NULL = "forward". Matters with several
+                                   //   stages a rank; those in the shape of a V place them so
+    bool              record;      // for llmpar_engine_timing: the clock is read around everything a stage does
     const llmpar_ops *ops;         // NULL = llmpar_ops_cpu(); copied
     llmpar_hardware   hardware;    // for the plans' costs and, with memory_bytes, their limit; zeroed = llmpar_hardware_threads
     llmpar_allocator  allocator;
     llmpar_log        log;         // progress of loading
 } llmpar_engine_desc;
 // Collective; blocks until every rank has loaded. When one rank fails all fail, with its error ("rank 2: ..."). Where ranks load for very different
-// times the world's timeout_s must be longer than that. Errors: the checkpoint's, the plan's, an axis of size > 1 other than dp and tp, max_context
-// past the model's positions, no memory. hardware.memory_bytes limits each of the two plans; an exec's scratch, inputs and outputs come on top: llmpar_exec_bytes.
+// times the world's timeout_s must be longer than that. Errors: the checkpoint's, the plan's, an axis of size > 1 other than pp, dp and tp, fewer layers
+// than stages, max_context past the model's positions, no memory. hardware.memory_bytes limits each plan: of one stage, with the caches of one
+// group of rows; further stages and groups of the rank, an exec's scratch, inputs and outputs, and messages come on top: llmpar_engine_stats.memory_bytes.
 LLMPAR_DEF llmpar_status llmpar_engine_create(const llmpar_engine_desc *desc, llmpar_engine **engine, llmpar_error *err);
 LLMPAR_DEF void          llmpar_engine_free(llmpar_engine *engine);
 LLMPAR_DEF const llmpar_model *llmpar_engine_model(const llmpar_engine *engine);
@@ -1405,16 +1464,38 @@ LLMPAR_DEF bool          llmpar_engine_is_eos(const llmpar_engine *engine, int64
 // the step, but the world is of no use any more.
 LLMPAR_DEF llmpar_status llmpar_engine_step(llmpar_engine *engine, const int32_t *ids, const int32_t *lengths, int32_t rows, int64_t stride,
                                             const float **logits, llmpar_error *err);
+// Decodes on without a stop: row r begins with token ids[r] (< 0: it has none), and pick chooses each next one, which goes from the last stage straight back to the first. With pp, and
+// with at least as many groups of rows (n_micro) as ranks in pp, no stage waits for long: while one group's token is chosen, the others' are under way. tokens[rows][steps]
+// gets what pick returned, complete on every rank; < 0 ends a row, and all after it is -1. pick(row, step, logits[V], user) is called on the ranks of the last stage, on all of
+// them in the same order with the same bits: it must return the same there. As with llmpar_engine_step a row's last token is not in the cache yet. Errors: llmpar_engine_step's.
+typedef int32_t (*llmpar_pick_fn)(int64_t row, int64_t step, const float *logits, void *user);
+LLMPAR_DEF llmpar_status llmpar_engine_generate(llmpar_engine *engine, const int32_t *ids, int32_t rows, int64_t steps, llmpar_pick_fn pick, void *user, int32_t *tokens,
+                                                llmpar_error *err);
 LLMPAR_DEF llmpar_status llmpar_engine_reset(llmpar_engine *engine);                          // forgets all rows; local
 typedef struct llmpar_engine_stats {   // of this rank, since creation
     int64_t weight_bytes_read;     // from files, headers and config.json included
     int64_t memory_bytes;          // weights, caches and buffers
     int64_t prefill_tokens, decode_tokens;   // of all rows, padding not counted
-    int64_t prefill_runs, decode_runs;       // how often each plan ran
+    int64_t prefill_runs, decode_runs;       // how often each plan ran: steps' pieces x groups x chunks that had tokens
     double  prefill_s, decode_s;
 } llmpar_engine_stats;
 LLMPAR_DEF llmpar_engine_stats llmpar_engine_get_stats(const llmpar_engine *engine);
-// The plans behind it, for explain and for checks of what comm counted. phase 0 = prefill, 1 = decode.
+// A stage of this rank: layers [first_layer, first_layer + layers). Without pp there is one, with all.
+typedef struct llmpar_engine_stage {
+    int32_t stage, n_stages;       // number among those of the model
+    int64_t first_layer, layers;
+    const llmpar_mesh *mesh;       // of the ranks that have this stage, without pp; its ranks are comm's
+    llmpar_comm       *comm;
+    const llmpar_plan *plan[2];    // prefill, decode
+    llmpar_exec       *exec[2];
+    int64_t row, token;            // while it runs (llmpar_exec_watch): the first row of the group, the first token of the chunk counted from the step's first
+} llmpar_engine_stage;
+LLMPAR_DEF int32_t llmpar_engine_stages(const llmpar_engine *engine);                         // how many this rank has
+LLMPAR_DEF const llmpar_engine_stage *llmpar_engine_stage_at(const llmpar_engine *engine, int32_t i);   // in the order of their layers; NULL outside; owned by the engine
+// What the last run of prefill (0), decode (1) or llmpar_engine_generate (2) took on the ranks of this pipeline, with `record`, and its program: for llmpar_pipe_text, _svg and
+// _trace; units that had no tokens take no time. Collective; see llmpar_stages_timing.
+LLMPAR_DEF llmpar_status llmpar_engine_timing(const llmpar_engine *engine, int flow, llmpar_arena *arena, const llmpar_schedule **program, llmpar_pipe_timing *timing, llmpar_error *err);
+// Plans and execs of the first of them, for explain and for checks of what comm counted. phase 0 = prefill, 1 = decode.
 LLMPAR_DEF const llmpar_plan *llmpar_engine_plan(const llmpar_engine *engine, int phase);
 LLMPAR_DEF llmpar_exec       *llmpar_engine_exec(llmpar_engine *engine, int phase);
 
@@ -9011,8 +9092,8 @@ LLMPARI_FN llmpar_status llmpari_build_check(const llmpar_build_desc *d, llmpar_
     if (d->context && d->context < d->seq)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "context=%lld slots cannot take seq=%lld new tokens; pass a context of at least seq, or 0 for "
                             "no cache", (long long)d->context, (long long)d->seq);
-    if (d->loss && (d->last_only || d->no_head))
-        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "loss needs the logits of every token; clear last_only and no_head");
+    if (d->loss && (d->last_only || d->no_head || d->no_end))
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "loss needs the logits of every token; clear last_only, no_head and no_end");
     if (d->weight_dtype > LLMPAR_F16 || d->activation_dtype > LLMPAR_F16)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "weight_dtype=%s activation_dtype=%s; f32, bf16 and f16 are possible",
                             llmpar_dtype_name(d->weight_dtype), llmpar_dtype_name(d->activation_dtype));
@@ -9021,8 +9102,7 @@ LLMPARI_FN llmpar_status llmpari_build_check(const llmpar_build_desc *d, llmpar_
 
 LLMPAR_DEF llmpar_status llmpar_build(const llmpar_model *model, const llmpar_build_desc *desc, llmpar_graph *g, llmpar_error *err) {
     llmpari_builder b;
-    char text[128];
-    int norm, head = -1;
+    char text[128], layout[144];
     LLMPARI_TRY(llmpar_model_check(model, err));
     LLMPARI_TRY(llmpari_build_check(desc, err));
     b.model  = model;
@@ -9033,12 +9113,19 @@ LLMPAR_DEF llmpar_status llmpar_build(const llmpar_model *model, const llmpar_bu
     g->activation_dtype = desc->activation_dtype;
     llmpari_build_sizes(&b);
     // Weights and caches get the same node numbers whatever batch, seq, last_only, ... are: two graphs of one model can share their memory.
-    int ids   = llmpar_input(g, llmpari_build_text(&b, "ids[B_dp, S]", desc->pin_batch, text));
-    int embed = llmpari_build_weight(&b, LLMPAR_W_EMBED);
-    norm = llmpari_build_weight(&b, LLMPAR_W_FINAL_NORM);
-    if (!desc->no_head) head = llmpar_model_has(model, LLMPAR_W_HEAD) ? llmpari_build_weight(&b, LLMPAR_W_HEAD) : embed;
-    int h0 = llmpari_build_residual(&b, llmpar_embed(g, ids, embed), "h0");
-    llmpari_build_end(&b, llmpari_build_layers(&b, h0), norm, head);
+    const char *between = desc->sequence_parallel ? "h_in[B_dp, S_tp, H]" : "h_in[B_dp, S, H]";    // the residual stream from stage to stage
+    const bool end = !desc->no_end, tied = !llmpar_model_has(model, LLMPAR_W_HEAD), pinned = desc->pin_batch || desc->sequence_parallel;
+    int in    = llmpar_input(g, desc->no_embed ? llmpari_build_text(&b, between, pinned, text) : llmpari_build_text(&b, "ids[B_dp, S]", desc->pin_batch, text));
+    int embed = !desc->no_embed || (end && tied && !desc->no_head) ? llmpari_build_weight(&b, LLMPAR_W_EMBED) : -1;
+    int norm  = end ? llmpari_build_weight(&b, LLMPAR_W_FINAL_NORM) : -1;
+    int head  = !end || desc->no_head ? -1 : tied ? embed : llmpari_build_weight(&b, LLMPAR_W_HEAD);
+    int h = llmpari_build_layers(&b, desc->no_embed ? in : llmpari_build_residual(&b, llmpar_embed(g, in, embed), "h0"));
+    if (end) llmpari_build_end(&b, h, norm, head);
+    else if (!pinned) llmpar_output(g, h, "h_out");
+    else {
+        snprintf(layout, sizeof layout, "h_out%s", llmpari_build_text(&b, between, true, text) + strlen("h_in"));
+        llmpar_output(g, h, layout);
+    }
     g->weight_dtype = desc->weight_dtype;
     if (g->error.status) { if (err) *err = g->error; return g->error.status; }
     return LLMPAR_OK;
@@ -10206,8 +10293,8 @@ LLMPARI_FN llmpar_status llmpari_pipe_generate(const llmpar_pipe_desc *desc, int
 LLMPAR_DEF llmpar_status llmpar_pipe_make(const llmpar_pipe_desc *desc, llmpar_arena *arena, llmpar_schedule *schedule, llmpar_error *err) {
     const llmpar_arena_mark mark = llmpar_arena_save(arena);
     llmpar_schedule s;
-    int32_t V;
-    bool v_shape;
+    int32_t V = 0;
+    bool v_shape = false;
     LLMPARI_TRY(llmpari_pipe_desc_check(desc, &V, &v_shape, err));
     const llmpar_status status = llmpari_pipe_generate(desc, V, v_shape, arena, &s, err);
     if (status) llmpar_arena_restore(arena, mark);
@@ -16573,6 +16660,7 @@ struct llmpar_exec {
     llmpar_comm **comm;
     llmpari_exec_table table[LLMPARI_EXEC_MAX_TABLES];
     int64_t       cache_slots;     // the fewest slots of a row in any cache; 0 = no cache
+    int32_t       n_caches, cache_set;   // sets, one after another in the memory of a cache; which one is in use
     int64_t       activation_bytes, scratch_bytes;
     char         *scratch;
     void         *state, *work;    // weights and caches; all else. As allocated
@@ -18111,6 +18199,8 @@ LLMPARI_FN llmpar_status llmpari_exec_borrow(llmpar_exec *x, int32_t node, int32
                             (int)x->rank, a,
                             llmpar_dtype_name(mine->tensor.dtype), b, llmpar_dtype_name(copy->tensor.dtype));
     }
+    if (x->n_caches > from->n_caches)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_caches=%d, but the exec whose caches are to be shared has %d", (int)x->n_caches, (int)from->n_caches);
     slot->data = theirs->data;
     return LLMPAR_OK;
 }
@@ -18146,10 +18236,12 @@ LLMPARI_FN llmpar_status llmpari_exec_allocate(llmpar_exec *x, llmpar_error *err
                     continue;
                 }
                 llmpari_exec_slot *slot = &x->slot[x->node_slot[n] + r];
-                if (pass == 0) { if (input) work += slot->bytes; else state += slot->bytes; continue; }
+                const bool cache = x->graph->node[n].role == LLMPAR_ROLE_CACHE;
+                const int64_t bytes = slot->bytes * (cache ? x->n_caches : 1);
+                if (pass == 0) { if (input) work += bytes; else state += bytes; continue; }
                 slot->data = input ? work_at : state_at;
-                if (input) work_at += slot->bytes; else state_at += slot->bytes;
-                if (x->graph->node[n].role == LLMPAR_ROLE_CACHE) memset(slot->data, 0, (size_t)slot->bytes);
+                if (input) work_at += bytes; else state_at += bytes;
+                if (cache) memset(slot->data, 0, (size_t)bytes);
             }
         }
         for (int32_t i = 0; i < x->n_tables; i++) {
@@ -18194,6 +18286,8 @@ LLMPARI_FN llmpar_status llmpari_exec_build(const llmpar_exec_desc *desc, llmpar
     x->world = desc->world;
     x->rank  = desc->world->rank;
     x->share = desc->share;
+    x->n_caches = desc->n_caches ? desc->n_caches : 1;
+    if (x->n_caches < 1) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_caches=%d; pass 0 (one) or more", (int)x->n_caches);
     x->ops   = desc->ops ? *desc->ops : llmpar_ops_cpu();
     x->rope_frequencies = desc->rope_frequencies;
     if (!llmpar_mesh_coord(x->mesh, x->rank, coord))
@@ -18257,7 +18351,13 @@ LLMPAR_DEF void *llmpar_exec_data(llmpar_exec *x, int node, int round, llmpar_te
     const llmpari_exec_slot *slot = &x->slot[x->node_slot[node] + round];
     if (slot->value < 0) return NULL;
     if (tensor) *tensor = x->value[slot->value].tensor;
-    return slot->data;
+    return (char *)slot->data + (x->graph->node[node].role == LLMPAR_ROLE_CACHE ? x->cache_set * slot->bytes : 0);
+}
+
+LLMPAR_DEF llmpar_status llmpar_exec_use_cache(llmpar_exec *x, int32_t set, llmpar_error *err) {
+    if (set < 0 || set >= x->n_caches) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "cache set %d of %d", (int)set, (int)x->n_caches);
+    x->cache_set = set;
+    return LLMPAR_OK;
 }
 
 LLMPAR_DEF const float *llmpar_exec_output(llmpar_exec *x, const char *name, llmpar_tensor *tensor) {
@@ -18341,7 +18441,10 @@ LLMPAR_DEF llmpar_status llmpar_exec_run(llmpar_exec *x, const int32_t *position
         llmpari_exec_kernel run = task->run;
         if (turn->merged && !x->watch) continue;
         for (int s = 0; s < task->n_in; s++) args.in[s] = x->slot[turn->in[s]].data;
-        for (int s = 0; s < 2; s++) args.cache[s] = turn->cache[s] >= 0 ? (float *)x->slot[turn->cache[s]].data : NULL;
+        for (int s = 0; s < 2; s++) {
+            const llmpari_exec_slot *cache = turn->cache[s] >= 0 ? &x->slot[turn->cache[s]] : NULL;
+            args.cache[s] = cache ? (float *)(void *)((char *)cache->data + x->cache_set * cache->bytes) : NULL;
+        }
         args.out = turn->out >= 0 ? x->slot[turn->out].data : NULL;
         for (int s = 0; task->converts >> s; s++)
             if (task->converts >> s & 1u) {
@@ -18364,41 +18467,366 @@ LLMPAR_DEF llmpar_status llmpar_exec_run(llmpar_exec *x, const int32_t *position
 
 
 // ============================================================================================================
+// >>stage (impl)
+// ============================================================================================================
+
+#define LLMPARI_STAGE_COPIES    16     // messages of a rank under way with BUFFERED
+#define LLMPARI_STAGE_UNDER_WAY 48     // from so many on those that are over are looked for: comm takes 64
+
+typedef struct llmpari_stage_buffer { char *memory; llmpar_request request; } llmpari_stage_buffer;
+typedef struct llmpari_stage_links { int32_t in, out; } llmpari_stage_links;   // buffers of an action, -1 = none; SEND: in, RECV: out
+
+struct llmpar_stages {
+    llmpar_stages_desc desc;
+    llmpar_arena  arena;
+    int64_t first, n;              // this rank's actions in the program
+    llmpari_stage_links  *links;   // [n]
+    llmpari_stage_buffer *buffer;  // message buffers, then those between stages of this rank, then copies
+    int32_t n_messages, n_local, n_copies, next_copy, under_way;
+    double *begin, *end;           // [n] of the last run, or NULL
+};
+
+LLMPARI_ONCE_BEGIN
+// Bytes of what a transfer carries, or of what an action hands on.
+LLMPARI_FN int64_t llmpari_stage_bytes(const llmpar_stages_desc *d, llmpar_action a) {
+    const bool token = (a.kind == LLMPAR_ACTION_RECV_F && a.stage == 0) || ((a.kind == LLMPAR_ACTION_SEND_F || a.kind == LLMPAR_ACTION_F) && a.stage + 1 == d->program->n_stages);
+    if (a.kind == LLMPAR_ACTION_F || a.kind == LLMPAR_ACTION_SEND_F || a.kind == LLMPAR_ACTION_RECV_F) return token ? d->token_bytes : d->forward_bytes;
+    return d->backward_bytes;
+}
+
+// Messages meet in the order in which they are sent from one rank to another: the receiver must post them in that order.
+LLMPARI_FN llmpar_status llmpari_stage_order(const llmpar_schedule *s, llmpar_arena *scratch, llmpar_error *err) {
+    int64_t *cursor = (int64_t *)llmpar_arena_alloc(scratch, (size_t)s->n_ranks * sizeof *cursor);
+    if (!cursor) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to compare the messages of %d ranks", (int)s->n_ranks);
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        memcpy(cursor, s->first, (size_t)s->n_ranks * sizeof *cursor);
+        for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
+            const llmpar_action a = s->action[j];
+            if (!llmpari_action_is_send(a)) continue;
+            const llmpar_action o = llmpari_pipe_other_end(s, a);
+            const int32_t to = s->rank_of[o.stage];
+            for (;; cursor[to]++) {
+                if (cursor[to] == s->first[to + 1])
+                    return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d does %s, and rank %d posts nothing more for it", (int)r, llmpari_action_print(a).text, (int)to);
+                const llmpar_action b = s->action[cursor[to]];
+                if (llmpari_action_is_transfer(b) && !llmpari_action_is_send(b) && s->rank_of[llmpari_pipe_other_end(s, b).stage] == r) break;
+            }
+            const llmpar_action b = s->action[cursor[to]++];
+            if (b.kind != o.kind || b.stage != o.stage || b.micro != o.micro)
+                return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "ranks %d and %d disagree about the order of their messages: rank %d does %s when rank %d expects %s; lower the schedule with "
+                                    "llmpar_pipe_lower", (int)r, (int)to, (int)r, llmpari_action_print(a).text, (int)to, llmpari_action_print(b).text);
+        }
+    }
+    return LLMPAR_OK;
+}
+
+// The action, F or a backward, that takes what `a` makes; -1: nobody does. *stays: on the same rank.
+LLMPARI_FN int32_t llmpari_stage_taker(const llmpar_schedule *s, const llmpari_pipe_index *x, llmpar_action a, bool *stays) {
+    const int64_t c = (int64_t)a.stage * s->n_micro + a.micro;
+    *stays = false;
+    if (a.kind == LLMPAR_ACTION_F) {
+        const bool last = a.stage + 1 == s->n_stages;
+        if (last && (!s->in_flight || a.micro + s->in_flight >= s->n_micro)) return -1;
+        *stays = !llmpari_pipe_crosses(s, a.stage);
+        return last ? x->at[LLMPAR_ACTION_F][a.micro + s->in_flight] : x->at[LLMPAR_ACTION_F][c + s->n_micro];
+    }
+    if ((a.kind != LLMPAR_ACTION_B && a.kind != LLMPAR_ACTION_I) || a.stage == 0) return -1;
+    *stays = !llmpari_pipe_crosses(s, a.stage - 1);
+    return x->at[LLMPAR_ACTION_B][c - s->n_micro] >= 0 ? x->at[LLMPAR_ACTION_B][c - s->n_micro] : x->at[LLMPAR_ACTION_I][c - s->n_micro];
+}
+
+// Gives every action of this rank its buffers.
+LLMPARI_FN llmpar_status llmpari_stage_link(llmpar_stages *q, const llmpari_pipe_index *x, llmpar_arena *scratch, llmpar_error *err) {
+    const llmpar_schedule *s = q->desc.program;
+    llmpari_pipe_life local;
+    LLMPARI_TRY(llmpari_pipe_life_new(&local, q->n, scratch, err));
+    q->n_messages = s->n_slots[q->desc.comm->rank];
+    for (int64_t j = 0; j < q->n; j++) q->links[j].in = q->links[j].out = -1;
+    for (int64_t j = 0; j < q->n; j++) {
+        const llmpar_action a = s->action[q->first + j];
+        const int64_t c = (int64_t)a.stage * s->n_micro + a.micro;
+        bool stays;
+        if (llmpari_action_is_send(a)) q->links[j].in = a.slot;
+        else if (llmpari_action_is_transfer(a)) q->links[j].out = a.slot;
+        else if (a.kind != LLMPAR_ACTION_W) {
+            const bool f = a.kind == LLMPAR_ACTION_F;
+            const int32_t recv = x->at[f ? LLMPAR_ACTION_RECV_F : LLMPAR_ACTION_RECV_B][c], send = x->at[f ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B][c];
+            const int32_t to = llmpari_stage_taker(s, x, a, &stays);
+            if (recv >= 0) q->links[j].in = s->action[recv].slot;
+            if (send >= 0) q->links[j].out = s->action[send].slot;
+            if (stays) llmpari_pipe_live(&local, j, to - q->first + 1, j);
+        }
+    }
+    q->n_local = llmpar_slots(local.begin, local.end, local.n, local.slot, scratch);
+    if (q->n_local < 0) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to number the buffers of rank %d", q->desc.comm->rank);
+    for (int64_t i = 0; i < local.n; i++)
+        q->links[local.action[i]].out = q->links[local.end[i] - 1].in = q->n_messages + local.slot[i];
+    return LLMPAR_OK;
+}
+
+LLMPARI_FN llmpar_status llmpari_stage_buffers(llmpar_stages *q, llmpar_error *err) {
+    const llmpar_stages_desc *d = &q->desc;
+    int64_t sends = 0, bytes = 1, all;
+    for (int64_t j = 0; j < q->n; j++) {
+        const llmpar_action a = d->program->action[q->first + j];
+        sends += llmpari_action_is_send(a);
+        if (q->links[j].out >= 0) bytes = llmpari_max(bytes, llmpari_stage_bytes(d, a));
+    }
+    bytes = llmpar_round_up(bytes, 64);
+    q->n_copies = d->transport == LLMPAR_PIPE_BUFFERED ? (int32_t)llmpari_min(sends, LLMPARI_STAGE_COPIES) : 0;
+    const int64_t n = (int64_t)q->n_messages + q->n_local + q->n_copies;
+    q->buffer = (llmpari_stage_buffer *)llmpar_arena_alloc(&q->arena, (size_t)llmpari_max(n, 1) * sizeof *q->buffer);
+    char *memory = q->buffer && llmpari_mul(llmpari_max(n, 1), bytes, &all) ? (char *)llmpar_arena_alloc(&q->arena, (size_t)all) : NULL;
+    if (!memory) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "rank %d: no memory for %lld buffers of %lld bytes", d->comm->rank, (long long)n, (long long)bytes);
+    for (int64_t i = 0; i < n; i++) q->buffer[i].memory = memory + i * bytes;
+    return LLMPAR_OK;
+}
+
+LLMPARI_FN llmpar_status llmpari_stage_prepare(llmpar_stages *q, llmpar_arena *scratch, llmpar_error *err) {
+    const llmpar_stages_desc *d = &q->desc;
+    const llmpar_schedule *s = d->program;
+    llmpari_pipe_index x;
+    LLMPARI_TRY(llmpari_pipe_shape(s, err));
+    if (!s->lowered || !s->n_slots) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the program has no transfers, or no buffers for them; pass what llmpar_pipe_lower made");
+    if (d->comm->size != s->n_ranks) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "a program of %d ranks on a communicator of %d", (int)s->n_ranks, (int)d->comm->size);
+    if (d->forward_bytes < 0 || d->backward_bytes < 0 || d->token_bytes < 0)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "messages of %lld, %lld and %lld bytes; none may be negative", (long long)d->forward_bytes, (long long)d->backward_bytes,
+                            (long long)d->token_bytes);
+    if (!d->unproven) LLMPARI_TRY(llmpar_pipe_verify(s, NULL, d->transport, 0, scratch, err));
+    LLMPARI_TRY(llmpari_stage_order(s, scratch, err));
+    LLMPARI_TRY(llmpari_pipe_index_fill(s, scratch, &x, err));
+    LLMPARI_TRY(llmpari_pipe_complete(s, &x, err));
+    if (!d->forward || (x.backward && !d->backward)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is NULL", d->forward ? "backward" : "forward");
+    LLMPARI_TRY(llmpari_pipe_slots_check(s, &x, scratch, err));
+    q->first = s->first[d->comm->rank];
+    q->n     = s->first[d->comm->rank + 1] - q->first;
+    q->links = (llmpari_stage_links *)llmpar_arena_alloc(&q->arena, (size_t)llmpari_max(q->n, 1) * sizeof *q->links);
+    if (d->record) q->begin = (double *)llmpar_arena_alloc(&q->arena, 2 * (size_t)llmpari_max(q->n, 1) * sizeof *q->begin);
+    if (!q->links || (d->record && !q->begin)) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %lld actions", (long long)q->n);
+    q->end = q->begin ? q->begin + q->n : NULL;
+    LLMPARI_TRY(llmpari_stage_link(q, &x, scratch, err));
+    return llmpari_stage_buffers(q, err);
+}
+
+LLMPAR_DEF llmpar_status llmpar_stages_create(const llmpar_stages_desc *desc, llmpar_stages **stages, llmpar_error *err) {
+    llmpar_arena scratch;
+    if (!desc || !desc->program || !desc->comm || !stages)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is NULL", !desc ? "desc" : !stages ? "stages" : !desc->comm ? "comm" : "program");
+    llmpar_stages *q = (llmpar_stages *)llmpari_alloc(&desc->allocator, sizeof *q);
+    if (!q) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a runner of %lld bytes", (long long)sizeof *q);
+    memset(q, 0, sizeof *q);
+    memset(&scratch, 0, sizeof scratch);
+    q->desc = *desc;
+    q->arena.allocator = scratch.allocator = desc->allocator;
+    const llmpar_status status = llmpari_stage_prepare(q, &scratch, err);
+    llmpar_arena_free(&scratch);
+    if (status) llmpar_stages_free(q);
+    else *stages = q;
+    return status;
+}
+
+LLMPAR_DEF void llmpar_stages_free(llmpar_stages *stages) {
+    if (!stages) return;
+    const llmpar_allocator allocator = stages->desc.allocator;
+    llmpar_arena_free(&stages->arena);
+    llmpari_free(&allocator, stages, sizeof *stages);
+}
+LLMPAR_DEF size_t llmpar_stages_bytes(const llmpar_stages *stages) { return stages->arena.used_bytes + sizeof *stages; }
+
+// What every rank did, from the begin and end of its actions.
+LLMPARI_FN void llmpari_stage_sum(const llmpar_schedule *s, const llmpari_pipe_cost *c, llmpar_pipe_timing *t) {
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        bool begun = false;
+        for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
+            if (llmpari_action_is_transfer(s->action[j])) continue;
+            if (!begun) begun = true, t->begin[r] = t->action_begin[j];
+            t->busy[r] += t->action_end[j] - t->action_begin[j];
+            t->end[r]   = t->action_end[j];
+        }
+        t->peak[r]  = llmpari_pipe_peak(s, c, r);
+        t->work     = fmax(t->work, t->busy[r]);
+        t->makespan = fmax(t->makespan, t->end[r]);
+        t->span     = fmax(t->span, t->end[r] - t->begin[r]);
+    }
+}
+
+LLMPAR_DEF llmpar_status llmpar_stages_timing(const llmpar_stages *stages, const llmpar_pipe_costs *costs, llmpar_arena *arena, llmpar_pipe_timing *timing, llmpar_error *err) {
+    const llmpar_schedule *s = stages->desc.program;
+    const int64_t n = s->first[s->n_ranks], R = s->n_ranks;
+    llmpari_pipe_cost c;
+    double start = INFINITY;
+    if (!stages->begin) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "nothing was recorded; set llmpar_stages_desc.record");
+    double *numbers = (double *)llmpar_arena_alloc(arena, (size_t)(4 * R + 2 * n) * sizeof *numbers);
+    const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    int64_t *counts = (int64_t *)llmpar_arena_alloc(arena, (size_t)R * sizeof *counts);
+    if (!numbers || !counts) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
+    LLMPARI_TRY(llmpari_pipe_cost_fill(costs, s, arena, &c, err));
+    memset(timing, 0, sizeof *timing);
+    timing->busy = numbers, timing->begin = numbers + R, timing->end = numbers + 2 * R, timing->peak = numbers + 3 * R;
+    timing->action_begin = numbers + 4 * R, timing->action_end = timing->action_begin + n;
+    for (int32_t r = 0; r < R; r++) counts[r] = (s->first[r + 1] - s->first[r]) * (int64_t)sizeof(double);
+    LLMPARI_TRY(llmpar_all_gather(stages->desc.comm, stages->begin, timing->action_begin, counts, LLMPAR_U8, err));
+    LLMPARI_TRY(llmpar_all_gather(stages->desc.comm, stages->end, timing->action_end, counts, LLMPAR_U8, err));
+    for (int64_t j = 0; j < n; j++) start = fmin(start, timing->action_begin[j]);
+    for (int64_t j = 0; j < n; j++) timing->action_begin[j] -= start, timing->action_end[j] -= start;
+    llmpari_stage_sum(s, &c, timing);
+    llmpar_arena_restore(arena, mark);
+    return LLMPAR_OK;
+}
+LLMPARI_ONCE_END
+
+LLMPARI_FN double llmpari_stage_clock(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+// The last transfer from or to this buffer is over.
+LLMPARI_FN llmpar_status llmpari_stage_settle(llmpar_stages *q, int32_t buffer, llmpar_error *err) {
+    return buffer < 0 || !q->buffer[buffer].request.comm ? LLMPAR_OK : llmpar_wait(&q->buffer[buffer].request, err);
+}
+
+LLMPARI_FN llmpar_status llmpari_stage_transfer(llmpar_stages *q, llmpar_action a, llmpari_stage_links links, llmpar_error *err) {
+    const llmpar_schedule *s = q->desc.program;
+    const bool send = llmpari_action_is_send(a);
+    int32_t buffer = send ? links.in : links.out;
+    llmpar_call call;
+    memset(&call, 0, sizeof call);
+    call.kind  = send ? LLMPAR_SEND : LLMPAR_RECV;
+    call.count = llmpari_stage_bytes(&q->desc, a);
+    call.dtype = LLMPAR_U8;
+    call.peer  = s->rank_of[llmpari_pipe_other_end(s, a).stage];
+    if (send && q->desc.transport == LLMPAR_PIPE_BUFFERED) {
+        const int32_t copy = q->n_messages + q->n_local + q->next_copy++ % q->n_copies;
+        q->next_copy %= q->n_copies;
+        LLMPARI_TRY(llmpari_stage_settle(q, copy, err));
+        memcpy(q->buffer[copy].memory, q->buffer[buffer].memory, (size_t)call.count);
+        buffer = copy;
+    }
+    LLMPARI_TRY(llmpari_stage_settle(q, buffer, err));
+    if (++q->under_way > LLMPARI_STAGE_UNDER_WAY) {
+        q->under_way = 1;
+        for (int32_t i = 0; i < q->n_messages + q->n_local + q->n_copies; i++) {
+            bool done = true;
+            if (q->buffer[i].request.comm) LLMPARI_TRY(llmpar_test(&q->buffer[i].request, &done, err));
+            q->under_way += !done;
+        }
+    }
+    if (send) call.send = q->buffer[buffer].memory;
+    else call.recv = q->buffer[buffer].memory;
+    LLMPARI_TRY(llmpar_start(q->desc.comm, &call, &q->buffer[buffer].request, err));
+    return send && q->desc.transport == LLMPAR_PIPE_RENDEZVOUS ? llmpari_stage_settle(q, buffer, err) : LLMPAR_OK;
+}
+
+// The work of a stage. An error of the callback stops everybody.
+LLMPARI_FN llmpar_status llmpari_stage_work(llmpar_stages *q, llmpar_action a, llmpari_stage_links links, llmpar_error *err) {
+    const llmpar_stages_desc *d = &q->desc;
+    const void *in = links.in < 0 ? NULL : q->buffer[links.in].memory;
+    void *out = links.out < 0 ? NULL : q->buffer[links.out].memory;
+    llmpar_error own;
+    memset(&own, 0, sizeof own);
+    const llmpar_status status = a.kind == LLMPAR_ACTION_F ? d->forward(a.stage, a.micro, in, out, d->user, &own)
+                                                           : d->backward(a.stage, a.micro, (llmpar_action_kind)a.kind, in, out, d->user, &own);
+    if (!status) return LLMPAR_OK;
+    llmpar_error full;
+    memset(&full, 0, sizeof full);
+    LLMPARI_FAIL(&full, status, "%s: %.900s", llmpari_action_print(a).text, own.text[0] ? own.text : llmpar_status_text(status));
+    llmpar_comm_abort(d->comm, full.text);
+    if (err) *err = full;
+    return status;
+}
+
+LLMPARI_FN llmpar_status llmpari_stage_action(llmpar_stages *q, int64_t j, llmpar_error *err) {
+    const llmpar_action a = q->desc.program->action[q->first + j];
+    const llmpari_stage_links links = q->links[j];
+    const bool transfer = llmpari_action_is_transfer(a);
+    if (!transfer) {
+        LLMPARI_TRY(llmpari_stage_settle(q, links.in, err));
+        LLMPARI_TRY(llmpari_stage_settle(q, links.out, err));
+    }
+    if (q->begin) q->begin[j] = llmpari_stage_clock();
+    LLMPARI_TRY(transfer ? llmpari_stage_transfer(q, a, links, err) : llmpari_stage_work(q, a, links, err));
+    if (q->end) q->end[j] = llmpari_stage_clock();
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_stages_run(llmpar_stages *stages, const bool *skip, llmpar_error *err) {
+    llmpar_status status = LLMPAR_OK;
+    for (int64_t j = 0; !status && j < stages->n; j++) {                                   // what remains without a micro-batch waits for less, so it cannot deadlock either
+        const llmpar_action a = stages->desc.program->action[stages->first + j];
+        const bool token = a.kind == LLMPAR_ACTION_SEND_F && a.stage + 1 == stages->desc.program->n_stages;      // for another micro-batch
+        if (!skip || !(skip[a.micro] || (token && skip[a.micro + stages->desc.program->in_flight]))) status = llmpari_stage_action(stages, j, err);
+        else if (stages->begin) stages->begin[j] = stages->end[j] = llmpari_stage_clock();
+    }
+    for (int32_t i = 0; i < stages->n_messages + stages->n_local + stages->n_copies; i++) {    // after an error too: they return at once then
+        const llmpar_status late = llmpari_stage_settle(stages, i, status ? NULL : err);
+        if (!status) status = late;
+        stages->buffer[i].request.comm = NULL;
+    }
+    stages->under_way = 0;
+    return status;
+}
+
+// ============================================================================================================
 // >>engine (impl)
 // ============================================================================================================
 LLMPARI_ONCE_BEGIN
 
-#define LLMPARI_PREFILL 0
-#define LLMPARI_DECODE  1
+#define LLMPARI_PREFILL  0
+#define LLMPARI_DECODE   1
+#define LLMPARI_GENERATE 2              // decode's plans, token after token
+#define LLMPARI_GENERATE_STEPS 64       // of one run
 
-typedef struct llmpari_phase {     // one plan and what runs it
+typedef struct llmpari_phase {     // one plan and what is around it
     llmpar_graph graph;
     llmpar_plan  plan;
-    llmpar_exec *exec;
     int64_t      seq;              // tokens per row of one run
-    int          ids, last;        // input nodes; last = -1: there is none
-    int32_t     *position;         // [batch, seq]
-    int64_t      runs, tokens;
-    double       seconds;
+    int          in, last;         // input nodes: ids or h_in; which token's logits, -1 = there is none
+    int32_t     *position;         // [group_rows, seq]
+    int64_t      bytes;            // of this rank's block of h_out, or h_in
 } llmpari_phase;
+
+typedef struct llmpari_engine_part {      // a stage of this rank
+    llmpar_engine_stage about;
+    llmpari_phase phase[2];
+} llmpari_engine_part;
+
+typedef struct llmpari_batch { const int32_t *ids, *lengths; int64_t rows, stride, longest; } llmpari_batch;
+
+// How a step's work is cut: units of group_rows rows x seq tokens go through the stages, unit number chunk * n_groups + group.
+typedef struct llmpari_flow {
+    llmpar_schedule program;
+    llmpar_stages  *stages;
+    bool           *skip;          // [units]
+    int32_t         n_chunks;
+    int64_t         runs, tokens;
+    double          seconds;
+} llmpari_flow;
 
 struct llmpar_engine {
     llmpar_engine_desc desc;       // sizes filled in; folder and mesh are not kept
-    llmpar_mesh   mesh;
+    llmpar_mesh   mesh;            // without pp: of the ranks that have the same stages
+    llmpar_comm  *comm, *pipe;     // those ranks, in the mesh's order; the ranks that have the other stages of the same block, in the order of pp
     llmpar_model  model;
     llmpar_arena  arena;           // graphs, plans and the arrays below
-    llmpari_phase phase[2];
+    int32_t       n_stages, n_parts, n_groups;
+    int64_t       group_rows;
+    int32_t      *stage_rank;      // [n_stages]: rank of pp
+    int64_t      *first_layer;     // [n_stages + 1]
+    llmpari_engine_part *part;            // [n_parts]
+    llmpari_flow  flow[3];
+    int           which, phase;    // of the run that goes on: flow, its phase, batch, first token
+    llmpari_batch batch;
+    int64_t       done;
+    llmpar_pick_fn pick;           // of the llmpar_engine_generate that goes on
+    void         *pick_user;
+    int64_t       picked;          // tokens of a row in its runs before
+    int32_t      *tokens, *lengths;   // [batch][GENERATE_STEPS + 1]: what goes in, and comes out one further; [batch]
     float        *rope;            // [D / 2]
     float        *logits;          // [batch, V], with all_logits [batch, max_prompt, V]
     int64_t      *used;            // [batch]: tokens of each row in the cache
     int64_t       bytes_read;
 };
-
-LLMPARI_FN double llmpari_engine_clock(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
 
 // Makes all ranks go on, or all fail with the error of the first rank that did. Every rank calls it with its own result so far.
 LLMPARI_FN llmpar_status llmpari_engine_agree(llmpar_comm *world, llmpar_status mine, llmpar_error *err) {
@@ -18421,12 +18849,15 @@ LLMPARI_FN llmpar_status llmpari_engine_check(const llmpar_engine_desc *desc, ll
     LLMPARI_TRY(llmpar_mesh_check(desc->mesh, desc->world->size, err));
     for (int a = 0; a < desc->mesh->n_axes; a++) {
         const llmpar_axis *axis = &desc->mesh->axis[a];
-        if (axis->size > 1 && strcmp(axis->name, "dp") != 0 && strcmp(axis->name, "tp") != 0)
-            return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "axis \"%s\" is not implemented yet; use dp and tp", axis->name);
+        if (axis->size > 1 && strcmp(axis->name, "dp") != 0 && strcmp(axis->name, "tp") != 0 && strcmp(axis->name, "pp") != 0)
+            return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "axis \"%s\" is not implemented yet; use pp, dp and tp", axis->name);
     }
     if (desc->max_batch < 0 || desc->max_batch > INT32_MAX || desc->max_prompt < 0 || desc->max_context < 0)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "max_batch=%lld max_prompt=%lld max_context=%lld; all must be 0 (the default) or more",
                             (long long)desc->max_batch, (long long)desc->max_prompt, (long long)desc->max_context);
+    if (desc->n_virtual < 0 || desc->n_micro < 0 || desc->chunk < 0)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_virtual=%d n_micro=%d chunk=%lld; all must be 0 (the default) or more", (int)desc->n_virtual, (int)desc->n_micro,
+                            (long long)desc->chunk);
     if (desc->round_weights && desc->weight_dtype > LLMPAR_F16)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "weight_dtype=%s; weights can be f32, bf16 or f16", llmpar_dtype_name(desc->weight_dtype));
     return LLMPAR_OK;
@@ -18444,20 +18875,131 @@ LLMPARI_FN llmpar_status llmpari_engine_sizes(llmpar_engine *e, llmpar_error *er
     if (d->max_prompt > d->max_context)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "max_prompt=%lld is more than max_context=%lld, the tokens that a row may have in all",
                             (long long)d->max_prompt, (long long)d->max_context);
+    if (d->n_micro > d->max_batch)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_micro=%d groups of max_batch=%lld rows; pass at most as many groups as rows", (int)d->n_micro, (long long)d->max_batch);
+    if (!d->chunk || d->chunk > d->max_prompt) d->chunk = d->max_prompt;
     return LLMPAR_OK;
 }
 
-// The dtype that all files have for a weight, f32 when layers differ (one node of the graph stands for all layers) or it is missing.
-LLMPARI_FN llmpar_dtype llmpari_engine_file_dtype(const llmpar_engine *e, const llmpar_checkpoint *checkpoint, llmpar_weight_kind kind,
+// The mesh without axis pp, whose ranks are those of one stage.
+LLMPARI_FN void llmpari_engine_mesh(llmpar_engine *e, const llmpar_mesh *mesh, int pp) {
+    e->mesh = *mesh;
+    if (pp < 0) return;
+    e->mesh.n_axes = 0;
+    for (int a = 0; a < mesh->n_axes; a++) if (a != pp) e->mesh.axis[e->mesh.n_axes++] = mesh->axis[a];
+    for (int a = e->mesh.n_axes, stride = 1; a-- > 0; stride *= e->mesh.axis[a].size) e->mesh.axis[a].stride = stride;
+    for (int a = e->mesh.n_axes; a < LLMPAR_MAX_AXES; a++) memset(&e->mesh.axis[a], 0, sizeof e->mesh.axis[a]);
+}
+
+// A schedule without its backward. Chunks must go through every stage in their order: they fill the cache.
+LLMPARI_FN llmpar_status llmpari_engine_forward_only(llmpar_schedule *s, llmpar_arena *scratch, llmpar_error *err) {
+    int32_t *next = (int32_t *)llmpar_arena_alloc(scratch, (size_t)s->n_stages * sizeof *next);
+    int64_t at = 0;
+    if (!next) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d stages", (int)s->n_stages);
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        const int64_t from = s->first[r];
+        s->first[r] = at;
+        for (int64_t j = from; j < s->first[r + 1]; j++) {
+            if (s->action[j].kind != LLMPAR_ACTION_F) continue;
+            if (s->action[j].micro != next[s->action[j].stage]++)
+                return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "schedule %s takes micro-batches through a stage out of order, which the KV cache does not allow; use \"forward\"", s->name);
+            s->action[at++] = s->action[j];
+        }
+    }
+    s->first[s->n_ranks] = at;
+    return LLMPAR_OK;
+}
+
+// The order in which units go through the stages. Decode has the places of prefill's stages, and the order of "forward"; a unit of generate is a token of each row of a
+// group, and needs the one before.
+LLMPARI_FN llmpar_status llmpari_engine_program(llmpar_engine *e, int which, llmpar_error *err) {
+    llmpari_flow *flow = &e->flow[which];
+    llmpar_arena scratch;
+    llmpar_pipe_desc desc;
+    llmpar_schedule s;
+    memset(&desc, 0, sizeof desc);
+    memset(&scratch, 0, sizeof scratch);
+    scratch.allocator = e->desc.allocator;
+    desc.kind = LLMPAR_PIPE_FORWARD;
+    if (which == LLMPARI_PREFILL && e->desc.schedule) LLMPARI_TRY(llmpar_pipe_kind_parse(e->desc.schedule, &desc.kind, err));
+    flow->n_chunks = which == LLMPARI_PREFILL ? (int32_t)((e->desc.max_prompt + e->desc.chunk - 1) / e->desc.chunk) : which == LLMPARI_DECODE ? 1 : LLMPARI_GENERATE_STEPS;
+    if ((int64_t)flow->n_chunks * e->n_groups > INT32_MAX / 8)
+        return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%d groups of rows x %d chunks are too many; pass a larger chunk", (int)e->n_groups, (int)flow->n_chunks);
+    desc.n_ranks   = e->pipe->size;
+    desc.n_virtual = which == LLMPARI_PREFILL ? e->desc.n_virtual : e->n_parts;
+    desc.n_micro   = flow->n_chunks * e->n_groups;
+    if (which != LLMPARI_PREFILL && e->n_parts > 1 && e->stage_rank[e->pipe->size] != 0) desc.map = LLMPAR_PIPE_MAP_V;
+    if (which == LLMPARI_GENERATE) desc.in_flight = e->n_groups;
+    llmpar_status status = llmpar_pipe_make(&desc, &scratch, &s, err);
+    if (!status) status = llmpari_engine_forward_only(&s, &scratch, err);
+    if (!status) status = llmpar_pipe_lower(&s, NULL, LLMPAR_PIPE_NCCL, &e->arena, &flow->program, err);
+    llmpar_arena_free(&scratch);
+    if (status) return status;
+    flow->skip = (bool *)llmpar_arena_alloc(&e->arena, (size_t)desc.n_micro * sizeof(bool));
+    if (!flow->skip) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d units", (int)desc.n_micro);
+    e->stage_rank = flow->program.rank_of;
+    e->n_stages   = flow->program.n_stages;
+    e->n_parts    = e->n_stages / e->pipe->size;
+    return LLMPAR_OK;
+}
+
+// Layers to stages: all layers cost the same and the head comes on top of the last stage's, so the next layer always goes where least is.
+LLMPARI_FN llmpar_status llmpari_engine_layers(llmpar_engine *e, llmpar_error *err) {
+    const int32_t n = e->n_stages;
+    const double head = (double)e->model.vocabulary * (double)e->model.hidden;
+    const double layer = ((double)llmpar_model_parameters(&e->model) - head * (e->model.tied_head ? 1 : 2)) / (double)e->model.layers;
+    e->first_layer = (int64_t *)llmpar_arena_alloc(&e->arena, (size_t)(n + 1) * sizeof *e->first_layer);
+    if (!e->first_layer) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d stages", (int)n);
+    if (e->model.layers < n)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%lld layers do not fill the %d stages of pp=%d, %d a rank; use at most %lld stages", (long long)e->model.layers, (int)n, (int)e->pipe->size,
+                            (int)e->n_parts, (long long)e->model.layers);
+    for (int32_t i = 0; i < n; i++) e->first_layer[i + 1] = 1;
+    for (int64_t given = n; given < e->model.layers; given++) {
+        int32_t best = 0;
+        double least = INFINITY;
+        for (int32_t i = 0; i < n; i++) {
+            const double cost = (double)(e->first_layer[i + 1] + 1) * layer + (i + 1 == n ? head : 0);
+            if (cost < least) least = cost, best = i;
+        }
+        e->first_layer[best + 1]++;
+    }
+    for (int32_t i = 0; i < n; i++) e->first_layer[i + 1] += e->first_layer[i];
+    return LLMPAR_OK;
+}
+
+// Which stages this rank has, and in which order units go through all of them.
+LLMPARI_FN llmpar_status llmpari_engine_stages(llmpar_engine *e, llmpar_error *err) {
+    llmpar_engine_desc *d = &e->desc;
+    e->n_groups   = d->n_micro ? d->n_micro : (int32_t)llmpari_min(e->pipe->size, d->max_batch);
+    e->group_rows = (d->max_batch + e->n_groups - 1) / e->n_groups;
+    e->n_groups   = (int32_t)((d->max_batch + e->group_rows - 1) / e->group_rows);
+    LLMPARI_TRY(llmpari_engine_program(e, LLMPARI_PREFILL, err));
+    LLMPARI_TRY(llmpari_engine_program(e, LLMPARI_DECODE, err));
+    LLMPARI_TRY(llmpari_engine_program(e, LLMPARI_GENERATE, err));
+    LLMPARI_TRY(llmpari_engine_layers(e, err));
+    e->part = (llmpari_engine_part *)llmpar_arena_alloc(&e->arena, (size_t)e->n_parts * sizeof *e->part);
+    if (!e->part) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d stages", (int)e->n_parts);
+    for (int32_t stage = 0, i = 0; stage < e->n_stages; stage++) {
+        if (e->stage_rank[stage] != e->pipe->rank) continue;
+        llmpar_engine_stage *about = &e->part[i++].about;
+        about->stage = stage, about->n_stages = e->n_stages;
+        about->first_layer = e->first_layer[stage], about->layers = e->first_layer[stage + 1] - e->first_layer[stage];
+        about->mesh = &e->mesh, about->comm = e->comm;
+    }
+    return LLMPAR_OK;
+}
+
+// The dtype that all files have for a weight, f32 when layers differ (one node of the graph stands for all layers of a stage) or it is missing.
+LLMPARI_FN llmpar_dtype llmpari_engine_file_dtype(const llmpar_engine *e, const llmpar_checkpoint *checkpoint, llmpar_weight_kind kind, int64_t first,
                                                   int64_t layers) {
     llmpar_dtype dtype = LLMPAR_F32;
-    for (int64_t layer = 0; layer < layers; layer++) {
+    for (int64_t layer = first; layer < first + layers; layer++) {
         const llmpar_file_tensor *found = NULL;
         char name[LLMPAR_TENSOR_NAME];
         int64_t offset, rows;
         for (int choice = 0; !found && llmpar_model_tensor_name(&e->model, kind, layer, choice, name, &offset, &rows); choice++)
             found = llmpar_checkpoint_find(checkpoint, name);
-        if (!found || found->dtype > LLMPAR_F16 || (layer && found->dtype != dtype)) return LLMPAR_F32;
+        if (!found || found->dtype > LLMPAR_F16 || (layer > first && found->dtype != dtype)) return LLMPAR_F32;
         dtype = found->dtype;
     }
     return dtype;
@@ -18467,19 +19009,22 @@ LLMPARI_FN int64_t llmpari_engine_rounds(const llmpar_graph *g, int node) {
     return g->node[node].block < 0 ? 1 : g->block[g->node[node].block].repeats;
 }
 
-// Builds and solves one plan.
-LLMPARI_FN llmpar_status llmpari_engine_solve(llmpar_engine *e, const llmpar_checkpoint *checkpoint, int which, llmpar_error *err) {
+// Builds and solves one plan of one stage.
+LLMPARI_FN llmpar_status llmpari_engine_solve(llmpar_engine *e, const llmpar_checkpoint *checkpoint, llmpari_engine_part *part, int which, llmpar_error *err) {
     const llmpar_engine_desc *d = &e->desc;
-    llmpari_phase *phase = &e->phase[which];
+    llmpari_phase *phase = &part->phase[which];
     llmpar_graph *g = &phase->graph;
     llmpar_build_desc build;
     llmpar_solve_desc solve;
     memset(&build, 0, sizeof build);
     memset(&solve, 0, sizeof solve);
-    phase->seq = which == LLMPARI_DECODE ? 1 : d->max_prompt;
-    build.batch   = d->max_batch;
+    phase->seq = which == LLMPARI_DECODE ? 1 : d->chunk;
+    build.batch   = e->group_rows;
     build.seq     = phase->seq;
     build.context = d->max_context;
+    build.layers  = part->about.layers;
+    build.no_embed = part->about.stage > 0;
+    build.no_end   = part->about.stage + 1 < e->n_stages;
     build.weight_dtype = d->round_weights ? d->weight_dtype : LLMPAR_F32;
     build.pin_weights  = build.pin_batch = build.whole_output = true;
     build.sequence_parallel = d->sequence_parallel && which == LLMPARI_PREFILL;
@@ -18489,15 +19034,26 @@ LLMPARI_FN llmpar_status llmpari_engine_solve(llmpar_engine *e, const llmpar_che
     LLMPARI_TRY(llmpar_build(&e->model, &build, g, err));
     for (int i = 0; i < g->n_nodes && d->keep_dtype && !d->round_weights; i++)
         if (g->node[i].role == LLMPAR_ROLE_WEIGHT && llmpari_weight_is_matrix(g->node[i].tag))
-            g->node[i].tensor.dtype = llmpari_engine_file_dtype(e, checkpoint, (llmpar_weight_kind)g->node[i].tag, llmpari_engine_rounds(g, i));
+            g->node[i].tensor.dtype = llmpari_engine_file_dtype(e, checkpoint, (llmpar_weight_kind)g->node[i].tag, part->about.first_layer, llmpari_engine_rounds(g, i));
     solve.hardware = llmpari_hardware_or(&d->hardware, llmpar_hardware_threads());
     LLMPARI_TRY(llmpar_solve(g, &solve, &phase->plan, err));
-    phase->ids  = llmpar_find(g, "ids");
+    part->about.plan[which] = &phase->plan;
+    phase->in   = llmpar_find(g, build.no_embed ? "h_in" : "ids");
     phase->last = llmpar_find(g, "last");
-    phase->position = (int32_t *)llmpar_arena_alloc(&e->arena, (size_t)(d->max_batch * phase->seq) * sizeof(int32_t));
+    phase->position = (int32_t *)llmpar_arena_alloc(&e->arena, (size_t)(e->group_rows * phase->seq) * sizeof(int32_t));
     if (!phase->position)
-        return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the positions of %lld x %lld tokens", (long long)d->max_batch, (long long)phase->seq);
+        return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the positions of %lld x %lld tokens", (long long)e->group_rows, (long long)phase->seq);
     return LLMPAR_OK;
+}
+
+// Who this rank shares its stages with, and who has the others. Waits for nobody.
+LLMPARI_FN llmpar_status llmpari_engine_groups(llmpar_engine *e, const llmpar_mesh *mesh, llmpar_error *err) {
+    const int pp = llmpar_mesh_find(mesh, "pp");
+    const llmpar_axes all = (1u << mesh->n_axes) - 1, pipe = pp < 0 ? 0 : 1u << pp;
+    llmpari_engine_mesh(e, mesh, pp);
+    LLMPARI_TRY(llmpar_comm_group(e->desc.world, mesh, pipe, &e->pipe, err));
+    e->comm = e->desc.world;
+    return pp < 0 ? LLMPAR_OK : llmpar_comm_group(e->desc.world, mesh, all & ~pipe, &e->comm, err);
 }
 
 // All that a rank can do on its own: description, plans, arrays.
@@ -18510,8 +19066,8 @@ LLMPARI_FN llmpar_status llmpari_engine_prepare(const llmpar_engine_desc *desc, 
     if (!e) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for an engine of %lld bytes", (long long)sizeof *e);
     memset(e, 0, sizeof *e);
     e->desc = *desc;
-    e->mesh = *desc->mesh;
     e->arena.allocator = desc->allocator;
+    LLMPARI_TRY(llmpari_engine_groups(e, desc->mesh, err));
     memset(&files, 0, sizeof files);
     files.folder    = desc->folder;
     files.allocator = desc->allocator;
@@ -18519,8 +19075,9 @@ LLMPARI_FN llmpar_status llmpari_engine_prepare(const llmpar_engine_desc *desc, 
     LLMPARI_TRY(llmpar_checkpoint_open(&files, checkpoint, err));
     e->model = *llmpar_checkpoint_model(*checkpoint);
     LLMPARI_TRY(llmpari_engine_sizes(e, err));
-    LLMPARI_TRY(llmpari_engine_solve(e, *checkpoint, LLMPARI_PREFILL, err));
-    LLMPARI_TRY(llmpari_engine_solve(e, *checkpoint, LLMPARI_DECODE, err));
+    LLMPARI_TRY(llmpari_engine_stages(e, err));
+    for (int32_t i = 0; i < e->n_parts; i++)
+        for (int which = 0; which < 2; which++) LLMPARI_TRY(llmpari_engine_solve(e, *checkpoint, &e->part[i], which, err));
     const llmpar_engine_desc *d = &e->desc;
     if (!llmpari_mul(d->max_batch, d->all_logits ? d->max_prompt : 1, &n) || !llmpari_mul(n, e->model.vocabulary * (int64_t)sizeof(float), &n))
         return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "the logits of max_batch=%lld rows of max_prompt=%lld tokens are more bytes than 64 bits can count",
@@ -18528,22 +19085,48 @@ LLMPARI_FN llmpar_status llmpari_engine_prepare(const llmpar_engine_desc *desc, 
     e->logits = (float *)llmpar_arena_alloc(&e->arena, (size_t)n);
     e->used   = (int64_t *)llmpar_arena_alloc(&e->arena, (size_t)d->max_batch * sizeof(int64_t));
     e->rope   = (float *)llmpar_arena_alloc(&e->arena, (size_t)(e->model.head_dim / 2) * sizeof(float));
-    if (!e->logits || !e->used || !e->rope) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %lld bytes of logits", (long long)n);
+    e->lengths = (int32_t *)llmpar_arena_alloc(&e->arena, (size_t)d->max_batch * sizeof(int32_t));
+    e->tokens  = (int32_t *)llmpar_arena_alloc(&e->arena, (size_t)d->max_batch * (LLMPARI_GENERATE_STEPS + 1) * sizeof(int32_t));
+    if (!e->logits || !e->used || !e->rope || !e->lengths || !e->tokens) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %lld bytes of logits", (long long)n);
     llmpar_rope_frequencies(&e->model.rope, e->model.head_dim, e->rope);
     return LLMPAR_OK;
 }
 
+LLMPARI_FN llmpar_status llmpari_engine_forward(int32_t stage, int32_t unit, const void *in, void *out, void *user, llmpar_error *err);
+
+// Execs, then what sends units through them: every message is this rank's block of the residual stream.
 LLMPARI_FN llmpar_status llmpari_engine_execs(llmpar_engine *e, llmpar_error *err) {
-    for (int i = 0; i < 2; i++) {
-        llmpar_exec_desc desc;
+    for (int32_t p = 0; p < e->n_parts; p++)
+        for (int i = 0; i < 2; i++) {
+            llmpari_engine_part *part = &e->part[p];
+            llmpar_exec_desc desc;
+            llmpar_tensor layout;
+            memset(&desc, 0, sizeof desc);
+            desc.plan      = &part->phase[i].plan;
+            desc.world     = e->comm;
+            desc.ops       = e->desc.ops;
+            desc.allocator = e->desc.allocator;
+            desc.rope_frequencies = e->rope;
+            desc.n_caches  = e->n_groups;
+            desc.share     = i ? part->about.exec[0] : NULL;
+            LLMPARI_TRY(llmpar_exec_create(&desc, &part->about.exec[i], err));
+            if (part->about.stage > 0) (void)llmpar_exec_data(part->about.exec[i], part->phase[i].in, 0, &layout);
+            else (void)llmpar_exec_output(part->about.exec[i], "h_out", &layout);
+            if (e->n_stages > 1) part->phase[i].bytes = llmpar_tensor_local_bytes(&layout, &e->mesh, e->comm->rank);
+        }
+    for (int i = 0; i < 3; i++) {
+        llmpar_stages_desc desc;
         memset(&desc, 0, sizeof desc);
-        desc.plan      = &e->phase[i].plan;
-        desc.world     = e->desc.world;
-        desc.ops       = e->desc.ops;
+        desc.program   = &e->flow[i].program;
+        desc.transport = LLMPAR_PIPE_NCCL;
+        desc.comm      = e->pipe;
+        desc.forward_bytes = e->part[0].phase[i > 0].bytes;
+        desc.token_bytes   = e->group_rows * (int64_t)sizeof(int32_t);
+        desc.forward   = llmpari_engine_forward;
+        desc.user      = e;
+        desc.record    = e->desc.record;
         desc.allocator = e->desc.allocator;
-        desc.rope_frequencies = e->rope;
-        desc.share     = i ? e->phase[0].exec : NULL;
-        LLMPARI_TRY(llmpar_exec_create(&desc, &e->phase[i].exec, err));
+        LLMPARI_TRY(llmpar_stages_create(&desc, &e->flow[i].stages, err));
     }
     return LLMPAR_OK;
 }
@@ -18559,27 +19142,34 @@ LLMPARI_FN llmpar_status llmpari_engine_round(float *values, int64_t n, llmpar_d
     return LLMPAR_OK;
 }
 
-// Reads this rank's block of every weight; reports every tenth.
-LLMPARI_FN llmpar_status llmpari_engine_load(llmpar_engine *e, llmpar_checkpoint *checkpoint, llmpar_error *err) {
-    const llmpar_graph *g = &e->phase[0].graph;
-    const int rank = e->desc.world->rank;
-    int64_t total = 0, done = 0, said = 0;
-    for (int i = 0; i < g->n_nodes; i++) if (g->node[i].role == LLMPAR_ROLE_WEIGHT) total += llmpari_engine_rounds(g, i);
+// Reads this rank's block of every weight of a stage; reports every tenth of all.
+LLMPARI_FN llmpar_status llmpari_engine_load_part(llmpar_engine *e, llmpar_checkpoint *checkpoint, const llmpari_engine_part *part, int64_t total, int64_t *done, llmpar_error *err) {
+    const llmpar_graph *g = &part->phase[0].graph;
+    const int rank = e->comm->rank;
     for (int i = 0; i < g->n_nodes; i++) {
         if (g->node[i].role != LLMPAR_ROLE_WEIGHT) continue;
-        for (int64_t round = 0; round < llmpari_engine_rounds(g, i); round++, done++) {
+        for (int64_t round = 0; round < llmpari_engine_rounds(g, i); round++) {
             llmpar_tensor layout;
-            void *memory = llmpar_exec_data(e->phase[0].exec, i, (int)round, &layout);
-            LLMPARI_TRY(llmpar_checkpoint_read_weight(checkpoint, (llmpar_weight_kind)g->node[i].tag, round, &layout, &e->mesh, rank, memory,
+            void *memory = llmpar_exec_data(part->about.exec[0], i, (int)round, &layout);
+            LLMPARI_TRY(llmpar_checkpoint_read_weight(checkpoint, (llmpar_weight_kind)g->node[i].tag, part->about.first_layer + round, &layout, &e->mesh, rank, memory,
                                                       layout.dtype, err));
             if (e->desc.round_weights && e->desc.weight_dtype != LLMPAR_F32 && layout.dtype == LLMPAR_F32)
                 LLMPARI_TRY(llmpari_engine_round((float *)memory, llmpar_tensor_local_elements(&layout, &e->mesh, rank), e->desc.weight_dtype, err));
-            if ((done + 1) * 10 / total == said) continue;
-            said = (done + 1) * 10 / total;
-            llmpari_log(&e->desc.log, LLMPAR_LOG_INFO, "rank %d: loaded %lld of %lld weights, %.1f MB", rank, (long long)done + 1, (long long)total,
+            ++*done;
+            if (*done * 10 / total == (*done - 1) * 10 / total) continue;
+            llmpari_log(&e->desc.log, LLMPAR_LOG_INFO, "rank %d: loaded %lld of %lld weights, %.1f MB", (int)e->desc.world->rank, (long long)*done, (long long)total,
                         1e-6 * (double)llmpar_checkpoint_bytes_read(checkpoint));
         }
     }
+    return LLMPAR_OK;
+}
+LLMPARI_FN llmpar_status llmpari_engine_load(llmpar_engine *e, llmpar_checkpoint *checkpoint, llmpar_error *err) {
+    int64_t total = 0, done = 0;
+    for (int32_t p = 0; p < e->n_parts; p++) {
+        const llmpar_graph *g = &e->part[p].phase[0].graph;
+        for (int i = 0; i < g->n_nodes; i++) if (g->node[i].role == LLMPAR_ROLE_WEIGHT) total += llmpari_engine_rounds(g, i);
+    }
+    for (int32_t p = 0; p < e->n_parts; p++) LLMPARI_TRY(llmpari_engine_load_part(e, checkpoint, &e->part[p], total, &done, err));
     e->bytes_read = llmpar_checkpoint_bytes_read(checkpoint);
     return LLMPAR_OK;
 }
@@ -18617,15 +19207,16 @@ LLMPAR_DEF llmpar_status llmpar_engine_create(const llmpar_engine_desc *desc, ll
 LLMPAR_DEF void llmpar_engine_free(llmpar_engine *engine) {
     if (!engine) return;
     llmpar_allocator allocator = engine->desc.allocator;
-    llmpar_exec_free(engine->phase[LLMPARI_DECODE].exec);                                  // it uses the other one's weights
-    llmpar_exec_free(engine->phase[LLMPARI_PREFILL].exec);
+    for (int i = 0; i < 3; i++) llmpar_stages_free(engine->flow[i].stages);
+    for (int32_t p = 0; engine->part && p < engine->n_parts; p++)
+        for (int i = 2; i-- > 0; ) llmpar_exec_free(engine->part[p].about.exec[i]);        // decode's uses the other one's weights
+    llmpar_comm_free(engine->pipe);
+    if (engine->comm != engine->desc.world) llmpar_comm_free(engine->comm);
     llmpar_arena_free(&engine->arena);
     llmpari_free(&allocator, engine, sizeof *engine);
 }
 
 // ---- steps
-
-typedef struct llmpari_batch { const int32_t *ids, *lengths; int64_t rows, stride, longest; } llmpari_batch;
 
 LLMPARI_FN llmpar_status llmpari_engine_check_row(const llmpar_engine *e, const llmpari_batch *b, int64_t row, llmpar_error *err) {
     int64_t length = b->lengths[row];
@@ -18666,56 +19257,148 @@ LLMPARI_FN int64_t llmpari_batch_count(const llmpari_batch *b, int64_t row, int6
     return row < b->rows ? llmpari_max(0, llmpari_min(n, b->lengths[row] - done)) : 0;
 }
 
-// Inputs of one run. Positions are of the whole batch; ids and last of this rank's block.
-LLMPARI_FN void llmpari_engine_fill(llmpar_engine *e, llmpari_phase *phase, const llmpari_batch *b, int64_t done, int64_t n) {
-    const int rank = e->desc.world->rank;
+// Inputs of one run, rows from `row` and tokens from `token` of the batch on. Positions are of the whole group; ids and last of this rank's block.
+LLMPARI_FN void llmpari_engine_fill(llmpar_engine *e, const llmpari_engine_part *part, const llmpari_phase *phase, int64_t row, int64_t token) {
+    const llmpari_batch *b = &e->batch;
+    const int rank = e->comm->rank;
     llmpar_tensor layout;
-    int32_t *to = (int32_t *)llmpar_exec_data(phase->exec, phase->ids, 0, &layout);
+    int32_t *to = (int32_t *)llmpar_exec_data(part->about.exec[e->phase], phase->in, 0, &layout);
     llmpar_range rows = llmpar_tensor_local(&layout, &e->mesh, rank, 0), tokens = llmpar_tensor_local(&layout, &e->mesh, rank, 1);
-    for (int64_t row = 0; row < e->desc.max_batch; row++) {
-        int64_t count = llmpari_batch_count(b, row, done, n);
-        for (int64_t t = 0; t < phase->seq; t++) phase->position[row * phase->seq + t] = t < count ? (int32_t)(e->used[row] + done + t) : -1;
-        phase->tokens += count;
-        if (row < rows.first || row >= rows.first + rows.count) continue;
-        for (int64_t t = tokens.first; t < tokens.first + tokens.count; t++) *to++ = t < count ? b->ids[row * b->stride + done + t] : 0;
+    for (int64_t r = 0; r < e->group_rows; r++) {
+        const int64_t count = llmpari_batch_count(b, row + r, token, phase->seq);
+        for (int64_t t = 0; t < phase->seq; t++) phase->position[r * phase->seq + t] = t < count ? (int32_t)(e->used[row + r] + token + t) : -1;
+        if (part->about.stage > 0 || r < rows.first || r >= rows.first + rows.count) continue;
+        for (int64_t t = tokens.first; t < tokens.first + tokens.count; t++) *to++ = t < count ? (int32_t)llmpari_max(0, b->ids[(row + r) * b->stride + token + t]) : 0;
     }
     if (phase->last < 0) return;
-    to   = (int32_t *)llmpar_exec_data(phase->exec, phase->last, 0, &layout);
+    to   = (int32_t *)llmpar_exec_data(part->about.exec[e->phase], phase->last, 0, &layout);
     rows = llmpar_tensor_local(&layout, &e->mesh, rank, 0);
-    for (int64_t row = rows.first; row < rows.first + rows.count; row++) *to++ = (int32_t)llmpari_max(0, llmpari_batch_count(b, row, done, n) - 1);
+    for (int64_t r = rows.first; r < rows.first + rows.count; r++) *to++ = (int32_t)llmpari_max(0, llmpari_batch_count(b, row + r, token, phase->seq) - 1);
 }
 
 // Takes the logits of one run to where the caller looks for them; those of a row's last piece stay.
-LLMPARI_FN void llmpari_engine_collect(llmpar_engine *e, const llmpari_phase *phase, const llmpari_batch *b, int64_t done, int64_t n) {
+LLMPARI_FN void llmpari_engine_collect(llmpar_engine *e, const llmpari_engine_part *part, const llmpari_phase *phase, int64_t row, int64_t token) {
     const int64_t v = e->model.vocabulary;
-    const float *from = llmpar_exec_output(phase->exec, "logits", NULL);
-    for (int64_t row = 0; row < b->rows; row++) {
-        int64_t count = llmpari_batch_count(b, row, done, n);
+    const float *from = llmpar_exec_output(part->about.exec[e->phase], "logits", NULL);
+    for (int64_t r = 0; r < e->group_rows; r++) {
+        const int64_t count = llmpari_batch_count(&e->batch, row + r, token, phase->seq);
         if (!count) continue;
-        if (e->desc.all_logits) memcpy(e->logits + (row * b->stride + done) * v, from + row * phase->seq * v, (size_t)(count * v) * sizeof(float));
-        else memcpy(e->logits + row * v, from + row * v, (size_t)v * sizeof(float));
+        if (e->desc.all_logits) memcpy(e->logits + ((row + r) * e->batch.stride + token) * v, from + r * phase->seq * v, (size_t)(count * v) * sizeof(float));
+        else memcpy(e->logits + (row + r) * v, from + r * v, (size_t)v * sizeof(float));
     }
+}
+
+// The next token of every row of a group, from the last stage's logits, for the first stage: into out, if it needs them.
+LLMPARI_FN void llmpari_engine_pick(llmpar_engine *e, const llmpari_engine_part *part, int64_t row, int64_t token, void *out) {
+    const float *logits = llmpar_exec_output(part->about.exec[e->phase], "logits", NULL);
+    for (int64_t r = 0; r < e->group_rows; r++) {
+        int32_t next = -1;
+        if (row + r < e->batch.rows) {
+            int32_t *at = e->tokens + (row + r) * e->batch.stride + token;
+            if (at[0] >= 0) next = e->pick(row + r, e->picked + token, logits + r * e->model.vocabulary, e->pick_user);
+            if (next < 0 || next >= e->model.vocabulary) next = -1;
+            at[1] = next;
+        }
+        if (out) memcpy((char *)out + r * 4, &next, 4);
+    }
+}
+
+// One unit through one stage.
+LLMPARI_FN llmpar_status llmpari_engine_forward(int32_t stage, int32_t unit, const void *in, void *out, void *user, llmpar_error *err) {
+    llmpar_engine *e = (llmpar_engine *)user;
+    llmpari_engine_part *part = e->part;
+    while (part->about.stage != stage) part++;
+    const llmpari_phase *phase = &part->phase[e->phase];
+    llmpar_exec *exec = part->about.exec[e->phase];
+    const int64_t row = part->about.row = unit % e->n_groups * e->group_rows, token = part->about.token = e->done + unit / e->n_groups * phase->seq;
+    for (int64_t r = 0; in && stage == 0 && r < e->group_rows && row + r < e->batch.rows; r++)    // generate's tokens from the last stage
+        memcpy(e->tokens + (row + r) * e->batch.stride + token, (const char *)in + r * 4, 4);
+    llmpari_engine_fill(e, part, phase, row, token);
+    if (in && stage > 0) memcpy(llmpar_exec_data(exec, phase->in, 0, NULL), in, (size_t)phase->bytes);
+    LLMPARI_TRY(llmpar_exec_use_cache(exec, unit % e->n_groups, err));
+    LLMPARI_TRY(llmpar_exec_run(exec, phase->position, err));
+    if (stage + 1 < e->n_stages) memcpy(out, llmpar_exec_output(exec, "h_out", NULL), (size_t)phase->bytes);
+    else if (e->which == LLMPARI_GENERATE) llmpari_engine_pick(e, part, row, token, out);
+    else llmpari_engine_collect(e, part, phase, row, token);
+    return LLMPAR_OK;
+}
+
+// Sends all units that have tokens through the stages, of the piece that begins at token e->done.
+LLMPARI_FN llmpar_status llmpari_engine_piece(llmpar_engine *e, int which, llmpar_error *err) {
+    llmpari_flow *flow = &e->flow[which];
+    e->which = which;
+    e->phase = which == LLMPARI_PREFILL ? LLMPARI_PREFILL : LLMPARI_DECODE;
+    const int64_t seq = e->part[0].phase[e->phase].seq;
+    const double start = llmpari_stage_clock();
+    for (int32_t unit = 0; unit < flow->n_chunks * e->n_groups; unit++) {
+        int64_t tokens = 0;
+        for (int64_t r = 0; r < e->group_rows; r++) tokens += llmpari_batch_count(&e->batch, unit % e->n_groups * e->group_rows + r, e->done + unit / e->n_groups * seq, seq);
+        flow->skip[unit] = tokens == 0;
+        flow->tokens += tokens;
+        flow->runs   += tokens > 0;
+    }
+    LLMPARI_TRY(llmpar_stages_run(flow->stages, flow->skip, err));
+    flow->seconds += llmpari_stage_clock() - start;
+    return LLMPAR_OK;
+}
+
+// What the last stage made, to the others; its time is part of the run's.
+LLMPARI_FN llmpar_status llmpari_engine_share(llmpar_engine *e, void *data, int64_t n, llmpar_dtype dtype, llmpar_error *err) {
+    const double start = llmpari_stage_clock();
+    if (e->pipe->size > 1) LLMPARI_TRY(llmpar_broadcast(e->pipe, data, n, dtype, e->stage_rank[e->n_stages - 1], err));
+    e->flow[e->which].seconds += llmpari_stage_clock() - start;
+    return LLMPAR_OK;
 }
 
 LLMPAR_DEF llmpar_status llmpar_engine_step(llmpar_engine *engine, const int32_t *ids, const int32_t *lengths, int32_t rows, int64_t stride,
                                             const float **logits, llmpar_error *err) {
-    llmpari_batch b;
-    memset(&b, 0, sizeof b);
-    b.ids = ids; b.lengths = lengths; b.rows = rows; b.stride = stride;
-    LLMPARI_TRY(llmpari_engine_check_batch(engine, &b, err));
-    memset(engine->logits, 0, (size_t)(b.rows * (engine->desc.all_logits ? stride : 1) * engine->model.vocabulary) * sizeof(float));
-    for (int64_t done = 0, n; done < b.longest; done += n) {
-        llmpari_phase *phase = &engine->phase[b.longest - done > 1 ? LLMPARI_PREFILL : LLMPARI_DECODE];
-        double start = llmpari_engine_clock();
-        n = llmpari_min(phase->seq, b.longest - done);
-        llmpari_engine_fill(engine, phase, &b, done, n);
-        LLMPARI_TRY(llmpar_exec_run(phase->exec, phase->position, err));
-        llmpari_engine_collect(engine, phase, &b, done, n);
-        phase->seconds += llmpari_engine_clock() - start;
-        phase->runs++;
+    llmpari_batch *b = &engine->batch;
+    b->ids = ids; b->lengths = lengths; b->rows = rows; b->stride = stride;
+    LLMPARI_TRY(llmpari_engine_check_batch(engine, b, err));
+    const int64_t n_logits = b->rows * (engine->desc.all_logits ? stride : 1) * engine->model.vocabulary;
+    memset(engine->logits, 0, (size_t)n_logits * sizeof(float));
+    for (engine->done = 0; engine->done < b->longest; ) {
+        LLMPARI_TRY(llmpari_engine_piece(engine, b->longest - engine->done > 1 ? LLMPARI_PREFILL : LLMPARI_DECODE, err));
+        engine->done += engine->part[0].phase[engine->which].seq * engine->flow[engine->which].n_chunks;
     }
-    for (int64_t row = 0; row < b.rows; row++) engine->used[row] += lengths[row];
+    LLMPARI_TRY(llmpari_engine_share(engine, engine->logits, n_logits, LLMPAR_F32, err));
+    for (int64_t row = 0; row < b->rows; row++) engine->used[row] += lengths[row];
     *logits = engine->logits;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_engine_generate(llmpar_engine *engine, const int32_t *ids, int32_t rows, int64_t steps, llmpar_pick_fn pick, void *user, int32_t *tokens,
+                                                llmpar_error *err) {
+    const int64_t stride = LLMPARI_GENERATE_STEPS + 1;
+    llmpari_batch *b = &engine->batch;
+    if (!ids || !pick || !tokens || rows < 1 || rows > engine->desc.max_batch || steps < 0)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s; a batch of %lld rows (1 to max_batch=%lld), steps=%lld (0 or more)", !ids || !pick || !tokens ? "ids, pick or tokens is NULL" : "bad sizes",
+                            (long long)rows, (long long)engine->desc.max_batch, (long long)steps);
+    b->ids = engine->tokens, b->lengths = engine->lengths, b->rows = rows, b->stride = stride;
+    for (int64_t row = 0; row < rows; row++) {
+        if (ids[row] >= engine->model.vocabulary || (ids[row] >= 0 && steps > engine->desc.max_context - engine->used[row]))
+            return LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "row %lld: token %d of a vocabulary of %lld, %lld tokens in the cache and %lld steps of max_context=%lld; generate fewer tokens, or create "
+                                "the engine with a larger max_context", (long long)row, (int)ids[row], (long long)engine->model.vocabulary, (long long)engine->used[row], (long long)steps,
+                                (long long)engine->desc.max_context);
+        engine->tokens[row * stride] = ids[row] < 0 ? -1 : ids[row];
+    }
+    engine->pick = pick, engine->pick_user = user;
+    for (int64_t done = 0, n; done < steps; done += n) {
+        n = llmpari_min(steps - done, LLMPARI_GENERATE_STEPS);
+        for (int64_t row = 0; row < rows; row++) engine->lengths[row] = engine->tokens[row * stride] < 0 ? 0 : (int32_t)n;
+        engine->done = 0, engine->picked = done;
+        LLMPARI_TRY(llmpari_engine_piece(engine, LLMPARI_GENERATE, err));
+        LLMPARI_TRY(llmpari_engine_share(engine, engine->tokens, rows * stride, LLMPAR_I32, err));
+        for (int64_t row = 0; row < rows; row++) {
+            int32_t *at = engine->tokens + row * stride;
+            for (int64_t s = 0; s < n; s++) {
+                engine->used[row] += at[s] >= 0;
+                if (at[s] < 0) at[s + 1] = -1;                                             // a row that did not take part
+                tokens[row * steps + done + s] = at[s + 1];
+            }
+            at[0] = at[n];
+        }
+    }
     return LLMPAR_OK;
 }
 
@@ -18725,8 +19408,15 @@ LLMPAR_DEF llmpar_status llmpar_engine_reset(llmpar_engine *engine) {
 }
 
 LLMPAR_DEF const llmpar_model *llmpar_engine_model(const llmpar_engine *engine) { return &engine->model; }
-LLMPAR_DEF const llmpar_plan  *llmpar_engine_plan(const llmpar_engine *engine, int phase) { return phase == 0 || phase == 1 ? &engine->phase[phase].plan : NULL; }
-LLMPAR_DEF llmpar_exec        *llmpar_engine_exec(llmpar_engine *engine, int phase) { return phase == 0 || phase == 1 ? engine->phase[phase].exec : NULL; }
+LLMPAR_DEF int32_t llmpar_engine_stages(const llmpar_engine *engine) { return engine->n_parts; }
+LLMPAR_DEF const llmpar_engine_stage *llmpar_engine_stage_at(const llmpar_engine *engine, int32_t i) { return i >= 0 && i < engine->n_parts ? &engine->part[i].about : NULL; }
+LLMPAR_DEF llmpar_status llmpar_engine_timing(const llmpar_engine *engine, int flow, llmpar_arena *arena, const llmpar_schedule **program, llmpar_pipe_timing *timing, llmpar_error *err) {
+    if (flow < 0 || flow > LLMPARI_GENERATE) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "flow %d; 0 is prefill, 1 decode, 2 generate", flow);
+    *program = &engine->flow[flow].program;
+    return llmpar_stages_timing(engine->flow[flow].stages, NULL, arena, timing, err);
+}
+LLMPAR_DEF const llmpar_plan  *llmpar_engine_plan(const llmpar_engine *engine, int phase) { return phase == 0 || phase == 1 ? engine->part[0].about.plan[phase] : NULL; }
+LLMPAR_DEF llmpar_exec        *llmpar_engine_exec(llmpar_engine *engine, int phase) { return phase == 0 || phase == 1 ? engine->part[0].about.exec[phase] : NULL; }
 
 LLMPAR_DEF bool llmpar_engine_is_eos(const llmpar_engine *engine, int64_t token) {
     for (int i = 0; i < engine->model.n_eos; i++)
@@ -18735,16 +19425,19 @@ LLMPAR_DEF bool llmpar_engine_is_eos(const llmpar_engine *engine, int64_t token)
 }
 
 LLMPAR_DEF llmpar_engine_stats llmpar_engine_get_stats(const llmpar_engine *engine) {
-    const llmpari_phase *prefill = &engine->phase[LLMPARI_PREFILL], *decode = &engine->phase[LLMPARI_DECODE];
+    const llmpari_flow *prefill = &engine->flow[LLMPARI_PREFILL], *decode = &engine->flow[LLMPARI_DECODE];
     llmpar_engine_stats stats;
     stats.weight_bytes_read = engine->bytes_read;
-    stats.memory_bytes   = (int64_t)(llmpar_exec_bytes(prefill->exec) + llmpar_exec_bytes(decode->exec) + engine->arena.used_bytes + sizeof *engine);
+    const llmpari_flow *generate = &engine->flow[LLMPARI_GENERATE];
+    stats.memory_bytes   = (int64_t)(llmpar_stages_bytes(prefill->stages) + llmpar_stages_bytes(decode->stages) + llmpar_stages_bytes(generate->stages) + engine->arena.used_bytes + sizeof *engine);
+    for (int32_t p = 0; p < engine->n_parts; p++)
+        for (int i = 0; i < 2; i++) stats.memory_bytes += (int64_t)llmpar_exec_bytes(engine->part[p].about.exec[i]);
     stats.prefill_tokens = prefill->tokens;
-    stats.decode_tokens  = decode->tokens;
+    stats.decode_tokens  = decode->tokens + generate->tokens;
     stats.prefill_runs   = prefill->runs;
-    stats.decode_runs    = decode->runs;
+    stats.decode_runs    = decode->runs + generate->runs;
     stats.prefill_s      = prefill->seconds;
-    stats.decode_s       = decode->seconds;
+    stats.decode_s       = decode->seconds + generate->seconds;
     return stats;
 }
 LLMPARI_ONCE_END
