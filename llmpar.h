@@ -10542,7 +10542,7 @@ LLMPARI_FN double llmpari_pipe_idle(const llmpar_schedule *s, const llmpar_pipe_
     return t->makespan > 0 ? 1 - busy / ((rank < 0 ? s->n_ranks : 1) * t->makespan) : 0;
 }
 LLMPARI_FN void llmpari_pipe_numbers(const llmpar_schedule *s, const llmpar_pipe_timing *t, char *text, size_t bytes) {
-    snprintf(text, bytes, "makespan %.6g, span %.6g, idle %.1f %% of all ranks' makespan", t->makespan, t->span, 100 * llmpari_pipe_idle(s, t, -1));
+    snprintf(text, bytes, "makespan %.6g, span %.6g, bubble %.1f %% of the makespan", t->makespan, t->span, 100 * llmpari_pipe_idle(s, t, -1));
 }
 
 // The shortest time that an action takes, but for 0; INFINITY = none does.
@@ -10606,7 +10606,7 @@ LLMPAR_DEF void llmpar_pipe_text(const llmpar_schedule *schedule, const llmpar_p
 
 // Colour of a bar: by kind, paler for the later stages of a rank. True: it is dark.
 LLMPARI_FN bool llmpari_pipe_colour(const llmpar_schedule *s, llmpar_action a, char text[8]) {
-    static const uint8_t rgb[4][3] = { { 47, 111, 181 }, { 196, 92, 32 }, { 20, 134, 126 }, { 98, 134, 38 } };
+    static const uint8_t rgb[4][3] = { { 47, 111, 181 }, { 190, 66, 42 }, { 16, 138, 122 }, { 168, 122, 8 } };
     int32_t n;
     const int32_t chunk = llmpari_pipe_chunk(s, a.stage, &n);
     const double pale = n > 1 ? 0.6 * chunk / (n - 1) : 0;
@@ -10619,17 +10619,20 @@ LLMPARI_FN bool llmpari_pipe_colour(const llmpar_schedule *s, llmpar_action a, c
 // Memory of a rank over time as a step line, `high` pixels for `most`, standing on y.
 LLMPARI_FN void llmpari_pipe_memory_svg(const llmpar_sink *sink, const llmpari_timeline *t, const llmpar_schedule *s, const llmpar_pipe_costs *costs, const llmpar_pipe_timing *timing,
                                         int32_t rank, double y, double high, double most) {
-    double held = 0;
+    const double scale = t->width / t->seconds, high_one = high / most;
+    double held = 0, at = 0;                                                               // what changes at one time is one step
     llmpari_print(sink, "<path d=\"M%.1f %.1f", t->left, y);
     for (int64_t j = s->first[rank]; j < s->first[rank + 1]; j++) {
         const llmpar_action a = s->action[j];
         const double hold = costs && costs->hold ? costs->hold[a.stage] : 1, release = costs && costs->release ? costs->release[a.stage] : hold / 2;
+        const double time = a.kind == LLMPAR_ACTION_F ? timing->action_begin[j] : timing->action_end[j];
         if (llmpari_action_is_transfer(a)) continue;
+        if (time > at) llmpari_print(sink, "H%.2fV%.2f", t->left + scale * at, y - high_one * held);
         held += llmpari_pipe_holds(a.kind, hold, release);
-        llmpari_print(sink, "H%.2fV%.2f", t->left + t->width * (a.kind == LLMPAR_ACTION_F ? timing->action_begin[j] : timing->action_end[j]) / t->seconds, y - high * held / most);
+        at = time;
     }
-    llmpari_print(sink, "H%.1fV%.1fZ\" fill=\"#d5dae1\" stroke=\"#5b6675\" stroke-width=\"0.8\"><title>memory of rank %d, at most %.6g</title></path>\n", t->left + t->width, y, (int)rank,
-                  timing->peak[rank]);
+    llmpari_print(sink, "H%.2fV%.2fH%.1fV%.1fZ\" fill=\"#d5dae1\" stroke=\"#5b6675\" stroke-width=\"0.8\"><title>memory of rank %d, at most %.6g</title></path>\n", t->left + scale * at,
+                  y - high_one * held, t->left + t->width, y, (int)rank, timing->peak[rank]);
 }
 
 // Bars of a rank, and over them the micro-batches that fit into them: in white, then in black.
@@ -10686,14 +10689,14 @@ LLMPAR_DEF void llmpar_pipe_svg(const llmpar_schedule *schedule, const llmpar_pi
     }
     llmpari_pipe_chunk(s, 0, &n);
     llmpari_svg_key(&sink, &x, 74, "#d5dae1", "memory");
-    snprintf(text, sizeof text, "the number of the micro-batch in it%s", n > 1 ? "; pale: later stages of the rank" : "");
-    llmpari_svg_text(&sink, x, 74, 12, "start", text);
+    snprintf(text, sizeof text, "numbers: micro-batches%s", n > 1 ? "; pale: later stages of the rank" : "");
+    llmpari_svg_text(&sink, x + 6, 74, 12, "start", text);
     for (int32_t r = 0; r < s->n_ranks; r++) {
         const double y = t.top + t.row * r, end = t.left + t.width + 8;
         snprintf(text, sizeof text, "rank %d", (int)r);
         llmpari_timeline_track(&sink, &t, r, text);
         llmpari_pipe_memory_svg(&sink, &t, s, costs, timing, r, y + t.row - 6, 24, most > 0 ? most : 1);
-        snprintf(text, sizeof text, "idle %.1f %%", 100 * llmpari_pipe_idle(s, timing, r));
+        snprintf(text, sizeof text, "bubble %.1f %%", 100 * llmpari_pipe_idle(s, timing, r));
         llmpari_svg_text(&sink, end, y + 20, 12, "start", text);
         snprintf(text, sizeof text, "peak %.6g", timing->peak[r]);
         llmpari_svg_text(&sink, end, y + t.row - 12, 12, "start", text);
