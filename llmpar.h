@@ -952,6 +952,7 @@ LLMPAR_DEF llmpar_status llmpar_pipe_partition(const llmpar_partition_desc *desc
 
 // Chunked prefill: cuts n tokens into chunks that go through P equal stages one after the other; a chunk of tokens [a, b) takes per_chunk + per_token (b - a) +
 // per_pair (b^2 - a^2) in a stage (attention looks at all before it). Time of all = sum of chunks + (P - 1) longest. bound[*n_chunks]: the end of every chunk.
+// Exact, but for a chosen number of chunks when they are of a few units each and a million looks were not enough: at most the time of n_ranks - 1 units over the best then.
 typedef struct llmpar_chunks_desc {
     int64_t n_tokens;
     int64_t unit;                  // chunks end at multiples of it; 0 = 1
@@ -10476,23 +10477,25 @@ LLMPARI_FN double llmpari_chunks_longest(const llmpari_chunks *q, int64_t k) {
         if (!(low < high)) return high;
     }
 }
-// The number of chunks that takes least time, at most `most`. It is near sqrt((P - 1) work / per_chunk). From 1 on: with k chunks of at most `beat` all would be better than
-// the best so far; when g > k chunks are needed for that, neither k nor any other number below g is better, as `beat` gets smaller with more chunks.
+// The number of chunks that takes least time, at most `most`. Near sqrt((P - 1) work / per_chunk) it is within P - 1 units' time of that. From 1 on: with k chunks of at
+// most `beat` all would be better than the best so far; when g > k chunks are needed for that, neither k nor any other number below g is better, as `beat` gets smaller
+// with more chunks.
 LLMPARI_FN int64_t llmpari_chunks_best(const llmpari_chunks *q, int64_t most) {
     const double c = q->desc->per_chunk, work = llmpari_chunk_time(q, 0, q->units) - c, wait = (double)(q->desc->n_ranks - 1);
     double used, next;
     if (!(wait * work > 0)) return 1;
     int64_t best = sqrt(wait * work) < (double)most * sqrt(c) ? llmpari_max(1, (int64_t)sqrt(wait * work / c)) : most;
     double least = (double)best * c + wait * llmpari_chunks_longest(q, best);
-    for (int64_t k = 1; k <= most; ) {
+    for (int64_t k = 1, steps = 0; k <= most && steps < 1000000; ) {
         const double beat = (least - (double)k * c) / wait * (1 - 1e-14);
         const int64_t g = beat > 0 ? llmpari_chunks_count(q, beat, most, &used, &next) : most + 1;
+        steps += llmpari_min(g, most) * (g > k ? 1 : 20);                                  // as often as the least longest chunk looks
         if (g > k) { k = g; continue; }
-        best  = g;
-        least = (double)g * c + wait * llmpari_chunks_longest(q, g);
-        k     = g + 1;
+        best  = k;                                                                         // g == k: fewer were too few for more already
+        least = fmin(least, (double)k * c + wait * llmpari_chunks_longest(q, k));
+        k++;
     }
-    return best;
+    return llmpari_min(best, llmpari_chunks_count(q, llmpari_chunks_longest(q, best), best, &used, &next));
 }
 
 LLMPAR_DEF llmpar_status llmpar_pipe_chunks(const llmpar_chunks_desc *desc, int64_t *bound, int32_t capacity, int32_t *n_chunks, double *seconds, llmpar_error *err) {
