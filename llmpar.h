@@ -9832,11 +9832,14 @@ LLMPARI_FN llmpar_status llmpari_pipe_lower_into(const llmpar_schedule *s, const
     llmpari_pipe_post(s, &x, l.end, transport, cursor, message, &n_messages);
     for (int64_t i = 0; i < n_messages; i++) l.gap[message[i].before + 2]++;               // counting sort by gap, then by time within a gap, of which there are few
     for (int64_t k = 0; k < n; k++) l.gap[k + 2] += l.gap[k + 1];
-    for (int64_t i = 0; i < n_messages; i++) {
-        int32_t p = l.gap[message[i].before + 1]++;
-        for (; p > l.gap[message[i].before] && l.end[l.posted[p - 1]] > l.end[message[i].made]; p--) l.posted[p] = l.posted[p - 1];
-        l.posted[p] = message[i].made;
-    }
+    for (int64_t i = 0; i < n_messages; i++) l.posted[l.gap[message[i].before + 1]++] = message[i].made;
+    for (int64_t k = 0; k < n; k++)
+        for (int32_t i = l.gap[k] + 1; i < l.gap[k + 1]; i++) {
+            const int32_t made = l.posted[i];
+            int32_t p = i;
+            for (; p > l.gap[k] && l.end[l.posted[p - 1]] > l.end[made]; p--) l.posted[p] = l.posted[p - 1];
+            l.posted[p] = made;
+        }
     for (int64_t k = 0; k < n; k++) l.recv_at[k] = -1;
 
     int64_t at = 0, most = 0;
