@@ -939,20 +939,23 @@ typedef struct llmpar_pipe_bound { double span, makespan; } llmpar_pipe_bound;
 LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, double memory, llmpar_pipe_bound *bound, llmpar_error *err);
 
 // Contiguous items to stages so that the rank with the most cost has as little as possible (its stages together: V or loop). cost[n_items] >= 0: layers, with the embedding
-// as the first item and the head as the last one, say; bytes[n_items] (NULL = none) under limit_bytes per rank. A stage may be empty where there are fewer items than
-// stages. first[n_stages + 1] gets the first item of every stage. Exact for one stage a rank and for the V of two; several rounds of a loop: the slowest stage is
-// the least possible, and items are then moved between stages while that helps the slowest rank.
+// as the first item and the head as the last one, say; bytes[n_items] (NULL = none) under limit_bytes per rank. A stage is empty where there are fewer
+// items than stages, or where that makes the slowest rank of several stages faster. first[n_stages + 1] gets the first item of every stage; *slowest (may be NULL) the cost of
+// that rank. Exact for one stage a rank and for the V of two; several rounds of a loop: the slowest stage is the least possible, and items are then moved between stages while
+// that helps the slowest rank. Times: n log n for one stage a rank, else about n^2 for each of some 60 attempts. Errors: DOES_NOT_FIT names the smallest limit that works.
 typedef struct llmpar_partition_desc {
     const double  *cost;           // [n_items]
     const int64_t *bytes;          // [n_items]
     int32_t n_items, n_ranks, n_virtual;   // n_virtual: 0 = 1
     llmpar_pipe_map map;           // default = loop
     int64_t limit_bytes;           // of a rank; 0 = none
+    llmpar_allocator allocator;    // of what the call needs while it runs
 } llmpar_partition_desc;
 LLMPAR_DEF llmpar_status llmpar_pipe_partition(const llmpar_partition_desc *desc, int32_t *first, double *slowest, llmpar_error *err);
 
 // Chunked prefill: cuts n tokens into chunks that go through P equal stages one after the other; a chunk of tokens [a, b) takes per_chunk + per_token (b - a) +
 // per_pair (b^2 - a^2) in a stage (attention looks at all before it). Time of all = sum of chunks + (P - 1) longest. bound[*n_chunks]: the end of every chunk.
+// Exact, but for a chosen number of chunks when they are of a few units each and a million looks were not enough: at most the time of n_ranks - 1 units over the best then.
 typedef struct llmpar_chunks_desc {
     int64_t n_tokens;
     int64_t unit;                  // chunks end at multiples of it; 0 = 1
@@ -965,7 +968,7 @@ LLMPAR_DEF llmpar_status llmpar_pipe_chunks(const llmpar_chunks_desc *desc, int6
 // Interval i lives from begin[i] until end[i] (half-open); slot[i] = the lowest number that no interval alive at its begin has. begin ascending. Returns how many slots.
 LLMPAR_DEF int32_t llmpar_slots(const int64_t *begin, const int64_t *end, int64_t n, int32_t *slot, llmpar_arena *scratch);
 
-// A timeline: rows of text, `columns` wide; SVG with the memory of every rank over time; a Chrome trace (chrome://tracing, Perfetto), times taken as seconds.
+// A timeline: rows of text, at most `columns` wide; SVG with the memory of every rank over time; a Chrome trace (chrome://tracing, Perfetto), times taken as seconds.
 LLMPAR_DEF void llmpar_pipe_text (const llmpar_schedule *schedule, const llmpar_pipe_timing *timing, int columns, llmpar_sink sink);
 LLMPAR_DEF void llmpar_pipe_svg  (const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, const llmpar_pipe_timing *timing, llmpar_sink sink);
 LLMPAR_DEF void llmpar_pipe_trace(const llmpar_schedule *schedule, const llmpar_pipe_timing *timing, llmpar_sink sink);
@@ -1881,8 +1884,8 @@ LLMPARI_FN void llmpari_svg_begin(const llmpar_sink *sink, double width, double 
                         "<rect width=\"100%%\" height=\"100%%\" fill=\"#fff\"/>\n", width, height, width, height);
 }
 
-// Bars over time, a track per rank below each other. Pixels: where the first track begins, from track to track, what `seconds` are wide.
-typedef struct llmpari_timeline { double left, top, row, width, seconds; int32_t tracks; } llmpari_timeline;
+// Bars over time, a track per rank below each other. Pixels: where the first track begins, from track to track, height of a bar, what `seconds` are wide.
+typedef struct llmpari_timeline { double left, top, row, bar, width, seconds; int32_t tracks; bool plain; } llmpari_timeline;   // plain: time has no unit
 
 // Grid lines and the axis below n tracks: steps of 1, 2 or 5 of a unit, at least 80 pixels apart.
 LLMPARI_FN void llmpari_timeline_axis(const llmpar_sink *sink, const llmpari_timeline *t) {
@@ -1895,27 +1898,32 @@ LLMPARI_FN void llmpari_timeline_axis(const llmpar_sink *sink, const llmpari_tim
     for (int64_t i = 0; (double)i * step <= t->seconds; i++) {
         char text[32];
         double x = t->left + t->width * (double)i * step / t->seconds;
-        snprintf(text, sizeof text, i ? "%.0f %s" : "0", (double)i * step / size, unit[u]);
+        if (t->plain) snprintf(text, sizeof text, "%.6g", (double)i * step);
+        else snprintf(text, sizeof text, i ? "%.0f %s" : "0", (double)i * step / size, unit[u]);
         llmpari_print(sink, "<path d=\"M%.1f %.1fV%.1f\" stroke=\"#bbb\" stroke-width=\"0.5\"/>\n", x, t->top - 4, bottom + 4);
         llmpari_svg_text(sink, x, bottom + 18, 12, "middle", text);
     }
 }
 LLMPARI_FN void llmpari_timeline_track(const llmpar_sink *sink, const llmpari_timeline *t, int32_t track, const char *name) {
     const double y = t->top + t->row * track;
-    llmpari_svg_text(sink, t->left - 8, y + t->row / 2 + 4, 12, "end", name);
-    llmpari_print(sink, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" fill=\"#eee\"/>\n", t->left, y + 3, t->width, t->row - 6);
+    llmpari_svg_text(sink, t->left - 8, y + t->bar / 2 + 7, 12, "end", name);
+    llmpari_print(sink, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" fill=\"#eee\"/>\n", t->left, y + 3, t->width, t->bar);
 }
 // A bar, from its begin to its end, to scale; `text` is shown when the mouse points at it.
 LLMPARI_FN void llmpari_timeline_bar(const llmpar_sink *sink, const llmpari_timeline *t, int32_t track, double begin_s, double end_s, const char *colour, const char *text) {
     const double scale = t->width / t->seconds;
     llmpari_print(sink, "<rect x=\"%.3f\" y=\"%.1f\" width=\"%.3f\" height=\"%.1f\" fill=\"%s\"><title>%s</title></rect>\n", t->left + scale * begin_s,
-                  t->top + t->row * track + 3, scale * (end_s - begin_s), t->row - 6, colour, text);
+                  t->top + t->row * track + 3, scale * (end_s - begin_s), t->bar, colour, text);
 }
 // Makes a part of a bar pale.
 LLMPARI_FN void llmpari_timeline_pale(const llmpar_sink *sink, const llmpari_timeline *t, int32_t track, double begin_s, double end_s) {
     const double scale = t->width / t->seconds;
     llmpari_print(sink, "<rect x=\"%.3f\" y=\"%.1f\" width=\"%.3f\" height=\"%.1f\" fill=\"#fff\" fill-opacity=\"0.6\" pointer-events=\"none\"/>\n", t->left + scale * begin_s,
-                  t->top + t->row * track + 3, scale * (end_s - begin_s), t->row - 6);
+                  t->top + t->row * track + 3, scale * (end_s - begin_s), t->bar);
+}
+// Chrome traces: the name of a rank's track, behind those before.
+LLMPARI_FN void llmpari_trace_thread(const llmpar_sink *sink, int32_t rank) {
+    llmpari_print(sink, "%s{\"name\": \"thread_name\", \"ph\": \"M\", \"pid\": 0, \"tid\": %d, \"args\": {\"name\": \"rank %d\"}}", rank ? ",\n" : "", (int)rank, (int)rank);
 }
 // A colour and what it means, at *x; moves *x behind it.
 LLMPARI_FN void llmpari_svg_key(const llmpar_sink *sink, double *x, double y, const char *colour, const char *name) {
@@ -9201,15 +9209,16 @@ LLMPARI_FN llmpar_status llmpari_pipe_cost_fill(const llmpar_pipe_costs *costs, 
     return LLMPAR_OK;
 }
 // What an action adds to the memory of its rank: F at its begin, the others at their end.
-LLMPARI_FN double llmpari_pipe_memory(const llmpari_pipe_cost *c, llmpar_action a) {
-    switch (a.kind) {
-    case LLMPAR_ACTION_F: return c->hold[a.stage];
-    case LLMPAR_ACTION_B: return -c->hold[a.stage];
-    case LLMPAR_ACTION_I: return -c->release[a.stage];
-    case LLMPAR_ACTION_W: return c->release[a.stage] - c->hold[a.stage];
+LLMPARI_FN double llmpari_pipe_holds(int kind, double hold, double release) {
+    switch (kind) {
+    case LLMPAR_ACTION_F: return hold;
+    case LLMPAR_ACTION_B: return -hold;
+    case LLMPAR_ACTION_I: return -release;
+    case LLMPAR_ACTION_W: return release - hold;
     default: return 0;
     }
 }
+LLMPARI_FN double llmpari_pipe_memory(const llmpari_pipe_cost *c, llmpar_action a) { return llmpari_pipe_holds(a.kind, c->hold[a.stage], c->release[a.stage]); }
 
 // ---- Where every action stands --------------------------------------------------------------------------------
 
@@ -9922,11 +9931,14 @@ LLMPARI_FN llmpar_status llmpari_pipe_lower_into(const llmpar_schedule *s, const
     llmpari_pipe_post(s, &x, l.end, transport, cursor, message, &n_messages);
     for (int64_t i = 0; i < n_messages; i++) l.gap[message[i].before + 2]++;               // counting sort by gap, then by time within a gap, of which there are few
     for (int64_t k = 0; k < n; k++) l.gap[k + 2] += l.gap[k + 1];
-    for (int64_t i = 0; i < n_messages; i++) {
-        int32_t p = l.gap[message[i].before + 1]++;
-        for (; p > l.gap[message[i].before] && l.end[l.posted[p - 1]] > l.end[message[i].made]; p--) l.posted[p] = l.posted[p - 1];
-        l.posted[p] = message[i].made;
-    }
+    for (int64_t i = 0; i < n_messages; i++) l.posted[l.gap[message[i].before + 1]++] = message[i].made;
+    for (int64_t k = 0; k < n; k++)
+        for (int32_t i = l.gap[k] + 1; i < l.gap[k + 1]; i++) {
+            const int32_t made = l.posted[i];
+            int32_t p = i;
+            for (; p > l.gap[k] && l.end[l.posted[p - 1]] > l.end[made]; p--) l.posted[p] = l.posted[p - 1];
+            l.posted[p] = made;
+        }
     for (int64_t k = 0; k < n; k++) l.recv_at[k] = -1;
 
     int64_t at = 0, most = 0;
@@ -10022,6 +10034,7 @@ LLMPAR_DEF llmpar_status llmpar_pipe_read(const char *text, size_t bytes, llmpar
     for (int pass = 0; pass < 2; pass++) {                                                 // count and check, then fill
         int32_t rank = 0, cell = 0;
         const char *end = text ? text + bytes : NULL;
+        int64_t row = 0;                                                                   // actions in front of the line
         n = 0;
         for (const char *at = text, *from = text; bytes > 0 && at <= end; at++) {
             llmpar_action a;
@@ -10044,7 +10057,8 @@ LLMPAR_DEF llmpar_status llmpar_pipe_read(const char *text, size_t bytes, llmpar
             }
             from = at + 1;
             if (at == end || *at == '\n') {
-                rank++, cell = 0;
+                if (n == row) return LLMPARI_FAIL(err, LLMPAR_BAD_SYNTAX, "line %d has no action; every rank has a line of its own and at least one stage", (int)rank + 1);
+                rank++, cell = 0, row = n;
                 if (pass) s.first[rank] = n;
             }
         }
@@ -10300,6 +10314,540 @@ LLMPAR_DEF llmpar_status llmpar_pipe_make(const llmpar_pipe_desc *desc, llmpar_a
     if (status) llmpar_arena_restore(arena, mark);
     else *schedule = s;
     return status;
+}
+
+// ---- Layers to stages -----------------------------------------------------------------------------------------------
+
+// Items have two weights, cost and bytes, kept as prefix sums: [a, b) weighs sum[k][b] - sum[k][a].
+typedef struct llmpari_cut {
+    int32_t  n, P, S;              // items, ranks, stages
+    bool     v_shape, v_two;       // how stages lie; v_two: two a rank in a V, which is cut exactly
+    double  *sum[2];               // [n + 1]
+    int32_t *rank_of;              // [S]
+    int32_t *first, *best;         // [S + 1] the cut in work, and the best one
+    double  *load[2];              // [P]
+    int32_t *low, *from;           // v_two: [P + 1][n + 1], see llmpari_cut_v
+} llmpari_cut;
+
+LLMPARI_FN bool llmpari_cut_fits(const llmpari_cut *q, const double *cap, int32_t a, int32_t b, int32_t c, int32_t d) {   // [a, b) and [c, d) on one rank
+    return (q->sum[0][b] - q->sum[0][a]) + (q->sum[0][d] - q->sum[0][c]) <= cap[0] && (q->sum[1][b] - q->sum[1][a]) + (q->sum[1][d] - q->sum[1][c]) <= cap[1];
+}
+
+// Every stage takes what it may; with enough items it leaves one for each stage to come.
+LLMPARI_FN bool llmpari_cut_row(llmpari_cut *q, const double *cap) {
+    int32_t at = 0;
+    for (int32_t s = 0; s < q->S; s++) {
+        const int32_t begin = at, most = q->n < q->S ? q->n : q->n - (q->S - 1 - s);
+        q->first[s] = at;
+        while (at < most && llmpari_cut_fits(q, cap, begin, at + 1, at, at)) at++;
+    }
+    q->first[q->S] = q->n;
+    return at == q->n;
+}
+
+// The V of two stages a rank, rank by rank from the outside in. low[r][a]: when the first r ranks have [0, a) at the front, from which item on they can have the back; the
+// less the better for the ranks inside. from[r][a]: where the front of the r-th of them begins then.
+LLMPARI_FN bool llmpari_cut_v(llmpari_cut *q, const double *cap) {
+    const int32_t n = q->n, P = q->P;
+    for (int32_t a = 0; a <= n; a++) q->low[a] = a ? n + 1 : n;                            // n + 1 = cannot be
+    for (int32_t r = 1; r <= P; r++) {
+        const int32_t *low = q->low + (int64_t)(r - 1) * (n + 1);
+        int32_t *next = q->low + (int64_t)r * (n + 1), *from = q->from + (int64_t)r * (n + 1);
+        for (int32_t a = 0; a <= n; a++) {
+            next[a] = n + 1;
+            for (int32_t f = a; f >= 0 && llmpari_cut_fits(q, cap, f, a, a, a); f--) {
+                int32_t less = a - 1, fits = low[f];                                       // the back may begin at `fits`, not at `less`
+                if (fits > n || fits < a) continue;
+                if (fits >= next[a]) {
+                    fits = next[a] - 1;
+                    if (fits < a || !llmpari_cut_fits(q, cap, f, a, fits, low[f])) continue;
+                }
+                while (fits - less > 1) {
+                    const int32_t b = less + (fits - less) / 2;
+                    if (llmpari_cut_fits(q, cap, f, a, b, low[f])) fits = b; else less = b;
+                }
+                next[a] = fits, from[a] = f;
+            }
+        }
+    }
+    const int32_t *all = q->low + (int64_t)P * (n + 1);
+    int32_t a = 0;
+    while (a <= n && all[a] != a) a++;
+    if (a > n) return false;
+    q->first[2 * P] = n;
+    for (int32_t r = P; r > 0; r--) {
+        q->first[2 * P - r] = q->low[(int64_t)r * (n + 1) + a];
+        a = q->from[(int64_t)r * (n + 1) + a];
+        q->first[r - 1] = a;
+    }
+    return true;
+}
+
+// Loads of the cut in work; the largest in sum[goal]. Of a row: of its stages, not of the ranks.
+LLMPARI_FN double llmpari_cut_load(llmpari_cut *q, int goal, bool stages) {
+    double most = 0;
+    for (int k = 0; k < 2; k++) {
+        for (int32_t r = 0; r < q->P; r++) q->load[k][r] = 0;
+        for (int32_t s = 0; s < q->S; s++) {
+            const double w = q->sum[k][q->first[s + 1]] - q->sum[k][q->first[s]];
+            q->load[k][q->rank_of[s]] += w;
+            if (stages && k == goal && w > most) most = w;
+        }
+        for (int32_t r = 0; !stages && k == goal && r < q->P; r++) if (q->load[k][r] > most) most = q->load[k][r];
+    }
+    return most;
+}
+
+// The cut whose largest load in sum[goal] is the least, with at most `limit` of the other weight; into first. False: there is none.
+LLMPARI_FN bool llmpari_cut_least(llmpari_cut *q, int goal, double limit) {
+    bool (*const attempt)(llmpari_cut *q, const double *cap) = q->v_two ? llmpari_cut_v : llmpari_cut_row;
+    const double total = q->sum[goal][q->n];
+    double cap[2], low = total / (q->v_two ? q->P : q->S) * (1 - 1e-12), high;             // no cut is below `low`
+    cap[0] = cap[1] = limit;
+    for (int32_t i = 0; i < q->n; i++) if (q->sum[goal][i + 1] - q->sum[goal][i] > low) low = q->sum[goal][i + 1] - q->sum[goal][i];
+    for (cap[goal] = low; !attempt(q, cap); cap[goal] = 2 * cap[goal]) {
+        if (cap[goal] >= total * (1 + 1e-9)) return false;
+        low = cap[goal];
+    }
+    for (;;) {                                                                             // the last attempt was good or bad; one was good and has `high`
+        high = llmpari_cut_load(q, goal, !q->v_two);
+        memcpy(q->best, q->first, ((size_t)q->S + 1) * sizeof *q->best);
+        for (;;) {
+            cap[goal] = low + (high - low) / 2;
+            if (!(cap[goal] > low && cap[goal] < high)) {
+                memcpy(q->first, q->best, ((size_t)q->S + 1) * sizeof *q->first);
+                return true;
+            }
+            if (attempt(q, cap)) break;
+            low = cap[goal];
+        }
+    }
+}
+
+// How good a cut is: the largest load of a rank, then empty stages, then the sum of squares.
+typedef struct llmpari_cut_score { double most, other, square; int32_t empty; } llmpari_cut_score;
+
+LLMPARI_FN llmpari_cut_score llmpari_cut_rate(const llmpari_cut *q, int goal) {
+    llmpari_cut_score x = LLMPAR_ZERO;
+    for (int32_t r = 0; r < q->P; r++) {
+        const double w = q->load[goal][r];
+        if (w > x.most) x.most = w;
+        if (q->load[1 - goal][r] > x.other) x.other = q->load[1 - goal][r];
+        x.square += w * w;
+    }
+    for (int32_t s = 0; s < q->S; s++) x.empty += q->first[s + 1] == q->first[s];
+    return x;
+}
+// Moves the first item of stage `edge` to the stage before (d = -1), or the last one of that stage to `edge` (d = 1).
+LLMPARI_FN void llmpari_cut_shift(llmpari_cut *q, int32_t edge, int d) {
+    const int32_t item = d > 0 ? --q->first[edge] : q->first[edge]++, up = q->rank_of[edge], down = q->rank_of[edge - 1];
+    for (int k = 0; k < 2; k++) {
+        const double w = d * (q->sum[k][item + 1] - q->sum[k][item]);
+        q->load[k][down] -= w, q->load[k][up] += w;
+    }
+}
+// Moves an item from a stage to another one, each stage between passing one on, while that makes the cut better; no rank gets over `limit` of the other weight. A local
+// search, which ends after so much work in any case.
+LLMPARI_FN void llmpari_cut_improve(llmpari_cut *q, int goal, double limit) {
+    llmpari_cut_load(q, goal, false);
+    llmpari_cut_score best = llmpari_cut_rate(q, goal);
+    int64_t work = 100000000;
+    for (bool moved = true; moved; ) {
+        moved = false;
+        for (int32_t walk = 0; walk < 2 * q->S && work > 0; walk++) {
+            const int32_t s = walk / 2, d = walk % 2 ? -1 : 1;
+            bool better = false;
+            if (q->first[s + 1] == q->first[s]) continue;
+            llmpari_cut_load(q, goal, false);
+            int32_t t = s;
+            while (!better && t + d >= 0 && t + d < q->S) {
+                llmpari_cut_shift(q, d > 0 ? t + 1 : t, d);
+                t += d;
+                const llmpari_cut_score now = llmpari_cut_rate(q, goal);
+                const bool less = now.most < best.most * (1 - 1e-12);
+                better = now.other <= limit && (less || (now.most <= best.most * (1 + 1e-12) &&
+                                                         (now.empty < best.empty || (now.empty == best.empty && now.square < best.square * (1 - 1e-12)))));
+                if (better) best.empty = now.empty, best.square = now.square, best.most = less ? now.most : best.most;
+                work -= q->S;
+            }
+            moved = moved || better;
+            for (; !better && t != s; t -= d) llmpari_cut_shift(q, d > 0 ? t : t + 1, -d);
+        }
+    }
+}
+
+LLMPARI_FN llmpar_status llmpari_cut_new(const llmpar_partition_desc *desc, llmpari_cut *q, llmpar_arena *arena, llmpar_error *err) {
+    const int32_t V = desc->n_virtual ? desc->n_virtual : 1, n = desc->n_items;
+    if (n < 1 || desc->n_ranks < 1 || V < 1 || !desc->cost)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%d items on %d ranks of %d stages; all must be >= 1", (int)n, (int)desc->n_ranks, (int)V);
+    if ((int64_t)desc->n_ranks * V > LLMPAR_MAX_STAGES) return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%d ranks x %d stages; at most %d stages", (int)desc->n_ranks, (int)V, LLMPAR_MAX_STAGES);
+    if ((unsigned)desc->map > LLMPAR_PIPE_MAP_V) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "map %d is not known", (int)desc->map);
+    if (desc->limit_bytes < 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "limit_bytes=%lld; 0 = no limit", (long long)desc->limit_bytes);
+    memset(q, 0, sizeof *q);
+    q->n = n, q->P = desc->n_ranks, q->S = desc->n_ranks * V;
+    const bool v_shape = desc->map == LLMPAR_PIPE_MAP_V;
+    const size_t S = (size_t)q->S, row = (size_t)n + 1;
+    q->v_two   = v_shape && V == 2;
+    q->sum[0]  = (double *)llmpar_arena_alloc(arena, 2 * row * sizeof(double));
+    q->load[0] = (double *)llmpar_arena_alloc(arena, 2 * (size_t)q->P * sizeof(double));
+    q->rank_of = (int32_t *)llmpar_arena_alloc(arena, 3 * (S + 1) * sizeof(int32_t));
+    q->low     = (int32_t *)llmpar_arena_alloc(arena, q->v_two ? 2 * ((size_t)q->P + 1) * row * sizeof(int32_t) : 1);
+    if (!q->sum[0] || !q->load[0] || !q->rank_of || !q->low) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to cut %d items into %d stages", (int)n, (int)q->S);
+    q->sum[1] = q->sum[0] + row, q->load[1] = q->load[0] + q->P, q->first = q->rank_of + S + 1, q->best = q->first + S + 1;
+    q->from   = q->v_two ? q->low + ((size_t)q->P + 1) * row : NULL;
+    for (int32_t s = 0; s < q->S; s++) q->rank_of[s] = v_shape && s / q->P % 2 ? q->P - 1 - s % q->P : s % q->P;
+    for (int32_t i = 0; i < n; i++) {
+        const int64_t bytes = desc->bytes ? desc->bytes[i] : 0;
+        if (!(desc->cost[i] >= 0 && desc->cost[i] <= 1e100)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "cost of item %d is %g; pass a finite number >= 0", (int)i, desc->cost[i]);
+        if (bytes < 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "item %d has %lld bytes; pass a number >= 0", (int)i, (long long)bytes);
+        q->sum[0][i + 1] = q->sum[0][i] + desc->cost[i];
+        q->sum[1][i + 1] = q->sum[1][i] + (double)bytes;
+        if (q->sum[1][i + 1] > 9007199254740992.0) return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "more than 2^53 bytes in the first %d items", (int)i + 1);
+    }
+    return LLMPAR_OK;
+}
+
+LLMPARI_FN llmpar_status llmpari_cut_solve(const llmpar_partition_desc *desc, llmpari_cut *q, llmpar_error *err) {
+    const bool limited = desc->bytes && desc->limit_bytes > 0, rounds = q->S > q->P && !q->v_two;
+    const double limit = limited ? (double)desc->limit_bytes : INFINITY;
+    if (limited) {
+        llmpari_cut_least(q, 1, INFINITY);
+        if (rounds) llmpari_cut_improve(q, 1, INFINITY);
+        const double least = llmpari_cut_load(q, 1, false);
+        if (least > limit)
+            return LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "no rank may hold more than %lld bytes, but one of %d must hold %.0f: limit_bytes=%.0f works", (long long)desc->limit_bytes, (int)q->P,
+                                least, least);
+    }
+    llmpari_cut_least(q, 0, limit);                                                        // it is there: the ranks that hold least show one
+    llmpari_cut_load(q, 0, false);
+    if (llmpari_cut_rate(q, 0).other > limit) {                                            // of several rounds: each stage fits, but not all of a rank
+        llmpari_cut_least(q, 1, INFINITY);
+        llmpari_cut_improve(q, 1, INFINITY);
+    }
+    llmpari_cut_improve(q, 0, limit);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_pipe_partition(const llmpar_partition_desc *desc, int32_t *first, double *slowest, llmpar_error *err) {
+    llmpar_arena arena = LLMPAR_ZERO;
+    llmpari_cut q;
+    if (!desc || !first) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_pipe_partition: %s is NULL", desc ? "first" : "desc");
+    arena.allocator = desc->allocator;
+    llmpar_status status = llmpari_cut_new(desc, &q, &arena, err);
+    if (!status) status = llmpari_cut_solve(desc, &q, err);
+    if (!status) memcpy(first, q.first, ((size_t)q.S + 1) * sizeof *first);
+    if (!status && slowest) *slowest = llmpari_cut_load(&q, 0, false);
+    llmpar_arena_free(&arena);
+    return status;
+}
+
+// ---- Chunked prefill ------------------------------------------------------------------------------------------------
+
+typedef struct llmpari_chunks { const llmpar_chunks_desc *desc; int64_t n, unit, units; } llmpari_chunks;   // n tokens are so many units, the last one maybe not whole
+
+// Time of the chunk of units [a, b) in a stage.
+LLMPARI_FN double llmpari_chunk_time(const llmpari_chunks *q, int64_t a, int64_t b) {
+    const double from = (double)(a * q->unit), to = b < q->units ? (double)(b * q->unit) : (double)q->n;
+    return q->desc->per_chunk + (to - from) * (q->desc->per_token + q->desc->per_pair * (to + from));
+}
+// The last end of a chunk that begins at unit a and takes at most `longest`; a = there is none.
+LLMPARI_FN int64_t llmpari_chunk_end(const llmpari_chunks *q, int64_t a, double longest) {
+    const double t = q->desc->per_token, p = q->desc->per_pair, from = (double)(a * q->unit), room = longest - q->desc->per_chunk + from * (t + p * from);
+    double to = p > 0 ? (sqrt(t * t + 4 * p * fmax(room, 0)) - t) / (2 * p) : t > 0 ? room / t : room >= 0 ? INFINITY : 0;
+    int64_t b = to < (double)q->n ? (int64_t)(fmax(to, from) / (double)q->unit) : q->units;
+    while (b > a && llmpari_chunk_time(q, a, b) > longest) b--;                            // rounding
+    while (b < q->units && llmpari_chunk_time(q, a, b + 1) <= longest) b++;
+    return b;
+}
+// How many chunks of at most `longest` there must be; more than `most`: most + 1. *used: the longest of them; *next: no longest below that has fewer.
+LLMPARI_FN int64_t llmpari_chunks_count(const llmpari_chunks *q, double longest, int64_t most, double *used, double *next) {
+    int64_t k = 0;
+    *used = 0, *next = INFINITY;
+    for (int64_t a = 0, b; a < q->units; a = b, k++) {
+        b = llmpari_chunk_end(q, a, longest);
+        if (b < q->units) *next = fmin(*next, llmpari_chunk_time(q, a, b + 1));
+        if (b == a || k == most) return most + 1;
+        *used = fmax(*used, llmpari_chunk_time(q, a, b));
+    }
+    return k;
+}
+// The least longest chunk of at most k.
+LLMPARI_FN double llmpari_chunks_longest(const llmpari_chunks *q, int64_t k) {
+    double low = llmpari_chunk_time(q, 0, q->units), high = low, used, next;
+    low = q->desc->per_chunk + (low - q->desc->per_chunk) / (double)k * (1 - 1e-12);
+    low = fmax(low, fmax(llmpari_chunk_time(q, q->units - 1, q->units), q->units > 1 ? llmpari_chunk_time(q, q->units - 2, q->units - 1) : 0));
+    for (double t = low; ; t = low + (high - low) / 2) {                                   // the answer is in [low, high], and high is possible
+        if (llmpari_chunks_count(q, t, k, &used, &next) <= k) high = used;
+        else low = fmax(next, low);
+        if (!(low < high)) return high;
+    }
+}
+// The number of chunks that takes least time, at most `most`. Near sqrt((P - 1) work / per_chunk) it is within P - 1 units' time of that. From 1 on: with k chunks of at
+// most `beat` all would be better than the best so far; when g > k chunks are needed for that, neither k nor any other number below g is better, as `beat` gets smaller
+// with more chunks.
+LLMPARI_FN int64_t llmpari_chunks_best(const llmpari_chunks *q, int64_t most) {
+    const double c = q->desc->per_chunk, work = llmpari_chunk_time(q, 0, q->units) - c, wait = (double)(q->desc->n_ranks - 1);
+    double used, next;
+    if (!(wait * work > 0)) return 1;
+    int64_t best = sqrt(wait * work) < (double)most * sqrt(c) ? llmpari_max(1, (int64_t)sqrt(wait * work / c)) : most;
+    double least = (double)best * c + wait * llmpari_chunks_longest(q, best);
+    for (int64_t k = 1, steps = 0; k <= most && steps < 1000000; ) {
+        const double beat = (least - (double)k * c) / wait * (1 - 1e-14);
+        const int64_t g = beat > 0 ? llmpari_chunks_count(q, beat, most, &used, &next) : most + 1;
+        steps += llmpari_min(g, most) * (g > k ? 1 : 20);                                  // as often as the least longest chunk looks
+        if (g > k) { k = g; continue; }
+        best  = k;                                                                         // g == k: fewer were too few for more already
+        least = fmin(least, (double)k * c + wait * llmpari_chunks_longest(q, k));
+        k++;
+    }
+    return llmpari_min(best, llmpari_chunks_count(q, llmpari_chunks_longest(q, best), best, &used, &next));
+}
+
+LLMPAR_DEF llmpar_status llmpar_pipe_chunks(const llmpar_chunks_desc *desc, int64_t *bound, int32_t capacity, int32_t *n_chunks, double *seconds, llmpar_error *err) {
+    llmpari_chunks q;
+    if (!desc || !bound || !n_chunks) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_pipe_chunks: desc, bound or n_chunks is NULL");
+    if (desc->n_tokens < 1 || desc->unit < 0 || desc->n_ranks < 1 || desc->n_chunks < 0 || capacity < 1)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%lld tokens in units of %lld, %d ranks, %d chunks, room for %d: tokens, ranks and room must be >= 1, none negative",
+                            (long long)desc->n_tokens, (long long)desc->unit, (int)desc->n_ranks, (int)desc->n_chunks, (int)capacity);
+    if (!(desc->per_chunk >= 0 && desc->per_token >= 0 && desc->per_pair >= 0 && desc->per_chunk <= 1e100 && desc->per_token <= 1e100 && desc->per_pair <= 1e100))
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "per_chunk=%g, per_token=%g, per_pair=%g; pass finite numbers >= 0", desc->per_chunk, desc->per_token, desc->per_pair);
+    q.desc  = desc;
+    q.n     = desc->n_tokens;
+    q.unit  = llmpari_min(desc->unit ? desc->unit : 1, q.n);
+    q.units = q.n / q.unit + (q.n % q.unit != 0);
+    if (desc->n_chunks > q.units) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_chunks=%d, but %lld tokens are only %lld units of %lld", (int)desc->n_chunks, (long long)q.n,
+                                                      (long long)q.units, (long long)q.unit);
+    if (desc->n_chunks > capacity) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_chunks=%d, but there is room for %d bounds", (int)desc->n_chunks, (int)capacity);
+    const int64_t k = desc->n_chunks ? desc->n_chunks : llmpari_chunks_best(&q, llmpari_min(q.units, capacity));
+    const double longest = llmpari_chunks_longest(&q, k);
+    for (int64_t i = 0, a = 0; i < k; i++) {                                               // as long as may be, but a unit is left for every chunk to come
+        a = llmpari_min(llmpari_chunk_end(&q, a, longest), q.units - (k - 1 - i));
+        bound[i] = a < q.units ? a * q.unit : q.n;
+    }
+    *n_chunks = (int32_t)k;
+    if (seconds) *seconds = (double)k * desc->per_chunk + (double)q.n * (desc->per_token + desc->per_pair * (double)q.n) + (double)(desc->n_ranks - 1) * longest;
+    return LLMPAR_OK;
+}
+
+LLMPARI_ONCE_BEGIN
+// ---- Timelines ------------------------------------------------------------------------------------------------------
+
+// Which of its rank's stages this is, 0 = the first, and how many they are.
+LLMPARI_FN int32_t llmpari_pipe_chunk(const llmpar_schedule *s, int32_t stage, int32_t *n) {
+    int32_t chunk = 0;
+    *n = 0;
+    for (int32_t i = 0; i < s->n_stages; i++) {
+        if (s->rank_of[i] != s->rank_of[stage]) continue;
+        chunk += i < stage;
+        ++*n;
+    }
+    return chunk;
+}
+// Idle part of the makespan, of all ranks together (rank -1) or of one.
+LLMPARI_FN double llmpari_pipe_idle(const llmpar_schedule *s, const llmpar_pipe_timing *t, int32_t rank) {
+    double busy = 0;
+    for (int32_t r = 0; r < s->n_ranks; r++) if (rank < 0 || r == rank) busy += t->busy[r];
+    return t->makespan > 0 ? 1 - busy / ((rank < 0 ? s->n_ranks : 1) * t->makespan) : 0;
+}
+LLMPARI_FN void llmpari_pipe_numbers(const llmpar_schedule *s, const llmpar_pipe_timing *t, char *text, size_t bytes) {
+    snprintf(text, bytes, "makespan %.6g, span %.6g, bubble %.1f %% of the makespan", t->makespan, t->span, 100 * llmpari_pipe_idle(s, t, -1));
+}
+
+// The shortest time that an action takes, but for 0; INFINITY = none does.
+LLMPARI_FN double llmpari_pipe_shortest(const llmpar_schedule *s, const llmpar_pipe_timing *t) {
+    double shortest = INFINITY;
+    for (int64_t j = 0; j < s->first[s->n_ranks]; j++) {
+        const double time = t->action_end[j] - t->action_begin[j];
+        if (!llmpari_action_is_transfer(s->action[j]) && time > 0 && time < shortest) shortest = time;
+    }
+    return shortest;
+}
+// The action that has most of [begin, end) on a rank, of those from *at on, which moves along; -1 = it is mostly idle.
+LLMPARI_FN int64_t llmpari_pipe_dominant(const llmpar_schedule *s, const llmpar_pipe_timing *t, int32_t rank, double begin, double end, int64_t *at) {
+    double most = 0, idle = end - begin;
+    int64_t best = -1;
+    while (*at < s->first[rank + 1] && t->action_end[*at] <= begin) ++*at;
+    for (int64_t j = *at; j < s->first[rank + 1] && t->action_begin[j] < end; j++) {
+        const double part = fmin(end, t->action_end[j]) - fmax(begin, t->action_begin[j]);
+        if (part > most) most = part, best = j;
+        if (part > 0) idle -= part;
+    }
+    return most >= idle * (1 - 1e-9) ? best : -1;
+}
+
+LLMPAR_DEF void llmpar_pipe_text(const llmpar_schedule *schedule, const llmpar_pipe_timing *timing, int columns, llmpar_sink sink) {
+    const int label = snprintf(NULL, 0, "%d", (int)schedule->n_ranks - 1) + 1, most = columns - label > 1 ? columns - label : 1;
+    const double shortest = llmpari_pipe_shortest(schedule, timing), least = timing->makespan / most;
+    const double cell = shortest >= least && shortest < INFINITY ? shortest / floor(shortest / least + 1e-9) : least;   // the shortest action is a whole number of columns
+    const int cells = cell > 0 ? (int)fmin(most, ceil(timing->makespan / cell - 1e-6)) : 0;
+    char text[160];
+    bool shaded = false;
+    for (int32_t r = 0; r < schedule->n_ranks; r++) {
+        int64_t at = schedule->first[r], shown = -1;
+        const char *number = "";
+        char name[16];
+        llmpari_print(&sink, "%*d ", label - 1, (int)r);
+        for (int i = 0; i < cells; i++) {
+            const int64_t j = llmpari_pipe_dominant(schedule, timing, r, i * cell, (i + 1) * cell, &at);
+            char c = '.';
+            if (j >= 0 && j != shown) {                                                    // its letter, then its micro-batch if there is room, then dashes
+                const llmpar_action a = schedule->action[j];
+                int32_t n, room = (int32_t)((timing->action_end[j] - i * cell) / cell + 0.5);
+                const bool odd = llmpari_pipe_chunk(schedule, a.stage, &n) % 2;
+                c = odd ? "fbiw"[a.kind & 3] : "FBIW"[a.kind & 3];
+                shaded = shaded || odd;
+                snprintf(name, sizeof name, "%d", (int)a.micro);
+                number = (int32_t)strlen(name) < room ? name : "";
+            } else if (j >= 0) {
+                c = '-';
+                if (*number) c = *number++;
+            }
+            shown = j;
+            llmpari_print(&sink, "%c", c);
+        }
+        llmpari_print(&sink, "\n");
+    }
+    llmpari_pipe_numbers(schedule, timing, text, sizeof text);
+    llmpari_print(&sink, "%s: %s\nF forward, B backward, I input gradients, W weight gradients, each before its micro-batch%s; . idle; a column is %.3g\n", schedule->name, text,
+                  shaded ? "; small letters: every second stage of a rank" : "", cell);
+}
+
+// Colour of a bar: by kind, paler for the later stages of a rank. True: it is dark.
+LLMPARI_FN bool llmpari_pipe_colour(const llmpar_schedule *s, llmpar_action a, char text[8]) {
+    static const uint8_t rgb[4][3] = { { 47, 111, 181 }, { 190, 66, 42 }, { 16, 138, 122 }, { 168, 122, 8 } };
+    int32_t n;
+    const int32_t chunk = llmpari_pipe_chunk(s, a.stage, &n);
+    const double pale = n > 1 ? 0.6 * chunk / (n - 1) : 0;
+    unsigned c[3];
+    for (int i = 0; i < 3; i++) c[i] = (unsigned)(rgb[a.kind & 3][i] + pale * (255 - rgb[a.kind & 3][i])) & 255u;
+    snprintf(text, 8, "#%02x%02x%02x", c[0], c[1], c[2]);
+    return pale < 0.3;
+}
+
+// Memory of a rank over time as a step line, `high` pixels for `most`, standing on y.
+LLMPARI_FN void llmpari_pipe_memory_svg(const llmpar_sink *sink, const llmpari_timeline *t, const llmpar_schedule *s, const llmpar_pipe_costs *costs, const llmpar_pipe_timing *timing,
+                                        int32_t rank, double y, double high, double most) {
+    const double scale = t->width / t->seconds, high_one = high / most;
+    double held = 0, at = 0;                                                               // what changes at one time is one step
+    llmpari_print(sink, "<path d=\"M%.1f %.1f", t->left, y);
+    for (int64_t j = s->first[rank]; j < s->first[rank + 1]; j++) {
+        const llmpar_action a = s->action[j];
+        const double hold = costs && costs->hold ? costs->hold[a.stage] : 1, release = costs && costs->release ? costs->release[a.stage] : hold / 2;
+        const double time = a.kind == LLMPAR_ACTION_F ? timing->action_begin[j] : timing->action_end[j];
+        if (llmpari_action_is_transfer(a)) continue;
+        if (time > at) llmpari_print(sink, "H%.2fV%.2f", t->left + scale * at, y - high_one * held);
+        held += llmpari_pipe_holds(a.kind, hold, release);
+        at = time;
+    }
+    llmpari_print(sink, "H%.2fV%.2fH%.1fV%.1fZ\" fill=\"#d5dae1\" stroke=\"#5b6675\" stroke-width=\"0.8\"><title>memory of rank %d, at most %.6g</title></path>\n", t->left + scale * at,
+                  y - high_one * held, t->left + t->width, y, (int)rank, timing->peak[rank]);
+}
+
+// Bars of a rank, and over them the micro-batches that fit into them: in white, then in black.
+LLMPARI_FN void llmpari_pipe_bars_svg(const llmpar_sink *sink, const llmpari_timeline *t, const llmpar_schedule *s, const llmpar_pipe_timing *timing, int32_t rank) {
+    const double scale = t->width / t->seconds;
+    char text[96], colour[8];
+    for (int pass = 0; pass < 3; pass++) {
+        llmpari_print(sink, pass == 0 ? "<g stroke=\"#fff\" stroke-width=\"0.7\">\n" : pass == 1 ? "<g fill=\"#fff\" pointer-events=\"none\">\n" : "<g pointer-events=\"none\">\n");
+        for (int64_t j = s->first[rank]; j < s->first[rank + 1]; j++) {
+            const llmpar_action a = s->action[j];
+            const double begin = timing->action_begin[j], end = timing->action_end[j];
+            if (llmpari_action_is_transfer(a)) continue;
+            const bool dark = llmpari_pipe_colour(s, a, colour);
+            if (pass == 0) {
+                snprintf(text, sizeof text, "%s: %.6g to %.6g", llmpari_action_print(a).text, begin, end);
+                llmpari_timeline_bar(sink, t, rank, begin, end, colour, text);
+            } else if (dark == (pass == 1)) {
+                const int n = snprintf(text, sizeof text, "%d", (int)a.micro);
+                if (scale * (end - begin) >= 6.4 * n + 1.5) llmpari_svg_text(sink, t->left + scale * (begin + end) / 2, t->top + t->row * rank + 3 + t->bar / 2 + 3.5, 10, "middle", text);
+            }
+        }
+        llmpari_print(sink, "</g>\n");
+    }
+}
+
+LLMPAR_DEF void llmpar_pipe_svg(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, const llmpar_pipe_timing *timing, llmpar_sink sink) {
+    static const char *const word[4] = { "F forward", "B backward", "I input gradients", "W weight gradients" };
+    const llmpar_schedule *s = schedule;
+    llmpari_timeline t = LLMPAR_ZERO;
+    double shortest = llmpari_pipe_shortest(s, timing), most = 0, all = 0, x;
+    int32_t n = 1;
+    bool seen[4] = { false, false, false, false };
+    char text[200], colour[8];
+    for (int64_t j = 0; j < s->first[s->n_ranks]; j++) {
+        if (llmpari_action_is_transfer(s->action[j])) continue;
+        seen[s->action[j].kind] = true;
+        all += timing->action_end[j] - timing->action_begin[j];
+    }
+    for (int32_t r = 0; r < s->n_ranks; r++) most = fmax(most, timing->peak[r]);
+    t.left = 70, t.top = 92, t.row = 64, t.bar = 26, t.tracks = s->n_ranks, t.plain = true;
+    t.seconds = timing->makespan > 0 ? timing->makespan : 1;
+    shortest  = fmax(shortest, all / (double)llmpari_max(1, s->first[s->n_ranks]) / 4);    // wide enough for numbers in all bars but very short ones
+    t.width   = fmax(900, fmin(20000, (3 + 6.4 * snprintf(text, sizeof text, "%d", (int)s->n_micro - 1)) * t.seconds / shortest));
+    llmpari_svg_begin(&sink, t.left + t.width + 100, t.top + t.row * t.tracks + 34);
+    snprintf(text, sizeof text, "%s: %d ranks, %d stages, %d micro-batches", s->name, (int)s->n_ranks, (int)s->n_stages, (int)s->n_micro);
+    llmpari_svg_text(&sink, 20, 28, 16, "start", text);
+    llmpari_pipe_numbers(s, timing, text, sizeof text);
+    llmpari_svg_text(&sink, 20, 48, 12, "start", text);
+    x = t.left;
+    for (int k = 0; k < 4; k++) {
+        if (!seen[k]) continue;
+        llmpari_pipe_colour(s, llmpari_action((llmpar_action_kind)k, 0, 0), colour);
+        llmpari_svg_key(&sink, &x, 74, colour, word[k]);
+    }
+    llmpari_pipe_chunk(s, 0, &n);
+    llmpari_svg_key(&sink, &x, 74, "#d5dae1", "memory");
+    snprintf(text, sizeof text, "numbers: micro-batches%s", n > 1 ? "; pale: later stages of the rank" : "");
+    llmpari_svg_text(&sink, x + 6, 74, 12, "start", text);
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        const double y = t.top + t.row * r, end = t.left + t.width + 8;
+        snprintf(text, sizeof text, "rank %d", (int)r);
+        llmpari_timeline_track(&sink, &t, r, text);
+        llmpari_pipe_memory_svg(&sink, &t, s, costs, timing, r, y + t.row - 6, 24, most > 0 ? most : 1);
+        snprintf(text, sizeof text, "bubble %.1f %%", 100 * llmpari_pipe_idle(s, timing, r));
+        llmpari_svg_text(&sink, end, y + 20, 12, "start", text);
+        snprintf(text, sizeof text, "peak %.6g", timing->peak[r]);
+        llmpari_svg_text(&sink, end, y + t.row - 12, 12, "start", text);
+    }
+    llmpari_timeline_axis(&sink, &t);
+    for (int32_t r = 0; r < s->n_ranks; r++) llmpari_pipe_bars_svg(&sink, &t, s, timing, r);
+    llmpari_print(&sink, "</svg>\n");
+}
+
+LLMPAR_DEF void llmpar_pipe_trace(const llmpar_schedule *schedule, const llmpar_pipe_timing *timing, llmpar_sink sink) {
+    llmpari_print(&sink, "{\"displayTimeUnit\": \"ms\", \"traceEvents\": [\n");
+    for (int32_t r = 0; r < schedule->n_ranks; r++) {
+        llmpari_trace_thread(&sink, r);
+        for (int64_t j = schedule->first[r]; j < schedule->first[r + 1]; j++) {
+            const llmpar_action a = schedule->action[j];
+            if (llmpari_action_is_transfer(a)) continue;
+            llmpari_print(&sink, ",\n{\"name\": \"%s\", \"cat\": \"%s\", \"ph\": \"B\", \"pid\": 0, \"tid\": %d, \"ts\": %.3f, \"args\": {\"stage\": %d, \"micro\": %d}},\n"
+                          "{\"ph\": \"E\", \"pid\": 0, \"tid\": %d, \"ts\": %.3f}", llmpari_action_print(a).text, llmpari_action_name[a.kind], (int)r, 1e6 * timing->action_begin[j],
+                          (int)a.stage, (int)a.micro, (int)r, 1e6 * timing->action_end[j]);
+        }
+    }
+    llmpari_print(&sink, "\n]}\n");
+}
+LLMPARI_ONCE_END
+
+// Placeholder until the bounds of the search are here: the work of the busiest rank.
+LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, double memory, llmpar_pipe_bound *bound, llmpar_error *err) {
+    static const llmpar_pipe_costs none = LLMPAR_ZERO;
+    const llmpar_pipe_costs *c = costs ? costs : &none;
+    (void)memory;
+    LLMPARI_TRY(llmpari_pipe_shape(schedule, err));
+    bound->span = 0;
+    for (int32_t r = 0; r < schedule->n_ranks; r++) {
+        double work = 0;
+        for (int64_t j = schedule->first[r]; j < schedule->first[r + 1]; j++) {
+            const int32_t k = schedule->action[j].kind, st = schedule->action[j].stage;
+            const double i = c->i ? c->i[st] : 1, w = c->w ? c->w[st] : 1;
+            work += k == LLMPAR_ACTION_F ? (c->f ? c->f[st] : 1) : k == LLMPAR_ACTION_I ? i : k == LLMPAR_ACTION_W ? w : k == LLMPAR_ACTION_B ? (c->b ? c->b[st] : i + w) : 0;
+        }
+        bound->span = fmax(bound->span, work);
+    }
+    bound->makespan = bound->span;
+    return LLMPAR_OK;
 }
 
 // ============================================================================================================
@@ -10877,7 +11425,7 @@ LLMPAR_DEF void llmpar_trace_write(const llmpar_trace *const *trace, int32_t n, 
     llmpari_print(&sink, "{\"displayTimeUnit\": \"ns\", \"traceEvents\": [\n");
     for (int32_t r = 0; r < n; r++) {
         llmpari_trace_order order = { trace[r], 0, NULL };
-        llmpari_print(&sink, "%s{\"name\": \"thread_name\", \"ph\": \"M\", \"pid\": 0, \"tid\": %d, \"args\": {\"name\": \"rank %d\"}}", r ? ",\n" : "", r, r);
+        llmpari_trace_thread(&sink, r);
         for (int64_t i = 0; i < llmpari_trace_events(trace[r]); i++) {
             const llmpar_trace_event *e = &trace[r]->event[i];
             if (e->started_s == 0) continue;
@@ -10898,7 +11446,7 @@ LLMPAR_DEF void llmpar_trace_write(const llmpar_trace *const *trace, int32_t n, 
 
 LLMPAR_DEF void llmpar_trace_svg(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink) {
     static const char colour[LLMPAR_COLLECTIVE_COUNT][8] = { "#bab0ac", "#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#b07aa1", "#edc948", "#ff9da7", "#9c755f" };
-    llmpari_timeline t = { 70, 70, 30, 1000, 0, 0 };
+    llmpari_timeline t = { 70, 70, 30, 24, 1000, 0, 0, false };
     bool seen[LLMPAR_COLLECTIVE_COUNT] = { false };
     double zero, x = 70;
     char text[192];
