@@ -10326,7 +10326,7 @@ LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, con
 // Each is then improved by doing it again with its gaps filled (llmpari_find_refill), and the best ones by annealing: moves of tokens along the critical path.
 // The effort is counted in actions timed, never by a clock: all ranks find the same.
 
-#define LLMPARI_FIND_STEPS  40000000   // actions timed in all, about a second
+#define LLMPARI_FIND_STEPS  30000000   // actions timed in all, about a second
 #define LLMPARI_FIND_EVALS  24000      // orders timed, at most
 #define LLMPARI_FIND_SEEDS  4          // orders that are annealed
 
@@ -10599,6 +10599,7 @@ LLMPARI_FN double llmpari_find_waste(const double *at, const double *takes, int3
         for (int32_t j = 0; j < n; j++) {
             double d = fmod(at[j] - at[i] - takes[i], period);
             if (d < -eps) d += period;
+            if (d > period - eps) d = 0;
             if (j != i && d < gap) gap = d > 0 ? d : 0;
         }
         for (int32_t set = 1; set < 1 << n_rest; set++) {
@@ -10768,14 +10769,52 @@ LLMPARI_FN llmpar_status llmpari_find_published(llmpari_find *q, llmpar_pipe_kin
     return LLMPAR_OK;
 }
 
+// The i-th pattern: the first ones without delays, then some at random.
+LLMPARI_FN void llmpari_find_try_pattern(llmpari_find *q, int i, double period, double *at, int32_t *n) {
+    static const double inflate[] = { 0, 1, 0.5, 0.75, 0.25 };
+    const double part = inflate[i < 10 ? i % 5 : (int)llmpari_find_random(q, 5)];
+    double link = 0;
+    for (int32_t s = 0; s < q->S; s++) if (q->c->link[s] > link) link = q->c->link[s];
+    period += q->kinds * q->V * part * link;
+    if (i >= 10 && llmpari_find_random(q, 2)) period *= 1 + 0.005 * llmpari_find_random(q, 20);
+    const uint32_t delay = i < 10 || llmpari_find_random(q, 2) ? 0 : 2 * llmpari_find_random(q, 30);
+    q->evals--;
+    if (!llmpari_find_pattern(q, period, part, delay, i < 5 || i % 2, at, at + 3 * (int64_t)q->S, n)) return;
+    llmpari_find_repeat(q, period, n + q->P, q->work);
+    if (llmpari_find_time(q, q->work)) llmpari_find_polish(q);
+}
+// The i-th rule: the known ones, then some at random.
+LLMPARI_FN void llmpari_find_try_rule(llmpari_find *q, int i, double period, double f) {
+    static const llmpari_find_rule known[] = {                                             // period and gate in parts of the period, hold of F
+        { 0.5, 0, 0, 0.5, false, false }, { 0.5, 0, 1, 0.5, false, false }, { 0.75, 0.5, 0, 0, false, false }, { 1, 0.5, 0, 0, false, false }, { 0.5, 0, 0.75, 0.5, false, false },
+        { 0.4, 0, 0.75, 0.95, false, false }, { 0.25, 0, 0.25, 1, true, false }, { 1.25, 0.5, 0, 0.5, false, false }, { 1e6, 0, 0, 0, false, false }, { 0, 0, 0.5, 0, false, false },
+        { 1e6, 1, 1, 0, false, false }, { 1e6, 0, 0.5, 0.5, true, false } };
+    static const double urgency[] = { 0, 0.25, 0.4, 0.5, 0.6, 0.75, 1, 1.25, 1.5, 2, 3, 1e6 };
+    llmpari_find_rule u = known[i < 12 ? i : 0];
+    if (i >= 12) {
+        u.period = urgency[llmpari_find_random(q, 12)];
+        u.gate   = 0.5 * llmpari_find_random(q, 3);
+        u.slack  = 0.25 * llmpari_find_random(q, 5);
+        u.hold   = 0.25 * llmpari_find_random(q, 5);
+        u.lazy   = llmpari_find_random(q, 2) != 0;
+    }
+    u.period *= period, u.gate *= period, u.hold *= f;
+    double t = 0;                                                                          // urgency: as if the pipeline were empty
+    for (int32_t s = 0; s < q->S; t += q->time[s] + (s + 1 < q->S ? q->c->link[s] : 0), s++) q->offset[s] = t;
+    for (int32_t s = q->S; s-- > 0; t += q->time[q->S + s] + (s ? q->c->link[s - 1] : 0)) q->offset[q->S + s] = t;
+    if (llmpari_find_make(q, &u, NULL, q->work)) llmpari_find_polish(q);
+}
+// Is more than this share of the effort left, and anything to gain?
+LLMPARI_FN bool llmpari_find_more(const llmpari_find *q, int64_t steps, int64_t evals, double share) {
+    return (double)q->steps > share * (double)steps && (double)q->evals > share * (double)evals && (q->n_seeds == 0 || q->seed_span[0] > q->goal * (1 + 1e-12));
+}
+
 // Finds orders for one map of the stages into q->seed.
 LLMPARI_FN llmpar_status llmpari_find_all(llmpari_find *q, llmpar_arena *arena, llmpar_error *err) {
-    static const llmpar_pipe_kind flat[] = { LLMPAR_PIPE_ZB_H1, LLMPAR_PIPE_ZB_H2, LLMPAR_PIPE_INTERLEAVED }, vees[] = { LLMPAR_PIPE_ZB_V, LLMPAR_PIPE_DUALPIPE_V };
-    static const llmpari_find_rule known[] = {                                             // in parts of the period; hold: of an F
-        { 0.5, 0, 0, 0.5, false, false }, { 0.5, 0, 1, 0.5, false, false }, { 0.5, 0, 0.75, 0.5, false, false }, { 0.4, 0, 0.75, 0.95, false, false }, { 0.25, 0, 0.25, 1, true, false },
-        { 0.75, 0.5, 0, 0, false, false }, { 1, 0.5, 0, 0, false, false }, { 1.25, 0.5, 0, 0.5, false, false }, { 1e6, 0, 0, 0, false, false }, { 0, 0, 0.5, 0, false, false },
-        { 1e6, 1, 1, 0, false, false }, { 1e6, 0, 0.5, 0.5, true, false } };
+    static const llmpar_pipe_kind loop[] = { LLMPAR_PIPE_ZB_H1, LLMPAR_PIPE_ZB_H2, LLMPAR_PIPE_INTERLEAVED }, vee[] = { LLMPAR_PIPE_ZB_V, LLMPAR_PIPE_DUALPIPE_V };
+    static const double heat[] = { 0.05, 0.3, 0.02, 0.1, 0.5, 0, 0.05, 0.2 };
     const int64_t steps = q->steps, evals = q->evals;
+    const int published = !q->v_shape ? 3 : q->V == 2 ? 2 : 0;
     double period = 0, f = 0;
     for (int32_t r = 0; r < q->P; r++) {
         double work = 0;
@@ -10783,48 +10822,22 @@ LLMPARI_FN llmpar_status llmpari_find_all(llmpari_find *q, llmpar_arena *arena, 
         if (work > period) period = work;
     }
     for (int32_t s = 0; s < q->S; s++) if (q->time[s] > f) f = q->time[s];
-    for (int i = 0; i < (q->v_shape && q->V == 2 ? 2 : q->v_shape ? 0 : 3); i++) LLMPARI_TRY(llmpari_find_published(q, (q->v_shape ? vees : flat)[i], arena, err));
-
-#define LLMPARI_FIND_LEFT(share) (q->steps > (share) * (double)steps && q->evals > (share) * (double)evals && (q->n_seeds == 0 || q->seed_span[0] > q->goal * (1 + 1e-12)))
-    for (int i = 0; i < 12 || (i < 400 && LLMPARI_FIND_LEFT(0.85)); i++) {
-        llmpari_find_rule u;
-        if (i < 12) u = known[i];
-        else {
-            static const double urgency[] = { 0, 0.25, 0.4, 0.5, 0.6, 0.75, 1, 1.25, 1.5, 2, 3, 1e6 };
-            u.period = urgency[llmpari_find_random(q, 12)];
-            u.gate   = 0.5 * llmpari_find_random(q, 3);
-            u.slack  = 0.25 * llmpari_find_random(q, 5);
-            u.hold   = 0.25 * llmpari_find_random(q, 5);
-            u.lazy   = llmpari_find_random(q, 2) != 0, u.fill = false;
-        }
-        u.period *= period, u.gate *= period, u.hold *= f;
-        if (i > 0 && !LLMPARI_FIND_LEFT(0.4)) break;
-        if (llmpari_find_make(q, &u, NULL, q->work)) llmpari_find_polish(q);
-    }
     const bool pattern = q->V <= LLMPARI_PATTERN_V && period > 0;
     const llmpar_arena_mark mark = llmpar_arena_save(arena);
     double *at = (double *)llmpar_arena_alloc(arena, 6 * (size_t)q->S * sizeof *at);
-    int32_t *n = (int32_t *)llmpar_arena_alloc(arena, (size_t)(q->P + 3 * q->V) * sizeof *n);
+    int32_t *n = (int32_t *)llmpar_arena_alloc(arena, ((size_t)q->P + 3 * (size_t)q->V) * sizeof *n);
     if (!at || !n) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a pattern of %d stages", (int)q->S);
-    for (int i = 0; pattern && (i < 8 || i < 600) && LLMPARI_FIND_LEFT(0.6); i++) {
-        static const double inflate[] = { 0, 1, 0.5, 0.75, 0.25 };
-        const double part = inflate[i < 10 ? i / 2 : (int)llmpari_find_random(q, 5)];
-        double p = 0, link = 0;
-        for (int32_t s = 0; s < q->S; s++) if (q->c->link[s] > link) link = q->c->link[s];
-        p = period + q->kinds * q->V * part * link;
-        if (i >= 10 && llmpari_find_random(q, 2)) p *= 1 + 0.005 * llmpari_find_random(q, 20);
-        if (llmpari_find_pattern(q, p, part, i < 10 ? 0 : llmpari_find_random(q, 2) * 2 * llmpari_find_random(q, 30), i % 2 == 0, at, at + 3 * (int64_t)q->S, n)) {
-            llmpari_find_repeat(q, p, n + q->P, q->work);
-            if (llmpari_find_time(q, q->work)) llmpari_find_polish(q);
-        }
+    for (int i = 0; i < published && (i == 0 || llmpari_find_more(q, steps, evals, 0)); i++) LLMPARI_TRY(llmpari_find_published(q, q->v_shape ? vee[i] : loop[i], arena, err));
+    for (int i = 0; i < 2 && pattern && llmpari_find_more(q, steps, evals, 0.4); i++) llmpari_find_try_pattern(q, i, period, at, n);
+    for (int i = 0; i < 400 && (q->n_seeds == 0 || llmpari_find_more(q, steps, evals, 0.4)); i++) {
+        llmpari_find_try_rule(q, i, period, f);
+        if (pattern && i >= 12) llmpari_find_try_pattern(q, i - 10, period, at, n);
+    }
+    for (int i = 0; i < 8 && q->n_seeds && llmpari_find_more(q, steps, evals, 0.02); i++) {
+        const double each = (double)q->steps / (double)(q->n * q->P) / (8 - i), most = (double)q->evals / (8 - i);
+        llmpari_find_anneal(q, i % 2 ? 0 : (int32_t)llmpari_min(i / 2, q->n_seeds - 1), (int64_t)(each < most ? each : most), heat[i] * period);
     }
     llmpar_arena_restore(arena, mark);
-    for (int round = 0; LLMPARI_FIND_LEFT(0.02) && q->n_seeds && round < 8; round++) {
-        static const double heat[] = { 0.05, 0.3, 0.02, 0.1, 0.5, 0, 0.05, 0.2 };
-        const double each = (double)q->steps / (double)(q->n * q->P) / (8 - round), most = (double)q->evals / (8 - round);
-        llmpari_find_anneal(q, round % 2 ? 0 : (int32_t)llmpari_min(round / 2, q->n_seeds - 1), (int64_t)(each < most ? each : most), heat[round] * period);
-    }
-#undef LLMPARI_FIND_LEFT
     return LLMPAR_OK;
 }
 
@@ -10873,11 +10886,7 @@ LLMPARI_FN llmpar_status llmpari_find_new(llmpari_find *q, const llmpar_pipe_des
         const int32_t next = q->stage[s->rank_of[i] * V + i / P + 1];
         q->later[i] = q->later[next] + q->add[next];
     }
-    for (int32_t i = 0; i < S; t += q->time[i] + (i + 1 < S ? c->link[i] : 0), i++) {
-        q->offset[i] = t;
-        if (i < P) q->begin[i] = t;
-    }
-    for (int32_t i = S; i-- > 0; t += q->time[S + i] + (i ? c->link[i - 1] : 0)) q->offset[S + i] = t;
+    for (int32_t i = 0; i < P; t += q->time[i] + c->link[i], i++) q->begin[i] = t;
     return LLMPAR_OK;
 }
 
