@@ -10327,7 +10327,7 @@ LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, con
 // The effort is counted in actions timed, never by a clock: all ranks find the same.
 
 #define LLMPARI_FIND_STEPS  30000000   // actions timed in all, about a second
-#define LLMPARI_FIND_EVALS  24000      // orders timed, at most
+#define LLMPARI_FIND_EVALS  30000      // orders timed, at most
 #define LLMPARI_FIND_SEEDS  4          // orders that are annealed
 
 typedef struct llmpari_find_rule {
@@ -10812,7 +10812,7 @@ LLMPARI_FN bool llmpari_find_more(const llmpari_find *q, int64_t steps, int64_t 
 // Finds orders for one map of the stages into q->seed.
 LLMPARI_FN llmpar_status llmpari_find_all(llmpari_find *q, llmpar_arena *arena, llmpar_error *err) {
     static const llmpar_pipe_kind loop[] = { LLMPAR_PIPE_ZB_H1, LLMPAR_PIPE_ZB_H2, LLMPAR_PIPE_INTERLEAVED }, vee[] = { LLMPAR_PIPE_ZB_V, LLMPAR_PIPE_DUALPIPE_V };
-    static const double heat[] = { 0.05, 0.3, 0.02, 0.1, 0.5, 0, 0.05, 0.2 };
+    static const double heat[] = { 0.05, 0.3, 0.02, 0.1, 0.5, 0, 0.05, 0.2, 0.1, 1, 0.3, 2, 0.5, 0.05, 0.2, 1 };    // the second half for small cases only
     const int64_t steps = q->steps, evals = q->evals;
     const int published = !q->v_shape ? 3 : q->V == 2 ? 2 : 0;
     double period = 0, f = 0;
@@ -10833,9 +10833,10 @@ LLMPARI_FN llmpar_status llmpari_find_all(llmpari_find *q, llmpar_arena *arena, 
         llmpari_find_try_rule(q, i, period, f);
         if (pattern && i >= 12) llmpari_find_try_pattern(q, i - 10, period, at, n);
     }
-    for (int i = 0; i < 8 && q->n_seeds && llmpari_find_more(q, steps, evals, 0.02); i++) {
-        const double each = (double)q->steps / (double)(q->n * q->P) / (8 - i), most = (double)q->evals / (8 - i);
-        llmpari_find_anneal(q, i % 2 ? 0 : (int32_t)llmpari_min(i / 2, q->n_seeds - 1), (int64_t)(each < most ? each : most), heat[i] * period);
+    const int rounds = q->n * q->P < 256 ? 16 : 8;
+    for (int i = 0; i < rounds && q->n_seeds && llmpari_find_more(q, steps, evals, 0.02); i++) {
+        const double each = (double)q->steps / (double)(q->n * q->P) / (rounds - i), most = (double)q->evals / (rounds - i);
+        llmpari_find_anneal(q, i % 2 ? 0 : (int32_t)llmpari_min(i / 2 % LLMPARI_FIND_SEEDS, q->n_seeds - 1), (int64_t)(each < most ? each : most), heat[i] * period);
     }
     llmpar_arena_restore(arena, mark);
     return LLMPAR_OK;
@@ -10879,8 +10880,8 @@ LLMPARI_FN llmpar_status llmpari_find_new(llmpari_find *q, const llmpar_pipe_des
     double t = 0;
     for (int32_t i = 0; i < S; i++) {
         q->stage[s->rank_of[i] * V + i / P] = i;
-        q->time[i] = c->time[LLMPAR_ACTION_F][i], q->time[S + i] = c->time[split ? LLMPAR_ACTION_I : LLMPAR_ACTION_B][i], q->time[2 * S + i] = c->time[LLMPAR_ACTION_W][i];
-        q->add[i] = c->hold[i], q->add[S + i] = split ? -c->release[i] : -c->hold[i], q->add[2 * S + i] = c->release[i] - c->hold[i];
+        q->time[i] = c->time[LLMPAR_ACTION_F][i], q->time[S + i] = c->time[split ? LLMPAR_ACTION_I : LLMPAR_ACTION_B][i], q->time[2 * S + i] = split ? c->time[LLMPAR_ACTION_W][i] : 0;
+        q->add[i] = c->hold[i], q->add[S + i] = split ? -c->release[i] : -c->hold[i], q->add[2 * S + i] = -q->add[i] - q->add[S + i];
     }
     for (int32_t i = S - P; i-- > 0; ) {                                                    // the chunk after i's on the same rank
         const int32_t next = q->stage[s->rank_of[i] * V + i / P + 1];
