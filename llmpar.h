@@ -10326,7 +10326,7 @@ LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, con
 // Each is then improved by doing it again with its gaps filled (llmpari_find_refill), and the best ones by annealing: moves of tokens along the critical path.
 // The effort is counted in actions timed, never by a clock: all ranks find the same.
 
-#define LLMPARI_FIND_STEPS  30000000   // actions timed in all, about a second
+#define LLMPARI_FIND_STEPS  30000000   // actions timed in all, one to two seconds
 #define LLMPARI_FIND_EVALS  30000      // orders timed, at most
 #define LLMPARI_FIND_SEEDS  4          // orders that are annealed
 
@@ -10814,6 +10814,7 @@ LLMPARI_FN llmpar_status llmpari_find_all(llmpari_find *q, llmpar_arena *arena, 
     static const llmpar_pipe_kind loop[] = { LLMPAR_PIPE_ZB_H1, LLMPAR_PIPE_ZB_H2, LLMPAR_PIPE_INTERLEAVED }, vee[] = { LLMPAR_PIPE_ZB_V, LLMPAR_PIPE_DUALPIPE_V };
     static const double heat[] = { 0.05, 0.3, 0.02, 0.1, 0.5, 0, 0.05, 0.2, 0.1, 1, 0.3, 2, 0.5, 0.05, 0.2, 1 };    // the second half for small cases only
     const int64_t steps = q->steps, evals = q->evals;
+    const double share = q->n * q->P < 4096 ? 0.4 : 0.7;                                   // left for annealing
     const int published = !q->v_shape ? 3 : q->V == 2 ? 2 : 0;
     double period = 0, f = 0;
     for (int32_t r = 0; r < q->P; r++) {
@@ -10828,15 +10829,15 @@ LLMPARI_FN llmpar_status llmpari_find_all(llmpari_find *q, llmpar_arena *arena, 
     int32_t *n = (int32_t *)llmpar_arena_alloc(arena, ((size_t)q->P + 3 * (size_t)q->V) * sizeof *n);
     if (!at || !n) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a pattern of %d stages", (int)q->S);
     for (int i = 0; i < published && (i == 0 || llmpari_find_more(q, steps, evals, 0)); i++) LLMPARI_TRY(llmpari_find_published(q, q->v_shape ? vee[i] : loop[i], arena, err));
-    for (int i = 0; i < 2 && pattern && llmpari_find_more(q, steps, evals, 0.4); i++) llmpari_find_try_pattern(q, i, period, at, n);
-    for (int i = 0; i < 400 && (q->n_seeds == 0 || llmpari_find_more(q, steps, evals, 0.4)); i++) {
+    for (int i = 0; i < 2 && pattern && llmpari_find_more(q, steps, evals, 0); i++) llmpari_find_try_pattern(q, i, period, at, n);
+    for (int i = 0; i < 400 && (q->n_seeds == 0 || llmpari_find_more(q, steps, evals, share)); i++) {
         llmpari_find_try_rule(q, i, period, f);
         if (pattern && i >= 12) llmpari_find_try_pattern(q, i - 10, period, at, n);
     }
-    const int rounds = q->n * q->P < 256 ? 16 : 8;
+    const int rounds = q->n * q->P < 256 ? 16 : q->n * q->P < 4096 ? 8 : 1;                 // each long enough to get anywhere
     for (int i = 0; i < rounds && q->n_seeds && llmpari_find_more(q, steps, evals, 0.02); i++) {
         const double each = (double)q->steps / (double)(q->n * q->P) / (rounds - i), most = (double)q->evals / (rounds - i);
-        llmpari_find_anneal(q, i % 2 ? 0 : (int32_t)llmpari_min(i / 2 % LLMPARI_FIND_SEEDS, q->n_seeds - 1), (int64_t)(each < most ? each : most), heat[i] * period);
+        llmpari_find_anneal(q, i % 2 ? 0 : (int32_t)llmpari_min(i / 2 % LLMPARI_FIND_SEEDS, q->n_seeds - 1), (int64_t)(each < most ? each : most), rounds > 1 ? heat[i] * period : 0);
     }
     llmpar_arena_restore(arena, mark);
     return LLMPAR_OK;
@@ -10960,8 +10961,8 @@ LLMPARI_FN llmpar_status llmpari_pipe_search(const llmpar_pipe_desc *desc, int32
 LLMPAR_DEF llmpar_status llmpar_pipe_make(const llmpar_pipe_desc *desc, llmpar_arena *arena, llmpar_schedule *schedule, llmpar_error *err) {
     const llmpar_arena_mark mark = llmpar_arena_save(arena);
     llmpar_schedule s;
-    int32_t V;
-    bool v_shape;
+    int32_t V = 1;
+    bool v_shape = false;
     LLMPARI_TRY(llmpari_pipe_desc_check(desc, &V, &v_shape, err));
     const llmpar_pipe_kind k = desc->kind;
     const bool searched = k == LLMPAR_PIPE_AUTO || k == LLMPAR_PIPE_ZB_1P || k == LLMPAR_PIPE_ZB_2P || k == LLMPAR_PIPE_V_HALF || k == LLMPAR_PIPE_V_MIN;
