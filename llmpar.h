@@ -1515,6 +1515,7 @@ LLMPAR_DEF llmpar_exec       *llmpar_engine_exec(llmpar_engine *engine, int phas
 
 #include <errno.h>
 #include <fcntl.h>
+#include <float.h>
 #include <limits.h>
 #include <math.h>
 #include <stdarg.h>
@@ -10304,13 +10305,784 @@ LLMPARI_FN llmpar_status llmpari_pipe_generate(const llmpar_pipe_desc *desc, int
     return LLMPAR_OK;
 }
 
+// ---- Bounds ------------------------------------------------------------------------------------------------------------
+
+// Most time that forwards of rank r, stages below `below` only, can take within `memory` when nothing is given back.
+LLMPARI_FN double llmpari_bound_forwards(const llmpar_schedule *s, const double *time, const double *add, int32_t r, int32_t below, double memory, bool limited) {
+    double all = 0, ratio = 0, f = -1, h = 0;
+    bool same = true;
+    for (int32_t i = 0; i < below; i++) {
+        if (s->rank_of[i] != r) continue;
+        all += time[i] * s->n_micro;
+        if (time[i] > ratio * add[i]) ratio = add[i] > 0 ? time[i] / add[i] : DBL_MAX;
+        same = same && (f < 0 || (time[i] >= f && time[i] <= f && add[i] >= h && add[i] <= h));
+        f = time[i], h = add[i];
+    }
+    if (!limited || ratio >= DBL_MAX || f < 0) return all;
+    const double most = same && h > 0 ? floor(memory / h * (1 + 1e-9)) * f : memory * ratio;
+    return most < all ? most : all;
+}
+
+// The shortest span of rank r from its first F, as the longest of
+//   its work, and what it must be idle: its first forwards fill the memory before a micro-batch has gone round to its last stage there, or back to it (warm); after its
+//   last F on its first stage there, at time u, that micro-batch needs the way back to there, and all else that is still to do then is held in memory (tail). Both count
+//   when the forwards before the end of the first gap cannot be all, for then u comes after it;
+//   for every stage x from its first one on: the way there, all F and I of the rank of x that lie between the first F and the last I of x, W's that do not fit into memory,
+//   and the way back;
+//   the memory that micro-batches take times the time they take it, at least, over the limit.
+LLMPARI_FN double llmpari_bound_rank(const llmpar_schedule *s, const double *time, const double *add, const double *link, bool backward, double limit, int32_t r) {
+    const int32_t S = s->n_stages;
+    const double *f = time, *i = time + S, *w = time + 2 * (int64_t)S, *wm = add + 2 * (int64_t)S, M = s->n_micro;
+    const bool limited = limit > 0;
+    int32_t low = -1, high = -1;
+    double round = 0, work = 0, held = 0, later = 0, best, warm[2] = { 0, 0 }, tail, area = 0, ratio = 0, own = 0, way = 0;
+    for (int32_t k = 0; k < S; k++)
+        if (s->rank_of[k] == r) {
+            if (low < 0) low = k;
+            high = k;
+            work += f[k] + i[k] + w[k];
+        }
+    if (low < 0) return 0;
+    best = M * work;
+    if (!backward) return best;
+    for (int32_t k = low; k < S; k++) round += f[k] + i[k] + (k + 1 < S ? 2 * link[k] : 0);   // from F to the end of I of stage `low`
+    later = work;
+    for (int32_t k = low, done = 0; k < S; k++) {                                          // done: nothing yet; `way`: F of `low` to F of k, both begins
+        if (s->rank_of[k] == r) {
+            double back = 0;
+            for (int32_t j = low; j < k; j++) back += f[j] + i[j] + 2 * link[j];
+            area  += add[k] * (round - back) - wm[k] * w[k];
+            held  += add[k];
+            later -= f[k];
+            if (later > ratio * held) ratio = held > 0 ? later / held : DBL_MAX;
+            if (w[k] > ratio * -wm[k]) ratio = wm[k] < 0 ? w[k] / -wm[k] : DBL_MAX;
+            own += f[k] + (done ? i[k] + w[k] : 0);
+            done = 1;
+            if (k == high) {
+                warm[0] = way - llmpari_bound_forwards(s, time, add, r, high, limit - add[high], limited);
+                warm[1] = way + round - back - i[k] - llmpari_bound_forwards(s, time, add, r, S, limit, limited);
+            }
+        }
+        if (k + 1 < S) way += f[k] + link[k];
+    }
+    double others = (M - 1) * (work - f[low]);
+    if (limited && ratio < DBL_MAX && ratio * (limit - add[low]) < others) others = ratio * (limit - add[low]);
+    tail = round - i[low] - own - others;
+    if (tail < 0) tail = 0;
+    for (int k = 0; k < 2; k++) {
+        const bool apart = limited && M * add[low] > (k ? limit : limit - add[high]) * (1 + 1e-9);
+        const double gap = warm[k] <= 0 ? tail : apart ? warm[k] + tail : warm[k] > tail ? warm[k] : tail;
+        if (M * work + gap > best) best = M * work + gap;
+    }
+    way = 0;
+    for (int32_t x = low; x < S; x++) {                                                    // way: there and back
+        double busy = 0, ws = 0, per = 0;
+        for (int32_t k = x; k < S; k++) {
+            if (s->rank_of[k] != s->rank_of[x]) continue;
+            busy += M * (f[k] + i[k]), ws += M * w[k];
+            if (w[k] > per * -wm[k]) per = wm[k] < 0 ? w[k] / -wm[k] : DBL_MAX;
+        }
+        if (limited && per < DBL_MAX && ws > w[x] + (limit - add[x]) * per) busy += ws - w[x] - (limit - add[x]) * per;
+        if (way + busy + w[low] > best) best = way + busy + w[low];
+        if (x + 1 < S) way += f[x] + i[x] + 2 * link[x];
+    }
+    if (limited && M * area / limit > best) best = M * area / limit;
+    return best;
+}
+// time and add: [3 * S] of F, I (or B), W (or 0).
+LLMPARI_FN void llmpari_bound_all(const llmpar_schedule *s, const double *time, const double *add, const double *link, bool backward, double limit, llmpar_pipe_bound *bound) {
+    const int32_t S = s->n_stages;
+    double before = 0, through = 0;
+    bound->span = bound->makespan = 0;
+    for (int32_t k = 0; k < S; k++) through += time[k] + (k + 1 < S ? link[k] : 0);
+    for (int32_t k = 0; k < S; k++) {
+        bool first = true;
+        for (int32_t j = 0; j < k && first; j++) first = s->rank_of[j] != s->rank_of[k];
+        const double span = first ? llmpari_bound_rank(s, time, add, link, backward, limit, s->rank_of[k]) : 0, stage = through + (s->n_micro - 1) * time[k];
+        if (span > bound->span) bound->span = span;
+        if (first && before + span > bound->makespan) bound->makespan = before + span;
+        if (stage > bound->makespan) bound->makespan = stage;                              // all forwards of one stage
+        before += time[k] + link[k];
+    }
+    if (s->in_flight > 0) {                                                                // tokens of one sequence, one after the other
+        const double rounds = (s->n_micro + s->in_flight - 1) / s->in_flight, one = rounds * through + (rounds - 1) * link[S - 1];
+        if (one > bound->makespan) bound->makespan = one;
+    }
+}
+
+LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, double memory, llmpar_pipe_bound *bound, llmpar_error *err) {
+    llmpar_arena arena = LLMPAR_ZERO;
+    llmpari_pipe_cost c;
+    bool kind[LLMPAR_ACTION_COUNT] = { false };
+    llmpar_status status = llmpari_pipe_shape(schedule, err);
+    if (status) return status;
+    if (!(memory >= 0)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "memory=%g; pass a limit, or 0 for none", memory);
+    const int32_t S = schedule->n_stages;
+    for (int64_t j = 0; j < schedule->first[schedule->n_ranks]; j++) if (schedule->action[j].kind < LLMPAR_ACTION_COUNT) kind[schedule->action[j].kind] = true;
+    const bool whole = kind[LLMPAR_ACTION_B], parts = kind[LLMPAR_ACTION_I];
+    double *time = (double *)llmpar_arena_alloc(&arena, 6 * (size_t)S * sizeof *time), *add = time + 3 * (int64_t)S;
+    status = time ? llmpari_pipe_cost_fill(costs, schedule, &arena, &c, err) : LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %d stages", (int)S);
+    for (int32_t s = 0; !status && s < S; s++) {
+        const double b = c.time[LLMPAR_ACTION_B][s], i = c.time[LLMPAR_ACTION_I][s], both = i + c.time[LLMPAR_ACTION_W][s];
+        time[s] = c.time[LLMPAR_ACTION_F][s], add[s] = c.hold[s];
+        if (whole || parts) time[S + s] = !parts || (whole && b < i) ? b : i;              // where both stand, whichever is shorter
+        if (parts) time[2 * S + s] = whole ? (both < b ? both : b) - time[S + s] : both - i;
+        add[2 * S + s] = whole ? 0 : c.release[s] - c.hold[s];
+        add[S + s] = -add[s] - add[2 * S + s];
+    }
+    if (!status) llmpari_bound_all(schedule, time, add, c.link, whole || parts, memory, bound);
+    llmpar_arena_free(&arena);
+    return status;
+}
+
+// ---- Search ------------------------------------------------------------------------------------------------------------
+// Micro-batches are alike, so every stage takes them in their order and loses nothing by it: the order of a rank is a row of tokens, kind * V + chunk with kinds F, I, W
+// (F, B for whole backwards), and the n-th token of a sort is micro-batch n. Orders come from three sources: published schedules; list scheduling, event by event, under
+// some rules (llmpari_find_list); and one micro-batch laid out so that it can be repeated with a period (llmpari_find_pattern), which holds the V within tight memory.
+// Each is then improved by doing it again with its gaps filled (llmpari_find_refill), and the best ones by annealing: moves of tokens along the critical path.
+// The effort is counted in actions timed, never by a clock: all ranks find the same.
+
+#define LLMPARI_FIND_STEPS  30000000   // actions timed in all, one to two seconds
+#define LLMPARI_FIND_EVALS  30000      // orders timed, at most
+#define LLMPARI_FIND_SEEDS  4          // orders that are annealed
+
+typedef struct llmpari_find_rule {
+    double period;                 // of what can begin, first what a schedule with this period has first: 0 = by stage, large = the oldest micro-batch
+    double gate;                   // micro-batch m does not enter before m * gate
+    double slack;                  // W may hold up another action by this part of its time
+    double hold;                   // time for which a rank stays idle for an action that is more urgent
+    bool   lazy;                   // a forward that memory keeps from beginning may go on waiting; else W makes room
+    bool   fill;                   // llmpari_find_refill: F and I fill gaps too
+} llmpari_find_rule;
+typedef struct llmpari_find_pick { double t; int32_t token; } llmpari_find_pick;           // token -1 = nothing can begin
+
+typedef struct llmpari_find {
+    int32_t P, V, S, M, kinds;
+    int64_t n;                     // actions of a rank
+    bool    v_shape, split;
+    double  limit;                 // memory, a little rounding allowed; DBL_MAX = none
+    const llmpari_pipe_cost *c;
+    const int32_t *rank_of;        // [S]
+    int32_t *stage;                // [P * V] of a rank's chunks
+    double  *time, *add;           // [3 * S] of F, I, W: time and memory
+    double  *offset;               // [3 * S] when F, I, W of a micro-batch begin in the pattern
+    double  *begin;                // [P] of the rank's first F
+    double  *later;                // [S] memory that the later chunks of this rank need for one micro-batch
+    double   goal;                 // no span is shorter
+    int64_t  steps, evals;         // effort left
+    uint64_t random;
+    // of the order being timed
+    double  *arrive[2];            // [S * M] when inputs of F and of I are there
+    double  *clock, *held;         // [P]
+    int32_t *count;                // [3 * S] how many are done
+    int64_t *at, *out;             // [P] next token to read, and to write
+    int32_t *stack;                // [P] ranks to go on with
+    bool    *stacked;              // [P]
+    double  *start;                // [P * n] begin of every token
+    int32_t *place[2];             // [S * M] index of F's, of I's token
+    int32_t *path, n_path;         // [P * n] tokens of the critical path
+    double   span, makespan, mean; // mean: of the ranks' spans
+    int32_t  worst;                // rank that makes the span
+    // of the list scheduler
+    llmpari_find_pick *pick;       // [P]
+    int32_t *tree, leaves;         // [2 * leaves] tournament of the picks
+    const llmpari_find_rule *rule;
+    const uint16_t *guide;         // order to follow; NULL = the rule alone
+    double  *future;               // [P * (n + 1)] most memory that the guide holds from here on
+    double  *guided;               // [P] memory that the guide holds here
+    int32_t *owed, *ahead;         // [P * 3 * V] tokens passed over, tokens done before their turn
+    // best orders found, best first
+    uint16_t *seed[LLMPARI_FIND_SEEDS];
+    double    seed_span[LLMPARI_FIND_SEEDS], seed_makespan[LLMPARI_FIND_SEEDS];
+    int32_t   n_seeds;
+    uint16_t *work, *more;         // [P * n]
+} llmpari_find;
+
+LLMPARI_FN uint32_t llmpari_find_random(llmpari_find *q, uint32_t n) {                      // 0 .. n - 1
+    q->random = q->random * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(((q->random >> 33) * (uint64_t)n) >> 31);
+}
+LLMPARI_FN int32_t llmpari_find_cell(const llmpari_find *q, int32_t rank, int32_t token) {   // of time, add, offset and count
+    return token / q->V * q->S + q->stage[rank * q->V + token % q->V];
+}
+// When the inputs of the next action of a kind and stage are there; DBL_MAX = not known yet, or no such action.
+LLMPARI_FN double llmpari_find_input(const llmpari_find *q, int32_t kind, int32_t s) {
+    const int32_t m = q->count[kind * q->S + s];
+    if (m >= q->M) return DBL_MAX;
+    if (kind == 0) return s == 0 ? 0 : q->count[s - 1] > m ? q->arrive[0][(int64_t)s * q->M + m] : DBL_MAX;
+    if (q->count[(kind - 1) * q->S + s] <= m) return DBL_MAX;
+    if (kind == 2 || s == q->S - 1) return 0;
+    return q->count[q->S + s + 1] > m ? q->arrive[1][(int64_t)s * q->M + m] : DBL_MAX;
+}
+// Does it; returns the rank that has an input now, -1 = none but perhaps this one.
+LLMPARI_FN int32_t llmpari_find_do(llmpari_find *q, int32_t r, int32_t token, double t) {
+    const int32_t kind = token / q->V, s = q->stage[r * q->V + token % q->V], cell = kind * q->S + s, m = q->count[cell]++;
+    const double end = t + q->time[cell];
+    const int32_t to = kind == 0 ? s + 1 : kind == 1 ? s - 1 : -1;
+    q->clock[r] = end;
+    q->held[r] += q->add[cell];
+    if (to < 0 || to >= q->S) return -1;
+    q->arrive[kind][(int64_t)to * q->M + m] = end + q->c->link[kind ? to : s];
+    return q->rank_of[to] == r ? -1 : q->rank_of[to];
+}
+LLMPARI_FN void llmpari_find_begin(llmpari_find *q) {
+    for (int32_t r = 0; r < q->P; r++) q->clock[r] = q->held[r] = 0, q->at[r] = q->out[r] = 0;
+    memset(q->count, 0, 3 * (size_t)q->S * sizeof(int32_t));
+    q->steps -= q->n * q->P;
+    q->evals--;
+}
+LLMPARI_FN void llmpari_find_end(llmpari_find *q) {
+    q->span = -1, q->makespan = q->mean = 0;
+    for (int32_t r = 0; r < q->P; r++) {
+        const double span = q->clock[r] - q->begin[r];
+        if (span > q->span) q->span = span, q->worst = r;
+        if (q->clock[r] > q->makespan) q->makespan = q->clock[r];
+        q->mean += span / q->P;
+    }
+}
+LLMPARI_FN bool llmpari_find_better(double span, double makespan, double than_span, double than_makespan) {
+    return span < than_span * (1 - 1e-12) || (span <= than_span * (1 + 1e-12) && makespan < than_makespan * (1 - 1e-12));
+}
+
+// Times an order; false = it stops, or holds too much.
+LLMPARI_FN bool llmpari_find_time(llmpari_find *q, const uint16_t *order) {
+    int64_t left = q->P * q->n;
+    int32_t n = 0;
+    llmpari_find_begin(q);
+    for (int32_t r = q->P; r-- > 0; ) q->stack[n++] = r, q->stacked[r] = true;
+    while (n) {
+        const int32_t r = q->stack[--n];
+        q->stacked[r] = false;
+        for (; q->at[r] < q->n; q->at[r]++, left--) {
+            const int64_t j = r * q->n + q->at[r];
+            const int32_t token = order[j], kind = token / q->V, s = q->stage[r * q->V + token % q->V];
+            double t = llmpari_find_input(q, kind, s);
+            if (t >= DBL_MAX) break;
+            if (t < q->clock[r]) t = q->clock[r];
+            q->start[j] = t;
+            if (kind < 2) q->place[kind][(int64_t)s * q->M + q->count[kind * q->S + s]] = (int32_t)j;
+            const int32_t to = llmpari_find_do(q, r, token, t);
+            if (q->held[r] > q->limit) return false;
+            if (to >= 0 && !q->stacked[to]) q->stacked[to] = true, q->stack[n++] = to;
+        }
+    }
+    llmpari_find_end(q);
+    return left == 0;
+}
+
+// Remembers the order just timed if it is among the best.
+LLMPARI_FN void llmpari_find_keep(llmpari_find *q, const uint16_t *order) {
+    int32_t i = q->n_seeds;
+    for (int32_t k = 0; k < q->n_seeds; k++)                                               // as good as another: most often the same
+        if (fabs(q->span - q->seed_span[k]) <= 1e-12 * q->span && fabs(q->makespan - q->seed_makespan[k]) <= 1e-12 * q->makespan) return;
+    if (i == LLMPARI_FIND_SEEDS) {
+        if (!llmpari_find_better(q->span, q->makespan, q->seed_span[i - 1], q->seed_makespan[i - 1])) return;
+        i--;
+    } else q->n_seeds++;
+    uint16_t *room = q->seed[i];
+    for (; i > 0 && llmpari_find_better(q->span, q->makespan, q->seed_span[i - 1], q->seed_makespan[i - 1]); i--)
+        q->seed[i] = q->seed[i - 1], q->seed_span[i] = q->seed_span[i - 1], q->seed_makespan[i] = q->seed_makespan[i - 1];
+    memcpy(room, order, (size_t)(q->P * q->n) * sizeof *order);
+    q->seed[i] = room, q->seed_span[i] = q->span, q->seed_makespan[i] = q->makespan;
+}
+
+// ---- list scheduling
+
+// What rank r begins next, and when. A forward is held back while the later chunks of its rank could not be passed through in what memory is left: then the oldest
+// micro-batch can always go on, so that nothing stops.
+LLMPARI_FN llmpari_find_pick llmpari_find_list(const llmpari_find *q, int32_t r) {
+    const llmpari_find_rule *u = q->rule;
+    const double clock = q->clock[r], now = clock * (1 + 1e-12);
+    llmpari_find_pick p = { DBL_MAX, -1 };
+    double soon = DBL_MAX, first = DBL_MAX;
+    bool blocked = false;
+    for (int pass = 0; pass < 2; pass++)                                                   // how soon can any begin; then the most urgent of those not much later
+        for (int32_t token = 0; token < 2 * q->V; token++) {
+            const int32_t kind = token / q->V, s = q->stage[r * q->V + token % q->V], m = q->count[kind * q->S + s];
+            double t = llmpari_find_input(q, kind, s);
+            if (t >= DBL_MAX) continue;
+            if (token == 0 && s == 0 && t < m * u->gate) t = m * u->gate;
+            if (kind == 0 && q->held[r] + q->add[s] + q->later[s] > q->limit) { blocked = blocked || t <= clock; continue; }
+            if (t < clock) t = clock;
+            if (!pass) { if (t < soon) soon = t; continue; }
+            const double urgency = q->offset[kind * q->S + s] + m * u->period;
+            if (t <= soon + u->hold && urgency < first) p.t = t, p.token = token, first = urgency;
+        }
+    if (q->kinds < 3) return p;
+    int32_t w = -1;
+    first = DBL_MAX;
+    for (int32_t token = 2 * q->V; token < 3 * q->V; token++) {
+        const int32_t s = q->stage[r * q->V + token % q->V], m = q->count[2 * q->S + s];
+        const double urgency = q->offset[q->S + s] + m * u->period;
+        if (m < q->count[q->S + s] && urgency < first) w = token, first = urgency;
+    }
+    if (w < 0) return p;
+    if (p.token < 0 || (blocked && p.token < q->V && !u->lazy) || (p.t > now && (blocked || p.t >= (clock + q->time[llmpari_find_cell(q, r, w)] * (1 - u->slack)) * (1 - 1e-12))))
+        p.t = clock, p.token = w;
+    return p;
+}
+
+// The same along a guide: its next F or I when that can begin; before, what fits into the gap. W's that memory does not ask for wait for gaps.
+LLMPARI_FN llmpari_find_pick llmpari_find_refill(llmpari_find *q, int32_t r) {
+    const uint16_t *guide = q->guide + r * q->n;
+    const double *future = q->future + r * (q->n + 1), clock = q->clock[r];
+    int32_t *owed = q->owed + r * 3 * q->V, *ahead = q->ahead + r * 3 * q->V, next = -1, w = -1;
+    llmpari_find_pick p = { DBL_MAX, -1 }, gap = { DBL_MAX, -1 };
+    for (; q->at[r] < q->n; q->at[r]++) {
+        const int32_t token = guide[q->at[r]];
+        const double add = q->add[llmpari_find_cell(q, r, token)];
+        if (ahead[token]) ahead[token]--;
+        else if (token >= 2 * q->V && future[q->at[r] + 1] + q->held[r] - (q->guided[r] + add) <= q->limit) owed[token]++;
+        else { next = token; break; }
+        q->guided[r] += add;
+    }
+    if (next >= 0) {
+        p.t = next < 2 * q->V ? llmpari_find_input(q, next / q->V, q->stage[r * q->V + next % q->V]) : clock;
+        if (p.t < clock) p.t = clock;
+        if (p.t < DBL_MAX) p.token = next;
+        if (p.t <= clock * (1 + 1e-12)) return p;
+    }
+    for (int32_t token = 2 * q->V; token < q->kinds * q->V; token++) {                     // the W that waits longest
+        const int32_t s = q->stage[r * q->V + token % q->V], m = q->count[2 * q->S + s];
+        if (m < q->count[q->S + s] && (w < 0 || m < q->count[llmpari_find_cell(q, r, w)]) && clock + q->time[2 * q->S + s] * (1 - q->rule->slack) <= p.t * (1 + 1e-12)) w = token;
+    }
+    for (int32_t token = 2 * q->V; q->rule->fill && next >= 0 && token-- > 0; ) {
+        const int32_t cell = llmpari_find_cell(q, r, token);
+        double t = llmpari_find_input(q, token / q->V, cell % q->S);
+        if (token == next || t >= DBL_MAX) continue;
+        if (token < q->V && future[q->at[r]] + q->held[r] - q->guided[r] + q->add[cell] > q->limit) continue;
+        if (t < clock) t = clock;
+        if (t + q->time[cell] <= p.t * (1 + 1e-12) && t < gap.t) gap.t = t, gap.token = token;
+    }
+    if (gap.token >= 0 && (w < 0 || gap.t <= clock * (1 + 1e-12))) return gap;
+    if (w >= 0) p.t = clock, p.token = w;
+    return p;
+}
+LLMPARI_FN void llmpari_find_refilled(llmpari_find *q, int32_t r, int32_t token) {           // rank r does `token`: where in the guide is it?
+    if (q->at[r] < q->n && q->guide[r * q->n + q->at[r]] == token) q->guided[r] += q->add[llmpari_find_cell(q, r, token)], q->at[r]++;
+    else if (q->owed[r * 3 * q->V + token]) q->owed[r * 3 * q->V + token]--;
+    else q->ahead[r * 3 * q->V + token]++;
+}
+LLMPARI_FN void llmpari_find_guide(llmpari_find *q, const uint16_t *guide) {
+    q->guide = guide;
+    memset(q->owed, 0, 6 * (size_t)q->S * sizeof(int32_t));                                // and ahead
+    for (int32_t r = 0; r < q->P; r++) {
+        double *future = q->future + r * (q->n + 1), held = 0;
+        for (int64_t j = 0; j < q->n; j++) future[j] = held += q->add[llmpari_find_cell(q, r, guide[r * q->n + j])];
+        future[q->n] = 0;
+        for (int64_t j = q->n; j-- > 0; ) if (future[j + 1] > future[j]) future[j] = future[j + 1];
+        q->guided[r] = 0;
+    }
+}
+
+LLMPARI_FN void llmpari_find_choose(llmpari_find *q, int32_t r) {                            // rank r's next action, and who of all begins first
+    q->pick[r] = q->guide ? llmpari_find_refill(q, r) : llmpari_find_list(q, r);
+    for (int32_t i = (q->leaves + r) / 2; i > 0; i /= 2) {
+        const int32_t a = q->tree[2 * i], b = q->tree[2 * i + 1];
+        q->tree[i] = b < 0 || (a >= 0 && q->pick[a].t <= q->pick[b].t) ? a : b;
+    }
+}
+// Makes an order, action by action in the order of time: by the rule alone, or along a guide (must not be `order`). Times it; false = it stops.
+LLMPARI_FN bool llmpari_find_make(llmpari_find *q, const llmpari_find_rule *rule, const uint16_t *guide, uint16_t *order) {
+    q->rule = rule, q->guide = NULL;
+    llmpari_find_begin(q);
+    if (guide) llmpari_find_guide(q, guide);
+    for (int32_t r = 0; r < q->P; r++) q->pick[r].t = DBL_MAX;
+    for (int32_t r = 0; r < q->P; r++) llmpari_find_choose(q, r);
+    for (int64_t left = q->n * q->P; left; left--) {
+        const int32_t r = q->leaves > 1 ? q->tree[1] : 0;
+        const llmpari_find_pick p = q->pick[r];
+        if (p.token < 0) return false;
+        order[r * q->n + q->out[r]++] = (uint16_t)p.token;
+        if (guide) llmpari_find_refilled(q, r, p.token);
+        const int32_t to = llmpari_find_do(q, r, p.token, p.t);
+        if (q->held[r] > q->limit) return false;
+        llmpari_find_choose(q, r);
+        if (to >= 0) llmpari_find_choose(q, to);
+    }
+    llmpari_find_end(q);
+    return true;
+}
+
+// ---- one micro-batch, repeated
+
+// Time that is lost in the gaps of a rank's circle (n actions at `at`, for `takes`) when only the `rest` can still go there.
+LLMPARI_FN double llmpari_find_waste(const double *at, const double *takes, int32_t n, double period, const double *rest, int32_t n_rest) {
+    const double eps = 1e-9 * period;
+    double waste = 0;
+    for (int32_t i = 0; i < n; i++) {
+        double gap = period - takes[i], best = 0;
+        for (int32_t j = 0; j < n; j++) {
+            double d = fmod(at[j] - at[i] - takes[i], period);
+            if (d < -eps) d += period;
+            if (d > period - eps) d = 0;
+            if (j != i && d < gap) gap = d > 0 ? d : 0;
+        }
+        for (int32_t set = 1; set < 1 << n_rest; set++) {
+            double sum = 0;
+            for (int32_t k = 0; k < n_rest; k++) if (set >> k & 1) sum += rest[k];
+            if (sum <= gap + eps && sum > best) best = sum;
+        }
+        if (gap > best) waste += gap - best;
+    }
+    return waste;
+}
+LLMPARI_FN bool llmpari_find_fits(const double *at, const double *takes, int32_t n, double period, double t, double d) {
+    const double eps = 1e-9 * period;
+    for (int32_t i = 0; i < n; i++) {
+        double phase = fmod(t - at[i], period);
+        if (phase < 0) phase += period;
+        if (phase > period - eps) phase = 0;
+        if (phase < takes[i] - eps || phase > period - d + eps) return false;
+    }
+    return true;
+}
+
+// Lays out F, I and W of one micro-batch, each as soon as possible so that on every rank nothing meets the same micro-batch's actions of other periods, and no more time
+// is lost in gaps than the period has to spare. `inflate` of a link's time is added to every action: with 1 each hop keeps the grid. delay: in 1000 how many wait longer.
+enum { LLMPARI_PATTERN_V = 2 };     // chunks of a rank, at most
+LLMPARI_FN bool llmpari_find_pattern(llmpari_find *q, double period, double inflate, uint32_t delay, bool early, double *at, double *takes, int32_t *n) {
+    const int32_t kinds = q->kinds, width = kinds * q->V;
+    double t = 0, extra = 0;
+    for (int32_t s = 0; s < q->S; s++) if (q->c->link[s] * inflate > extra) extra = q->c->link[s] * inflate;
+    memset(n, 0, (size_t)q->P * sizeof *n);
+    for (int32_t j = 0; j < kinds * q->S; j++) {
+        const int32_t kind = j / q->S, s = kind ? q->S - 1 - j % q->S : j, r = q->rank_of[s], cell = kind * q->S + s;
+        double *const at_r = at + r * width, *const takes_r = takes + r * width, d = q->time[cell] + extra;
+        double rest[3 * LLMPARI_PATTERN_V], spare = period * (1 + 1e-9), best = DBL_MAX;
+        int32_t n_rest = 0;
+        for (int32_t token = 0; token < width; token++) {
+            const int32_t other = llmpari_find_cell(q, r, token), k = other / q->S, turn = k * q->S + (k ? q->S - 1 - other % q->S : other);
+            spare -= q->time[other] + extra;
+            if (turn > j) rest[n_rest++] = q->time[other] + extra;
+        }
+        if (spare < 0) return false;
+        if (!early) spare *= (double)(n[r] + 1) / width;
+        if (kind == 2) t = q->offset[cell - q->S] + q->time[cell - q->S];
+        if (llmpari_find_random(q, 1000) < delay) t += d * (1 + llmpari_find_random(q, 2));
+        for (int32_t i = -1; i < n[r]; i++)                                                // now, or some of the rest after or before another action
+            for (int32_t set = 0; set < (i < 0 ? 1 : 2 << n_rest); set++) {
+                double x = t;
+                if (i >= 0) {
+                    double sum = 0;
+                    for (int32_t k = 0; k < n_rest; k++) if (set >> (k + 1) & 1) sum += rest[k];
+                    x  = set & 1 ? at_r[i] - d - sum : at_r[i] + takes_r[i] + sum;
+                    x += ceil((t - x) / period - 1e-9) * period;
+                }
+                if (x >= best || !llmpari_find_fits(at_r, takes_r, n[r], period, x, d)) continue;
+                at_r[n[r]] = x, takes_r[n[r]] = d;
+                if (llmpari_find_waste(at_r, takes_r, n[r] + 1, period, rest, n_rest) <= spare + 1e-9 * period) best = x;
+            }
+        if (best >= DBL_MAX) return false;
+        at_r[n[r]] = best, takes_r[n[r]++] = d;
+        q->offset[cell] = t = best;
+        t += q->time[cell] + (kind == 0 && s + 1 < q->S ? q->c->link[s] : kind == 1 && s > 0 ? q->c->link[s - 1] : 0);
+    }
+    return true;
+}
+// The order of all micro-batches when one begins per period: the earliest of a rank's next tokens, again and again.
+LLMPARI_FN void llmpari_find_repeat(const llmpari_find *q, double period, int32_t *done, uint16_t *order) {
+    for (int32_t r = 0; r < q->P; r++) {
+        memset(done, 0, (size_t)(q->kinds * q->V) * sizeof *done);
+        for (int64_t j = 0; j < q->n; j++) {
+            int32_t best = -1;
+            double first = DBL_MAX;
+            for (int32_t token = 0; token < q->kinds * q->V; token++) {
+                const double t = q->offset[llmpari_find_cell(q, r, token)] + done[token] * period;
+                if (done[token] < q->M && t < first * (1 - 1e-12)) first = t, best = token;
+            }
+            order[r * q->n + j] = (uint16_t)best;
+            done[best]++;
+        }
+    }
+}
+
+// ---- annealing
+
+// The tokens that make the span of the order just timed, from the last one back.
+LLMPARI_FN void llmpari_find_path(llmpari_find *q, const uint16_t *order) {
+    int64_t j = q->worst * q->n + q->n - 1;
+    q->n_path = 0;
+    for (;;) {
+        const int32_t r = (int32_t)(j / q->n), cell = llmpari_find_cell(q, r, order[j]), kind = cell / q->S, s = cell % q->S;
+        q->path[q->n_path++] = (int32_t)j;
+        if (j > r * q->n && q->start[j - 1] + q->time[llmpari_find_cell(q, r, order[j - 1])] >= q->start[j]) { j--; continue; }
+        if (kind == 2 || (kind == 0 && s == 0) || (kind == 1 && s == q->S - 1)) return;
+        const int32_t *place = q->place[kind] + (int64_t)s * q->M;                         // which micro-batch is it?
+        int32_t low = 0, high = q->M - 1;
+        while (low < high) {
+            const int32_t mid = (low + high) / 2;
+            if (place[mid] < j) low = mid + 1; else high = mid;
+        }
+        j = q->place[kind][(int64_t)(kind ? s + 1 : s - 1) * q->M + low];
+    }
+}
+LLMPARI_FN void llmpari_find_move(uint16_t *order, int64_t from, int64_t to) {
+    const uint16_t token = order[from];
+    if (from < to) memmove(order + from, order + from + 1, (size_t)(to - from) * sizeof *order);
+    else memmove(order + to + 1, order + to, (size_t)(from - to) * sizeof *order);
+    order[to] = token;
+}
+LLMPARI_FN double llmpari_find_cost(const llmpari_find *q) { return q->span + 1e-3 * q->makespan + 0.02 * q->mean; }
+
+// Moves tokens of the critical path, seldom others, to and fro; what is worse by less than a threshold that falls from `heat` to 0 is taken too. Keeps the best orders.
+LLMPARI_FN void llmpari_find_anneal(llmpari_find *q, int32_t seed, int64_t evals, double heat) {
+    uint16_t *order = q->work;
+    memcpy(order, q->seed[seed], (size_t)(q->P * q->n) * sizeof *order);
+    if (!llmpari_find_time(q, order)) return;
+    double cost = llmpari_find_cost(q);
+    llmpari_find_path(q, order);
+    for (int64_t e = 0, tries = 0; e < evals && tries < 4 * evals && q->seed_span[0] > q->goal * (1 + 1e-12); tries++) {
+        const int64_t from = llmpari_find_random(q, 8) ? q->path[llmpari_find_random(q, (uint32_t)q->n_path)] : (int64_t)llmpari_find_random(q, (uint32_t)(q->P * q->n));
+        const int64_t first = from / q->n * q->n, last = first + q->n - 1, step = llmpari_find_random(q, 2) ? 1 : -1;
+        int64_t far = llmpari_find_random(q, 2) ? 1 : 1 + llmpari_find_random(q, llmpari_find_random(q, 4) ? 4 : 24), to = from;
+        while (far-- > 0 && to + step >= first && to + step <= last) to += step;
+        while (order[to] == order[from] && to + step >= first && to + step <= last) to += step;
+        if (order[to] == order[from]) continue;
+        llmpari_find_move(order, from, to);
+        e++;
+        if (llmpari_find_time(q, order)) {
+            const double u = llmpari_find_random(q, 1 << 20) / (double)(1 << 20), new_cost = llmpari_find_cost(q);
+            if (new_cost <= cost + heat * (1 - (double)e / (double)evals) * u * u * u) {
+                cost = new_cost;
+                llmpari_find_path(q, order);
+                if (llmpari_find_better(q->span, q->makespan, q->seed_span[0], q->seed_makespan[0])) llmpari_find_keep(q, order);
+                continue;
+            }
+        }
+        llmpari_find_move(order, to, from);
+    }
+}
+
+// ---- all together
+
+// Improves the order in q->work, just timed: the gaps filled in some ways.
+LLMPARI_FN void llmpari_find_polish(llmpari_find *q) {
+    static const llmpari_find_rule rules[] = { { 0, 0, 0, 0, false, false }, { 0, 0, 0.5, 0, false, true }, { 0, 0, 1, 0, false, false }, { 0, 0, 1, 0, false, true } };
+    llmpari_find_keep(q, q->work);
+    const double span = q->span;
+    for (int i = 0; i < 4; i++) {
+        if (i && span > 1.25 * q->seed_span[0]) return;
+        if (llmpari_find_make(q, &rules[i], q->work, q->more)) llmpari_find_keep(q, q->more);
+    }
+}
+LLMPARI_FN llmpar_status llmpari_find_published(llmpari_find *q, llmpar_pipe_kind kind, llmpar_arena *arena, llmpar_error *err) {
+    const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    llmpar_pipe_desc desc = LLMPAR_ZERO;
+    llmpar_schedule s;
+    desc.kind = kind, desc.n_ranks = q->P, desc.n_micro = q->M;
+    LLMPARI_TRY(llmpari_pipe_generate(&desc, q->V, q->v_shape, arena, &s, err));
+    for (int32_t r = 0; r < q->P; r++) {
+        int64_t n = r * q->n;
+        for (int64_t j = s.first[r]; j < s.first[r + 1]; j++) {
+            const int32_t chunk = s.action[j].stage / q->P, k = s.action[j].kind;
+            if (k != LLMPAR_ACTION_W) q->work[n++] = (uint16_t)((k != LLMPAR_ACTION_F) * q->V + chunk);
+            if (q->split && (k == LLMPAR_ACTION_W || k == LLMPAR_ACTION_B)) q->work[n++] = (uint16_t)(2 * q->V + chunk);
+        }
+    }
+    llmpar_arena_restore(arena, mark);
+    if (llmpari_find_time(q, q->work)) llmpari_find_polish(q);
+    return LLMPAR_OK;
+}
+
+// The i-th pattern: the first ones without delays, then some at random.
+LLMPARI_FN void llmpari_find_try_pattern(llmpari_find *q, int i, double period, double *at, int32_t *n) {
+    static const double inflate[] = { 0, 1, 0.5, 0.75, 0.25 };
+    const double part = inflate[i < 10 ? i % 5 : (int)llmpari_find_random(q, 5)];
+    double link = 0;
+    for (int32_t s = 0; s < q->S; s++) if (q->c->link[s] > link) link = q->c->link[s];
+    period += q->kinds * q->V * part * link;
+    if (i >= 10 && llmpari_find_random(q, 2)) period *= 1 + 0.005 * llmpari_find_random(q, 20);
+    const uint32_t delay = i < 10 || llmpari_find_random(q, 2) ? 0 : 2 * llmpari_find_random(q, 30);
+    q->evals--;
+    if (!llmpari_find_pattern(q, period, part, delay, i < 5 || i % 2, at, at + 3 * (int64_t)q->S, n)) return;
+    llmpari_find_repeat(q, period, n + q->P, q->work);
+    if (llmpari_find_time(q, q->work)) llmpari_find_polish(q);
+}
+// The i-th rule: the known ones, then some at random.
+LLMPARI_FN void llmpari_find_try_rule(llmpari_find *q, int i, double period, double f) {
+    static const llmpari_find_rule known[] = {                                             // period and gate in parts of the period, hold of F
+        { 0.5, 0, 0, 0.5, false, false }, { 0.5, 0, 1, 0.5, false, false }, { 0.75, 0.5, 0, 0, false, false }, { 1, 0.5, 0, 0, false, false }, { 0.5, 0, 0.75, 0.5, false, false },
+        { 0.4, 0, 0.75, 0.95, false, false }, { 0.25, 0, 0.25, 1, true, false }, { 1.25, 0.5, 0, 0.5, false, false }, { 1e6, 0, 0, 0, false, false }, { 0, 0, 0.5, 0, false, false },
+        { 1e6, 1, 1, 0, false, false }, { 1e6, 0, 0.5, 0.5, true, false } };
+    static const double urgency[] = { 0, 0.25, 0.4, 0.5, 0.6, 0.75, 1, 1.25, 1.5, 2, 3, 1e6 };
+    llmpari_find_rule u = known[i < 12 ? i : 0];
+    if (i >= 12) {
+        u.period = urgency[llmpari_find_random(q, 12)];
+        u.gate   = 0.5 * llmpari_find_random(q, 3);
+        u.slack  = 0.25 * llmpari_find_random(q, 5);
+        u.hold   = 0.25 * llmpari_find_random(q, 5);
+        u.lazy   = llmpari_find_random(q, 2) != 0;
+    }
+    u.period *= period, u.gate *= period, u.hold *= f;
+    double t = 0;                                                                          // urgency: as if the pipeline were empty
+    for (int32_t s = 0; s < q->S; t += q->time[s] + (s + 1 < q->S ? q->c->link[s] : 0), s++) q->offset[s] = t;
+    for (int32_t s = q->S; s-- > 0; t += q->time[q->S + s] + (s ? q->c->link[s - 1] : 0)) q->offset[q->S + s] = t;
+    if (llmpari_find_make(q, &u, NULL, q->work)) llmpari_find_polish(q);
+}
+// Is more than this share of the effort left, and anything to gain?
+LLMPARI_FN bool llmpari_find_more(const llmpari_find *q, int64_t steps, int64_t evals, double share) {
+    return (double)q->steps > share * (double)steps && (double)q->evals > share * (double)evals && (q->n_seeds == 0 || q->seed_span[0] > q->goal * (1 + 1e-12));
+}
+
+// Finds orders for one map of the stages into q->seed.
+LLMPARI_FN llmpar_status llmpari_find_all(llmpari_find *q, llmpar_arena *arena, llmpar_error *err) {
+    static const llmpar_pipe_kind loop[] = { LLMPAR_PIPE_ZB_H1, LLMPAR_PIPE_ZB_H2, LLMPAR_PIPE_INTERLEAVED }, vee[] = { LLMPAR_PIPE_ZB_V, LLMPAR_PIPE_DUALPIPE_V };
+    static const double heat[] = { 0.05, 0.3, 0.02, 0.1, 0.5, 0, 0.05, 0.2, 0.1, 1, 0.3, 2, 0.5, 0.05, 0.2, 1 };    // the second half for small cases only
+    const int64_t steps = q->steps, evals = q->evals;
+    const double share = q->n * q->P < 4096 ? 0.4 : 0.7;                                   // left for annealing
+    const int published = !q->v_shape ? 3 : q->V == 2 ? 2 : 0;
+    double period = 0, f = 0;
+    for (int32_t r = 0; r < q->P; r++) {
+        double work = 0;
+        for (int32_t token = 0; token < q->kinds * q->V; token++) work += q->time[llmpari_find_cell(q, r, token)];
+        if (work > period) period = work;
+    }
+    for (int32_t s = 0; s < q->S; s++) if (q->time[s] > f) f = q->time[s];
+    const bool pattern = q->V <= LLMPARI_PATTERN_V && period > 0;
+    const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    double *at = (double *)llmpar_arena_alloc(arena, 6 * (size_t)q->S * sizeof *at);
+    int32_t *n = (int32_t *)llmpar_arena_alloc(arena, ((size_t)q->P + 3 * (size_t)q->V) * sizeof *n);
+    if (!at || !n) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a pattern of %d stages", (int)q->S);
+    for (int i = 0; i < published && (i == 0 || llmpari_find_more(q, steps, evals, 0)); i++) LLMPARI_TRY(llmpari_find_published(q, q->v_shape ? vee[i] : loop[i], arena, err));
+    for (int i = 0; i < 2 && pattern && llmpari_find_more(q, steps, evals, 0); i++) llmpari_find_try_pattern(q, i, period, at, n);
+    for (int i = 0; i < 400 && (q->n_seeds == 0 || llmpari_find_more(q, steps, evals, share)); i++) {
+        llmpari_find_try_rule(q, i, period, f);
+        if (pattern && i >= 12) llmpari_find_try_pattern(q, i - 10, period, at, n);
+    }
+    const int rounds = q->n * q->P < 256 ? 16 : q->n * q->P < 4096 ? 8 : 1;                 // each long enough to get anywhere
+    for (int i = 0; i < rounds && q->n_seeds && llmpari_find_more(q, steps, evals, 0.02); i++) {
+        const double each = (double)q->steps / (double)(q->n * q->P) / (rounds - i), most = (double)q->evals / (rounds - i);
+        llmpari_find_anneal(q, i % 2 ? 0 : (int32_t)llmpari_min(i / 2 % LLMPARI_FIND_SEEDS, q->n_seeds - 1), (int64_t)(each < most ? each : most), rounds > 1 ? heat[i] * period : 0);
+    }
+    llmpar_arena_restore(arena, mark);
+    return LLMPAR_OK;
+}
+
+LLMPARI_FN llmpar_status llmpari_find_new(llmpari_find *q, const llmpar_pipe_desc *desc, int32_t V, bool v_shape, double limit, bool split, llmpar_schedule *s, llmpar_arena *arena,
+                                          llmpari_pipe_cost *c, llmpar_error *err) {
+    const int32_t P = desc->n_ranks, S = P * V, M = desc->n_micro;
+    const size_t all = (size_t)(split ? 3 : 2) * (size_t)V * (size_t)M * (size_t)P;
+    memset(q, 0, sizeof *q);
+    q->P = P, q->V = V, q->S = S, q->M = M, q->kinds = split ? 3 : 2, q->n = (int64_t)all / P;
+    q->v_shape = v_shape, q->split = split, q->c = c, q->rank_of = s->rank_of, q->random = 1;
+    q->limit = limit > 0 ? limit * (1 + 1e-12) : DBL_MAX;
+    for (int32_t i = 0; i < S; i++) s->rank_of[i] = v_shape && i / P % 2 ? P - 1 - i % P : i % P;
+    LLMPARI_TRY(llmpari_pipe_cost_fill(&desc->costs, s, arena, c, err));
+    for (q->leaves = 1; q->leaves < P; q->leaves *= 2) { }
+    double *d = (double *)llmpar_arena_alloc(arena, (10 * (size_t)S + 4 * (size_t)P) * sizeof *d);
+    q->arrive[0] = (double *)llmpar_arena_alloc(arena, 2 * (size_t)S * (size_t)M * sizeof(double));
+    q->place[0]  = (int32_t *)llmpar_arena_alloc(arena, 2 * (size_t)S * (size_t)M * sizeof(int32_t));
+    q->stage     = (int32_t *)llmpar_arena_alloc(arena, 10 * (size_t)S * sizeof(int32_t));
+    q->at        = (int64_t *)llmpar_arena_alloc(arena, 2 * (size_t)P * sizeof(int64_t));
+    q->stack     = (int32_t *)llmpar_arena_alloc(arena, ((size_t)P + 2 * (size_t)q->leaves) * sizeof(int32_t));
+    q->stacked   = (bool *)llmpar_arena_alloc(arena, (size_t)P * sizeof(bool));
+    q->start     = (double *)llmpar_arena_alloc(arena, all * sizeof(double));
+    q->future    = (double *)llmpar_arena_alloc(arena, (all + (size_t)P) * sizeof(double));
+    q->path      = (int32_t *)llmpar_arena_alloc(arena, all * sizeof(int32_t));
+    q->pick      = (llmpari_find_pick *)llmpar_arena_alloc(arena, (size_t)P * sizeof(llmpari_find_pick));
+    q->work      = (uint16_t *)llmpar_arena_alloc(arena, (2 + LLMPARI_FIND_SEEDS) * all * sizeof(uint16_t));
+    if (!d || !q->arrive[0] || !q->place[0] || !q->stage || !q->at || !q->stack || !q->stacked || !q->start || !q->future || !q->path || !q->pick || !q->work)
+        return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to search an order of %lld actions", (long long)all);
+    q->time = d, q->add = d + 3 * (int64_t)S, q->offset = d + 6 * (int64_t)S, q->later = d + 9 * (int64_t)S, d += 10 * (int64_t)S;
+    q->begin = d, q->clock = d + P, q->held = d + 2 * (int64_t)P, q->guided = d + 3 * (int64_t)P;
+    q->arrive[1] = q->arrive[0] + (int64_t)S * M, q->place[1] = q->place[0] + (int64_t)S * M;
+    q->count = q->stage + S, q->owed = q->count + 3 * (int64_t)S, q->ahead = q->owed + 3 * (int64_t)S;
+    q->out = q->at + P;
+    q->tree = q->stack + P;
+    q->more = q->work + all;
+    for (int i = 0; i < LLMPARI_FIND_SEEDS; i++) q->seed[i] = q->more + (size_t)(i + 1) * all;
+    for (int32_t i = 0; i < 2 * q->leaves; i++) q->tree[i] = i >= q->leaves && i - q->leaves < P ? i - q->leaves : -1;
+
+    double t = 0;
+    for (int32_t i = 0; i < S; i++) {
+        q->stage[s->rank_of[i] * V + i / P] = i;
+        q->time[i] = c->time[LLMPAR_ACTION_F][i], q->time[S + i] = c->time[split ? LLMPAR_ACTION_I : LLMPAR_ACTION_B][i], q->time[2 * S + i] = split ? c->time[LLMPAR_ACTION_W][i] : 0;
+        q->add[i] = c->hold[i], q->add[S + i] = split ? -c->release[i] : -c->hold[i], q->add[2 * S + i] = -q->add[i] - q->add[S + i];
+    }
+    for (int32_t i = S - P; i-- > 0; ) {                                                    // the chunk after i's on the same rank
+        const int32_t next = q->stage[s->rank_of[i] * V + i / P + 1];
+        q->later[i] = q->later[next] + q->add[next];
+    }
+    for (int32_t i = 0; i < P; t += q->time[i] + c->link[i], i++) q->begin[i] = t;
+    return LLMPAR_OK;
+}
+
+// The memory limit of a schedule that is searched; 0 = none.
+LLMPARI_FN double llmpari_pipe_limit(const llmpar_pipe_desc *desc, double micro_batch) {
+    const int32_t P = desc->n_ranks;
+    if (desc->memory > 0) return desc->memory;
+    switch (desc->kind) {
+    case LLMPAR_PIPE_ZB_1P:  return P * micro_batch;
+    case LLMPAR_PIPE_ZB_2P:  return 2 * P * micro_batch;
+    case LLMPAR_PIPE_V_HALF: return (P + 2) / 2 * micro_batch;
+    case LLMPAR_PIPE_V_MIN:  return (P + 4) / 3 * micro_batch;
+    default: return 0;
+    }
+}
+
+// Searches an order under the limit of the desc; of two maps the better one.
+LLMPARI_FN llmpar_status llmpari_pipe_search(const llmpar_pipe_desc *desc, int32_t V, bool v_shape, llmpar_arena *arena, llmpar_schedule *s, llmpar_error *err) {
+    const int32_t P = desc->n_ranks, M = desc->n_micro;
+    const bool auto_kind = desc->kind == LLMPAR_PIPE_AUTO, split = !(auto_kind && desc->whole_backward), both = auto_kind && V == 2 && P > 1 && desc->map == LLMPAR_PIPE_MAP_DEFAULT;
+    const int64_t n = (int64_t)(split ? 3 : 2) * V * M;
+    double best_span = DBL_MAX, best_makespan = DBL_MAX;
+    LLMPARI_TRY(llmpari_pipe_new(s, P, P * V, M, n * P, arena, err));
+    const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    int32_t *rank_of = (int32_t *)llmpar_arena_alloc(arena, (size_t)s->n_stages * sizeof *rank_of);
+    if (!rank_of) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d stages", (int)s->n_stages);
+    for (int32_t r = 0; r <= P; r++) s->first[r] = r * n;
+    for (int map = 0; map < 2; map++) {
+        const llmpar_arena_mark each = llmpar_arena_save(arena);
+        llmpar_schedule trial = *s;
+        llmpari_pipe_cost c;
+        llmpari_find q;
+        llmpar_pipe_bound bound;
+        double need = 0;
+        if (both ? false : map != v_shape) continue;
+        trial.rank_of = rank_of;
+        LLMPARI_TRY(llmpari_find_new(&q, desc, V, map == 1, 0, split, &trial, arena, &c, err));
+        for (int32_t r = 0; r < P; r++) {                                                  // one micro-batch in all stages of the rank: what any order needs, and one after the other suffices
+            const int32_t i = q.stage[r * V];
+            if (q.add[i] + q.later[i] > need) need = q.add[i] + q.later[i];
+        }
+        const double limit = llmpari_pipe_limit(desc, need);
+        if (limit > 0 && limit < need * (1 - 1e-12))
+            return LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "%s: memory=%g is too little for one micro-batch in all stages of a rank; the least that works is %.17g", llmpari_pipe_name[desc->kind],
+                                limit, need);
+        q.limit = limit > 0 ? limit * (1 + 1e-12) : DBL_MAX;
+        q.steps = LLMPARI_FIND_STEPS / (both ? 2 : 1), q.evals = LLMPARI_FIND_EVALS / (both ? 2 : 1);
+        llmpari_bound_all(&trial, q.time, q.add, c.link, true, limit, &bound);
+        q.goal = bound.span;
+        LLMPARI_TRY(llmpari_find_all(&q, arena, err));
+        if (q.n_seeds && llmpari_find_better(q.seed_span[0], q.seed_makespan[0], best_span, best_makespan)) {
+            best_span = q.seed_span[0], best_makespan = q.seed_makespan[0];
+            memcpy(s->rank_of, rank_of, (size_t)s->n_stages * sizeof *rank_of);
+            for (int32_t r = 0; r < P; r++) {
+                memset(q.count, 0, 3 * (size_t)q.S * sizeof(int32_t));
+                for (int64_t j = r * n; j < (r + 1) * n; j++) {
+                    const int32_t cell = llmpari_find_cell(&q, r, q.seed[0][j]), kind = cell / q.S;
+                    s->action[j] = llmpari_action(kind == 0 ? LLMPAR_ACTION_F : kind == 2 ? LLMPAR_ACTION_W : split ? LLMPAR_ACTION_I : LLMPAR_ACTION_B, cell % q.S, q.count[cell]++);
+                }
+            }
+        }
+        llmpar_arena_restore(arena, each);
+    }
+    llmpar_arena_restore(arena, mark);
+    llmpari_name_set(s->name, llmpari_pipe_name[desc->kind], strlen(llmpari_pipe_name[desc->kind]));
+    LLMPAR_ASSERT(best_span < DBL_MAX);
+    return LLMPAR_OK;
+}
+
 LLMPAR_DEF llmpar_status llmpar_pipe_make(const llmpar_pipe_desc *desc, llmpar_arena *arena, llmpar_schedule *schedule, llmpar_error *err) {
     const llmpar_arena_mark mark = llmpar_arena_save(arena);
     llmpar_schedule s;
-    int32_t V = 0;
+    int32_t V = 1;
     bool v_shape = false;
     LLMPARI_TRY(llmpari_pipe_desc_check(desc, &V, &v_shape, err));
-    const llmpar_status status = llmpari_pipe_generate(desc, V, v_shape, arena, &s, err);
+    const llmpar_pipe_kind k = desc->kind;
+    const bool searched = k == LLMPAR_PIPE_AUTO || k == LLMPAR_PIPE_ZB_1P || k == LLMPAR_PIPE_ZB_2P || k == LLMPAR_PIPE_V_HALF || k == LLMPAR_PIPE_V_MIN;
+    const llmpar_status status = searched ? llmpari_pipe_search(desc, V, v_shape, arena, &s, err) : llmpari_pipe_generate(desc, V, v_shape, arena, &s, err);
     if (status) llmpar_arena_restore(arena, mark);
     else *schedule = s;
     return status;
