@@ -11602,26 +11602,6 @@ LLMPAR_DEF void llmpar_pipe_trace(const llmpar_schedule *schedule, const llmpar_
 }
 LLMPARI_ONCE_END
 
-// Placeholder until the bounds of the search are here: the work of the busiest rank.
-LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, double memory, llmpar_pipe_bound *bound, llmpar_error *err) {
-    static const llmpar_pipe_costs none = LLMPAR_ZERO;
-    const llmpar_pipe_costs *c = costs ? costs : &none;
-    (void)memory;
-    LLMPARI_TRY(llmpari_pipe_shape(schedule, err));
-    bound->span = 0;
-    for (int32_t r = 0; r < schedule->n_ranks; r++) {
-        double work = 0;
-        for (int64_t j = schedule->first[r]; j < schedule->first[r + 1]; j++) {
-            const int32_t k = schedule->action[j].kind, st = schedule->action[j].stage;
-            const double i = c->i ? c->i[st] : 1, w = c->w ? c->w[st] : 1;
-            work += k == LLMPAR_ACTION_F ? (c->f ? c->f[st] : 1) : k == LLMPAR_ACTION_I ? i : k == LLMPAR_ACTION_W ? w : k == LLMPAR_ACTION_B ? (c->b ? c->b[st] : i + w) : 0;
-        }
-        bound->span = fmax(bound->span, work);
-    }
-    bound->makespan = bound->span;
-    return LLMPAR_OK;
-}
-
 // ============================================================================================================
 // >>comm (impl)
 // ============================================================================================================
