@@ -9488,7 +9488,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_advance(llmpari_pipe_run *q, int32_t r, ll
         q->end[j] = clock;
         if (q->transport == LLMPAR_PIPE_NCCL) {
             if (llmpari_action_is_send(a) && a.slot >= 0) q->slot_free[q->slot_first[r] + a.slot] = -1;
-            LLMPARI_TRY(llmpari_channel_move(q, &q->channel[q->channel_of[llmpari_pipe_link_of(s, a)]], err));
+            if (q->end[q->x->partner[j]] >= 0) LLMPARI_TRY(llmpari_channel_move(q, &q->channel[q->channel_of[llmpari_pipe_link_of(s, a)]], err));
         } else if (llmpari_action_is_send(a)) {
             llmpari_pipe_arrive(q, a.kind == LLMPAR_ACTION_SEND_B, a.stage, a.micro, clock + q->c->link[llmpari_pipe_link_of(s, a)]);
         } else if (q->transport == LLMPAR_PIPE_RENDEZVOUS) {
@@ -20243,27 +20243,27 @@ LLMPARI_FN llmpar_status llmpari_engine_program(llmpar_engine *e, int which, llm
     return LLMPAR_OK;
 }
 
-// Layers to stages: all layers cost the same and the head comes on top of the last stage's, so the next layer always goes where least is.
+// Layers to stages, at least one each: the head comes on top of the last layer, an embedded token costs nothing.
 LLMPARI_FN llmpar_status llmpari_engine_layers(llmpar_engine *e, llmpar_error *err) {
     const int32_t n = e->n_stages;
+    const int64_t layers = e->model.layers;
     const double head = (double)e->model.vocabulary * (double)e->model.hidden;
-    const double layer = ((double)llmpar_model_parameters(&e->model) - head * (e->model.tied_head ? 1 : 2)) / (double)e->model.layers;
+    llmpar_partition_desc cut = LLMPAR_ZERO;
+    int32_t *first = (int32_t *)llmpar_arena_alloc(&e->arena, (size_t)(n + 1) * sizeof *first);
+    double  *cost  = (double *)llmpar_arena_alloc(&e->arena, (size_t)layers * sizeof *cost);
     e->first_layer = (int64_t *)llmpar_arena_alloc(&e->arena, (size_t)(n + 1) * sizeof *e->first_layer);
-    if (!e->first_layer) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d stages", (int)n);
-    if (e->model.layers < n)
-        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%lld layers do not fill the %d stages of pp=%d, %d a rank; use at most %lld stages", (long long)e->model.layers, (int)n, (int)e->pipe->size,
-                            (int)e->n_parts, (long long)e->model.layers);
-    for (int32_t i = 0; i < n; i++) e->first_layer[i + 1] = 1;
-    for (int64_t given = n; given < e->model.layers; given++) {
-        int32_t best = 0;
-        double least = INFINITY;
-        for (int32_t i = 0; i < n; i++) {
-            const double cost = (double)(e->first_layer[i + 1] + 1) * layer + (i + 1 == n ? head : 0);
-            if (cost < least) least = cost, best = i;
-        }
-        e->first_layer[best + 1]++;
-    }
-    for (int32_t i = 0; i < n; i++) e->first_layer[i + 1] += e->first_layer[i];
+    if (!e->first_layer || !first || !cost) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d stages", (int)n);
+    if (layers < n)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%lld layers do not fill the %d stages of pp=%d, %d a rank; use at most %lld stages", (long long)layers, (int)n, (int)e->pipe->size,
+                            (int)e->n_parts, (long long)layers);
+    for (int64_t l = 0; l < layers; l++) cost[l] = ((double)llmpar_model_parameters(&e->model) - head * (e->model.tied_head ? 1 : 2)) / (double)layers + (l + 1 == layers ? head : 0);
+    cut.cost = cost, cut.n_items = (int32_t)layers, cut.n_ranks = e->pipe->size, cut.n_virtual = e->n_parts, cut.allocator = e->desc.allocator;
+    cut.map  = e->n_parts > 1 && e->stage_rank[e->pipe->size] != 0 ? LLMPAR_PIPE_MAP_V : LLMPAR_PIPE_MAP_LOOP;
+    LLMPARI_TRY(llmpar_pipe_partition(&cut, first, NULL, err));
+    for (int32_t i = 0; i < n; i++) if (first[i + 1] <= first[i]) first[i + 1] = first[i] + 1;   // on the V, a rank with the head might do best without a first stage
+    first[n] = (int32_t)layers;
+    for (int32_t i = n; i-- > 0; ) if (first[i] >= first[i + 1]) first[i] = first[i + 1] - 1;
+    for (int32_t i = 0; i <= n; i++) e->first_layer[i] = first[i];
     return LLMPAR_OK;
 }
 
