@@ -407,7 +407,7 @@ pipeline_tests() {
     good "decode"                        '^makespan 16 '                   $p --schedule forward --ranks 4 --micro 4 --in-flight 1
     good "a timeline in letters"         '^3 \.\.\.\.\.\.F0B0--F1B1--'     $one --text 80
     good "a schedule of one's own"       '^makespan 12 '                   sh -c "printf '0F0,0F1,0B0,0F2,0B1,0B2\n1F0,1B0,1F1,1B1,1F2,1B2\n' > $T/own.csv; $p --schedule $T/own.csv"
-    good "a file of a program"           '^certified: .*nccl$'             sh -c "$one --lowered --transport nccl --csv $T/low.csv > /dev/null && $p --schedule $T/low.csv --transport nccl"
+    good "a file of a program"           '^certified: each of 64 actions .* 48 transfers, nccl$'             sh -c "$one --lowered --transport nccl --csv $T/low.csv > /dev/null && $p --schedule $T/low.csv --transport nccl"
     $zbv --csv "$T/zbv.csv" > "$T/direct" 2>&1; same "a schedule written and read" "$T/direct" $p --schedule "$T/zbv.csv"
     if command -v python3 > /dev/null; then
         while read -r run; do

@@ -263,6 +263,12 @@ static void test_pictures(void) {
         CHECK(strstr(t.at, "\n1f1b: makespan 12, span 12, bubble 25.0 % of the makespan\n") != NULL);
         llmpar_pipe_text(&program, &timing, 14, into(&t));                                 // a column a unit: no room for numbers but in B
         CHECK(strncmp(t.at, "0 FF..B0FB1.B2\n1 .FB0FB1FB2..\n", 30) == 0);
+        static const double link[2] = { 0.75, 0.75 };
+        llmpar_pipe_costs costs = LLMPAR_ZERO;
+        costs.link = link;
+        make(LLMPAR_PIPE_1F1B, 2, 1, &costs);                                              // a column shows what has most of it, idle or not
+        llmpar_pipe_text(&program, &timing, 10, into(&t));
+        CHECK(strncmp(t.at, "0 F....B0-\n1 ..FB0...\n", 22) == 0);
         make(LLMPAR_PIPE_ZB_V, 2, 2, NULL);
         llmpar_pipe_text(&program, &timing, 30, into(&t));
         CHECK(strstr(t.at, "small letters: every second stage of a rank") != NULL);
