@@ -10328,7 +10328,7 @@ LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, con
 // The effort is counted in actions timed, never by a clock: all ranks find the same.
 
 #define LLMPARI_FIND_STEPS  30000000   // actions timed in all, one to two seconds
-#define LLMPARI_FIND_EVALS  30000      // orders timed, at most
+#define LLMPARI_FIND_EVALS  60000      // orders timed, at most
 #define LLMPARI_FIND_SEEDS  4          // orders that are annealed
 #define LLMPARI_FIND_ROUND  0.9e-9     // of the memory limit: sums may be off by this part; llmpar_pipe_verify allows 1e-9
 
@@ -10836,10 +10836,10 @@ LLMPARI_FN llmpar_status llmpari_find_all(llmpari_find *q, llmpar_arena *arena, 
         llmpari_find_try_rule(q, i, period, f);
         if (pattern && i >= 12) llmpari_find_try_pattern(q, i - 10, period, at, n);
     }
-    const int rounds = q->n * q->P < 256 ? 16 : q->n * q->P < 4096 ? 8 : 1;                 // each long enough to get anywhere
+    const int rounds = q->n * q->P < 256 ? 32 : q->n * q->P < 4096 ? 8 : 1;                 // each long enough to get anywhere
     for (int i = 0; i < rounds && q->n_seeds && llmpari_find_more(q, steps, evals, 0.02); i++) {
         const double each = (double)q->steps / (double)(q->n * q->P) / (rounds - i), most = (double)q->evals / (rounds - i);
-        llmpari_find_anneal(q, i % 2 ? 0 : (int32_t)llmpari_min(i / 2 % LLMPARI_FIND_SEEDS, q->n_seeds - 1), (int64_t)(each < most ? each : most), rounds > 1 ? heat[i] * period : 0);
+        llmpari_find_anneal(q, i % 2 ? 0 : (int32_t)llmpari_min(i / 2 % LLMPARI_FIND_SEEDS, q->n_seeds - 1), (int64_t)(each < most ? each : most), rounds > 1 ? heat[i % 16] * period : 0);
     }
     llmpar_arena_restore(arena, mark);
     return LLMPAR_OK;

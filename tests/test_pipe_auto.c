@@ -300,7 +300,7 @@ static void test_kinds(void) {
         static const llmpar_pipe_kind kinds[] = { LLMPAR_PIPE_ZB_1P, LLMPAR_PIPE_ZB_2P, LLMPAR_PIPE_V_HALF, LLMPAR_PIPE_V_MIN };
         for (int k = 0; k < 4; k++)
             for (int P = 1; P <= 7; P += 2)
-                for (int M = 1; M <= 9; M += 1 + test_short() + 3 * !test_stress()) {
+                for (int M = 1; M <= 9; M += test_stress() ? 1 : 4) {
                     const int limit[] = { P, 2 * P, 2 * ((P + 2) / 2), 2 * ((P + 4) / 3) };
                     memset(&desc, 0, sizeof desc);
                     desc.kind = kinds[k], desc.n_ranks = P, desc.n_micro = M;
@@ -336,7 +336,7 @@ static void test_kinds(void) {
 static void test_memory(void) {
     TEST("a limit that is too small names the least that works, which works") {
         test_seed(3);
-        for (int k = 0; k < (test_stress() ? 200 : 30); k++) {
+        for (int k = 0; k < (test_stress() ? 200 : 15); k++) {
             llmpar_pipe_desc desc = LLMPAR_ZERO;
             const int P = 1 + (int)test_below(5), V = 1 + (int)test_below(3);
             desc.kind = LLMPAR_PIPE_AUTO, desc.n_ranks = P, desc.n_virtual = V, desc.n_micro = 1 + (int)test_below(6);
@@ -393,7 +393,7 @@ int main(void) {
     test_kinds();
     test_memory();
     test_bounds();
-    TEST("the optimum, P <= 3, M <= 4, v <= 2") compare("exhaustive", test_stress() ? 500 : 40, 3, 4, 2, test_stress() ? 20000000 : 300000, 1);
+    TEST("the optimum, P <= 3, M <= 4, v <= 2") compare("exhaustive", test_stress() ? 500 : 30, 3, 4, 2, test_stress() ? 20000000 : 300000, 1);
     TEST("the optimum, P <= 4, M <= 8") compare("branch and bound", test_stress() ? 100 : 8, 4, 8, 1, test_stress() ? 20000000 : 300000, 2);
     llmpar_arena_free(&arena);
     llmpar_arena_free(&memory);
