@@ -846,7 +846,8 @@ typedef struct llmpar_pipe_costs {
 //   zb-h1, zb-h2  I and W apart; W fills bubbles; memory p and 2p - 1 (arXiv 2401.10241)         zb-1p, zb-2p  the same by its list heuristic, within p and 2p forwards
 //   zb-v          two stages a rank in the shape of a V, memory p (same paper)    v-half, v-min  the V at about half and a third of that memory (arXiv 2405.15362)
 //   dualpipe-v    the V with F of one and B of the other direction side by side   forward     inference: F only
-//   auto          searched for the given times and memory
+//   auto          searched for the given times and memory: the shortest span, then makespan. No clock decides, so that all ranks find the same
+// zb-1p, zb-2p, v-half and v-min are searched too; their own limits are P, 2 P, (P + 2) / 2 and (P + 4) / 3 (rounded down) times what one micro-batch takes on a rank.
 #define LLMPAR_PIPE_LIST(X) \
     X(LLMPAR_PIPE_GPIPE,         "gpipe") \
     X(LLMPAR_PIPE_1F1B,          "1f1b") \
@@ -10443,8 +10444,9 @@ LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, con
 // The effort is counted in actions timed, never by a clock: all ranks find the same.
 
 #define LLMPARI_FIND_STEPS  30000000   // actions timed in all, one to two seconds
-#define LLMPARI_FIND_EVALS  30000      // orders timed, at most
+#define LLMPARI_FIND_EVALS  60000      // orders timed, at most
 #define LLMPARI_FIND_SEEDS  4          // orders that are annealed
+#define LLMPARI_FIND_ROUND  0.9e-9     // of the memory limit: sums may be off by this part; llmpar_pipe_verify allows 1e-9
 
 typedef struct llmpari_find_rule {
     double period;                 // of what can begin, first what a schedule with this period has first: 0 = by stage, large = the oldest micro-batch
@@ -10950,23 +10952,22 @@ LLMPARI_FN llmpar_status llmpari_find_all(llmpari_find *q, llmpar_arena *arena, 
         llmpari_find_try_rule(q, i, period, f);
         if (pattern && i >= 12) llmpari_find_try_pattern(q, i - 10, period, at, n);
     }
-    const int rounds = q->n * q->P < 256 ? 16 : q->n * q->P < 4096 ? 8 : 1;                 // each long enough to get anywhere
+    const int rounds = q->n * q->P < 256 ? 32 : q->n * q->P < 4096 ? 8 : 1;                 // each long enough to get anywhere
     for (int i = 0; i < rounds && q->n_seeds && llmpari_find_more(q, steps, evals, 0.02); i++) {
         const double each = (double)q->steps / (double)(q->n * q->P) / (rounds - i), most = (double)q->evals / (rounds - i);
-        llmpari_find_anneal(q, i % 2 ? 0 : (int32_t)llmpari_min(i / 2 % LLMPARI_FIND_SEEDS, q->n_seeds - 1), (int64_t)(each < most ? each : most), rounds > 1 ? heat[i] * period : 0);
+        llmpari_find_anneal(q, i % 2 ? 0 : (int32_t)llmpari_min(i / 2 % LLMPARI_FIND_SEEDS, q->n_seeds - 1), (int64_t)(each < most ? each : most), rounds > 1 ? heat[i % 16] * period : 0);
     }
     llmpar_arena_restore(arena, mark);
     return LLMPAR_OK;
 }
 
-LLMPARI_FN llmpar_status llmpari_find_new(llmpari_find *q, const llmpar_pipe_desc *desc, int32_t V, bool v_shape, double limit, bool split, llmpar_schedule *s, llmpar_arena *arena,
+LLMPARI_FN llmpar_status llmpari_find_new(llmpari_find *q, const llmpar_pipe_desc *desc, int32_t V, bool v_shape, bool split, llmpar_schedule *s, llmpar_arena *arena,
                                           llmpari_pipe_cost *c, llmpar_error *err) {
     const int32_t P = desc->n_ranks, S = P * V, M = desc->n_micro;
     const size_t all = (size_t)(split ? 3 : 2) * (size_t)V * (size_t)M * (size_t)P;
     memset(q, 0, sizeof *q);
     q->P = P, q->V = V, q->S = S, q->M = M, q->kinds = split ? 3 : 2, q->n = (int64_t)all / P;
     q->v_shape = v_shape, q->split = split, q->c = c, q->rank_of = s->rank_of, q->random = 1;
-    q->limit = limit > 0 ? limit * (1 + 1e-12) : DBL_MAX;
     for (int32_t i = 0; i < S; i++) s->rank_of[i] = v_shape && i / P % 2 ? P - 1 - i % P : i % P;
     LLMPARI_TRY(llmpari_pipe_cost_fill(&desc->costs, s, arena, c, err));
     for (q->leaves = 1; q->leaves < P; q->leaves *= 2) { }
@@ -11041,16 +11042,16 @@ LLMPARI_FN llmpar_status llmpari_pipe_search(const llmpar_pipe_desc *desc, int32
         double need = 0;
         if (both ? false : map != v_shape) continue;
         trial.rank_of = rank_of;
-        LLMPARI_TRY(llmpari_find_new(&q, desc, V, map == 1, 0, split, &trial, arena, &c, err));
+        LLMPARI_TRY(llmpari_find_new(&q, desc, V, map == 1, split, &trial, arena, &c, err));
         for (int32_t r = 0; r < P; r++) {                                                  // one micro-batch in all stages of the rank: what any order needs, and one after the other suffices
             const int32_t i = q.stage[r * V];
             if (q.add[i] + q.later[i] > need) need = q.add[i] + q.later[i];
         }
         const double limit = llmpari_pipe_limit(desc, need);
-        if (limit > 0 && limit < need * (1 - 1e-12))
-            return LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "%s: memory=%g is too little for one micro-batch in all stages of a rank; the least that works is %.17g", llmpari_pipe_name[desc->kind],
+        if (limit > 0 && limit * (1 + LLMPARI_FIND_ROUND) < need)
+            return LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "%s: memory=%g is too little for one micro-batch in all stages of a rank; the least that works is %.10g", llmpari_pipe_name[desc->kind],
                                 limit, need);
-        q.limit = limit > 0 ? limit * (1 + 1e-12) : DBL_MAX;
+        q.limit = limit > 0 ? limit * (1 + LLMPARI_FIND_ROUND) : DBL_MAX;
         q.steps = LLMPARI_FIND_STEPS / (both ? 2 : 1), q.evals = LLMPARI_FIND_EVALS / (both ? 2 : 1);
         llmpari_bound_all(&trial, q.time, q.add, c.link, true, limit, &bound);
         q.goal = bound.span;
