@@ -9763,7 +9763,8 @@ LLMPARI_FN llmpar_status llmpari_pipe_prove(const llmpar_schedule *s, const llmp
     if (!status) status = llmpari_pipe_times(&run, arena, err);
     if (!status) llmpari_pipe_sum(s, &c, &t);
     for (int32_t r = 0; !status && memory > 0 && r < R; r++)
-        if (t.peak[r] > memory * (1 + 1e-9)) status = LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "rank %d holds up to %g, more than the limit of %g", (int)r, t.peak[r], memory);
+        if (t.peak[r] > memory * (1 + 1e-9))
+            status = LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "rank %d holds up to %g, more than the limit of %g; this schedule needs %g there", (int)r, t.peak[r], memory, t.peak[r]);
     if (!status && timing) llmpari_pipe_critical(s, &x, &t);
     llmpar_arena_restore(arena, status || !timing ? all : mark);
     if (!status && timing) *timing = t;
