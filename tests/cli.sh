@@ -392,6 +392,8 @@ trace_tests() {
 # ---- pipeline --schedule NAME|auto|FILE.csv --ranks P --micro M ...: what it says, what it writes (read by trace.py), what it refuses
 pipeline_tests() {
     p=$B/pipeline; read="python3 tests/trace.py --pipe"; zbv="$p --schedule zb-v --ranks 4 --micro 8"; one="$p --schedule 1f1b --ranks 4 --micro 8"
+    $zbv --svg "$T/zb-v.svg" > /dev/null; cmp -s "$T/zb-v.svg" examples/zb-v.svg && ok || bad "examples/zb-v.svg, README's picture, is not what $zbv --svg writes"
+    good "a searched schedule"           '^makespan 29.5  span 29.5$'      $p --schedule auto --ranks 4 --virtual 2 --micro 8 --f .5 --i .5 --w .5 --mem-limit 4
     good "1F1B's makespan"               '^makespan 33  span 33$'          $one
     good "its bubble"                    '^rank 3: bubble 27.27 % \(9 of the makespan\), peak in flight 1$' $one
     good "ZB-V's span"                   '^makespan 51  span 48$'          $zbv
