@@ -30,12 +30,14 @@
 //          >>solve    which collectives where, exactly; explain
 //          >>model    a transformer's description, from config.json or by name
 //          >>build    the graph of a model
+//          >>pipe     pipeline schedules: made, lowered, proven, timed, drawn
 //   move   >>comm     collectives behind one small vtable; ranks as threads
 //          >>launch   which rank of how many this process is: mpirun, srun, torchrun
 //          >>mpi      the same collectives between processes, over MPI
 //          >>weights  safetensors checkpoints: each rank reads its own slices
 //   run    >>ops      kernels behind a table that an engine replaces one by one
 //          >>exec     runs a plan on one rank
+//          >>stage    runs a pipeline schedule over a communicator
 //          >>engine   a whole model on one rank: load, prefill, decode
 //          >>licence
 
@@ -769,15 +771,208 @@ typedef struct llmpar_build_desc {
     bool    parallel_block;        // attention and MLP read the same norm and are added together (GPT-J, PaLM): for study
     bool    loss;                  // cross entropy against input "labels"[B, S]: output "loss"; else output "logits"
     bool    no_head;               // ends with the last norm: output "hidden"
+    bool    no_embed, no_end;      // a stage of a pipeline. It begins with input "h_in"[B, S, H], what the stage before ends with, instead of ids and the embedding; it ends
+                                   //   after its last layer: output "h_out", laid out like h_in
     bool    invariant;             // an invariant graph: I gets 32 to 64 granules, of 128 items and more from I = 4096 on; heads are granules
     int64_t layers;                // 0 = the model's
 } llmpar_build_desc;
 // Writes the graph into g (fresh from llmpar_graph_init): input "ids"[B, S] i32, weights named as llmpar_weight_name says with tag = kind, caches
 // "k_cache", "v_cache" [B, K, C, D], layers as one repeat block. Node names: h0 (embeddings), h (the block's carry), x, q, k (after rope), v, o,
 // h1 (h + o), x1, h2 (what leaves a layer), hidden (after the last norm), logits. Weights and caches have the same node numbers in every graph of a
-// model that has a head and a cache, whatever batch, seq and the flags are: llmpar_exec can share them.
-// Errors: the model's, sizes below 0, context below seq, loss together with last_only or no_head; then the graph's.
+// model that has a head and a cache, whatever batch, seq and the flags are (but for no_embed and no_end): llmpar_exec can share them.
+// Errors: the model's, sizes below 0, context below seq, loss together with last_only, no_head or no_end; then the graph's.
 LLMPAR_DEF llmpar_status llmpar_build(const llmpar_model *model, const llmpar_build_desc *desc, llmpar_graph *g, llmpar_error *err);
+
+// ============================================================================================================
+// >>pipe   pipeline schedules: made, lowered, proven, timed, drawn             (uses: base)
+// ============================================================================================================
+// A pipeline is a row of stages; every rank holds some of them and does its actions in a fixed order. All schedules have one form, PyTorch's: "2F0" is the forward of
+// stage 2 for micro-batch 0, "B" a whole backward, "I" its part that makes the gradient of the inputs, "W" the part that makes the gradient of the weights (any time after
+// I). A rank is a row of a CSV text. Lowering adds the transfers: "0SEND_F3" (stage 0 sends its output for micro-batch 3 to stage 1), "1RECV_F3", "1SEND_B3", "0RECV_B3".
+//
+//     llmpar_pipe_desc desc = LLMPAR_ZERO;
+//     desc.kind = LLMPAR_PIPE_ZB_H1; desc.n_ranks = 4; desc.n_micro = 8;
+//     llmpar_pipe_make(&desc, &arena, &schedule, err);                                            // who does what, in which order
+//     llmpar_pipe_lower(&schedule, &desc.costs, LLMPAR_PIPE_NCCL, &arena, &program, err);         // with transfers and their buffers
+//     llmpar_pipe_verify(&program, &desc.costs, LLMPAR_PIPE_NCCL, 0, &arena, err);                // complete, in order, cannot deadlock
+//     llmpar_pipe_simulate(&program, &desc.costs, LLMPAR_PIPE_NCCL, &arena, &timing, err);        // makespan, span, bubbles, peak memory
+
+typedef enum llmpar_action_kind {
+    LLMPAR_ACTION_F = 0,           // forward
+    LLMPAR_ACTION_B,               // whole backward = I then W
+    LLMPAR_ACTION_I,               // gradient of the inputs; what the stage before waits for
+    LLMPAR_ACTION_W,               // gradient of the weights
+    LLMPAR_ACTION_SEND_F,          // starts to send F's output to the stage after; of the last stage: the token back to stage 0 (in_flight > 0)
+    LLMPAR_ACTION_RECV_F,          // posts the buffer for F's input; F waits for it
+    LLMPAR_ACTION_SEND_B,          // starts to send the gradient of the inputs to the stage before
+    LLMPAR_ACTION_RECV_B,          // posts the buffer for the gradient of the outputs; B or I waits for it
+    LLMPAR_ACTION_COUNT
+} llmpar_action_kind;
+
+typedef struct llmpar_action {     // 12 bytes
+    int32_t micro;                 // micro-batch
+    int16_t stage;
+    uint8_t kind;                  // llmpar_action_kind
+    uint8_t reserved;              // 0
+    int32_t slot;                  // SEND, RECV: number of the message buffer on this rank, 0 .. n_slots[rank] - 1; else -1
+} llmpar_action;
+
+// A schedule (no transfers) or a program (lowered, with transfers). Arrays live in the arena that made them; whoever fills the struct by hand owns them.
+#define LLMPAR_MAX_STAGES 4096
+typedef struct llmpar_schedule {
+    int32_t  n_ranks, n_stages, n_micro;
+    int32_t  in_flight;            // > 0: decode. micro-batch m is a token that needs the output of micro-batch m - in_flight (the same sequence) at the last stage
+    bool     lowered;              // has transfers
+    int32_t *rank_of;              // [n_stages]
+    int64_t *first;                // [n_ranks + 1]: rank r does action[first[r]] .. action[first[r + 1] - 1], in this order
+    llmpar_action *action;
+    int32_t *n_slots;              // [n_ranks] message buffers; NULL unless lowered
+    char     name[LLMPAR_NAME];
+} llmpar_schedule;
+
+// What things take, in any unit of time and memory. All-zero = F = I = W = 1, free transfers, F holds 1.
+typedef struct llmpar_pipe_costs {
+    const double *f, *i, *w;       // [n_stages]; NULL = 1 each
+    const double *b;               // [n_stages]; NULL = i + w
+    const double *link;            // [n_stages] from stage s to s + 1 or back; the last: from the last stage to stage 0. NULL = 0. Stages of one rank: 0
+    const double *hold;            // [n_stages] memory that F takes until the backward; NULL = 1
+    const double *release;         // [n_stages] of it, what I gives back, W the rest; NULL = half. B gives back all
+} llmpar_pipe_costs;
+
+// The published schedules, by name in tools and messages.
+//   gpipe         all F, then all B (arXiv 1811.06965)                            1f1b        P - r warm-up forwards, then one B, one F (arXiv 2006.09503)
+//   eager-1f1b    2 (P - r) - 1 warm-up forwards, which hides transfers (arXiv 2211.05322)
+//   interleaved   several stages a rank, stage s on rank s % P (arXiv 2104.04473) breadth-first  every stage of a rank through all micro-batches (arXiv 2211.05953)
+//   zb-h1, zb-h2  I and W apart; W fills bubbles; memory p and 2p - 1 (arXiv 2401.10241)         zb-1p, zb-2p  the same by its list heuristic, within p and 2p forwards
+//   zb-v          two stages a rank in the shape of a V, memory p (same paper)    v-half, v-min  the V at about half and a third of that memory (arXiv 2405.15362)
+//   dualpipe-v    the V with F of one and B of the other direction side by side   forward     inference: F only
+//   auto          searched for the given times and memory: the shortest span, then makespan. No clock decides, so that all ranks find the same
+// zb-1p, zb-2p, v-half and v-min are searched too; their own limits are P, 2 P, (P + 2) / 2 and (P + 4) / 3 (rounded down) times what one micro-batch takes on a rank.
+#define LLMPAR_PIPE_LIST(X) \
+    X(LLMPAR_PIPE_GPIPE,         "gpipe") \
+    X(LLMPAR_PIPE_1F1B,          "1f1b") \
+    X(LLMPAR_PIPE_EAGER_1F1B,    "eager-1f1b") \
+    X(LLMPAR_PIPE_INTERLEAVED,   "interleaved") \
+    X(LLMPAR_PIPE_BREADTH_FIRST, "breadth-first") \
+    X(LLMPAR_PIPE_ZB_H1,         "zb-h1") \
+    X(LLMPAR_PIPE_ZB_H2,         "zb-h2") \
+    X(LLMPAR_PIPE_ZB_1P,         "zb-1p") \
+    X(LLMPAR_PIPE_ZB_2P,         "zb-2p") \
+    X(LLMPAR_PIPE_ZB_V,          "zb-v") \
+    X(LLMPAR_PIPE_V_HALF,        "v-half") \
+    X(LLMPAR_PIPE_V_MIN,         "v-min") \
+    X(LLMPAR_PIPE_DUALPIPE_V,    "dualpipe-v") \
+    X(LLMPAR_PIPE_FORWARD,       "forward") \
+    X(LLMPAR_PIPE_AUTO,          "auto")
+typedef enum llmpar_pipe_kind {
+#define LLMPARI_X(name, text) name,
+    LLMPAR_PIPE_LIST(LLMPARI_X)
+#undef LLMPARI_X
+    LLMPAR_PIPE_KIND_COUNT
+} llmpar_pipe_kind;
+LLMPAR_DEF const char   *llmpar_pipe_kind_name(llmpar_pipe_kind kind);                        // "1f1b"; static storage
+LLMPAR_DEF llmpar_status llmpar_pipe_kind_parse(const char *name, llmpar_pipe_kind *kind, llmpar_error *err);
+
+// How stages lie on ranks when a rank has several of them.
+typedef enum llmpar_pipe_map {
+    LLMPAR_PIPE_MAP_DEFAULT = 0,   // the schedule's own: V for zb-v, v-half, v-min and dualpipe-v, else loop; auto takes the better one
+    LLMPAR_PIPE_MAP_LOOP,          // stage s on rank s % P: 0 1 2 3 0 1 2 3
+    LLMPAR_PIPE_MAP_V              // back and forth: 0 1 2 3 3 2 1 0
+} llmpar_pipe_map;
+
+typedef struct llmpar_pipe_desc {
+    llmpar_pipe_kind kind;
+    int32_t n_ranks;               // P
+    int32_t n_virtual;             // stages of a rank; 0 = 1, or 2 for the V-shaped ones. stages = P * n_virtual
+    int32_t n_micro;               // M >= 1, any number
+    int32_t group;                 // interleaved: micro-batches that a rank takes through one stage before it turns to its next. 0 = M in M / P equal groups (PyTorch);
+                                   //   P = Megatron's default
+    int32_t in_flight;             // forward: sequences in decode, see llmpar_schedule; 0 = micro-batches do not depend on each other (prefill)
+    llmpar_pipe_map map;           // for interleaved, breadth-first, gpipe, forward and auto
+    llmpar_pipe_costs costs;       // zb-1p, zb-2p, v-half, v-min, auto, and the order of forward
+    double  memory;                // most that a rank may hold, in units of costs.hold; 0 = the schedule's own; auto: no limit
+    bool    whole_backward;        // auto: B instead of I and W
+} llmpar_pipe_desc;
+
+// Errors: counts below 1, a schedule that needs another n_virtual, times that are negative or not finite, a memory limit that is too small (the least that works is named).
+LLMPAR_DEF llmpar_status llmpar_pipe_make(const llmpar_pipe_desc *desc, llmpar_arena *arena, llmpar_schedule *schedule, llmpar_error *err);
+
+// CSV, a rank per line, actions between commas; an empty cell is idle time and says nothing. A "B" that a "W" of the same stage and micro-batch follows is read as "I".
+// Programs are read too. Errors name line and cell. Writing has no idle cells. in_flight is not in the text.
+LLMPAR_DEF llmpar_status llmpar_pipe_read(const char *text, size_t bytes, llmpar_arena *arena, llmpar_schedule *schedule, llmpar_error *err);
+LLMPAR_DEF void          llmpar_pipe_write(const llmpar_schedule *schedule, llmpar_sink sink);
+
+// When a transfer moves, and whom it holds up. In all of them RECV posts a buffer and goes on; the action that consumes it waits.
+typedef enum llmpar_transport {
+    LLMPAR_PIPE_BUFFERED = 0,      // SEND copies and goes on; messages are found by what they carry
+    LLMPAR_PIPE_RENDEZVOUS,        // SEND waits until the other rank has posted its RECV
+    LLMPAR_PIPE_NCCL               // SEND starts and goes on; the transfers of two ranks run one after the other in the order of both programs, which must agree. Those
+                                   //   that no action on a stage parts form a group (ncclGroupStart .. End) and run together
+} llmpar_transport;
+
+// Adds SEND and RECV, each RECV as late as possible without holding anybody up at the given costs, and gives messages their buffers (lowest free number by liveness).
+// No transfer between stages of one rank. The programs of all ranks together cannot deadlock under this transport if the schedule itself cannot; errors: verify's.
+LLMPAR_DEF llmpar_status llmpar_pipe_lower(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport,
+                                           llmpar_arena *arena, llmpar_schedule *program, llmpar_error *err);
+
+// Proves: every stage does F once per micro-batch and either nothing else, or B once, or I and then W once; inputs come before what needs them; every transfer has its
+// other end, on the right rank; buffers are free when they are taken; no rank holds more than `memory` (0 = no limit); and all ranks reach their end whatever the times:
+// else the error shows a shortest circle of waiting ("rank 0 waits in 0F1 for ..., which ..."). BAD_ARGUMENT, or DOES_NOT_FIT for memory with what would suffice.
+LLMPAR_DEF llmpar_status llmpar_pipe_verify(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport, double memory,
+                                            llmpar_arena *scratch, llmpar_error *err);
+
+typedef struct llmpar_pipe_timing {
+    double  makespan;              // from time 0 to the end of the last action
+    double  span;                  // longest time of a rank from its own first F to its last end (the Zero Bubble paper's)
+    double  work;                  // of the rank that works most: no schedule is shorter
+    double *busy, *begin, *end;    // [n_ranks] time in F, B, I, W; begin of the first F and end of the last action
+    double *peak;                  // [n_ranks] most memory held
+    double *action_begin, *action_end;   // [actions]; a SEND ends when its rank goes on, a RECV when it is posted
+    int32_t *critical;             // [n_critical] indices of the actions that make the makespan, first to last: each begins when the one before ends (plus its link)
+    int64_t n_critical;
+} llmpar_pipe_timing;
+// Every action starts as early as its rank, its inputs and the transport allow. Proves all that verify proves, but for the limit of memory: timing->peak says what is held.
+LLMPAR_DEF llmpar_status llmpar_pipe_simulate(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport,
+                                              llmpar_arena *arena, llmpar_pipe_timing *timing, llmpar_error *err);
+
+// No schedule of these stages, micro-batches, times and memory limit (0 = none) has a shorter span, or makespan.
+typedef struct llmpar_pipe_bound { double span, makespan; } llmpar_pipe_bound;
+LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, double memory, llmpar_pipe_bound *bound, llmpar_error *err);
+
+// Contiguous items to stages so that the rank with the most cost has as little as possible (its stages together: V or loop). cost[n_items] >= 0: layers, with the embedding
+// as the first item and the head as the last one, say; bytes[n_items] (NULL = none) under limit_bytes per rank. A stage is empty where there are fewer
+// items than stages, or where that makes the slowest rank of several stages faster. first[n_stages + 1] gets the first item of every stage; *slowest (may be NULL) the cost of
+// that rank. Exact for one stage a rank and for the V of two; several rounds of a loop: the slowest stage is the least possible, and items are then moved between stages while
+// that helps the slowest rank. Times: n log n for one stage a rank, else about n^2 for each of some 60 attempts. Errors: DOES_NOT_FIT names the smallest limit that works.
+typedef struct llmpar_partition_desc {
+    const double  *cost;           // [n_items]
+    const int64_t *bytes;          // [n_items]
+    int32_t n_items, n_ranks, n_virtual;   // n_virtual: 0 = 1
+    llmpar_pipe_map map;           // default = loop
+    int64_t limit_bytes;           // of a rank; 0 = none
+    llmpar_allocator allocator;    // of what the call needs while it runs
+} llmpar_partition_desc;
+LLMPAR_DEF llmpar_status llmpar_pipe_partition(const llmpar_partition_desc *desc, int32_t *first, double *slowest, llmpar_error *err);
+
+// Chunked prefill: cuts n tokens into chunks that go through P equal stages one after the other; a chunk of tokens [a, b) takes per_chunk + per_token (b - a) +
+// per_pair (b^2 - a^2) in a stage (attention looks at all before it). Time of all = sum of chunks + (P - 1) longest. bound[*n_chunks]: the end of every chunk.
+// Exact, but for a chosen number of chunks when they are of a few units each and a million looks were not enough: at most the time of n_ranks - 1 units over the best then.
+typedef struct llmpar_chunks_desc {
+    int64_t n_tokens;
+    int64_t unit;                  // chunks end at multiples of it; 0 = 1
+    int32_t n_ranks;
+    int32_t n_chunks;              // 0 = the best number, at most `capacity`
+    double  per_chunk, per_token, per_pair;
+} llmpar_chunks_desc;
+LLMPAR_DEF llmpar_status llmpar_pipe_chunks(const llmpar_chunks_desc *desc, int64_t *bound, int32_t capacity, int32_t *n_chunks, double *seconds, llmpar_error *err);
+
+// Interval i lives from begin[i] until end[i] (half-open); slot[i] = the lowest number that no interval alive at its begin has. begin ascending. Returns how many slots.
+LLMPAR_DEF int32_t llmpar_slots(const int64_t *begin, const int64_t *end, int64_t n, int32_t *slot, llmpar_arena *scratch);
+
+// A timeline: rows of text, at most `columns` wide; SVG with the memory of every rank over time; a Chrome trace (chrome://tracing, Perfetto), times taken as seconds.
+LLMPAR_DEF void llmpar_pipe_text (const llmpar_schedule *schedule, const llmpar_pipe_timing *timing, int columns, llmpar_sink sink);
+LLMPAR_DEF void llmpar_pipe_svg  (const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, const llmpar_pipe_timing *timing, llmpar_sink sink);
+LLMPAR_DEF void llmpar_pipe_trace(const llmpar_schedule *schedule, const llmpar_pipe_timing *timing, llmpar_sink sink);
 
 // ============================================================================================================
 // >>comm   collectives behind one small vtable; ranks as threads               (uses: base, mesh, cost)
@@ -1150,6 +1345,7 @@ typedef struct llmpar_exec_desc {
     const llmpar_ops  *ops;        // NULL = llmpar_ops_cpu(); copied. An invariant graph refuses a table that does not promise `invariant`
     llmpar_allocator   allocator;
     const float       *rope_frequencies;   // [D / 2], for graphs with rope; must outlive the exec
+    int32_t            n_caches;   // sets of caches, for batches that take turns (llmpar_exec_use_cache); 0 = 1
     llmpar_exec       *share;      // an exec of another plan over the same nodes (prefill beside decode): weights and caches are its; NULL = own. Must outlive this one
 } llmpar_exec_desc;
 
@@ -1159,6 +1355,8 @@ LLMPAR_DEF void          llmpar_exec_free(llmpar_exec *exec);
 // Weights have the node's dtype; inputs are i32 when their dtype is I32, else f32; caches f32. Rounds of a repeat block may differ in their layouts.
 // The blocks of an input in partial sums ({U_x}) add up to its values over x: write them where the coordinate on x is 0; elsewhere leave the zeros of creation.
 LLMPAR_DEF void *llmpar_exec_data(llmpar_exec *exec, int node, int round, llmpar_tensor *tensor);
+// The runs from now on read and fill cache set `set`, and llmpar_exec_data gives that one's addresses. Outside of [0, n_caches): LLMPAR_BAD_ARGUMENT, and all stays.
+LLMPAR_DEF llmpar_status llmpar_exec_use_cache(llmpar_exec *exec, int32_t set, llmpar_error *err);
 // position[B, S] of every token of the global batch (row-major, the same on every rank, kept by the caller during the run); -1 = padding. NULL = 0 .. S-1 in each row.
 LLMPAR_DEF llmpar_status llmpar_exec_run(llmpar_exec *exec, const int32_t *position, llmpar_error *err);
 // This rank's block of an output, valid until the next run.
@@ -1170,7 +1368,49 @@ LLMPAR_DEF int          llmpar_exec_traffic(const llmpar_exec *exec, llmpar_traf
 LLMPAR_DEF void         llmpar_exec_watch(llmpar_exec *exec, void (*fn)(int step, int round, const llmpar_tensor *out, const void *data, void *user), void *user);
 
 // ============================================================================================================
-// >>engine   a whole model on one rank: plans, loads its slices, generates     (uses: model, build, comm, weights, ops, exec)
+// >>stage   runs a pipeline schedule over a communicator                       (uses: base, pipe, comm)
+// ============================================================================================================
+// llmpar_stages does one rank's actions of a program of >>pipe, in their order, with a callback for the work of a stage. What travels between ranks goes through buffers that
+// the runner owns: a RECV is posted when its turn comes and waited for by the action that takes it; a SEND is started and waited for when its buffer is filled again, so
+// that both run beside the work. What one stage hands to another of the same rank stays where it was written. Creating allocates, running does not.
+//
+//     desc.program = &program; desc.transport = LLMPAR_PIPE_NCCL; desc.comm = comm; desc.forward_bytes = 4 * tokens * hidden; desc.forward = work;
+//     llmpar_stages_create(&desc, &stages, err);
+//     llmpar_stages_run(stages, NULL, err);                                                       // as often as wanted
+
+typedef struct llmpar_stages llmpar_stages;
+typedef struct llmpar_stages_desc {
+    const llmpar_schedule *program;   // of llmpar_pipe_lower, the same on every rank; must outlive the runner
+    llmpar_transport transport;    // that it was lowered for. BUFFERED: SEND copies; with 16 of a rank's messages under way it waits for the oldest. RENDEZVOUS: SEND waits
+                                   //   until its message is taken. NCCL: SEND starts, from the buffer in which its message was made. Groups are not needed here: every
+                                   //   message of this library's communicators goes on its own
+    llmpar_comm *comm;             // comm rank = rank of the program; used by the runner alone while it runs; must outlive it
+    int64_t forward_bytes;         // of what a stage hands to the next one; 0 = nothing but the signal
+    int64_t token_bytes;           // of what the last stage hands to the first one (in_flight > 0)
+    int64_t backward_bytes;        // of what a stage hands to the one before
+    // in: what stage - 1 made of this micro-batch; stage 0: what the last stage made of micro - in_flight, or NULL. out: for stage + 1, or stage 0; NULL where nobody takes it.
+    // Both are valid during the call only (what the backward needs has to be kept), aligned to 64 bytes, and may not be the same.
+    llmpar_status (*forward)(int32_t stage, int32_t micro, const void *in, void *out, void *user, llmpar_error *err);
+    // what: B, I or W. in: what stage + 1 made (the gradient of the outputs), NULL at the last stage; out: for stage - 1, NULL at the first one. W has neither. NULL: no backward
+    llmpar_status (*backward)(int32_t stage, int32_t micro, llmpar_action_kind what, const void *in, void *out, void *user, llmpar_error *err);
+    void *user;                    // handed to both
+    bool  record;                  // the clock is read around every action, for llmpar_stages_timing
+    bool  unproven;                // llmpar_pipe_verify is left out: a program that cannot end runs into comm's deadline
+    llmpar_allocator allocator;
+} llmpar_stages_desc;
+// Local: waits for nobody, and fails on all ranks alike. Errors: verify's, messages of two ranks whose order differs between them, no memory.
+LLMPAR_DEF llmpar_status llmpar_stages_create(const llmpar_stages_desc *desc, llmpar_stages **stages, llmpar_error *err);
+LLMPAR_DEF void          llmpar_stages_free(llmpar_stages *stages);
+// Runs the program from beginning to end. Every rank calls it, with the same skip[n_micro]: micro-batches that are left out this time (NULL = none; with in_flight, all that
+// follow one left out are too). An error of a callback stops comm's world: this rank returns it, the others LLMPAR_ABORTED with its text.
+LLMPAR_DEF llmpar_status llmpar_stages_run(llmpar_stages *stages, const bool *skip, llmpar_error *err);
+LLMPAR_DEF size_t        llmpar_stages_bytes(const llmpar_stages *stages);                     // all its memory
+// What the last run took (with `record`), on all ranks, for llmpar_pipe_text, _svg and _trace; seconds from the first begin; no critical path. Collective. Ranks on several hosts: each has a
+// clock of its own, and the times say as much as these agree. costs: of them the memory alone. Arrays live in the arena.
+LLMPAR_DEF llmpar_status llmpar_stages_timing(const llmpar_stages *stages, const llmpar_pipe_costs *costs, llmpar_arena *arena, llmpar_pipe_timing *timing, llmpar_error *err);
+
+// ============================================================================================================
+// >>engine   a whole model on one rank: plans, loads its slices, generates     (uses: model, build, pipe, comm, weights, ops, exec, stage)
 // ============================================================================================================
 // Two plans over the same weights and KV cache: prefill, max_batch x max_prompt tokens at a time, and decode, max_batch x 1. Both are solved, and all
 // memory is taken, when the engine is created; a step allocates nothing. Every rank of `world` makes the same calls with the same arguments.
@@ -1180,11 +1420,15 @@ LLMPAR_DEF void         llmpar_exec_watch(llmpar_exec *exec, void (*fn)(int step
 //     if (llmpar_engine_create(&desc, &engine, err)) return err->status;
 //     llmpar_engine_step(engine, prompt, lengths, 2, 64, &logits, err);                 // two prompts, each of its own length
 //     for (;;) { choose next[2] from logits; llmpar_engine_step(engine, next, ones, 2, 1, &logits, err); }
+//
+// With an axis pp the layers are cut into stages, as even as parameters go (the last one has the head, the first one the embedding; a tied one both have), and each rank plans,
+// holds and reads its own stages alone. A step sends its rows through them in groups, and prompts in chunks: a group's next chunk follows as soon as a stage has done the one
+// before, so that all stages work at a time (section stage). The logits of the last stage go to all ranks.
 
 typedef struct llmpar_engine llmpar_engine;
 typedef struct llmpar_engine_desc {
     const char       *folder;      // checkpoint
-    const llmpar_mesh *mesh;       // axes dp (rows) and tp (heads, intermediate, vocabulary); others are an error until they are implemented
+    const llmpar_mesh *mesh;       // axes pp (layers), dp (rows) and tp (heads, intermediate, vocabulary); others are an error until they are implemented
     llmpar_comm      *world;       // mesh rank = comm rank; must outlive the engine
     int64_t           max_batch;   // rows; 0 = 1. Split over dp; more dp ranks than rows is legal
     int64_t           max_prompt;  // tokens per row of one prefill run; 0 = max_context. Shorter prompts are padded to it, longer ones run in pieces:
@@ -1195,16 +1439,23 @@ typedef struct llmpar_engine_desc {
     bool              keep_dtype;  // matrices stay bf16 / f16 in memory when the file has them so in all layers; default: f32
     bool              round_weights;   // round all weights to weight_dtype on load; matrices are kept in it, which halves what decode reads
     llmpar_dtype      weight_dtype;    // with round_weights
-    bool              invariant;   // the same bits of the logits at every tp, uneven ones too (prefill as at tp=1, decode as at tp=1; the two need not agree with each
-                                   //   other), see llmpar_graph. Refused: a table of ops that does not promise it, CBLAS, axes other than dp and tp
+    bool              invariant;   // the same bits of the logits at every tp and pp, uneven ones too (prefill as at tp=1, decode as at tp=1; the two need not agree with
+                                   //   each other), see llmpar_graph. Refused: a table of ops that does not promise it, CBLAS, axes other than pp, dp and tp
+    int32_t           n_virtual;   // stages of a rank of axis pp; 0 = 1, or as many as the schedule has
+    int32_t           n_micro;     // groups that the rows are cut into; 0 = size of pp. At most max_batch; every group gets the same number of rows, the last one fewer
+    int64_t           chunk;       // tokens of a row that go through a stage at a time in prefill; 0 = max_prompt
+    const char       *schedule;    // order of a rank's work in prefill: that of F in one of llmpar_pipe_kind's schedules, by name; NULL = "forward". Matters with several
+                                   //   stages a rank; those in the shape of a V place them so
+    bool              record;      // for llmpar_engine_timing: the clock is read around everything a stage does
     const llmpar_ops *ops;         // NULL = llmpar_ops_cpu(); copied
     llmpar_hardware   hardware;    // for the plans' costs and, with memory_bytes, their limit; zeroed = llmpar_hardware_threads
     llmpar_allocator  allocator;
     llmpar_log        log;         // progress of loading
 } llmpar_engine_desc;
 // Collective; blocks until every rank has loaded. When one rank fails all fail, with its error ("rank 2: ..."). Where ranks load for very different
-// times the world's timeout_s must be longer than that. Errors: the checkpoint's, the plan's, an axis of size > 1 other than dp and tp, max_context
-// past the model's positions, no memory. hardware.memory_bytes limits each of the two plans; an exec's scratch, inputs and outputs come on top: llmpar_exec_bytes.
+// times the world's timeout_s must be longer than that. Errors: the checkpoint's, the plan's, an axis of size > 1 other than pp, dp and tp, fewer layers
+// than stages, max_context past the model's positions, no memory. hardware.memory_bytes limits each plan: of one stage, with the caches of one
+// group of rows; further stages and groups of the rank, an exec's scratch, inputs and outputs, and messages come on top: llmpar_engine_stats.memory_bytes.
 LLMPAR_DEF llmpar_status llmpar_engine_create(const llmpar_engine_desc *desc, llmpar_engine **engine, llmpar_error *err);
 LLMPAR_DEF void          llmpar_engine_free(llmpar_engine *engine);
 LLMPAR_DEF const llmpar_model *llmpar_engine_model(const llmpar_engine *engine);
@@ -1217,16 +1468,38 @@ LLMPAR_DEF bool          llmpar_engine_is_eos(const llmpar_engine *engine, int64
 // the step, but the world is of no use any more.
 LLMPAR_DEF llmpar_status llmpar_engine_step(llmpar_engine *engine, const int32_t *ids, const int32_t *lengths, int32_t rows, int64_t stride,
                                             const float **logits, llmpar_error *err);
+// Decodes on without a stop: row r begins with token ids[r] (< 0: it has none), and pick chooses each next one, which goes from the last stage straight back to the first. With pp, and
+// with at least as many groups of rows (n_micro) as ranks in pp, no stage waits for long: while one group's token is chosen, the others' are under way. tokens[rows][steps]
+// gets what pick returned, complete on every rank; < 0 ends a row, and all after it is -1. pick(row, step, logits[V], user) is called on the ranks of the last stage, on all of
+// them in the same order with the same bits: it must return the same there. As with llmpar_engine_step a row's last token is not in the cache yet. Errors: llmpar_engine_step's.
+typedef int32_t (*llmpar_pick_fn)(int64_t row, int64_t step, const float *logits, void *user);
+LLMPAR_DEF llmpar_status llmpar_engine_generate(llmpar_engine *engine, const int32_t *ids, int32_t rows, int64_t steps, llmpar_pick_fn pick, void *user, int32_t *tokens,
+                                                llmpar_error *err);
 LLMPAR_DEF llmpar_status llmpar_engine_reset(llmpar_engine *engine);                          // forgets all rows; local
 typedef struct llmpar_engine_stats {   // of this rank, since creation
     int64_t weight_bytes_read;     // from files, headers and config.json included
     int64_t memory_bytes;          // weights, caches and buffers
     int64_t prefill_tokens, decode_tokens;   // of all rows, padding not counted
-    int64_t prefill_runs, decode_runs;       // how often each plan ran
+    int64_t prefill_runs, decode_runs;       // how often each plan ran: steps' pieces x groups x chunks that had tokens
     double  prefill_s, decode_s;
 } llmpar_engine_stats;
 LLMPAR_DEF llmpar_engine_stats llmpar_engine_get_stats(const llmpar_engine *engine);
-// The plans behind it, for explain and for checks of what comm counted. phase 0 = prefill, 1 = decode.
+// A stage of this rank: layers [first_layer, first_layer + layers). Without pp there is one, with all.
+typedef struct llmpar_engine_stage {
+    int32_t stage, n_stages;       // number among those of the model
+    int64_t first_layer, layers;
+    const llmpar_mesh *mesh;       // of the ranks that have this stage, without pp; its ranks are comm's
+    llmpar_comm       *comm;
+    const llmpar_plan *plan[2];    // prefill, decode
+    llmpar_exec       *exec[2];
+    int64_t row, token;            // while it runs (llmpar_exec_watch): the first row of the group, the first token of the chunk counted from the step's first
+} llmpar_engine_stage;
+LLMPAR_DEF int32_t llmpar_engine_stages(const llmpar_engine *engine);                         // how many this rank has
+LLMPAR_DEF const llmpar_engine_stage *llmpar_engine_stage_at(const llmpar_engine *engine, int32_t i);   // in the order of their layers; NULL outside; owned by the engine
+// What the last run of prefill (0), decode (1) or llmpar_engine_generate (2) took on the ranks of this pipeline, with `record`, and its program: for llmpar_pipe_text, _svg and
+// _trace; units that had no tokens take no time. Collective; see llmpar_stages_timing.
+LLMPAR_DEF llmpar_status llmpar_engine_timing(const llmpar_engine *engine, int flow, llmpar_arena *arena, const llmpar_schedule **program, llmpar_pipe_timing *timing, llmpar_error *err);
+// Plans and execs of the first of them, for explain and for checks of what comm counted. phase 0 = prefill, 1 = decode.
 LLMPAR_DEF const llmpar_plan *llmpar_engine_plan(const llmpar_engine *engine, int phase);
 LLMPAR_DEF llmpar_exec       *llmpar_engine_exec(llmpar_engine *engine, int phase);
 
@@ -1243,6 +1516,7 @@ LLMPAR_DEF llmpar_exec       *llmpar_engine_exec(llmpar_engine *engine, int phas
 
 #include <errno.h>
 #include <fcntl.h>
+#include <float.h>
 #include <limits.h>
 #include <math.h>
 #include <stdarg.h>
@@ -1612,8 +1886,8 @@ LLMPARI_FN void llmpari_svg_begin(const llmpar_sink *sink, double width, double 
                         "<rect width=\"100%%\" height=\"100%%\" fill=\"#fff\"/>\n", width, height, width, height);
 }
 
-// Bars over time, a track per rank below each other. Pixels: where the first track begins, from track to track, what `seconds` are wide.
-typedef struct llmpari_timeline { double left, top, row, width, seconds; int32_t tracks; } llmpari_timeline;
+// Bars over time, a track per rank below each other. Pixels: where the first track begins, from track to track, height of a bar, what `seconds` are wide.
+typedef struct llmpari_timeline { double left, top, row, bar, width, seconds; int32_t tracks; bool plain; } llmpari_timeline;   // plain: time has no unit
 
 // Grid lines and the axis below n tracks: steps of 1, 2 or 5 of a unit, at least 80 pixels apart.
 LLMPARI_FN void llmpari_timeline_axis(const llmpar_sink *sink, const llmpari_timeline *t) {
@@ -1626,27 +1900,32 @@ LLMPARI_FN void llmpari_timeline_axis(const llmpar_sink *sink, const llmpari_tim
     for (int64_t i = 0; (double)i * step <= t->seconds; i++) {
         char text[32];
         double x = t->left + t->width * (double)i * step / t->seconds;
-        snprintf(text, sizeof text, i ? "%.0f %s" : "0", (double)i * step / size, unit[u]);
+        if (t->plain) snprintf(text, sizeof text, "%.6g", (double)i * step);
+        else snprintf(text, sizeof text, i ? "%.0f %s" : "0", (double)i * step / size, unit[u]);
         llmpari_print(sink, "<path d=\"M%.1f %.1fV%.1f\" stroke=\"#bbb\" stroke-width=\"0.5\"/>\n", x, t->top - 4, bottom + 4);
         llmpari_svg_text(sink, x, bottom + 18, 12, "middle", text);
     }
 }
 LLMPARI_FN void llmpari_timeline_track(const llmpar_sink *sink, const llmpari_timeline *t, int32_t track, const char *name) {
     const double y = t->top + t->row * track;
-    llmpari_svg_text(sink, t->left - 8, y + t->row / 2 + 4, 12, "end", name);
-    llmpari_print(sink, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" fill=\"#eee\"/>\n", t->left, y + 3, t->width, t->row - 6);
+    llmpari_svg_text(sink, t->left - 8, y + t->bar / 2 + 7, 12, "end", name);
+    llmpari_print(sink, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" fill=\"#eee\"/>\n", t->left, y + 3, t->width, t->bar);
 }
 // A bar, from its begin to its end, to scale; `text` is shown when the mouse points at it.
 LLMPARI_FN void llmpari_timeline_bar(const llmpar_sink *sink, const llmpari_timeline *t, int32_t track, double begin_s, double end_s, const char *colour, const char *text) {
     const double scale = t->width / t->seconds;
     llmpari_print(sink, "<rect x=\"%.3f\" y=\"%.1f\" width=\"%.3f\" height=\"%.1f\" fill=\"%s\"><title>%s</title></rect>\n", t->left + scale * begin_s,
-                  t->top + t->row * track + 3, scale * (end_s - begin_s), t->row - 6, colour, text);
+                  t->top + t->row * track + 3, scale * (end_s - begin_s), t->bar, colour, text);
 }
 // Makes a part of a bar pale.
 LLMPARI_FN void llmpari_timeline_pale(const llmpar_sink *sink, const llmpari_timeline *t, int32_t track, double begin_s, double end_s) {
     const double scale = t->width / t->seconds;
     llmpari_print(sink, "<rect x=\"%.3f\" y=\"%.1f\" width=\"%.3f\" height=\"%.1f\" fill=\"#fff\" fill-opacity=\"0.6\" pointer-events=\"none\"/>\n", t->left + scale * begin_s,
-                  t->top + t->row * track + 3, scale * (end_s - begin_s), t->row - 6);
+                  t->top + t->row * track + 3, scale * (end_s - begin_s), t->bar);
+}
+// Chrome traces: the name of a rank's track, behind those before.
+LLMPARI_FN void llmpari_trace_thread(const llmpar_sink *sink, int32_t rank) {
+    llmpari_print(sink, "%s{\"name\": \"thread_name\", \"ph\": \"M\", \"pid\": 0, \"tid\": %d, \"args\": {\"name\": \"rank %d\"}}", rank ? ",\n" : "", (int)rank, (int)rank);
 }
 // A colour and what it means, at *x; moves *x behind it.
 LLMPARI_FN void llmpari_svg_key(const llmpar_sink *sink, double *x, double y, const char *colour, const char *name) {
@@ -8823,8 +9102,8 @@ LLMPARI_FN llmpar_status llmpari_build_check(const llmpar_build_desc *d, llmpar_
     if (d->context && d->context < d->seq)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "context=%lld slots cannot take seq=%lld new tokens; pass a context of at least seq, or 0 for "
                             "no cache", (long long)d->context, (long long)d->seq);
-    if (d->loss && (d->last_only || d->no_head))
-        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "loss needs the logits of every token; clear last_only and no_head");
+    if (d->loss && (d->last_only || d->no_head || d->no_end))
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "loss needs the logits of every token; clear last_only, no_head and no_end");
     if (d->weight_dtype > LLMPAR_F16 || d->activation_dtype > LLMPAR_F16)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "weight_dtype=%s activation_dtype=%s; f32, bf16 and f16 are possible",
                             llmpar_dtype_name(d->weight_dtype), llmpar_dtype_name(d->activation_dtype));
@@ -8833,8 +9112,7 @@ LLMPARI_FN llmpar_status llmpari_build_check(const llmpar_build_desc *d, llmpar_
 
 LLMPAR_DEF llmpar_status llmpar_build(const llmpar_model *model, const llmpar_build_desc *desc, llmpar_graph *g, llmpar_error *err) {
     llmpari_builder b;
-    char text[128];
-    int norm, head = -1;
+    char text[128], layout[144];
     LLMPARI_TRY(llmpar_model_check(model, err));
     LLMPARI_TRY(llmpari_build_check(desc, err));
     b.model  = model;
@@ -8845,17 +9123,2487 @@ LLMPAR_DEF llmpar_status llmpar_build(const llmpar_model *model, const llmpar_bu
     g->activation_dtype = desc->activation_dtype;
     llmpari_build_sizes(&b);
     // Weights and caches get the same node numbers whatever batch, seq, last_only, ... are: two graphs of one model can share their memory.
-    int ids   = llmpar_input(g, llmpari_build_text(&b, "ids[B_dp, S]", desc->pin_batch, text));
-    int embed = llmpari_build_weight(&b, LLMPAR_W_EMBED);
-    norm = llmpari_build_weight(&b, LLMPAR_W_FINAL_NORM);
-    if (!desc->no_head) head = llmpar_model_has(model, LLMPAR_W_HEAD) ? llmpari_build_weight(&b, LLMPAR_W_HEAD) : embed;
-    int h0 = llmpari_build_residual(&b, llmpar_embed(g, ids, embed), "h0");
-    llmpari_build_end(&b, llmpari_build_layers(&b, h0), norm, head);
+    const char *between = desc->sequence_parallel ? "h_in[B_dp, S_tp, H]" : "h_in[B_dp, S, H]";    // the residual stream from stage to stage
+    const bool end = !desc->no_end, tied = !llmpar_model_has(model, LLMPAR_W_HEAD), pinned = desc->pin_batch || desc->sequence_parallel;
+    int in    = llmpar_input(g, desc->no_embed ? llmpari_build_text(&b, between, pinned, text) : llmpari_build_text(&b, "ids[B_dp, S]", desc->pin_batch, text));
+    int embed = !desc->no_embed || (end && tied && !desc->no_head) ? llmpari_build_weight(&b, LLMPAR_W_EMBED) : -1;
+    int norm  = end ? llmpari_build_weight(&b, LLMPAR_W_FINAL_NORM) : -1;
+    int head  = !end || desc->no_head ? -1 : tied ? embed : llmpari_build_weight(&b, LLMPAR_W_HEAD);
+    int h = llmpari_build_layers(&b, desc->no_embed ? in : llmpari_build_residual(&b, llmpar_embed(g, in, embed), "h0"));
+    if (end) llmpari_build_end(&b, h, norm, head);
+    else if (!pinned) llmpar_output(g, h, "h_out");
+    else {
+        snprintf(layout, sizeof layout, "h_out%s", llmpari_build_text(&b, between, true, text) + strlen("h_in"));
+        llmpar_output(g, h, layout);
+    }
     g->weight_dtype = desc->weight_dtype;
     if (g->error.status) { if (err) *err = g->error; return g->error.status; }
     return LLMPAR_OK;
 }
 LLMPARI_ONCE_END
+// ============================================================================================================
+// >>pipe (impl)
+// ============================================================================================================
+
+static const char *const llmpari_action_name[LLMPAR_ACTION_COUNT] = { "F", "B", "I", "W", "SEND_F", "RECV_F", "SEND_B", "RECV_B" };
+
+typedef struct llmpari_action_text { char text[40]; } llmpari_action_text;
+LLMPARI_FN llmpari_action_text llmpari_action_print(llmpar_action a) {
+    llmpari_action_text t;
+    snprintf(t.text, sizeof t.text, "%d%s%d", (int)a.stage, a.kind < LLMPAR_ACTION_COUNT ? llmpari_action_name[a.kind] : "?", (int)a.micro);
+    return t;
+}
+LLMPARI_FN llmpar_action llmpari_action(llmpar_action_kind kind, int64_t stage, int64_t micro) {
+    llmpar_action a = LLMPAR_ZERO;
+    a.kind  = (uint8_t)kind;
+    a.stage = (int16_t)stage;
+    a.micro = (int32_t)micro;
+    a.slot  = -1;
+    return a;
+}
+
+static const char *const llmpari_pipe_name[LLMPAR_PIPE_KIND_COUNT] = {
+#define LLMPARI_X(name, text) text,
+    LLMPAR_PIPE_LIST(LLMPARI_X)
+#undef LLMPARI_X
+};
+LLMPAR_DEF const char *llmpar_pipe_kind_name(llmpar_pipe_kind kind) { return (unsigned)kind < LLMPAR_PIPE_KIND_COUNT ? llmpari_pipe_name[kind] : "unknown schedule"; }
+
+LLMPAR_DEF llmpar_status llmpar_pipe_kind_parse(const char *name, llmpar_pipe_kind *kind, llmpar_error *err) {
+    for (int k = 0; name && k < LLMPAR_PIPE_KIND_COUNT; k++)
+        if (strcmp(name, llmpari_pipe_name[k]) == 0) { *kind = (llmpar_pipe_kind)k; return LLMPAR_OK; }
+    return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "schedule \"%.40s\" is not known; known: gpipe 1f1b eager-1f1b interleaved breadth-first zb-h1 zb-h2 zb-1p zb-2p zb-v "
+                        "v-half v-min dualpipe-v forward auto", name ? name : "(null)");
+}
+
+// Costs with every array filled in; links between stages of one rank are 0.
+typedef struct llmpari_pipe_cost { double *time[4], *link, *hold, *release; } llmpari_pipe_cost;   // time[F, B, I, W][stage]
+
+LLMPARI_FN llmpar_status llmpari_pipe_cost_take(const double *from, double otherwise, const char *what, int32_t n, double *to, llmpar_error *err) {
+    for (int32_t s = 0; s < n; s++) {
+        to[s] = from ? from[s] : otherwise;
+        if (!(to[s] >= 0 && to[s] <= 1e100)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s of stage %d is %g; pass a finite number >= 0", what, (int)s, to[s]);
+    }
+    return LLMPAR_OK;
+}
+LLMPARI_FN llmpar_status llmpari_pipe_cost_fill(const llmpar_pipe_costs *costs, const llmpar_schedule *schedule, llmpar_arena *arena, llmpari_pipe_cost *c, llmpar_error *err) {
+    static const llmpar_pipe_costs none = LLMPAR_ZERO;
+    const int32_t n = schedule->n_stages;
+    double *all = (double *)llmpar_arena_alloc(arena, 7 * (size_t)n * sizeof *all);
+    if (!all) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the costs of %d stages", (int)n);
+    if (!costs) costs = &none;
+    for (int k = 0; k < 4; k++) c->time[k] = all + (int64_t)k * n;
+    c->link = all + 4 * (int64_t)n, c->hold = all + 5 * (int64_t)n, c->release = all + 6 * (int64_t)n;
+    LLMPARI_TRY(llmpari_pipe_cost_take(costs->f, 1, "time of F", n, c->time[LLMPAR_ACTION_F], err));
+    LLMPARI_TRY(llmpari_pipe_cost_take(costs->i, 1, "time of I", n, c->time[LLMPAR_ACTION_I], err));
+    LLMPARI_TRY(llmpari_pipe_cost_take(costs->w, 1, "time of W", n, c->time[LLMPAR_ACTION_W], err));
+    LLMPARI_TRY(llmpari_pipe_cost_take(costs->b, 0, "time of B", n, c->time[LLMPAR_ACTION_B], err));
+    LLMPARI_TRY(llmpari_pipe_cost_take(costs->link, 0, "link", n, c->link, err));
+    LLMPARI_TRY(llmpari_pipe_cost_take(costs->hold, 1, "memory", n, c->hold, err));
+    LLMPARI_TRY(llmpari_pipe_cost_take(costs->release, 0, "memory released", n, c->release, err));
+    for (int32_t s = 0; s < n; s++) {
+        if (!costs->b) c->time[LLMPAR_ACTION_B][s] = c->time[LLMPAR_ACTION_I][s] + c->time[LLMPAR_ACTION_W][s];
+        if (!costs->release) c->release[s] = c->hold[s] / 2;
+        if (c->release[s] > c->hold[s])
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "stage %d: I releases %g, more than the %g that F holds", (int)s, c->release[s], c->hold[s]);
+        if (schedule->rank_of[s] == schedule->rank_of[(s + 1) % n]) c->link[s] = 0;
+    }
+    return LLMPAR_OK;
+}
+// What an action adds to the memory of its rank: F at its begin, the others at their end.
+LLMPARI_FN double llmpari_pipe_holds(int kind, double hold, double release) {
+    switch (kind) {
+    case LLMPAR_ACTION_F: return hold;
+    case LLMPAR_ACTION_B: return -hold;
+    case LLMPAR_ACTION_I: return -release;
+    case LLMPAR_ACTION_W: return release - hold;
+    default: return 0;
+    }
+}
+LLMPARI_FN double llmpari_pipe_memory(const llmpari_pipe_cost *c, llmpar_action a) { return llmpari_pipe_holds(a.kind, c->hold[a.stage], c->release[a.stage]); }
+
+// ---- Where every action stands --------------------------------------------------------------------------------
+
+// at[kind][stage * M + micro]: index of the action, -1 = there is none. partner[action]: of a SEND its RECV, of a RECV its SEND.
+typedef struct llmpari_pipe_index { int32_t *at[LLMPAR_ACTION_COUNT], *partner; bool backward; } llmpari_pipe_index;
+
+LLMPARI_FN bool llmpari_pipe_crosses(const llmpar_schedule *s, int64_t stage) {   // do stages `stage` and the next one (after the last: the first) lie on different ranks?
+    return s->rank_of[stage] != s->rank_of[(stage + 1) % s->n_stages];
+}
+// Which outputs of F travel: all but the last stage's, and those tokens that go back to stage 0.
+LLMPARI_FN bool llmpari_pipe_sends_f(const llmpar_schedule *s, int64_t stage, int64_t micro) {
+    return llmpari_pipe_crosses(s, stage) && (stage + 1 < s->n_stages || (s->in_flight > 0 && micro + s->in_flight < s->n_micro));
+}
+LLMPARI_FN bool llmpari_pipe_sends_b(const llmpar_schedule *s, int64_t stage) { return stage > 0 && llmpari_pipe_crosses(s, stage - 1); }
+
+LLMPARI_FN llmpar_status llmpari_pipe_shape(const llmpar_schedule *s, llmpar_error *err) {
+    if (!s || !s->rank_of || !s->first || (!s->action && s->first[s->n_ranks] > 0)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the schedule is empty: make or read one first");
+    if (s->n_ranks < 1 || s->n_micro < 1 || s->n_stages < 1 || s->n_stages > LLMPAR_MAX_STAGES)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%d ranks, %d stages, %d micro-batches: all must be >= 1, stages at most %d", (int)s->n_ranks, (int)s->n_stages,
+                            (int)s->n_micro, LLMPAR_MAX_STAGES);
+    if (s->first[s->n_ranks] > INT32_MAX || (int64_t)s->n_stages * s->n_micro > INT32_MAX)
+        return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%d stages x %d micro-batches are too many actions", (int)s->n_stages, (int)s->n_micro);
+    if (s->in_flight < 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "in_flight=%d; pass the number of sequences, or 0", (int)s->in_flight);
+    for (int32_t i = 0; i < s->n_stages; i++)
+        if (s->rank_of[i] < 0 || s->rank_of[i] >= s->n_ranks) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "stage %d lies on rank %d of %d", (int)i, (int)s->rank_of[i], (int)s->n_ranks);
+    return LLMPAR_OK;
+}
+
+// Fills the index; errors: an action twice, on a rank that does not hold its stage, out of range.
+LLMPARI_FN llmpar_status llmpari_pipe_index_fill(const llmpar_schedule *s, llmpar_arena *arena, llmpari_pipe_index *x, llmpar_error *err) {
+    const int64_t cells = (int64_t)s->n_stages * s->n_micro;
+    const int kinds = s->lowered ? LLMPAR_ACTION_COUNT : 4;
+    int32_t *all = (int32_t *)llmpar_arena_alloc(arena, (size_t)(kinds * cells) * sizeof *all);
+    if (!all) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for an index of %d stages x %d micro-batches", (int)s->n_stages, (int)s->n_micro);
+    memset(all, 0xff, (size_t)(kinds * cells) * sizeof *all);
+    memset(x, 0, sizeof *x);
+    for (int k = 0; k < kinds; k++) x->at[k] = all + k * cells;
+    x->partner = s->lowered ? (int32_t *)llmpar_arena_alloc(arena, (size_t)s->first[s->n_ranks] * sizeof(int32_t)) : NULL;
+    if (s->lowered && !x->partner) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for an index of %lld transfers", (long long)s->first[s->n_ranks]);
+    for (int32_t r = 0; r < s->n_ranks; r++)
+        for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
+            const llmpar_action a = s->action[j];
+            if (a.kind >= kinds || a.stage < 0 || a.stage >= s->n_stages || a.micro < 0 || a.micro >= s->n_micro)
+                return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d: %s is not an action of %d stages, %d micro-batches%s", (int)r, llmpari_action_print(a).text, (int)s->n_stages,
+                                    (int)s->n_micro, s->lowered ? "" : " in a schedule without transfers");
+            if (s->rank_of[a.stage] != r)
+                return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s stands on rank %d, but stage %d lies on rank %d", llmpari_action_print(a).text, (int)r, (int)a.stage, (int)s->rank_of[a.stage]);
+            int32_t *at = &x->at[a.kind][(int64_t)a.stage * s->n_micro + a.micro];
+            if (*at >= 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d does %s twice", (int)r, llmpari_action_print(a).text);
+            *at = (int32_t)j;
+            if (a.kind >= LLMPAR_ACTION_B && a.kind <= LLMPAR_ACTION_W) x->backward = true;
+        }
+    return LLMPAR_OK;
+}
+
+// `late` must come after `early` on their rank.
+LLMPARI_FN llmpar_status llmpari_pipe_order(const llmpar_schedule *s, int32_t early, int32_t late, llmpar_error *err) {
+    if (early < late) return LLMPAR_OK;
+    return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d does %s before %s", (int)s->rank_of[s->action[late].stage], llmpari_action_print(s->action[late]).text,
+                        llmpari_action_print(s->action[early]).text);
+}
+LLMPARI_FN llmpar_status llmpari_pipe_missing(const llmpar_schedule *s, llmpar_action_kind kind, int64_t stage, int64_t micro, llmpar_error *err) {
+    return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is missing on rank %d", llmpari_action_print(llmpari_action(kind, stage, micro)).text, (int)s->rank_of[stage]);
+}
+
+// The two ends of a transfer: made by `from` on its rank, needed by `to` on its own. -1 where no end is wanted.
+LLMPARI_FN llmpar_status llmpari_pipe_transfer_check(const llmpar_schedule *s, const llmpari_pipe_index *x, bool wanted, llmpar_action_kind send, int64_t from_stage, int64_t from_micro,
+                                                     int64_t to_stage, int64_t to_micro, int32_t made, int32_t used, llmpar_error *err) {
+    const llmpar_action_kind recv = (llmpar_action_kind)(send + 1);
+    const int32_t out = x->at[send][from_stage * s->n_micro + from_micro], in = to_stage >= 0 ? x->at[recv][to_stage * s->n_micro + to_micro] : -1;
+    if (!wanted) {
+        if (out < 0 && in < 0) return LLMPAR_OK;
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s has nobody to talk to: its value stays on rank %d", llmpari_action_print(s->action[out < 0 ? in : out]).text, (int)s->rank_of[from_stage]);
+    }
+    if (out < 0) return llmpari_pipe_missing(s, send, from_stage, from_micro, err);
+    if (in < 0) return llmpari_pipe_missing(s, recv, to_stage, to_micro, err);
+    x->partner[out] = in, x->partner[in] = out;
+    LLMPARI_TRY(llmpari_pipe_order(s, made, out, err));
+    return llmpari_pipe_order(s, in, used, err);
+}
+
+LLMPARI_FN llmpar_status llmpari_pipe_complete(const llmpar_schedule *s, const llmpari_pipe_index *x, llmpar_error *err) {
+    const int64_t M = s->n_micro;
+    if (x->backward && s->in_flight) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "in_flight=%d is for schedules without backward", (int)s->in_flight);
+    for (int64_t st = 0; st < s->n_stages; st++)
+        for (int64_t m = 0; m < M; m++) {
+            const int64_t c = st * M + m;
+            const int32_t f = x->at[LLMPAR_ACTION_F][c], b = x->at[LLMPAR_ACTION_B][c], i = x->at[LLMPAR_ACTION_I][c], w = x->at[LLMPAR_ACTION_W][c], back = b >= 0 ? b : i;
+            if (f < 0) return llmpari_pipe_missing(s, LLMPAR_ACTION_F, st, m, err);
+            if (!x->backward) continue;
+            if (back < 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "stage %d never does B%d, nor I%d, of its F%d", (int)st, (int)m, (int)m, (int)m);
+            if (b >= 0 && (i >= 0 || w >= 0))
+                return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "stage %d does B%d, which is I and W, and %s%d again", (int)st, (int)m, i >= 0 ? "I" : "W", (int)m);
+            LLMPARI_TRY(llmpari_pipe_order(s, f, back, err));
+            if (b >= 0) continue;
+            if (w < 0) return llmpari_pipe_missing(s, LLMPAR_ACTION_W, st, m, err);
+            LLMPARI_TRY(llmpari_pipe_order(s, i, w, err));
+        }
+    if (!s->lowered) return LLMPAR_OK;
+    for (int64_t st = 0; st < s->n_stages; st++)
+        for (int64_t m = 0; m < M; m++) {
+            const bool last = st + 1 == s->n_stages;
+            const int64_t c = st * M + m, to = last ? 0 : st + 1, to_m = last ? m + s->in_flight : m;
+            const bool exists = to_m < M && (!last || s->in_flight > 0);
+            const int32_t back = x->at[LLMPAR_ACTION_B][c] >= 0 ? x->at[LLMPAR_ACTION_B][c] : x->at[LLMPAR_ACTION_I][c];
+            LLMPARI_TRY(llmpari_pipe_transfer_check(s, x, llmpari_pipe_sends_f(s, st, m), LLMPAR_ACTION_SEND_F, st, m, exists ? to : -1, to_m, x->at[LLMPAR_ACTION_F][c],
+                                                    exists ? x->at[LLMPAR_ACTION_F][to * M + to_m] : -1, err));
+            const int64_t before = st > 0 ? c - M : 0;
+            LLMPARI_TRY(llmpari_pipe_transfer_check(s, x, x->backward && llmpari_pipe_sends_b(s, st), LLMPAR_ACTION_SEND_B, st, m, st > 0 ? st - 1 : -1, m, back,
+                                                    x->at[LLMPAR_ACTION_B][before] >= 0 ? x->at[LLMPAR_ACTION_B][before] : x->at[LLMPAR_ACTION_I][before], err));
+            if (last && x->at[LLMPAR_ACTION_RECV_B][c] >= 0)
+                return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%dRECV_B%d: no stage comes after the last one", (int)st, (int)m);
+            if (st == 0 && m < s->in_flight + (s->in_flight ? 0 : M) && x->at[LLMPAR_ACTION_RECV_F][c] >= 0)
+                return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "0RECV_F%d: nobody sends to the first stage", (int)m);
+        }
+    return LLMPAR_OK;
+}
+
+// ---- Running a schedule: when does what begin, and who waits for whom ------------------------------------------
+
+// The transfers of two ranks in NCCL's order. A rank's SENDs and RECVs with the other one stand in two rows; those with the same epoch (no action on a stage between
+// them) are a group. A transfer moves when its ends are the first of their rows, both are issued, and the groups before are done on both sides.
+typedef struct llmpari_channel_op { int32_t next, epoch; } llmpari_channel_op;           // of every action: the next one of its row, -1 = none
+typedef struct llmpari_channel_side {
+    int32_t send, recv;            // first of each row that has not moved, -1 = none
+    int32_t epoch;                 // of the group in turn
+    double  open, done;            // when it may begin; when the last transfer ended
+} llmpari_channel_side;
+typedef struct llmpari_channel { int32_t rank[2]; llmpari_channel_side side[2]; } llmpari_channel;
+
+typedef struct llmpari_pipe_run {
+    const llmpar_schedule    *s;
+    const llmpari_pipe_cost  *c;
+    const llmpari_pipe_index *x;
+    llmpar_transport transport;
+    double  *begin, *end;          // [actions]; end -1 = not done
+    double  *arrive[2];            // [F, gradient][stage * M + micro]: when the output is where it is needed; -1 = not yet
+    double  *slot_free;            // [all slots] NCCL: when the last SEND from this buffer was done; -1 = under way
+    int64_t *slot_first;           // [n_ranks] of slot_free
+    int64_t *at;                   // [n_ranks] next action
+    const double **wait;           // [n_ranks] what a rank waits for: a number that becomes >= 0; NULL = nothing
+    int32_t *ready, n_ready;       // ranks that can go on
+    int32_t *channel_of;           // [n_stages] number of the channel from stage s to the next one
+    llmpari_channel *channel;
+    int32_t  n_channels;
+    llmpari_channel_op *op;        // [actions]
+} llmpari_pipe_run;
+
+LLMPARI_FN bool llmpari_action_is_send(llmpar_action a) { return a.kind == LLMPAR_ACTION_SEND_F || a.kind == LLMPAR_ACTION_SEND_B; }
+LLMPARI_FN bool llmpari_action_is_transfer(llmpar_action a) { return a.kind >= LLMPAR_ACTION_SEND_F; }
+
+// The other end of a transfer; the same for a RECV as for a SEND.
+LLMPARI_FN llmpar_action llmpari_pipe_other_end(const llmpar_schedule *s, llmpar_action a) {
+    const bool up = a.kind == LLMPAR_ACTION_SEND_F || a.kind == LLMPAR_ACTION_RECV_B;      // is the other end at the stage after?
+    llmpar_action o = a;
+    o.kind = (uint8_t)(llmpari_action_is_send(a) ? a.kind + 1 : a.kind - 1);
+    o.slot = -1;
+    if (up && a.stage + 1 == s->n_stages) o.stage = 0, o.micro = a.micro + s->in_flight;
+    else if (!up && a.kind == LLMPAR_ACTION_RECV_F && a.stage == 0) o.stage = (int16_t)(s->n_stages - 1), o.micro = a.micro - s->in_flight;
+    else o.stage = (int16_t)(a.stage + (up ? 1 : -1));
+    return o;
+}
+LLMPARI_FN int32_t llmpari_pipe_at(const llmpari_pipe_run *q, llmpar_action a) { return q->x->at[a.kind][(int64_t)a.stage * q->s->n_micro + a.micro]; }
+// The stage whose link to the next one a transfer takes.
+LLMPARI_FN int32_t llmpari_pipe_link_of(const llmpar_schedule *s, llmpar_action a) {
+    if (a.kind == LLMPAR_ACTION_SEND_F || a.kind == LLMPAR_ACTION_RECV_B) return a.stage;
+    return a.stage > 0 ? a.stage - 1 : s->n_stages - 1;
+}
+
+LLMPARI_FN void llmpari_pipe_wake(llmpari_pipe_run *q, int32_t rank, const double *what) {
+    if (q->wait[rank] != what) return;
+    q->wait[rank] = NULL;
+    q->ready[q->n_ready++] = rank;
+}
+// The value that a SEND, or the F, B or I before it, makes is where it is needed at time t.
+LLMPARI_FN void llmpari_pipe_arrive(llmpari_pipe_run *q, int direction, int32_t stage, int32_t micro, double t) {
+    double *cell = &q->arrive[direction][(int64_t)stage * q->s->n_micro + micro];
+    const int32_t to = direction ? stage - 1 : stage + 1 < q->s->n_stages ? stage + 1 : 0;
+    *cell = t;
+    if (to >= 0) llmpari_pipe_wake(q, q->s->rank_of[to], cell);
+}
+
+LLMPARI_FN void llmpari_channel_turn(const llmpari_pipe_run *q, llmpari_channel_side *side) {
+    const int32_t s = side->send >= 0 ? q->op[side->send].epoch : INT32_MAX, r = side->recv >= 0 ? q->op[side->recv].epoch : INT32_MAX, epoch = s < r ? s : r;
+    if (epoch != side->epoch) side->epoch = epoch, side->open = side->done;
+}
+// Moves what can move between two ranks.
+LLMPARI_FN llmpar_status llmpari_channel_move(llmpari_pipe_run *q, llmpari_channel *channel, llmpar_error *err) {
+    const llmpar_schedule *s = q->s;
+    for (bool moved = true; moved; ) {
+        moved = false;
+        for (int d = 0; d < 2; d++) {
+            llmpari_channel_side *from = &channel->side[d], *to = &channel->side[1 - d];
+            const int32_t out = from->send, in = to->recv;
+            if (out < 0 || in < 0 || q->end[out] < 0 || q->end[in] < 0 || q->op[out].epoch != from->epoch || q->op[in].epoch != to->epoch) continue;
+            const llmpar_action a = s->action[out];
+            if (q->x->partner[out] != in)
+                return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "ranks %d and %d disagree about the order of their transfers: rank %d does %s when rank %d expects %s", (int)channel->rank[d],
+                                    (int)channel->rank[1 - d], (int)channel->rank[d], llmpari_action_print(a).text, (int)channel->rank[1 - d], llmpari_action_print(s->action[in]).text);
+            double t = q->end[out];
+            if (q->end[in] > t) t = q->end[in];
+            if (from->open > t) t = from->open;
+            if (to->open > t) t = to->open;
+            t += q->c->link[llmpari_pipe_link_of(s, a)];
+            llmpari_pipe_arrive(q, a.kind == LLMPAR_ACTION_SEND_B, a.stage, a.micro, t);
+            if (a.slot >= 0) {
+                double *slot = &q->slot_free[q->slot_first[channel->rank[d]] + a.slot];
+                *slot = t;
+                llmpari_pipe_wake(q, channel->rank[d], slot);
+            }
+            from->send = q->op[out].next, to->recv = q->op[in].next;
+            if (t > from->done) from->done = t;
+            if (t > to->done) to->done = t;
+            llmpari_channel_turn(q, from);
+            llmpari_channel_turn(q, to);
+            moved = true;
+        }
+    }
+    return LLMPAR_OK;
+}
+
+// The number that says when the input of an action is there; NULL = it needs none.
+LLMPARI_FN const double *llmpari_pipe_input(const llmpari_pipe_run *q, int64_t j) {
+    const llmpar_schedule *s = q->s;
+    const llmpar_action a = s->action[j];
+    const int64_t M = s->n_micro, c = (int64_t)a.stage * M + a.micro;
+    switch (a.kind) {
+    case LLMPAR_ACTION_F:
+        if (a.stage > 0) return &q->arrive[0][c - M];
+        return s->in_flight > 0 && a.micro >= s->in_flight ? &q->arrive[0][(int64_t)(s->n_stages - 1) * M + a.micro - s->in_flight] : NULL;
+    case LLMPAR_ACTION_B: case LLMPAR_ACTION_I: return a.stage + 1 < s->n_stages ? &q->arrive[1][c + M] : NULL;
+    case LLMPAR_ACTION_SEND_F: case LLMPAR_ACTION_SEND_B: return q->transport == LLMPAR_PIPE_RENDEZVOUS ? &q->end[q->x->partner[j]] : NULL;
+    default: return NULL;
+    }
+}
+// With NCCL: the number that says when the buffer of its result is free again; NULL = it has none.
+LLMPARI_FN double *llmpari_pipe_buffer(const llmpari_pipe_run *q, llmpar_action a) {
+    if (q->transport != LLMPAR_PIPE_NCCL || !q->s->lowered || a.kind > LLMPAR_ACTION_I) return NULL;
+    const int32_t send = q->x->at[a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B][(int64_t)a.stage * q->s->n_micro + a.micro];
+    return send >= 0 && q->s->action[send].slot >= 0 ? &q->slot_free[q->slot_first[q->s->rank_of[a.stage]] + q->s->action[send].slot] : NULL;
+}
+
+// One rank, as far as it gets.
+LLMPARI_FN llmpar_status llmpari_pipe_advance(llmpari_pipe_run *q, int32_t r, llmpar_error *err) {
+    const llmpar_schedule *s = q->s;
+    double clock = q->at[r] > s->first[r] ? q->end[q->at[r] - 1] : 0;
+    for (; q->at[r] < s->first[r + 1]; q->at[r]++) {
+        const int64_t j = q->at[r];
+        const llmpar_action a = s->action[j];
+        const double *need = llmpari_pipe_input(q, j);
+        if (need && *need < 0) { q->wait[r] = need; return LLMPAR_OK; }
+        if (need && *need > clock) clock = *need;
+        need = llmpari_pipe_buffer(q, a);
+        if (need && *need < 0) { q->wait[r] = need; return LLMPAR_OK; }
+        if (need && *need > clock) clock = *need;
+        q->begin[j] = clock;
+        if (a.kind <= LLMPAR_ACTION_W) {
+            clock += q->c->time[a.kind][a.stage];
+            q->end[j] = clock;
+            if (a.kind == LLMPAR_ACTION_W) continue;
+            const int d = a.kind != LLMPAR_ACTION_F;
+            const bool crosses = d ? llmpari_pipe_sends_b(s, a.stage) : llmpari_pipe_sends_f(s, a.stage, a.micro);
+            if (!s->lowered || !crosses) llmpari_pipe_arrive(q, d, a.stage, a.micro, clock + (crosses ? q->c->link[d ? a.stage - 1 : a.stage] : 0));
+            continue;
+        }
+        q->end[j] = clock;
+        if (q->transport == LLMPAR_PIPE_NCCL) {
+            if (llmpari_action_is_send(a) && a.slot >= 0) q->slot_free[q->slot_first[r] + a.slot] = -1;
+            if (q->end[q->x->partner[j]] >= 0) LLMPARI_TRY(llmpari_channel_move(q, &q->channel[q->channel_of[llmpari_pipe_link_of(s, a)]], err));
+        } else if (llmpari_action_is_send(a)) {
+            llmpari_pipe_arrive(q, a.kind == LLMPAR_ACTION_SEND_B, a.stage, a.micro, clock + q->c->link[llmpari_pipe_link_of(s, a)]);
+        } else if (q->transport == LLMPAR_PIPE_RENDEZVOUS) {
+            llmpari_pipe_wake(q, s->rank_of[s->action[q->x->partner[j]].stage], &q->end[j]);
+        }
+    }
+    return LLMPAR_OK;
+}
+
+// Transfer `out`, issued at both ends, cannot move (NCCL): the SEND of the one that stands before it; *rank = where.
+LLMPARI_FN int32_t llmpari_channel_before(const llmpari_pipe_run *q, int32_t out, int32_t *rank) {
+    const llmpar_schedule *s = q->s;
+    const llmpari_channel *channel = &q->channel[q->channel_of[llmpari_pipe_link_of(s, s->action[out])]];
+    const int from = channel->rank[0] == s->rank_of[s->action[out].stage] ? 0 : 1;
+    for (int d = 0; d < 2; d++) {
+        const llmpari_channel_side *side = &channel->side[d ? 1 - from : from];
+        const int32_t own = d ? q->x->partner[out] : out;
+        const int32_t send = side->send >= 0 && q->op[side->send].epoch == side->epoch ? side->send : -1;
+        const int32_t recv = side->recv >= 0 && q->op[side->recv].epoch == side->epoch ? side->recv : -1;
+        if (own == send || own == recv) continue;
+        *rank = channel->rank[d ? 1 - from : from];
+        return send >= 0 ? send : q->x->partner[recv];
+    }
+    return -1;
+}
+
+// What the rank that is stuck waits for: an action that another rank (or, later, the same one) has not done. -1 = all transfers in question are issued, but in orders
+// that exclude each other; the error says which.
+LLMPARI_FN int32_t llmpari_pipe_blocker(const llmpari_pipe_run *q, int32_t rank, llmpar_error *err) {
+    const llmpar_schedule *s = q->s;
+    llmpar_action a = s->action[q->at[rank]];
+    int32_t out, in;
+    if (llmpari_action_is_send(a)) return q->x->partner[q->at[rank]];
+    const double *need = llmpari_pipe_input(q, q->at[rank]);
+    if (need && *need < 0) {
+        const int d = a.kind != LLMPAR_ACTION_F;
+        llmpar_action made = llmpari_action(d ? LLMPAR_ACTION_SEND_B : LLMPAR_ACTION_SEND_F, 0, 0);
+        const int64_t cell = need - q->arrive[d];
+        made.stage = (int16_t)(cell / s->n_micro), made.micro = (int32_t)(cell % s->n_micro);
+        if (!s->lowered || s->rank_of[made.stage] == rank) {
+            made.kind = (uint8_t)(!d ? LLMPAR_ACTION_F : q->x->at[LLMPAR_ACTION_B][cell] >= 0 ? LLMPAR_ACTION_B : LLMPAR_ACTION_I);
+            return llmpari_pipe_at(q, made);
+        }
+        out = llmpari_pipe_at(q, made);
+    } else {                                                                               // the buffer of its result: the SEND before from there
+        const int32_t send = q->x->at[a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B][(int64_t)a.stage * s->n_micro + a.micro];
+        for (out = (int32_t)q->at[rank]; !llmpari_action_is_send(s->action[out]) || s->action[out].slot != s->action[send].slot; ) out--;
+    }
+    for (int32_t i = 0; ; i++) {                                                           // a transfer: which of those before it in the order of the two ranks is not issued?
+        int32_t here = 0, there = 0;
+        in = q->x->partner[out];
+        if (q->end[out] < 0) return out;
+        if (q->end[in] < 0) return in;
+        const int32_t first = llmpari_channel_before(q, out, &here);
+        if (first < 0) return in;                                                          // cannot be: it would have moved
+        if (i > 2 * s->n_micro * s->n_stages) {
+            const int32_t second = llmpari_channel_before(q, first, &there);
+            LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "deadlock: two ranks order their transfers differently: rank %d does %s before %s, rank %d %s before %s", (int)here,
+                         llmpari_action_print(s->action[first]).text, llmpari_action_print(s->action[out]).text, (int)there,
+                         llmpari_action_print(s->action[second < 0 ? first : second]).text, llmpari_action_print(s->action[first]).text);
+            return -1;
+        }
+        out = first;
+    }
+}
+
+// Nobody can go on: says so with a shortest circle of ranks.
+LLMPARI_FN llmpar_status llmpari_pipe_stuck(const llmpari_pipe_run *q, llmpar_error *err) {
+    const llmpar_schedule *s = q->s;
+    int32_t best = -1, best_length = INT32_MAX;
+    char text[900];
+    int at = 0;
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        int32_t p = r, length = 0;
+        if (!q->wait[r]) continue;
+        do {
+            const int32_t b = llmpari_pipe_blocker(q, p, err);
+            if (b < 0) return LLMPAR_BAD_ARGUMENT;
+            p = s->rank_of[s->action[b].stage];
+        } while (++length < best_length && p != r && length <= s->n_ranks);
+        if (p == r && length < best_length) best = r, best_length = length;
+    }
+    text[0] = 0;
+    for (int32_t p = best, i = 0; best >= 0 && i < best_length; i++) {
+        const int32_t b = llmpari_pipe_blocker(q, p, err), next = s->rank_of[s->action[b].stage];
+        if (i < 6) llmpari_append(text, sizeof text, &at, "%srank %d waits in %s for %s, which comes after %s on rank %d", i ? "; " : "", (int)p, llmpari_action_print(s->action[q->at[p]]).text,
+                                  llmpari_action_print(s->action[b]).text, llmpari_action_print(s->action[q->at[next]]).text, (int)next);
+        else if (i == 6) llmpari_append(text, sizeof text, &at, "; and so on, %d ranks", (int)best_length);
+        p = next;
+    }
+    return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "deadlock: %s", text);
+}
+
+LLMPARI_FN llmpar_status llmpari_pipe_channels(llmpari_pipe_run *q, llmpar_arena *arena, llmpar_error *err) {
+    const llmpar_schedule *s = q->s;
+    const int32_t S = s->n_stages;
+    q->op         = (llmpari_channel_op *)llmpar_arena_alloc(arena, (size_t)s->first[s->n_ranks] * sizeof(llmpari_channel_op));
+    q->channel_of = (int32_t *)llmpar_arena_alloc(arena, (size_t)S * sizeof(int32_t));
+    q->channel    = (llmpari_channel *)llmpar_arena_alloc(arena, (size_t)S * sizeof(llmpari_channel));
+    int32_t *first = (int32_t *)llmpar_arena_alloc(arena, (size_t)s->n_ranks * sizeof(int32_t));   // a channel of the rank as the lower one; next: one more of them
+    int32_t *next  = (int32_t *)llmpar_arena_alloc(arena, (size_t)S * sizeof(int32_t));
+    if (!q->op || !q->channel_of || !q->channel || !first || !next) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d links", (int)S);
+    for (int32_t r = 0; r < s->n_ranks; r++) first[r] = -1;
+    for (int32_t st = 0; st < S; st++) {
+        const int32_t a = s->rank_of[st], b = s->rank_of[(st + 1) % S], low = a < b ? a : b, high = a < b ? b : a;
+        int32_t k = first[low];
+        while (k >= 0 && q->channel[k].rank[1] != high) k = next[k];
+        if (k < 0) {
+            k = q->n_channels++;
+            q->channel[k].rank[0] = low, q->channel[k].rank[1] = high;
+            next[k] = first[low], first[low] = k;
+        }
+        q->channel_of[st] = k;
+    }
+    for (int32_t k = 0; k < q->n_channels; k++)
+        for (int d = 0; d < 2; d++) q->channel[k].side[d].send = q->channel[k].side[d].recv = -1;
+    for (int32_t r = 0; r < s->n_ranks; r++) {                                             // from the last action back, so that every row ends up at its first one
+        int32_t epoch = INT32_MAX - 1;
+        for (int64_t j = s->first[r + 1]; j-- > s->first[r]; ) {
+            const llmpar_action a = s->action[j];
+            if (!llmpari_action_is_transfer(a)) { epoch--; continue; }
+            llmpari_channel *channel = &q->channel[q->channel_of[llmpari_pipe_link_of(s, a)]];
+            llmpari_channel_side *side = &channel->side[channel->rank[0] == r ? 0 : 1];
+            int32_t *head = llmpari_action_is_send(a) ? &side->send : &side->recv;
+            q->op[j].next = *head, q->op[j].epoch = epoch;
+            *head = (int32_t)j;
+        }
+    }
+    for (int32_t k = 0; k < q->n_channels; k++) llmpari_channel_turn(q, &q->channel[k].side[0]), llmpari_channel_turn(q, &q->channel[k].side[1]);
+    return LLMPAR_OK;
+}
+
+// begin and end of every action. The index must be of this schedule, and complete.
+LLMPARI_FN llmpar_status llmpari_pipe_times(llmpari_pipe_run *q, llmpar_arena *arena, llmpar_error *err) {
+    const llmpar_schedule *s = q->s;
+    const int64_t cells = (int64_t)s->n_stages * s->n_micro, n = s->first[s->n_ranks], R = s->n_ranks;
+    int64_t slots = 0;
+    q->arrive[0]  = (double *)llmpar_arena_alloc(arena, (size_t)(2 * cells) * sizeof(double));
+    q->at         = (int64_t *)llmpar_arena_alloc(arena, (size_t)R * sizeof(int64_t));
+    q->slot_first = (int64_t *)llmpar_arena_alloc(arena, (size_t)R * sizeof(int64_t));
+    q->wait       = (const double **)llmpar_arena_alloc(arena, (size_t)R * sizeof(double *));
+    q->ready      = (int32_t *)llmpar_arena_alloc(arena, (size_t)R * sizeof(int32_t));
+    if (!q->arrive[0] || !q->at || !q->slot_first || !q->wait || !q->ready) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to time %lld actions", (long long)n);
+    q->arrive[1] = q->arrive[0] + cells;
+    for (int64_t c = 0; c < 2 * cells; c++) q->arrive[0][c] = -1;
+    for (int64_t j = 0; j < n; j++) q->end[j] = -1;
+    for (int32_t r = 0; r < R; r++) {
+        q->at[r] = s->first[r];
+        q->slot_first[r] = slots;
+        if (s->n_slots) slots += s->n_slots[r];
+        q->ready[q->n_ready++] = (int32_t)(R - 1 - r);
+    }
+    q->slot_free = (double *)llmpar_arena_alloc(arena, (size_t)llmpari_max(slots, 1) * sizeof(double));
+    if (!q->slot_free) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %lld message buffers", (long long)slots);
+    if (s->lowered && q->transport == LLMPAR_PIPE_NCCL) LLMPARI_TRY(llmpari_pipe_channels(q, arena, err));
+    while (q->n_ready) LLMPARI_TRY(llmpari_pipe_advance(q, q->ready[--q->n_ready], err));
+    for (int32_t r = 0; r < R; r++)
+        if (q->at[r] < s->first[r + 1]) return llmpari_pipe_stuck(q, err);
+    return LLMPAR_OK;
+}
+
+// Buffers of a program: a message's number is in range, and nothing else is in it from the action that fills it (RECV, or the action before a SEND) to the one that empties it.
+LLMPARI_FN llmpar_status llmpari_pipe_slots_check(const llmpar_schedule *s, const llmpari_pipe_index *x, llmpar_arena *arena, llmpar_error *err) {
+    const int64_t M = s->n_micro;
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        int32_t *owner = (int32_t *)llmpar_arena_alloc(arena, (size_t)llmpari_max(s->n_slots[r], 1) * sizeof *owner);   // 1 + the SEND or RECV whose message is in it
+        if (s->n_slots[r] < 0 || !owner) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d message buffers", (int)s->n_slots[r]);
+        for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
+            const llmpar_action a = s->action[j];
+            const int64_t c = (int64_t)a.stage * M + a.micro;
+            int32_t take = -1, give = -1;                                                  // transfers whose buffer is filled, emptied here
+            if (a.kind == LLMPAR_ACTION_RECV_F || a.kind == LLMPAR_ACTION_RECV_B) take = (int32_t)j;
+            else if (llmpari_action_is_send(a)) give = (int32_t)j;
+            else if (a.kind != LLMPAR_ACTION_W) {
+                take = x->at[a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B][c];
+                give = x->at[a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_RECV_F : LLMPAR_ACTION_RECV_B][c];
+            }
+            for (int which = 0; which < 2; which++) {
+                const int32_t k = which ? give : take;
+                if (k < 0) continue;
+                const int32_t slot = s->action[k].slot;
+                if (slot < 0 || slot >= s->n_slots[r])
+                    return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s has buffer %d of %d on rank %d", llmpari_action_print(s->action[k]).text, (int)slot, (int)s->n_slots[r], (int)r);
+                if (!which && owner[slot])
+                    return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d: %s overwrites buffer %d, where the message of %s still is", (int)r, llmpari_action_print(a).text, (int)slot,
+                                        llmpari_action_print(s->action[owner[slot] - 1]).text);
+                owner[slot] = which ? 0 : k + 1;
+            }
+        }
+    }
+    return LLMPAR_OK;
+}
+
+// Most memory that a rank holds.
+LLMPARI_FN double llmpari_pipe_peak(const llmpar_schedule *s, const llmpari_pipe_cost *c, int32_t rank) {
+    double held = 0, peak = 0;
+    for (int64_t j = s->first[rank]; j < s->first[rank + 1]; j++) {
+        held += llmpari_pipe_memory(c, s->action[j]);
+        if (held > peak) peak = held;
+    }
+    return peak;
+}
+
+// From the action that ends last back to the start: over the rank's action before, or the end of what was waited for, whichever held it up.
+LLMPARI_FN void llmpari_pipe_critical(const llmpar_schedule *s, const llmpari_pipe_index *x, llmpar_pipe_timing *t) {
+    const int64_t n = s->first[s->n_ranks], M = s->n_micro;
+    int64_t last = 0;
+    for (int64_t j = 1; j < n; j++) if (t->action_end[j] > t->action_end[last]) last = j;
+    for (int64_t j = last; j >= 0 && t->n_critical < n; ) {
+        const llmpar_action a = s->action[j];
+        const int64_t c = (int64_t)a.stage * M + a.micro, own = j > s->first[s->rank_of[a.stage]] ? j - 1 : -1;
+        int64_t input = -1;
+        t->critical[t->n_critical++] = (int32_t)j;
+        if (a.kind == LLMPAR_ACTION_F && a.stage > 0) input = x->at[LLMPAR_ACTION_F][c - M];
+        else if (a.kind == LLMPAR_ACTION_F && s->in_flight > 0 && a.micro >= s->in_flight) input = x->at[LLMPAR_ACTION_F][(int64_t)(s->n_stages - 1) * M + a.micro - s->in_flight];
+        else if ((a.kind == LLMPAR_ACTION_B || a.kind == LLMPAR_ACTION_I) && a.stage + 1 < s->n_stages)
+            input = x->at[LLMPAR_ACTION_I][c + M] >= 0 ? x->at[LLMPAR_ACTION_I][c + M] : x->at[LLMPAR_ACTION_B][c + M];
+        else if (llmpari_action_is_send(a)) input = x->partner[j];
+        j = own >= 0 && (input < 0 || t->action_end[own] >= t->action_begin[j] || t->action_end[own] >= t->action_end[input]) ? own : input;
+    }
+    for (int64_t i = 0, k = t->n_critical - 1; i < k; i++, k--) {
+        const int32_t j = t->critical[i];
+        t->critical[i] = t->critical[k], t->critical[k] = j;
+    }
+}
+
+// What the ranks did, from begin and end of every action.
+LLMPARI_FN void llmpari_pipe_sum(const llmpar_schedule *s, const llmpari_pipe_cost *c, llmpar_pipe_timing *t) {
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        bool begun = false;
+        for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
+            const llmpar_action a = s->action[j];
+            if (llmpari_action_is_transfer(a)) continue;
+            if (!begun) begun = true, t->begin[r] = t->action_begin[j];
+            t->busy[r] += c->time[a.kind][a.stage];
+            t->end[r]   = t->action_end[j];
+        }
+        t->peak[r] = llmpari_pipe_peak(s, c, r);
+        if (t->busy[r] > t->work) t->work = t->busy[r];
+        if (t->end[r] > t->makespan) t->makespan = t->end[r];
+        if (t->end[r] - t->begin[r] > t->span) t->span = t->end[r] - t->begin[r];
+    }
+}
+
+// Checks all, and times every action on the way. timing may be NULL.
+LLMPARI_FN llmpar_status llmpari_pipe_prove(const llmpar_schedule *s, const llmpar_pipe_costs *costs, llmpar_transport transport, double memory, llmpar_arena *arena,
+                                            llmpar_pipe_timing *timing, llmpar_error *err) {
+    llmpari_pipe_cost  c;
+    llmpari_pipe_index x;
+    llmpari_pipe_run   run = LLMPAR_ZERO;
+    llmpar_pipe_timing t = LLMPAR_ZERO;
+    LLMPARI_TRY(llmpari_pipe_shape(s, err));
+    if ((unsigned)transport > LLMPAR_PIPE_NCCL) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "transport %d is not known", (int)transport);
+    if (!(memory >= 0)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "memory limit %g; pass 0 for none", memory);
+    const int64_t n = s->first[s->n_ranks], R = s->n_ranks;
+    const llmpar_arena_mark all = llmpar_arena_save(arena);
+    double *numbers = (double *)llmpar_arena_alloc(arena, (size_t)(4 * R + 2 * n) * sizeof *numbers);
+    t.critical = timing ? (int32_t *)llmpar_arena_alloc(arena, (size_t)n * sizeof(int32_t)) : NULL;
+    if (!numbers || (timing && !t.critical)) {
+        llmpar_arena_restore(arena, all);
+        return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
+    }
+    t.busy = numbers, t.begin = numbers + R, t.end = numbers + 2 * R, t.peak = numbers + 3 * R;
+    t.action_begin = numbers + 4 * R, t.action_end = t.action_begin + n;
+    const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    llmpar_status status = llmpari_pipe_cost_fill(costs, s, arena, &c, err);
+    if (!status) status = llmpari_pipe_index_fill(s, arena, &x, err);
+    if (!status) status = llmpari_pipe_complete(s, &x, err);
+    if (!status && s->lowered && s->n_slots) status = llmpari_pipe_slots_check(s, &x, arena, err);
+    run.s = s, run.c = &c, run.x = &x, run.transport = transport, run.begin = t.action_begin, run.end = t.action_end;
+    if (!status) status = llmpari_pipe_times(&run, arena, err);
+    if (!status) llmpari_pipe_sum(s, &c, &t);
+    for (int32_t r = 0; !status && memory > 0 && r < R; r++)
+        if (t.peak[r] > memory * (1 + 1e-9))
+            status = LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "rank %d holds up to %g, more than the limit of %g; this schedule needs %g there", (int)r, t.peak[r], memory, t.peak[r]);
+    if (!status && timing) llmpari_pipe_critical(s, &x, &t);
+    llmpar_arena_restore(arena, status || !timing ? all : mark);
+    if (!status && timing) *timing = t;
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_pipe_verify(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport, double memory, llmpar_arena *scratch,
+                                            llmpar_error *err) {
+    return llmpari_pipe_prove(schedule, costs, transport, memory, scratch, NULL, err);
+}
+LLMPAR_DEF llmpar_status llmpar_pipe_simulate(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport, llmpar_arena *arena,
+                                              llmpar_pipe_timing *timing, llmpar_error *err) {
+    return llmpari_pipe_prove(schedule, costs, transport, 0, arena, timing, err);
+}
+
+// ---- Lowering ---------------------------------------------------------------------------------------------------
+
+LLMPAR_DEF int32_t llmpar_slots(const int64_t *begin, const int64_t *end, int64_t n, int32_t *slot, llmpar_arena *scratch) {
+    const llmpar_arena_mark mark = llmpar_arena_save(scratch);
+    int64_t *until = (int64_t *)llmpar_arena_alloc(scratch, (size_t)llmpari_max(n, 1) * sizeof *until);
+    int32_t slots = 0;
+    for (int64_t i = 0; until && i < n; i++) {
+        int32_t k = 0;
+        while (k < slots && until[k] > begin[i]) k++;
+        if (k == slots) slots++;
+        until[k] = end[i];
+        slot[i]  = k;
+    }
+    llmpar_arena_restore(scratch, mark);
+    return until ? slots : -1;
+}
+
+// A message: made by action `made` (index in the schedule), posted on the other rank just before the action `before`.
+typedef struct llmpari_message { int32_t made, before; } llmpari_message;
+
+// Which action of the schedule takes what `a` makes; -1 = it does not travel.
+LLMPARI_FN int32_t llmpari_pipe_consumer(const llmpar_schedule *s, const llmpari_pipe_index *x, llmpar_action a) {
+    const int64_t M = s->n_micro, c = (int64_t)a.stage * M + a.micro;
+    if (a.kind == LLMPAR_ACTION_F) {
+        if (!llmpari_pipe_sends_f(s, a.stage, a.micro)) return -1;
+        return a.stage + 1 < s->n_stages ? x->at[LLMPAR_ACTION_F][c + M] : x->at[LLMPAR_ACTION_F][a.micro + s->in_flight];
+    }
+    if ((a.kind != LLMPAR_ACTION_B && a.kind != LLMPAR_ACTION_I) || !llmpari_pipe_sends_b(s, a.stage)) return -1;
+    return x->at[LLMPAR_ACTION_B][c - M] >= 0 ? x->at[LLMPAR_ACTION_B][c - M] : x->at[LLMPAR_ACTION_I][c - M];
+}
+
+// Where every message is posted: before the first action of the receiver that ends when the message is made or later. In the schedule's own times nobody waits for a
+// post then; and the order of posts and sends of two ranks follows the times at which messages are made, on both alike, so that no transfer can wait for a later one.
+// Only messages that are made at the same time in both directions need care: in NCCL's order both are posted beside the sends, in one group.
+LLMPARI_FN void llmpari_pipe_post(const llmpar_schedule *s, const llmpari_pipe_index *x, const double *end, llmpar_transport transport, int32_t *cursor, llmpari_message *message,
+                                  int64_t *n_messages) {
+    int64_t n = 0;
+    for (int32_t i = 0; i < 2 * s->n_stages; i++) cursor[i] = -1;
+    for (int64_t j = 0; j < s->first[s->n_ranks]; j++) {
+        const llmpar_action a = s->action[j];
+        const int32_t to = llmpari_pipe_consumer(s, x, a);
+        if (to < 0) continue;
+        int32_t *k = &cursor[2 * a.stage + (a.kind != LLMPAR_ACTION_F)];                   // the messages of a stage in one direction are made in the order of time
+        if (*k < 0) *k = (int32_t)s->first[s->rank_of[s->action[to].stage]];
+        while (*k < to && end[*k] < end[j]) ++*k;
+        message[n].made   = (int32_t)j;
+        message[n].before = *k;
+        if (transport == LLMPAR_PIPE_NCCL && *k < to && end[*k] <= end[j]) {
+            const int32_t back = llmpari_pipe_consumer(s, x, s->action[*k]);
+            if (back >= 0 && s->rank_of[s->action[back].stage] == s->rank_of[a.stage]) message[n].before++;
+        }
+        n++;
+    }
+    *n_messages = n;
+}
+
+// Numbers the buffers of one rank's messages: those received live from the post to the action that takes them, those sent from the action that makes them until the SEND
+// is over: with NCCL, until it is expected to be.
+typedef struct llmpari_pipe_life { int64_t *begin, *end; int32_t *slot, *action; int64_t n; } llmpari_pipe_life;
+
+LLMPARI_FN void llmpari_pipe_live(llmpari_pipe_life *life, int64_t begin, int64_t end, int64_t action) {
+    life->begin[life->n] = begin, life->end[life->n] = end;
+    life->action[life->n++] = (int32_t)action;
+}
+LLMPARI_FN llmpar_status llmpari_pipe_life_new(llmpari_pipe_life *life, int64_t most, llmpar_arena *arena, llmpar_error *err) {
+    const size_t n = (size_t)llmpari_max(most, 1);
+    life->begin  = (int64_t *)llmpar_arena_alloc(arena, 2 * n * sizeof(int64_t));
+    life->slot   = (int32_t *)llmpar_arena_alloc(arena, 2 * n * sizeof(int32_t));
+    if (!life->begin || !life->slot) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the buffers of %lld messages", (long long)most);
+    life->end    = life->begin + n;
+    life->action = life->slot + n;
+    life->n      = 0;
+    return LLMPAR_OK;
+}
+LLMPARI_FN llmpar_status llmpari_pipe_life_number(llmpari_pipe_life *life, llmpar_schedule *program, int32_t rank, llmpar_arena *scratch, llmpar_error *err) {
+    const int32_t n = llmpar_slots(life->begin, life->end, life->n, life->slot, scratch);
+    if (n < 0) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to number the buffers of rank %d", (int)rank);
+    for (int64_t i = 0; i < life->n; i++) program->action[life->action[i]].slot = program->n_slots[rank] + life->slot[i];
+    program->n_slots[rank] += n;
+    return LLMPAR_OK;
+}
+
+typedef struct llmpari_lowering {
+    const llmpar_schedule    *s;
+    const llmpari_pipe_cost  *c;
+    const llmpari_pipe_index *x;
+    llmpar_transport transport;
+    const double *begin, *end;
+    int32_t *gap, *posted;         // posted[gap[k]] .. posted[gap[k + 1] - 1]: the actions that make the messages posted before action k, by time
+    int32_t *recv_at;              // [actions of the schedule] where the program posts what an action takes
+} llmpari_lowering;
+
+LLMPARI_FN llmpar_status llmpari_pipe_lower_rank(const llmpari_lowering *l, int32_t r, llmpar_schedule *program, int64_t *at, llmpari_pipe_life *in, llmpari_pipe_life *out,
+                                                 llmpar_arena *scratch, llmpar_error *err) {
+    const llmpar_schedule *s = l->s;
+    const int64_t first = *at;
+    in->n = out->n = 0;
+    for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
+        const llmpar_action a = s->action[j];
+        for (int32_t i = l->gap[j]; i < l->gap[j + 1]; i++) {
+            llmpar_action send = s->action[l->posted[i]];
+            const int32_t to = llmpari_pipe_consumer(s, l->x, send);
+            send.kind = (uint8_t)(send.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B);
+            l->recv_at[to] = (int32_t)in->n;
+            llmpari_pipe_live(in, *at - first, 0, *at);
+            program->action[(*at)++] = llmpari_pipe_other_end(s, send);
+        }
+        if (l->recv_at[j] >= 0) in->end[l->recv_at[j]] = *at - first + 1;
+        program->action[(*at)++] = a;
+        if (llmpari_pipe_consumer(s, l->x, a) < 0) continue;
+        llmpar_action send = llmpari_action(a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B, a.stage, a.micro);
+        int64_t until = j + 1;                                                             // first action of the schedule that may use the buffer again
+        if (l->transport == LLMPAR_PIPE_NCCL) {
+            const double done = l->end[j] + l->c->link[llmpari_pipe_link_of(s, send)];
+            while (until < s->first[r + 1] && l->begin[until] < done) until++;
+        }
+        llmpari_pipe_live(out, j - s->first[r], until - s->first[r], *at);
+        program->action[(*at)++] = send;
+    }
+    LLMPARI_TRY(llmpari_pipe_life_number(in, program, r, scratch, err));
+    return llmpari_pipe_life_number(out, program, r, scratch, err);
+}
+
+LLMPARI_FN llmpar_status llmpari_pipe_lower_into(const llmpar_schedule *s, const llmpar_pipe_costs *costs, llmpar_transport transport, llmpar_arena *scratch,
+                                                 llmpar_schedule *program, llmpar_error *err) {
+    const int64_t n = s->first[s->n_ranks];
+    llmpari_pipe_cost  c;
+    llmpari_pipe_index x;
+    llmpari_pipe_run   run = LLMPAR_ZERO;
+    llmpari_lowering   l = LLMPAR_ZERO;
+    llmpari_pipe_life  in, out;
+    double *times = (double *)llmpar_arena_alloc(scratch, 2 * (size_t)n * sizeof *times), longest = 0;
+    if (!times) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
+    LLMPARI_TRY(llmpari_pipe_cost_fill(costs, s, scratch, &c, err));
+    LLMPARI_TRY(llmpari_pipe_index_fill(s, scratch, &x, err));
+    LLMPARI_TRY(llmpari_pipe_complete(s, &x, err));
+    for (int k = 0; k < 4; k++) for (int32_t i = 0; i < s->n_stages; i++) if (c.time[k][i] > longest) longest = c.time[k][i];
+    if (!(longest > 0)) longest = 1;
+    for (int k = 0; k < 4; k++)                                                            // what takes no time still comes after what it needs
+        for (int32_t i = 0; i < s->n_stages; i++) if (c.time[k][i] < 1e-6 * longest) c.time[k][i] = 1e-6 * longest;
+    run.s = s, run.c = &c, run.x = &x, run.begin = times, run.end = times + n;
+    LLMPARI_TRY(llmpari_pipe_times(&run, scratch, err));
+
+    int64_t n_messages = 0;
+    l.s = s, l.c = &c, l.x = &x, l.transport = transport, l.begin = times, l.end = times + n;
+    llmpari_message *message = (llmpari_message *)llmpar_arena_alloc(scratch, (size_t)n * sizeof *message);
+    int32_t *cursor = (int32_t *)llmpar_arena_alloc(scratch, 2 * (size_t)s->n_stages * sizeof *cursor);
+    l.gap     = (int32_t *)llmpar_arena_alloc(scratch, (size_t)(n + 2) * sizeof(int32_t));
+    l.posted  = (int32_t *)llmpar_arena_alloc(scratch, (size_t)n * sizeof(int32_t));
+    l.recv_at = (int32_t *)llmpar_arena_alloc(scratch, (size_t)n * sizeof(int32_t));
+    if (!message || !cursor || !l.gap || !l.posted || !l.recv_at) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the messages of %lld actions", (long long)n);
+    llmpari_pipe_post(s, &x, l.end, transport, cursor, message, &n_messages);
+    for (int64_t i = 0; i < n_messages; i++) l.gap[message[i].before + 2]++;               // counting sort by gap, then by time within a gap, of which there are few
+    for (int64_t k = 0; k < n; k++) l.gap[k + 2] += l.gap[k + 1];
+    for (int64_t i = 0; i < n_messages; i++) l.posted[l.gap[message[i].before + 1]++] = message[i].made;
+    for (int64_t k = 0; k < n; k++)
+        for (int32_t i = l.gap[k] + 1; i < l.gap[k + 1]; i++) {
+            const int32_t made = l.posted[i];
+            int32_t p = i;
+            for (; p > l.gap[k] && l.end[l.posted[p - 1]] > l.end[made]; p--) l.posted[p] = l.posted[p - 1];
+            l.posted[p] = made;
+        }
+    for (int64_t k = 0; k < n; k++) l.recv_at[k] = -1;
+
+    int64_t at = 0, most = 0;
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        const int64_t received = l.gap[s->first[r + 1]] - l.gap[s->first[r]], own = s->first[r + 1] - s->first[r];
+        most = llmpari_max(most, llmpari_max(received, own));
+    }
+    LLMPARI_TRY(llmpari_pipe_life_new(&in, most, scratch, err));
+    LLMPARI_TRY(llmpari_pipe_life_new(&out, most, scratch, err));
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        program->first[r] = at;
+        LLMPARI_TRY(llmpari_pipe_lower_rank(&l, r, program, &at, &in, &out, scratch, err));
+    }
+    program->first[s->n_ranks] = at;
+    return LLMPAR_OK;
+}
+
+LLMPARI_FN llmpar_status llmpari_pipe_new(llmpar_schedule *s, int32_t n_ranks, int32_t n_stages, int32_t n_micro, int64_t n_actions, llmpar_arena *arena, llmpar_error *err) {
+    memset(s, 0, sizeof *s);
+    s->n_ranks = n_ranks, s->n_stages = n_stages, s->n_micro = n_micro;
+    s->rank_of = (int32_t *)llmpar_arena_alloc(arena, (size_t)n_stages * sizeof(int32_t));
+    s->first   = (int64_t *)llmpar_arena_alloc(arena, ((size_t)n_ranks + 1) * sizeof(int64_t));
+    s->action  = (llmpar_action *)llmpar_arena_alloc(arena, (size_t)llmpari_max(n_actions, 1) * sizeof(llmpar_action));
+    if (s->rank_of && s->first && s->action) return LLMPAR_OK;
+    return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a schedule of %lld actions", (long long)n_actions);
+}
+
+LLMPAR_DEF llmpar_status llmpar_pipe_lower(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport, llmpar_arena *arena, llmpar_schedule *program,
+                                           llmpar_error *err) {
+    LLMPARI_TRY(llmpari_pipe_shape(schedule, err));
+    if (schedule->lowered) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "schedule \"%s\" has its transfers already", schedule->name);
+    if ((unsigned)transport > LLMPAR_PIPE_NCCL) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "transport %d is not known", (int)transport);
+    const llmpar_arena_mark all = llmpar_arena_save(arena);
+    int64_t transfers = 0;
+    for (int64_t j = 0; j < schedule->first[schedule->n_ranks]; j++) {
+        const llmpar_action a = schedule->action[j];
+        if (a.stage < 0 || a.stage >= schedule->n_stages) continue;                        // an error that the index finds
+        transfers += a.kind == LLMPAR_ACTION_F ? llmpari_pipe_sends_f(schedule, a.stage, a.micro) : a.kind != LLMPAR_ACTION_W && llmpari_pipe_sends_b(schedule, a.stage);
+    }
+    llmpar_schedule made;
+    llmpar_status status = llmpari_pipe_new(&made, schedule->n_ranks, schedule->n_stages, schedule->n_micro, schedule->first[schedule->n_ranks] + 2 * transfers, arena, err);
+    made.n_slots = status ? NULL : (int32_t *)llmpar_arena_alloc(arena, (size_t)schedule->n_ranks * sizeof(int32_t));
+    if (!status && !made.n_slots) status = LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d ranks", (int)schedule->n_ranks);
+    const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    if (!status) {
+        memcpy(made.rank_of, schedule->rank_of, (size_t)schedule->n_stages * sizeof(int32_t));
+        memcpy(made.name, schedule->name, sizeof made.name);
+        made.in_flight = schedule->in_flight;
+        made.lowered   = true;
+        status = llmpari_pipe_lower_into(schedule, costs, transport, arena, &made, err);
+    }
+    llmpar_arena_restore(arena, status ? all : mark);
+    if (!status) *program = made;
+    return status;
+}
+
+// ---- The text form ------------------------------------------------------------------------------------------------
+
+// A whole number of at most 9 digits at *text; false when there is none.
+LLMPARI_FN bool llmpari_pipe_number(const char **text, const char *end, int32_t *value) {
+    const char *from = *text;
+    for (*value = 0; *text < end && llmpari_is_digit(**text) && *text - from < 9; ++*text) *value = *value * 10 + (**text - '0');
+    return *text > from && (*text == end || !llmpari_is_digit(**text));
+}
+// One cell, blanks around it gone: 1 = an action, 0 = idle, -1 = neither.
+LLMPARI_FN int llmpari_pipe_cell(const char *text, const char *end, llmpar_action *a) {
+    int32_t stage, micro;
+    while (text < end && (*text == ' ' || *text == '\t' || *text == '\r')) text++;
+    while (end > text && (end[-1] == ' ' || end[-1] == '\t' || end[-1] == '\r')) end--;
+    if (text == end) return 0;
+    if (!llmpari_pipe_number(&text, end, &stage) || stage >= LLMPAR_MAX_STAGES) return -1;
+    int kind = LLMPAR_ACTION_COUNT;
+    size_t length = 0;
+    for (int k = 0; k < LLMPAR_ACTION_COUNT; k++) {                                        // the longest name that fits: F, or SEND_F
+        const size_t n = strlen(llmpari_action_name[k]);
+        if ((size_t)(end - text) > n && n > length && memcmp(text, llmpari_action_name[k], n) == 0) kind = k, length = n;
+    }
+    if (kind == LLMPAR_ACTION_COUNT) return -1;
+    text += length;
+    if (!llmpari_pipe_number(&text, end, &micro) || text != end) return -1;
+    *a = llmpari_action((llmpar_action_kind)kind, stage, micro);
+    return 1;
+}
+
+LLMPAR_DEF llmpar_status llmpar_pipe_read(const char *text, size_t bytes, llmpar_arena *arena, llmpar_schedule *schedule, llmpar_error *err) {
+    const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    llmpar_schedule s = LLMPAR_ZERO;
+    int64_t n = 0, forwards = 0;
+    int32_t stages = 0, micros = 0, ranks = 0;
+    bool lowered = false;
+    if (!text) bytes = 0;
+    while (bytes > 0 && strchr(" \t\r\n", text[bytes - 1]) && text[bytes - 1]) bytes--;
+    for (int pass = 0; pass < 2; pass++) {                                                 // count and check, then fill
+        int32_t rank = 0, cell = 0;
+        const char *end = text ? text + bytes : NULL;
+        int64_t row = 0;                                                                   // actions in front of the line
+        n = 0;
+        for (const char *at = text, *from = text; bytes > 0 && at <= end; at++) {
+            llmpar_action a;
+            if (at < end && *at != ',' && *at != '\n') continue;
+            const int found = llmpari_pipe_cell(from, at, &a);
+            cell++;
+            if (found < 0)
+                return LLMPARI_FAIL(err, LLMPAR_BAD_SYNTAX, "line %d, cell %d: \"%.*s\" is not an action; write stage, one of F B I W SEND_F RECV_F SEND_B RECV_B, micro-batch: 2F0", (int)rank + 1,
+                                    (int)cell, (int)llmpari_min(at - from, 40), from);
+            if (found && pass) {
+                s.action[n] = a;
+                if (s.rank_of[a.stage] < 0) s.rank_of[a.stage] = rank;
+            }
+            if (found) {
+                n++;
+                forwards += !pass && a.kind == LLMPAR_ACTION_F;
+                lowered = lowered || llmpari_action_is_transfer(a);
+                if (a.stage >= stages) stages = a.stage + 1;
+                if (a.micro >= micros) micros = a.micro + 1;
+            }
+            from = at + 1;
+            if (at == end || *at == '\n') {
+                if (n == row) return LLMPARI_FAIL(err, LLMPAR_BAD_SYNTAX, "line %d has no action; every rank has a line of its own and at least one stage", (int)rank + 1);
+                rank++, cell = 0, row = n;
+                if (pass) s.first[rank] = n;
+            }
+        }
+        if (pass) break;
+        ranks = rank;
+        if (n == 0) return LLMPARI_FAIL(err, LLMPAR_BAD_SYNTAX, "the text has no action; write a line per rank: 0F0,0F1,0B0,0B1");
+        if (forwards < (int64_t)stages * micros)
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%d stages x %d micro-batches need %lld forwards; the text has %lld", (int)stages, (int)micros,
+                                (long long)stages * micros, (long long)forwards);
+        const llmpar_status status = llmpari_pipe_new(&s, ranks, stages, micros, n, arena, err);
+        if (status) { llmpar_arena_restore(arena, mark); return status; }
+        for (int32_t i = 0; i < stages; i++) s.rank_of[i] = -1;
+    }
+    s.lowered = lowered;
+    llmpari_name_set(s.name, "csv", 3);
+    const llmpar_arena_mark made = llmpar_arena_save(arena);
+    char *w = (char *)llmpar_arena_alloc(arena, (size_t)stages * (size_t)micros);          // does a W of it come later?
+    if (!w) {
+        llmpar_arena_restore(arena, mark);
+        return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d stages x %d micro-batches", (int)stages, (int)micros);
+    }
+    for (int64_t j = n; j-- > 0; ) {
+        llmpar_action *a = &s.action[j];
+        char *later = &w[(int64_t)a->stage * micros + a->micro];
+        if (a->kind == LLMPAR_ACTION_W) *later = 1;
+        if (a->kind == LLMPAR_ACTION_B && *later) a->kind = LLMPAR_ACTION_I;
+    }
+    llmpar_arena_restore(arena, made);
+    for (int32_t i = 0; i < stages; i++)
+        if (s.rank_of[i] < 0) {
+            llmpar_arena_restore(arena, mark);
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "no rank does stage %d of %d", (int)i, (int)stages);
+        }
+    *schedule = s;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_pipe_write(const llmpar_schedule *schedule, llmpar_sink sink) {
+    for (int32_t r = 0; r < schedule->n_ranks; r++) {
+        for (int64_t j = schedule->first[r]; j < schedule->first[r + 1]; j++)
+            llmpari_print(&sink, "%s%s", j > schedule->first[r] ? "," : "", llmpari_action_print(schedule->action[j]).text);
+        llmpari_print(&sink, "\n");
+    }
+}
+
+// ---- Published schedules --------------------------------------------------------------------------------------------
+
+// The k-th forward of a rank with several stages: which of its stages (0 = its first), which micro-batch. The backward order is the same with its stages reversed.
+typedef struct llmpari_turn { int32_t chunk, micro; } llmpari_turn;
+typedef struct llmpari_generator {
+    const llmpar_pipe_desc *desc;
+    llmpar_schedule *s;
+    int32_t P, V, M, rank;
+    int32_t group;                 // size of the largest group
+    bool    v_shape;
+    llmpari_turn *turn;            // [V * M]
+    int64_t at;                    // where the next action goes
+} llmpari_generator;
+
+LLMPARI_FN int32_t llmpari_pipe_stage(int32_t P, bool v_shape, int32_t rank, int32_t chunk) { return chunk * P + (v_shape && chunk % 2 ? P - 1 - rank : rank); }
+
+LLMPARI_FN void llmpari_emit(llmpari_generator *g, llmpar_action_kind kind, int32_t chunk, int32_t micro) {
+    if (micro < g->M) g->s->action[g->at++] = llmpari_action(kind, llmpari_pipe_stage(g->P, g->v_shape, g->rank, chunk), micro);
+}
+
+// Groups of micro-batches go through a rank's stages one stage after the other. size 0: M in M / P groups, as equal as can be.
+LLMPARI_FN void llmpari_pipe_turns(llmpari_generator *g, int32_t size) {
+    const int32_t n = size > 0 ? (g->M + size - 1) / size : g->M / g->P > 0 ? g->M / g->P : 1;
+    int64_t k = 0;
+    int32_t first = 0;
+    g->group = 0;
+    for (int32_t i = 0; i < n; i++) {
+        int32_t take = size > 0 ? size : g->M / n + (i < g->M % n);
+        if (take > g->M - first) take = g->M - first;
+        if (take > g->group) g->group = take;
+        for (int32_t chunk = 0; chunk < g->V; chunk++)
+            for (int32_t m = 0; m < take; m++, k++) g->turn[k].chunk = chunk, g->turn[k].micro = first + m;
+        first += take;
+    }
+}
+
+// `warm` forwards, then one forward and one backward in turns, then the backwards that are left. lag >= 0: I and W apart, W comes `lag` backwards after its I.
+LLMPARI_FN void llmpari_pipe_steady(llmpari_generator *g, int64_t warm, int32_t lag) {
+    const int64_t n = (int64_t)g->V * g->M;
+    int64_t f = 0, b = 0, w = 0;
+    while (f < warm && f < n) llmpari_emit(g, LLMPAR_ACTION_F, g->turn[f].chunk, g->turn[f].micro), f++;
+    for (; b < n; b++) {
+        if (f < n) llmpari_emit(g, LLMPAR_ACTION_F, g->turn[f].chunk, g->turn[f].micro), f++;
+        llmpari_emit(g, lag < 0 ? LLMPAR_ACTION_B : LLMPAR_ACTION_I, g->V - 1 - g->turn[b].chunk, g->turn[b].micro);
+        if (lag >= 0 && b >= lag) llmpari_emit(g, LLMPAR_ACTION_W, g->V - 1 - g->turn[w].chunk, g->turn[w].micro), w++;
+    }
+    for (; lag >= 0 && w < n; w++) llmpari_emit(g, LLMPAR_ACTION_W, g->V - 1 - g->turn[w].chunk, g->turn[w].micro);
+}
+
+// Every stage of the rank through all micro-batches, then back; the last micro-batch comes back first.
+LLMPARI_FN void llmpari_pipe_breadth(llmpari_generator *g, bool backward, bool reverse) {
+    for (int32_t c = 0; c < g->V; c++) for (int32_t m = 0; m < g->M; m++) llmpari_emit(g, LLMPAR_ACTION_F, c, m);
+    for (int32_t c = g->V; backward && c-- > 0; ) for (int32_t m = 0; m < g->M; m++) llmpari_emit(g, LLMPAR_ACTION_B, c, reverse ? g->M - 1 - m : m);
+}
+
+// The V of two stages a rank, chunk 0 down and chunk 1 back up (arXiv 2401.10241, section 6). Made for at least 2 P - 1 micro-batches; those past M are left out.
+LLMPARI_FN void llmpari_pipe_zb_v(llmpari_generator *g) {
+    const int32_t P = g->P, r = g->rank, M = g->M > 2 * P - 1 ? g->M : 2 * P - 1;
+    int32_t f[2] = { 0, 0 }, b[2] = { 0, 0 }, w[2];
+    for (int32_t i = 0; i < 2 * (P - r) - 1; i++) llmpari_emit(g, LLMPAR_ACTION_F, 0, f[0]++);
+    for (int32_t i = 0; i < r; i++) {
+        llmpari_emit(g, LLMPAR_ACTION_F, 1, f[1]++);
+        llmpari_emit(g, LLMPAR_ACTION_F, 0, f[0]++);
+    }
+    for (int32_t i = 0; i < P - r; i++) {
+        llmpari_emit(g, LLMPAR_ACTION_F, 1, f[1]++);
+        llmpari_emit(g, LLMPAR_ACTION_I, 1, b[1]);
+        llmpari_emit(g, LLMPAR_ACTION_W, 1, b[1]++);
+    }
+    while (f[1] < f[0] || f[0] < M) {                                                      // F0 I0 W0 F1 I1 W1
+        if (f[0] < M) llmpari_emit(g, LLMPAR_ACTION_F, 0, f[0]++);
+        llmpari_emit(g, LLMPAR_ACTION_I, 0, b[0]);
+        llmpari_emit(g, LLMPAR_ACTION_W, 0, b[0]++);
+        llmpari_emit(g, LLMPAR_ACTION_F, 1, f[1]++);
+        llmpari_emit(g, LLMPAR_ACTION_I, 1, b[1]);
+        llmpari_emit(g, LLMPAR_ACTION_W, 1, b[1]++);
+    }
+    w[0] = b[0], w[1] = b[1];
+    for (int32_t i = 0; i < r; i++) {
+        llmpari_emit(g, LLMPAR_ACTION_I, 0, b[0]++);
+        llmpari_emit(g, LLMPAR_ACTION_I, 1, b[1]++);
+    }
+    for (int32_t i = 0; i < P - r; i++) {
+        llmpari_emit(g, LLMPAR_ACTION_I, 0, b[0]++);
+        llmpari_emit(g, LLMPAR_ACTION_W, 0, w[0]++);
+    }
+    while (w[1] < b[1]) llmpari_emit(g, LLMPAR_ACTION_W, 1, w[1]++);
+    while (w[0] < b[0]) llmpari_emit(g, LLMPAR_ACTION_W, 0, w[0]++);
+}
+
+// DualPipe cut in half (DeepSeek-AI, 2025): on the V, the forward of one chunk beside the whole backward of the other. Made for at least 2 P micro-batches; those past M
+// are left out. Of the backwards at the end every second one, counted by rank, is cut into I and W; W's wait in a row.
+LLMPARI_FN void llmpari_pipe_dualpipe(llmpari_generator *g) {
+    const int32_t P = g->P, r = g->rank, M = g->M > 2 * P ? g->M : 2 * P;
+    int32_t f[2] = { 0, 0 }, b[2] = { 0, 0 }, waiting = 0, done = 0;
+    for (int32_t i = 0; i < 2 * (P - r - 1); i++) llmpari_emit(g, LLMPAR_ACTION_F, 0, f[0]++);
+    for (int32_t i = 0; i <= r; i++) {
+        llmpari_emit(g, LLMPAR_ACTION_F, 0, f[0]++);
+        llmpari_emit(g, LLMPAR_ACTION_F, 1, f[1]++);
+    }
+    for (int32_t i = 0; i < P - r - 1; i++) {
+        llmpari_emit(g, LLMPAR_ACTION_I, 1, b[1]);
+        llmpari_emit(g, LLMPAR_ACTION_W, 1, b[1]++);
+        llmpari_emit(g, LLMPAR_ACTION_F, 1, f[1]++);
+    }
+    for (int32_t i = 0; i < M - 2 * P + r + 1; i++) {
+        llmpari_emit(g, LLMPAR_ACTION_F, 0, f[0]++);
+        llmpari_emit(g, LLMPAR_ACTION_B, 1, b[1]++);
+        llmpari_emit(g, LLMPAR_ACTION_F, 1, f[1]++);
+        llmpari_emit(g, LLMPAR_ACTION_B, 0, b[0]++);
+    }
+    for (int32_t i = 0; i < P - r - 1; i++) {
+        llmpari_emit(g, LLMPAR_ACTION_B, 1, b[1]++);
+        llmpari_emit(g, LLMPAR_ACTION_F, 1, f[1]++);
+        llmpari_emit(g, LLMPAR_ACTION_B, 0, b[0]++);
+    }
+    llmpari_turn *row = g->turn;                                                           // W's that wait: at most one per backward
+    for (int32_t i = 0; i <= r; i++)
+        for (int c = 1; c >= 0; c--) {
+            const bool split = 2 * i + (c == 0) >= r + 1;                                  // the second half of these 2 (r + 1) backwards
+            llmpari_emit(g, split ? LLMPAR_ACTION_I : LLMPAR_ACTION_B, c, b[c]);
+            if (split && b[c] < g->M) row[waiting].chunk = c, row[waiting++].micro = b[c];
+            b[c]++;
+        }
+    for (int32_t i = 0; i < P - r - 1; i++) {
+        if (done < waiting) llmpari_emit(g, LLMPAR_ACTION_W, row[done].chunk, row[done].micro), done++;
+        llmpari_emit(g, LLMPAR_ACTION_I, 0, b[0]);
+        if (b[0] < g->M) row[waiting].chunk = 0, row[waiting++].micro = b[0];
+        b[0]++;
+    }
+    for (; done < waiting; done++) llmpari_emit(g, LLMPAR_ACTION_W, row[done].chunk, row[done].micro);
+}
+
+LLMPARI_FN void llmpari_pipe_rank(llmpari_generator *g) {
+    const int64_t inner = g->P - 1 - g->rank, ahead = (int64_t)(g->V - 1) * g->group;
+    switch (g->desc->kind) {
+    case LLMPAR_PIPE_GPIPE:         llmpari_pipe_breadth(g, true, false); break;
+    case LLMPAR_PIPE_BREADTH_FIRST: llmpari_pipe_breadth(g, true, true); break;
+    case LLMPAR_PIPE_1F1B:          llmpari_pipe_steady(g, inner, -1); break;
+    case LLMPAR_PIPE_EAGER_1F1B:    llmpari_pipe_steady(g, 2 * inner, -1); break;
+    case LLMPAR_PIPE_INTERLEAVED:   llmpari_pipe_steady(g, ahead + 2 * inner, -1); break;
+    case LLMPAR_PIPE_ZB_H1:         llmpari_pipe_steady(g, ahead + inner, g->rank); break;
+    case LLMPAR_PIPE_ZB_H2:         llmpari_pipe_steady(g, ahead + 2 * inner, 2 * g->rank); break;
+    case LLMPAR_PIPE_ZB_V:          llmpari_pipe_zb_v(g); break;
+    case LLMPAR_PIPE_DUALPIPE_V:    llmpari_pipe_dualpipe(g); break;
+    case LLMPAR_PIPE_FORWARD:
+        for (int64_t k = 0; k < (int64_t)g->V * g->M; k++) llmpari_emit(g, LLMPAR_ACTION_F, g->turn[k].chunk, g->turn[k].micro);
+        break;
+    default: break;
+    }
+}
+
+LLMPARI_FN llmpar_status llmpari_pipe_desc_check(const llmpar_pipe_desc *d, int32_t *V, bool *v_shape, llmpar_error *err) {
+    const llmpar_pipe_kind k = d->kind;
+    *V = 1, *v_shape = false;
+    if ((unsigned)k >= LLMPAR_PIPE_KIND_COUNT) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "schedule %d is not known", (int)k);
+    const bool v_only = k == LLMPAR_PIPE_ZB_V || k == LLMPAR_PIPE_V_HALF || k == LLMPAR_PIPE_V_MIN || k == LLMPAR_PIPE_DUALPIPE_V;
+    const bool any_map = k == LLMPAR_PIPE_GPIPE || k == LLMPAR_PIPE_BREADTH_FIRST || k == LLMPAR_PIPE_FORWARD || k == LLMPAR_PIPE_AUTO;
+    const bool single = k == LLMPAR_PIPE_1F1B || k == LLMPAR_PIPE_EAGER_1F1B || k == LLMPAR_PIPE_ZB_1P || k == LLMPAR_PIPE_ZB_2P;
+    const char *name = llmpari_pipe_name[k];
+    *V = d->n_virtual ? d->n_virtual : v_only ? 2 : 1;
+    if (d->n_ranks < 1 || d->n_micro < 1 || *V < 1)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s: %d ranks, %d stages a rank, %d micro-batches; all must be >= 1", name, (int)d->n_ranks, (int)*V, (int)d->n_micro);
+    if ((int64_t)d->n_ranks * *V > LLMPAR_MAX_STAGES || (int64_t)d->n_ranks * *V * d->n_micro > INT32_MAX / 8)
+        return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%s: %d ranks x %d stages x %d micro-batches; at most %d stages and 2^28 forwards", name, (int)d->n_ranks, (int)*V,
+                            (int)d->n_micro, LLMPAR_MAX_STAGES);
+    if (d->group < 0 || d->in_flight < 0 || !(d->memory >= 0))
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s: group=%d, in_flight=%d, memory=%g; none may be negative", name, (int)d->group, (int)d->in_flight, d->memory);
+    if (v_only && *V != 2) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s has 2 stages a rank, not %d", name, (int)*V);
+    if (single && *V != 1) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s has 1 stage a rank, not %d; interleaved, zb-h1, breadth-first and auto take more", name, (int)*V);
+    if ((unsigned)d->map > LLMPAR_PIPE_MAP_V) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "map %d is not known", (int)d->map);
+    if (!any_map && d->map != LLMPAR_PIPE_MAP_DEFAULT && *V > 1 && (d->map == LLMPAR_PIPE_MAP_V) != v_only)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s lays its stages out as a %s; leave map 0", name, v_only ? "V" : "loop");
+    if (d->in_flight && k != LLMPAR_PIPE_FORWARD) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s: in_flight=%d is for the schedule \"forward\"", name, (int)d->in_flight);
+    *v_shape = v_only || (any_map && d->map == LLMPAR_PIPE_MAP_V);
+    return LLMPAR_OK;
+}
+
+LLMPARI_FN llmpar_status llmpari_pipe_generate(const llmpar_pipe_desc *desc, int32_t V, bool v_shape, llmpar_arena *arena, llmpar_schedule *s, llmpar_error *err) {
+    const bool backward = desc->kind != LLMPAR_PIPE_FORWARD, split = desc->kind == LLMPAR_PIPE_ZB_H1 || desc->kind == LLMPAR_PIPE_ZB_H2 || desc->kind == LLMPAR_PIPE_ZB_V ||
+                                                                     desc->kind == LLMPAR_PIPE_DUALPIPE_V;
+    llmpari_generator g = LLMPAR_ZERO;
+    LLMPARI_TRY(llmpari_pipe_new(s, desc->n_ranks, desc->n_ranks * V, desc->n_micro, (int64_t)desc->n_ranks * V * desc->n_micro * (split ? 3 : backward ? 2 : 1), arena, err));
+    const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    g.desc = desc, g.s = s, g.P = desc->n_ranks, g.V = V, g.M = desc->n_micro, g.v_shape = v_shape;
+    g.turn = (llmpari_turn *)llmpar_arena_alloc(arena, (size_t)V * (size_t)(desc->n_micro + 2 * desc->n_ranks) * sizeof(llmpari_turn));
+    if (!g.turn) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the order of %d micro-batches", (int)desc->n_micro);
+    s->in_flight = desc->in_flight;
+    llmpari_pipe_turns(&g, desc->group > 0 ? desc->group : desc->in_flight);
+    for (int32_t i = 0; i < s->n_stages; i++) s->rank_of[i] = v_shape && i / g.P % 2 ? g.P - 1 - i % g.P : i % g.P;
+    for (g.rank = 0; g.rank < g.P; g.rank++) {
+        s->first[g.rank] = g.at;
+        llmpari_pipe_rank(&g);
+    }
+    s->first[g.P] = g.at;
+    llmpari_name_set(s->name, llmpari_pipe_name[desc->kind], strlen(llmpari_pipe_name[desc->kind]));
+    llmpar_arena_restore(arena, mark);
+    return LLMPAR_OK;
+}
+
+// ---- Bounds ------------------------------------------------------------------------------------------------------------
+
+// Most time that forwards of rank r, stages below `below` only, can take within `memory` when nothing is given back.
+LLMPARI_FN double llmpari_bound_forwards(const llmpar_schedule *s, const double *time, const double *add, int32_t r, int32_t below, double memory, bool limited) {
+    double all = 0, ratio = 0, f = -1, h = 0;
+    bool same = true;
+    for (int32_t i = 0; i < below; i++) {
+        if (s->rank_of[i] != r) continue;
+        all += time[i] * s->n_micro;
+        if (time[i] > ratio * add[i]) ratio = add[i] > 0 ? time[i] / add[i] : DBL_MAX;
+        same = same && (f < 0 || (time[i] >= f && time[i] <= f && add[i] >= h && add[i] <= h));
+        f = time[i], h = add[i];
+    }
+    if (!limited || ratio >= DBL_MAX || f < 0) return all;
+    const double most = same && h > 0 ? floor(memory / h * (1 + 1e-9)) * f : memory * ratio;
+    return most < all ? most : all;
+}
+
+// The shortest span of rank r from its first F, as the longest of
+//   its work, and what it must be idle: its first forwards fill the memory before a micro-batch has gone round to its last stage there, or back to it (warm); after its
+//   last F on its first stage there, at time u, that micro-batch needs the way back to there, and all else that is still to do then is held in memory (tail). Both count
+//   when the forwards before the end of the first gap cannot be all, for then u comes after it;
+//   for every stage x from its first one on: the way there, all F and I of the rank of x that lie between the first F and the last I of x, W's that do not fit into memory,
+//   and the way back;
+//   the memory that micro-batches take times the time they take it, at least, over the limit.
+LLMPARI_FN double llmpari_bound_rank(const llmpar_schedule *s, const double *time, const double *add, const double *link, bool backward, double limit, int32_t r) {
+    const int32_t S = s->n_stages;
+    const double *f = time, *i = time + S, *w = time + 2 * (int64_t)S, *wm = add + 2 * (int64_t)S, M = s->n_micro;
+    const bool limited = limit > 0;
+    int32_t low = -1, high = -1;
+    double round = 0, work = 0, held = 0, later = 0, best, warm[2] = { 0, 0 }, tail, area = 0, ratio = 0, own = 0, way = 0;
+    for (int32_t k = 0; k < S; k++)
+        if (s->rank_of[k] == r) {
+            if (low < 0) low = k;
+            high = k;
+            work += f[k] + i[k] + w[k];
+        }
+    if (low < 0) return 0;
+    best = M * work;
+    if (!backward) return best;
+    for (int32_t k = low; k < S; k++) round += f[k] + i[k] + (k + 1 < S ? 2 * link[k] : 0);   // from F to the end of I of stage `low`
+    later = work;
+    for (int32_t k = low, done = 0; k < S; k++) {                                          // done: nothing yet; `way`: F of `low` to F of k, both begins
+        if (s->rank_of[k] == r) {
+            double back = 0;
+            for (int32_t j = low; j < k; j++) back += f[j] + i[j] + 2 * link[j];
+            area  += add[k] * (round - back) - wm[k] * w[k];
+            held  += add[k];
+            later -= f[k];
+            if (later > ratio * held) ratio = held > 0 ? later / held : DBL_MAX;
+            if (w[k] > ratio * -wm[k]) ratio = wm[k] < 0 ? w[k] / -wm[k] : DBL_MAX;
+            own += f[k] + (done ? i[k] + w[k] : 0);
+            done = 1;
+            if (k == high) {
+                warm[0] = way - llmpari_bound_forwards(s, time, add, r, high, limit - add[high], limited);
+                warm[1] = way + round - back - i[k] - llmpari_bound_forwards(s, time, add, r, S, limit, limited);
+            }
+        }
+        if (k + 1 < S) way += f[k] + link[k];
+    }
+    double others = (M - 1) * (work - f[low]);
+    if (limited && ratio < DBL_MAX && ratio * (limit - add[low]) < others) others = ratio * (limit - add[low]);
+    tail = round - i[low] - own - others;
+    if (tail < 0) tail = 0;
+    for (int k = 0; k < 2; k++) {
+        const bool apart = limited && M * add[low] > (k ? limit : limit - add[high]) * (1 + 1e-9);
+        const double gap = warm[k] <= 0 ? tail : apart ? warm[k] + tail : warm[k] > tail ? warm[k] : tail;
+        if (M * work + gap > best) best = M * work + gap;
+    }
+    way = 0;
+    for (int32_t x = low; x < S; x++) {                                                    // way: there and back
+        double busy = 0, ws = 0, per = 0;
+        for (int32_t k = x; k < S; k++) {
+            if (s->rank_of[k] != s->rank_of[x]) continue;
+            busy += M * (f[k] + i[k]), ws += M * w[k];
+            if (w[k] > per * -wm[k]) per = wm[k] < 0 ? w[k] / -wm[k] : DBL_MAX;
+        }
+        if (limited && per < DBL_MAX && ws > w[x] + (limit - add[x]) * per) busy += ws - w[x] - (limit - add[x]) * per;
+        if (way + busy + w[low] > best) best = way + busy + w[low];
+        if (x + 1 < S) way += f[x] + i[x] + 2 * link[x];
+    }
+    if (limited && M * area / limit > best) best = M * area / limit;
+    return best;
+}
+// time and add: [3 * S] of F, I (or B), W (or 0).
+LLMPARI_FN void llmpari_bound_all(const llmpar_schedule *s, const double *time, const double *add, const double *link, bool backward, double limit, llmpar_pipe_bound *bound) {
+    const int32_t S = s->n_stages;
+    double before = 0, through = 0;
+    bound->span = bound->makespan = 0;
+    for (int32_t k = 0; k < S; k++) through += time[k] + (k + 1 < S ? link[k] : 0);
+    for (int32_t k = 0; k < S; k++) {
+        bool first = true;
+        for (int32_t j = 0; j < k && first; j++) first = s->rank_of[j] != s->rank_of[k];
+        const double span = first ? llmpari_bound_rank(s, time, add, link, backward, limit, s->rank_of[k]) : 0, stage = through + (s->n_micro - 1) * time[k];
+        if (span > bound->span) bound->span = span;
+        if (first && before + span > bound->makespan) bound->makespan = before + span;
+        if (stage > bound->makespan) bound->makespan = stage;                              // all forwards of one stage
+        before += time[k] + link[k];
+    }
+    if (s->in_flight > 0) {                                                                // tokens of one sequence, one after the other
+        const double rounds = (s->n_micro + s->in_flight - 1) / s->in_flight, one = rounds * through + (rounds - 1) * link[S - 1];
+        if (one > bound->makespan) bound->makespan = one;
+    }
+}
+
+LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, double memory, llmpar_pipe_bound *bound, llmpar_error *err) {
+    llmpar_arena arena = LLMPAR_ZERO;
+    llmpari_pipe_cost c;
+    bool kind[LLMPAR_ACTION_COUNT] = { false };
+    llmpar_status status = llmpari_pipe_shape(schedule, err);
+    if (status) return status;
+    if (!(memory >= 0)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "memory=%g; pass a limit, or 0 for none", memory);
+    const int32_t S = schedule->n_stages;
+    for (int64_t j = 0; j < schedule->first[schedule->n_ranks]; j++) if (schedule->action[j].kind < LLMPAR_ACTION_COUNT) kind[schedule->action[j].kind] = true;
+    const bool whole = kind[LLMPAR_ACTION_B], parts = kind[LLMPAR_ACTION_I];
+    double *time = (double *)llmpar_arena_alloc(&arena, 6 * (size_t)S * sizeof *time), *add = time + 3 * (int64_t)S;
+    status = time ? llmpari_pipe_cost_fill(costs, schedule, &arena, &c, err) : LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %d stages", (int)S);
+    for (int32_t s = 0; !status && s < S; s++) {
+        const double b = c.time[LLMPAR_ACTION_B][s], i = c.time[LLMPAR_ACTION_I][s], both = i + c.time[LLMPAR_ACTION_W][s];
+        time[s] = c.time[LLMPAR_ACTION_F][s], add[s] = c.hold[s];
+        if (whole || parts) time[S + s] = !parts || (whole && b < i) ? b : i;              // where both stand, whichever is shorter
+        if (parts) time[2 * S + s] = whole ? (both < b ? both : b) - time[S + s] : both - i;
+        add[2 * S + s] = whole ? 0 : c.release[s] - c.hold[s];
+        add[S + s] = -add[s] - add[2 * S + s];
+    }
+    if (!status) llmpari_bound_all(schedule, time, add, c.link, whole || parts, memory, bound);
+    llmpar_arena_free(&arena);
+    return status;
+}
+
+// ---- Search ------------------------------------------------------------------------------------------------------------
+// Micro-batches are alike, so every stage takes them in their order and loses nothing by it: the order of a rank is a row of tokens, kind * V + chunk with kinds F, I, W
+// (F, B for whole backwards), and the n-th token of a sort is micro-batch n. Orders come from three sources: published schedules; list scheduling, event by event, under
+// some rules (llmpari_find_list); and one micro-batch laid out so that it can be repeated with a period (llmpari_find_pattern), which holds the V within tight memory.
+// Each is then improved by doing it again with its gaps filled (llmpari_find_refill), and the best ones by annealing: moves of tokens along the critical path.
+// The effort is counted in actions timed, never by a clock: all ranks find the same.
+
+#define LLMPARI_FIND_STEPS  30000000   // actions timed in all, one to two seconds
+#define LLMPARI_FIND_EVALS  60000      // orders timed, at most
+#define LLMPARI_FIND_SEEDS  4          // orders that are annealed
+#define LLMPARI_FIND_ROUND  0.9e-9     // of the memory limit: sums may be off by this part; llmpar_pipe_verify allows 1e-9
+
+typedef struct llmpari_find_rule {
+    double period;                 // of what can begin, first what a schedule with this period has first: 0 = by stage, large = the oldest micro-batch
+    double gate;                   // micro-batch m does not enter before m * gate
+    double slack;                  // W may hold up another action by this part of its time
+    double hold;                   // time for which a rank stays idle for an action that is more urgent
+    bool   lazy;                   // a forward that memory keeps from beginning may go on waiting; else W makes room
+    bool   fill;                   // llmpari_find_refill: F and I fill gaps too
+} llmpari_find_rule;
+typedef struct llmpari_find_pick { double t; int32_t token; } llmpari_find_pick;           // token -1 = nothing can begin
+
+typedef struct llmpari_find {
+    int32_t P, V, S, M, kinds;
+    int64_t n;                     // actions of a rank
+    bool    v_shape, split;
+    double  limit;                 // memory, a little rounding allowed; DBL_MAX = none
+    const llmpari_pipe_cost *c;
+    const int32_t *rank_of;        // [S]
+    int32_t *stage;                // [P * V] of a rank's chunks
+    double  *time, *add;           // [3 * S] of F, I, W: time and memory
+    double  *offset;               // [3 * S] when F, I, W of a micro-batch begin in the pattern
+    double  *begin;                // [P] of the rank's first F
+    double  *later;                // [S] memory that the later chunks of this rank need for one micro-batch
+    double   goal;                 // no span is shorter
+    int64_t  steps, evals;         // effort left
+    uint64_t random;
+    // of the order being timed
+    double  *arrive[2];            // [S * M] when inputs of F and of I are there
+    double  *clock, *held;         // [P]
+    int32_t *count;                // [3 * S] how many are done
+    int64_t *at, *out;             // [P] next token to read, and to write
+    int32_t *stack;                // [P] ranks to go on with
+    bool    *stacked;              // [P]
+    double  *start;                // [P * n] begin of every token
+    int32_t *place[2];             // [S * M] index of F's, of I's token
+    int32_t *path, n_path;         // [P * n] tokens of the critical path
+    double   span, makespan, mean; // mean: of the ranks' spans
+    int32_t  worst;                // rank that makes the span
+    // of the list scheduler
+    llmpari_find_pick *pick;       // [P]
+    int32_t *tree, leaves;         // [2 * leaves] tournament of the picks
+    const llmpari_find_rule *rule;
+    const uint16_t *guide;         // order to follow; NULL = the rule alone
+    double  *future;               // [P * (n + 1)] most memory that the guide holds from here on
+    double  *guided;               // [P] memory that the guide holds here
+    int32_t *owed, *ahead;         // [P * 3 * V] tokens passed over, tokens done before their turn
+    // best orders found, best first
+    uint16_t *seed[LLMPARI_FIND_SEEDS];
+    double    seed_span[LLMPARI_FIND_SEEDS], seed_makespan[LLMPARI_FIND_SEEDS];
+    int32_t   n_seeds;
+    uint16_t *work, *more;         // [P * n]
+} llmpari_find;
+
+LLMPARI_FN uint32_t llmpari_find_random(llmpari_find *q, uint32_t n) {                      // 0 .. n - 1
+    q->random = q->random * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(((q->random >> 33) * (uint64_t)n) >> 31);
+}
+LLMPARI_FN int32_t llmpari_find_cell(const llmpari_find *q, int32_t rank, int32_t token) {   // of time, add, offset and count
+    return token / q->V * q->S + q->stage[rank * q->V + token % q->V];
+}
+// When the inputs of the next action of a kind and stage are there; DBL_MAX = not known yet, or no such action.
+LLMPARI_FN double llmpari_find_input(const llmpari_find *q, int32_t kind, int32_t s) {
+    const int32_t m = q->count[kind * q->S + s];
+    if (m >= q->M) return DBL_MAX;
+    if (kind == 0) return s == 0 ? 0 : q->count[s - 1] > m ? q->arrive[0][(int64_t)s * q->M + m] : DBL_MAX;
+    if (q->count[(kind - 1) * q->S + s] <= m) return DBL_MAX;
+    if (kind == 2 || s == q->S - 1) return 0;
+    return q->count[q->S + s + 1] > m ? q->arrive[1][(int64_t)s * q->M + m] : DBL_MAX;
+}
+// Does it; returns the rank that has an input now, -1 = none but perhaps this one.
+LLMPARI_FN int32_t llmpari_find_do(llmpari_find *q, int32_t r, int32_t token, double t) {
+    const int32_t kind = token / q->V, s = q->stage[r * q->V + token % q->V], cell = kind * q->S + s, m = q->count[cell]++;
+    const double end = t + q->time[cell];
+    const int32_t to = kind == 0 ? s + 1 : kind == 1 ? s - 1 : -1;
+    q->clock[r] = end;
+    q->held[r] += q->add[cell];
+    if (to < 0 || to >= q->S) return -1;
+    q->arrive[kind][(int64_t)to * q->M + m] = end + q->c->link[kind ? to : s];
+    return q->rank_of[to] == r ? -1 : q->rank_of[to];
+}
+LLMPARI_FN void llmpari_find_begin(llmpari_find *q) {
+    for (int32_t r = 0; r < q->P; r++) q->clock[r] = q->held[r] = 0, q->at[r] = q->out[r] = 0;
+    memset(q->count, 0, 3 * (size_t)q->S * sizeof(int32_t));
+    q->steps -= q->n * q->P;
+    q->evals--;
+}
+LLMPARI_FN void llmpari_find_end(llmpari_find *q) {
+    q->span = -1, q->makespan = q->mean = 0;
+    for (int32_t r = 0; r < q->P; r++) {
+        const double span = q->clock[r] - q->begin[r];
+        if (span > q->span) q->span = span, q->worst = r;
+        if (q->clock[r] > q->makespan) q->makespan = q->clock[r];
+        q->mean += span / q->P;
+    }
+}
+LLMPARI_FN bool llmpari_find_better(double span, double makespan, double than_span, double than_makespan) {
+    return span < than_span * (1 - 1e-12) || (span <= than_span * (1 + 1e-12) && makespan < than_makespan * (1 - 1e-12));
+}
+
+// Times an order; false = it stops, or holds too much.
+LLMPARI_FN bool llmpari_find_time(llmpari_find *q, const uint16_t *order) {
+    int64_t left = q->P * q->n;
+    int32_t n = 0;
+    llmpari_find_begin(q);
+    for (int32_t r = q->P; r-- > 0; ) q->stack[n++] = r, q->stacked[r] = true;
+    while (n) {
+        const int32_t r = q->stack[--n];
+        q->stacked[r] = false;
+        for (; q->at[r] < q->n; q->at[r]++, left--) {
+            const int64_t j = r * q->n + q->at[r];
+            const int32_t token = order[j], kind = token / q->V, s = q->stage[r * q->V + token % q->V];
+            double t = llmpari_find_input(q, kind, s);
+            if (t >= DBL_MAX) break;
+            if (t < q->clock[r]) t = q->clock[r];
+            q->start[j] = t;
+            if (kind < 2) q->place[kind][(int64_t)s * q->M + q->count[kind * q->S + s]] = (int32_t)j;
+            const int32_t to = llmpari_find_do(q, r, token, t);
+            if (q->held[r] > q->limit) return false;
+            if (to >= 0 && !q->stacked[to]) q->stacked[to] = true, q->stack[n++] = to;
+        }
+    }
+    llmpari_find_end(q);
+    return left == 0;
+}
+
+// Remembers the order just timed if it is among the best.
+LLMPARI_FN void llmpari_find_keep(llmpari_find *q, const uint16_t *order) {
+    int32_t i = q->n_seeds;
+    for (int32_t k = 0; k < q->n_seeds; k++)                                               // as good as another: most often the same
+        if (fabs(q->span - q->seed_span[k]) <= 1e-12 * q->span && fabs(q->makespan - q->seed_makespan[k]) <= 1e-12 * q->makespan) return;
+    if (i == LLMPARI_FIND_SEEDS) {
+        if (!llmpari_find_better(q->span, q->makespan, q->seed_span[i - 1], q->seed_makespan[i - 1])) return;
+        i--;
+    } else q->n_seeds++;
+    uint16_t *room = q->seed[i];
+    for (; i > 0 && llmpari_find_better(q->span, q->makespan, q->seed_span[i - 1], q->seed_makespan[i - 1]); i--)
+        q->seed[i] = q->seed[i - 1], q->seed_span[i] = q->seed_span[i - 1], q->seed_makespan[i] = q->seed_makespan[i - 1];
+    memcpy(room, order, (size_t)(q->P * q->n) * sizeof *order);
+    q->seed[i] = room, q->seed_span[i] = q->span, q->seed_makespan[i] = q->makespan;
+}
+
+// ---- list scheduling
+
+// What rank r begins next, and when. A forward is held back while the later chunks of its rank could not be passed through in what memory is left: then the oldest
+// micro-batch can always go on, so that nothing stops.
+LLMPARI_FN llmpari_find_pick llmpari_find_list(const llmpari_find *q, int32_t r) {
+    const llmpari_find_rule *u = q->rule;
+    const double clock = q->clock[r], now = clock * (1 + 1e-12);
+    llmpari_find_pick p = { DBL_MAX, -1 };
+    double soon = DBL_MAX, first = DBL_MAX;
+    bool blocked = false;
+    for (int pass = 0; pass < 2; pass++)                                                   // how soon can any begin; then the most urgent of those not much later
+        for (int32_t token = 0; token < 2 * q->V; token++) {
+            const int32_t kind = token / q->V, s = q->stage[r * q->V + token % q->V], m = q->count[kind * q->S + s];
+            double t = llmpari_find_input(q, kind, s);
+            if (t >= DBL_MAX) continue;
+            if (token == 0 && s == 0 && t < m * u->gate) t = m * u->gate;
+            if (kind == 0 && q->held[r] + q->add[s] + q->later[s] > q->limit) { blocked = blocked || t <= clock; continue; }
+            if (t < clock) t = clock;
+            if (!pass) { if (t < soon) soon = t; continue; }
+            const double urgency = q->offset[kind * q->S + s] + m * u->period;
+            if (t <= soon + u->hold && urgency < first) p.t = t, p.token = token, first = urgency;
+        }
+    if (q->kinds < 3) return p;
+    int32_t w = -1;
+    first = DBL_MAX;
+    for (int32_t token = 2 * q->V; token < 3 * q->V; token++) {
+        const int32_t s = q->stage[r * q->V + token % q->V], m = q->count[2 * q->S + s];
+        const double urgency = q->offset[q->S + s] + m * u->period;
+        if (m < q->count[q->S + s] && urgency < first) w = token, first = urgency;
+    }
+    if (w < 0) return p;
+    if (p.token < 0 || (blocked && p.token < q->V && !u->lazy) || (p.t > now && (blocked || p.t >= (clock + q->time[llmpari_find_cell(q, r, w)] * (1 - u->slack)) * (1 - 1e-12))))
+        p.t = clock, p.token = w;
+    return p;
+}
+
+// The same along a guide: its next F or I when that can begin; before, what fits into the gap. W's that memory does not ask for wait for gaps.
+LLMPARI_FN llmpari_find_pick llmpari_find_refill(llmpari_find *q, int32_t r) {
+    const uint16_t *guide = q->guide + r * q->n;
+    const double *future = q->future + r * (q->n + 1), clock = q->clock[r];
+    int32_t *owed = q->owed + r * 3 * q->V, *ahead = q->ahead + r * 3 * q->V, next = -1, w = -1;
+    llmpari_find_pick p = { DBL_MAX, -1 }, gap = { DBL_MAX, -1 };
+    for (; q->at[r] < q->n; q->at[r]++) {
+        const int32_t token = guide[q->at[r]];
+        const double add = q->add[llmpari_find_cell(q, r, token)];
+        if (ahead[token]) ahead[token]--;
+        else if (token >= 2 * q->V && future[q->at[r] + 1] + q->held[r] - (q->guided[r] + add) <= q->limit) owed[token]++;
+        else { next = token; break; }
+        q->guided[r] += add;
+    }
+    if (next >= 0) {
+        p.t = next < 2 * q->V ? llmpari_find_input(q, next / q->V, q->stage[r * q->V + next % q->V]) : clock;
+        if (p.t < clock) p.t = clock;
+        if (p.t < DBL_MAX) p.token = next;
+        if (p.t <= clock * (1 + 1e-12)) return p;
+    }
+    for (int32_t token = 2 * q->V; token < q->kinds * q->V; token++) {                     // the W that waits longest
+        const int32_t s = q->stage[r * q->V + token % q->V], m = q->count[2 * q->S + s];
+        if (m < q->count[q->S + s] && (w < 0 || m < q->count[llmpari_find_cell(q, r, w)]) && clock + q->time[2 * q->S + s] * (1 - q->rule->slack) <= p.t * (1 + 1e-12)) w = token;
+    }
+    for (int32_t token = 2 * q->V; q->rule->fill && next >= 0 && token-- > 0; ) {
+        const int32_t cell = llmpari_find_cell(q, r, token);
+        double t = llmpari_find_input(q, token / q->V, cell % q->S);
+        if (token == next || t >= DBL_MAX) continue;
+        if (token < q->V && future[q->at[r]] + q->held[r] - q->guided[r] + q->add[cell] > q->limit) continue;
+        if (t < clock) t = clock;
+        if (t + q->time[cell] <= p.t * (1 + 1e-12) && t < gap.t) gap.t = t, gap.token = token;
+    }
+    if (gap.token >= 0 && (w < 0 || gap.t <= clock * (1 + 1e-12))) return gap;
+    if (w >= 0) p.t = clock, p.token = w;
+    return p;
+}
+LLMPARI_FN void llmpari_find_refilled(llmpari_find *q, int32_t r, int32_t token) {           // rank r does `token`: where in the guide is it?
+    if (q->at[r] < q->n && q->guide[r * q->n + q->at[r]] == token) q->guided[r] += q->add[llmpari_find_cell(q, r, token)], q->at[r]++;
+    else if (q->owed[r * 3 * q->V + token]) q->owed[r * 3 * q->V + token]--;
+    else q->ahead[r * 3 * q->V + token]++;
+}
+LLMPARI_FN void llmpari_find_guide(llmpari_find *q, const uint16_t *guide) {
+    q->guide = guide;
+    memset(q->owed, 0, 6 * (size_t)q->S * sizeof(int32_t));                                // and ahead
+    for (int32_t r = 0; r < q->P; r++) {
+        double *future = q->future + r * (q->n + 1), held = 0;
+        for (int64_t j = 0; j < q->n; j++) future[j] = held += q->add[llmpari_find_cell(q, r, guide[r * q->n + j])];
+        future[q->n] = 0;
+        for (int64_t j = q->n; j-- > 0; ) if (future[j + 1] > future[j]) future[j] = future[j + 1];
+        q->guided[r] = 0;
+    }
+}
+
+LLMPARI_FN void llmpari_find_choose(llmpari_find *q, int32_t r) {                            // rank r's next action, and who of all begins first
+    q->pick[r] = q->guide ? llmpari_find_refill(q, r) : llmpari_find_list(q, r);
+    for (int32_t i = (q->leaves + r) / 2; i > 0; i /= 2) {
+        const int32_t a = q->tree[2 * i], b = q->tree[2 * i + 1];
+        q->tree[i] = b < 0 || (a >= 0 && q->pick[a].t <= q->pick[b].t) ? a : b;
+    }
+}
+// Makes an order, action by action in the order of time: by the rule alone, or along a guide (must not be `order`). Times it; false = it stops.
+LLMPARI_FN bool llmpari_find_make(llmpari_find *q, const llmpari_find_rule *rule, const uint16_t *guide, uint16_t *order) {
+    q->rule = rule, q->guide = NULL;
+    llmpari_find_begin(q);
+    if (guide) llmpari_find_guide(q, guide);
+    for (int32_t r = 0; r < q->P; r++) q->pick[r].t = DBL_MAX;
+    for (int32_t r = 0; r < q->P; r++) llmpari_find_choose(q, r);
+    for (int64_t left = q->n * q->P; left; left--) {
+        const int32_t r = q->leaves > 1 ? q->tree[1] : 0;
+        const llmpari_find_pick p = q->pick[r];
+        if (p.token < 0) return false;
+        order[r * q->n + q->out[r]++] = (uint16_t)p.token;
+        if (guide) llmpari_find_refilled(q, r, p.token);
+        const int32_t to = llmpari_find_do(q, r, p.token, p.t);
+        if (q->held[r] > q->limit) return false;
+        llmpari_find_choose(q, r);
+        if (to >= 0) llmpari_find_choose(q, to);
+    }
+    llmpari_find_end(q);
+    return true;
+}
+
+// ---- one micro-batch, repeated
+
+// Time that is lost in the gaps of a rank's circle (n actions at `at`, for `takes`) when only the `rest` can still go there.
+LLMPARI_FN double llmpari_find_waste(const double *at, const double *takes, int32_t n, double period, const double *rest, int32_t n_rest) {
+    const double eps = 1e-9 * period;
+    double waste = 0;
+    for (int32_t i = 0; i < n; i++) {
+        double gap = period - takes[i], best = 0;
+        for (int32_t j = 0; j < n; j++) {
+            double d = fmod(at[j] - at[i] - takes[i], period);
+            if (d < -eps) d += period;
+            if (d > period - eps) d = 0;
+            if (j != i && d < gap) gap = d > 0 ? d : 0;
+        }
+        for (int32_t set = 1; set < 1 << n_rest; set++) {
+            double sum = 0;
+            for (int32_t k = 0; k < n_rest; k++) if (set >> k & 1) sum += rest[k];
+            if (sum <= gap + eps && sum > best) best = sum;
+        }
+        if (gap > best) waste += gap - best;
+    }
+    return waste;
+}
+LLMPARI_FN bool llmpari_find_fits(const double *at, const double *takes, int32_t n, double period, double t, double d) {
+    const double eps = 1e-9 * period;
+    for (int32_t i = 0; i < n; i++) {
+        double phase = fmod(t - at[i], period);
+        if (phase < 0) phase += period;
+        if (phase > period - eps) phase = 0;
+        if (phase < takes[i] - eps || phase > period - d + eps) return false;
+    }
+    return true;
+}
+
+// Lays out F, I and W of one micro-batch, each as soon as possible so that on every rank nothing meets the same micro-batch's actions of other periods, and no more time
+// is lost in gaps than the period has to spare. `inflate` of a link's time is added to every action: with 1 each hop keeps the grid. delay: in 1000 how many wait longer.
+enum { LLMPARI_PATTERN_V = 2 };     // chunks of a rank, at most
+LLMPARI_FN bool llmpari_find_pattern(llmpari_find *q, double period, double inflate, uint32_t delay, bool early, double *at, double *takes, int32_t *n) {
+    const int32_t kinds = q->kinds, width = kinds * q->V;
+    double t = 0, extra = 0;
+    for (int32_t s = 0; s < q->S; s++) if (q->c->link[s] * inflate > extra) extra = q->c->link[s] * inflate;
+    memset(n, 0, (size_t)q->P * sizeof *n);
+    for (int32_t j = 0; j < kinds * q->S; j++) {
+        const int32_t kind = j / q->S, s = kind ? q->S - 1 - j % q->S : j, r = q->rank_of[s], cell = kind * q->S + s;
+        double *const at_r = at + r * width, *const takes_r = takes + r * width, d = q->time[cell] + extra;
+        double rest[3 * LLMPARI_PATTERN_V], spare = period * (1 + 1e-9), best = DBL_MAX;
+        int32_t n_rest = 0;
+        for (int32_t token = 0; token < width; token++) {
+            const int32_t other = llmpari_find_cell(q, r, token), k = other / q->S, turn = k * q->S + (k ? q->S - 1 - other % q->S : other);
+            spare -= q->time[other] + extra;
+            if (turn > j) rest[n_rest++] = q->time[other] + extra;
+        }
+        if (spare < 0) return false;
+        if (!early) spare *= (double)(n[r] + 1) / width;
+        if (kind == 2) t = q->offset[cell - q->S] + q->time[cell - q->S];
+        if (llmpari_find_random(q, 1000) < delay) t += d * (1 + llmpari_find_random(q, 2));
+        for (int32_t i = -1; i < n[r]; i++)                                                // now, or some of the rest after or before another action
+            for (int32_t set = 0; set < (i < 0 ? 1 : 2 << n_rest); set++) {
+                double x = t;
+                if (i >= 0) {
+                    double sum = 0;
+                    for (int32_t k = 0; k < n_rest; k++) if (set >> (k + 1) & 1) sum += rest[k];
+                    x  = set & 1 ? at_r[i] - d - sum : at_r[i] + takes_r[i] + sum;
+                    x += ceil((t - x) / period - 1e-9) * period;
+                }
+                if (x >= best || !llmpari_find_fits(at_r, takes_r, n[r], period, x, d)) continue;
+                at_r[n[r]] = x, takes_r[n[r]] = d;
+                if (llmpari_find_waste(at_r, takes_r, n[r] + 1, period, rest, n_rest) <= spare + 1e-9 * period) best = x;
+            }
+        if (best >= DBL_MAX) return false;
+        at_r[n[r]] = best, takes_r[n[r]++] = d;
+        q->offset[cell] = t = best;
+        t += q->time[cell] + (kind == 0 && s + 1 < q->S ? q->c->link[s] : kind == 1 && s > 0 ? q->c->link[s - 1] : 0);
+    }
+    return true;
+}
+// The order of all micro-batches when one begins per period: the earliest of a rank's next tokens, again and again.
+LLMPARI_FN void llmpari_find_repeat(const llmpari_find *q, double period, int32_t *done, uint16_t *order) {
+    for (int32_t r = 0; r < q->P; r++) {
+        memset(done, 0, (size_t)(q->kinds * q->V) * sizeof *done);
+        for (int64_t j = 0; j < q->n; j++) {
+            int32_t best = -1;
+            double first = DBL_MAX;
+            for (int32_t token = 0; token < q->kinds * q->V; token++) {
+                const double t = q->offset[llmpari_find_cell(q, r, token)] + done[token] * period;
+                if (done[token] < q->M && t < first * (1 - 1e-12)) first = t, best = token;
+            }
+            order[r * q->n + j] = (uint16_t)best;
+            done[best]++;
+        }
+    }
+}
+
+// ---- annealing
+
+// The tokens that make the span of the order just timed, from the last one back.
+LLMPARI_FN void llmpari_find_path(llmpari_find *q, const uint16_t *order) {
+    int64_t j = q->worst * q->n + q->n - 1;
+    q->n_path = 0;
+    for (;;) {
+        const int32_t r = (int32_t)(j / q->n), cell = llmpari_find_cell(q, r, order[j]), kind = cell / q->S, s = cell % q->S;
+        q->path[q->n_path++] = (int32_t)j;
+        if (j > r * q->n && q->start[j - 1] + q->time[llmpari_find_cell(q, r, order[j - 1])] >= q->start[j]) { j--; continue; }
+        if (kind == 2 || (kind == 0 && s == 0) || (kind == 1 && s == q->S - 1)) return;
+        const int32_t *place = q->place[kind] + (int64_t)s * q->M;                         // which micro-batch is it?
+        int32_t low = 0, high = q->M - 1;
+        while (low < high) {
+            const int32_t mid = (low + high) / 2;
+            if (place[mid] < j) low = mid + 1; else high = mid;
+        }
+        j = q->place[kind][(int64_t)(kind ? s + 1 : s - 1) * q->M + low];
+    }
+}
+LLMPARI_FN void llmpari_find_move(uint16_t *order, int64_t from, int64_t to) {
+    const uint16_t token = order[from];
+    if (from < to) memmove(order + from, order + from + 1, (size_t)(to - from) * sizeof *order);
+    else memmove(order + to + 1, order + to, (size_t)(from - to) * sizeof *order);
+    order[to] = token;
+}
+LLMPARI_FN double llmpari_find_cost(const llmpari_find *q) { return q->span + 1e-3 * q->makespan + 0.02 * q->mean; }
+
+// Moves tokens of the critical path, seldom others, to and fro; what is worse by less than a threshold that falls from `heat` to 0 is taken too. Keeps the best orders.
+LLMPARI_FN void llmpari_find_anneal(llmpari_find *q, int32_t seed, int64_t evals, double heat) {
+    uint16_t *order = q->work;
+    memcpy(order, q->seed[seed], (size_t)(q->P * q->n) * sizeof *order);
+    if (!llmpari_find_time(q, order)) return;
+    double cost = llmpari_find_cost(q);
+    llmpari_find_path(q, order);
+    for (int64_t e = 0, tries = 0; e < evals && tries < 4 * evals && q->seed_span[0] > q->goal * (1 + 1e-12); tries++) {
+        const int64_t from = llmpari_find_random(q, 8) ? q->path[llmpari_find_random(q, (uint32_t)q->n_path)] : (int64_t)llmpari_find_random(q, (uint32_t)(q->P * q->n));
+        const int64_t first = from / q->n * q->n, last = first + q->n - 1, step = llmpari_find_random(q, 2) ? 1 : -1;
+        int64_t far = llmpari_find_random(q, 2) ? 1 : 1 + llmpari_find_random(q, llmpari_find_random(q, 4) ? 4 : 24), to = from;
+        while (far-- > 0 && to + step >= first && to + step <= last) to += step;
+        while (order[to] == order[from] && to + step >= first && to + step <= last) to += step;
+        if (order[to] == order[from]) continue;
+        llmpari_find_move(order, from, to);
+        e++;
+        if (llmpari_find_time(q, order)) {
+            const double u = llmpari_find_random(q, 1 << 20) / (double)(1 << 20), new_cost = llmpari_find_cost(q);
+            if (new_cost <= cost + heat * (1 - (double)e / (double)evals) * u * u * u) {
+                cost = new_cost;
+                llmpari_find_path(q, order);
+                if (llmpari_find_better(q->span, q->makespan, q->seed_span[0], q->seed_makespan[0])) llmpari_find_keep(q, order);
+                continue;
+            }
+        }
+        llmpari_find_move(order, to, from);
+    }
+}
+
+// ---- all together
+
+// Improves the order in q->work, just timed: the gaps filled in some ways.
+LLMPARI_FN void llmpari_find_polish(llmpari_find *q) {
+    static const llmpari_find_rule rules[] = { { 0, 0, 0, 0, false, false }, { 0, 0, 0.5, 0, false, true }, { 0, 0, 1, 0, false, false }, { 0, 0, 1, 0, false, true } };
+    llmpari_find_keep(q, q->work);
+    const double span = q->span;
+    for (int i = 0; i < 4; i++) {
+        if (i && span > 1.25 * q->seed_span[0]) return;
+        if (llmpari_find_make(q, &rules[i], q->work, q->more)) llmpari_find_keep(q, q->more);
+    }
+}
+LLMPARI_FN llmpar_status llmpari_find_published(llmpari_find *q, llmpar_pipe_kind kind, llmpar_arena *arena, llmpar_error *err) {
+    const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    llmpar_pipe_desc desc = LLMPAR_ZERO;
+    llmpar_schedule s;
+    desc.kind = kind, desc.n_ranks = q->P, desc.n_micro = q->M;
+    LLMPARI_TRY(llmpari_pipe_generate(&desc, q->V, q->v_shape, arena, &s, err));
+    for (int32_t r = 0; r < q->P; r++) {
+        int64_t n = r * q->n;
+        for (int64_t j = s.first[r]; j < s.first[r + 1]; j++) {
+            const int32_t chunk = s.action[j].stage / q->P, k = s.action[j].kind;
+            if (k != LLMPAR_ACTION_W) q->work[n++] = (uint16_t)((k != LLMPAR_ACTION_F) * q->V + chunk);
+            if (q->split && (k == LLMPAR_ACTION_W || k == LLMPAR_ACTION_B)) q->work[n++] = (uint16_t)(2 * q->V + chunk);
+        }
+    }
+    llmpar_arena_restore(arena, mark);
+    if (llmpari_find_time(q, q->work)) llmpari_find_polish(q);
+    return LLMPAR_OK;
+}
+
+// The i-th pattern: the first ones without delays, then some at random.
+LLMPARI_FN void llmpari_find_try_pattern(llmpari_find *q, int i, double period, double *at, int32_t *n) {
+    static const double inflate[] = { 0, 1, 0.5, 0.75, 0.25 };
+    const double part = inflate[i < 10 ? i % 5 : (int)llmpari_find_random(q, 5)];
+    double link = 0;
+    for (int32_t s = 0; s < q->S; s++) if (q->c->link[s] > link) link = q->c->link[s];
+    period += q->kinds * q->V * part * link;
+    if (i >= 10 && llmpari_find_random(q, 2)) period *= 1 + 0.005 * llmpari_find_random(q, 20);
+    const uint32_t delay = i < 10 || llmpari_find_random(q, 2) ? 0 : 2 * llmpari_find_random(q, 30);
+    q->evals--;
+    if (!llmpari_find_pattern(q, period, part, delay, i < 5 || i % 2, at, at + 3 * (int64_t)q->S, n)) return;
+    llmpari_find_repeat(q, period, n + q->P, q->work);
+    if (llmpari_find_time(q, q->work)) llmpari_find_polish(q);
+}
+// The i-th rule: the known ones, then some at random.
+LLMPARI_FN void llmpari_find_try_rule(llmpari_find *q, int i, double period, double f) {
+    static const llmpari_find_rule known[] = {                                             // period and gate in parts of the period, hold of F
+        { 0.5, 0, 0, 0.5, false, false }, { 0.5, 0, 1, 0.5, false, false }, { 0.75, 0.5, 0, 0, false, false }, { 1, 0.5, 0, 0, false, false }, { 0.5, 0, 0.75, 0.5, false, false },
+        { 0.4, 0, 0.75, 0.95, false, false }, { 0.25, 0, 0.25, 1, true, false }, { 1.25, 0.5, 0, 0.5, false, false }, { 1e6, 0, 0, 0, false, false }, { 0, 0, 0.5, 0, false, false },
+        { 1e6, 1, 1, 0, false, false }, { 1e6, 0, 0.5, 0.5, true, false } };
+    static const double urgency[] = { 0, 0.25, 0.4, 0.5, 0.6, 0.75, 1, 1.25, 1.5, 2, 3, 1e6 };
+    llmpari_find_rule u = known[i < 12 ? i : 0];
+    if (i >= 12) {
+        u.period = urgency[llmpari_find_random(q, 12)];
+        u.gate   = 0.5 * llmpari_find_random(q, 3);
+        u.slack  = 0.25 * llmpari_find_random(q, 5);
+        u.hold   = 0.25 * llmpari_find_random(q, 5);
+        u.lazy   = llmpari_find_random(q, 2) != 0;
+    }
+    u.period *= period, u.gate *= period, u.hold *= f;
+    double t = 0;                                                                          // urgency: as if the pipeline were empty
+    for (int32_t s = 0; s < q->S; t += q->time[s] + (s + 1 < q->S ? q->c->link[s] : 0), s++) q->offset[s] = t;
+    for (int32_t s = q->S; s-- > 0; t += q->time[q->S + s] + (s ? q->c->link[s - 1] : 0)) q->offset[q->S + s] = t;
+    if (llmpari_find_make(q, &u, NULL, q->work)) llmpari_find_polish(q);
+}
+// Is more than this share of the effort left, and anything to gain?
+LLMPARI_FN bool llmpari_find_more(const llmpari_find *q, int64_t steps, int64_t evals, double share) {
+    return (double)q->steps > share * (double)steps && (double)q->evals > share * (double)evals && (q->n_seeds == 0 || q->seed_span[0] > q->goal * (1 + 1e-12));
+}
+
+// Finds orders for one map of the stages into q->seed.
+LLMPARI_FN llmpar_status llmpari_find_all(llmpari_find *q, llmpar_arena *arena, llmpar_error *err) {
+    static const llmpar_pipe_kind loop[] = { LLMPAR_PIPE_ZB_H1, LLMPAR_PIPE_ZB_H2, LLMPAR_PIPE_INTERLEAVED }, vee[] = { LLMPAR_PIPE_ZB_V, LLMPAR_PIPE_DUALPIPE_V };
+    static const double heat[] = { 0.05, 0.3, 0.02, 0.1, 0.5, 0, 0.05, 0.2, 0.1, 1, 0.3, 2, 0.5, 0.05, 0.2, 1 };    // the second half for small cases only
+    const int64_t steps = q->steps, evals = q->evals;
+    const double share = q->n * q->P < 4096 ? 0.4 : 0.7;                                   // left for annealing
+    const int published = !q->v_shape ? 3 : q->V == 2 ? 2 : 0;
+    double period = 0, f = 0;
+    for (int32_t r = 0; r < q->P; r++) {
+        double work = 0;
+        for (int32_t token = 0; token < q->kinds * q->V; token++) work += q->time[llmpari_find_cell(q, r, token)];
+        if (work > period) period = work;
+    }
+    for (int32_t s = 0; s < q->S; s++) if (q->time[s] > f) f = q->time[s];
+    const bool pattern = q->V <= LLMPARI_PATTERN_V && period > 0;
+    const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    double *at = (double *)llmpar_arena_alloc(arena, 6 * (size_t)q->S * sizeof *at);
+    int32_t *n = (int32_t *)llmpar_arena_alloc(arena, ((size_t)q->P + 3 * (size_t)q->V) * sizeof *n);
+    if (!at || !n) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a pattern of %d stages", (int)q->S);
+    for (int i = 0; i < published && (i == 0 || llmpari_find_more(q, steps, evals, 0)); i++) LLMPARI_TRY(llmpari_find_published(q, q->v_shape ? vee[i] : loop[i], arena, err));
+    for (int i = 0; i < 2 && pattern && llmpari_find_more(q, steps, evals, 0); i++) llmpari_find_try_pattern(q, i, period, at, n);
+    for (int i = 0; i < 400 && (q->n_seeds == 0 || llmpari_find_more(q, steps, evals, share)); i++) {
+        llmpari_find_try_rule(q, i, period, f);
+        if (pattern && i >= 12) llmpari_find_try_pattern(q, i - 10, period, at, n);
+    }
+    const int rounds = q->n * q->P < 256 ? 32 : q->n * q->P < 4096 ? 8 : 1;                 // each long enough to get anywhere
+    for (int i = 0; i < rounds && q->n_seeds && llmpari_find_more(q, steps, evals, 0.02); i++) {
+        const double each = (double)q->steps / (double)(q->n * q->P) / (rounds - i), most = (double)q->evals / (rounds - i);
+        llmpari_find_anneal(q, i % 2 ? 0 : (int32_t)llmpari_min(i / 2 % LLMPARI_FIND_SEEDS, q->n_seeds - 1), (int64_t)(each < most ? each : most), rounds > 1 ? heat[i % 16] * period : 0);
+    }
+    llmpar_arena_restore(arena, mark);
+    return LLMPAR_OK;
+}
+
+LLMPARI_FN llmpar_status llmpari_find_new(llmpari_find *q, const llmpar_pipe_desc *desc, int32_t V, bool v_shape, bool split, llmpar_schedule *s, llmpar_arena *arena,
+                                          llmpari_pipe_cost *c, llmpar_error *err) {
+    const int32_t P = desc->n_ranks, S = P * V, M = desc->n_micro;
+    const size_t all = (size_t)(split ? 3 : 2) * (size_t)V * (size_t)M * (size_t)P;
+    memset(q, 0, sizeof *q);
+    q->P = P, q->V = V, q->S = S, q->M = M, q->kinds = split ? 3 : 2, q->n = (int64_t)all / P;
+    q->v_shape = v_shape, q->split = split, q->c = c, q->rank_of = s->rank_of, q->random = 1;
+    for (int32_t i = 0; i < S; i++) s->rank_of[i] = v_shape && i / P % 2 ? P - 1 - i % P : i % P;
+    LLMPARI_TRY(llmpari_pipe_cost_fill(&desc->costs, s, arena, c, err));
+    for (q->leaves = 1; q->leaves < P; q->leaves *= 2) { }
+    double *d = (double *)llmpar_arena_alloc(arena, (10 * (size_t)S + 4 * (size_t)P) * sizeof *d);
+    q->arrive[0] = (double *)llmpar_arena_alloc(arena, 2 * (size_t)S * (size_t)M * sizeof(double));
+    q->place[0]  = (int32_t *)llmpar_arena_alloc(arena, 2 * (size_t)S * (size_t)M * sizeof(int32_t));
+    q->stage     = (int32_t *)llmpar_arena_alloc(arena, 10 * (size_t)S * sizeof(int32_t));
+    q->at        = (int64_t *)llmpar_arena_alloc(arena, 2 * (size_t)P * sizeof(int64_t));
+    q->stack     = (int32_t *)llmpar_arena_alloc(arena, ((size_t)P + 2 * (size_t)q->leaves) * sizeof(int32_t));
+    q->stacked   = (bool *)llmpar_arena_alloc(arena, (size_t)P * sizeof(bool));
+    q->start     = (double *)llmpar_arena_alloc(arena, all * sizeof(double));
+    q->future    = (double *)llmpar_arena_alloc(arena, (all + (size_t)P) * sizeof(double));
+    q->path      = (int32_t *)llmpar_arena_alloc(arena, all * sizeof(int32_t));
+    q->pick      = (llmpari_find_pick *)llmpar_arena_alloc(arena, (size_t)P * sizeof(llmpari_find_pick));
+    q->work      = (uint16_t *)llmpar_arena_alloc(arena, (2 + LLMPARI_FIND_SEEDS) * all * sizeof(uint16_t));
+    if (!d || !q->arrive[0] || !q->place[0] || !q->stage || !q->at || !q->stack || !q->stacked || !q->start || !q->future || !q->path || !q->pick || !q->work)
+        return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to search an order of %lld actions", (long long)all);
+    q->time = d, q->add = d + 3 * (int64_t)S, q->offset = d + 6 * (int64_t)S, q->later = d + 9 * (int64_t)S, d += 10 * (int64_t)S;
+    q->begin = d, q->clock = d + P, q->held = d + 2 * (int64_t)P, q->guided = d + 3 * (int64_t)P;
+    q->arrive[1] = q->arrive[0] + (int64_t)S * M, q->place[1] = q->place[0] + (int64_t)S * M;
+    q->count = q->stage + S, q->owed = q->count + 3 * (int64_t)S, q->ahead = q->owed + 3 * (int64_t)S;
+    q->out = q->at + P;
+    q->tree = q->stack + P;
+    q->more = q->work + all;
+    for (int i = 0; i < LLMPARI_FIND_SEEDS; i++) q->seed[i] = q->more + (size_t)(i + 1) * all;
+    for (int32_t i = 0; i < 2 * q->leaves; i++) q->tree[i] = i >= q->leaves && i - q->leaves < P ? i - q->leaves : -1;
+
+    double t = 0;
+    for (int32_t i = 0; i < S; i++) {
+        q->stage[s->rank_of[i] * V + i / P] = i;
+        q->time[i] = c->time[LLMPAR_ACTION_F][i], q->time[S + i] = c->time[split ? LLMPAR_ACTION_I : LLMPAR_ACTION_B][i], q->time[2 * S + i] = split ? c->time[LLMPAR_ACTION_W][i] : 0;
+        q->add[i] = c->hold[i], q->add[S + i] = split ? -c->release[i] : -c->hold[i], q->add[2 * S + i] = -q->add[i] - q->add[S + i];
+    }
+    for (int32_t i = S - P; i-- > 0; ) {                                                    // the chunk after i's on the same rank
+        const int32_t next = q->stage[s->rank_of[i] * V + i / P + 1];
+        q->later[i] = q->later[next] + q->add[next];
+    }
+    for (int32_t i = 0; i < P; t += q->time[i] + c->link[i], i++) q->begin[i] = t;
+    return LLMPAR_OK;
+}
+
+// The memory limit of a schedule that is searched; 0 = none.
+LLMPARI_FN double llmpari_pipe_limit(const llmpar_pipe_desc *desc, double micro_batch) {
+    const int32_t P = desc->n_ranks;
+    if (desc->memory > 0) return desc->memory;
+    switch (desc->kind) {
+    case LLMPAR_PIPE_ZB_1P:  return P * micro_batch;
+    case LLMPAR_PIPE_ZB_2P:  return 2 * P * micro_batch;
+    case LLMPAR_PIPE_V_HALF: return (P + 2) / 2 * micro_batch;
+    case LLMPAR_PIPE_V_MIN:  return (P + 4) / 3 * micro_batch;
+    default: return 0;
+    }
+}
+
+// Searches an order under the limit of the desc; of two maps the better one.
+LLMPARI_FN llmpar_status llmpari_pipe_search(const llmpar_pipe_desc *desc, int32_t V, bool v_shape, llmpar_arena *arena, llmpar_schedule *s, llmpar_error *err) {
+    const int32_t P = desc->n_ranks, M = desc->n_micro;
+    const bool auto_kind = desc->kind == LLMPAR_PIPE_AUTO, split = !(auto_kind && desc->whole_backward), both = auto_kind && V == 2 && P > 1 && desc->map == LLMPAR_PIPE_MAP_DEFAULT;
+    const int64_t n = (int64_t)(split ? 3 : 2) * V * M;
+    double best_span = DBL_MAX, best_makespan = DBL_MAX;
+    LLMPARI_TRY(llmpari_pipe_new(s, P, P * V, M, n * P, arena, err));
+    const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    int32_t *rank_of = (int32_t *)llmpar_arena_alloc(arena, (size_t)s->n_stages * sizeof *rank_of);
+    if (!rank_of) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d stages", (int)s->n_stages);
+    for (int32_t r = 0; r <= P; r++) s->first[r] = r * n;
+    for (int map = 0; map < 2; map++) {
+        const llmpar_arena_mark each = llmpar_arena_save(arena);
+        llmpar_schedule trial = *s;
+        llmpari_pipe_cost c;
+        llmpari_find q;
+        llmpar_pipe_bound bound;
+        double need = 0;
+        if (both ? false : map != v_shape) continue;
+        trial.rank_of = rank_of;
+        LLMPARI_TRY(llmpari_find_new(&q, desc, V, map == 1, split, &trial, arena, &c, err));
+        for (int32_t r = 0; r < P; r++) {                                                  // one micro-batch in all stages of the rank: what any order needs, and one after the other suffices
+            const int32_t i = q.stage[r * V];
+            if (q.add[i] + q.later[i] > need) need = q.add[i] + q.later[i];
+        }
+        const double limit = llmpari_pipe_limit(desc, need);
+        if (limit > 0 && limit * (1 + LLMPARI_FIND_ROUND) < need)
+            return LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "%s: memory=%g is too little for one micro-batch in all stages of a rank; the least that works is %.10g", llmpari_pipe_name[desc->kind],
+                                limit, need);
+        q.limit = limit > 0 ? limit * (1 + LLMPARI_FIND_ROUND) : DBL_MAX;
+        q.steps = LLMPARI_FIND_STEPS / (both ? 2 : 1), q.evals = LLMPARI_FIND_EVALS / (both ? 2 : 1);
+        llmpari_bound_all(&trial, q.time, q.add, c.link, true, limit, &bound);
+        q.goal = bound.span;
+        LLMPARI_TRY(llmpari_find_all(&q, arena, err));
+        if (q.n_seeds && llmpari_find_better(q.seed_span[0], q.seed_makespan[0], best_span, best_makespan)) {
+            best_span = q.seed_span[0], best_makespan = q.seed_makespan[0];
+            memcpy(s->rank_of, rank_of, (size_t)s->n_stages * sizeof *rank_of);
+            for (int32_t r = 0; r < P; r++) {
+                memset(q.count, 0, 3 * (size_t)q.S * sizeof(int32_t));
+                for (int64_t j = r * n; j < (r + 1) * n; j++) {
+                    const int32_t cell = llmpari_find_cell(&q, r, q.seed[0][j]), kind = cell / q.S;
+                    s->action[j] = llmpari_action(kind == 0 ? LLMPAR_ACTION_F : kind == 2 ? LLMPAR_ACTION_W : split ? LLMPAR_ACTION_I : LLMPAR_ACTION_B, cell % q.S, q.count[cell]++);
+                }
+            }
+        }
+        llmpar_arena_restore(arena, each);
+    }
+    llmpar_arena_restore(arena, mark);
+    llmpari_name_set(s->name, llmpari_pipe_name[desc->kind], strlen(llmpari_pipe_name[desc->kind]));
+    LLMPAR_ASSERT(best_span < DBL_MAX);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_pipe_make(const llmpar_pipe_desc *desc, llmpar_arena *arena, llmpar_schedule *schedule, llmpar_error *err) {
+    const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    llmpar_schedule s;
+    int32_t V = 1;
+    bool v_shape = false;
+    LLMPARI_TRY(llmpari_pipe_desc_check(desc, &V, &v_shape, err));
+    const llmpar_pipe_kind k = desc->kind;
+    const bool searched = k == LLMPAR_PIPE_AUTO || k == LLMPAR_PIPE_ZB_1P || k == LLMPAR_PIPE_ZB_2P || k == LLMPAR_PIPE_V_HALF || k == LLMPAR_PIPE_V_MIN;
+    const llmpar_status status = searched ? llmpari_pipe_search(desc, V, v_shape, arena, &s, err) : llmpari_pipe_generate(desc, V, v_shape, arena, &s, err);
+    if (status) llmpar_arena_restore(arena, mark);
+    else *schedule = s;
+    return status;
+}
+
+// ---- Layers to stages -----------------------------------------------------------------------------------------------
+
+// Items have two weights, cost and bytes, kept as prefix sums: [a, b) weighs sum[k][b] - sum[k][a].
+typedef struct llmpari_cut {
+    int32_t  n, P, S;              // items, ranks, stages
+    bool     v_shape, v_two;       // how stages lie; v_two: two a rank in a V, which is cut exactly
+    double  *sum[2];               // [n + 1]
+    int32_t *rank_of;              // [S]
+    int32_t *first, *best;         // [S + 1] the cut in work, and the best one
+    double  *load[2];              // [P]
+    int32_t *low, *from;           // v_two: [P + 1][n + 1], see llmpari_cut_v
+} llmpari_cut;
+
+LLMPARI_FN bool llmpari_cut_fits(const llmpari_cut *q, const double *cap, int32_t a, int32_t b, int32_t c, int32_t d) {   // [a, b) and [c, d) on one rank
+    return (q->sum[0][b] - q->sum[0][a]) + (q->sum[0][d] - q->sum[0][c]) <= cap[0] && (q->sum[1][b] - q->sum[1][a]) + (q->sum[1][d] - q->sum[1][c]) <= cap[1];
+}
+
+// Every stage takes what it may; with enough items it leaves one for each stage to come.
+LLMPARI_FN bool llmpari_cut_row(llmpari_cut *q, const double *cap) {
+    int32_t at = 0;
+    for (int32_t s = 0; s < q->S; s++) {
+        const int32_t begin = at, most = q->n < q->S ? q->n : q->n - (q->S - 1 - s);
+        q->first[s] = at;
+        while (at < most && llmpari_cut_fits(q, cap, begin, at + 1, at, at)) at++;
+    }
+    q->first[q->S] = q->n;
+    return at == q->n;
+}
+
+// The V of two stages a rank, rank by rank from the outside in. low[r][a]: when the first r ranks have [0, a) at the front, from which item on they can have the back; the
+// less the better for the ranks inside. from[r][a]: where the front of the r-th of them begins then.
+LLMPARI_FN bool llmpari_cut_v(llmpari_cut *q, const double *cap) {
+    const int32_t n = q->n, P = q->P;
+    for (int32_t a = 0; a <= n; a++) q->low[a] = a ? n + 1 : n;                            // n + 1 = cannot be
+    for (int32_t r = 1; r <= P; r++) {
+        const int32_t *low = q->low + (int64_t)(r - 1) * (n + 1);
+        int32_t *next = q->low + (int64_t)r * (n + 1), *from = q->from + (int64_t)r * (n + 1);
+        for (int32_t a = 0; a <= n; a++) {
+            next[a] = n + 1;
+            for (int32_t f = a; f >= 0 && llmpari_cut_fits(q, cap, f, a, a, a); f--) {
+                int32_t less = a - 1, fits = low[f];                                       // the back may begin at `fits`, not at `less`
+                if (fits > n || fits < a) continue;
+                if (fits >= next[a]) {
+                    fits = next[a] - 1;
+                    if (fits < a || !llmpari_cut_fits(q, cap, f, a, fits, low[f])) continue;
+                }
+                while (fits - less > 1) {
+                    const int32_t b = less + (fits - less) / 2;
+                    if (llmpari_cut_fits(q, cap, f, a, b, low[f])) fits = b; else less = b;
+                }
+                next[a] = fits, from[a] = f;
+            }
+        }
+    }
+    const int32_t *all = q->low + (int64_t)P * (n + 1);
+    int32_t a = 0;
+    while (a <= n && all[a] != a) a++;
+    if (a > n) return false;
+    q->first[2 * P] = n;
+    for (int32_t r = P; r > 0; r--) {
+        q->first[2 * P - r] = q->low[(int64_t)r * (n + 1) + a];
+        a = q->from[(int64_t)r * (n + 1) + a];
+        q->first[r - 1] = a;
+    }
+    return true;
+}
+
+// Loads of the cut in work; the largest in sum[goal]. Of a row: of its stages, not of the ranks.
+LLMPARI_FN double llmpari_cut_load(llmpari_cut *q, int goal, bool stages) {
+    double most = 0;
+    for (int k = 0; k < 2; k++) {
+        for (int32_t r = 0; r < q->P; r++) q->load[k][r] = 0;
+        for (int32_t s = 0; s < q->S; s++) {
+            const double w = q->sum[k][q->first[s + 1]] - q->sum[k][q->first[s]];
+            q->load[k][q->rank_of[s]] += w;
+            if (stages && k == goal && w > most) most = w;
+        }
+        for (int32_t r = 0; !stages && k == goal && r < q->P; r++) if (q->load[k][r] > most) most = q->load[k][r];
+    }
+    return most;
+}
+
+// The cut whose largest load in sum[goal] is the least, with at most `limit` of the other weight; into first. False: there is none.
+LLMPARI_FN bool llmpari_cut_least(llmpari_cut *q, int goal, double limit) {
+    bool (*const attempt)(llmpari_cut *q, const double *cap) = q->v_two ? llmpari_cut_v : llmpari_cut_row;
+    const double total = q->sum[goal][q->n];
+    double cap[2], low = total / (q->v_two ? q->P : q->S) * (1 - 1e-12), high;             // no cut is below `low`
+    cap[0] = cap[1] = limit;
+    for (int32_t i = 0; i < q->n; i++) if (q->sum[goal][i + 1] - q->sum[goal][i] > low) low = q->sum[goal][i + 1] - q->sum[goal][i];
+    for (cap[goal] = low; !attempt(q, cap); cap[goal] = 2 * cap[goal]) {
+        if (cap[goal] >= total * (1 + 1e-9)) return false;
+        low = cap[goal];
+    }
+    for (;;) {                                                                             // the last attempt was good or bad; one was good and has `high`
+        high = llmpari_cut_load(q, goal, !q->v_two);
+        memcpy(q->best, q->first, ((size_t)q->S + 1) * sizeof *q->best);
+        for (;;) {
+            cap[goal] = low + (high - low) / 2;
+            if (!(cap[goal] > low && cap[goal] < high)) {
+                memcpy(q->first, q->best, ((size_t)q->S + 1) * sizeof *q->first);
+                return true;
+            }
+            if (attempt(q, cap)) break;
+            low = cap[goal];
+        }
+    }
+}
+
+// How good a cut is: the largest load of a rank, then empty stages, then the sum of squares.
+typedef struct llmpari_cut_score { double most, other, square; int32_t empty; } llmpari_cut_score;
+
+LLMPARI_FN llmpari_cut_score llmpari_cut_rate(const llmpari_cut *q, int goal) {
+    llmpari_cut_score x = LLMPAR_ZERO;
+    for (int32_t r = 0; r < q->P; r++) {
+        const double w = q->load[goal][r];
+        if (w > x.most) x.most = w;
+        if (q->load[1 - goal][r] > x.other) x.other = q->load[1 - goal][r];
+        x.square += w * w;
+    }
+    for (int32_t s = 0; s < q->S; s++) x.empty += q->first[s + 1] == q->first[s];
+    return x;
+}
+// Moves the first item of stage `edge` to the stage before (d = -1), or the last one of that stage to `edge` (d = 1).
+LLMPARI_FN void llmpari_cut_shift(llmpari_cut *q, int32_t edge, int d) {
+    const int32_t item = d > 0 ? --q->first[edge] : q->first[edge]++, up = q->rank_of[edge], down = q->rank_of[edge - 1];
+    for (int k = 0; k < 2; k++) {
+        const double w = d * (q->sum[k][item + 1] - q->sum[k][item]);
+        q->load[k][down] -= w, q->load[k][up] += w;
+    }
+}
+// Moves an item from a stage to another one, each stage between passing one on, while that makes the cut better; no rank gets over `limit` of the other weight. A local
+// search, which ends after so much work in any case.
+LLMPARI_FN void llmpari_cut_improve(llmpari_cut *q, int goal, double limit) {
+    llmpari_cut_load(q, goal, false);
+    llmpari_cut_score best = llmpari_cut_rate(q, goal);
+    int64_t work = 100000000;
+    for (bool moved = true; moved; ) {
+        moved = false;
+        for (int32_t walk = 0; walk < 2 * q->S && work > 0; walk++) {
+            const int32_t s = walk / 2, d = walk % 2 ? -1 : 1;
+            bool better = false;
+            if (q->first[s + 1] == q->first[s]) continue;
+            llmpari_cut_load(q, goal, false);
+            int32_t t = s;
+            while (!better && t + d >= 0 && t + d < q->S) {
+                llmpari_cut_shift(q, d > 0 ? t + 1 : t, d);
+                t += d;
+                const llmpari_cut_score now = llmpari_cut_rate(q, goal);
+                const bool less = now.most < best.most * (1 - 1e-12);
+                better = now.other <= limit && (less || (now.most <= best.most * (1 + 1e-12) &&
+                                                         (now.empty < best.empty || (now.empty == best.empty && now.square < best.square * (1 - 1e-12)))));
+                if (better) best.empty = now.empty, best.square = now.square, best.most = less ? now.most : best.most;
+                work -= q->S;
+            }
+            moved = moved || better;
+            for (; !better && t != s; t -= d) llmpari_cut_shift(q, d > 0 ? t : t + 1, -d);
+        }
+    }
+}
+
+LLMPARI_FN llmpar_status llmpari_cut_new(const llmpar_partition_desc *desc, llmpari_cut *q, llmpar_arena *arena, llmpar_error *err) {
+    const int32_t V = desc->n_virtual ? desc->n_virtual : 1, n = desc->n_items;
+    if (n < 1 || desc->n_ranks < 1 || V < 1 || !desc->cost)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%d items on %d ranks of %d stages; all must be >= 1", (int)n, (int)desc->n_ranks, (int)V);
+    if ((int64_t)desc->n_ranks * V > LLMPAR_MAX_STAGES) return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%d ranks x %d stages; at most %d stages", (int)desc->n_ranks, (int)V, LLMPAR_MAX_STAGES);
+    if ((unsigned)desc->map > LLMPAR_PIPE_MAP_V) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "map %d is not known", (int)desc->map);
+    if (desc->limit_bytes < 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "limit_bytes=%lld; 0 = no limit", (long long)desc->limit_bytes);
+    memset(q, 0, sizeof *q);
+    q->n = n, q->P = desc->n_ranks, q->S = desc->n_ranks * V;
+    const bool v_shape = desc->map == LLMPAR_PIPE_MAP_V;
+    const size_t S = (size_t)q->S, row = (size_t)n + 1;
+    q->v_two   = v_shape && V == 2;
+    q->sum[0]  = (double *)llmpar_arena_alloc(arena, 2 * row * sizeof(double));
+    q->load[0] = (double *)llmpar_arena_alloc(arena, 2 * (size_t)q->P * sizeof(double));
+    q->rank_of = (int32_t *)llmpar_arena_alloc(arena, 3 * (S + 1) * sizeof(int32_t));
+    q->low     = (int32_t *)llmpar_arena_alloc(arena, q->v_two ? 2 * ((size_t)q->P + 1) * row * sizeof(int32_t) : 1);
+    if (!q->sum[0] || !q->load[0] || !q->rank_of || !q->low) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to cut %d items into %d stages", (int)n, (int)q->S);
+    q->sum[1] = q->sum[0] + row, q->load[1] = q->load[0] + q->P, q->first = q->rank_of + S + 1, q->best = q->first + S + 1;
+    q->from   = q->v_two ? q->low + ((size_t)q->P + 1) * row : NULL;
+    for (int32_t s = 0; s < q->S; s++) q->rank_of[s] = v_shape && s / q->P % 2 ? q->P - 1 - s % q->P : s % q->P;
+    for (int32_t i = 0; i < n; i++) {
+        const int64_t bytes = desc->bytes ? desc->bytes[i] : 0;
+        if (!(desc->cost[i] >= 0 && desc->cost[i] <= 1e100)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "cost of item %d is %g; pass a finite number >= 0", (int)i, desc->cost[i]);
+        if (bytes < 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "item %d has %lld bytes; pass a number >= 0", (int)i, (long long)bytes);
+        q->sum[0][i + 1] = q->sum[0][i] + desc->cost[i];
+        q->sum[1][i + 1] = q->sum[1][i] + (double)bytes;
+        if (q->sum[1][i + 1] > 9007199254740992.0) return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "more than 2^53 bytes in the first %d items", (int)i + 1);
+    }
+    return LLMPAR_OK;
+}
+
+LLMPARI_FN llmpar_status llmpari_cut_solve(const llmpar_partition_desc *desc, llmpari_cut *q, llmpar_error *err) {
+    const bool limited = desc->bytes && desc->limit_bytes > 0, rounds = q->S > q->P && !q->v_two;
+    const double limit = limited ? (double)desc->limit_bytes : INFINITY;
+    if (limited) {
+        llmpari_cut_least(q, 1, INFINITY);
+        if (rounds) llmpari_cut_improve(q, 1, INFINITY);
+        const double least = llmpari_cut_load(q, 1, false);
+        if (least > limit)
+            return LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "no rank may hold more than %lld bytes, but one of %d must hold %.0f: limit_bytes=%.0f works", (long long)desc->limit_bytes, (int)q->P,
+                                least, least);
+    }
+    llmpari_cut_least(q, 0, limit);                                                        // it is there: the ranks that hold least show one
+    llmpari_cut_load(q, 0, false);
+    if (llmpari_cut_rate(q, 0).other > limit) {                                            // of several rounds: each stage fits, but not all of a rank
+        llmpari_cut_least(q, 1, INFINITY);
+        llmpari_cut_improve(q, 1, INFINITY);
+    }
+    llmpari_cut_improve(q, 0, limit);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_pipe_partition(const llmpar_partition_desc *desc, int32_t *first, double *slowest, llmpar_error *err) {
+    llmpar_arena arena = LLMPAR_ZERO;
+    llmpari_cut q;
+    if (!desc || !first) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_pipe_partition: %s is NULL", desc ? "first" : "desc");
+    arena.allocator = desc->allocator;
+    llmpar_status status = llmpari_cut_new(desc, &q, &arena, err);
+    if (!status) status = llmpari_cut_solve(desc, &q, err);
+    if (!status) memcpy(first, q.first, ((size_t)q.S + 1) * sizeof *first);
+    if (!status && slowest) *slowest = llmpari_cut_load(&q, 0, false);
+    llmpar_arena_free(&arena);
+    return status;
+}
+
+// ---- Chunked prefill ------------------------------------------------------------------------------------------------
+
+typedef struct llmpari_chunks { const llmpar_chunks_desc *desc; int64_t n, unit, units; } llmpari_chunks;   // n tokens are so many units, the last one maybe not whole
+
+// Time of the chunk of units [a, b) in a stage.
+LLMPARI_FN double llmpari_chunk_time(const llmpari_chunks *q, int64_t a, int64_t b) {
+    const double from = (double)(a * q->unit), to = b < q->units ? (double)(b * q->unit) : (double)q->n;
+    return q->desc->per_chunk + (to - from) * (q->desc->per_token + q->desc->per_pair * (to + from));
+}
+// The last end of a chunk that begins at unit a and takes at most `longest`; a = there is none.
+LLMPARI_FN int64_t llmpari_chunk_end(const llmpari_chunks *q, int64_t a, double longest) {
+    const double t = q->desc->per_token, p = q->desc->per_pair, from = (double)(a * q->unit), room = longest - q->desc->per_chunk + from * (t + p * from);
+    double to = p > 0 ? (sqrt(t * t + 4 * p * fmax(room, 0)) - t) / (2 * p) : t > 0 ? room / t : room >= 0 ? INFINITY : 0;
+    int64_t b = to < (double)q->n ? (int64_t)(fmax(to, from) / (double)q->unit) : q->units;
+    while (b > a && llmpari_chunk_time(q, a, b) > longest) b--;                            // rounding
+    while (b < q->units && llmpari_chunk_time(q, a, b + 1) <= longest) b++;
+    return b;
+}
+// How many chunks of at most `longest` there must be; more than `most`: most + 1. *used: the longest of them; *next: no longest below that has fewer.
+LLMPARI_FN int64_t llmpari_chunks_count(const llmpari_chunks *q, double longest, int64_t most, double *used, double *next) {
+    int64_t k = 0;
+    *used = 0, *next = INFINITY;
+    for (int64_t a = 0, b; a < q->units; a = b, k++) {
+        b = llmpari_chunk_end(q, a, longest);
+        if (b < q->units) *next = fmin(*next, llmpari_chunk_time(q, a, b + 1));
+        if (b == a || k == most) return most + 1;
+        *used = fmax(*used, llmpari_chunk_time(q, a, b));
+    }
+    return k;
+}
+// The least longest chunk of at most k.
+LLMPARI_FN double llmpari_chunks_longest(const llmpari_chunks *q, int64_t k) {
+    double low = llmpari_chunk_time(q, 0, q->units), high = low, used, next;
+    low = q->desc->per_chunk + (low - q->desc->per_chunk) / (double)k * (1 - 1e-12);
+    low = fmax(low, fmax(llmpari_chunk_time(q, q->units - 1, q->units), q->units > 1 ? llmpari_chunk_time(q, q->units - 2, q->units - 1) : 0));
+    for (double t = low; ; t = low + (high - low) / 2) {                                   // the answer is in [low, high], and high is possible
+        if (llmpari_chunks_count(q, t, k, &used, &next) <= k) high = used;
+        else low = fmax(next, low);
+        if (!(low < high)) return high;
+    }
+}
+// The number of chunks that takes least time, at most `most`. Near sqrt((P - 1) work / per_chunk) it is within P - 1 units' time of that. From 1 on: with k chunks of at
+// most `beat` all would be better than the best so far; when g > k chunks are needed for that, neither k nor any other number below g is better, as `beat` gets smaller
+// with more chunks.
+LLMPARI_FN int64_t llmpari_chunks_best(const llmpari_chunks *q, int64_t most) {
+    const double c = q->desc->per_chunk, work = llmpari_chunk_time(q, 0, q->units) - c, wait = (double)(q->desc->n_ranks - 1);
+    double used, next;
+    if (!(wait * work > 0)) return 1;
+    int64_t best = sqrt(wait * work) < (double)most * sqrt(c) ? llmpari_max(1, (int64_t)sqrt(wait * work / c)) : most;
+    double least = (double)best * c + wait * llmpari_chunks_longest(q, best);
+    for (int64_t k = 1, steps = 0; k <= most && steps < 1000000; ) {
+        const double beat = (least - (double)k * c) / wait * (1 - 1e-14);
+        const int64_t g = beat > 0 ? llmpari_chunks_count(q, beat, most, &used, &next) : most + 1;
+        steps += llmpari_min(g, most) * (g > k ? 1 : 20);                                  // as often as the least longest chunk looks
+        if (g > k) { k = g; continue; }
+        best  = k;                                                                         // g == k: fewer were too few for more already
+        least = fmin(least, (double)k * c + wait * llmpari_chunks_longest(q, k));
+        k++;
+    }
+    return llmpari_min(best, llmpari_chunks_count(q, llmpari_chunks_longest(q, best), best, &used, &next));
+}
+
+LLMPAR_DEF llmpar_status llmpar_pipe_chunks(const llmpar_chunks_desc *desc, int64_t *bound, int32_t capacity, int32_t *n_chunks, double *seconds, llmpar_error *err) {
+    llmpari_chunks q;
+    if (!desc || !bound || !n_chunks) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_pipe_chunks: desc, bound or n_chunks is NULL");
+    if (desc->n_tokens < 1 || desc->unit < 0 || desc->n_ranks < 1 || desc->n_chunks < 0 || capacity < 1)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%lld tokens in units of %lld, %d ranks, %d chunks, room for %d: tokens, ranks and room must be >= 1, none negative",
+                            (long long)desc->n_tokens, (long long)desc->unit, (int)desc->n_ranks, (int)desc->n_chunks, (int)capacity);
+    if (!(desc->per_chunk >= 0 && desc->per_token >= 0 && desc->per_pair >= 0 && desc->per_chunk <= 1e100 && desc->per_token <= 1e100 && desc->per_pair <= 1e100))
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "per_chunk=%g, per_token=%g, per_pair=%g; pass finite numbers >= 0", desc->per_chunk, desc->per_token, desc->per_pair);
+    q.desc  = desc;
+    q.n     = desc->n_tokens;
+    q.unit  = llmpari_min(desc->unit ? desc->unit : 1, q.n);
+    q.units = q.n / q.unit + (q.n % q.unit != 0);
+    if (desc->n_chunks > q.units) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_chunks=%d, but %lld tokens are only %lld units of %lld", (int)desc->n_chunks, (long long)q.n,
+                                                      (long long)q.units, (long long)q.unit);
+    if (desc->n_chunks > capacity) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_chunks=%d, but there is room for %d bounds", (int)desc->n_chunks, (int)capacity);
+    const int64_t k = desc->n_chunks ? desc->n_chunks : llmpari_chunks_best(&q, llmpari_min(q.units, capacity));
+    const double longest = llmpari_chunks_longest(&q, k);
+    for (int64_t i = 0, a = 0; i < k; i++) {                                               // as long as may be, but a unit is left for every chunk to come
+        a = llmpari_min(llmpari_chunk_end(&q, a, longest), q.units - (k - 1 - i));
+        bound[i] = a < q.units ? a * q.unit : q.n;
+    }
+    *n_chunks = (int32_t)k;
+    if (seconds) *seconds = (double)k * desc->per_chunk + (double)q.n * (desc->per_token + desc->per_pair * (double)q.n) + (double)(desc->n_ranks - 1) * longest;
+    return LLMPAR_OK;
+}
+
+LLMPARI_ONCE_BEGIN
+// ---- Timelines ------------------------------------------------------------------------------------------------------
+
+// Which of its rank's stages this is, 0 = the first, and how many they are.
+LLMPARI_FN int32_t llmpari_pipe_chunk(const llmpar_schedule *s, int32_t stage, int32_t *n) {
+    int32_t chunk = 0;
+    *n = 0;
+    for (int32_t i = 0; i < s->n_stages; i++) {
+        if (s->rank_of[i] != s->rank_of[stage]) continue;
+        chunk += i < stage;
+        ++*n;
+    }
+    return chunk;
+}
+// Idle part of the makespan, of all ranks together (rank -1) or of one.
+LLMPARI_FN double llmpari_pipe_idle(const llmpar_schedule *s, const llmpar_pipe_timing *t, int32_t rank) {
+    double busy = 0;
+    for (int32_t r = 0; r < s->n_ranks; r++) if (rank < 0 || r == rank) busy += t->busy[r];
+    return t->makespan > 0 ? 1 - busy / ((rank < 0 ? s->n_ranks : 1) * t->makespan) : 0;
+}
+LLMPARI_FN void llmpari_pipe_numbers(const llmpar_schedule *s, const llmpar_pipe_timing *t, char *text, size_t bytes) {
+    snprintf(text, bytes, "makespan %.6g, span %.6g, bubble %.1f %% of the makespan", t->makespan, t->span, 100 * llmpari_pipe_idle(s, t, -1));
+}
+
+// The shortest time that an action takes, but for 0; INFINITY = none does.
+LLMPARI_FN double llmpari_pipe_shortest(const llmpar_schedule *s, const llmpar_pipe_timing *t) {
+    double shortest = INFINITY;
+    for (int64_t j = 0; j < s->first[s->n_ranks]; j++) {
+        const double time = t->action_end[j] - t->action_begin[j];
+        if (!llmpari_action_is_transfer(s->action[j]) && time > 0 && time < shortest) shortest = time;
+    }
+    return shortest;
+}
+// The action that has most of [begin, end) on a rank, of those from *at on, which moves along; -1 = it is mostly idle.
+LLMPARI_FN int64_t llmpari_pipe_dominant(const llmpar_schedule *s, const llmpar_pipe_timing *t, int32_t rank, double begin, double end, int64_t *at) {
+    double most = 0, idle = end - begin;
+    int64_t best = -1;
+    while (*at < s->first[rank + 1] && t->action_end[*at] <= begin) ++*at;
+    for (int64_t j = *at; j < s->first[rank + 1] && t->action_begin[j] < end; j++) {
+        const double part = fmin(end, t->action_end[j]) - fmax(begin, t->action_begin[j]);
+        if (part > most) most = part, best = j;
+        if (part > 0) idle -= part;
+    }
+    return most >= idle * (1 - 1e-9) ? best : -1;
+}
+
+LLMPAR_DEF void llmpar_pipe_text(const llmpar_schedule *schedule, const llmpar_pipe_timing *timing, int columns, llmpar_sink sink) {
+    const int label = snprintf(NULL, 0, "%d", (int)schedule->n_ranks - 1) + 1, most = columns - label > 1 ? columns - label : 1;
+    const double shortest = llmpari_pipe_shortest(schedule, timing), least = timing->makespan / most;
+    const double cell = shortest >= least && shortest < INFINITY ? shortest / floor(shortest / least + 1e-9) : least;   // the shortest action is a whole number of columns
+    const int cells = cell > 0 ? (int)fmin(most, ceil(timing->makespan / cell - 1e-6)) : 0;
+    char text[160];
+    bool shaded = false;
+    for (int32_t r = 0; r < schedule->n_ranks; r++) {
+        int64_t at = schedule->first[r], shown = -1;
+        const char *number = "";
+        char name[16];
+        llmpari_print(&sink, "%*d ", label - 1, (int)r);
+        for (int i = 0; i < cells; i++) {
+            const int64_t j = llmpari_pipe_dominant(schedule, timing, r, i * cell, (i + 1) * cell, &at);
+            char c = '.';
+            if (j >= 0 && j != shown) {                                                    // its letter, then its micro-batch if there is room, then dashes
+                const llmpar_action a = schedule->action[j];
+                int32_t n, room = (int32_t)((timing->action_end[j] - i * cell) / cell + 0.5);
+                const bool odd = llmpari_pipe_chunk(schedule, a.stage, &n) % 2;
+                c = odd ? "fbiw"[a.kind & 3] : "FBIW"[a.kind & 3];
+                shaded = shaded || odd;
+                snprintf(name, sizeof name, "%d", (int)a.micro);
+                number = (int32_t)strlen(name) < room ? name : "";
+            } else if (j >= 0) {
+                c = '-';
+                if (*number) c = *number++;
+            }
+            shown = j;
+            llmpari_print(&sink, "%c", c);
+        }
+        llmpari_print(&sink, "\n");
+    }
+    llmpari_pipe_numbers(schedule, timing, text, sizeof text);
+    llmpari_print(&sink, "%s: %s\nF forward, B backward, I input gradients, W weight gradients, each before its micro-batch%s; . idle; a column is %.3g\n", schedule->name, text,
+                  shaded ? "; small letters: every second stage of a rank" : "", cell);
+}
+
+// Colour of a bar: by kind, paler for the later stages of a rank. True: it is dark.
+LLMPARI_FN bool llmpari_pipe_colour(const llmpar_schedule *s, llmpar_action a, char text[8]) {
+    static const uint8_t rgb[4][3] = { { 47, 111, 181 }, { 190, 66, 42 }, { 16, 138, 122 }, { 168, 122, 8 } };
+    int32_t n;
+    const int32_t chunk = llmpari_pipe_chunk(s, a.stage, &n);
+    const double pale = n > 1 ? 0.6 * chunk / (n - 1) : 0;
+    unsigned c[3];
+    for (int i = 0; i < 3; i++) c[i] = (unsigned)(rgb[a.kind & 3][i] + pale * (255 - rgb[a.kind & 3][i])) & 255u;
+    snprintf(text, 8, "#%02x%02x%02x", c[0], c[1], c[2]);
+    return pale < 0.3;
+}
+
+// Memory of a rank over time as a step line, `high` pixels for `most`, standing on y.
+LLMPARI_FN void llmpari_pipe_memory_svg(const llmpar_sink *sink, const llmpari_timeline *t, const llmpar_schedule *s, const llmpar_pipe_costs *costs, const llmpar_pipe_timing *timing,
+                                        int32_t rank, double y, double high, double most) {
+    const double scale = t->width / t->seconds, high_one = high / most;
+    double held = 0, at = 0;                                                               // what changes at one time is one step
+    llmpari_print(sink, "<path d=\"M%.1f %.1f", t->left, y);
+    for (int64_t j = s->first[rank]; j < s->first[rank + 1]; j++) {
+        const llmpar_action a = s->action[j];
+        const double hold = costs && costs->hold ? costs->hold[a.stage] : 1, release = costs && costs->release ? costs->release[a.stage] : hold / 2;
+        const double time = a.kind == LLMPAR_ACTION_F ? timing->action_begin[j] : timing->action_end[j];
+        if (llmpari_action_is_transfer(a)) continue;
+        if (time > at) llmpari_print(sink, "H%.2fV%.2f", t->left + scale * at, y - high_one * held);
+        held += llmpari_pipe_holds(a.kind, hold, release);
+        at = time;
+    }
+    llmpari_print(sink, "H%.2fV%.2fH%.1fV%.1fZ\" fill=\"#d5dae1\" stroke=\"#5b6675\" stroke-width=\"0.8\"><title>memory of rank %d, at most %.6g</title></path>\n", t->left + scale * at,
+                  y - high_one * held, t->left + t->width, y, (int)rank, timing->peak[rank]);
+}
+
+// Bars of a rank, and over them the micro-batches that fit into them: in white, then in black.
+LLMPARI_FN void llmpari_pipe_bars_svg(const llmpar_sink *sink, const llmpari_timeline *t, const llmpar_schedule *s, const llmpar_pipe_timing *timing, int32_t rank) {
+    const double scale = t->width / t->seconds;
+    char text[96], colour[8];
+    for (int pass = 0; pass < 3; pass++) {
+        llmpari_print(sink, pass == 0 ? "<g stroke=\"#fff\" stroke-width=\"0.7\">\n" : pass == 1 ? "<g fill=\"#fff\" pointer-events=\"none\">\n" : "<g pointer-events=\"none\">\n");
+        for (int64_t j = s->first[rank]; j < s->first[rank + 1]; j++) {
+            const llmpar_action a = s->action[j];
+            const double begin = timing->action_begin[j], end = timing->action_end[j];
+            if (llmpari_action_is_transfer(a)) continue;
+            const bool dark = llmpari_pipe_colour(s, a, colour);
+            if (pass == 0) {
+                snprintf(text, sizeof text, "%s: %.6g to %.6g", llmpari_action_print(a).text, begin, end);
+                llmpari_timeline_bar(sink, t, rank, begin, end, colour, text);
+            } else if (dark == (pass == 1)) {
+                const int n = snprintf(text, sizeof text, "%d", (int)a.micro);
+                if (scale * (end - begin) >= 6.4 * n + 1.5) llmpari_svg_text(sink, t->left + scale * (begin + end) / 2, t->top + t->row * rank + 3 + t->bar / 2 + 3.5, 10, "middle", text);
+            }
+        }
+        llmpari_print(sink, "</g>\n");
+    }
+}
+
+LLMPAR_DEF void llmpar_pipe_svg(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, const llmpar_pipe_timing *timing, llmpar_sink sink) {
+    static const char *const word[4] = { "F forward", "B backward", "I input gradients", "W weight gradients" };
+    const llmpar_schedule *s = schedule;
+    llmpari_timeline t = LLMPAR_ZERO;
+    double shortest = llmpari_pipe_shortest(s, timing), most = 0, all = 0, x;
+    int32_t n = 1;
+    bool seen[4] = { false, false, false, false };
+    char text[200], colour[8];
+    for (int64_t j = 0; j < s->first[s->n_ranks]; j++) {
+        if (llmpari_action_is_transfer(s->action[j])) continue;
+        seen[s->action[j].kind] = true;
+        all += timing->action_end[j] - timing->action_begin[j];
+    }
+    for (int32_t r = 0; r < s->n_ranks; r++) most = fmax(most, timing->peak[r]);
+    t.left = 70, t.top = 92, t.row = 64, t.bar = 26, t.tracks = s->n_ranks, t.plain = true;
+    t.seconds = timing->makespan > 0 ? timing->makespan : 1;
+    shortest  = fmax(shortest, all / (double)llmpari_max(1, s->first[s->n_ranks]) / 4);    // wide enough for numbers in all bars but very short ones
+    t.width   = fmax(900, fmin(20000, (3 + 6.4 * snprintf(text, sizeof text, "%d", (int)s->n_micro - 1)) * t.seconds / shortest));
+    llmpari_svg_begin(&sink, t.left + t.width + 100, t.top + t.row * t.tracks + 34);
+    snprintf(text, sizeof text, "%s: %d ranks, %d stages, %d micro-batches", s->name, (int)s->n_ranks, (int)s->n_stages, (int)s->n_micro);
+    llmpari_svg_text(&sink, 20, 28, 16, "start", text);
+    llmpari_pipe_numbers(s, timing, text, sizeof text);
+    llmpari_svg_text(&sink, 20, 48, 12, "start", text);
+    x = t.left;
+    for (int k = 0; k < 4; k++) {
+        if (!seen[k]) continue;
+        llmpari_pipe_colour(s, llmpari_action((llmpar_action_kind)k, 0, 0), colour);
+        llmpari_svg_key(&sink, &x, 74, colour, word[k]);
+    }
+    llmpari_pipe_chunk(s, 0, &n);
+    llmpari_svg_key(&sink, &x, 74, "#d5dae1", "memory");
+    snprintf(text, sizeof text, "numbers: micro-batches%s", n > 1 ? "; pale: later stages of the rank" : "");
+    llmpari_svg_text(&sink, x + 6, 74, 12, "start", text);
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        const double y = t.top + t.row * r, end = t.left + t.width + 8;
+        snprintf(text, sizeof text, "rank %d", (int)r);
+        llmpari_timeline_track(&sink, &t, r, text);
+        llmpari_pipe_memory_svg(&sink, &t, s, costs, timing, r, y + t.row - 6, 24, most > 0 ? most : 1);
+        snprintf(text, sizeof text, "bubble %.1f %%", 100 * llmpari_pipe_idle(s, timing, r));
+        llmpari_svg_text(&sink, end, y + 20, 12, "start", text);
+        snprintf(text, sizeof text, "peak %.6g", timing->peak[r]);
+        llmpari_svg_text(&sink, end, y + t.row - 12, 12, "start", text);
+    }
+    llmpari_timeline_axis(&sink, &t);
+    for (int32_t r = 0; r < s->n_ranks; r++) llmpari_pipe_bars_svg(&sink, &t, s, timing, r);
+    llmpari_print(&sink, "</svg>\n");
+}
+
+LLMPAR_DEF void llmpar_pipe_trace(const llmpar_schedule *schedule, const llmpar_pipe_timing *timing, llmpar_sink sink) {
+    llmpari_print(&sink, "{\"displayTimeUnit\": \"ms\", \"traceEvents\": [\n");
+    for (int32_t r = 0; r < schedule->n_ranks; r++) {
+        llmpari_trace_thread(&sink, r);
+        for (int64_t j = schedule->first[r]; j < schedule->first[r + 1]; j++) {
+            const llmpar_action a = schedule->action[j];
+            if (llmpari_action_is_transfer(a)) continue;
+            llmpari_print(&sink, ",\n{\"name\": \"%s\", \"cat\": \"%s\", \"ph\": \"B\", \"pid\": 0, \"tid\": %d, \"ts\": %.3f, \"args\": {\"stage\": %d, \"micro\": %d}},\n"
+                          "{\"ph\": \"E\", \"pid\": 0, \"tid\": %d, \"ts\": %.3f}", llmpari_action_print(a).text, llmpari_action_name[a.kind], (int)r, 1e6 * timing->action_begin[j],
+                          (int)a.stage, (int)a.micro, (int)r, 1e6 * timing->action_end[j]);
+        }
+    }
+    llmpari_print(&sink, "\n]}\n");
+}
+LLMPARI_ONCE_END
+
 // ============================================================================================================
 // >>comm (impl)
 // ============================================================================================================
@@ -9431,7 +12179,7 @@ LLMPAR_DEF void llmpar_trace_write(const llmpar_trace *const *trace, int32_t n, 
     llmpari_print(&sink, "{\"displayTimeUnit\": \"ns\", \"traceEvents\": [\n");
     for (int32_t r = 0; r < n; r++) {
         llmpari_trace_order order = { trace[r], 0, NULL };
-        llmpari_print(&sink, "%s{\"name\": \"thread_name\", \"ph\": \"M\", \"pid\": 0, \"tid\": %d, \"args\": {\"name\": \"rank %d\"}}", r ? ",\n" : "", r, r);
+        llmpari_trace_thread(&sink, r);
         for (int64_t i = 0; i < llmpari_trace_events(trace[r]); i++) {
             const llmpar_trace_event *e = &trace[r]->event[i];
             if (e->started_s == 0) continue;
@@ -9452,7 +12200,7 @@ LLMPAR_DEF void llmpar_trace_write(const llmpar_trace *const *trace, int32_t n, 
 
 LLMPAR_DEF void llmpar_trace_svg(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink) {
     static const char colour[LLMPAR_COLLECTIVE_COUNT][8] = { "#bab0ac", "#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#b07aa1", "#edc948", "#ff9da7", "#9c755f" };
-    llmpari_timeline t = { 70, 70, 30, 1000, 0, 0 };
+    llmpari_timeline t = { 70, 70, 30, 24, 1000, 0, 0, false };
     bool seen[LLMPAR_COLLECTIVE_COUNT] = { false };
     double zero, x = 70;
     char text[192];
@@ -15214,6 +17962,7 @@ struct llmpar_exec {
     llmpar_comm **comm;
     llmpari_exec_table table[LLMPARI_EXEC_MAX_TABLES];
     int64_t       cache_slots;     // the fewest slots of a row in any cache; 0 = no cache
+    int32_t       n_caches, cache_set;   // sets, one after another in the memory of a cache; which one is in use
     int64_t       activation_bytes, scratch_bytes;
     char         *scratch;
     void         *state, *work;    // weights and caches; all else. As allocated
@@ -16752,6 +19501,8 @@ LLMPARI_FN llmpar_status llmpari_exec_borrow(llmpar_exec *x, int32_t node, int32
                             (int)x->rank, a,
                             llmpar_dtype_name(mine->tensor.dtype), b, llmpar_dtype_name(copy->tensor.dtype));
     }
+    if (x->n_caches > from->n_caches)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_caches=%d, but the exec whose caches are to be shared has %d", (int)x->n_caches, (int)from->n_caches);
     slot->data = theirs->data;
     return LLMPAR_OK;
 }
@@ -16787,10 +19538,12 @@ LLMPARI_FN llmpar_status llmpari_exec_allocate(llmpar_exec *x, llmpar_error *err
                     continue;
                 }
                 llmpari_exec_slot *slot = &x->slot[x->node_slot[n] + r];
-                if (pass == 0) { if (input) work += slot->bytes; else state += slot->bytes; continue; }
+                const bool cache = x->graph->node[n].role == LLMPAR_ROLE_CACHE;
+                const int64_t bytes = slot->bytes * (cache ? x->n_caches : 1);
+                if (pass == 0) { if (input) work += bytes; else state += bytes; continue; }
                 slot->data = input ? work_at : state_at;
-                if (input) work_at += slot->bytes; else state_at += slot->bytes;
-                if (x->graph->node[n].role == LLMPAR_ROLE_CACHE) memset(slot->data, 0, (size_t)slot->bytes);
+                if (input) work_at += bytes; else state_at += bytes;
+                if (cache) memset(slot->data, 0, (size_t)bytes);
             }
         }
         for (int32_t i = 0; i < x->n_tables; i++) {
@@ -16835,6 +19588,8 @@ LLMPARI_FN llmpar_status llmpari_exec_build(const llmpar_exec_desc *desc, llmpar
     x->world = desc->world;
     x->rank  = desc->world->rank;
     x->share = desc->share;
+    x->n_caches = desc->n_caches ? desc->n_caches : 1;
+    if (x->n_caches < 1) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_caches=%d; pass 0 (one) or more", (int)x->n_caches);
     x->ops   = desc->ops ? *desc->ops : llmpar_ops_cpu();
     x->rope_frequencies = desc->rope_frequencies;
     if (!llmpar_mesh_coord(x->mesh, x->rank, coord))
@@ -16898,7 +19653,13 @@ LLMPAR_DEF void *llmpar_exec_data(llmpar_exec *x, int node, int round, llmpar_te
     const llmpari_exec_slot *slot = &x->slot[x->node_slot[node] + round];
     if (slot->value < 0) return NULL;
     if (tensor) *tensor = x->value[slot->value].tensor;
-    return slot->data;
+    return (char *)slot->data + (x->graph->node[node].role == LLMPAR_ROLE_CACHE ? x->cache_set * slot->bytes : 0);
+}
+
+LLMPAR_DEF llmpar_status llmpar_exec_use_cache(llmpar_exec *x, int32_t set, llmpar_error *err) {
+    if (set < 0 || set >= x->n_caches) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "cache set %d of %d", (int)set, (int)x->n_caches);
+    x->cache_set = set;
+    return LLMPAR_OK;
 }
 
 LLMPAR_DEF const float *llmpar_exec_output(llmpar_exec *x, const char *name, llmpar_tensor *tensor) {
@@ -16982,7 +19743,10 @@ LLMPAR_DEF llmpar_status llmpar_exec_run(llmpar_exec *x, const int32_t *position
         llmpari_exec_kernel run = task->run;
         if (turn->merged && !x->watch) continue;
         for (int s = 0; s < task->n_in; s++) args.in[s] = x->slot[turn->in[s]].data;
-        for (int s = 0; s < 2; s++) args.cache[s] = turn->cache[s] >= 0 ? (float *)x->slot[turn->cache[s]].data : NULL;
+        for (int s = 0; s < 2; s++) {
+            const llmpari_exec_slot *cache = turn->cache[s] >= 0 ? &x->slot[turn->cache[s]] : NULL;
+            args.cache[s] = cache ? (float *)(void *)((char *)cache->data + x->cache_set * cache->bytes) : NULL;
+        }
         args.out = turn->out >= 0 ? x->slot[turn->out].data : NULL;
         for (int s = 0; task->converts >> s; s++)
             if (task->converts >> s & 1u) {
@@ -17005,41 +19769,366 @@ LLMPAR_DEF llmpar_status llmpar_exec_run(llmpar_exec *x, const int32_t *position
 
 
 // ============================================================================================================
+// >>stage (impl)
+// ============================================================================================================
+
+#define LLMPARI_STAGE_COPIES    16     // messages of a rank under way with BUFFERED
+#define LLMPARI_STAGE_UNDER_WAY 48     // from so many on those that are over are looked for: comm takes 64
+
+typedef struct llmpari_stage_buffer { char *memory; llmpar_request request; } llmpari_stage_buffer;
+typedef struct llmpari_stage_links { int32_t in, out; } llmpari_stage_links;   // buffers of an action, -1 = none; SEND: in, RECV: out
+
+struct llmpar_stages {
+    llmpar_stages_desc desc;
+    llmpar_arena  arena;
+    int64_t first, n;              // this rank's actions in the program
+    llmpari_stage_links  *links;   // [n]
+    llmpari_stage_buffer *buffer;  // message buffers, then those between stages of this rank, then copies
+    int32_t n_messages, n_local, n_copies, next_copy, under_way;
+    double *begin, *end;           // [n] of the last run, or NULL
+};
+
+LLMPARI_ONCE_BEGIN
+// Bytes of what a transfer carries, or of what an action hands on.
+LLMPARI_FN int64_t llmpari_stage_bytes(const llmpar_stages_desc *d, llmpar_action a) {
+    const bool token = (a.kind == LLMPAR_ACTION_RECV_F && a.stage == 0) || ((a.kind == LLMPAR_ACTION_SEND_F || a.kind == LLMPAR_ACTION_F) && a.stage + 1 == d->program->n_stages);
+    if (a.kind == LLMPAR_ACTION_F || a.kind == LLMPAR_ACTION_SEND_F || a.kind == LLMPAR_ACTION_RECV_F) return token ? d->token_bytes : d->forward_bytes;
+    return d->backward_bytes;
+}
+
+// Messages meet in the order in which they are sent from one rank to another: the receiver must post them in that order.
+LLMPARI_FN llmpar_status llmpari_stage_order(const llmpar_schedule *s, llmpar_arena *scratch, llmpar_error *err) {
+    int64_t *cursor = (int64_t *)llmpar_arena_alloc(scratch, (size_t)s->n_ranks * sizeof *cursor);
+    if (!cursor) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to compare the messages of %d ranks", (int)s->n_ranks);
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        memcpy(cursor, s->first, (size_t)s->n_ranks * sizeof *cursor);
+        for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
+            const llmpar_action a = s->action[j];
+            if (!llmpari_action_is_send(a)) continue;
+            const llmpar_action o = llmpari_pipe_other_end(s, a);
+            const int32_t to = s->rank_of[o.stage];
+            for (;; cursor[to]++) {
+                if (cursor[to] == s->first[to + 1])
+                    return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d does %s, and rank %d posts nothing more for it", (int)r, llmpari_action_print(a).text, (int)to);
+                const llmpar_action b = s->action[cursor[to]];
+                if (llmpari_action_is_transfer(b) && !llmpari_action_is_send(b) && s->rank_of[llmpari_pipe_other_end(s, b).stage] == r) break;
+            }
+            const llmpar_action b = s->action[cursor[to]++];
+            if (b.kind != o.kind || b.stage != o.stage || b.micro != o.micro)
+                return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "ranks %d and %d disagree about the order of their messages: rank %d does %s when rank %d expects %s; lower the schedule with "
+                                    "llmpar_pipe_lower", (int)r, (int)to, (int)r, llmpari_action_print(a).text, (int)to, llmpari_action_print(b).text);
+        }
+    }
+    return LLMPAR_OK;
+}
+
+// The action, F or a backward, that takes what `a` makes; -1: nobody does. *stays: on the same rank.
+LLMPARI_FN int32_t llmpari_stage_taker(const llmpar_schedule *s, const llmpari_pipe_index *x, llmpar_action a, bool *stays) {
+    const int64_t c = (int64_t)a.stage * s->n_micro + a.micro;
+    *stays = false;
+    if (a.kind == LLMPAR_ACTION_F) {
+        const bool last = a.stage + 1 == s->n_stages;
+        if (last && (!s->in_flight || a.micro + s->in_flight >= s->n_micro)) return -1;
+        *stays = !llmpari_pipe_crosses(s, a.stage);
+        return last ? x->at[LLMPAR_ACTION_F][a.micro + s->in_flight] : x->at[LLMPAR_ACTION_F][c + s->n_micro];
+    }
+    if ((a.kind != LLMPAR_ACTION_B && a.kind != LLMPAR_ACTION_I) || a.stage == 0) return -1;
+    *stays = !llmpari_pipe_crosses(s, a.stage - 1);
+    return x->at[LLMPAR_ACTION_B][c - s->n_micro] >= 0 ? x->at[LLMPAR_ACTION_B][c - s->n_micro] : x->at[LLMPAR_ACTION_I][c - s->n_micro];
+}
+
+// Gives every action of this rank its buffers.
+LLMPARI_FN llmpar_status llmpari_stage_link(llmpar_stages *q, const llmpari_pipe_index *x, llmpar_arena *scratch, llmpar_error *err) {
+    const llmpar_schedule *s = q->desc.program;
+    llmpari_pipe_life local;
+    LLMPARI_TRY(llmpari_pipe_life_new(&local, q->n, scratch, err));
+    q->n_messages = s->n_slots[q->desc.comm->rank];
+    for (int64_t j = 0; j < q->n; j++) q->links[j].in = q->links[j].out = -1;
+    for (int64_t j = 0; j < q->n; j++) {
+        const llmpar_action a = s->action[q->first + j];
+        const int64_t c = (int64_t)a.stage * s->n_micro + a.micro;
+        bool stays;
+        if (llmpari_action_is_send(a)) q->links[j].in = a.slot;
+        else if (llmpari_action_is_transfer(a)) q->links[j].out = a.slot;
+        else if (a.kind != LLMPAR_ACTION_W) {
+            const bool f = a.kind == LLMPAR_ACTION_F;
+            const int32_t recv = x->at[f ? LLMPAR_ACTION_RECV_F : LLMPAR_ACTION_RECV_B][c], send = x->at[f ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B][c];
+            const int32_t to = llmpari_stage_taker(s, x, a, &stays);
+            if (recv >= 0) q->links[j].in = s->action[recv].slot;
+            if (send >= 0) q->links[j].out = s->action[send].slot;
+            if (stays) llmpari_pipe_live(&local, j, to - q->first + 1, j);
+        }
+    }
+    q->n_local = llmpar_slots(local.begin, local.end, local.n, local.slot, scratch);
+    if (q->n_local < 0) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to number the buffers of rank %d", q->desc.comm->rank);
+    for (int64_t i = 0; i < local.n; i++)
+        q->links[local.action[i]].out = q->links[local.end[i] - 1].in = q->n_messages + local.slot[i];
+    return LLMPAR_OK;
+}
+
+LLMPARI_FN llmpar_status llmpari_stage_buffers(llmpar_stages *q, llmpar_error *err) {
+    const llmpar_stages_desc *d = &q->desc;
+    int64_t sends = 0, bytes = 1, all;
+    for (int64_t j = 0; j < q->n; j++) {
+        const llmpar_action a = d->program->action[q->first + j];
+        sends += llmpari_action_is_send(a);
+        if (q->links[j].out >= 0) bytes = llmpari_max(bytes, llmpari_stage_bytes(d, a));
+    }
+    bytes = llmpar_round_up(bytes, 64);
+    q->n_copies = d->transport == LLMPAR_PIPE_BUFFERED ? (int32_t)llmpari_min(sends, LLMPARI_STAGE_COPIES) : 0;
+    const int64_t n = (int64_t)q->n_messages + q->n_local + q->n_copies;
+    q->buffer = (llmpari_stage_buffer *)llmpar_arena_alloc(&q->arena, (size_t)llmpari_max(n, 1) * sizeof *q->buffer);
+    char *memory = q->buffer && llmpari_mul(llmpari_max(n, 1), bytes, &all) ? (char *)llmpar_arena_alloc(&q->arena, (size_t)all) : NULL;
+    if (!memory) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "rank %d: no memory for %lld buffers of %lld bytes", d->comm->rank, (long long)n, (long long)bytes);
+    for (int64_t i = 0; i < n; i++) q->buffer[i].memory = memory + i * bytes;
+    return LLMPAR_OK;
+}
+
+LLMPARI_FN llmpar_status llmpari_stage_prepare(llmpar_stages *q, llmpar_arena *scratch, llmpar_error *err) {
+    const llmpar_stages_desc *d = &q->desc;
+    const llmpar_schedule *s = d->program;
+    llmpari_pipe_index x;
+    LLMPARI_TRY(llmpari_pipe_shape(s, err));
+    if (!s->lowered || !s->n_slots) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the program has no transfers, or no buffers for them; pass what llmpar_pipe_lower made");
+    if (d->comm->size != s->n_ranks) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "a program of %d ranks on a communicator of %d", (int)s->n_ranks, (int)d->comm->size);
+    if (d->forward_bytes < 0 || d->backward_bytes < 0 || d->token_bytes < 0)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "messages of %lld, %lld and %lld bytes; none may be negative", (long long)d->forward_bytes, (long long)d->backward_bytes,
+                            (long long)d->token_bytes);
+    if (!d->unproven) LLMPARI_TRY(llmpar_pipe_verify(s, NULL, d->transport, 0, scratch, err));
+    LLMPARI_TRY(llmpari_stage_order(s, scratch, err));
+    LLMPARI_TRY(llmpari_pipe_index_fill(s, scratch, &x, err));
+    LLMPARI_TRY(llmpari_pipe_complete(s, &x, err));
+    if (!d->forward || (x.backward && !d->backward)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is NULL", d->forward ? "backward" : "forward");
+    LLMPARI_TRY(llmpari_pipe_slots_check(s, &x, scratch, err));
+    q->first = s->first[d->comm->rank];
+    q->n     = s->first[d->comm->rank + 1] - q->first;
+    q->links = (llmpari_stage_links *)llmpar_arena_alloc(&q->arena, (size_t)llmpari_max(q->n, 1) * sizeof *q->links);
+    if (d->record) q->begin = (double *)llmpar_arena_alloc(&q->arena, 2 * (size_t)llmpari_max(q->n, 1) * sizeof *q->begin);
+    if (!q->links || (d->record && !q->begin)) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %lld actions", (long long)q->n);
+    q->end = q->begin ? q->begin + q->n : NULL;
+    LLMPARI_TRY(llmpari_stage_link(q, &x, scratch, err));
+    return llmpari_stage_buffers(q, err);
+}
+
+LLMPAR_DEF llmpar_status llmpar_stages_create(const llmpar_stages_desc *desc, llmpar_stages **stages, llmpar_error *err) {
+    llmpar_arena scratch;
+    if (!desc || !desc->program || !desc->comm || !stages)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is NULL", !desc ? "desc" : !stages ? "stages" : !desc->comm ? "comm" : "program");
+    llmpar_stages *q = (llmpar_stages *)llmpari_alloc(&desc->allocator, sizeof *q);
+    if (!q) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a runner of %lld bytes", (long long)sizeof *q);
+    memset(q, 0, sizeof *q);
+    memset(&scratch, 0, sizeof scratch);
+    q->desc = *desc;
+    q->arena.allocator = scratch.allocator = desc->allocator;
+    const llmpar_status status = llmpari_stage_prepare(q, &scratch, err);
+    llmpar_arena_free(&scratch);
+    if (status) llmpar_stages_free(q);
+    else *stages = q;
+    return status;
+}
+
+LLMPAR_DEF void llmpar_stages_free(llmpar_stages *stages) {
+    if (!stages) return;
+    const llmpar_allocator allocator = stages->desc.allocator;
+    llmpar_arena_free(&stages->arena);
+    llmpari_free(&allocator, stages, sizeof *stages);
+}
+LLMPAR_DEF size_t llmpar_stages_bytes(const llmpar_stages *stages) { return stages->arena.used_bytes + sizeof *stages; }
+
+// What every rank did, from the begin and end of its actions.
+LLMPARI_FN void llmpari_stage_sum(const llmpar_schedule *s, const llmpari_pipe_cost *c, llmpar_pipe_timing *t) {
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        bool begun = false;
+        for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
+            if (llmpari_action_is_transfer(s->action[j])) continue;
+            if (!begun) begun = true, t->begin[r] = t->action_begin[j];
+            t->busy[r] += t->action_end[j] - t->action_begin[j];
+            t->end[r]   = t->action_end[j];
+        }
+        t->peak[r]  = llmpari_pipe_peak(s, c, r);
+        t->work     = fmax(t->work, t->busy[r]);
+        t->makespan = fmax(t->makespan, t->end[r]);
+        t->span     = fmax(t->span, t->end[r] - t->begin[r]);
+    }
+}
+
+LLMPAR_DEF llmpar_status llmpar_stages_timing(const llmpar_stages *stages, const llmpar_pipe_costs *costs, llmpar_arena *arena, llmpar_pipe_timing *timing, llmpar_error *err) {
+    const llmpar_schedule *s = stages->desc.program;
+    const int64_t n = s->first[s->n_ranks], R = s->n_ranks;
+    llmpari_pipe_cost c;
+    double start = INFINITY;
+    if (!stages->begin) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "nothing was recorded; set llmpar_stages_desc.record");
+    double *numbers = (double *)llmpar_arena_alloc(arena, (size_t)(4 * R + 2 * n) * sizeof *numbers);
+    const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    int64_t *counts = (int64_t *)llmpar_arena_alloc(arena, (size_t)R * sizeof *counts);
+    if (!numbers || !counts) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
+    LLMPARI_TRY(llmpari_pipe_cost_fill(costs, s, arena, &c, err));
+    memset(timing, 0, sizeof *timing);
+    timing->busy = numbers, timing->begin = numbers + R, timing->end = numbers + 2 * R, timing->peak = numbers + 3 * R;
+    timing->action_begin = numbers + 4 * R, timing->action_end = timing->action_begin + n;
+    for (int32_t r = 0; r < R; r++) counts[r] = (s->first[r + 1] - s->first[r]) * (int64_t)sizeof(double);
+    LLMPARI_TRY(llmpar_all_gather(stages->desc.comm, stages->begin, timing->action_begin, counts, LLMPAR_U8, err));
+    LLMPARI_TRY(llmpar_all_gather(stages->desc.comm, stages->end, timing->action_end, counts, LLMPAR_U8, err));
+    for (int64_t j = 0; j < n; j++) start = fmin(start, timing->action_begin[j]);
+    for (int64_t j = 0; j < n; j++) timing->action_begin[j] -= start, timing->action_end[j] -= start;
+    llmpari_stage_sum(s, &c, timing);
+    llmpar_arena_restore(arena, mark);
+    return LLMPAR_OK;
+}
+LLMPARI_ONCE_END
+
+LLMPARI_FN double llmpari_stage_clock(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+// The last transfer from or to this buffer is over.
+LLMPARI_FN llmpar_status llmpari_stage_settle(llmpar_stages *q, int32_t buffer, llmpar_error *err) {
+    return buffer < 0 || !q->buffer[buffer].request.comm ? LLMPAR_OK : llmpar_wait(&q->buffer[buffer].request, err);
+}
+
+LLMPARI_FN llmpar_status llmpari_stage_transfer(llmpar_stages *q, llmpar_action a, llmpari_stage_links links, llmpar_error *err) {
+    const llmpar_schedule *s = q->desc.program;
+    const bool send = llmpari_action_is_send(a);
+    int32_t buffer = send ? links.in : links.out;
+    llmpar_call call;
+    memset(&call, 0, sizeof call);
+    call.kind  = send ? LLMPAR_SEND : LLMPAR_RECV;
+    call.count = llmpari_stage_bytes(&q->desc, a);
+    call.dtype = LLMPAR_U8;
+    call.peer  = s->rank_of[llmpari_pipe_other_end(s, a).stage];
+    if (send && q->desc.transport == LLMPAR_PIPE_BUFFERED) {
+        const int32_t copy = q->n_messages + q->n_local + q->next_copy++ % q->n_copies;
+        q->next_copy %= q->n_copies;
+        LLMPARI_TRY(llmpari_stage_settle(q, copy, err));
+        memcpy(q->buffer[copy].memory, q->buffer[buffer].memory, (size_t)call.count);
+        buffer = copy;
+    }
+    LLMPARI_TRY(llmpari_stage_settle(q, buffer, err));
+    if (++q->under_way > LLMPARI_STAGE_UNDER_WAY) {
+        q->under_way = 1;
+        for (int32_t i = 0; i < q->n_messages + q->n_local + q->n_copies; i++) {
+            bool done = true;
+            if (q->buffer[i].request.comm) LLMPARI_TRY(llmpar_test(&q->buffer[i].request, &done, err));
+            q->under_way += !done;
+        }
+    }
+    if (send) call.send = q->buffer[buffer].memory;
+    else call.recv = q->buffer[buffer].memory;
+    LLMPARI_TRY(llmpar_start(q->desc.comm, &call, &q->buffer[buffer].request, err));
+    return send && q->desc.transport == LLMPAR_PIPE_RENDEZVOUS ? llmpari_stage_settle(q, buffer, err) : LLMPAR_OK;
+}
+
+// The work of a stage. An error of the callback stops everybody.
+LLMPARI_FN llmpar_status llmpari_stage_work(llmpar_stages *q, llmpar_action a, llmpari_stage_links links, llmpar_error *err) {
+    const llmpar_stages_desc *d = &q->desc;
+    const void *in = links.in < 0 ? NULL : q->buffer[links.in].memory;
+    void *out = links.out < 0 ? NULL : q->buffer[links.out].memory;
+    llmpar_error own;
+    memset(&own, 0, sizeof own);
+    const llmpar_status status = a.kind == LLMPAR_ACTION_F ? d->forward(a.stage, a.micro, in, out, d->user, &own)
+                                                           : d->backward(a.stage, a.micro, (llmpar_action_kind)a.kind, in, out, d->user, &own);
+    if (!status) return LLMPAR_OK;
+    llmpar_error full;
+    memset(&full, 0, sizeof full);
+    LLMPARI_FAIL(&full, status, "%s: %.900s", llmpari_action_print(a).text, own.text[0] ? own.text : llmpar_status_text(status));
+    llmpar_comm_abort(d->comm, full.text);
+    if (err) *err = full;
+    return status;
+}
+
+LLMPARI_FN llmpar_status llmpari_stage_action(llmpar_stages *q, int64_t j, llmpar_error *err) {
+    const llmpar_action a = q->desc.program->action[q->first + j];
+    const llmpari_stage_links links = q->links[j];
+    const bool transfer = llmpari_action_is_transfer(a);
+    if (!transfer) {
+        LLMPARI_TRY(llmpari_stage_settle(q, links.in, err));
+        LLMPARI_TRY(llmpari_stage_settle(q, links.out, err));
+    }
+    if (q->begin) q->begin[j] = llmpari_stage_clock();
+    LLMPARI_TRY(transfer ? llmpari_stage_transfer(q, a, links, err) : llmpari_stage_work(q, a, links, err));
+    if (q->end) q->end[j] = llmpari_stage_clock();
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_stages_run(llmpar_stages *stages, const bool *skip, llmpar_error *err) {
+    llmpar_status status = LLMPAR_OK;
+    for (int64_t j = 0; !status && j < stages->n; j++) {                                   // what remains without a micro-batch waits for less, so it cannot deadlock either
+        const llmpar_action a = stages->desc.program->action[stages->first + j];
+        const bool token = a.kind == LLMPAR_ACTION_SEND_F && a.stage + 1 == stages->desc.program->n_stages;      // for another micro-batch
+        if (!skip || !(skip[a.micro] || (token && skip[a.micro + stages->desc.program->in_flight]))) status = llmpari_stage_action(stages, j, err);
+        else if (stages->begin) stages->begin[j] = stages->end[j] = llmpari_stage_clock();
+    }
+    for (int32_t i = 0; i < stages->n_messages + stages->n_local + stages->n_copies; i++) {    // after an error too: they return at once then
+        const llmpar_status late = llmpari_stage_settle(stages, i, status ? NULL : err);
+        if (!status) status = late;
+        stages->buffer[i].request.comm = NULL;
+    }
+    stages->under_way = 0;
+    return status;
+}
+
+// ============================================================================================================
 // >>engine (impl)
 // ============================================================================================================
 LLMPARI_ONCE_BEGIN
 
-#define LLMPARI_PREFILL 0
-#define LLMPARI_DECODE  1
+#define LLMPARI_PREFILL  0
+#define LLMPARI_DECODE   1
+#define LLMPARI_GENERATE 2              // decode's plans, token after token
+#define LLMPARI_GENERATE_STEPS 64       // of one run
 
-typedef struct llmpari_phase {     // one plan and what runs it
+typedef struct llmpari_phase {     // one plan and what is around it
     llmpar_graph graph;
     llmpar_plan  plan;
-    llmpar_exec *exec;
     int64_t      seq;              // tokens per row of one run
-    int          ids, last;        // input nodes; last = -1: there is none
-    int32_t     *position;         // [batch, seq]
-    int64_t      runs, tokens;
-    double       seconds;
+    int          in, last;         // input nodes: ids or h_in; which token's logits, -1 = there is none
+    int32_t     *position;         // [group_rows, seq]
+    int64_t      bytes;            // of this rank's block of h_out, or h_in
 } llmpari_phase;
+
+typedef struct llmpari_engine_part {      // a stage of this rank
+    llmpar_engine_stage about;
+    llmpari_phase phase[2];
+} llmpari_engine_part;
+
+typedef struct llmpari_batch { const int32_t *ids, *lengths; int64_t rows, stride, longest; } llmpari_batch;
+
+// How a step's work is cut: units of group_rows rows x seq tokens go through the stages, unit number chunk * n_groups + group.
+typedef struct llmpari_flow {
+    llmpar_schedule program;
+    llmpar_stages  *stages;
+    bool           *skip;          // [units]
+    int32_t         n_chunks;
+    int64_t         runs, tokens;
+    double          seconds;
+} llmpari_flow;
 
 struct llmpar_engine {
     llmpar_engine_desc desc;       // sizes filled in; folder and mesh are not kept
-    llmpar_mesh   mesh;
+    llmpar_mesh   mesh;            // without pp: of the ranks that have the same stages
+    llmpar_comm  *comm, *pipe;     // those ranks, in the mesh's order; the ranks that have the other stages of the same block, in the order of pp
     llmpar_model  model;
     llmpar_arena  arena;           // graphs, plans and the arrays below
-    llmpari_phase phase[2];
+    int32_t       n_stages, n_parts, n_groups;
+    int64_t       group_rows;
+    int32_t      *stage_rank;      // [n_stages]: rank of pp
+    int64_t      *first_layer;     // [n_stages + 1]
+    llmpari_engine_part *part;            // [n_parts]
+    llmpari_flow  flow[3];
+    int           which, phase;    // of the run that goes on: flow, its phase, batch, first token
+    llmpari_batch batch;
+    int64_t       done;
+    llmpar_pick_fn pick;           // of the llmpar_engine_generate that goes on
+    void         *pick_user;
+    int64_t       picked;          // tokens of a row in its runs before
+    int32_t      *tokens, *lengths;   // [batch][GENERATE_STEPS + 1]: what goes in, and comes out one further; [batch]
     float        *rope;            // [D / 2]
     float        *logits;          // [batch, V], with all_logits [batch, max_prompt, V]
     int64_t      *used;            // [batch]: tokens of each row in the cache
     int64_t       bytes_read;
 };
-
-LLMPARI_FN double llmpari_engine_clock(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
 
 // Makes all ranks go on, or all fail with the error of the first rank that did. Every rank calls it with its own result so far.
 LLMPARI_FN llmpar_status llmpari_engine_agree(llmpar_comm *world, llmpar_status mine, llmpar_error *err) {
@@ -17062,12 +20151,15 @@ LLMPARI_FN llmpar_status llmpari_engine_check(const llmpar_engine_desc *desc, ll
     LLMPARI_TRY(llmpar_mesh_check(desc->mesh, desc->world->size, err));
     for (int a = 0; a < desc->mesh->n_axes; a++) {
         const llmpar_axis *axis = &desc->mesh->axis[a];
-        if (axis->size > 1 && strcmp(axis->name, "dp") != 0 && strcmp(axis->name, "tp") != 0)
-            return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "axis \"%s\" is not implemented yet; use dp and tp", axis->name);
+        if (axis->size > 1 && strcmp(axis->name, "dp") != 0 && strcmp(axis->name, "tp") != 0 && strcmp(axis->name, "pp") != 0)
+            return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "axis \"%s\" is not implemented yet; use pp, dp and tp", axis->name);
     }
     if (desc->max_batch < 0 || desc->max_batch > INT32_MAX || desc->max_prompt < 0 || desc->max_context < 0)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "max_batch=%lld max_prompt=%lld max_context=%lld; all must be 0 (the default) or more",
                             (long long)desc->max_batch, (long long)desc->max_prompt, (long long)desc->max_context);
+    if (desc->n_virtual < 0 || desc->n_micro < 0 || desc->chunk < 0)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_virtual=%d n_micro=%d chunk=%lld; all must be 0 (the default) or more", (int)desc->n_virtual, (int)desc->n_micro,
+                            (long long)desc->chunk);
     if (desc->round_weights && desc->weight_dtype > LLMPAR_F16)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "weight_dtype=%s; weights can be f32, bf16 or f16", llmpar_dtype_name(desc->weight_dtype));
     return LLMPAR_OK;
@@ -17085,20 +20177,131 @@ LLMPARI_FN llmpar_status llmpari_engine_sizes(llmpar_engine *e, llmpar_error *er
     if (d->max_prompt > d->max_context)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "max_prompt=%lld is more than max_context=%lld, the tokens that a row may have in all",
                             (long long)d->max_prompt, (long long)d->max_context);
+    if (d->n_micro > d->max_batch)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_micro=%d groups of max_batch=%lld rows; pass at most as many groups as rows", (int)d->n_micro, (long long)d->max_batch);
+    if (!d->chunk || d->chunk > d->max_prompt) d->chunk = d->max_prompt;
     return LLMPAR_OK;
 }
 
-// The dtype that all files have for a weight, f32 when layers differ (one node of the graph stands for all layers) or it is missing.
-LLMPARI_FN llmpar_dtype llmpari_engine_file_dtype(const llmpar_engine *e, const llmpar_checkpoint *checkpoint, llmpar_weight_kind kind,
+// The mesh without axis pp, whose ranks are those of one stage.
+LLMPARI_FN void llmpari_engine_mesh(llmpar_engine *e, const llmpar_mesh *mesh, int pp) {
+    e->mesh = *mesh;
+    if (pp < 0) return;
+    e->mesh.n_axes = 0;
+    for (int a = 0; a < mesh->n_axes; a++) if (a != pp) e->mesh.axis[e->mesh.n_axes++] = mesh->axis[a];
+    for (int a = e->mesh.n_axes, stride = 1; a-- > 0; stride *= e->mesh.axis[a].size) e->mesh.axis[a].stride = stride;
+    for (int a = e->mesh.n_axes; a < LLMPAR_MAX_AXES; a++) memset(&e->mesh.axis[a], 0, sizeof e->mesh.axis[a]);
+}
+
+// A schedule without its backward. Chunks must go through every stage in their order: they fill the cache.
+LLMPARI_FN llmpar_status llmpari_engine_forward_only(llmpar_schedule *s, llmpar_arena *scratch, llmpar_error *err) {
+    int32_t *next = (int32_t *)llmpar_arena_alloc(scratch, (size_t)s->n_stages * sizeof *next);
+    int64_t at = 0;
+    if (!next) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d stages", (int)s->n_stages);
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        const int64_t from = s->first[r];
+        s->first[r] = at;
+        for (int64_t j = from; j < s->first[r + 1]; j++) {
+            if (s->action[j].kind != LLMPAR_ACTION_F) continue;
+            if (s->action[j].micro != next[s->action[j].stage]++)
+                return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "schedule %s takes micro-batches through a stage out of order, which the KV cache does not allow; use \"forward\"", s->name);
+            s->action[at++] = s->action[j];
+        }
+    }
+    s->first[s->n_ranks] = at;
+    return LLMPAR_OK;
+}
+
+// The order in which units go through the stages. Decode has the places of prefill's stages, and the order of "forward"; a unit of generate is a token of each row of a
+// group, and needs the one before.
+LLMPARI_FN llmpar_status llmpari_engine_program(llmpar_engine *e, int which, llmpar_error *err) {
+    llmpari_flow *flow = &e->flow[which];
+    llmpar_arena scratch;
+    llmpar_pipe_desc desc;
+    llmpar_schedule s;
+    memset(&desc, 0, sizeof desc);
+    memset(&scratch, 0, sizeof scratch);
+    scratch.allocator = e->desc.allocator;
+    desc.kind = LLMPAR_PIPE_FORWARD;
+    if (which == LLMPARI_PREFILL && e->desc.schedule) LLMPARI_TRY(llmpar_pipe_kind_parse(e->desc.schedule, &desc.kind, err));
+    flow->n_chunks = which == LLMPARI_PREFILL ? (int32_t)((e->desc.max_prompt + e->desc.chunk - 1) / e->desc.chunk) : which == LLMPARI_DECODE ? 1 : LLMPARI_GENERATE_STEPS;
+    if ((int64_t)flow->n_chunks * e->n_groups > INT32_MAX / 8)
+        return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%d groups of rows x %d chunks are too many; pass a larger chunk", (int)e->n_groups, (int)flow->n_chunks);
+    desc.n_ranks   = e->pipe->size;
+    desc.n_virtual = which == LLMPARI_PREFILL ? e->desc.n_virtual : e->n_parts;
+    desc.n_micro   = flow->n_chunks * e->n_groups;
+    if (which != LLMPARI_PREFILL && e->n_parts > 1 && e->stage_rank[e->pipe->size] != 0) desc.map = LLMPAR_PIPE_MAP_V;
+    if (which == LLMPARI_GENERATE) desc.in_flight = e->n_groups;
+    llmpar_status status = llmpar_pipe_make(&desc, &scratch, &s, err);
+    if (!status) status = llmpari_engine_forward_only(&s, &scratch, err);
+    if (!status) status = llmpar_pipe_lower(&s, NULL, LLMPAR_PIPE_NCCL, &e->arena, &flow->program, err);
+    llmpar_arena_free(&scratch);
+    if (status) return status;
+    flow->skip = (bool *)llmpar_arena_alloc(&e->arena, (size_t)desc.n_micro * sizeof(bool));
+    if (!flow->skip) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d units", (int)desc.n_micro);
+    e->stage_rank = flow->program.rank_of;
+    e->n_stages   = flow->program.n_stages;
+    e->n_parts    = e->n_stages / e->pipe->size;
+    return LLMPAR_OK;
+}
+
+// Layers to stages, at least one each: the head comes on top of the last layer, an embedded token costs nothing.
+LLMPARI_FN llmpar_status llmpari_engine_layers(llmpar_engine *e, llmpar_error *err) {
+    const int32_t n = e->n_stages;
+    const int64_t layers = e->model.layers;
+    const double head = (double)e->model.vocabulary * (double)e->model.hidden;
+    llmpar_partition_desc cut = LLMPAR_ZERO;
+    int32_t *first = (int32_t *)llmpar_arena_alloc(&e->arena, (size_t)(n + 1) * sizeof *first);
+    double  *cost  = (double *)llmpar_arena_alloc(&e->arena, (size_t)layers * sizeof *cost);
+    e->first_layer = (int64_t *)llmpar_arena_alloc(&e->arena, (size_t)(n + 1) * sizeof *e->first_layer);
+    if (!e->first_layer || !first || !cost) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d stages", (int)n);
+    if (layers < n)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%lld layers do not fill the %d stages of pp=%d, %d a rank; use at most %lld stages", (long long)layers, (int)n, (int)e->pipe->size,
+                            (int)e->n_parts, (long long)layers);
+    for (int64_t l = 0; l < layers; l++) cost[l] = ((double)llmpar_model_parameters(&e->model) - head * (e->model.tied_head ? 1 : 2)) / (double)layers + (l + 1 == layers ? head : 0);
+    cut.cost = cost, cut.n_items = (int32_t)layers, cut.n_ranks = e->pipe->size, cut.n_virtual = e->n_parts, cut.allocator = e->desc.allocator;
+    cut.map  = e->n_parts > 1 && e->stage_rank[e->pipe->size] != 0 ? LLMPAR_PIPE_MAP_V : LLMPAR_PIPE_MAP_LOOP;
+    LLMPARI_TRY(llmpar_pipe_partition(&cut, first, NULL, err));
+    for (int32_t i = 0; i < n; i++) if (first[i + 1] <= first[i]) first[i + 1] = first[i] + 1;   // on the V, a rank with the head might do best without a first stage
+    first[n] = (int32_t)layers;
+    for (int32_t i = n; i-- > 0; ) if (first[i] >= first[i + 1]) first[i] = first[i + 1] - 1;
+    for (int32_t i = 0; i <= n; i++) e->first_layer[i] = first[i];
+    return LLMPAR_OK;
+}
+
+// Which stages this rank has, and in which order units go through all of them.
+LLMPARI_FN llmpar_status llmpari_engine_stages(llmpar_engine *e, llmpar_error *err) {
+    llmpar_engine_desc *d = &e->desc;
+    e->n_groups   = d->n_micro ? d->n_micro : (int32_t)llmpari_min(e->pipe->size, d->max_batch);
+    e->group_rows = (d->max_batch + e->n_groups - 1) / e->n_groups;
+    e->n_groups   = (int32_t)((d->max_batch + e->group_rows - 1) / e->group_rows);
+    LLMPARI_TRY(llmpari_engine_program(e, LLMPARI_PREFILL, err));
+    LLMPARI_TRY(llmpari_engine_program(e, LLMPARI_DECODE, err));
+    LLMPARI_TRY(llmpari_engine_program(e, LLMPARI_GENERATE, err));
+    LLMPARI_TRY(llmpari_engine_layers(e, err));
+    e->part = (llmpari_engine_part *)llmpar_arena_alloc(&e->arena, (size_t)e->n_parts * sizeof *e->part);
+    if (!e->part) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d stages", (int)e->n_parts);
+    for (int32_t stage = 0, i = 0; stage < e->n_stages; stage++) {
+        if (e->stage_rank[stage] != e->pipe->rank) continue;
+        llmpar_engine_stage *about = &e->part[i++].about;
+        about->stage = stage, about->n_stages = e->n_stages;
+        about->first_layer = e->first_layer[stage], about->layers = e->first_layer[stage + 1] - e->first_layer[stage];
+        about->mesh = &e->mesh, about->comm = e->comm;
+    }
+    return LLMPAR_OK;
+}
+
+// The dtype that all files have for a weight, f32 when layers differ (one node of the graph stands for all layers of a stage) or it is missing.
+LLMPARI_FN llmpar_dtype llmpari_engine_file_dtype(const llmpar_engine *e, const llmpar_checkpoint *checkpoint, llmpar_weight_kind kind, int64_t first,
                                                   int64_t layers) {
     llmpar_dtype dtype = LLMPAR_F32;
-    for (int64_t layer = 0; layer < layers; layer++) {
+    for (int64_t layer = first; layer < first + layers; layer++) {
         const llmpar_file_tensor *found = NULL;
         char name[LLMPAR_TENSOR_NAME];
         int64_t offset, rows;
         for (int choice = 0; !found && llmpar_model_tensor_name(&e->model, kind, layer, choice, name, &offset, &rows); choice++)
             found = llmpar_checkpoint_find(checkpoint, name);
-        if (!found || found->dtype > LLMPAR_F16 || (layer && found->dtype != dtype)) return LLMPAR_F32;
+        if (!found || found->dtype > LLMPAR_F16 || (layer > first && found->dtype != dtype)) return LLMPAR_F32;
         dtype = found->dtype;
     }
     return dtype;
@@ -17108,19 +20311,22 @@ LLMPARI_FN int64_t llmpari_engine_rounds(const llmpar_graph *g, int node) {
     return g->node[node].block < 0 ? 1 : g->block[g->node[node].block].repeats;
 }
 
-// Builds and solves one plan.
-LLMPARI_FN llmpar_status llmpari_engine_solve(llmpar_engine *e, const llmpar_checkpoint *checkpoint, int which, llmpar_error *err) {
+// Builds and solves one plan of one stage.
+LLMPARI_FN llmpar_status llmpari_engine_solve(llmpar_engine *e, const llmpar_checkpoint *checkpoint, llmpari_engine_part *part, int which, llmpar_error *err) {
     const llmpar_engine_desc *d = &e->desc;
-    llmpari_phase *phase = &e->phase[which];
+    llmpari_phase *phase = &part->phase[which];
     llmpar_graph *g = &phase->graph;
     llmpar_build_desc build;
     llmpar_solve_desc solve;
     memset(&build, 0, sizeof build);
     memset(&solve, 0, sizeof solve);
-    phase->seq = which == LLMPARI_DECODE ? 1 : d->max_prompt;
-    build.batch   = d->max_batch;
+    phase->seq = which == LLMPARI_DECODE ? 1 : d->chunk;
+    build.batch   = e->group_rows;
     build.seq     = phase->seq;
     build.context = d->max_context;
+    build.layers  = part->about.layers;
+    build.no_embed = part->about.stage > 0;
+    build.no_end   = part->about.stage + 1 < e->n_stages;
     build.weight_dtype = d->round_weights ? d->weight_dtype : LLMPAR_F32;
     build.pin_weights  = build.pin_batch = build.whole_output = true;
     build.sequence_parallel = d->sequence_parallel && which == LLMPARI_PREFILL;
@@ -17130,15 +20336,26 @@ LLMPARI_FN llmpar_status llmpari_engine_solve(llmpar_engine *e, const llmpar_che
     LLMPARI_TRY(llmpar_build(&e->model, &build, g, err));
     for (int i = 0; i < g->n_nodes && d->keep_dtype && !d->round_weights; i++)
         if (g->node[i].role == LLMPAR_ROLE_WEIGHT && llmpari_weight_is_matrix(g->node[i].tag))
-            g->node[i].tensor.dtype = llmpari_engine_file_dtype(e, checkpoint, (llmpar_weight_kind)g->node[i].tag, llmpari_engine_rounds(g, i));
+            g->node[i].tensor.dtype = llmpari_engine_file_dtype(e, checkpoint, (llmpar_weight_kind)g->node[i].tag, part->about.first_layer, llmpari_engine_rounds(g, i));
     solve.hardware = llmpari_hardware_or(&d->hardware, llmpar_hardware_threads());
     LLMPARI_TRY(llmpar_solve(g, &solve, &phase->plan, err));
-    phase->ids  = llmpar_find(g, "ids");
+    part->about.plan[which] = &phase->plan;
+    phase->in   = llmpar_find(g, build.no_embed ? "h_in" : "ids");
     phase->last = llmpar_find(g, "last");
-    phase->position = (int32_t *)llmpar_arena_alloc(&e->arena, (size_t)(d->max_batch * phase->seq) * sizeof(int32_t));
+    phase->position = (int32_t *)llmpar_arena_alloc(&e->arena, (size_t)(e->group_rows * phase->seq) * sizeof(int32_t));
     if (!phase->position)
-        return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the positions of %lld x %lld tokens", (long long)d->max_batch, (long long)phase->seq);
+        return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the positions of %lld x %lld tokens", (long long)e->group_rows, (long long)phase->seq);
     return LLMPAR_OK;
+}
+
+// Who this rank shares its stages with, and who has the others. Waits for nobody.
+LLMPARI_FN llmpar_status llmpari_engine_groups(llmpar_engine *e, const llmpar_mesh *mesh, llmpar_error *err) {
+    const int pp = llmpar_mesh_find(mesh, "pp");
+    const llmpar_axes all = (1u << mesh->n_axes) - 1, pipe = pp < 0 ? 0 : 1u << pp;
+    llmpari_engine_mesh(e, mesh, pp);
+    LLMPARI_TRY(llmpar_comm_group(e->desc.world, mesh, pipe, &e->pipe, err));
+    e->comm = e->desc.world;
+    return pp < 0 ? LLMPAR_OK : llmpar_comm_group(e->desc.world, mesh, all & ~pipe, &e->comm, err);
 }
 
 // All that a rank can do on its own: description, plans, arrays.
@@ -17151,8 +20368,8 @@ LLMPARI_FN llmpar_status llmpari_engine_prepare(const llmpar_engine_desc *desc, 
     if (!e) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for an engine of %lld bytes", (long long)sizeof *e);
     memset(e, 0, sizeof *e);
     e->desc = *desc;
-    e->mesh = *desc->mesh;
     e->arena.allocator = desc->allocator;
+    LLMPARI_TRY(llmpari_engine_groups(e, desc->mesh, err));
     memset(&files, 0, sizeof files);
     files.folder    = desc->folder;
     files.allocator = desc->allocator;
@@ -17160,8 +20377,9 @@ LLMPARI_FN llmpar_status llmpari_engine_prepare(const llmpar_engine_desc *desc, 
     LLMPARI_TRY(llmpar_checkpoint_open(&files, checkpoint, err));
     e->model = *llmpar_checkpoint_model(*checkpoint);
     LLMPARI_TRY(llmpari_engine_sizes(e, err));
-    LLMPARI_TRY(llmpari_engine_solve(e, *checkpoint, LLMPARI_PREFILL, err));
-    LLMPARI_TRY(llmpari_engine_solve(e, *checkpoint, LLMPARI_DECODE, err));
+    LLMPARI_TRY(llmpari_engine_stages(e, err));
+    for (int32_t i = 0; i < e->n_parts; i++)
+        for (int which = 0; which < 2; which++) LLMPARI_TRY(llmpari_engine_solve(e, *checkpoint, &e->part[i], which, err));
     const llmpar_engine_desc *d = &e->desc;
     if (!llmpari_mul(d->max_batch, d->all_logits ? d->max_prompt : 1, &n) || !llmpari_mul(n, e->model.vocabulary * (int64_t)sizeof(float), &n))
         return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "the logits of max_batch=%lld rows of max_prompt=%lld tokens are more bytes than 64 bits can count",
@@ -17169,22 +20387,48 @@ LLMPARI_FN llmpar_status llmpari_engine_prepare(const llmpar_engine_desc *desc, 
     e->logits = (float *)llmpar_arena_alloc(&e->arena, (size_t)n);
     e->used   = (int64_t *)llmpar_arena_alloc(&e->arena, (size_t)d->max_batch * sizeof(int64_t));
     e->rope   = (float *)llmpar_arena_alloc(&e->arena, (size_t)(e->model.head_dim / 2) * sizeof(float));
-    if (!e->logits || !e->used || !e->rope) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %lld bytes of logits", (long long)n);
+    e->lengths = (int32_t *)llmpar_arena_alloc(&e->arena, (size_t)d->max_batch * sizeof(int32_t));
+    e->tokens  = (int32_t *)llmpar_arena_alloc(&e->arena, (size_t)d->max_batch * (LLMPARI_GENERATE_STEPS + 1) * sizeof(int32_t));
+    if (!e->logits || !e->used || !e->rope || !e->lengths || !e->tokens) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %lld bytes of logits", (long long)n);
     llmpar_rope_frequencies(&e->model.rope, e->model.head_dim, e->rope);
     return LLMPAR_OK;
 }
 
+LLMPARI_FN llmpar_status llmpari_engine_forward(int32_t stage, int32_t unit, const void *in, void *out, void *user, llmpar_error *err);
+
+// Execs, then what sends units through them: every message is this rank's block of the residual stream.
 LLMPARI_FN llmpar_status llmpari_engine_execs(llmpar_engine *e, llmpar_error *err) {
-    for (int i = 0; i < 2; i++) {
-        llmpar_exec_desc desc;
+    for (int32_t p = 0; p < e->n_parts; p++)
+        for (int i = 0; i < 2; i++) {
+            llmpari_engine_part *part = &e->part[p];
+            llmpar_exec_desc desc;
+            llmpar_tensor layout;
+            memset(&desc, 0, sizeof desc);
+            desc.plan      = &part->phase[i].plan;
+            desc.world     = e->comm;
+            desc.ops       = e->desc.ops;
+            desc.allocator = e->desc.allocator;
+            desc.rope_frequencies = e->rope;
+            desc.n_caches  = e->n_groups;
+            desc.share     = i ? part->about.exec[0] : NULL;
+            LLMPARI_TRY(llmpar_exec_create(&desc, &part->about.exec[i], err));
+            if (part->about.stage > 0) (void)llmpar_exec_data(part->about.exec[i], part->phase[i].in, 0, &layout);
+            else (void)llmpar_exec_output(part->about.exec[i], "h_out", &layout);
+            if (e->n_stages > 1) part->phase[i].bytes = llmpar_tensor_local_bytes(&layout, &e->mesh, e->comm->rank);
+        }
+    for (int i = 0; i < 3; i++) {
+        llmpar_stages_desc desc;
         memset(&desc, 0, sizeof desc);
-        desc.plan      = &e->phase[i].plan;
-        desc.world     = e->desc.world;
-        desc.ops       = e->desc.ops;
+        desc.program   = &e->flow[i].program;
+        desc.transport = LLMPAR_PIPE_NCCL;
+        desc.comm      = e->pipe;
+        desc.forward_bytes = e->part[0].phase[i > 0].bytes;
+        desc.token_bytes   = e->group_rows * (int64_t)sizeof(int32_t);
+        desc.forward   = llmpari_engine_forward;
+        desc.user      = e;
+        desc.record    = e->desc.record;
         desc.allocator = e->desc.allocator;
-        desc.rope_frequencies = e->rope;
-        desc.share     = i ? e->phase[0].exec : NULL;
-        LLMPARI_TRY(llmpar_exec_create(&desc, &e->phase[i].exec, err));
+        LLMPARI_TRY(llmpar_stages_create(&desc, &e->flow[i].stages, err));
     }
     return LLMPAR_OK;
 }
@@ -17200,27 +20444,34 @@ LLMPARI_FN llmpar_status llmpari_engine_round(float *values, int64_t n, llmpar_d
     return LLMPAR_OK;
 }
 
-// Reads this rank's block of every weight; reports every tenth.
-LLMPARI_FN llmpar_status llmpari_engine_load(llmpar_engine *e, llmpar_checkpoint *checkpoint, llmpar_error *err) {
-    const llmpar_graph *g = &e->phase[0].graph;
-    const int rank = e->desc.world->rank;
-    int64_t total = 0, done = 0, said = 0;
-    for (int i = 0; i < g->n_nodes; i++) if (g->node[i].role == LLMPAR_ROLE_WEIGHT) total += llmpari_engine_rounds(g, i);
+// Reads this rank's block of every weight of a stage; reports every tenth of all.
+LLMPARI_FN llmpar_status llmpari_engine_load_part(llmpar_engine *e, llmpar_checkpoint *checkpoint, const llmpari_engine_part *part, int64_t total, int64_t *done, llmpar_error *err) {
+    const llmpar_graph *g = &part->phase[0].graph;
+    const int rank = e->comm->rank;
     for (int i = 0; i < g->n_nodes; i++) {
         if (g->node[i].role != LLMPAR_ROLE_WEIGHT) continue;
-        for (int64_t round = 0; round < llmpari_engine_rounds(g, i); round++, done++) {
+        for (int64_t round = 0; round < llmpari_engine_rounds(g, i); round++) {
             llmpar_tensor layout;
-            void *memory = llmpar_exec_data(e->phase[0].exec, i, (int)round, &layout);
-            LLMPARI_TRY(llmpar_checkpoint_read_weight(checkpoint, (llmpar_weight_kind)g->node[i].tag, round, &layout, &e->mesh, rank, memory,
+            void *memory = llmpar_exec_data(part->about.exec[0], i, (int)round, &layout);
+            LLMPARI_TRY(llmpar_checkpoint_read_weight(checkpoint, (llmpar_weight_kind)g->node[i].tag, part->about.first_layer + round, &layout, &e->mesh, rank, memory,
                                                       layout.dtype, err));
             if (e->desc.round_weights && e->desc.weight_dtype != LLMPAR_F32 && layout.dtype == LLMPAR_F32)
                 LLMPARI_TRY(llmpari_engine_round((float *)memory, llmpar_tensor_local_elements(&layout, &e->mesh, rank), e->desc.weight_dtype, err));
-            if ((done + 1) * 10 / total == said) continue;
-            said = (done + 1) * 10 / total;
-            llmpari_log(&e->desc.log, LLMPAR_LOG_INFO, "rank %d: loaded %lld of %lld weights, %.1f MB", rank, (long long)done + 1, (long long)total,
+            ++*done;
+            if (*done * 10 / total == (*done - 1) * 10 / total) continue;
+            llmpari_log(&e->desc.log, LLMPAR_LOG_INFO, "rank %d: loaded %lld of %lld weights, %.1f MB", (int)e->desc.world->rank, (long long)*done, (long long)total,
                         1e-6 * (double)llmpar_checkpoint_bytes_read(checkpoint));
         }
     }
+    return LLMPAR_OK;
+}
+LLMPARI_FN llmpar_status llmpari_engine_load(llmpar_engine *e, llmpar_checkpoint *checkpoint, llmpar_error *err) {
+    int64_t total = 0, done = 0;
+    for (int32_t p = 0; p < e->n_parts; p++) {
+        const llmpar_graph *g = &e->part[p].phase[0].graph;
+        for (int i = 0; i < g->n_nodes; i++) if (g->node[i].role == LLMPAR_ROLE_WEIGHT) total += llmpari_engine_rounds(g, i);
+    }
+    for (int32_t p = 0; p < e->n_parts; p++) LLMPARI_TRY(llmpari_engine_load_part(e, checkpoint, &e->part[p], total, &done, err));
     e->bytes_read = llmpar_checkpoint_bytes_read(checkpoint);
     return LLMPAR_OK;
 }
@@ -17258,15 +20509,16 @@ LLMPAR_DEF llmpar_status llmpar_engine_create(const llmpar_engine_desc *desc, ll
 LLMPAR_DEF void llmpar_engine_free(llmpar_engine *engine) {
     if (!engine) return;
     llmpar_allocator allocator = engine->desc.allocator;
-    llmpar_exec_free(engine->phase[LLMPARI_DECODE].exec);                                  // it uses the other one's weights
-    llmpar_exec_free(engine->phase[LLMPARI_PREFILL].exec);
+    for (int i = 0; i < 3; i++) llmpar_stages_free(engine->flow[i].stages);
+    for (int32_t p = 0; engine->part && p < engine->n_parts; p++)
+        for (int i = 2; i-- > 0; ) llmpar_exec_free(engine->part[p].about.exec[i]);        // decode's uses the other one's weights
+    llmpar_comm_free(engine->pipe);
+    if (engine->comm != engine->desc.world) llmpar_comm_free(engine->comm);
     llmpar_arena_free(&engine->arena);
     llmpari_free(&allocator, engine, sizeof *engine);
 }
 
 // ---- steps
-
-typedef struct llmpari_batch { const int32_t *ids, *lengths; int64_t rows, stride, longest; } llmpari_batch;
 
 LLMPARI_FN llmpar_status llmpari_engine_check_row(const llmpar_engine *e, const llmpari_batch *b, int64_t row, llmpar_error *err) {
     int64_t length = b->lengths[row];
@@ -17307,56 +20559,148 @@ LLMPARI_FN int64_t llmpari_batch_count(const llmpari_batch *b, int64_t row, int6
     return row < b->rows ? llmpari_max(0, llmpari_min(n, b->lengths[row] - done)) : 0;
 }
 
-// Inputs of one run. Positions are of the whole batch; ids and last of this rank's block.
-LLMPARI_FN void llmpari_engine_fill(llmpar_engine *e, llmpari_phase *phase, const llmpari_batch *b, int64_t done, int64_t n) {
-    const int rank = e->desc.world->rank;
+// Inputs of one run, rows from `row` and tokens from `token` of the batch on. Positions are of the whole group; ids and last of this rank's block.
+LLMPARI_FN void llmpari_engine_fill(llmpar_engine *e, const llmpari_engine_part *part, const llmpari_phase *phase, int64_t row, int64_t token) {
+    const llmpari_batch *b = &e->batch;
+    const int rank = e->comm->rank;
     llmpar_tensor layout;
-    int32_t *to = (int32_t *)llmpar_exec_data(phase->exec, phase->ids, 0, &layout);
+    int32_t *to = (int32_t *)llmpar_exec_data(part->about.exec[e->phase], phase->in, 0, &layout);
     llmpar_range rows = llmpar_tensor_local(&layout, &e->mesh, rank, 0), tokens = llmpar_tensor_local(&layout, &e->mesh, rank, 1);
-    for (int64_t row = 0; row < e->desc.max_batch; row++) {
-        int64_t count = llmpari_batch_count(b, row, done, n);
-        for (int64_t t = 0; t < phase->seq; t++) phase->position[row * phase->seq + t] = t < count ? (int32_t)(e->used[row] + done + t) : -1;
-        phase->tokens += count;
-        if (row < rows.first || row >= rows.first + rows.count) continue;
-        for (int64_t t = tokens.first; t < tokens.first + tokens.count; t++) *to++ = t < count ? b->ids[row * b->stride + done + t] : 0;
+    for (int64_t r = 0; r < e->group_rows; r++) {
+        const int64_t count = llmpari_batch_count(b, row + r, token, phase->seq);
+        for (int64_t t = 0; t < phase->seq; t++) phase->position[r * phase->seq + t] = t < count ? (int32_t)(e->used[row + r] + token + t) : -1;
+        if (part->about.stage > 0 || r < rows.first || r >= rows.first + rows.count) continue;
+        for (int64_t t = tokens.first; t < tokens.first + tokens.count; t++) *to++ = t < count ? (int32_t)llmpari_max(0, b->ids[(row + r) * b->stride + token + t]) : 0;
     }
     if (phase->last < 0) return;
-    to   = (int32_t *)llmpar_exec_data(phase->exec, phase->last, 0, &layout);
+    to   = (int32_t *)llmpar_exec_data(part->about.exec[e->phase], phase->last, 0, &layout);
     rows = llmpar_tensor_local(&layout, &e->mesh, rank, 0);
-    for (int64_t row = rows.first; row < rows.first + rows.count; row++) *to++ = (int32_t)llmpari_max(0, llmpari_batch_count(b, row, done, n) - 1);
+    for (int64_t r = rows.first; r < rows.first + rows.count; r++) *to++ = (int32_t)llmpari_max(0, llmpari_batch_count(b, row + r, token, phase->seq) - 1);
 }
 
 // Takes the logits of one run to where the caller looks for them; those of a row's last piece stay.
-LLMPARI_FN void llmpari_engine_collect(llmpar_engine *e, const llmpari_phase *phase, const llmpari_batch *b, int64_t done, int64_t n) {
+LLMPARI_FN void llmpari_engine_collect(llmpar_engine *e, const llmpari_engine_part *part, const llmpari_phase *phase, int64_t row, int64_t token) {
     const int64_t v = e->model.vocabulary;
-    const float *from = llmpar_exec_output(phase->exec, "logits", NULL);
-    for (int64_t row = 0; row < b->rows; row++) {
-        int64_t count = llmpari_batch_count(b, row, done, n);
+    const float *from = llmpar_exec_output(part->about.exec[e->phase], "logits", NULL);
+    for (int64_t r = 0; r < e->group_rows; r++) {
+        const int64_t count = llmpari_batch_count(&e->batch, row + r, token, phase->seq);
         if (!count) continue;
-        if (e->desc.all_logits) memcpy(e->logits + (row * b->stride + done) * v, from + row * phase->seq * v, (size_t)(count * v) * sizeof(float));
-        else memcpy(e->logits + row * v, from + row * v, (size_t)v * sizeof(float));
+        if (e->desc.all_logits) memcpy(e->logits + ((row + r) * e->batch.stride + token) * v, from + r * phase->seq * v, (size_t)(count * v) * sizeof(float));
+        else memcpy(e->logits + (row + r) * v, from + r * v, (size_t)v * sizeof(float));
     }
+}
+
+// The next token of every row of a group, from the last stage's logits, for the first stage: into out, if it needs them.
+LLMPARI_FN void llmpari_engine_pick(llmpar_engine *e, const llmpari_engine_part *part, int64_t row, int64_t token, void *out) {
+    const float *logits = llmpar_exec_output(part->about.exec[e->phase], "logits", NULL);
+    for (int64_t r = 0; r < e->group_rows; r++) {
+        int32_t next = -1;
+        if (row + r < e->batch.rows) {
+            int32_t *at = e->tokens + (row + r) * e->batch.stride + token;
+            if (at[0] >= 0) next = e->pick(row + r, e->picked + token, logits + r * e->model.vocabulary, e->pick_user);
+            if (next < 0 || next >= e->model.vocabulary) next = -1;
+            at[1] = next;
+        }
+        if (out) memcpy((char *)out + r * 4, &next, 4);
+    }
+}
+
+// One unit through one stage.
+LLMPARI_FN llmpar_status llmpari_engine_forward(int32_t stage, int32_t unit, const void *in, void *out, void *user, llmpar_error *err) {
+    llmpar_engine *e = (llmpar_engine *)user;
+    llmpari_engine_part *part = e->part;
+    while (part->about.stage != stage) part++;
+    const llmpari_phase *phase = &part->phase[e->phase];
+    llmpar_exec *exec = part->about.exec[e->phase];
+    const int64_t row = part->about.row = unit % e->n_groups * e->group_rows, token = part->about.token = e->done + unit / e->n_groups * phase->seq;
+    for (int64_t r = 0; in && stage == 0 && r < e->group_rows && row + r < e->batch.rows; r++)    // generate's tokens from the last stage
+        memcpy(e->tokens + (row + r) * e->batch.stride + token, (const char *)in + r * 4, 4);
+    llmpari_engine_fill(e, part, phase, row, token);
+    if (in && stage > 0) memcpy(llmpar_exec_data(exec, phase->in, 0, NULL), in, (size_t)phase->bytes);
+    LLMPARI_TRY(llmpar_exec_use_cache(exec, unit % e->n_groups, err));
+    LLMPARI_TRY(llmpar_exec_run(exec, phase->position, err));
+    if (stage + 1 < e->n_stages) memcpy(out, llmpar_exec_output(exec, "h_out", NULL), (size_t)phase->bytes);
+    else if (e->which == LLMPARI_GENERATE) llmpari_engine_pick(e, part, row, token, out);
+    else llmpari_engine_collect(e, part, phase, row, token);
+    return LLMPAR_OK;
+}
+
+// Sends all units that have tokens through the stages, of the piece that begins at token e->done.
+LLMPARI_FN llmpar_status llmpari_engine_piece(llmpar_engine *e, int which, llmpar_error *err) {
+    llmpari_flow *flow = &e->flow[which];
+    e->which = which;
+    e->phase = which == LLMPARI_PREFILL ? LLMPARI_PREFILL : LLMPARI_DECODE;
+    const int64_t seq = e->part[0].phase[e->phase].seq;
+    const double start = llmpari_stage_clock();
+    for (int32_t unit = 0; unit < flow->n_chunks * e->n_groups; unit++) {
+        int64_t tokens = 0;
+        for (int64_t r = 0; r < e->group_rows; r++) tokens += llmpari_batch_count(&e->batch, unit % e->n_groups * e->group_rows + r, e->done + unit / e->n_groups * seq, seq);
+        flow->skip[unit] = tokens == 0;
+        flow->tokens += tokens;
+        flow->runs   += tokens > 0;
+    }
+    LLMPARI_TRY(llmpar_stages_run(flow->stages, flow->skip, err));
+    flow->seconds += llmpari_stage_clock() - start;
+    return LLMPAR_OK;
+}
+
+// What the last stage made, to the others; its time is part of the run's.
+LLMPARI_FN llmpar_status llmpari_engine_share(llmpar_engine *e, void *data, int64_t n, llmpar_dtype dtype, llmpar_error *err) {
+    const double start = llmpari_stage_clock();
+    if (e->pipe->size > 1) LLMPARI_TRY(llmpar_broadcast(e->pipe, data, n, dtype, e->stage_rank[e->n_stages - 1], err));
+    e->flow[e->which].seconds += llmpari_stage_clock() - start;
+    return LLMPAR_OK;
 }
 
 LLMPAR_DEF llmpar_status llmpar_engine_step(llmpar_engine *engine, const int32_t *ids, const int32_t *lengths, int32_t rows, int64_t stride,
                                             const float **logits, llmpar_error *err) {
-    llmpari_batch b;
-    memset(&b, 0, sizeof b);
-    b.ids = ids; b.lengths = lengths; b.rows = rows; b.stride = stride;
-    LLMPARI_TRY(llmpari_engine_check_batch(engine, &b, err));
-    memset(engine->logits, 0, (size_t)(b.rows * (engine->desc.all_logits ? stride : 1) * engine->model.vocabulary) * sizeof(float));
-    for (int64_t done = 0, n; done < b.longest; done += n) {
-        llmpari_phase *phase = &engine->phase[b.longest - done > 1 ? LLMPARI_PREFILL : LLMPARI_DECODE];
-        double start = llmpari_engine_clock();
-        n = llmpari_min(phase->seq, b.longest - done);
-        llmpari_engine_fill(engine, phase, &b, done, n);
-        LLMPARI_TRY(llmpar_exec_run(phase->exec, phase->position, err));
-        llmpari_engine_collect(engine, phase, &b, done, n);
-        phase->seconds += llmpari_engine_clock() - start;
-        phase->runs++;
+    llmpari_batch *b = &engine->batch;
+    b->ids = ids; b->lengths = lengths; b->rows = rows; b->stride = stride;
+    LLMPARI_TRY(llmpari_engine_check_batch(engine, b, err));
+    const int64_t n_logits = b->rows * (engine->desc.all_logits ? stride : 1) * engine->model.vocabulary;
+    memset(engine->logits, 0, (size_t)n_logits * sizeof(float));
+    for (engine->done = 0; engine->done < b->longest; ) {
+        LLMPARI_TRY(llmpari_engine_piece(engine, b->longest - engine->done > 1 ? LLMPARI_PREFILL : LLMPARI_DECODE, err));
+        engine->done += engine->part[0].phase[engine->which].seq * engine->flow[engine->which].n_chunks;
     }
-    for (int64_t row = 0; row < b.rows; row++) engine->used[row] += lengths[row];
+    LLMPARI_TRY(llmpari_engine_share(engine, engine->logits, n_logits, LLMPAR_F32, err));
+    for (int64_t row = 0; row < b->rows; row++) engine->used[row] += lengths[row];
     *logits = engine->logits;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_engine_generate(llmpar_engine *engine, const int32_t *ids, int32_t rows, int64_t steps, llmpar_pick_fn pick, void *user, int32_t *tokens,
+                                                llmpar_error *err) {
+    const int64_t stride = LLMPARI_GENERATE_STEPS + 1;
+    llmpari_batch *b = &engine->batch;
+    if (!ids || !pick || !tokens || rows < 1 || rows > engine->desc.max_batch || steps < 0)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s; a batch of %lld rows (1 to max_batch=%lld), steps=%lld (0 or more)", !ids || !pick || !tokens ? "ids, pick or tokens is NULL" : "bad sizes",
+                            (long long)rows, (long long)engine->desc.max_batch, (long long)steps);
+    b->ids = engine->tokens, b->lengths = engine->lengths, b->rows = rows, b->stride = stride;
+    for (int64_t row = 0; row < rows; row++) {
+        if (ids[row] >= engine->model.vocabulary || (ids[row] >= 0 && steps > engine->desc.max_context - engine->used[row]))
+            return LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "row %lld: token %d of a vocabulary of %lld, %lld tokens in the cache and %lld steps of max_context=%lld; generate fewer tokens, or create "
+                                "the engine with a larger max_context", (long long)row, (int)ids[row], (long long)engine->model.vocabulary, (long long)engine->used[row], (long long)steps,
+                                (long long)engine->desc.max_context);
+        engine->tokens[row * stride] = ids[row] < 0 ? -1 : ids[row];
+    }
+    engine->pick = pick, engine->pick_user = user;
+    for (int64_t done = 0, n; done < steps; done += n) {
+        n = llmpari_min(steps - done, LLMPARI_GENERATE_STEPS);
+        for (int64_t row = 0; row < rows; row++) engine->lengths[row] = engine->tokens[row * stride] < 0 ? 0 : (int32_t)n;
+        engine->done = 0, engine->picked = done;
+        LLMPARI_TRY(llmpari_engine_piece(engine, LLMPARI_GENERATE, err));
+        LLMPARI_TRY(llmpari_engine_share(engine, engine->tokens, rows * stride, LLMPAR_I32, err));
+        for (int64_t row = 0; row < rows; row++) {
+            int32_t *at = engine->tokens + row * stride;
+            for (int64_t s = 0; s < n; s++) {
+                engine->used[row] += at[s] >= 0;
+                if (at[s] < 0) at[s + 1] = -1;                                             // a row that did not take part
+                tokens[row * steps + done + s] = at[s + 1];
+            }
+            at[0] = at[n];
+        }
+    }
     return LLMPAR_OK;
 }
 
@@ -17366,8 +20710,15 @@ LLMPAR_DEF llmpar_status llmpar_engine_reset(llmpar_engine *engine) {
 }
 
 LLMPAR_DEF const llmpar_model *llmpar_engine_model(const llmpar_engine *engine) { return &engine->model; }
-LLMPAR_DEF const llmpar_plan  *llmpar_engine_plan(const llmpar_engine *engine, int phase) { return phase == 0 || phase == 1 ? &engine->phase[phase].plan : NULL; }
-LLMPAR_DEF llmpar_exec        *llmpar_engine_exec(llmpar_engine *engine, int phase) { return phase == 0 || phase == 1 ? engine->phase[phase].exec : NULL; }
+LLMPAR_DEF int32_t llmpar_engine_stages(const llmpar_engine *engine) { return engine->n_parts; }
+LLMPAR_DEF const llmpar_engine_stage *llmpar_engine_stage_at(const llmpar_engine *engine, int32_t i) { return i >= 0 && i < engine->n_parts ? &engine->part[i].about : NULL; }
+LLMPAR_DEF llmpar_status llmpar_engine_timing(const llmpar_engine *engine, int flow, llmpar_arena *arena, const llmpar_schedule **program, llmpar_pipe_timing *timing, llmpar_error *err) {
+    if (flow < 0 || flow > LLMPARI_GENERATE) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "flow %d; 0 is prefill, 1 decode, 2 generate", flow);
+    *program = &engine->flow[flow].program;
+    return llmpar_stages_timing(engine->flow[flow].stages, NULL, arena, timing, err);
+}
+LLMPAR_DEF const llmpar_plan  *llmpar_engine_plan(const llmpar_engine *engine, int phase) { return phase == 0 || phase == 1 ? engine->part[0].about.plan[phase] : NULL; }
+LLMPAR_DEF llmpar_exec        *llmpar_engine_exec(llmpar_engine *engine, int phase) { return phase == 0 || phase == 1 ? engine->part[0].about.exec[phase] : NULL; }
 
 LLMPAR_DEF bool llmpar_engine_is_eos(const llmpar_engine *engine, int64_t token) {
     for (int i = 0; i < engine->model.n_eos; i++)
@@ -17376,16 +20727,19 @@ LLMPAR_DEF bool llmpar_engine_is_eos(const llmpar_engine *engine, int64_t token)
 }
 
 LLMPAR_DEF llmpar_engine_stats llmpar_engine_get_stats(const llmpar_engine *engine) {
-    const llmpari_phase *prefill = &engine->phase[LLMPARI_PREFILL], *decode = &engine->phase[LLMPARI_DECODE];
+    const llmpari_flow *prefill = &engine->flow[LLMPARI_PREFILL], *decode = &engine->flow[LLMPARI_DECODE];
     llmpar_engine_stats stats;
     stats.weight_bytes_read = engine->bytes_read;
-    stats.memory_bytes   = (int64_t)(llmpar_exec_bytes(prefill->exec) + llmpar_exec_bytes(decode->exec) + engine->arena.used_bytes + sizeof *engine);
+    const llmpari_flow *generate = &engine->flow[LLMPARI_GENERATE];
+    stats.memory_bytes   = (int64_t)(llmpar_stages_bytes(prefill->stages) + llmpar_stages_bytes(decode->stages) + llmpar_stages_bytes(generate->stages) + engine->arena.used_bytes + sizeof *engine);
+    for (int32_t p = 0; p < engine->n_parts; p++)
+        for (int i = 0; i < 2; i++) stats.memory_bytes += (int64_t)llmpar_exec_bytes(engine->part[p].about.exec[i]);
     stats.prefill_tokens = prefill->tokens;
-    stats.decode_tokens  = decode->tokens;
+    stats.decode_tokens  = decode->tokens + generate->tokens;
     stats.prefill_runs   = prefill->runs;
-    stats.decode_runs    = decode->runs;
+    stats.decode_runs    = decode->runs + generate->runs;
     stats.prefill_s      = prefill->seconds;
-    stats.decode_s       = decode->seconds;
+    stats.decode_s       = decode->seconds + generate->seconds;
     return stats;
 }
 LLMPARI_ONCE_END

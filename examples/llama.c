@@ -1,7 +1,7 @@
-// llama.c - generates text from a Hugging Face checkpoint folder, split over the ranks (threads; with MPI processes) of any mesh of dp (rows) and tp (heads, MLP, vocabulary).
+// llama.c - generates text from a Hugging Face checkpoint folder, split over the ranks (threads; with MPI processes) of any mesh of pp (layers), dp (rows), tp (heads, MLP, vocabulary).
 //   cc -O3 -march=native -I. examples/llama.c -o build/llama -lpthread -lm
 //   build/llama tests/golden/shakespeare-dense --mesh tp=3 --prompt "KING RICHARD:" --steps 200
-//   build/llama DIR --mesh dp=2,tp=2 --ids prompts.txt --steps 64        (decimal ids, a sequence a line; prints the new ids, a line each)
+//   build/llama DIR --mesh pp=2,tp=2 --ids prompts.txt --steps 64 --chunk 32        (decimal ids, a sequence a line; prints the new ids, a line each)
 //   mpicc -O3 -march=native -DLLMPAR_MPI -I. examples/llama.c -o build/llama_mpi -lpthread -lm; mpirun -np 3 build/llama_mpi DIR --mpi --mesh tp=3 --prompt TEXT
 //
 // Prints the text to stdout, the same for every mesh; a table (bytes read and memory per rank, collectives per layer, tokens/s) to stderr; to a terminal, progress:
@@ -13,7 +13,7 @@
 #define TRY(call) do { llmpar_status try_ = (call); if (try_) return try_; } while (0)
 
 typedef struct options {
-    const char *folder, *prompt, *ids_file, *dtype;
+    const char *folder, *prompt, *ids_file, *dtype, *schedule; int n_virtual, micro; long chunk;
     llmpar_mesh mesh; bool sp; long steps; double temperature, top_p; uint64_t seed;
     int32_t *ids, *lengths, rows, longest;     // ids[rows][stride]
     int64_t stride; llmpar_engine_stats *stats;   // stats[ranks]; with MPI each process knows its own
@@ -28,7 +28,7 @@ static double number(const char *option, const char *text, double least, double 
 }
 
 // One line of the table: the collectives that a plan makes in a layer, and the speed.
-static void describe(const char *phase, const llmpar_plan *plan, const llmpar_mesh *mesh, int64_t tokens, double seconds) {
+static void describe(const char *phase, const llmpar_plan *plan, int64_t tokens, double seconds) {
     int64_t calls[LLMPAR_COLLECTIVE_COUNT] = { 0 }, bytes = 0, layers = 0;
     for (int s = 0; s < plan->n_segments; s++) {
         const llmpar_segment *segment = &plan->segment[s];
@@ -37,7 +37,7 @@ static void describe(const char *phase, const llmpar_plan *plan, const llmpar_me
             const llmpar_step *step = &plan->step[i];
             if (step->op >= 0 || step->move.kind == LLMPAR_SLICE) continue;
             llmpar_tensor tensor = llmpar_plan_tensor(plan, step->in[0]); calls[step->move.kind] += segment->repeats;
-            bytes += segment->repeats * llmpar_move_payload_bytes(&step->move, &tensor, mesh, 0);
+            bytes += segment->repeats * llmpar_move_payload_bytes(&step->move, &tensor, &plan->graph->mesh, 0);
         }
     }
     if (!tokens) { fprintf(stderr, "%-8s had nothing to do\n", phase); return; }          // a prompt of one token is a decode step
@@ -51,18 +51,17 @@ static void describe(const char *phase, const llmpar_plan *plan, const llmpar_me
 static llmpar_status rank_main(llmpar_comm *world, void *user, llmpar_error *err) {
     options *o = (options *)user;
     llmpar_engine_desc desc = { .folder = o->folder, .mesh = &o->mesh, .world = world, .max_batch = o->rows, .max_prompt = o->longest < 512 ? o->longest : 512,
-        .max_context = o->longest + o->steps - 1, .sequence_parallel = o->sp, .keep_dtype = !o->dtype, .round_weights = o->dtype != NULL };
+        .max_context = o->longest + o->steps - 1, .sequence_parallel = o->sp, .keep_dtype = !o->dtype, .round_weights = o->dtype != NULL,
+        .n_virtual = o->n_virtual, .n_micro = o->micro, .chunk = o->chunk, .schedule = o->schedule };
     uint64_t state = o->seed; llmpar_engine *engine = NULL; const float *logits;
     if (o->dtype) TRY(llmpar_dtype_parse(o->dtype, &desc.weight_dtype, err));
     if (world->rank == 0 && isatty(2)) desc.log.fn = progress;
     TRY(llmpar_engine_create(&desc, &engine, err));
-    const int64_t v = llmpar_engine_model(engine)->vocabulary;
-    float *scratch = malloc((size_t)v * sizeof *scratch);
+    const int64_t v = llmpar_engine_model(engine)->vocabulary; float *scratch = malloc((size_t)v * sizeof *scratch);
     int32_t *order = malloc((size_t)v * sizeof *order), *next = calloc((size_t)o->rows, sizeof *next), *lengths = calloc((size_t)o->rows, sizeof *lengths);
     int32_t *fresh = calloc((size_t)(o->rows * o->steps), sizeof *fresh), *n_fresh = calloc((size_t)o->rows, sizeof *n_fresh), alive = o->rows;
     if (!scratch || !order || !next || !lengths || !fresh || !n_fresh) return err->status = LLMPAR_NO_MEMORY;
-    if (desc.log.fn) fputc('\n', stderr);
-    if (world->rank == 0) fputs(o->prompt ? o->prompt : "", stdout);
+    if (world->rank == 0) fputs(desc.log.fn ? "\n" : "", stderr), fputs(o->prompt ? o->prompt : "", stdout);
     TRY(llmpar_engine_step(engine, o->ids, o->lengths, o->rows, o->stride, &logits, err));
     for (long s = 0; s < o->steps; s++) {
         for (int32_t row = 0; row < o->rows; row++) {
@@ -81,8 +80,8 @@ static llmpar_status rank_main(llmpar_comm *world, void *user, llmpar_error *err
         for (int32_t row = 0; row < o->rows && !o->prompt; row++)
             for (int32_t i = 0; i <= n_fresh[row]; i++) i < n_fresh[row] ? printf("%s%d", i ? " " : "", (int)fresh[row * o->steps + i]) : putchar('\n');
         if (o->prompt) putchar('\n');
-        describe("prefill", llmpar_engine_plan(engine, 0), &o->mesh, o->stats->prefill_tokens, o->stats->prefill_s);
-        describe("decode",  llmpar_engine_plan(engine, 1), &o->mesh, o->stats->decode_tokens,  o->stats->decode_s);
+        describe("prefill", llmpar_engine_plan(engine, 0), o->stats->prefill_tokens, o->stats->prefill_s);
+        describe("decode",  llmpar_engine_plan(engine, 1), o->stats->decode_tokens,  o->stats->decode_s);
     }
     return free(scratch), free(order), free(next), free(lengths), free(fresh), free(n_fresh), llmpar_engine_free(engine), LLMPAR_OK;
 }
@@ -115,20 +114,21 @@ static int read_prompts(options *o, const llmpar_model *model) {
 
 int main(int argc, char **argv) {
     static const char usage[] = "usage: llama DIR [--mesh tp=3] --prompt TEXT | --ids FILE|- [--steps N] [--dtype f32|bf16|f16] [--sp] [--temperature 0] [--top-p 1]"
-        " [--seed 0] [--mpi]\n--ids: decimal ids, a sequence a line, no empty lines";
-    static const char *const names[] = { "--mesh", "--prompt", "--ids", "--steps", "--dtype", "--temperature", "--top-p", "--seed" };
-    const char *value[] = { "tp=1", NULL, NULL, "64", NULL, "0", "1", "0" };
+        " [--seed 0] [--virtual V] [--micro M] [--chunk T] [--schedule NAME] [--mpi]\n--ids: decimal ids, a sequence a line, no empty lines";
+    static const char *const names[] = { "--mesh", "--prompt", "--ids", "--steps", "--dtype", "--temperature", "--top-p", "--seed", "--virtual", "--micro", "--chunk", "--schedule" };
+    const char *value[] = { "tp=1", NULL, NULL, "64", NULL, "0", "1", "0", "0", "0", "0", NULL };
     llmpar_error err = LLMPAR_ZERO; options o = { 0 }; bool mpi = false;
     for (int i = 1; i < argc; i++) {
         int known = -1;
-        for (int k = 0; k < 8; k++) if (strcmp(argv[i], names[k]) == 0 && i + 1 < argc) known = k;
+        for (int k = 0; k < 12; k++) if (strcmp(argv[i], names[k]) == 0 && i + 1 < argc) known = k;
         if (known >= 0) value[known] = argv[++i];
         else if (strcmp(argv[i], "--sp") == 0 || strcmp(argv[i], "--mpi") == 0) *(argv[i][2] == 's' ? &o.sp : &mpi) = true;
         else if (argv[i][0] != '-' && !o.folder) o.folder = argv[i];
         else if (strcmp(argv[i], "--help") == 0) return puts(usage), 0;
         else return FAIL("unknown option, or one without its value: %s", argv[i]);
     }
-    o.prompt = value[1]; o.ids_file = value[2]; o.steps = (long)number("--steps", value[3], 1, 1e9, true); o.dtype = value[4];
+    o.prompt = value[1]; o.ids_file = value[2]; o.steps = (long)number("--steps", value[3], 1, 1e9, true); o.dtype = value[4]; o.schedule = value[11];
+    o.n_virtual = (int)number("--virtual", value[8], 0, 1e6, true); o.micro = (int)number("--micro", value[9], 0, 1e6, true); o.chunk = (long)number("--chunk", value[10], 0, 1e9, true);
     o.temperature = number("--temperature", value[5], 0, 1e6, false); o.top_p = number("--top-p", value[6], 0, 1, false); o.seed = (uint64_t)number("--seed", value[7], 0, 9e15, true);
     if (!o.folder || !o.prompt == !o.ids_file) return FAIL("one DIR, and --prompt or --ids, are needed\n%s", usage);
     llmpar_checkpoint *files;

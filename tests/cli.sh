@@ -102,7 +102,7 @@ golden_tests() {
     good "golden_check --dtype bf16"   "$line" $g $G/llama tp=2 --dtype bf16
     good "golden_check --dtype f32"    "$line" $g $G/llama dp=2 --dtype f32
     good "the order of axes is free"   "$line" $g $G/llama tp=2,dp=2
-    for axis in pp cp ep; do fails "axis $axis is not implemented" "\"$axis\"" $g $G/llama $axis=2; done
+    for axis in cp ep; do fails "axis $axis is not implemented" "\"$axis\"" $g $G/llama $axis=2; done
     fails "unknown axis"               '"zz"'           $g $G/llama zz=2
     fails "axis twice"                 'tp.*twice'      $g $G/llama tp=2,tp=2
     fails "size 0"                     'size 0'         $g $G/llama tp=0
@@ -167,6 +167,7 @@ llama_tests() {
     [ "$(wc -c < "$T/text")" -eq 67 ] && ok || bad "llama: 6 bytes of prompt, 60 new ones and the end of the line are not $(wc -c < "$T/text")"
     for mesh in tp=2 tp=3 tp=4 dp=2,tp=2 tp=2,dp=2 dp=3; do same "the same text at $mesh" "$T/text" $run --mesh $mesh; done
     same "the same text with --sp" "$T/text" $run --mesh tp=3 --sp
+    for options in "pp=2" "pp=3 --chunk 2" "pp=2,tp=2 --virtual 2 --chunk 4" "pp=2 --schedule zb-v" "dp=2,pp=2 --micro 1"; do same "the same text at $options" "$T/text" $run --mesh $options; done
     good "the table: ranks and bytes"    '^rank 2 .*MB read' $run --mesh tp=3
     good "the table: collectives"        '^decode   per layer, on average: 2 AllReduce.* payload .*tokens/s' $run --mesh tp=3
     good "the table: prefill"            '^prefill .* tokens/s'             $run --mesh tp=3
@@ -227,7 +228,9 @@ A:
     fails "a dtype that holds no weights" 'i32'             $l $S --prompt a --steps 2 --dtype i32
     fails "unknown option"               '\-\-bogus'        $l $S --prompt a --bogus
     fails "an option without its value"  '\-\-steps'        $l $S --prompt a --steps
-    fails "pipeline stages are to come"  '"pp"'             $l $S --prompt a --mesh pp=2
+    fails "more stages than layers"      '4 layers do not fill the 5 stages' $l $S --prompt a --mesh pp=5
+    fails "a schedule nobody knows"      'zig-zag.*known: gpipe 1f1b' $l $S --prompt a --mesh pp=2 --schedule zig-zag
+    fails "half a chunk"                 '^llama: --chunk: .*"2.5"' $l $S --prompt a --mesh pp=2 --chunk 2.5
     fails "unknown axis"                 '"zz"'             $l $S --prompt a --mesh zz=2
     fails "axis twice"                   'twice'            $l $S --prompt a --mesh tp=2,tp=2
     fails "a mesh larger than any machine" '1000000'        $l $S --prompt a --mesh tp=1000000
@@ -386,6 +389,74 @@ trace_tests() {
     fails "trace, option without value"  '\-\-out'                         $t --out
 }
 
+# ---- pipeline --schedule NAME|auto|FILE.csv --ranks P --micro M ...: what it says, what it writes (read by trace.py), what it refuses
+pipeline_tests() {
+    p=$B/pipeline; read="python3 tests/trace.py --pipe"; zbv="$p --schedule zb-v --ranks 4 --micro 8"; one="$p --schedule 1f1b --ranks 4 --micro 8"
+    $zbv --svg "$T/zb-v.svg" > /dev/null; cmp -s "$T/zb-v.svg" examples/zb-v.svg && ok || bad "examples/zb-v.svg, README's picture, is not what $zbv --svg writes"
+    good "a searched schedule"           '^makespan 29.5  span 29.5$'      $p --schedule auto --ranks 4 --virtual 2 --micro 8 --f .5 --i .5 --w .5 --mem-limit 4
+    good "1F1B's makespan"               '^makespan 33  span 33$'          $one
+    good "its bubble"                    '^rank 3: bubble 27.27 % \(9 of the makespan\), peak in flight 1$' $one
+    good "ZB-V's span"                   '^makespan 51  span 48$'          $zbv
+    good "a lower bound"                 '^lower bound: makespan [0-9]'    $zbv
+    for way in buffered rendezvous nccl; do good "certified, $way" "^certified: .* 96 transfers, $way\$" $zbv --transport $way; done
+    good "GPipe with links"              '^makespan 34.5  span 3'          $p --schedule gpipe --ranks 4 --micro 8 --comm 0.25
+    good "a link per stage"              '^makespan 34.5  span 3'          $p --schedule gpipe --ranks 4 --micro 8 --comm .25,.25,.25,9
+    good "B as a whole"                  '^makespan 33 '                   $p --schedule gpipe --ranks 4 --micro 8 --f 1 --b 2
+    good "memory in bytes"               'peak in flight 4096 bytes$'      $one --act-bytes 1024
+    good "a row per rank"                '^1: 1F0,1F1,1F2,1B0,1F3,'        $one --rows
+    good "a row with transfers"          '^3: 3RECV_F0,.*,3F0,3B0,3SEND_B0,'    $one --rows --lowered
+    good "the V of any stages"           '^makespan '                      $p --schedule gpipe --ranks 3 --virtual 3 --micro 4 --map v
+    good "decode"                        '^makespan 16 '                   $p --schedule forward --ranks 4 --micro 4 --in-flight 1
+    good "a timeline in letters"         '^3 \.\.\.\.\.\.F0B0--F1B1--'     $one --text 80
+    good "a schedule of one's own"       '^makespan 12 '                   sh -c "printf '0F0,0F1,0B0,0F2,0B1,0B2\n1F0,1B0,1F1,1B1,1F2,1B2\n' > $T/own.csv; $p --schedule $T/own.csv"
+    good "a file of a program"           '^certified: each of 64 actions .* 48 transfers, nccl$'             sh -c "$one --lowered --transport nccl --csv $T/low.csv > /dev/null && $p --schedule $T/low.csv --transport nccl"
+    $zbv --csv "$T/zbv.csv" > "$T/direct" 2>&1; same "a schedule written and read" "$T/direct" $p --schedule "$T/zbv.csv"
+    if command -v python3 > /dev/null; then
+        while read -r run; do
+            $p $run --rows --trace "$T/seen.json" --svg "$T/seen.svg" > "$T/seen.txt" 2> "$T/err" || bad "pipeline $run: $(cat "$T/err")"
+            good "picture and trace of $run" '; 14 kinds of damage are found$' $read --self-test "$T/seen.json" "$T/seen.svg" "$T/seen.txt"
+        done <<X
+--schedule 1f1b --ranks 4 --micro 8
+--schedule 1f1b --ranks 8 --micro 32
+--schedule zb-v --ranks 4 --micro 8 --comm 0.25 --transport nccl
+--schedule gpipe --ranks 3 --micro 5 --f 1,2,1 --b 2.5 --transport rendezvous
+--schedule interleaved --ranks 4 --virtual 2 --micro 8 --f 0.37
+--schedule dualpipe-v --ranks 4 --micro 9
+X
+        $zbv --svg "$T/other.svg" > /dev/null; fails "a picture of another schedule" '^trace.py: ' $read "$T/seen.json" "$T/other.svg" "$T/seen.txt"
+    else skip "pictures read by an independent parser: no python3"; fi
+    fails "no schedule"                  'schedule is missing'             $p --ranks 4 --micro 8
+    fails "no ranks"                     'ranks is missing'                $p --schedule 1f1b --micro 8
+    fails "no micro-batches"             'micro is missing'                $p --schedule 1f1b --ranks 8
+    fails "an unknown schedule lists them" '"2f2b".*zb-h1'                 $p --schedule 2f2b --ranks 4 --micro 8
+    for value in 0 -1 x 2x 1.5 '' 4294967297; do
+        fails "--micro '$value'" "^pipeline: --micro: .*\"$value\"" $p --schedule 1f1b --ranks 4 --micro "$value"
+        fails "--ranks '$value'" "^pipeline: --ranks: .*\"$value\"" $p --schedule 1f1b --micro 4 --ranks "$value"
+    done
+    fails "half a stage"                 '^pipeline: --virtual: .*"0"'     $one --virtual 0
+    for value in -1 x 1x nan inf 1,2 1,,1,1 1,1,1,1, '' ,; do fails "--f '$value'" "^pipeline: --f: .*\"$value\"" $one --f "$value"; done
+    fails "a time below 0 for one stage" '^pipeline: --comm: .*"0,0,-1,0"' $one --comm 0,0,-1,0
+    fails "B, and its parts"             'give either'                     $one --b 2 --w 1
+    fails "memory below 0"               '^pipeline: --mem-limit: .*"-1"'  $one --mem-limit -1
+    fails "no memory"                    '--mem-limit 0'                   $one --mem-limit 0
+    fails "too little memory: what suffices" 'rank 0 holds up to 4, .*needs 4' $one --mem-limit 3.5
+    good "just enough memory"            '^certified'                      $one --mem-limit 4
+    fails "an unknown transport"         '"smoke"'                         $one --transport smoke
+    fails "an unknown map"               '"w"'                             $one --map w
+    fails "two stages for 1F1B"          '1 stage a rank, not 2'           $one --virtual 2
+    fails "a file that is not there"     'no-such.csv: .*cannot be read'   $p --schedule no-such.csv
+    fails "a file into no folder"        'cannot write .*no-such-folder'   $one --svg "$T/no-such-folder/x.svg"
+    printf '0F0,0F1,0B1,0B0\n1F0,1B0,1F1,1B1\n' > "$T/cycle.csv";          good "another order of backwards" '^certified' $p --schedule "$T/cycle.csv"
+    printf '0F0,0B0,0F1,0B1\n1F1,1B1,1F0,1B0\n' > "$T/cycle.csv";          fails "a circle" 'deadlock: rank [01] waits in .*; rank [01] waits in' $p --schedule "$T/cycle.csv"
+    printf '0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1F1\n' > "$T/cycle.csv";          fails "a forward twice" '1F1 twice'         $p --schedule "$T/cycle.csv"
+    printf '0F0,0B0\n\n1F0,1B0\n' > "$T/cycle.csv";                        fails "more ranks than stages" 'line 2 has no action' $p --schedule "$T/cycle.csv"
+    printf '0F0,0Q0\n' > "$T/cycle.csv";                                   fails "no action"      'line 1, cell 2: "0Q0"' $p --schedule "$T/cycle.csv"
+    fails "ranks other than the file's"  'has 4 ranks'                     $p --schedule "$T/zbv.csv" --ranks 5
+    fails "pipeline, unknown option"     '\-\-bogus'                       $one --bogus
+    fails "pipeline, option without value" '\-\-svg'                       $one --svg
+    for run in "--schedule 1f1b --ranks 4 --micro 0" "--schedule 1f1b --ranks 4 --micro 4 --bogus"; do $p $run > /dev/null 2>&1; [ $? -eq 2 ] && ok || bad "pipeline $run: not exit 2"; done
+}
+
 # ---- what an example's first comment says it prints, it prints: the lines indented by three that are no commands, each a line of the first command's output, or the beginning
 # of one where it ends with "...". Numbers like 4.1e-06 depend on the compiler: only their place is compared.
 header_tests() {
@@ -419,8 +490,9 @@ here engine       && engine_tests
 here trace        && trace_tests
 here explain      && explain_tests
 here hello        && good "hello" '.' "$B/hello"
+here pipeline     && pipeline_tests
 here bench_comm   && comm_tests
-for program in explain heads llama engine trace bench_comm; do
+for program in explain heads llama engine trace pipeline bench_comm; do
     here $program || continue
     good "$program --help" "^(usage: )?$program " "$B/$program" --help
     [ -s "$T/out" ] && [ ! -s "$T/err" ] && ok || bad "$program --help writes to stderr"

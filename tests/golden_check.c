@@ -1,9 +1,10 @@
-// golden_check DIR MESH [--sp] [--dtype f32|bf16] [--invariant] [--hash] [--mpi]
+// golden_check DIR MESH [--sp] [--dtype f32|bf16] [--invariant] [--hash] [--virtual V] [--micro M] [--chunk T] [--schedule NAME] [--mpi]
 // Runs a checkpoint on thread-ranks and compares with what Hugging Face computed (DIR/expected.safetensors): the logits of input_ids, the residual stream after
 // every layer, and the greedy continuation, each step of it one decode with the KV cache whose logits must equal those of one prefill of all tokens.
 // --sp: Megatron's sequence parallelism in prefill (decode drops it). --dtype bf16: weights are rounded on load, and the reference is this program's own
 // run of one rank with the same rounding. After every run the calls and payload bytes that the plans predict must be those that comm counted, on every rank.
 // --invariant: the mode whose bits do not depend on tp. --hash: the 64-bit FNV-1a of the logits' bits is printed, of the prefill and of all decode steps.
+// --virtual, --micro, --chunk, --schedule: stages of a rank of axis pp, groups of rows, tokens of a prefill chunk, order of the work (llmpar_engine_desc).
 // --mpi (built with LLMPAR_MPI, started by mpirun): ranks are processes; every rank compares the whole, rank 0 prints.
 // stdout: max |dlogits| X  hidden Y  greedy N/N     (Y: largest max|dh| / max|h| of a layer; exit 1 beyond 1e-4 or when a token differs)
 #define LLMPAR_IMPLEMENTATION
@@ -22,58 +23,58 @@ typedef struct result {            // what one run of a model gives
     double   decode_gap;           // decode against one prefill of all tokens
 } result;
 
-typedef struct block { float *data; llmpar_tensor layout; } block;         // one rank's part of one hidden state
+typedef struct block { float *data; int64_t row, token; } block;           // one rank's part of one hidden state [b, t, h], zeros elsewhere; where what it saw last begins
 typedef struct check {
     const char *folder;
     llmpar_mesh mesh;
-    bool     sequence_parallel, round, invariant;
+    llmpar_engine_desc how;        // the options
     llmpar_comm *processes;        // the world of --mpi, or NULL: threads
     const int32_t *ids;            // [b, t]
     result  *to;
     block   *seen;                 // [ranks][layers + 1]
     double  *gap;                  // [ranks]
 } check;
-typedef struct watch { const check *job; int rank; bool on; } watch;         // `on` only while the prefill runs
+typedef struct watch { const check *job; int rank; bool on; const llmpar_engine_stage *stage; } watch;   // `on` only while the prefill runs
 
 static void *must(void *memory) { if (!memory) { fprintf(stderr, "out of memory\n"); exit(2); } return memory; }
 
-// Takes the first value of h0, of every layer's h2 and of the final norm, as this rank has it.
+// Takes the first value of h0, of every layer's h2 and of the final norm, as this rank has it, in each run: what adds up to the whole over the ranks. Sums over partial axes,
+// one copy along replicated ones.
 static void see(int step, int round, const llmpar_tensor *out, const void *data, void *user) {
     const watch *w = (const watch *)user;
-    int64_t layers = w->job->to->layers, at = -1;
+    const result *r = w->job->to;
+    const llmpar_engine_stage *stage = w->stage;
+    int64_t layer = stage->first_layer + round + 1, at = -1;
     (void)step;
     if (strcmp(out->name, "h0") == 0) at = 0;
-    else if (strcmp(out->name, "h2") == 0) at = round + 1 < layers ? round + 1 : -1;
-    else if (strcmp(out->name, "hidden") == 0) at = layers;
+    else if (strcmp(out->name, "h2") == 0) at = layer < r->layers ? layer : -1;
+    else if (strcmp(out->name, "hidden") == 0) at = r->layers;
     if (!w->on || at < 0) return;
-    block *b = &w->job->seen[w->rank * (layers + 1) + at];
-    if (b->data) return;
-    size_t bytes = (size_t)llmpar_tensor_local_elements(out, &w->job->mesh, w->rank) * sizeof(float);
-    b->data   = (float *)must(malloc(bytes + 1));
-    b->layout = *out;
-    memcpy(b->data, data, bytes);
+    block *b = &w->job->seen[w->rank * (r->layers + 1) + at];
+    if (b->row == stage->row && b->token == stage->token) return;
+    b->row   = stage->row;
+    b->token = stage->token;
+    llmpar_range range[3];
+    int32_t coord[LLMPAR_MAX_AXES] = { 0 };
+    llmpar_mesh_coord(stage->mesh, stage->comm->rank, coord);
+    for (int a = 0; a < stage->mesh->n_axes; a++) if (out->sharding.dim[a] == LLMPAR_REPLICATED && coord[a] > 0) return;
+    for (int d = 0; d < 3; d++) range[d] = llmpar_tensor_local(out, stage->mesh, stage->comm->rank, d);
+    for (int64_t i = 0; i < range[0].count; i++)
+        for (int64_t j = 0; j < range[1].count; j++) {
+            const int64_t row = stage->row + range[0].first + i, token = stage->token + range[1].first + j;
+            if (row < r->b && token < r->t)
+                memcpy(b->data + (row * r->t + token) * r->h + range[2].first, (const float *)data + (i * range[1].count + j) * range[2].count, (size_t)range[2].count * sizeof(float));
+        }
 }
 
-// The whole tensor from the ranks' blocks: sums over partial axes, takes one copy along replicated ones.
+// The whole tensor from the ranks' blocks.
 static void assemble(const check *job, int64_t at, float *whole) {
     result *r = job->to;
     memset(whole, 0, (size_t)(r->b * r->t * r->h) * sizeof(float));
     for (int rank = 0; rank < llmpar_mesh_size(&job->mesh); rank++) {
-        block *b = &job->seen[rank * (r->layers + 1) + at];
-        llmpar_range range[3];
-        int32_t coord[LLMPAR_MAX_AXES] = { 0 };
-        bool copy = false;
-        if (!b->data) { fprintf(stderr, "hidden.%d: no value was seen on rank %d\n", (int)at, rank); exit(1); }
-        llmpar_mesh_coord(&job->mesh, rank, coord);
-        for (int a = 0; a < job->mesh.n_axes; a++) copy = copy || (b->layout.sharding.dim[a] == LLMPAR_REPLICATED && coord[a] > 0);
-        for (int d = 0; d < 3; d++) range[d] = llmpar_tensor_local(&b->layout, &job->mesh, rank, d);
-        const float *from = b->data;
-        for (int64_t i = 0; !copy && i < range[0].count; i++)
-            for (int64_t j = 0; j < range[1].count; j++)
-                for (int64_t k = 0; k < range[2].count; k++)
-                    whole[((range[0].first + i) * r->t + range[1].first + j) * r->h + range[2].first + k] += *from++;
+        const block *b = &job->seen[rank * (r->layers + 1) + at];
+        for (int64_t i = 0; i < r->b * r->t * r->h; i++) whole[i] += b->data[i];
         free(b->data);
-        b->data = NULL;
     }
 }
 
@@ -101,18 +102,15 @@ static double distance(const float *a, const float *b, int64_t n) {
 }
 
 static llmpar_status open_engine(const check *job, llmpar_comm *world, int64_t prompt, int64_t context, llmpar_engine **engine, llmpar_error *err) {
-    llmpar_engine_desc desc = LLMPAR_ZERO;
+    llmpar_engine_desc desc = job->how;
     desc.folder = job->folder;
     desc.mesh   = &job->mesh;
     desc.world  = world;
     desc.max_batch   = job->to->b;
     desc.max_prompt  = prompt;
     desc.max_context = context;
-    desc.sequence_parallel = job->sequence_parallel;
-    desc.all_logits    = true;
-    desc.invariant     = job->invariant;
-    desc.round_weights = job->round;
-    desc.weight_dtype  = LLMPAR_BF16;
+    desc.all_logits   = true;
+    desc.weight_dtype = LLMPAR_BF16;
     return llmpar_engine_create(&desc, engine, err);
 }
 
@@ -122,12 +120,16 @@ static llmpar_status generate(const check *job, llmpar_comm *world, int32_t *all
     const float *logits;
     llmpar_engine *engine;
     int64_t length = r->t + r->steps;
-    watch w = { job, world->rank, true };
+    watch w[16];
     TRY(open_engine(job, world, r->t, length, &engine, err));
-    llmpar_exec_watch(llmpar_engine_exec(engine, 0), see, &w);
+    for (int i = 0; i < llmpar_engine_stages(engine) && i < 16; i++) {
+        watch stage = { job, world->rank, true, llmpar_engine_stage_at(engine, i) };
+        w[i] = stage;
+        llmpar_exec_watch(stage.stage->exec[0], see, &w[i]);
+    }
     for (int64_t i = 0; i < r->b; i++) lengths[i] = (int32_t)r->t;
     TRY(llmpar_engine_step(engine, job->ids, lengths, (int32_t)r->b, r->t, &logits, err));
-    w.on = false;
+    for (int i = 0; i < llmpar_engine_stages(engine) && i < 16; i++) w[i].on = false;
     if (world->rank == 0) memcpy(r->logits, logits, (size_t)(r->b * r->t * r->v) * sizeof(float));
     int32_t *next = (int32_t *)must(malloc((size_t)r->b * sizeof(int32_t)));
     for (int64_t i = 0; i < r->b; i++) {
@@ -142,7 +144,7 @@ static llmpar_status generate(const check *job, llmpar_comm *world, int32_t *all
         for (int64_t i = 0; i < r->b; i++) next[i] = largest(logits + i * r->v, r->v);
     }
     free(next);
-    TRY(check_traffic(engine, world->rank, err));
+    TRY(check_traffic(engine, err));
     llmpar_engine_free(engine);
     return LLMPAR_OK;
 }
@@ -163,7 +165,7 @@ static llmpar_status rank_main(llmpar_comm *world, void *user, llmpar_error *err
     TRY(llmpar_engine_step(engine, all, lengths, (int32_t)r->b, length, &logits, err));
     for (int64_t s = 0; s < r->steps; s++)
         for (int64_t i = 0; i < r->b; i++) gap = fmax(gap, distance(decode + (s * r->b + i) * r->v, logits + (i * length + r->t + s) * r->v, r->v));
-    TRY(check_traffic(engine, world->rank, err));
+    TRY(check_traffic(engine, err));
     llmpar_engine_free(engine);
     job->gap[world->rank] = gap;
     if (world->rank == 0) {
@@ -179,13 +181,8 @@ static llmpar_status collect(check *job, llmpar_error *err) {
     result *r = job->to;
     llmpar_comm *world = job->processes;
     for (int rank = 0; rank < world->size; rank++) {
-        for (int64_t i = 0; i <= r->layers; i++) {
-            block *b = &job->seen[rank * (r->layers + 1) + i];
-            TRY(llmpar_broadcast(world, &b->layout, (int64_t)sizeof b->layout, LLMPAR_U8, rank, err));
-            int64_t n = llmpar_tensor_local_elements(&b->layout, &job->mesh, rank);
-            if (rank != world->rank) b->data = (float *)must(malloc((size_t)n * sizeof(float) + 1));
-            TRY(llmpar_broadcast(world, b->data, n, LLMPAR_F32, rank, err));
-        }
+        for (int64_t i = 0; i <= r->layers; i++)
+            TRY(llmpar_broadcast(world, job->seen[rank * (r->layers + 1) + i].data, r->b * r->t * r->h, LLMPAR_F32, rank, err));
         TRY(llmpar_broadcast(world, &job->gap[rank], (int64_t)sizeof(double), LLMPAR_U8, rank, err));
     }
     TRY(llmpar_broadcast(world, r->logits, r->b * r->t * r->v, LLMPAR_F32, 0, err));
@@ -224,7 +221,7 @@ static llmpar_status run_ranks(check *job, llmpar_error *err) {
 static float *room(int64_t n) { return (float *)must(calloc((size_t)n + 1, sizeof(float))); }
 
 // Runs the model on a mesh; sizes are taken from `like`. Exits with the error's text when it fails.
-static result run(const char *folder, const char *mesh, bool sequence_parallel, bool round, bool invariant, const int32_t *ids, const result *like, llmpar_comm *processes) {
+static result run(const char *folder, const char *mesh, const llmpar_engine_desc *how, const int32_t *ids, const result *like, llmpar_comm *processes) {
     llmpar_error err = LLMPAR_ZERO;
     result r = *like;
     check job = LLMPAR_ZERO;
@@ -233,15 +230,14 @@ static result run(const char *folder, const char *mesh, bool sequence_parallel, 
     r.greedy = (int32_t *)must(calloc((size_t)(r.b * r.steps) + 1, sizeof(int32_t)));
     r.hidden = (float **)must(calloc((size_t)r.layers + 1, sizeof(float *)));
     job.folder = folder;
-    job.sequence_parallel = sequence_parallel;
-    job.round = round;
+    job.how = *how;
     job.processes = processes;
-    job.invariant = invariant;
     job.ids = ids;
     job.to  = &r;
     if (llmpar_mesh_parse(mesh, &job.mesh, &err)) { fprintf(stderr, "%s\n", err.text); exit(1); }
     job.seen = (block *)must(calloc((size_t)llmpar_mesh_size(&job.mesh) * (size_t)(r.layers + 1), sizeof(block)));
     job.gap  = (double *)must(calloc((size_t)llmpar_mesh_size(&job.mesh), sizeof(double)));
+    for (int64_t i = 0; i < llmpar_mesh_size(&job.mesh) * (r.layers + 1); i++) job.seen[i].data = room(r.b * r.t * r.h), job.seen[i].row = -1;
     if (run_ranks(&job, &err)) { fprintf(stderr, "%s: %s\n", mesh, err.text); exit(1); }
     for (int64_t i = 0; i <= r.layers; i++) assemble(&job, i, r.hidden[i] = room(r.b * r.t * r.h));
     for (int i = 0; i < llmpar_mesh_size(&job.mesh); i++) r.decode_gap = fmax(r.decode_gap, job.gap[i]);
@@ -274,22 +270,28 @@ static result read_expected(const char *folder, int32_t **ids) {
 }
 
 static int usage(void) {
-    fprintf(stderr, "usage: golden_check DIR MESH [--sp] [--dtype f32|bf16] [--invariant] [--hash] [--mpi]      for example: golden_check tests/golden/llama dp=2,tp=3\n");
+    fprintf(stderr, "usage: golden_check DIR MESH [--sp] [--dtype f32|bf16] [--invariant] [--hash] [--virtual V] [--micro M] [--chunk T] [--schedule NAME] [--mpi]\n"
+            "for example: golden_check tests/golden/llama dp=2,tp=3\n");
     return 2;
 }
 
 int main(int argc, char **argv) {
-    bool sp = false, round = false, invariant = false, hash = false, mpi = false;
+    llmpar_engine_desc how = LLMPAR_ZERO, plain;
+    bool hash = false, mpi = false;
     llmpar_comm *world = NULL;
     int32_t *ids;
     double hidden = 0, logits;
     int64_t same = 0;
     if (argc < 3) return usage();
     for (int i = 3; i < argc; i++) {
-        if (strcmp(argv[i], "--sp") == 0) sp = true;
-        else if (strcmp(argv[i], "--dtype") == 0 && i + 1 < argc && strcmp(argv[i + 1], "f32")  == 0) round = false, i++;
-        else if (strcmp(argv[i], "--dtype") == 0 && i + 1 < argc && strcmp(argv[i + 1], "bf16") == 0) round = true, i++;
-        else if (strcmp(argv[i], "--invariant") == 0) invariant = true;
+        if (strcmp(argv[i], "--sp") == 0) how.sequence_parallel = true;
+        else if (strcmp(argv[i], "--dtype") == 0 && i + 1 < argc && strcmp(argv[i + 1], "f32")  == 0) how.round_weights = false, i++;
+        else if (strcmp(argv[i], "--dtype") == 0 && i + 1 < argc && strcmp(argv[i + 1], "bf16") == 0) how.round_weights = true, i++;
+        else if (strcmp(argv[i], "--invariant") == 0) how.invariant = true;
+        else if (strcmp(argv[i], "--virtual")  == 0 && i + 1 < argc) how.n_virtual = atoi(argv[++i]);
+        else if (strcmp(argv[i], "--micro")    == 0 && i + 1 < argc) how.n_micro   = atoi(argv[++i]);
+        else if (strcmp(argv[i], "--chunk")    == 0 && i + 1 < argc) how.chunk     = atoi(argv[++i]);
+        else if (strcmp(argv[i], "--schedule") == 0 && i + 1 < argc) how.schedule  = argv[++i];
         else if (strcmp(argv[i], "--hash") == 0) hash = true;
         else if (strcmp(argv[i], "--mpi") == 0) mpi = true;
         else return usage();
@@ -301,12 +303,15 @@ int main(int argc, char **argv) {
     if (mpi) { fprintf(stderr, "built without LLMPAR_MPI\n"); return 2; }
 #endif
     result want = read_expected(argv[1], &ids);
-    if (round) {                                                                           // the file's results are of unrounded weights
-        result own = run(argv[1], "tp=1", false, true, invariant, ids, &want, world);
+    if (how.round_weights) {                                                               // the file's results are of unrounded weights
+        memset(&plain, 0, sizeof plain);
+        plain.round_weights = true;
+        plain.invariant     = how.invariant;
+        result own = run(argv[1], "tp=1", &plain, ids, &want, world);
         discard(&want);
         want = own;
     }
-    result got = run(argv[1], argv[2], sp, round, invariant, ids, &want, world);
+    result got = run(argv[1], argv[2], &how, ids, &want, world);
     logits = fmax(distance(got.logits, want.logits, got.b * got.t * got.v), got.decode_gap);
     for (int64_t i = 0; i <= got.layers; i++) {
         double most = 0, d = distance(got.hidden[i], want.hidden[i], got.b * got.t * got.h);

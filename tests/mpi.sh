@@ -33,7 +33,7 @@ for mpi in openmpi mpich default; do
         out=$(run "$n" "$B/test_mpi.$mpi" 2>&1)
         if printf '%s\n' "$out" | grep -q '^[1-9][0-9]* passed, 0 failed$'; then ok; else bad "test_mpi on $n ranks" "$out"; fi
     done
-    for case in "2 tp=2" "3 tp=3" "4 dp=2,tp=2"; do
+    for case in "2 tp=2" "3 tp=3" "4 dp=2,tp=2" "2 pp=2" "4 pp=2,tp=2"; do
         set -- $case
         [ "$mpi$stress$1" = mpich04 ] && continue
         for model in llama-odd qwen3; do

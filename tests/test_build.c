@@ -131,6 +131,24 @@ static void test_options(void) {
         CHECK_EQ(g.block[0].repeats, 1);
         model.tied_head = false;
     }
+    TEST("build: the stages of a pipeline: first, middle, last, tied") {
+        for (int i = 0; i < 8; i++) {
+            llmpar_build_desc desc = LLMPAR_ZERO;
+            const bool first = (i & 3) == 0, last = (i & 3) == 2, sp = (i & 3) == 3, tied = i >= 4;
+            model.tied_head = tied;
+            desc.pin_batch = desc.pin_weights = desc.whole_output = true;
+            desc.no_embed = !first, desc.no_end = !last, desc.sequence_parallel = sp, desc.batch = 2, desc.seq = 4, desc.layers = 1;
+            build_on("dp=2,tp=2", &model, &desc, &arena, &g);
+            CHECK_EQ(llmpar_find(&g, "ids") >= 0, first);
+            CHECK_EQ(llmpar_find(&g, "embed") >= 0, first || (last && tied));
+            CHECK_EQ(llmpar_find(&g, "head") >= 0, last && !tied);
+            CHECK_EQ(llmpar_find(&g, "final_norm") >= 0, last);
+            CHECK_STR(shown(&g, "logits"), last ? "logits[B, S, V]" : "");
+            CHECK_STR(shown(&g, "h_in"),  first ? "" : sp ? "h_in[B_dp, S_tp, H]" : "h_in[B_dp, S, H]");
+            CHECK_STR(shown(&g, "h_out"), last ? "" : sp ? "h_out[B_dp, S_tp, H]" : "h_out[B_dp, S, H]");
+        }
+        model.tied_head = false;
+    }
     llmpar_arena_free(&arena);
 }
 
@@ -173,17 +191,18 @@ static void test_errors(void) {
     static const struct {
         const char *name;
         int64_t batch, seq, context;
-        bool loss, last_only, no_head;
+        bool loss, last_only, no_head, no_end;
         int64_t heads;
         llmpar_status status;
         const char *part;
     } bad[] = {
-        { "negative batch",     -1, 1, 0, false, false, false, 6, LLMPAR_BAD_ARGUMENT, "batch=-1" },
-        { "context below seq",   1, 8, 4, false, false, false, 6, LLMPAR_BAD_ARGUMENT, "context=4" },
-        { "loss with last_only", 1, 8, 0, true,  true,  false, 6, LLMPAR_BAD_ARGUMENT, "every token" },
-        { "loss with no_head",   1, 8, 0, true,  false, true,  6, LLMPAR_BAD_ARGUMENT, "every token" },
-        { "kv heads",            1, 8, 0, false, false, false, 5, LLMPAR_BAD_ARGUMENT, "n_kv_heads=3" },
-        { "overflow", INT64_MAX / 2, 8, 0, false, false, false, 6, LLMPAR_OVERFLOW, "ids" },
+        { "negative batch",     -1, 1, 0, false, false, false, false, 6, LLMPAR_BAD_ARGUMENT, "batch=-1" },
+        { "context below seq",   1, 8, 4, false, false, false, false, 6, LLMPAR_BAD_ARGUMENT, "context=4" },
+        { "loss with last_only", 1, 8, 0, true,  true,  false, false, 6, LLMPAR_BAD_ARGUMENT, "every token" },
+        { "loss with no_end",    1, 8, 0, true,  false, false, true,  6, LLMPAR_BAD_ARGUMENT, "every token" },
+        { "loss with no_head",   1, 8, 0, true,  false, true,  false, 6, LLMPAR_BAD_ARGUMENT, "every token" },
+        { "kv heads",            1, 8, 0, false, false, false, false, 5, LLMPAR_BAD_ARGUMENT, "n_kv_heads=3" },
+        { "overflow", INT64_MAX / 2, 8, 0, false, false, false, false, 6, LLMPAR_OVERFLOW, "ids" },
     };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         TEST(named("build: error: %s", bad[i].name)) {
@@ -195,7 +214,7 @@ static void test_errors(void) {
             llmpar_graph g;
             model.n_heads = bad[i].heads;
             desc.batch = bad[i].batch; desc.seq = bad[i].seq; desc.context = bad[i].context;
-            desc.loss = bad[i].loss; desc.last_only = bad[i].last_only; desc.no_head = bad[i].no_head;
+            desc.loss = bad[i].loss; desc.last_only = bad[i].last_only; desc.no_head = bad[i].no_head, desc.no_end = bad[i].no_end;
             CHECK_OK(llmpar_mesh_parse("tp=2", &mesh, &err), err);
             llmpar_graph_init(&g, &mesh, &arena);
             CHECK_FAIL(llmpar_build(&model, &desc, &g, &err), bad[i].status, err, bad[i].part);

@@ -5,6 +5,7 @@
 #include "traffic.h"
 #include "test.h"
 #include <stdarg.h>
+#include <time.h>
 
 // The runner keeps the pointer of a test's name, so made-up names live in a pool.
 static const char *named(const char *format, ...) {
@@ -125,19 +126,28 @@ static llmpar_status prefill_all(llmpar_engine *engine, int rank, void *user, ll
         int n = llmpar_plan_traffic(llmpar_engine_plan(engine, phase), 0, rows, 32);
         for (int i = 0; i < n; i++) if (rows[i].kind == LLMPAR_REDUCE_SCATTER) g->scatters[phase] += rows[i].calls;
     }
-    return check_traffic(engine, rank, err);
+    return check_traffic(engine, err);
 }
 
 static void test_golden(void) {
-    static const struct { const char *model, *mesh; bool sp; } runs[] = {
-        { "llama", "tp=1", false }, { "llama", "tp=3", false }, { "llama", "tp=3", true }, { "llama", "dp=2,tp=2", true }, { "llama", "tp=2,dp=2", false },
-        { "llama", "dp=3", false }, { "llama-odd", "tp=4", false }, { "llama-odd", "tp=5", true }, { "qwen2", "tp=2", false }, { "qwen3", "tp=3", true },
-        { "mistral", "tp=2", false }, { "mistral", "dp=2", false }, { "llama-bias", "tp=3", false }, { "llama-bias", "tp=2", true }, { "llama-mqa", "tp=8", false },
-        { "llama-bf16", "tp=2", false }, { "llama-linear", "tp=3", false }, { "llama3-rope", "tp=2", false },
+    static const struct { const char *model, *mesh; bool sp; int n_virtual, micro, chunk; const char *schedule; } runs[] = {
+        { "llama", "tp=1", false, 0, 0, 0, NULL }, { "llama", "tp=3", false, 0, 0, 0, NULL }, { "llama", "tp=3", true, 0, 0, 0, NULL },
+        { "llama", "dp=2,tp=2", true, 0, 0, 0, NULL }, { "llama", "tp=2,dp=2", false, 0, 0, 0, NULL },
+        { "llama", "dp=3", false, 0, 0, 0, NULL }, { "llama-odd", "tp=4", false, 0, 0, 0, NULL }, { "llama-odd", "tp=5", true, 0, 0, 0, NULL },
+        { "qwen2", "tp=2", false, 0, 0, 0, NULL }, { "qwen3", "tp=3", true, 0, 0, 0, NULL },
+        { "mistral", "tp=2", false, 0, 0, 0, NULL }, { "mistral", "dp=2", false, 0, 0, 0, NULL }, { "llama-bias", "tp=3", false, 0, 0, 0, NULL },
+        { "llama-bias", "tp=2", true, 0, 0, 0, NULL }, { "llama-mqa", "tp=8", false, 0, 0, 0, NULL },
+        { "llama-bf16", "tp=2", false, 0, 0, 0, NULL }, { "llama-linear", "tp=3", false, 0, 0, 0, NULL }, { "llama3-rope", "tp=2", false, 0, 0, 0, NULL },
+        { "llama", "pp=2", false, 0, 0, 0, NULL }, { "qwen2", "pp=2", false, 0, 1, 4, NULL }, { "llama-odd", "tp=2,pp=2", true, 0, 0, 5, NULL },
+        { "qwen3", "dp=2,pp=2", false, 0, 0, 3, NULL },
+        { "shakespeare-dense", "pp=3", false, 0, 2, 0, NULL }, { "shakespeare-dense", "pp=4", false, 0, 0, 7, NULL },
+        { "shakespeare-dense", "pp=2,tp=2", true, 2, 0, 8, "breadth-first" },
+        { "shakespeare-dense", "pp=2", false, 0, 0, 5, "zb-v" }, { "shakespeare-dense", "tp=1", false, 4, 2, 9, "interleaved" },
     };
     for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) {
         if (!can_run(runs[i].mesh)) continue;
-        TEST(named("golden: %s on %s%s", runs[i].model, runs[i].mesh, runs[i].sp ? ", sequence-parallel" : "")) {
+        TEST(named("golden: %s on %s%s, virtual %d micro %d chunk %d %s", runs[i].model, runs[i].mesh, runs[i].sp ? ", sequence-parallel" : "", runs[i].n_virtual, runs[i].micro,
+                   runs[i].chunk, runs[i].schedule ? runs[i].schedule : "")) {
             plan_of_test p = LLMPAR_ZERO;
             llmpar_error err = LLMPAR_ZERO;
             golden_run g = LLMPAR_ZERO;
@@ -147,6 +157,10 @@ static void test_golden(void) {
             p.desc.max_context = g.e.t;
             p.desc.all_logits  = true;
             p.desc.sequence_parallel = runs[i].sp;
+            p.desc.n_virtual = runs[i].n_virtual;
+            p.desc.n_micro   = runs[i].micro;
+            p.desc.chunk     = runs[i].chunk;
+            p.desc.schedule  = runs[i].schedule;
             p.fn = prefill_all;
             p.user = &g;
             CHECK_OK(run_on(&p, runs[i].model, runs[i].mesh, &err), err);
@@ -207,16 +221,17 @@ static llmpar_status feed_all(llmpar_engine *engine, int rank, void *user, llmpa
             if (f->kind == FEED_RESET && round == 0 && s == 1) break;                      // leave something in the cache
         }
     }
-    return check_traffic(engine, rank, err);
+    return check_traffic(engine, err);
 }
 
 static void test_feeding(void) {
-    static const struct { const char *model, *mesh; int64_t batch, prompt; } runs[] = {
-        { "llama", "tp=1", 2, 8 }, { "llama-odd", "dp=2,tp=2", 3, 7 }, { "qwen2", "tp=3", 2, 5 }, { "llama", "dp=4", 2, 8 }, { "mistral", "tp=2", 1, 6 },
+    static const struct { const char *model, *mesh; int64_t batch, prompt, chunk; } runs[] = {
+        { "llama", "tp=1", 2, 8, 0 }, { "llama-odd", "dp=2,tp=2", 3, 7, 0 }, { "qwen2", "tp=3", 2, 5, 0 }, { "llama", "dp=4", 2, 8, 0 }, { "mistral", "tp=2", 1, 6, 0 },
+        { "llama", "pp=2", 2, 8, 3 }, { "llama-odd", "pp=2,tp=2", 3, 7, 2 }, { "qwen2", "pp=2", 2, 9, 9 }, { "llama", "pp=2,dp=2", 2, 8, 5 },
     };
     for (size_t i = 0; i < sizeof runs / sizeof *runs; i++)
         for (int kind = 0; kind < FEED_KINDS; kind++) {
-                if (!can_run(runs[i].mesh)) continue;
+            if (!can_run(runs[i].mesh)) continue;
             TEST(named("feeding: %s, %s on %s", feed_name[kind], runs[i].model, runs[i].mesh)) {
                 plan_of_test p = LLMPAR_ZERO;
                 llmpar_error err = LLMPAR_ZERO;
@@ -225,6 +240,7 @@ static void test_feeding(void) {
                 f.kind = kind;
                 p.desc.max_batch   = runs[i].batch;
                 p.desc.max_prompt  = runs[i].prompt;
+                p.desc.chunk       = runs[i].chunk;
                 p.desc.max_context = f.e.t;
                 p.desc.sequence_parallel = kind == FEED_PIECES;
                 p.fn = feed_all;
@@ -344,7 +360,7 @@ static llmpar_status bad_steps(llmpar_engine *engine, int rank, void *user, llmp
 
 static void test_errors(void) {
     static const struct { const char *name, *model, *mesh; int64_t batch, prompt, context; llmpar_status status; const char *part; } bad[] = {
-        { "an axis that is not implemented", "llama", "pp=2",      1, 0, 0,   LLMPAR_UNSUPPORTED,  "axis \"pp\" is not implemented yet; use dp and tp" },
+        { "an axis that is not implemented", "llama", "cp=2",      1, 0, 0,   LLMPAR_UNSUPPORTED,  "axis \"cp\" is not implemented yet; use pp, dp and tp" },
         { "the same beside tp",              "llama", "cp=2,tp=2", 1, 0, 0,   LLMPAR_UNSUPPORTED,  "axis \"cp\"" },
         { "no such folder",                  "none",  "tp=1",      1, 0, 0,   LLMPAR_IO_FAILED,    "none" },
         { "context past the positions",      "llama", "tp=1",      1, 0, 257, LLMPAR_DOES_NOT_FIT, "256 positions" },
@@ -398,6 +414,23 @@ static void test_errors(void) {
         CHECK_NEAR(f.worst, 0, 1e-4);
         free_expected(&f.e);
     }
+    static const struct { const char *name, *mesh; int n_virtual, micro, chunk; const char *schedule; llmpar_status status; const char *part; } wrong[] = {
+        { "more stages than layers",         "tp=1", 1000, 0, 0,  NULL,       LLMPAR_BAD_ARGUMENT, "1000 stages" },
+        { "more groups than rows",           "tp=1", 0, 3, 0,     NULL,       LLMPAR_BAD_ARGUMENT, "n_micro=3 groups of max_batch=2 rows" },
+        { "a negative chunk",                "tp=1", 0, 0, -1,    NULL,       LLMPAR_BAD_ARGUMENT, "chunk=-1" },
+        { "a schedule nobody knows",         "tp=1", 0, 0, 0,     "2f2b",     LLMPAR_BAD_ARGUMENT, "\"2f2b\"" },
+        { "a schedule of one stage a rank",  "tp=1", 2, 0, 0,     "1f1b",     LLMPAR_BAD_ARGUMENT, "1f1b has 1 stage a rank, not 2" },
+    };
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
+        TEST(named("errors: %s", wrong[i].name)) {
+            plan_of_test p = LLMPAR_ZERO;
+            llmpar_error err = LLMPAR_ZERO;
+            p.desc.max_batch = 2, p.desc.max_prompt = p.desc.max_context = 4;
+            p.desc.n_virtual = wrong[i].n_virtual, p.desc.n_micro = wrong[i].micro, p.desc.chunk = wrong[i].chunk, p.desc.schedule = wrong[i].schedule;
+            CHECK_OK(run_on(&p, "llama", wrong[i].mesh, &err), err);
+            CHECK_EQ(p.status[0], wrong[i].status);
+            test_note(strstr(p.text[0], wrong[i].part) != NULL, __FILE__, __LINE__, wrong[i].part, p.text[0]);
+        }
     if (can_run("tp=3")) TEST("errors: one rank that cannot read its files stops all, and all know why") {
         plan_of_test p = LLMPAR_ZERO;
         llmpar_error err = LLMPAR_ZERO;
@@ -454,6 +487,257 @@ static void test_eos(void) {
     }
 }
 
+// ---- generate: the same tokens as step by step, whatever the stages
+
+static int32_t largest(const float *logits, int64_t n) {
+    int64_t best = 0;
+    for (int64_t i = 1; i < n; i++) if (logits[i] > logits[best]) best = i;
+    return (int32_t)best;
+}
+typedef struct talk {
+    expected e;
+    int64_t  steps, end_row, end_step;         // row end_row ends when it has end_step tokens
+    int32_t *by_step, *by_run[MAX_RANKS];      // [b][steps]
+    int64_t  calls[MAX_RANKS], v;
+    int      out_of_order;
+} talk;
+typedef struct talker { talk *t; int rank; int64_t last, before; } talker;   // before: tokens of earlier calls
+static int32_t pick_largest(int64_t row, int64_t step, const float *logits, void *user) {
+    talker *k = (talker *)user;
+    k->t->calls[k->rank]++;
+    if (step < k->last) k->t->out_of_order = 1;
+    k->last = step;
+    return row == k->t->end_row && k->before + step >= k->t->end_step ? -5 : largest(logits, k->t->v);
+}
+static llmpar_status talk_both(llmpar_engine *engine, int rank, void *user, llmpar_error *err) {
+    talk *t = (talk *)user;
+    talker k = { t, rank, 0, 0 };
+    const float *logits;
+    int32_t lengths[8] = { 0 }, next[8], tokens[8 * 80], first[8];
+    const int64_t b = t->e.b, v = t->e.v;
+    for (int64_t i = 0; i < b; i++) lengths[i] = (int32_t)(t->e.t - 3 * (i % 2));
+    TRY(llmpar_engine_step(engine, t->e.ids, lengths, (int32_t)b, t->e.t, &logits, err));
+    for (int64_t i = 0; i < b; i++) first[i] = next[i] = largest(logits + i * v, v);
+    for (int64_t i = 0; i < b; i++) lengths[i] = 1;
+    for (int64_t s = 0; s < t->steps; s++) {
+        TRY(llmpar_engine_step(engine, next, lengths, (int32_t)b, 1, &logits, err));
+        for (int64_t i = 0; i < b; i++) {
+            if (lengths[i]) next[i] = i == t->end_row && s >= t->end_step ? -1 : largest(logits + i * v, v);
+            lengths[i] = next[i] >= 0;
+            if (!rank) t->by_step[i * t->steps + s] = next[i];
+            if (next[i] < 0) next[i] = -1;
+        }
+    }
+    TRY(llmpar_engine_reset(engine));
+    for (int64_t i = 0; i < b; i++) lengths[i] = (int32_t)(t->e.t - 3 * (i % 2));
+    TRY(llmpar_engine_step(engine, t->e.ids, lengths, (int32_t)b, t->e.t, &logits, err));
+    const int64_t part = t->steps / 3;                                                     // in two calls: a row that has ended stays out of the second
+    TRY(llmpar_engine_generate(engine, first, (int32_t)b, part, pick_largest, &k, tokens, err));
+    for (int64_t i = 0; i < b; i++) {
+        memcpy(t->by_run[rank] + i * t->steps, tokens + i * part, (size_t)part * sizeof(int32_t));
+        first[i] = tokens[i * part + part - 1];
+    }
+    k.last = 0, k.before = part;
+    TRY(llmpar_engine_generate(engine, first, (int32_t)b, t->steps - part, pick_largest, &k, tokens, err));
+    for (int64_t i = 0; i < b; i++) memcpy(t->by_run[rank] + i * t->steps + part, tokens + i * (t->steps - part), (size_t)(t->steps - part) * sizeof(int32_t));
+    llmpar_error late = LLMPAR_ZERO;
+    if (llmpar_engine_generate(engine, first, (int32_t)b, 100000, pick_largest, &k, tokens, &late) != LLMPAR_DOES_NOT_FIT || !strstr(late.text, "100000 steps")) t->out_of_order = 2;
+    return check_traffic(engine, err);
+}
+static void test_generate(void) {
+    static const struct { const char *model, *mesh; int n_virtual, micro; int64_t steps; } runs[] = {
+        { "shakespeare-dense", "tp=1", 0, 0, 100 }, { "shakespeare-dense", "pp=2", 0, 0, 100 }, { "shakespeare-dense", "pp=3", 0, 2, 12 }, { "shakespeare-dense", "pp=2,tp=2", 2, 0, 70 },
+        { "qwen2", "dp=2,pp=2", 0, 1, 9 }, { "llama", "pp=1", 2, 2, 30 },
+    };
+    for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) {
+        if (!can_run(runs[i].mesh)) continue;
+        TEST(named("generate: %s on %s, virtual %d micro %d: the tokens of single steps", runs[i].model, runs[i].mesh, runs[i].n_virtual, runs[i].micro)) {
+            plan_of_test p = LLMPAR_ZERO;
+            llmpar_error err = LLMPAR_ZERO;
+            talk t = LLMPAR_ZERO;
+            t.e = read_expected(runs[i].model);
+            t.v = t.e.v, t.steps = runs[i].steps, t.end_row = 1, t.end_step = runs[i].steps / 2;
+            const size_t n = (size_t)(t.e.b * t.steps);
+            t.by_step = (int32_t *)calloc(n, sizeof(int32_t));
+            for (int r = 0; r < MAX_RANKS; r++) t.by_run[r] = (int32_t *)calloc(n, sizeof(int32_t));
+            p.desc.max_batch   = t.e.b;
+            p.desc.max_prompt  = t.e.t;
+            p.desc.max_context = t.e.t + t.steps;
+            p.desc.n_virtual = runs[i].n_virtual, p.desc.n_micro = runs[i].micro;
+            p.fn = talk_both;
+            p.user = &t;
+            CHECK_OK(run_on(&p, runs[i].model, runs[i].mesh, &err), err);
+            CHECK_STR(p.text[0], "");
+            int64_t calls = 0;
+            for (int r = 0; r < llmpar_mesh_size(&p.mesh); r++) {
+                CHECK(memcmp(t.by_run[r], t.by_step, n * sizeof(int32_t)) == 0);
+                calls += t.calls[r];
+            }
+            CHECK(t.e.b < 2 || t.by_step[t.steps + t.end_step] == -1);
+            CHECK(calls > 0);
+            CHECK_EQ(t.out_of_order, 0);
+            free(t.by_step);
+            for (int r = 0; r < MAX_RANKS; r++) free(t.by_run[r]);
+            free_expected(&t.e);
+        }
+    }
+}
+
+// ---- record: when every stage did what
+
+static llmpar_status see_times(llmpar_engine *engine, int rank, void *user, llmpar_error *err) {
+    const expected *e = (const expected *)user;
+    const llmpar_schedule *program;
+    const float *logits;
+    llmpar_pipe_timing timing;
+    llmpar_arena arena = LLMPAR_ZERO;
+    llmpar_error late = LLMPAR_ZERO;
+    int32_t lengths[8], next[8], tokens[8 * 5];
+    talk t = LLMPAR_ZERO;
+    talker k = { &t, 0, 0, 0 };
+    t.v = e->v, t.end_row = -1;
+    for (int64_t i = 0; i < e->b; i++) lengths[i] = (int32_t)e->t, next[i] = 1;
+    TRY(llmpar_engine_step(engine, e->ids, lengths, (int32_t)e->b, e->t, &logits, err));
+    for (int64_t i = 0; i < e->b; i++) lengths[i] = 1;
+    TRY(llmpar_engine_step(engine, next, lengths, (int32_t)e->b, 1, &logits, err));
+    TRY(llmpar_engine_generate(engine, next, (int32_t)e->b, 5, pick_largest, &k, tokens, err));
+    for (int flow = 0; flow < 3; flow++) {
+        double end[4][200], busy = 0;
+        TRY(llmpar_engine_timing(engine, flow, &arena, &program, &timing, err));
+        bool right = program->n_stages == 4 && program->n_micro <= 200 && program->n_ranks == 2;
+        for (int again = 0; again < 2 && right; again++)
+            for (int64_t j = 0; j < program->first[program->n_ranks]; j++) {
+                const llmpar_action a = program->action[j];
+                if (a.kind != LLMPAR_ACTION_F) continue;
+                if (again && a.stage && timing.action_end[j] > timing.action_begin[j]) right = right && timing.action_begin[j] >= end[a.stage - 1][a.micro];
+                end[a.stage][a.micro] = timing.action_end[j];
+            }
+        for (int r = 0; r < 2; r++) busy += timing.busy[r];
+        if (!rank) CHECK(right && busy > 0 && timing.makespan > 0);
+        llmpar_arena_free(&arena);
+    }
+    if (!rank) CHECK_FAIL(llmpar_engine_timing(engine, 3, &arena, &program, &timing, &late), LLMPAR_BAD_ARGUMENT, late, "flow 3");
+    return LLMPAR_OK;
+}
+static void test_record(void) {
+    if (can_run("pp=2")) TEST("record: no stage begins before the one before has ended") {
+        plan_of_test p = LLMPAR_ZERO;
+        llmpar_error err = LLMPAR_ZERO;
+        expected e = read_expected("shakespeare-dense");
+        p.desc.max_batch = e.b, p.desc.max_prompt = e.t, p.desc.max_context = e.t + 8;
+        p.desc.n_virtual = 2, p.desc.chunk = 8, p.desc.record = true;
+        p.fn = see_times, p.user = &e;
+        CHECK_OK(run_on(&p, "shakespeare-dense", "pp=2", &err), err);
+        CHECK_STR(p.text[0], "");
+        free_expected(&e);
+    }
+}
+
+// Generating with attention that sleeps: one layer a stage, so all stages take the same time. idle: of the ranks from the begin of their first to that of their last unit.
+typedef struct sleepy { llmpar_ops inner; expected e; int64_t steps; double idle; } sleepy;
+static void sleepy_attention(void *user, const llmpar_attention_args *args) {
+    const struct timespec t = { 0, 6000000 };
+    sleepy *s = (sleepy *)user;
+    nanosleep(&t, NULL);
+    s->inner.attention(s->inner.user, args);
+}
+static llmpar_status generate_sleepy(llmpar_engine *engine, int rank, void *user, llmpar_error *err) {
+    sleepy *s = (sleepy *)user;
+    const llmpar_schedule *program;
+    llmpar_pipe_timing timing;
+    llmpar_arena arena = LLMPAR_ZERO;
+    int32_t next[8], tokens[8 * 32];
+    talk t = LLMPAR_ZERO;
+    talker k = { &t, 0, 0, 0 };
+    t.v = s->e.v, t.end_row = -1;
+    for (int i = 0; i < 8; i++) next[i] = 65 + i;
+    TRY(llmpar_engine_generate(engine, next, 8, s->steps, pick_largest, &k, tokens, err));
+    TRY(llmpar_engine_timing(engine, 2, &arena, &program, &timing, err));
+    for (int r = 0; r < 4 && !rank; r++) {
+        double busy = 0, begin = -1, last = 0, work = 0;
+        for (int64_t j = program->first[r]; j < program->first[r + 1]; j++) {
+            if (program->action[j].kind != LLMPAR_ACTION_F || timing.action_end[j] - timing.action_begin[j] < 1e-3) continue;
+            if (begin < 0) begin = timing.action_begin[j];
+            busy += work;
+            last = timing.action_begin[j];
+            work = timing.action_end[j] - timing.action_begin[j];
+        }
+        s->idle = fmax(s->idle, 1 - busy / (last - begin));
+    }
+    llmpar_arena_free(&arena);
+    return LLMPAR_OK;
+}
+static void test_in_flight(void) {
+    if (!can_run("pp=4")) return;
+    TEST("generate: groups in flight fill the stages of pp=4") {
+        double idle[3];
+        for (int i = 0; i < 3; i++) {
+            plan_of_test p = LLMPAR_ZERO;
+            llmpar_error err = LLMPAR_ZERO;
+            sleepy s = LLMPAR_ZERO;
+            llmpar_ops ops = s.inner = llmpar_ops_cpu();
+            ops.attention = sleepy_attention;
+            ops.user = &s;
+            s.e = read_expected("shakespeare-dense");
+            s.steps = i ? 16 : 8;
+            p.desc.max_batch = 8, p.desc.max_prompt = 4, p.desc.max_context = 40;
+            p.desc.n_micro = i == 0 ? 1 : i == 1 ? 4 : 8;
+            p.desc.record = true, p.desc.ops = &ops;
+            p.fn = generate_sleepy, p.user = &s;
+            CHECK_OK(run_on(&p, "shakespeare-dense", "pp=4", &err), err);
+            CHECK_STR(p.text[0], "");
+            idle[i] = s.idle;
+            printf("    generate on pp=4, %d groups in flight: %.1f %% idle\n", (int)p.desc.n_micro, 100 * s.idle);
+            free_expected(&s.e);
+        }
+        CHECK(idle[0] > 0.7);                                                              // who sleeps in turns is idle three quarters of the time, at least
+        if (test_stress()) CHECK(idle[1] < 0.3 && idle[2] < 0.3);
+    }
+}
+
+// ---- weights: each stage reads its own layers; of a tied model both ends read the embedding
+
+typedef struct bytes_run { int64_t read[MAX_RANKS], layers[MAX_RANKS], embedding; } bytes_run;
+static llmpar_status see_bytes(llmpar_engine *engine, int rank, void *user, llmpar_error *err) {
+    bytes_run *b = (bytes_run *)user;
+    const llmpar_model *m = llmpar_engine_model(engine);
+    (void)err;
+    b->read[rank] = llmpar_engine_get_stats(engine).weight_bytes_read;
+    for (int i = 0; i < llmpar_engine_stages(engine); i++) b->layers[rank] += llmpar_engine_stage_at(engine, i)->layers;
+    if (rank == 0) b->embedding = m->tied_head ? m->vocabulary * m->hidden * 4 : 0;
+    return LLMPAR_OK;
+}
+static void test_bytes(void) {
+    static const struct { const char *model, *mesh; } runs[] = { { "llama", "pp=2" }, { "qwen2", "pp=2" } };
+    for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) {
+        if (!can_run(runs[i].mesh)) continue;
+        TEST(named("weights: %s on %s: the stages' parts are the whole", runs[i].model, runs[i].mesh)) {
+            llmpar_checkpoint_desc files = LLMPAR_ZERO;
+            llmpar_checkpoint *checkpoint = NULL;
+            llmpar_error err = LLMPAR_ZERO;
+            bytes_run b[2];
+            char path[512];
+            memset(b, 0, sizeof b);
+            model_path(path, runs[i].model);
+            files.folder = path;
+            CHECK_OK(llmpar_checkpoint_open(&files, &checkpoint, &err), err);
+            const int64_t headers = llmpar_checkpoint_bytes_read(checkpoint), layers = llmpar_checkpoint_model(checkpoint)->layers;
+            llmpar_checkpoint_close(checkpoint);
+            for (int k = 0; k < 2; k++) {
+                plan_of_test p = LLMPAR_ZERO;
+                p.desc.max_prompt = p.desc.max_context = 4;
+                p.fn = see_bytes;
+                p.user = &b[k];
+                CHECK_OK(run_on(&p, runs[i].model, k ? runs[i].mesh : "tp=1", &err), err);
+            }
+            CHECK_EQ(b[1].read[0] - headers + b[1].read[1] - headers, b[0].read[0] - headers + b[1].embedding);
+            CHECK(b[1].read[0] < b[0].read[0] && b[1].read[1] < b[0].read[0]);
+            CHECK_EQ(b[1].layers[0] + b[1].layers[1], layers);
+            CHECK(b[1].embedding > 0 || i == 0);
+        }
+    }
+}
+
 // ---- memory: none is taken between create and free; every allocation may fail
 
 typedef struct counter { int64_t calls, live, fail_at; } counter;          // one rank's; fail_at = number of the call that fails, 0 = none
@@ -501,19 +785,24 @@ static void test_memory(void) {
     llmpar_error err = LLMPAR_ZERO;
     m.e = read_expected("llama");
     TEST("memory: steps allocate nothing, free gives all back") {
-        const char *mesh = can_run("dp=2,tp=2") ? "dp=2,tp=2" : "tp=1";
-        plan_of_test p = memory_plan(&m, 0, 0);
-        CHECK_OK(run_on(&p, "llama", mesh, &err), err);
-        for (int r = 0; r < llmpar_mesh_size(&p.mesh); r++) {
-            CHECK_EQ(m.calls_in_steps[r], 0);
-            CHECK(m.counter[r].calls > 5);
-            CHECK_EQ(m.counter[r].live, 0);
+        static const char *const meshes[] = { "tp=1", "dp=2,tp=2", "pp=2", "tp=2,pp=2" };
+        for (int i = 0; i < 4; i++) {
+            if (!can_run(meshes[i])) continue;
+            plan_of_test p = memory_plan(&m, 0, 0);
+            p.desc.chunk = i >= 2 ? 6 : 0;
+            CHECK_OK(run_on(&p, "llama", meshes[i], &err), err);
+            for (int r = 0; r < llmpar_mesh_size(&p.mesh); r++) {
+                CHECK_EQ(m.calls_in_steps[r], 0);
+                CHECK(m.counter[r].calls > 5);
+                CHECK_EQ(m.counter[r].live, 0);
+            }
         }
     }
     TEST("memory: every allocation of one rank fails once: an error, no leak") {
         int64_t failures = 0;
         for (int64_t at = 1; at < 10000; at++) {
             plan_of_test p = memory_plan(&m, at, 0);
+            p.desc.n_virtual = 2, p.desc.n_micro = 2, p.desc.chunk = 6;
             CHECK_OK(run_on(&p, "llama", "tp=1", &err), err);
             CHECK_EQ(m.counter[0].live, 0);
             if (p.status[0] == LLMPAR_OK) break;
@@ -595,6 +884,10 @@ int main(void) {
     test_dtypes();
     test_errors();
     test_eos();
+    test_generate();
+    test_record();
+    test_in_flight();
+    test_bytes();
     test_memory();
     test_ops();
     return test_done();

@@ -1212,7 +1212,26 @@ static void test_errors(void) {
     CHECK_FAIL(llmpar_exec_create(&desc, &exec, &err), LLMPAR_BAD_ARGUMENT, err, "rope_frequencies");
     CHECK(exec == NULL);
     desc.rope_frequencies = w->frequencies;
+    desc.n_caches = -1;
+    CHECK_FAIL(llmpar_exec_create(&desc, &exec, &err), LLMPAR_BAD_ARGUMENT, err, "n_caches=-1");
+    desc.n_caches = 2;
     CHECK_OK(llmpar_exec_create(&desc, &exec, &err), err);
+    desc.share = exec, desc.n_caches = 3;
+    CHECK_FAIL(llmpar_exec_create(&desc, &other, &err), LLMPAR_BAD_ARGUMENT, err, "n_caches=3, but the exec whose caches are to be shared has 2");
+    desc.share = NULL, desc.n_caches = 0;
+    CHECK_FAIL(llmpar_exec_use_cache(exec, 2, &err), LLMPAR_BAD_ARGUMENT, err, "cache set 2 of 2");
+    int caches = 0;
+    for (int n = 0; n < w->g.n_nodes; n++) {                                               // each set has memory of its own; weights have one
+        const bool cache = w->g.node[n].role == LLMPAR_ROLE_CACHE;
+        char *set[2];
+        for (int i = 0; i < 2; i++) {
+            CHECK_OK(llmpar_exec_use_cache(exec, i, &err), err);
+            set[i] = (char *)llmpar_exec_data(exec, n, 0, NULL);
+        }
+        CHECK((set[0] != set[1]) == cache);
+        caches += cache;
+    }
+    CHECK(caches > 0);
 
     static int32_t position[6] = { 0, 1, 2, 0, 1, 6 };
     CHECK_FAIL(llmpar_exec_run(exec, position, &err), LLMPAR_BAD_ARGUMENT, err, "row 1 token 2 has position 6; legal are -1 (padding) to 5");

@@ -341,7 +341,7 @@ static llmpar_status run_model(llmpar_comm *world, void *user, llmpar_error *err
         m->decode[world->rank] = fnv1a(m->decode[world->rank], logits, v);
         for (int64_t k = next = 0; k < v; k++) if (logits[k] > logits[next]) next = (int32_t)k;
     }
-    TRY(check_traffic(engine, world->rank, err));
+    TRY(check_traffic(engine, err));
     llmpar_engine_free(engine);
     return LLMPAR_OK;
 }

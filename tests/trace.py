@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """Reads what examples/trace.c writes, without the library: trace.py [--self-test] OUT.json OUT.svg TABLE (its stdout).
+With --pipe what examples/pipeline.c --rows --trace OUT.json --svg OUT.svg writes.
 
 Chrome trace: every begin has its end on the same track, times go up, calls of a rank do not overlap, asynchronous pairs are complete, names are known, members of a
 group made the same calls, none ended before the last had begun. Table: calls, bytes, times and who came last as the trace has them. Picture: well-formed; a bar for
@@ -25,7 +26,7 @@ def need(condition, text):
         raise Bad(text)
 
 
-def read_calls(trace):
+def read_calls(trace, known=lambda name: name in NAMES):
     """{rank: [(begin, end, name, args)]}, times in us."""
     calls, begun, last, flying, done = {}, {}, {}, {}, set()
     for e in trace["traceEvents"]:
@@ -54,7 +55,7 @@ def read_calls(trace):
         last[rank] = ts
         if e["ph"] == "B":
             need(rank not in begun, f"rank {rank}: a call begins in another one: {e}")
-            need(e["name"].replace("wait ", "", 1) in NAMES, f"unknown name: {e}")
+            need(known(e["name"].replace("wait ", "", 1)), f"unknown name: {e}")
             begun[rank] = e
         else:
             need(rank in begun, f"rank {rank}: an end without its begin at {ts} us")
@@ -142,6 +143,88 @@ def check_picture(calls, text):
             need(name in title and f"group {args['group']} " in title and f"{args['bytes']} bytes" in title, f"rank {rank}: {title} is not {name} {args}")
             need(("last" in args) == ("came last" in title) and f"rank {args.get('last', '')}" in title, f"rank {rank}: who came last: {title}, {args}")
     need(drawn == sum(r.find(SVG + "title") is not None for r in rects), "bars of no track")
+
+
+def check_pipe(trace, picture, table):
+    """What examples/pipeline.c --rows writes, at F = 1 forward of memory and free transfers or not: rows, trace and picture say the same; nothing before what it needs."""
+    calls = read_calls(json.loads(trace), lambda name: re.fullmatch(r"\d+[FBIW]\d+", name))
+    rows = {int(m[1]): m[2].split(",") for m in re.finditer(r"(?m)^(\d+): (.*)$", table)}
+    need(rows.keys() == calls.keys() and all(rows[r] == [c[2] for c in calls[r]] for r in rows), "the rows and the trace do other things")
+    did = {c[2].replace("B", "I"): c for list_ in calls.values() for c in list_}
+    last = max(c[3]["stage"] for c in did.values())
+    for name, (begin, end, _, args) in did.items():
+        stage, kind, micro = re.fullmatch(r"(\d+)([FIW])(\d+)", name).groups()
+        stage = int(stage)
+        need((args["stage"], args["micro"]) == (stage, int(micro)), f"{name} is not {args}")
+        before = [f"{stage - 1}F{micro}"] if kind == "F" and stage else [f"{stage}I{micro}"] if kind == "W" else [f"{stage}F{micro}"] if kind == "I" else []
+        before += [f"{stage + 1}I{micro}"] if kind == "I" and stage < last else []
+        for b in before:
+            need(b in did and did[b][1] <= begin + 0.002, f"{name} comes before {b}")
+    makespan = max(c[1] for c in did.values())
+    span = max(list_[-1][1] - next(c[0] for c in list_ if "F" in c[2]) for list_ in calls.values())
+    said = re.search(r"(?m)^makespan (\S+)  span (\S+)$", table)
+    need(said and abs(1e6 * float(said[1]) - makespan) < 1 and abs(1e6 * float(said[2]) - span) < 1, f"makespan {makespan}, span {span} us in the trace")
+    root = xml.fromstring(picture)
+    width, height = float(root.get("width")), float(root.get("height"))
+    rects = [r for r in root.iter(SVG + "rect") if r.get("x")]
+    texts = [(t.text or "", float(t.get("x")), float(t.get("y"))) for t in root.iter(SVG + "text")]
+    need(all(0 <= x <= width and 0 <= y <= height for _, x, y in texts), "a text outside of the picture")
+    axis = [(float(t), x) for t, x, y in texts if y == max(y for _, _, y in texts)]
+    need(len(axis) > 2 and axis[0][0] == 0, f"an axis needs a zero and two times: {axis}")
+    scale = (axis[-1][1] - axis[0][1]) / axis[-1][0] / 1e6
+    need(all(abs(axis[0][1] + scale * 1e6 * t - x) < 0.2 for t, x in axis), f"uneven steps: {axis}")
+    for rank, list_ in calls.items():
+        label = [y for t, _, y in texts if t == f"rank {rank}"]
+        need(len(label) == 1, f"{len(label)} labels of rank {rank}")
+        row = [box(r) for r in rects if r.get("fill") == "#eee" and box(r)[1] < label[0] < box(r)[1] + box(r)[3]]
+        need(len(row) == 1, f"rank {rank} has {len(row)} tracks")
+        bars = [r for r in rects if r.find(SVG + "title") is not None and (box(r)[1], box(r)[3]) == (row[0][1], row[0][3])]
+        need(len(bars) == len(list_), f"rank {rank}: {len(bars)} bars, {len(list_)} actions")
+        held = peak = 0
+        for bar, (begin, end, name, _) in zip(bars, list_):
+            x, _, w, _ = box(bar)
+            need(abs(x - axis[0][1] - scale * begin) < 0.3 and abs(w - scale * (end - begin)) < 0.3, f"not where the axis says: {name}")
+            need(bar.find(SVG + "title").text.startswith(name + ": "), f"{name} is called {bar.find(SVG + 'title').text}")
+            held += {"F": 1, "B": -1}.get(re.search("[FBIW]", name)[0], -0.5)
+            peak = max(peak, held)
+        busy = sum(c[1] - c[0] for c in list_)
+        said = re.search(rf"(?m)^rank {rank}: bubble (\S+) % \S+ of the makespan\), peak in flight (\S+)$", table)
+        need(said and abs(float(said[1]) - 100 * (1 - busy / makespan)) < 0.01, f"rank {rank}: bubble {100 * (1 - busy / makespan)} %")
+        curve = root.findall(f".//{SVG}path[{SVG}title='memory of rank {rank}, at most {peak:g}']")
+        need(float(said[2]) == peak and len(curve) == 1, f"rank {rank}: peak {peak}")
+        need(min(abs(float(v) - row[0][1]) for v in re.findall(r"V([\d.]+)", curve[0].get("d"))) < row[0][3] + 30, f"rank {rank}: its curve is elsewhere")
+    need(sum(map(len, calls.values())) == sum(r.find(SVG + "title") is not None for r in rects), "bars of no track")
+    return sum(map(len, calls.values())), len(calls)
+
+
+def self_test_pipe(trace, picture, table):
+    """Damages one thing at a time, as self_test does."""
+    bar = re.search(r'<rect x="([\d.]+)"[^>]*><title>(\d+F2)[^<]*</title></rect>', picture)
+    made = (
+        ("do other things", (trace, picture, re.sub(r"(?m)^1: ([^,]*),([^,]*)", r"1: \2,\1", table))),
+        ("do other things", (trace.replace('"1F2"', '"1F1"', 1), picture, table)),
+        ("is not", (trace.replace('"micro": 2', '"micro": 1', 1), picture, table)),
+        ("comes before", (re.sub(r'("1F0", [^{}]*"ts": )[\d.]+', r"\g<1>0", trace), picture, table)),
+        ("span ", (trace, picture, table.replace("makespan ", "makespan 1", 1))),
+        ("bubble", (trace, picture, table.replace("bubble ", "bubble 1"))),
+        ("peak", (trace, picture, table.replace("in flight ", "in flight 1"))),
+        ("peak", (trace, picture.replace("at most ", "at most 1"), table)),
+        ("bars, ", (trace, picture.replace(bar[0], ""), table)),
+        ("not where the axis says", (trace, picture.replace(bar[0], bar[0].replace(bar[1], str(float(bar[1]) + 1))), table)),
+        ("is called", (trace, picture.replace(bar[0], bar[0].replace(bar[2], "9F9")), table)),
+        ("labels of rank 0", (trace, picture.replace(">rank 0<", ">rank<"), table)),
+        ("unknown name", (trace.replace('"1F2"', '"1X2"', 1), picture, table)),
+        ("mismatched tag", (trace, picture.replace("</g>", "", 1), table)),
+    )
+    for words, files in made:
+        need(files != (trace, picture, table), f"nothing was changed: {words}")
+        try:
+            check_pipe(*files)
+        except (Bad, ValueError, xml.ParseError) as error:
+            need(words in str(error), f"\"{words}\" was to be found, not: {error}")
+            continue
+        raise Bad(f"not found: {words}")
+    return len(made)
 
 
 def check(trace, picture, table):
@@ -244,11 +327,11 @@ def self_test(trace, picture, table):
 
 
 def main():
-    test = "--self-test" in sys.argv
-    files = [open(path, encoding="utf-8").read() for path in sys.argv[1:] if path != "--self-test"]
+    test, pipe = "--self-test" in sys.argv, "--pipe" in sys.argv
+    files = [open(path, encoding="utf-8").read() for path in sys.argv[1:] if not path.startswith("--")]
     try:
-        calls, ranks = check(*files)
-        print(f"{calls} calls on {ranks} ranks" + (f"; {self_test(*files)} kinds of damage are found" if test else ""))
+        calls, ranks = (check_pipe if pipe else check)(*files)
+        print(f"{calls} {'actions' if pipe else 'calls'} on {ranks} ranks" + (f"; {(self_test_pipe if pipe else self_test)(*files)} kinds of damage are found" if test else ""))
     except (Bad, ValueError, KeyError, xml.ParseError) as error:
         sys.exit(f"trace.py: {error}")
 

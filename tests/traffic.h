@@ -4,13 +4,15 @@
 #include <stdio.h>
 
 // Calls and payload bytes of this rank, per kind and axes: prediction x runs = count, exactly. LLMPAR_MISMATCH and a text when they differ.
-static inline llmpar_status check_traffic(llmpar_engine *engine, int rank, llmpar_error *err) {
+static inline llmpar_status check_traffic(llmpar_engine *engine, llmpar_error *err) {
     llmpar_engine_stats stats = llmpar_engine_get_stats(engine);
-    for (int phase = 0; phase < 2; phase++) {
+    for (int k = 0; k < 2 * llmpar_engine_stages(engine); k++) {
+        const llmpar_engine_stage *stage = llmpar_engine_stage_at(engine, k / 2);
+        const int phase = k % 2;
         llmpar_traffic want[64], got[64];
         int64_t runs = phase ? stats.decode_runs : stats.prefill_runs, seen = 0, planned = 0;
-        int n_want = llmpar_plan_traffic(llmpar_engine_plan(engine, phase), rank, want, 64);
-        int n_got  = llmpar_exec_traffic(llmpar_engine_exec(engine, phase), got, 64);
+        int n_want = llmpar_plan_traffic(stage->plan[phase], stage->comm->rank, want, 64);
+        int n_got  = llmpar_exec_traffic(stage->exec[phase], got, 64);
         for (int i = 0; i < n_got; i++) seen += got[i].calls;
         for (int i = 0; i < n_want; i++) {
             llmpar_traffic g = { want[i].kind, want[i].axes, 0, 0 };

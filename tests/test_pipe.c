@@ -1,0 +1,696 @@
+// Pipeline schedules: published ones by their published figures, rows that PyTorch emits, lowering, and the proof against a simulator of its own and thousands of broken
+// schedules. Cases C1 .. C11: papers and peers as named at each; their figures were checked with a third simulator.
+#define LLMPAR_IMPLEMENTATION
+#include "llmpar.h"
+#include "test.h"
+#include "pipe_rows.h"
+
+static llmpar_arena arena;
+static llmpar_error err;
+
+typedef struct text { char at[16384]; size_t n; } text;
+static text out;
+static void text_write(const char *from, size_t bytes, void *user) {
+    text *t = (text *)user;
+    if (t->n + bytes >= sizeof t->at) bytes = sizeof t->at - 1 - t->n;
+    memcpy(t->at + t->n, from, bytes);
+    t->n += bytes;
+    t->at[t->n] = 0;
+}
+static const char *csv(const llmpar_schedule *s) {
+    llmpar_sink sink;
+    out.n = 0, out.at[0] = 0;
+    sink.write = text_write, sink.user = &out;
+    llmpar_pipe_write(s, sink);
+    return out.at;
+}
+
+static double row[4][LLMPAR_MAX_STAGES];
+static llmpar_pipe_costs even(double f, double i, double w, double link) {                 // the same for all stages
+    llmpar_pipe_costs costs = LLMPAR_ZERO;
+    for (int s = 0; s < 256; s++) row[0][s] = f, row[1][s] = i, row[2][s] = w, row[3][s] = link;
+    costs.f = row[0], costs.i = row[1], costs.w = row[2], costs.link = row[3];
+    return costs;
+}
+
+static llmpar_schedule made;
+static llmpar_pipe_timing timing;
+// Makes and times a schedule; P ranks, V stages of each, M micro-batches.
+static int make(llmpar_pipe_kind kind, int P, int V, int M, const llmpar_pipe_costs *costs) {
+    llmpar_pipe_desc desc = LLMPAR_ZERO;
+    desc.kind = kind, desc.n_ranks = P, desc.n_virtual = V, desc.n_micro = M;
+    if (costs) desc.costs = *costs;
+    llmpar_arena_free(&arena);
+    llmpar_status status = llmpar_pipe_make(&desc, &arena, &made, &err);
+    if (!status) status = llmpar_pipe_simulate(&made, &desc.costs, LLMPAR_PIPE_BUFFERED, &arena, &timing, &err);
+    if (status) printf("%s P%d V%d M%d: %s\n", llmpar_pipe_kind_name(kind), P, V, M, err.text);
+    return status == LLMPAR_OK;
+}
+static int read_csv(const char *from, llmpar_schedule *s) {
+    llmpar_arena_free(&arena);
+    const llmpar_status status = llmpar_pipe_read(from, strlen(from), &arena, s, &err);
+    if (status) printf("%s\n", err.text);
+    return status == LLMPAR_OK;
+}
+
+static void test_published(void) {
+    static const struct { llmpar_pipe_kind kind; int V; double makespan, span, peak, with_links; } c1[] = {
+        { LLMPAR_PIPE_GPIPE, 1, 33, 33, 8, 34.5 }, { LLMPAR_PIPE_1F1B, 1, 33, 33, 4, 37 }, { LLMPAR_PIPE_INTERLEAVED, 2, 57, 57, 11, 60.5 },
+        { LLMPAR_PIPE_BREADTH_FIRST, 2, 57, 57, 16, 0 }, { LLMPAR_PIPE_ZB_H1, 1, 27, 27, 4, 30 }, { LLMPAR_PIPE_ZB_V, 2, 51, 48, 8, 0 },
+    };
+    llmpar_pipe_costs links = even(1, 1, 1, 0.25);
+    for (int i = 0; i < (int)(sizeof c1 / sizeof *c1); i++) {
+        char name[80];
+        snprintf(name, sizeof name, "C1: %s P4 M8: makespan, span, memory of rank 0", llmpar_pipe_kind_name(c1[i].kind));
+        TEST(name) {
+            CHECK(make(c1[i].kind, 4, c1[i].V, 8, NULL));
+            CHECK_NEAR(timing.makespan, c1[i].makespan, 1e-9);
+            CHECK_NEAR(timing.span, c1[i].span, 1e-9);
+            CHECK_NEAR(timing.peak[0], c1[i].peak, 1e-9);
+            CHECK_NEAR(timing.work, 24.0 * c1[i].V, 1e-9);
+            if (c1[i].with_links > 0) {
+                CHECK(make(c1[i].kind, 4, c1[i].V, 8, &links));
+                CHECK_NEAR(timing.makespan, c1[i].with_links, 1e-9);
+            }
+        }
+    }
+    TEST("C1: chunks in flight of interleaved are 11, 9, 7, 5; 1F1B 4, 3, 2, 1") {
+        CHECK(make(LLMPAR_PIPE_INTERLEAVED, 4, 2, 8, NULL));
+        for (int r = 0; r < 4; r++) CHECK_NEAR(timing.peak[r], 11 - 2 * r, 1e-9);
+        CHECK(make(LLMPAR_PIPE_1F1B, 4, 1, 8, NULL));
+        for (int r = 0; r < 4; r++) CHECK_NEAR(timing.peak[r], 4 - r, 1e-9);
+    }
+    TEST("C3: Megatron's table, groups of 3, 5 micro-batches, 2 chunks") {
+        static const int micro[] = { 0, 1, 2, 0, 1, 2, 3, 4, 3, 4 }, chunk[] = { 0, 0, 0, 1, 1, 1, 0, 0, 1, 1 };
+        llmpar_pipe_desc desc = LLMPAR_ZERO;
+        int k = 0;
+        desc.kind = LLMPAR_PIPE_INTERLEAVED, desc.n_ranks = 3, desc.n_virtual = 2, desc.n_micro = 5, desc.group = 3;
+        llmpar_arena_free(&arena);
+        CHECK_OK(llmpar_pipe_make(&desc, &arena, &made, &err), err);
+        for (int64_t j = made.first[0]; j < made.first[1]; j++) {
+            if (made.action[j].kind != LLMPAR_ACTION_F) continue;
+            CHECK_EQ(made.action[j].micro, micro[k]);
+            CHECK_EQ(made.action[j].stage, 3 * chunk[k]);
+            k++;
+        }
+        CHECK_EQ(k, 10);
+        CHECK_OK(llmpar_pipe_verify(&made, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), err);
+    }
+    TEST("C4: 1F1B P3 M4, row by row") {
+        CHECK(make(LLMPAR_PIPE_1F1B, 3, 1, 4, NULL));
+        CHECK_STR(csv(&made), "0F0,0F1,0F2,0B0,0F3,0B1,0B2,0B3\n1F0,1F1,1B0,1F2,1B1,1F3,1B2,1B3\n2F0,2B0,2F1,2B1,2F2,2B2,2F3,2B3\n");
+    }
+    TEST("C5: zero bubble P4 M4: makespan 15; 4 forwards wait for their W on every rank") {
+        static const double nothing[4] = { 0, 0, 0, 0 };
+        llmpar_pipe_costs costs = LLMPAR_ZERO;
+        costs.release = nothing;
+        CHECK(make(LLMPAR_PIPE_ZB_H1, 4, 1, 4, &costs));
+        CHECK_NEAR(timing.makespan, 15, 1e-9);
+        for (int r = 0; r < 4; r++) CHECK_NEAR(timing.peak[r], 4, 1e-9);
+    }
+    TEST("C6: zb-v P2 M4: span 24, makespan 25") {
+        CHECK(make(LLMPAR_PIPE_ZB_V, 2, 2, 4, NULL));
+        CHECK_NEAR(timing.span, 24, 1e-9);
+        CHECK_NEAR(timing.makespan, 25, 1e-9);
+    }
+    TEST("C8: the V of 12 stages on 4 ranks: 0 1 2 3 3 2 1 0 0 1 2 3") {
+        static const int rank_of[12] = { 0, 1, 2, 3, 3, 2, 1, 0, 0, 1, 2, 3 };
+        llmpar_pipe_desc desc = LLMPAR_ZERO;
+        desc.kind = LLMPAR_PIPE_BREADTH_FIRST, desc.n_ranks = 4, desc.n_virtual = 3, desc.n_micro = 2, desc.map = LLMPAR_PIPE_MAP_V;
+        llmpar_arena_free(&arena);
+        CHECK_OK(llmpar_pipe_make(&desc, &arena, &made, &err), err);
+        for (int s = 0; s < 12; s++) CHECK_EQ(made.rank_of[s], rank_of[s]);
+        CHECK_OK(llmpar_pipe_verify(&made, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), err);
+    }
+    TEST("C9: buffers by liveness") {
+        static const int64_t begin[6] = { 0, 1, 2, 5, 8, 9 }, end[6] = { 4, 3, 7, 6, 11, 10 };
+        static const int32_t want[6] = { 0, 1, 2, 0, 0, 1 };
+        int32_t slot[6];
+        CHECK_EQ(llmpar_slots(begin, end, 6, slot, &arena), 3);
+        for (int i = 0; i < 6; i++) CHECK_EQ(slot[i], want[i]);
+        CHECK_EQ(llmpar_slots(NULL, NULL, 0, NULL, &arena), 0);
+    }
+    TEST("C11: few micro-batches: zero bubble (m + p - 1)(F + I) + W; p8 m4: 23, 1F1B 33") {
+        for (int P = 1; P <= 16; P++)
+            for (int M = 1; M <= P; M++) {
+                llmpar_pipe_costs costs = even(2, 3, 1.5, 0);
+                CHECK(make(LLMPAR_PIPE_ZB_H1, P, 1, M, &costs));
+                CHECK_NEAR(timing.makespan, (M + P - 1) * 5.0 + 1.5, 1e-9);
+            }
+        CHECK(make(LLMPAR_PIPE_ZB_H1, 8, 1, 4, NULL));
+        CHECK_NEAR(timing.makespan, 23, 1e-9);
+        CHECK(make(LLMPAR_PIPE_1F1B, 8, 1, 4, NULL));
+        CHECK_NEAR(timing.makespan, 33, 1e-9);
+    }
+}
+
+static void test_formulas(void) {
+    const double f = 2, i = 2.5, w = 1.5;
+    const llmpar_pipe_costs costs = even(f, i, w, 0);
+    TEST("GPipe and 1F1B: (m + p - 1)(F + B) for all P <= 16, M <= 64") {
+        for (int P = 1; P <= 16; P++)
+            for (int M = 1; M <= 64; M++) {
+                CHECK(make(LLMPAR_PIPE_GPIPE, P, 1, M, &costs));
+                CHECK_NEAR(timing.makespan, (M + P - 1) * (f + i + w), 1e-7);
+                CHECK(make(LLMPAR_PIPE_1F1B, P, 1, M, &costs));
+                CHECK_NEAR(timing.makespan, (M + P - 1) * (f + i + w), 1e-7);
+            }
+    }
+    TEST("interleaved: bubble (p - 1) / (v m) of the work where P divides M") {
+        for (int P = 1; P <= 16; P++)
+            for (int V = 1; V <= 4; V++)
+                for (int M = P; M <= 64; M += P) {
+                    CHECK(make(LLMPAR_PIPE_INTERLEAVED, P, V, M, &costs));
+                    CHECK_NEAR(timing.makespan, V * M * (f + i + w) + (P - 1) * (f + i + w), 1e-7);
+                }
+    }
+    TEST("ZB-H1: bubble (p - 1)(F + I - W) for M >= P; ZB-H2, as span: (p - 1)(F + I - 2 W) for M >= 2 P - 1") {
+        for (int P = 1; P <= 16; P++)
+            for (int M = P; M <= 64; M++) {
+                CHECK(make(LLMPAR_PIPE_ZB_H1, P, 1, M, &costs));
+                CHECK_NEAR(timing.makespan, M * (f + i + w) + (P - 1) * (f + i - w), 1e-7);
+                CHECK(timing.peak[0] <= P + 1e-9);
+                if (M < 2 * P - 1) continue;
+                CHECK(make(LLMPAR_PIPE_ZB_H2, P, 1, M, &costs));
+                CHECK_NEAR(timing.span, M * (f + i + w) + (P - 1) * (f + i - 2 * w), 1e-7);
+                for (int r = 0; r < P; r++) CHECK(timing.peak[r] <= 2 * P - 1 + 1e-9);
+            }
+    }
+    TEST("ZB-H1 and 1F1B at p8 m32 for four sets of times") {
+        static const double t[4][5] = { { 1, 1, 1, 103, 117 }, { 2, 2, 1, 181, 195 }, { 3, 2, 1, 220, 234 }, { 2, 3, 2, 245, 273 } };
+        for (int k = 0; k < 4; k++) {
+            const llmpar_pipe_costs c = even(t[k][0], t[k][1], t[k][2], 0);
+            CHECK(make(LLMPAR_PIPE_ZB_H1, 8, 1, 32, &c));
+            CHECK_NEAR(timing.makespan, t[k][3], 1e-9);
+            CHECK(make(LLMPAR_PIPE_1F1B, 8, 1, 32, &c));
+            CHECK_NEAR(timing.makespan, t[k][4], 1e-9);
+        }
+    }
+    TEST("forward: items t_i through equal stages take sum t + (P - 1) max t; a sequence in flight idles P - 1 of P ranks, P of them none") {
+        CHECK(make(LLMPAR_PIPE_FORWARD, 4, 1, 10, &costs));
+        CHECK_NEAR(timing.makespan, 13 * f, 1e-9);
+        for (int K = 1; K <= 8; K++) {
+            llmpar_pipe_desc desc = LLMPAR_ZERO;
+            desc.kind = LLMPAR_PIPE_FORWARD, desc.n_ranks = 4, desc.n_micro = 40 * K, desc.in_flight = K;
+            llmpar_arena_free(&arena);
+            CHECK_OK(llmpar_pipe_make(&desc, &arena, &made, &err), err);
+            CHECK_OK(llmpar_pipe_simulate(&made, NULL, LLMPAR_PIPE_BUFFERED, &arena, &timing, &err), err);
+            CHECK_NEAR(timing.makespan, K <= 4 ? 160 + K - 1 : 40.0 * K + 3, 1e-9);
+        }
+    }
+}
+
+static void test_rows(void) {
+    static double one[64], nothing[64];
+    llmpar_pipe_costs costs = LLMPAR_ZERO;
+    for (int s = 0; s < 64; s++) one[s] = 1;
+    costs.release = nothing;
+    for (int k = 0; k < (int)(sizeof pipe_rows / sizeof *pipe_rows); k++) {
+        const struct pipe_row *p = &pipe_rows[k];
+        char name[100];
+        snprintf(name, sizeof name, "R%d: rows of %s P%d M%d v%d are PyTorch's", k + 1, p->kind, p->P, p->M, p->V);
+        TEST(name) {
+            llmpar_pipe_kind kind = LLMPAR_PIPE_AUTO;
+            llmpar_schedule read;
+            char peak[100];
+            int at = 0;
+            CHECK_OK(llmpar_pipe_kind_parse(p->kind, &kind, &err), err);
+            CHECK(make(kind, p->P, p->V, p->M, &costs));
+            CHECK_STR(csv(&made), p->text);
+            CHECK_NEAR(timing.makespan, p->makespan, 1e-9);
+            CHECK_NEAR(timing.span, p->span, 1e-9);
+            for (int r = 0; r < p->P; r++) at += snprintf(peak + at, sizeof peak - (size_t)at, "%s%g", r ? ", " : "", timing.peak[r]);
+            CHECK_STR(peak, p->peak);
+            CHECK(read_csv(p->text, &read));
+            CHECK_OK(llmpar_pipe_verify(&read, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), err);
+            CHECK_STR(csv(&read), p->text);
+        }
+    }
+    TEST("R10: a stored row with idle cells reads as the schedule without them") {
+        static char want[4096];
+        llmpar_schedule read;
+        CHECK(make(LLMPAR_PIPE_ZB_H1, 2, 2, 8, NULL));
+        snprintf(want, sizeof want, "%s", csv(&made));
+        CHECK(read_csv(pipe_row_idle, &read));
+        CHECK_STR(csv(&read), want);
+    }
+    TEST("C2: Megatron's groups of P emit PyTorch's rows where P divides M") {
+        for (int P = 2; P <= 8; P++)
+            for (int M = P; M <= 4 * P; M += P) {
+                static char want[16384];
+                llmpar_pipe_desc desc = LLMPAR_ZERO;
+                CHECK(make(LLMPAR_PIPE_INTERLEAVED, P, 3, M, NULL));
+                snprintf(want, sizeof want, "%s", csv(&made));
+                desc.kind = LLMPAR_PIPE_INTERLEAVED, desc.n_ranks = P, desc.n_virtual = 3, desc.n_micro = M, desc.group = P;
+                CHECK_OK(llmpar_pipe_make(&desc, &arena, &made, &err), err);
+                CHECK_STR(csv(&made), want);
+            }
+    }
+    (void)one;
+}
+
+static void test_text(void) {
+    llmpar_schedule s;
+    TEST("text: blanks, carriage returns, idle cells, an end without a line feed; B before its W is I") {
+        CHECK(read_csv(" 0F0 ,, 0F1,0B0,0W0\t,0B1,0W1\r\n,1F0,1B0,1F1,1B1,\r\n\n", &s));
+        CHECK_STR(csv(&s), "0F0,0F1,0I0,0W0,0I1,0W1\n1F0,1B0,1F1,1B1\n");
+        CHECK(!s.lowered);
+        CHECK_OK(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), err);
+        CHECK(read_csv("0F0", &s));
+        CHECK_EQ(s.n_ranks, 1);
+    }
+    TEST("text: what is not an action is named by line and cell") {
+        static const char *const bad[] = { "0F0,0F1\n1F0,1X1", "F0", "0F", "0FF0", "0F0 0F1", "-1F0", "0F1000000000", "99999F0", "0SEND0", "0SEND_F", "0F0;" };
+        static const char *const where[] = { "line 2, cell 2", "line 1, cell 1", "cell 1", "cell 1", "cell 1", "cell 1", "cell 1", "cell 1", "cell 1", "cell 1", "cell 1" };
+        for (int k = 0; k < (int)(sizeof bad / sizeof *bad); k++) CHECK_FAIL(llmpar_pipe_read(bad[k], strlen(bad[k]), &arena, &s, &err), LLMPAR_BAD_SYNTAX, err, where[k]);
+    }
+    TEST("text: nothing, and numbers that promise more than there is") {
+        CHECK_FAIL(llmpar_pipe_read("", 0, &arena, &s, &err), LLMPAR_BAD_SYNTAX, err, "no action");
+        CHECK_FAIL(llmpar_pipe_read(NULL, 0, &arena, &s, &err), LLMPAR_BAD_SYNTAX, err, "no action");
+        CHECK_FAIL(llmpar_pipe_read(",,\n,\n", 5, &arena, &s, &err), LLMPAR_BAD_SYNTAX, err, "no action");
+        CHECK_FAIL(llmpar_pipe_read("0F999999999", 11, &arena, &s, &err), LLMPAR_BAD_ARGUMENT, err, "need 1000000000 forwards; the text has 1");
+        CHECK_FAIL(llmpar_pipe_read("0F0,2F0,2F0", 11, &arena, &s, &err), LLMPAR_BAD_ARGUMENT, err, "no rank does stage 1");
+    }
+    TEST("bad input: counts, shapes, times") {
+        static const double negative[2] = { 1, -1 }, nan[2] = { NAN, 1 }, much[2] = { 1, 2 };
+        llmpar_pipe_desc d = LLMPAR_ZERO;
+        llmpar_pipe_costs costs = LLMPAR_ZERO;
+        llmpar_pipe_kind kind;
+        d.kind = LLMPAR_PIPE_1F1B, d.n_ranks = 2;
+        CHECK_FAIL(llmpar_pipe_make(&d, &arena, &s, &err), LLMPAR_BAD_ARGUMENT, err, "0 micro-batches");
+        d.n_micro = 2, d.n_ranks = 0;
+        CHECK_FAIL(llmpar_pipe_make(&d, &arena, &s, &err), LLMPAR_BAD_ARGUMENT, err, "0 ranks");
+        d.n_ranks = 2, d.n_virtual = 2;
+        CHECK_FAIL(llmpar_pipe_make(&d, &arena, &s, &err), LLMPAR_BAD_ARGUMENT, err, "1 stage a rank, not 2");
+        d.kind = LLMPAR_PIPE_ZB_V, d.n_virtual = 3;
+        CHECK_FAIL(llmpar_pipe_make(&d, &arena, &s, &err), LLMPAR_BAD_ARGUMENT, err, "2 stages a rank, not 3");
+        d.n_virtual = 2, d.map = LLMPAR_PIPE_MAP_LOOP;
+        CHECK_FAIL(llmpar_pipe_make(&d, &arena, &s, &err), LLMPAR_BAD_ARGUMENT, err, "as a V");
+        d.map = LLMPAR_PIPE_MAP_DEFAULT, d.in_flight = 2;
+        CHECK_FAIL(llmpar_pipe_make(&d, &arena, &s, &err), LLMPAR_BAD_ARGUMENT, err, "in_flight=2");
+        d.in_flight = 0, d.n_ranks = 3000;
+        CHECK_FAIL(llmpar_pipe_make(&d, &arena, &s, &err), LLMPAR_OVERFLOW, err, "at most 4096 stages");
+        CHECK_FAIL(llmpar_pipe_kind_parse("zb-x", &kind, &err), LLMPAR_BAD_ARGUMENT, err, "zb-h1");
+        CHECK(make(LLMPAR_PIPE_1F1B, 2, 1, 2, NULL));
+        costs.f = negative;
+        CHECK_FAIL(llmpar_pipe_verify(&made, &costs, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err, "time of F of stage 1 is -1");
+        costs.f = nan;
+        CHECK_FAIL(llmpar_pipe_lower(&made, &costs, LLMPAR_PIPE_BUFFERED, &arena, &s, &err), LLMPAR_BAD_ARGUMENT, err, "time of F of stage 0 is nan");
+        costs.f = NULL, costs.release = much;
+        CHECK_FAIL(llmpar_pipe_verify(&made, &costs, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err, "I releases 2, more than the 1");
+        CHECK_FAIL(llmpar_pipe_verify(&made, NULL, LLMPAR_PIPE_BUFFERED, 1.5, &arena, &err), LLMPAR_DOES_NOT_FIT, err, "rank 0 holds up to 2, more than the limit of 1.5");
+        CHECK_OK(llmpar_pipe_verify(&made, NULL, LLMPAR_PIPE_BUFFERED, 2, &arena, &err), err);
+        CHECK_OK(llmpar_pipe_lower(&made, NULL, LLMPAR_PIPE_BUFFERED, &arena, &s, &err), err);
+        CHECK_FAIL(llmpar_pipe_lower(&s, NULL, LLMPAR_PIPE_BUFFERED, &arena, &s, &err), LLMPAR_BAD_ARGUMENT, err, "has its transfers already");
+        memset(&s, 0, sizeof s);
+        CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err, "is empty");
+    }
+}
+
+static void test_lowering(void) {
+    llmpar_schedule s, program;
+    TEST("C7: transfers in NCCL's order, PyTorch's example") {
+        CHECK(read_csv("0F0,0F1,,0B0,,0B1\n,1F0,1B0,1F1,1B1,\n", &s));
+        const llmpar_pipe_costs costs = even(1, 0.5, 0.5, 0);
+        CHECK_OK(llmpar_pipe_lower(&s, &costs, LLMPAR_PIPE_NCCL, &arena, &program, &err), err);
+        CHECK_STR(csv(&program), "0F0,0SEND_F0,0F1,0SEND_F1,0RECV_B0,0B0,0RECV_B1,0B1\n1RECV_F0,1RECV_F1,1F0,1B0,1SEND_B0,1F1,1B1,1SEND_B1\n");
+        CHECK_OK(llmpar_pipe_verify(&program, &costs, LLMPAR_PIPE_NCCL, 0, &arena, &err), err);
+    }
+    TEST("receives open no bubbles: programs take as long as their schedules, links included") {
+        for (int k = 0; k < LLMPAR_PIPE_AUTO; k++)
+            for (int link = 0; link < 2; link++) {
+                const llmpar_pipe_costs costs = even(2, 3, 1, 0.25 * link);
+                const bool v = k == LLMPAR_PIPE_ZB_V || k == LLMPAR_PIPE_DUALPIPE_V || k == LLMPAR_PIPE_INTERLEAVED || k == LLMPAR_PIPE_BREADTH_FIRST;
+                if (k == LLMPAR_PIPE_ZB_1P || k == LLMPAR_PIPE_ZB_2P || k == LLMPAR_PIPE_V_HALF || k == LLMPAR_PIPE_V_MIN) continue;
+                CHECK(make((llmpar_pipe_kind)k, 8, v ? 2 : 1, 32, &costs));
+                for (int t = 0; t < 3; t++) {
+                    llmpar_pipe_timing lowered;
+                    CHECK_OK(llmpar_pipe_lower(&made, &costs, (llmpar_transport)t, &arena, &program, &err), err);
+                    CHECK_OK(llmpar_pipe_simulate(&program, &costs, (llmpar_transport)t, &arena, &lowered, &err), err);
+                    if (lowered.makespan > timing.makespan + 1e-9) printf("%s over %d: %g, schedule %g\n", made.name, t, lowered.makespan, timing.makespan);
+                    CHECK(lowered.makespan <= timing.makespan * (link && t == LLMPAR_PIPE_NCCL ? 1.02 : 1) + 1e-9);
+                }
+            }
+    }
+    TEST("buffers: few, because receives are posted late") {
+        CHECK(make(LLMPAR_PIPE_1F1B, 8, 1, 64, NULL));
+        for (int t = 0; t < 3; t++) {
+            CHECK_OK(llmpar_pipe_lower(&made, NULL, (llmpar_transport)t, &arena, &program, &err), err);
+            for (int r = 0; r < 8; r++) CHECK(program.n_slots[r] <= 4);
+        }
+    }
+    TEST("critical path: unbroken from time 0 to the makespan") {
+        CHECK(make(LLMPAR_PIPE_ZB_H1, 4, 1, 9, NULL));
+        CHECK_NEAR(timing.action_begin[timing.critical[0]], 0, 1e-9);
+        CHECK_NEAR(timing.action_end[timing.critical[timing.n_critical - 1]], timing.makespan, 1e-9);
+        for (int64_t i = 1; i < timing.n_critical; i++) CHECK_NEAR(timing.action_begin[timing.critical[i]], timing.action_end[timing.critical[i - 1]], 1e-9);
+    }
+    TEST("every schedule, P <= 16, M <= 40, up to 4 stages a rank, over each transport: certified") {
+        int64_t certified = 0;
+        const int step = test_stress() ? 1 : test_short() ? 13 : 3;
+        for (int P = 1; P <= 16; P++)
+            for (int M = 1 + P % step; M <= 40; M += step)
+                for (int V = 1; V <= 4; V++)
+                    for (int k = 0; k < LLMPAR_PIPE_AUTO; k++) {
+                        const bool v_only = k == LLMPAR_PIPE_ZB_V || k == LLMPAR_PIPE_DUALPIPE_V, single = k == LLMPAR_PIPE_1F1B || k == LLMPAR_PIPE_EAGER_1F1B;
+                        if (k == LLMPAR_PIPE_ZB_1P || k == LLMPAR_PIPE_ZB_2P || k == LLMPAR_PIPE_V_HALF || k == LLMPAR_PIPE_V_MIN) continue;
+                        if ((v_only && V != 2) || (single && V != 1)) continue;
+                        CHECK(make((llmpar_pipe_kind)k, P, V, M, NULL));
+                        for (int t = 0; t < 3; t++) {
+                            CHECK_OK(llmpar_pipe_lower(&made, NULL, (llmpar_transport)t, &arena, &program, &err), err);
+                            CHECK_OK(llmpar_pipe_verify(&program, NULL, (llmpar_transport)t, 0, &arena, &err), err);
+                            certified++;
+                        }
+                    }
+        printf("%lld programs certified\n", (long long)certified);
+    }
+}
+
+// ---- A simulator of its own, in steps without times: who can do the next action does it ------------------------------------------
+// It knows nothing of indices, arrival times or channels: values lie in sets, buffers hold what is in them, NCCL's transfers in two queues per pair of ranks.
+
+#define O_STAGES 8
+#define O_MICRO  8
+#define O_RANKS  4
+#define O_OPS    400
+typedef struct oracle {
+    const llmpar_schedule *s;
+    int transport;
+    int done[LLMPAR_ACTION_COUNT][O_STAGES][O_MICRO];      // how often
+    int here[2][O_STAGES][O_MICRO];                        // the output (F, gradient) of this stage is where it is needed
+    int holds[O_RANKS][64], busy[O_RANKS][64];             // buffers: 1 + what is in it; a SEND under way
+    int64_t at[O_RANKS];
+    int group[O_RANKS][O_OPS], issued[O_RANKS][O_OPS], gone[O_RANKS][O_OPS];   // of every action: number of its group, and has its transfer been issued, finished?
+} oracle;
+static oracle o;
+
+static int peer(const llmpar_schedule *s, llmpar_action a, llmpar_action *other) {        // the other end of a transfer; 0 = there can be none
+    *other = a;
+    switch (a.kind) {
+    case LLMPAR_ACTION_SEND_F: other->kind = LLMPAR_ACTION_RECV_F, other->stage = (int16_t)(a.stage + 1); break;
+    case LLMPAR_ACTION_RECV_F: other->kind = LLMPAR_ACTION_SEND_F, other->stage = (int16_t)(a.stage - 1); break;
+    case LLMPAR_ACTION_SEND_B: other->kind = LLMPAR_ACTION_RECV_B, other->stage = (int16_t)(a.stage - 1); break;
+    default:                   other->kind = LLMPAR_ACTION_SEND_B, other->stage = (int16_t)(a.stage + 1); break;
+    }
+    return other->stage >= 0 && other->stage < s->n_stages;
+}
+static int oracle_buffers(int r, int64_t j, int take) {    // fills or empties the buffer of transfer j
+    const int slot = o.s->action[j].slot;
+    if (!o.s->n_slots) return 1;
+    if (slot < 0 || slot >= o.s->n_slots[r]) return 0;
+    if (take && o.holds[r][slot]) return 0;
+    o.holds[r][slot] = take ? (int)j + 1 : 0;
+    return 1;
+}
+static int64_t oracle_find(int r, int kind, int stage, int micro) {
+    for (int64_t j = o.s->first[r]; j < o.s->first[r + 1]; j++)
+        if (o.s->action[j].kind == kind && o.s->action[j].stage == stage && o.s->action[j].micro == micro) return j;
+    return -1;
+}
+// NCCL: moves every transfer that is the first of its direction in the open group of both sides. 0 = the two first ones carry different things.
+static int oracle_nccl(int a, int b, int *moved) {
+    int open[2] = { 1 << 30, 1 << 30 };
+    for (int side = 0; side < 2; side++) {
+        const int r = side ? b : a, q = side ? a : b;
+        for (int64_t j = o.s->first[r]; j < o.s->first[r + 1]; j++) {
+            llmpar_action other;
+            if (o.s->action[j].kind < LLMPAR_ACTION_SEND_F || !peer(o.s, o.s->action[j], &other) || o.s->rank_of[other.stage] != q) continue;
+            if (!o.gone[r][j - o.s->first[r]] && o.group[r][j - o.s->first[r]] < open[side]) open[side] = o.group[r][j - o.s->first[r]];
+        }
+    }
+    for (int d = 0; d < 2; d++) {
+        const int from = d ? b : a, to = d ? a : b;
+        int64_t head[2] = { -1, -1 };
+        for (int side = 0; side < 2; side++) {
+            const int r = side ? to : from, q = side ? from : to;
+            for (int64_t j = o.s->first[r]; j < o.s->first[r + 1] && head[side] < 0; j++) {
+                const llmpar_action x = o.s->action[j];
+                llmpar_action other;
+                const int send = x.kind == LLMPAR_ACTION_SEND_F || x.kind == LLMPAR_ACTION_SEND_B;
+                if (x.kind < LLMPAR_ACTION_SEND_F || send != !side || !peer(o.s, x, &other) || o.s->rank_of[other.stage] != q || o.gone[r][j - o.s->first[r]]) continue;
+                head[side] = j;
+            }
+        }
+        if (head[0] < 0 || head[1] < 0) continue;
+        const int i0 = (int)(head[0] - o.s->first[from]), i1 = (int)(head[1] - o.s->first[to]);
+        if (!o.issued[from][i0] || !o.issued[to][i1] || o.group[from][i0] != open[d ? 1 : 0] || o.group[to][i1] != open[d ? 0 : 1]) continue;
+        llmpar_action want;
+        const llmpar_action x = o.s->action[head[0]], y = o.s->action[head[1]];
+        peer(o.s, x, &want);
+        if (want.kind != y.kind || want.stage != y.stage || want.micro != y.micro) return 0;
+        o.gone[from][i0] = o.gone[to][i1] = 1;
+        o.here[x.kind == LLMPAR_ACTION_SEND_B][x.stage][x.micro] = 1;
+        if (o.s->n_slots) o.busy[from][x.slot] = 0;
+        *moved = 1;
+    }
+    return 1;
+}
+// Does rank r's next action: 1 = done, 0 = it must wait, -1 = wrong whenever it is done.
+static int oracle_act(int r) {
+    const llmpar_schedule *s = o.s;
+    const int64_t j = o.at[r];
+    const llmpar_action a = s->action[j];
+    const int st = a.stage, m = a.micro, up = st > 0 && s->rank_of[st - 1] != r, down = st + 1 < s->n_stages && s->rank_of[st + 1] != r;
+    llmpar_action other;
+    if (s->rank_of[st] != r) return -1;
+    if (o.done[a.kind][st][m]) return -1;
+    switch (a.kind) {
+    case LLMPAR_ACTION_F:
+        if (st > 0 && !o.here[0][st - 1][m]) return 0;
+        break;
+    case LLMPAR_ACTION_B: case LLMPAR_ACTION_I:
+        if (!o.done[LLMPAR_ACTION_F][st][m] || o.done[LLMPAR_ACTION_B][st][m] || o.done[LLMPAR_ACTION_I][st][m]) return -1;
+        if (st + 1 < s->n_stages && !o.here[1][st + 1][m]) return 0;
+        break;
+    case LLMPAR_ACTION_W:
+        if (!o.done[LLMPAR_ACTION_I][st][m]) return -1;
+        break;
+    default:
+        if (!peer(s, a, &other) || s->rank_of[other.stage] == r) return -1;
+        if (a.kind == LLMPAR_ACTION_SEND_F && !o.done[LLMPAR_ACTION_F][st][m]) return -1;
+        if (a.kind == LLMPAR_ACTION_SEND_B && !o.done[LLMPAR_ACTION_B][st][m] && !o.done[LLMPAR_ACTION_I][st][m]) return -1;
+        break;
+    }
+    if (a.kind <= LLMPAR_ACTION_I && s->lowered) {
+        const int f = a.kind == LLMPAR_ACTION_F;
+        if ((f ? up : down) && !o.done[f ? LLMPAR_ACTION_RECV_F : LLMPAR_ACTION_RECV_B][st][m]) return -1;
+        if (f ? down : up) {
+            const int64_t send = oracle_find(r, f ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B, st, m);
+            if (send < 0) return -1;
+            if (s->n_slots && o.transport == LLMPAR_PIPE_NCCL && s->action[send].slot >= 0 && s->action[send].slot < s->n_slots[r] && o.busy[r][s->action[send].slot]) return 0;
+            if (!oracle_buffers(r, send, 1)) return -1;
+        }
+        if (f ? up : down) {
+            if (!oracle_buffers(r, oracle_find(r, f ? LLMPAR_ACTION_RECV_F : LLMPAR_ACTION_RECV_B, st, m), 0)) return -1;
+        }
+    }
+    if (a.kind == LLMPAR_ACTION_F && !(s->lowered && down)) o.here[0][st][m] = 1;
+    if ((a.kind == LLMPAR_ACTION_B || a.kind == LLMPAR_ACTION_I) && !(s->lowered && up)) o.here[1][st][m] = 1;
+    if (a.kind == LLMPAR_ACTION_RECV_F || a.kind == LLMPAR_ACTION_RECV_B) {
+        if (!oracle_buffers(r, j, 1)) return -1;
+    }
+    if (a.kind == LLMPAR_ACTION_SEND_F || a.kind == LLMPAR_ACTION_SEND_B) {
+        if (o.transport == LLMPAR_PIPE_RENDEZVOUS && !o.done[other.kind][other.stage][other.micro]) return 0;
+        if (!oracle_buffers(r, j, 0)) return -1;
+        if (o.transport != LLMPAR_PIPE_NCCL) o.here[a.kind == LLMPAR_ACTION_SEND_B][st][m] = 1;
+        else if (s->n_slots) o.busy[r][a.slot] = 1;
+    }
+    o.issued[r][j - s->first[r]] = 1;
+    o.done[a.kind][st][m]++;
+    o.at[r]++;
+    return 1;
+}
+static int oracle_accepts(const llmpar_schedule *s, int transport) {
+    int backward = 0;
+    memset(&o, 0, sizeof o);
+    o.s = s, o.transport = transport;
+    for (int r = 0; r < s->n_ranks; r++) {
+        int group = 0;
+        o.at[r] = s->first[r];
+        for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
+            if (s->action[j].kind < LLMPAR_ACTION_SEND_F) group++;
+            o.group[r][j - s->first[r]] = group;
+            backward |= s->action[j].kind == LLMPAR_ACTION_B || s->action[j].kind == LLMPAR_ACTION_I || s->action[j].kind == LLMPAR_ACTION_W;
+        }
+    }
+    for (int moved = 1; moved; ) {
+        moved = 0;
+        for (int r = 0; r < s->n_ranks; r++)
+            while (o.at[r] < s->first[r + 1]) {
+                const int did = oracle_act(r);
+                if (did < 0) return 0;
+                if (!did) break;
+                moved = 1;
+            }
+        for (int a = 0; s->lowered && transport == LLMPAR_PIPE_NCCL && a < s->n_ranks; a++)
+            for (int b = a + 1; b < s->n_ranks; b++) if (!oracle_nccl(a, b, &moved)) return 0;
+    }
+    for (int r = 0; r < s->n_ranks; r++) if (o.at[r] < s->first[r + 1]) return 0;
+    for (int st = 0; st < s->n_stages; st++)
+        for (int m = 0; m < s->n_micro; m++) {
+            const int up = st > 0 && s->rank_of[st - 1] != s->rank_of[st], down = st + 1 < s->n_stages && s->rank_of[st + 1] != s->rank_of[st];
+            if (o.done[LLMPAR_ACTION_F][st][m] != 1) return 0;
+            if (backward && o.done[LLMPAR_ACTION_B][st][m] + o.done[LLMPAR_ACTION_I][st][m] != 1) return 0;
+            if (o.done[LLMPAR_ACTION_W][st][m] != o.done[LLMPAR_ACTION_I][st][m]) return 0;
+            if (!s->lowered) continue;
+            if (o.done[LLMPAR_ACTION_SEND_F][st][m] != down || o.done[LLMPAR_ACTION_RECV_F][st][m] != up) return 0;
+            if (o.done[LLMPAR_ACTION_SEND_B][st][m] != (up && backward) || o.done[LLMPAR_ACTION_RECV_B][st][m] != (down && backward)) return 0;
+        }
+    if (s->lowered && transport == LLMPAR_PIPE_NCCL)
+        for (int r = 0; r < s->n_ranks; r++)
+            for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) if (s->action[j].kind >= LLMPAR_ACTION_SEND_F && !o.gone[r][j - s->first[r]]) return 0;
+    return 1;
+}
+
+// Changes a schedule at random: swap, drop, double or move an action, within a rank or to another; change what an action works on; cross two transfers.
+static void mutate(const llmpar_schedule *from, llmpar_schedule *to, llmpar_action *action, int64_t *first) {
+    const int64_t n = from->first[from->n_ranks];
+    int64_t m = 0, a = test_below(n), b = test_below(n);
+    int kind = (int)test_below(from->lowered ? 8 : 6);
+    *to = *from;
+    to->action = action, to->first = first;
+    if (kind == 5 || kind == 1) b = a + 1 < n ? a + 1 : a;                                 // neighbours
+    if (kind >= 6) {                                                                       // two transfers of one kind and rank change their micro-batches
+        for (int tries = 0; tries < 200; tries++) {
+            a = test_below(n), b = test_below(n);
+            if (from->action[a].kind >= LLMPAR_ACTION_SEND_F && from->action[a].kind == from->action[b].kind && from->action[a].stage == from->action[b].stage && a != b) break;
+        }
+    }
+    for (int r = 0; r < from->n_ranks; r++) {
+        first[r] = m;
+        for (int64_t j = from->first[r]; j < from->first[r + 1]; j++) {
+            if (kind == 2 && j == a) continue;                                             // drop
+            if (kind == 4 && j == a) continue;                                             // move a before b
+            if (kind == 4 && j == b) action[m++] = from->action[a];
+            action[m++] = from->action[j == a && kind != 3 && kind < 6 ? b : j == b && kind != 3 && kind < 6 && kind != 4 && kind != 2 ? a : j];
+            if (kind == 2 && j == b && a != b) action[m - 1] = from->action[b];
+            if (kind == 3 && j == a) action[m++] = from->action[a];                        // double
+        }
+    }
+    first[from->n_ranks] = m;
+    if (kind >= 6 && a != b) {
+        const int32_t t = action[a].micro;
+        action[a].micro = action[b].micro, action[b].micro = t;
+    }
+}
+
+static void test_proof(void) {
+    llmpar_schedule s;
+    TEST("the proof agrees with the test's own simulator on thousands of broken schedules and programs") {
+        static llmpar_action action[4 * O_OPS];
+        static int64_t first[O_RANKS + 1];
+        int64_t accepted = 0, rejected = 0, wrong = 0, deadlocks = 0;
+        const int rounds = test_stress() ? 400000 : test_short() ? 3000 : 40000;
+        for (int round = 0; round < rounds && wrong < 5; round++) {
+            static const llmpar_pipe_kind kinds[] = { LLMPAR_PIPE_GPIPE, LLMPAR_PIPE_1F1B, LLMPAR_PIPE_EAGER_1F1B, LLMPAR_PIPE_INTERLEAVED, LLMPAR_PIPE_BREADTH_FIRST, LLMPAR_PIPE_ZB_H1,
+                                                      LLMPAR_PIPE_ZB_H2, LLMPAR_PIPE_ZB_V, LLMPAR_PIPE_DUALPIPE_V };
+            const llmpar_pipe_kind kind = kinds[test_below(9)];
+            const int V = kind == LLMPAR_PIPE_ZB_V || kind == LLMPAR_PIPE_DUALPIPE_V ? 2 : kind == LLMPAR_PIPE_1F1B || kind == LLMPAR_PIPE_EAGER_1F1B ? 1 : 1 + (int)test_below(2);
+            const int P = 1 + (int)test_below(4), M = 1 + (int)test_below(6), t = (int)test_below(4);
+            llmpar_schedule program, broken;
+            if (!make(kind, P, V, M, NULL)) { wrong++; continue; }
+            program = made;
+            if (t < 3) CHECK_OK(llmpar_pipe_lower(&made, NULL, (llmpar_transport)t, &arena, &program, &err), err);
+            const llmpar_transport transport = (llmpar_transport)(t < 3 ? t : 0);
+            if (!oracle_accepts(&program, (int)transport)) { printf("the simulator refuses %s P%d V%d M%d over %d:\n%s", made.name, P, V, M, t, csv(&program)); wrong++; continue; }
+            mutate(&program, &broken, action, first);
+            const int good = oracle_accepts(&broken, (int)transport), proven = llmpar_pipe_verify(&broken, NULL, transport, 0, &arena, &err) == LLMPAR_OK;
+            if (good) accepted++; else rejected++;
+            if (!proven && strstr(err.text, "deadlock")) deadlocks++;
+            if (good != proven) {
+                wrong++;
+                printf("%s P%d V%d M%d over %d: simulator %s, proof %s (%s)\n%s", made.name, P, V, M, t, good ? "accepts" : "refuses",
+                       proven ? "accepts" : "refuses", proven ? "" : err.text, csv(&broken));
+            }
+        }
+        CHECK_EQ(wrong, 0);
+        CHECK(rejected > rounds / 4 && accepted > rounds / 50 && deadlocks > rounds / 200);
+        printf("%lld broken and refused (%lld deadlocks), %lld harmless and accepted\n", (long long)rejected, (long long)deadlocks, (long long)accepted);
+    }
+    TEST("a forward twice") {
+        CHECK(read_csv("0F0,0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n", &s));
+        CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err, "rank 0 does 0F0 twice");
+    }
+    TEST("a backward twice, whole or as B and I") {
+        CHECK(read_csv("0F0,0F1,0B0,0B1,0B1\n1F0,1B0,1F1,1B1\n", &s));
+        CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err, "rank 0 does 0B1 twice");
+        CHECK(read_csv("0F0,0F1,0B0,0I0,0B1\n1F0,1B0,1F1,1B1\n", &s));
+        CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err, "stage 0 does B0, which is I and W, and I0 again");
+    }
+    TEST("a micro-batch without its backward, or without W") {
+        CHECK(read_csv("0F0,0F1,0B0\n1F0,1B0,1F1,1B1\n", &s));
+        CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err, "stage 0 never does B1");
+        CHECK(read_csv("0F0,0I0\n", &s));
+        CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err, "0W0 is missing on rank 0");
+    }
+    TEST("ranks that wait in a circle, in words") {
+        CHECK(read_csv("0F0,0B0,0F1,0B1\n1F0,1F1,1B0,1B1\n", &s));
+        CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err,
+                   "deadlock: rank 0 waits in 0B0 for 1B0, which comes after 1F1 on rank 1; rank 1 waits in 1F1 for 0F1, which comes after 0B0 on rank 0");
+        CHECK(read_csv("0F0,2F0\n1F0\n2F1,0F1\n1F1\n", &s) && s.n_ranks == 4);
+        CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err, "stands on rank 2, but stage 2 lies on rank 0");
+    }
+    TEST("just-in-time receives stop under rendezvous, crossed ones under NCCL's order, and the words say where") {
+        CHECK(read_csv("0F0,0SEND_F0,0F1,0SEND_F1,0RECV_B0,0B0,0RECV_B1,0B1\n1RECV_F0,1F0,1B0,1SEND_B0,1RECV_F1,1F1,1B1,1SEND_B1\n", &s));
+        CHECK_OK(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), err);
+        CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_RENDEZVOUS, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err,
+                   "deadlock: rank 0 waits in 0SEND_F1 for 1RECV_F1, which comes after 1SEND_B0 on rank 1; rank 1 waits in 1SEND_B0 for 0RECV_B0, which comes after 0SEND_F1 on rank 0");
+        CHECK_OK(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_NCCL, 0, &arena, &err), err);       // 0SEND_F1 and 0RECV_B0 are one group, 1SEND_B0 and 1RECV_F1 the other end
+        CHECK(read_csv("0F0,0SEND_F0,0RECV_B0,0F1,0SEND_F1,0B0,0RECV_B1,0B1\n1RECV_F0,1F0,1RECV_F1,1B0,1SEND_B0,1F1,1B1,1SEND_B1\n", &s));
+        CHECK_OK(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_RENDEZVOUS, 0, &arena, &err), err);
+        CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_NCCL, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err,
+                   "deadlock: two ranks order their transfers differently: rank 0 does 1SEND_B0 before 0SEND_F1, rank 1 0SEND_F1 before 1SEND_B0");
+        CHECK(read_csv("0F0,0SEND_F0,0F1,0SEND_F1\n1RECV_F1,1RECV_F0,1F0,1F1\n", &s));
+        CHECK_OK(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_RENDEZVOUS, 0, &arena, &err), err);
+        CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_NCCL, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err,
+                   "disagree about the order of their transfers: rank 0 does 0SEND_F0 when rank 1 expects 1RECV_F1");
+    }
+    TEST("transfers to nobody, from nobody, after their use") {
+        CHECK(read_csv("0F0,0SEND_F0\n1F0\n", &s));
+        CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err, "1RECV_F0 is missing on rank 1");
+        CHECK(read_csv("0F0,0SEND_F0\n1RECV_F0,1F0,1SEND_F0\n", &s));
+        CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err, "1SEND_F0 has nobody to talk to");
+        CHECK(read_csv("0F0,0SEND_F0\n1F0,1RECV_F0\n", &s));
+        CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err, "rank 1 does 1F0 before 1RECV_F0");
+        CHECK(read_csv("0RECV_F0,0F0,0SEND_F0\n1RECV_F0,1F0\n", &s));
+        CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err, "nobody sends to the first stage");
+    }
+}
+
+// Every allocation fails once: an error, and nothing kept.
+static void test_allocation(void) {
+    TEST("no memory: an error from every call, and the arena is as before") {
+        llmpar_schedule s, program;
+        llmpar_pipe_timing t;
+        int failures = 0;
+        for (size_t limit = 64; limit < 200000; limit += 512) {
+            llmpar_arena small = LLMPAR_ZERO;
+            llmpar_pipe_desc desc = LLMPAR_ZERO;
+            desc.kind = LLMPAR_PIPE_ZB_V, desc.n_ranks = 3, desc.n_micro = 6;
+            small.block_bytes = 64, small.limit_bytes = limit;
+            llmpar_status status = llmpar_pipe_make(&desc, &small, &s, &err);
+            if (!status) status = llmpar_pipe_lower(&s, NULL, LLMPAR_PIPE_NCCL, &small, &program, &err);
+            if (!status) status = llmpar_pipe_simulate(&program, NULL, LLMPAR_PIPE_NCCL, &small, &t, &err);
+            if (!status) status = llmpar_pipe_read(pipe_row_idle, sizeof pipe_row_idle - 1, &small, &s, &err);
+            if (status) {
+                failures++;
+                CHECK_EQ(status, LLMPAR_NO_MEMORY);
+            }
+            llmpar_arena_free(&small);
+        }
+        CHECK(failures > 10);
+    }
+}
+
+int main(void) {
+    test_seed(20260405);
+    test_published();
+    test_formulas();
+    test_rows();
+    test_text();
+    test_lowering();
+    test_proof();
+    test_allocation();
+    llmpar_arena_free(&arena);
+    return test_done();
+}
