@@ -835,7 +835,7 @@ typedef struct llmpar_pipe_costs {
     const double *f, *i, *w;       // [n_stages]; NULL = 1 each
     const double *b;               // [n_stages]; NULL = i + w
     const double *link;            // [n_stages] from stage s to s + 1 or back; the last: from the last stage to stage 0. NULL = 0. Stages of one rank: 0
-    const double *hold;            // [n_stages] memory that F takes until the backward; NULL = 1
+    const double *hold;            // [n_stages] memory that F takes until the backward (without a backward: none); NULL = 1
     const double *release;         // [n_stages] of it, what I gives back, W the rest; NULL = half. B gives back all
 } llmpar_pipe_costs;
 
@@ -890,7 +890,7 @@ typedef struct llmpar_pipe_desc {
     int32_t in_flight;             // forward: sequences in decode, see llmpar_schedule; 0 = micro-batches do not depend on each other (prefill)
     llmpar_pipe_map map;           // for interleaved, breadth-first, gpipe, forward and auto
     llmpar_pipe_costs costs;       // zb-1p, zb-2p, v-half, v-min, auto, and the order of forward
-    double  memory;                // most that a rank may hold, in units of costs.hold; 0 = the schedule's own; auto: no limit
+    double  memory;                // most that a rank may hold, in units of costs.hold (1 = the forward of one stage); 0 = the schedule's own; auto: no limit
     bool    whole_backward;        // auto: B instead of I and W
 } llmpar_pipe_desc;
 
@@ -911,7 +911,8 @@ typedef enum llmpar_transport {
 } llmpar_transport;
 
 // Adds SEND and RECV, each RECV as late as possible without holding anybody up at the given costs, and gives messages their buffers (lowest free number by liveness).
-// No transfer between stages of one rank. The programs of all ranks together cannot deadlock under this transport if the schedule itself cannot; errors: verify's.
+// No transfer between stages of one rank. A program (one that was read, say: its messages have no buffers) loses its transfers and gets new ones. The programs of all
+// ranks together cannot deadlock under this transport if the schedule itself cannot; errors: verify's.
 LLMPAR_DEF llmpar_status llmpar_pipe_lower(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport,
                                            llmpar_arena *arena, llmpar_schedule *program, llmpar_error *err);
 
@@ -9683,9 +9684,12 @@ LLMPARI_FN llmpar_status llmpari_pipe_slots_check(const llmpar_schedule *s, cons
     return LLMPAR_OK;
 }
 
-// Most memory that a rank holds.
+// Most memory that a rank holds; nothing when there is no backward for which F would hold it.
 LLMPARI_FN double llmpari_pipe_peak(const llmpar_schedule *s, const llmpari_pipe_cost *c, int32_t rank) {
     double held = 0, peak = 0;
+    bool backward = false;
+    for (int64_t j = s->first[rank]; j < s->first[rank + 1] && !backward; j++) backward = s->action[j].kind >= LLMPAR_ACTION_B && s->action[j].kind <= LLMPAR_ACTION_W;
+    if (!backward) return 0;
     for (int64_t j = s->first[rank]; j < s->first[rank + 1]; j++) {
         held += llmpari_pipe_memory(c, s->action[j]);
         if (held > peak) peak = held;
@@ -9724,7 +9728,7 @@ LLMPARI_FN void llmpari_pipe_sum(const llmpar_schedule *s, const llmpari_pipe_co
             const llmpar_action a = s->action[j];
             if (llmpari_action_is_transfer(a)) continue;
             if (!begun) begun = true, t->begin[r] = t->action_begin[j];
-            t->busy[r] += c->time[a.kind][a.stage];
+            t->busy[r] += t->action_end[j] - t->action_begin[j];
             t->end[r]   = t->action_end[j];
         }
         t->peak[r] = llmpari_pipe_peak(s, c, r);
@@ -9741,6 +9745,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_prove(const llmpar_schedule *s, const llmp
     llmpari_pipe_index x;
     llmpari_pipe_run   run = LLMPAR_ZERO;
     llmpar_pipe_timing t = LLMPAR_ZERO;
+    if (!arena) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the arena is NULL");
     LLMPARI_TRY(llmpari_pipe_shape(s, err));
     if ((unsigned)transport > LLMPAR_PIPE_NCCL) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "transport %d is not known", (int)transport);
     if (!(memory >= 0)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "memory limit %g; pass 0 for none", memory);
@@ -9969,13 +9974,33 @@ LLMPARI_FN llmpar_status llmpari_pipe_new(llmpar_schedule *s, int32_t n_ranks, i
     return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a schedule of %lld actions", (long long)n_actions);
 }
 
+// The schedule of a program: without its transfers.
+LLMPARI_FN llmpar_status llmpari_pipe_bare(const llmpar_schedule *program, llmpar_arena *arena, llmpar_schedule *s, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_pipe_new(s, program->n_ranks, program->n_stages, program->n_micro, program->first[program->n_ranks], arena, err));
+    int64_t n = 0;
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        s->first[r] = n;
+        for (int64_t j = program->first[r]; j < program->first[r + 1]; j++) if (!llmpari_action_is_transfer(program->action[j])) s->action[n++] = program->action[j];
+    }
+    s->first[s->n_ranks] = n;
+    s->in_flight = program->in_flight;
+    memcpy(s->rank_of, program->rank_of, (size_t)s->n_stages * sizeof(int32_t));
+    memcpy(s->name, program->name, sizeof s->name);
+    return LLMPAR_OK;
+}
+
 LLMPAR_DEF llmpar_status llmpar_pipe_lower(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport, llmpar_arena *arena, llmpar_schedule *program,
                                            llmpar_error *err) {
+    llmpar_schedule bare;
+    if (!arena || !program) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_pipe_lower: %s is NULL", arena ? "program" : "arena");
     LLMPARI_TRY(llmpari_pipe_shape(schedule, err));
-    if (schedule->lowered) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "schedule \"%s\" has its transfers already", schedule->name);
     if ((unsigned)transport > LLMPAR_PIPE_NCCL) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "transport %d is not known", (int)transport);
     const llmpar_arena_mark all = llmpar_arena_save(arena);
     int64_t transfers = 0;
+    if (schedule->lowered) {
+        LLMPARI_TRY(llmpari_pipe_bare(schedule, arena, &bare, err));
+        schedule = &bare;
+    }
     for (int64_t j = 0; j < schedule->first[schedule->n_ranks]; j++) {
         const llmpar_action a = schedule->action[j];
         if (a.stage < 0 || a.stage >= schedule->n_stages) continue;                        // an error that the index finds
@@ -10260,8 +10285,9 @@ LLMPARI_FN void llmpari_pipe_rank(llmpari_generator *g) {
 }
 
 LLMPARI_FN llmpar_status llmpari_pipe_desc_check(const llmpar_pipe_desc *d, int32_t *V, bool *v_shape, llmpar_error *err) {
-    const llmpar_pipe_kind k = d->kind;
     *V = 1, *v_shape = false;
+    if (!d) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_pipe_make: desc is NULL");
+    const llmpar_pipe_kind k = d->kind;
     if ((unsigned)k >= LLMPAR_PIPE_KIND_COUNT) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "schedule %d is not known", (int)k);
     const bool v_only = k == LLMPAR_PIPE_ZB_V || k == LLMPAR_PIPE_V_HALF || k == LLMPAR_PIPE_V_MIN || k == LLMPAR_PIPE_DUALPIPE_V;
     const bool any_map = k == LLMPAR_PIPE_GPIPE || k == LLMPAR_PIPE_BREADTH_FIRST || k == LLMPAR_PIPE_FORWARD || k == LLMPAR_PIPE_AUTO;
@@ -10276,7 +10302,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_desc_check(const llmpar_pipe_desc *d, int3
     if (d->group < 0 || d->in_flight < 0 || !(d->memory >= 0))
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s: group=%d, in_flight=%d, memory=%g; none may be negative", name, (int)d->group, (int)d->in_flight, d->memory);
     if (v_only && *V != 2) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s has 2 stages a rank, not %d", name, (int)*V);
-    if (single && *V != 1) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s has 1 stage a rank, not %d; interleaved, zb-h1, breadth-first and auto take more", name, (int)*V);
+    if (single && *V != 1) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s has 1 stage a rank, not %d; gpipe, interleaved, breadth-first, zb-h1, zb-h2, forward and auto take more", name, (int)*V);
     if ((unsigned)d->map > LLMPAR_PIPE_MAP_V) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "map %d is not known", (int)d->map);
     if (!any_map && d->map != LLMPAR_PIPE_MAP_DEFAULT && *V > 1 && (d->map == LLMPAR_PIPE_MAP_V) != v_only)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s lays its stages out as a %s; leave map 0", name, v_only ? "V" : "loop");
@@ -11076,7 +11102,22 @@ LLMPARI_FN llmpar_status llmpari_pipe_search(const llmpar_pipe_desc *desc, int32
     return LLMPAR_OK;
 }
 
+// Are the times good, and do the ranks hold no more than they may?
+LLMPARI_FN llmpar_status llmpari_pipe_fits(const llmpar_schedule *s, const llmpar_pipe_desc *desc, llmpar_arena *arena, llmpar_error *err) {
+    const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    llmpari_pipe_cost c;
+    llmpar_status status = llmpari_pipe_cost_fill(&desc->costs, s, arena, &c, err);
+    double most = 0;
+    for (int32_t r = 0; !status && r < s->n_ranks; r++) most = fmax(most, llmpari_pipe_peak(s, &c, r));
+    if (!status && desc->memory > 0 && most > desc->memory * (1 + 1e-9))
+        status = LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "%s holds up to %g on a rank, more than the limit of %g; its order is fixed: memory=%g works, and auto may with less", s->name, most,
+                              desc->memory, most);
+    llmpar_arena_restore(arena, mark);
+    return status;
+}
+
 LLMPAR_DEF llmpar_status llmpar_pipe_make(const llmpar_pipe_desc *desc, llmpar_arena *arena, llmpar_schedule *schedule, llmpar_error *err) {
+    if (!arena || !schedule) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_pipe_make: %s is NULL", arena ? "schedule" : "arena");
     const llmpar_arena_mark mark = llmpar_arena_save(arena);
     llmpar_schedule s;
     int32_t V = 1;
@@ -11084,7 +11125,8 @@ LLMPAR_DEF llmpar_status llmpar_pipe_make(const llmpar_pipe_desc *desc, llmpar_a
     LLMPARI_TRY(llmpari_pipe_desc_check(desc, &V, &v_shape, err));
     const llmpar_pipe_kind k = desc->kind;
     const bool searched = k == LLMPAR_PIPE_AUTO || k == LLMPAR_PIPE_ZB_1P || k == LLMPAR_PIPE_ZB_2P || k == LLMPAR_PIPE_V_HALF || k == LLMPAR_PIPE_V_MIN;
-    const llmpar_status status = searched ? llmpari_pipe_search(desc, V, v_shape, arena, &s, err) : llmpari_pipe_generate(desc, V, v_shape, arena, &s, err);
+    llmpar_status status = searched ? llmpari_pipe_search(desc, V, v_shape, arena, &s, err) : llmpari_pipe_generate(desc, V, v_shape, arena, &s, err);
+    if (!status && !searched) status = llmpari_pipe_fits(&s, desc, arena, err);
     if (status) llmpar_arena_restore(arena, mark);
     else *schedule = s;
     return status;
@@ -11289,8 +11331,8 @@ LLMPARI_FN llmpar_status llmpari_cut_solve(const llmpar_partition_desc *desc, ll
         if (rounds) llmpari_cut_improve(q, 1, INFINITY);
         const double least = llmpari_cut_load(q, 1, false);
         if (least > limit)
-            return LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "no rank may hold more than %lld bytes, but one of %d must hold %.0f: limit_bytes=%.0f works", (long long)desc->limit_bytes, (int)q->P,
-                                least, least);
+            return LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "no rank may hold more than %lld bytes, but one of %d %s %.0f: limit_bytes=%.0f works", (long long)desc->limit_bytes, (int)q->P,
+                                rounds ? "holds, in the best cut found for a loop of several rounds," : "must hold", least, least);
     }
     llmpari_cut_least(q, 0, limit);                                                        // it is there: the ranks that hold least show one
     llmpari_cut_load(q, 0, false);
@@ -11557,7 +11599,7 @@ LLMPAR_DEF void llmpar_pipe_svg(const llmpar_schedule *schedule, const llmpar_pi
     t.left = 70, t.top = 92, t.row = 64, t.bar = 26, t.tracks = s->n_ranks, t.plain = true;
     t.seconds = timing->makespan > 0 ? timing->makespan : 1;
     shortest  = fmax(shortest, all / (double)llmpari_max(1, s->first[s->n_ranks]) / 4);    // wide enough for numbers in all bars but very short ones
-    t.width   = fmax(900, fmin(20000, (3 + 6.4 * snprintf(text, sizeof text, "%d", (int)s->n_micro - 1)) * t.seconds / shortest));
+    t.width   = fmax(900, fmin(6000, (3 + 6.4 * snprintf(text, sizeof text, "%d", (int)s->n_micro - 1)) * t.seconds / shortest));
     llmpari_svg_begin(&sink, t.left + t.width + 100, t.top + t.row * t.tracks + 34);
     snprintf(text, sizeof text, "%s: %d ranks, %d stages, %d micro-batches", s->name, (int)s->n_ranks, (int)s->n_stages, (int)s->n_micro);
     llmpari_svg_text(&sink, 20, 28, 16, "start", text);
@@ -19889,7 +19931,7 @@ LLMPARI_FN llmpar_status llmpari_stage_prepare(llmpar_stages *q, llmpar_arena *s
     const llmpar_schedule *s = d->program;
     llmpari_pipe_index x;
     LLMPARI_TRY(llmpari_pipe_shape(s, err));
-    if (!s->lowered || !s->n_slots) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the program has no transfers, or no buffers for them; pass what llmpar_pipe_lower made");
+    if (!s->lowered || !s->n_slots) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the program has no transfers, or, as it was read, no buffers for them; pass what llmpar_pipe_lower makes of it");
     if (d->comm->size != s->n_ranks) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "a program of %d ranks on a communicator of %d", (int)s->n_ranks, (int)d->comm->size);
     if (d->forward_bytes < 0 || d->backward_bytes < 0 || d->token_bytes < 0)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "messages of %lld, %lld and %lld bytes; none may be negative", (long long)d->forward_bytes, (long long)d->backward_bytes,
@@ -19935,23 +19977,6 @@ LLMPAR_DEF void llmpar_stages_free(llmpar_stages *stages) {
 }
 LLMPAR_DEF size_t llmpar_stages_bytes(const llmpar_stages *stages) { return stages->arena.used_bytes + sizeof *stages; }
 
-// What every rank did, from the begin and end of its actions.
-LLMPARI_FN void llmpari_stage_sum(const llmpar_schedule *s, const llmpari_pipe_cost *c, llmpar_pipe_timing *t) {
-    for (int32_t r = 0; r < s->n_ranks; r++) {
-        bool begun = false;
-        for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
-            if (llmpari_action_is_transfer(s->action[j])) continue;
-            if (!begun) begun = true, t->begin[r] = t->action_begin[j];
-            t->busy[r] += t->action_end[j] - t->action_begin[j];
-            t->end[r]   = t->action_end[j];
-        }
-        t->peak[r]  = llmpari_pipe_peak(s, c, r);
-        t->work     = fmax(t->work, t->busy[r]);
-        t->makespan = fmax(t->makespan, t->end[r]);
-        t->span     = fmax(t->span, t->end[r] - t->begin[r]);
-    }
-}
-
 LLMPAR_DEF llmpar_status llmpar_stages_timing(const llmpar_stages *stages, const llmpar_pipe_costs *costs, llmpar_arena *arena, llmpar_pipe_timing *timing, llmpar_error *err) {
     const llmpar_schedule *s = stages->desc.program;
     const int64_t n = s->first[s->n_ranks], R = s->n_ranks;
@@ -19971,7 +19996,7 @@ LLMPAR_DEF llmpar_status llmpar_stages_timing(const llmpar_stages *stages, const
     LLMPARI_TRY(llmpar_all_gather(stages->desc.comm, stages->end, timing->action_end, counts, LLMPAR_U8, err));
     for (int64_t j = 0; j < n; j++) start = fmin(start, timing->action_begin[j]);
     for (int64_t j = 0; j < n; j++) timing->action_begin[j] -= start, timing->action_end[j] -= start;
-    llmpari_stage_sum(s, &c, timing);
+    llmpari_pipe_sum(s, &c, timing);
     llmpar_arena_restore(arena, mark);
     return LLMPAR_OK;
 }

@@ -439,7 +439,7 @@ X
     fails "B, and its parts"             'give either'                     $one --b 2 --w 1
     fails "memory below 0"               '^pipeline: --mem-limit: .*"-1"'  $one --mem-limit -1
     fails "no memory"                    '--mem-limit 0'                   $one --mem-limit 0
-    fails "too little memory: what suffices" 'rank 0 holds up to 4, .*needs 4' $one --mem-limit 3.5
+    fails "too little memory: what suffices" '1f1b holds up to 4 on a rank, .*memory=4 works' $one --mem-limit 3.5
     good "just enough memory"            '^certified'                      $one --mem-limit 4
     fails "an unknown transport"         '"smoke"'                         $one --transport smoke
     fails "an unknown map"               '"w"'                             $one --map w

@@ -301,7 +301,14 @@ static void test_text(void) {
         CHECK_FAIL(llmpar_pipe_verify(&made, NULL, LLMPAR_PIPE_BUFFERED, 1.5, &arena, &err), LLMPAR_DOES_NOT_FIT, err, "rank 0 holds up to 2, more than the limit of 1.5");
         CHECK_OK(llmpar_pipe_verify(&made, NULL, LLMPAR_PIPE_BUFFERED, 2, &arena, &err), err);
         CHECK_OK(llmpar_pipe_lower(&made, NULL, LLMPAR_PIPE_BUFFERED, &arena, &s, &err), err);
-        CHECK_FAIL(llmpar_pipe_lower(&s, NULL, LLMPAR_PIPE_BUFFERED, &arena, &s, &err), LLMPAR_BAD_ARGUMENT, err, "has its transfers already");
+        CHECK_FAIL(llmpar_pipe_make(NULL, &arena, &s, &err), LLMPAR_BAD_ARGUMENT, err, "desc is NULL");
+        CHECK_FAIL(llmpar_pipe_make(&d, NULL, &s, &err), LLMPAR_BAD_ARGUMENT, err, "arena is NULL");
+        CHECK_FAIL(llmpar_pipe_verify(&made, NULL, LLMPAR_PIPE_BUFFERED, 0, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "arena is NULL");
+        memset(&d, 0, sizeof d);
+        d.kind = LLMPAR_PIPE_1F1B, d.n_ranks = 2, d.n_micro = 3, d.memory = 1;
+        CHECK_FAIL(llmpar_pipe_make(&d, &arena, &s, &err), LLMPAR_DOES_NOT_FIT, err, "1f1b holds up to 2 on a rank, more than the limit of 1; its order is fixed: memory=2 works");
+        d.memory = 2, d.costs.f = nan;
+        CHECK_FAIL(llmpar_pipe_make(&d, &arena, &s, &err), LLMPAR_BAD_ARGUMENT, err, "time of F of stage 0 is nan");
         memset(&s, 0, sizeof s);
         CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err, "is empty");
     }
@@ -331,6 +338,20 @@ static void test_lowering(void) {
                     CHECK(lowered.makespan <= timing.makespan * (link && t == LLMPAR_PIPE_NCCL ? 1.02 : 1) + 1e-9);
                 }
             }
+    }
+    TEST("a program that was read has its transfers made anew") {
+        static char want[16384];
+        CHECK(make(LLMPAR_PIPE_ZB_V, 3, 2, 5, NULL));
+        CHECK_OK(llmpar_pipe_lower(&made, NULL, LLMPAR_PIPE_NCCL, &arena, &program, &err), err);
+        snprintf(want, sizeof want, "%s", csv(&program));
+        CHECK(read_csv(want, &s) && s.lowered && !s.n_slots);
+        CHECK_OK(llmpar_pipe_lower(&s, NULL, LLMPAR_PIPE_NCCL, &arena, &program, &err), err);
+        CHECK_STR(csv(&program), want);
+        CHECK(program.n_slots != NULL);
+    }
+    TEST("without a backward nothing is held for it") {
+        CHECK(make(LLMPAR_PIPE_FORWARD, 3, 1, 9, NULL));
+        for (int r = 0; r < 3; r++) CHECK_NEAR(timing.peak[r], 0, 0);
     }
     TEST("buffers: few, because receives are posted late") {
         CHECK(make(LLMPAR_PIPE_1F1B, 8, 1, 64, NULL));
