@@ -1373,7 +1373,8 @@ LLMPAR_DEF void         llmpar_exec_watch(llmpar_exec *exec, void (*fn)(int step
 // ============================================================================================================
 // llmpar_stages does one rank's actions of a program of >>pipe, in their order, with a callback for the work of a stage. What travels between ranks goes through buffers that
 // the runner owns: a RECV is posted when its turn comes and waited for by the action that takes it; a SEND is started and waited for when its buffer is filled again, so
-// that both run beside the work. What one stage hands to another of the same rank stays where it was written. Creating allocates, running does not.
+// that both run beside the work. What one stage hands to another of the same rank stays where it was written. Creating allocates, running does not. A communicator takes 64
+// Sends and Recvs of a rank at a time: a program that posts more ahead (lowered with links much slower than its stages, say) fails with that error when it runs.
 //
 //     desc.program = &program; desc.transport = LLMPAR_PIPE_NCCL; desc.comm = comm; desc.forward_bytes = 4 * tokens * hidden; desc.forward = work;
 //     llmpar_stages_create(&desc, &stages, err);
@@ -9238,13 +9239,14 @@ LLMPARI_FN bool llmpari_pipe_sends_f(const llmpar_schedule *s, int64_t stage, in
 LLMPARI_FN bool llmpari_pipe_sends_b(const llmpar_schedule *s, int64_t stage) { return stage > 0 && llmpari_pipe_crosses(s, stage - 1); }
 
 LLMPARI_FN llmpar_status llmpari_pipe_shape(const llmpar_schedule *s, llmpar_error *err) {
-    if (!s || !s->rank_of || !s->first || (!s->action && s->first[s->n_ranks] > 0)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the schedule is empty: make or read one first");
+    if (!s || !s->rank_of || !s->first || (s->n_ranks > 0 && !s->action && s->first[s->n_ranks] > 0)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the schedule is empty: make or read one first");
     if (s->n_ranks < 1 || s->n_micro < 1 || s->n_stages < 1 || s->n_stages > LLMPAR_MAX_STAGES)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%d ranks, %d stages, %d micro-batches: all must be >= 1, stages at most %d", (int)s->n_ranks, (int)s->n_stages,
                             (int)s->n_micro, LLMPAR_MAX_STAGES);
     if (s->first[s->n_ranks] > INT32_MAX || (int64_t)s->n_stages * s->n_micro > INT32_MAX)
         return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%d stages x %d micro-batches are too many actions", (int)s->n_stages, (int)s->n_micro);
-    if (s->in_flight < 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "in_flight=%d; pass the number of sequences, or 0", (int)s->in_flight);
+    if (s->in_flight < 0 || s->in_flight > s->n_micro)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "in_flight=%d with %d micro-batches; pass the number of sequences, at most one per micro-batch, or 0", (int)s->in_flight, (int)s->n_micro);
     for (int32_t i = 0; i < s->n_stages; i++)
         if (s->rank_of[i] < 0 || s->rank_of[i] >= s->n_ranks) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "stage %d lies on rank %d of %d", (int)i, (int)s->rank_of[i], (int)s->n_ranks);
     return LLMPAR_OK;
@@ -9362,6 +9364,7 @@ typedef struct llmpari_pipe_run {
     double  *slot_free;            // [all slots] NCCL: when the last SEND from this buffer was done; -1 = under way
     int64_t *slot_first;           // [n_ranks] of slot_free
     int64_t *at;                   // [n_ranks] next action
+    int32_t *order, n_done;        // [actions] how many were done before: an order in which all can be; NULL = not wanted
     const double **wait;           // [n_ranks] what a rank waits for: a number that becomes >= 0; NULL = nothing
     int32_t *ready, n_ready;       // ranks that can go on
     int32_t *channel_of;           // [n_stages] number of the channel from stage s to the next one
@@ -9457,11 +9460,12 @@ LLMPARI_FN const double *llmpari_pipe_input(const llmpari_pipe_run *q, int64_t j
     default: return NULL;
     }
 }
-// With NCCL: the number that says when the buffer of its result is free again; NULL = it has none.
-LLMPARI_FN double *llmpari_pipe_buffer(const llmpari_pipe_run *q, llmpar_action a) {
-    if (q->transport != LLMPAR_PIPE_NCCL || !q->s->lowered || a.kind > LLMPAR_ACTION_I) return NULL;
+// With NCCL: the buffer that an action fills, its rank's number of it; it is free when the SEND before from there is over. -1 = none.
+LLMPARI_FN int32_t llmpari_pipe_fills(const llmpari_pipe_run *q, llmpar_action a) {
+    if (q->transport != LLMPAR_PIPE_NCCL || !q->s->lowered || !q->s->n_slots || a.kind == LLMPAR_ACTION_W || llmpari_action_is_send(a)) return -1;
+    if (llmpari_action_is_transfer(a)) return a.slot;
     const int32_t send = q->x->at[a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B][(int64_t)a.stage * q->s->n_micro + a.micro];
-    return send >= 0 && q->s->action[send].slot >= 0 ? &q->slot_free[q->slot_first[q->s->rank_of[a.stage]] + q->s->action[send].slot] : NULL;
+    return send >= 0 ? q->s->action[send].slot : -1;
 }
 
 // One rank, as far as it gets.
@@ -9474,10 +9478,12 @@ LLMPARI_FN llmpar_status llmpari_pipe_advance(llmpari_pipe_run *q, int32_t r, ll
         const double *need = llmpari_pipe_input(q, j);
         if (need && *need < 0) { q->wait[r] = need; return LLMPAR_OK; }
         if (need && *need > clock) clock = *need;
-        need = llmpari_pipe_buffer(q, a);
+        const int32_t slot = llmpari_pipe_fills(q, a);
+        need = slot >= 0 ? &q->slot_free[q->slot_first[r] + slot] : NULL;
         if (need && *need < 0) { q->wait[r] = need; return LLMPAR_OK; }
         if (need && *need > clock) clock = *need;
         q->begin[j] = clock;
+        if (q->order) q->order[j] = q->n_done++;
         if (a.kind <= LLMPAR_ACTION_W) {
             clock += q->c->time[a.kind][a.stage];
             q->end[j] = clock;
@@ -9535,18 +9541,18 @@ LLMPARI_FN int32_t llmpari_pipe_blocker(const llmpari_pipe_run *q, int32_t rank,
             return llmpari_pipe_at(q, made);
         }
         out = llmpari_pipe_at(q, made);
-    } else {                                                                               // the buffer of its result: the SEND before from there
-        const int32_t send = q->x->at[a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B][(int64_t)a.stage * s->n_micro + a.micro];
-        for (out = (int32_t)q->at[rank]; !llmpari_action_is_send(s->action[out]) || s->action[out].slot != s->action[send].slot; ) out--;
+    } else {                                                                               // its buffer: the SEND before from there
+        const int32_t slot = llmpari_pipe_fills(q, a);
+        for (out = (int32_t)q->at[rank]; !llmpari_action_is_send(s->action[out]) || s->action[out].slot != slot; ) out--;
     }
-    for (int32_t i = 0; ; i++) {                                                           // a transfer: which of those before it in the order of the two ranks is not issued?
+    for (int64_t i = 0; ; i++) {                                                           // a transfer: which of those before it in the order of the two ranks is not issued?
         int32_t here = 0, there = 0;
         in = q->x->partner[out];
         if (q->end[out] < 0) return out;
         if (q->end[in] < 0) return in;
         const int32_t first = llmpari_channel_before(q, out, &here);
         if (first < 0) return in;                                                          // cannot be: it would have moved
-        if (i > 2 * s->n_micro * s->n_stages) {
+        if (i > 2 * (int64_t)s->n_micro * s->n_stages) {
             const int32_t second = llmpari_channel_before(q, first, &there);
             LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "deadlock: two ranks order their transfers differently: rank %d does %s before %s, rank %d %s before %s", (int)here,
                          llmpari_action_print(s->action[first]).text, llmpari_action_print(s->action[out]).text, (int)there,
@@ -9712,7 +9718,7 @@ LLMPARI_FN void llmpari_pipe_critical(const llmpar_schedule *s, const llmpari_pi
         else if ((a.kind == LLMPAR_ACTION_B || a.kind == LLMPAR_ACTION_I) && a.stage + 1 < s->n_stages)
             input = x->at[LLMPAR_ACTION_I][c + M] >= 0 ? x->at[LLMPAR_ACTION_I][c + M] : x->at[LLMPAR_ACTION_B][c + M];
         else if (llmpari_action_is_send(a)) input = x->partner[j];
-        j = own >= 0 && (input < 0 || t->action_end[own] >= t->action_begin[j] || t->action_end[own] >= t->action_end[input]) ? own : input;
+        j = own >= 0 && (input < 0 || t->action_end[own] >= t->action_begin[j]) ? own : input;
     }
     for (int64_t i = 0, k = t->n_critical - 1; i < k; i++, k--) {
         const int32_t j = t->critical[i];
@@ -9816,11 +9822,14 @@ LLMPARI_FN int32_t llmpari_pipe_consumer(const llmpar_schedule *s, const llmpari
     return x->at[LLMPAR_ACTION_B][c - M] >= 0 ? x->at[LLMPAR_ACTION_B][c - M] : x->at[LLMPAR_ACTION_I][c - M];
 }
 
-// Where every message is posted: before the first action of the receiver that ends when the message is made or later. In the schedule's own times nobody waits for a
+// Does action i end after action j? Of two that end at the same time, for all that rounding tells, the one that was done later does.
+LLMPARI_FN bool llmpari_pipe_later(const double *end, const int32_t *order, int64_t i, int64_t j) { return end[i] > end[j] || (end[i] >= end[j] && order[i] > order[j]); }
+
+// Where every message is posted: before the first action of the receiver that ends later than the message is made. In the schedule's own times nobody waits for a
 // post then; and the order of posts and sends of two ranks follows the times at which messages are made, on both alike, so that no transfer can wait for a later one.
 // Only messages that are made at the same time in both directions need care: in NCCL's order both are posted beside the sends, in one group.
-LLMPARI_FN void llmpari_pipe_post(const llmpar_schedule *s, const llmpari_pipe_index *x, const double *end, llmpar_transport transport, int32_t *cursor, llmpari_message *message,
-                                  int64_t *n_messages) {
+LLMPARI_FN void llmpari_pipe_post(const llmpar_schedule *s, const llmpari_pipe_index *x, const double *end, const int32_t *order, llmpar_transport transport, int32_t *cursor,
+                                  llmpari_message *message, int64_t *n_messages) {
     int64_t n = 0;
     for (int32_t i = 0; i < 2 * s->n_stages; i++) cursor[i] = -1;
     for (int64_t j = 0; j < s->first[s->n_ranks]; j++) {
@@ -9829,7 +9838,7 @@ LLMPARI_FN void llmpari_pipe_post(const llmpar_schedule *s, const llmpari_pipe_i
         if (to < 0) continue;
         int32_t *k = &cursor[2 * a.stage + (a.kind != LLMPAR_ACTION_F)];                   // the messages of a stage in one direction are made in the order of time
         if (*k < 0) *k = (int32_t)s->first[s->rank_of[s->action[to].stage]];
-        while (*k < to && end[*k] < end[j]) ++*k;
+        while (*k < to && !llmpari_pipe_later(end, order, *k, j)) ++*k;
         message[n].made   = (int32_t)j;
         message[n].before = *k;
         if (transport == LLMPAR_PIPE_NCCL && *k < to && end[*k] <= end[j]) {
@@ -9926,6 +9935,8 @@ LLMPARI_FN llmpar_status llmpari_pipe_lower_into(const llmpar_schedule *s, const
     for (int k = 0; k < 4; k++)                                                            // what takes no time still comes after what it needs
         for (int32_t i = 0; i < s->n_stages; i++) if (c.time[k][i] < 1e-6 * longest) c.time[k][i] = 1e-6 * longest;
     run.s = s, run.c = &c, run.x = &x, run.begin = times, run.end = times + n;
+    run.order = (int32_t *)llmpar_arena_alloc(scratch, (size_t)n * sizeof(int32_t));
+    if (!run.order) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the order of %lld actions", (long long)n);
     LLMPARI_TRY(llmpari_pipe_times(&run, scratch, err));
 
     int64_t n_messages = 0;
@@ -9936,7 +9947,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_lower_into(const llmpar_schedule *s, const
     l.posted  = (int32_t *)llmpar_arena_alloc(scratch, (size_t)n * sizeof(int32_t));
     l.recv_at = (int32_t *)llmpar_arena_alloc(scratch, (size_t)n * sizeof(int32_t));
     if (!message || !cursor || !l.gap || !l.posted || !l.recv_at) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the messages of %lld actions", (long long)n);
-    llmpari_pipe_post(s, &x, l.end, transport, cursor, message, &n_messages);
+    llmpari_pipe_post(s, &x, l.end, run.order, transport, cursor, message, &n_messages);
     for (int64_t i = 0; i < n_messages; i++) l.gap[message[i].before + 2]++;               // counting sort by gap, then by time within a gap, of which there are few
     for (int64_t k = 0; k < n; k++) l.gap[k + 2] += l.gap[k + 1];
     for (int64_t i = 0; i < n_messages; i++) l.posted[l.gap[message[i].before + 1]++] = message[i].made;
@@ -9944,7 +9955,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_lower_into(const llmpar_schedule *s, const
         for (int32_t i = l.gap[k] + 1; i < l.gap[k + 1]; i++) {
             const int32_t made = l.posted[i];
             int32_t p = i;
-            for (; p > l.gap[k] && l.end[l.posted[p - 1]] > l.end[made]; p--) l.posted[p] = l.posted[p - 1];
+            for (; p > l.gap[k] && llmpari_pipe_later(l.end, run.order, l.posted[p - 1], made); p--) l.posted[p] = l.posted[p - 1];
             l.posted[p] = made;
         }
     for (int64_t k = 0; k < n; k++) l.recv_at[k] = -1;
@@ -10320,8 +10331,8 @@ LLMPARI_FN llmpar_status llmpari_pipe_generate(const llmpar_pipe_desc *desc, int
     g.desc = desc, g.s = s, g.P = desc->n_ranks, g.V = V, g.M = desc->n_micro, g.v_shape = v_shape;
     g.turn = (llmpari_turn *)llmpar_arena_alloc(arena, (size_t)V * (size_t)(desc->n_micro + 2 * desc->n_ranks) * sizeof(llmpari_turn));
     if (!g.turn) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the order of %d micro-batches", (int)desc->n_micro);
-    s->in_flight = desc->in_flight;
-    llmpari_pipe_turns(&g, desc->group > 0 ? desc->group : desc->in_flight);
+    s->in_flight = (int32_t)llmpari_min(desc->in_flight, desc->n_micro);
+    llmpari_pipe_turns(&g, desc->group > 0 ? (int32_t)llmpari_min(desc->group, desc->n_micro) : s->in_flight);
     for (int32_t i = 0; i < s->n_stages; i++) s->rank_of[i] = v_shape && i / g.P % 2 ? g.P - 1 - i % g.P : i % g.P;
     for (g.rank = 0; g.rank < g.P; g.rank++) {
         s->first[g.rank] = g.at;
@@ -19926,6 +19937,19 @@ LLMPARI_FN llmpar_status llmpari_stage_buffers(llmpar_stages *q, llmpar_error *e
     return LLMPAR_OK;
 }
 
+// BUFFERED: the runner copies so many messages and no more: from there on a SEND waits.
+LLMPARI_FN llmpar_status llmpari_stage_copies(const llmpar_schedule *s, llmpar_arena *scratch, llmpar_error *err) {
+    llmpar_error why = LLMPAR_ZERO;
+    int64_t most = 0;
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        int64_t sends = 0;
+        for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) sends += llmpari_action_is_send(s->action[j]);
+        most = llmpari_max(most, sends);
+    }
+    if (most <= LLMPARI_STAGE_COPIES || !llmpar_pipe_verify(s, NULL, LLMPAR_PIPE_RENDEZVOUS, 0, scratch, &why)) return LLMPAR_OK;
+    return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "a rank buffers %d messages at a time, and with SENDs that wait this program cannot end: %.700s", LLMPARI_STAGE_COPIES, why.text);
+}
+
 LLMPARI_FN llmpar_status llmpari_stage_prepare(llmpar_stages *q, llmpar_arena *scratch, llmpar_error *err) {
     const llmpar_stages_desc *d = &q->desc;
     const llmpar_schedule *s = d->program;
@@ -19937,6 +19961,7 @@ LLMPARI_FN llmpar_status llmpari_stage_prepare(llmpar_stages *q, llmpar_arena *s
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "messages of %lld, %lld and %lld bytes; none may be negative", (long long)d->forward_bytes, (long long)d->backward_bytes,
                             (long long)d->token_bytes);
     if (!d->unproven) LLMPARI_TRY(llmpar_pipe_verify(s, NULL, d->transport, 0, scratch, err));
+    if (!d->unproven && d->transport == LLMPAR_PIPE_BUFFERED) LLMPARI_TRY(llmpari_stage_copies(s, scratch, err));
     LLMPARI_TRY(llmpari_stage_order(s, scratch, err));
     LLMPARI_TRY(llmpari_pipe_index_fill(s, scratch, &x, err));
     LLMPARI_TRY(llmpari_pipe_complete(s, &x, err));
