@@ -1169,7 +1169,8 @@ LLMPAR_DEF const char   *llmpar_launcher_name(llmpar_launcher launcher);        
 //     process ends. Receives that nothing has arrived for are cancelled. Sends are never cancelled; what the library staged for them is kept until the process ends.
 //   - `checked` compares what all members of a group ask for before each collective, and both ends of each message, as the threads do, for one small message per pair.
 //     Without it, messages of calls that differ do not meet; a rank that waits for a second asks, and then says LLMPAR_MISMATCH (collectives), or runs into the deadline
-//     (Send and Recv; AllToAll whose counts do not fit together).
+//     (Send and Recv; AllToAll whose counts do not fit together). What is sent where nothing is expected (n elements against 0) is not noticed: it is lost, both sides return LLMPAR_OK,
+//     and no later call gets it instead of its own.
 //   - No trace knows who came last (late is -1, late_s 0): that is for threads, which share a clock.
 //   - A rank that waits past timeout_s asks the others where they are; those that have not come to the call or do not answer within a second (or timeout_s, from 0.1 s) are named. It
 //     asks on whom those wait for, in whichever group, so that the text names the rank that all wait for in the end.
@@ -14501,9 +14502,10 @@ LLMPARI_FN void llmpari_mpi_listen(llmpari_mpi_world *world) {
 // ---- Messages ----
 
 // A tag says whose number the communicator has, which slot, and, as far as bits reach, a hash of what is sent: messages of calls that differ do not meet, since MPI takes a
-// message that is too long for an error of its own, and most MPIs end the job for it. hash 0: none, for messages whose length is always the same.
-LLMPARI_FN int llmpari_mpi_tag(const llmpari_mpi_world *world, int32_t number, int32_t slot, uint64_t hash, int64_t bytes) {
-    int32_t mixed = hash ? (int32_t)(llmpari_mix(hash, bytes) >> 40 & world->hash_mask) : 0;
+// message that is too long for an error of its own, and most MPIs end the job for it. The hash moves on by `turn`, how often the slot has come round: what a call left behind, which
+// another rank did not expect, does not meet a later one. hash 0: none, for messages whose length is always the same.
+LLMPARI_FN int llmpari_mpi_tag(const llmpari_mpi_world *world, int32_t number, int32_t slot, uint64_t hash, int64_t bytes, int64_t turn) {
+    int32_t mixed = hash ? (int32_t)(((llmpari_mix(hash, bytes) >> 40) + (uint64_t)turn) & world->hash_mask) : 0;
     return (int)((number * (int32_t)(world->hash_mask + 1) + mixed) * LLMPARI_MPI_TAGS + slot);
 }
 
@@ -14530,7 +14532,8 @@ LLMPARI_FN void llmpari_mpi_add(llmpari_mpi_end *end, llmpari_mpi_op *op, int64_
     llmpari_mpi_requests *m = &op->messages;
     int64_t most = op->call.kind == LLMPAR_ALL_REDUCE && what == LLMPARI_TAG_DATA && bytes <= end->small_bytes ? (int64_t)LLMPARI_MPI_EAGER : bytes;
     if (bytes == 0) return;
-    int tag = llmpari_mpi_tag(end->world, sends ? end->number : end->numbers[member], (int32_t)(k % LLMPARI_MPI_FLIGHT) * 4 + what, what == LLMPARI_TAG_DATA ? op->hash : 0, bytes);
+    int tag = llmpari_mpi_tag(end->world, sends ? end->number : end->numbers[member], (int32_t)(k % LLMPARI_MPI_FLIGHT) * 4 + what, what == LLMPARI_TAG_DATA ? op->hash : 0, bytes,
+                              k / LLMPARI_MPI_FLIGHT);
     for (int64_t at = 0; at < bytes; at += most) {
         int n = llmpari_mpi_message(end, sends, (char *)(uintptr_t)data + at, llmpari_min(most, bytes - at), member, tag, m->request + m->n);
         for (int i = 0; i < n; i++) m->member[m->n++] = sends ? ~member : member;
@@ -14910,7 +14913,7 @@ LLMPARI_FN void llmpari_mail_words(llmpari_mpi_end *end, llmpari_mpi_mail *mail)
 }
 
 LLMPARI_FN int llmpari_mpi_mail_tag(const llmpari_mpi_end *end, const llmpari_mpi_mail *mail, bool header) {
-    return llmpari_mpi_tag(end->world, mail->is_send ? end->number : end->numbers[mail->peer], LLMPARI_MPI_TAG_MAIL + !header, header ? 0 : (uint64_t)mail->mine.dtype + 1, mail->bytes);
+    return llmpari_mpi_tag(end->world, mail->is_send ? end->number : end->numbers[mail->peer], LLMPARI_MPI_TAG_MAIL + !header, header ? 0 : (uint64_t)mail->mine.dtype + 1, mail->bytes, 0);
 }
 
 // The data. A checked Send is done only when its Recv has agreed to it, unless it was buffered.
