@@ -1199,7 +1199,7 @@ typedef struct llmpar_mpi_desc {
 // but for the allocator. Initialises MPI where nobody has (MPI_Init_thread, SERIALIZED), and then finalises it in llmpar_comm_free of the world, unless the world was
 // aborted: mpirun then ends the job. Free groups first, then the world; no call of other ranks may still need this one. Errors: MPI finalised already, no memory on any rank.
 LLMPAR_DEF llmpar_status llmpar_mpi_create(const llmpar_mpi_desc *desc, llmpar_comm **world, llmpar_error *err);
-// Payload bytes, and messages (may be NULL), that this end of the group has sent to members on other hosts.
+// Payload bytes, and messages (may be NULL), that this end of the group has sent to members on other hosts. 0 for a comm of another backend, or NULL.
 LLMPAR_DEF int64_t llmpar_mpi_host_bytes(const llmpar_comm *comm, int64_t *messages);
 #endif
 
@@ -14347,8 +14347,7 @@ LLMPARI_FN void llmpari_note_send(llmpari_mpi_world *world, const llmpari_note *
     size_t bytes = note->kind == LLMPARI_NOTE_ABORT || note->kind == LLMPARI_NOTE_DECIDED ? sizeof *note : offsetof(llmpari_note, text);
     for (int i = 0; ; i = i + 1 == LLMPARI_MPI_NOTES ? 0 : i + 1) {
         int free_slot = 0;
-        if (MPI_Test(&world->out_request[i], &free_slot, MPI_STATUS_IGNORE) != MPI_SUCCESS) continue;
-        if (free_slot) {
+        if (MPI_Test(&world->out_request[i], &free_slot, MPI_STATUS_IGNORE) == MPI_SUCCESS && free_slot) {
             memcpy(&world->out[i], note, bytes);
             if (MPI_Isend(&world->out[i], (int)bytes, MPI_BYTE, world->process[to], world->generation, world->side, &world->out_request[i]) != MPI_SUCCESS)
                 world->out_request[i] = MPI_REQUEST_NULL;
@@ -14520,8 +14519,9 @@ LLMPARI_FN int llmpari_mpi_message(llmpari_mpi_end *end, bool sends, char *data,
         MPI_Datatype type = part == 0 ? world->block : MPI_BYTE;
         if (count == 0) continue;
         request[n] = MPI_REQUEST_NULL;
-        if (sends) code = MPI_Isend(data + (part ? blocks * block : 0), (int)count, type, peer, tag, world->data, &request[n]);
-        else       code = MPI_Irecv(data + (part ? blocks * block : 0), (int)count, type, peer, tag, world->data, &request[n]);
+        if (count > INT_MAX) code = MPI_ERR_COUNT;                                         // blocks of a tiny message_bytes
+        else if (sends) code = MPI_Isend(data + (part ? blocks * block : 0), (int)count, type, peer, tag, world->data, &request[n]);
+        else            code = MPI_Irecv(data + (part ? blocks * block : 0), (int)count, type, peer, tag, world->data, &request[n]);
         n++;
     }
     if (code != MPI_SUCCESS) llmpari_mpi_broken(world, code, sends ? "MPI_Isend" : "MPI_Irecv");
@@ -14800,18 +14800,22 @@ LLMPARI_FN void llmpari_mpi_work(llmpari_mpi_end *end, llmpari_mpi_op *op) {
 
 // ---- Do all members ask for the same? ----
 
+LLMPARI_FN llmpari_sign llmpari_sign_of_wire(const llmpari_wire *wire) {
+    llmpari_sign sign;
+    sign.kind = wire->kind; sign.dtype = wire->dtype; sign.reduce = wire->reduce; sign.root = wire->root; sign.count = wire->count; sign.hash = wire->hash;
+    sign.counts = NULL;
+    return sign;
+}
 LLMPARI_FN bool llmpari_mpi_same_wire(const llmpari_wire *a, const llmpari_wire *b) {
-    return a->kind == b->kind && a->dtype == b->dtype && a->reduce == b->reduce && a->root == b->root && a->hash == b->hash
-        && (a->count == b->count || a->kind == LLMPAR_ALL_TO_ALL || a->kind == LLMPAR_PERMUTE);
+    llmpari_sign first = llmpari_sign_of_wire(a), second = llmpari_sign_of_wire(b);
+    return llmpari_same_sign(&first, &second);
 }
 
 LLMPARI_ONCE_BEGIN
 typedef struct llmpari_mpi_seen { const llmpari_mpi_op *op; int32_t n; } llmpari_mpi_seen;
 LLMPARI_FN llmpari_sign llmpari_mpi_sign_of(const void *owner, int32_t i) {
     const llmpari_mpi_seen *seen = (const llmpari_mpi_seen *)owner;
-    const llmpari_wire *wire = &seen->op->signs[i];
-    llmpari_sign sign;
-    sign.kind = wire->kind; sign.dtype = wire->dtype; sign.reduce = wire->reduce; sign.root = wire->root; sign.count = wire->count; sign.hash = wire->hash;
+    llmpari_sign sign = llmpari_sign_of_wire(&seen->op->signs[i]);
     sign.counts = seen->op->counts + (int64_t)i * 2 * seen->n;
     return sign;
 }
@@ -14955,6 +14959,7 @@ LLMPARI_FN void llmpari_mpi_mail_go(llmpari_mpi_end *end, llmpari_mpi_mail *mail
         if (mail->theirs.count != mail->mine.count || mail->theirs.dtype != mail->mine.dtype) { llmpari_mail_words(end, mail); return; }
         llmpari_mpi_mail_data(end, mail);
     }
+    if (end->world->stopped) return;                                                       // MPI did not take it
     mail->done = true;
     if (mail->held) return;
     mail->used = false;
@@ -15901,7 +15906,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_check(const llmpar_mpi_desc *desc, llmpar_e
 LLMPAR_DEF llmpar_status llmpar_mpi_create(const llmpar_mpi_desc *desc, llmpar_comm **world, llmpar_error *err) {
     llmpar_mpi_desc own;
     bool ours = false, shared = false;
-    int rank = 0, n = 1;
+    int rank = 0, n = 1, inter = 0;
     memset(&own, 0, sizeof own);
     if (!world) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_mpi_create: world is NULL");
     *world = NULL;
@@ -15909,6 +15914,8 @@ LLMPAR_DEF llmpar_status llmpar_mpi_create(const llmpar_mpi_desc *desc, llmpar_c
     LLMPARI_TRY(llmpari_mpi_check(&own, err));
     LLMPARI_TRY(llmpari_mpi_init(&ours, &shared, err));
     MPI_Comm comm = own.comm ? *own.comm : MPI_COMM_WORLD;
+    if (MPI_Comm_test_inter(comm, &inter) == MPI_SUCCESS && inter)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "comm is an intercommunicator of MPI, which has no ranks 0..n-1 of its own; MPI_Intercomm_merge makes a communicator of it");
     if (MPI_Comm_rank(comm, &rank) != MPI_SUCCESS || MPI_Comm_size(comm, &n) != MPI_SUCCESS) return LLMPARI_FAIL(err, LLMPAR_IO_FAILED, "comm is no communicator of MPI");
     if (own.timeout_s == 0) own.timeout_s = 60;
     if (own.staging_bytes == 0) own.staging_bytes = (int64_t)4 << 20;
@@ -15933,9 +15940,9 @@ LLMPAR_DEF llmpar_status llmpar_mpi_create(const llmpar_mpi_desc *desc, llmpar_c
 }
 
 LLMPAR_DEF int64_t llmpar_mpi_host_bytes(const llmpar_comm *comm, int64_t *messages) {
-    const llmpari_mpi_end *end = llmpari_mpi_of(comm);
-    if (messages) *messages = end->host_messages;
-    return end->host_bytes;
+    const llmpari_mpi_end *end = comm && comm->vtable->free == llmpari_mpi_free ? llmpari_mpi_of(comm) : NULL;
+    if (messages) *messages = end ? end->host_messages : 0;
+    return end ? end->host_bytes : 0;
 }
 LLMPARI_ONCE_END
 #endif // LLMPAR_MPI

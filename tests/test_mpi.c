@@ -641,6 +641,14 @@ static llmpar_status crowd_rank(llmpar_comm *world, void *user, llmpar_error *er
     CHECK(strstr(seen.text, "rank 0 has 64 Send and Recv in flight") != NULL);
     return LLMPAR_OK;
 }
+static llmpar_status blocks_rank(llmpar_comm *world, void *user, llmpar_error *err) {        // 2^32 + 5 of them: MPI would be asked for 5
+    static char data[8];
+    llmpar_error seen = LLMPAR_ZERO;
+    (void)user; (void)err;
+    llmpar_status status = llmpar_send(world, data, ((int64_t)1 << 32) + 5, LLMPAR_U8, (world->rank + 1) % world->size, &seen);
+    CHECK(status != LLMPAR_OK && strstr(seen.text, "MPI failed in MPI_Isend") != NULL);
+    return LLMPAR_OK;
+}
 static void test_late(void) {
     for (int what = 0; what < 4 && n_ranks > 1; what++) TEST("a late rank: deadline") { llmpar_mpi_desc desc = desc_of(0.1, what % 2 == 1); run(&desc, late_rank, &what); }
     for (int what = 0; what < 2 && n_ranks > 1; what++) TEST("a rank that waits elsewhere: deadline") { llmpar_mpi_desc desc = desc_of(0.3, false); run(&desc, elsewhere_rank, &what); }
@@ -668,6 +676,29 @@ static void test_late(void) {
         desc.comm = &null;
         CHECK_FAIL(llmpar_mpi_create(&desc, &world, &err), LLMPAR_BAD_ARGUMENT, err, "MPI_COMM_NULL");
         CHECK(world == NULL);
+    }
+    if (n_ranks > 1) TEST("an intercommunicator is refused") {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_mpi_desc desc = desc_of(5, false);
+        llmpar_comm *world = NULL;
+        MPI_Comm half, inter;
+        MPI_Comm_split(MPI_COMM_WORLD, my_rank > 0, my_rank, &half);
+        MPI_Intercomm_create(half, 0, MPI_COMM_WORLD, my_rank ? 0 : 1, 7, &inter);
+        desc.comm = &inter;
+        CHECK_FAIL(llmpar_mpi_create(&desc, &world, &err), LLMPAR_BAD_ARGUMENT, err, "is an intercommunicator");
+        MPI_Comm_free(&inter);
+        MPI_Comm_free(&half);
+    }
+    TEST("more blocks than MPI counts") { llmpar_mpi_desc desc = desc_of(20, false); desc.message_bytes = 1; run(&desc, blocks_rank, NULL); }
+    TEST("bytes between hosts of a comm that is not MPI's") {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_comm *self = NULL;
+        int64_t messages = 1;
+        CHECK_EQ(llmpar_mpi_host_bytes(NULL, NULL), 0);
+        CHECK_OK(llmpar_comm_self(NULL, &self, &err), err);
+        CHECK_EQ(llmpar_mpi_host_bytes(self, &messages), 0);
+        CHECK_EQ(messages, 0);
+        llmpar_comm_free(self);
     }
 }
 
