@@ -14235,6 +14235,8 @@ typedef struct llmpari_mpi_op {
     bool     posted;
     llmpar_status status;          // of its own failure
     double   timeout_s;
+    double   since;                // llmpar_test: when it was first found not done; 0 = not yet,
+    int64_t  ahead;                //   and how many were finished then: from each one on that is, its time begins anew
     uint64_t hash;                 // of the call, for tags
     int64_t  element, unit;        // bytes of an element; elements of one piece (reductions)
     int64_t *send_at, *recv_at;    // [n + 1] elements before each member's part
@@ -14253,7 +14255,7 @@ typedef struct llmpari_mpi_mail {
     int32_t  peer, box;
     bool     used, held, posted, is_send, done;
     bool     matched;              // a Recv: its data has a receive too (checked: once the header says that it fits)
-    double   timeout_s;
+    double   timeout_s, since;     // since: as of a collective
     llmpar_status status;
     llmpari_letter mine, theirs;
     MPI_Request request[3];        // header, blocks, rest
@@ -14273,7 +14275,6 @@ typedef struct llmpari_mpi_end {
     int32_t  *ranks, *numbers;     // [n] in the world; of this communicator, -1 = not known yet
     int64_t   started, finished;
     int64_t   mails, mails_used, mails_unposted;
-    double    since;               // llmpar_test: when the oldest call was first found not done; 0 = not yet
     uint64_t  question;
     int64_t  *answers;             // [n] -2 = none yet
     double    asked, ask_next;     // when; 0 = not; not before
@@ -14899,7 +14900,10 @@ LLMPARI_FN void llmpari_mpi_op_go(llmpari_mpi_end *end, llmpari_mpi_op *op, int6
         }
         if (!llmpari_mpi_arrived(end, op)) return;
         op->posted = false;
-        if (op->step == LLMPARI_STEP_SIGN) op->step = llmpari_mpi_alike(end, op) ? 0 : LLMPARI_STEP_COUNTS;
+        if (op->step == LLMPARI_STEP_SIGN) {
+            op->step = llmpari_mpi_alike(end, op) ? 0 : LLMPARI_STEP_COUNTS;
+            llmpari_mpi_listen(world);                                                     // the others may have given this call up since they said what it is
+        }
         else if (op->step == LLMPARI_STEP_COUNTS) llmpari_mpi_differ(end, op, k);
         else { llmpari_mpi_work(end, op); op->step++; }
     }
@@ -14993,7 +14997,7 @@ LLMPARI_FN void llmpari_mpi_advance(llmpari_mpi_end *end) {
         const llmpari_mpi_op *op = llmpari_mpi_op_of(end, end->finished);
         if (op->step != op->steps || op->status) break;
         end->finished++;
-        end->since = end->asked = end->ask_next = 0;
+        end->asked = end->ask_next = 0;
     }
     if (end->mails_used && !end->world->stopped) llmpari_mpi_mails_go(end);
 }
@@ -15158,16 +15162,17 @@ LLMPARI_FN void llmpari_mpi_ask(llmpari_mpi_end *end, double now) {
     }
 }
 
-// Member i came, and called something else.
+// Member i came, and called something else; i < 0: all called the same, but what is sent is not what is expected.
 LLMPARI_FN llmpar_status llmpari_mpi_other(llmpari_mpi_end *end, int32_t i, llmpar_error *err) {
     char mine[320], theirs[320], text[900];
     llmpari_mpi_op *op = llmpari_mpi_op_of(end, end->finished);
     llmpari_mpi_seen seen;
     seen.op = op; seen.n = end->comm.size;
-    llmpari_sign a = llmpari_mpi_sign_of(&seen, end->comm.rank), b = llmpari_mpi_sign_of(&seen, i);
+    llmpari_sign a = llmpari_mpi_sign_of(&seen, end->comm.rank), b = llmpari_mpi_sign_of(&seen, i < 0 ? end->comm.rank : i);
     llmpari_describe_sign(mine, sizeof mine, &a, end->ranks, end->finished);
     llmpari_describe_sign(theirs, sizeof theirs, &b, end->ranks, end->finished);
-    snprintf(text, sizeof text, "rank %d called %s, rank %d %s%s", end->world->rank, mine, end->ranks[i], theirs, strcmp(mine, theirs) ? "" : " with other counts");
+    if (i < 0) snprintf(text, sizeof text, "rank %d called %s: what the members send each other there is not what they expect; desc.checked says whose", end->world->rank, mine);
+    else snprintf(text, sizeof text, "rank %d called %s, rank %d %s%s", end->world->rank, mine, end->ranks[i], theirs, strcmp(mine, theirs) ? "" : " with other counts");
     op->status = LLMPAR_MISMATCH;
     llmpari_mpi_stop(end->world, end->world->rank, -1, true, text);
     return llmpari_mpi_stopped(end, LLMPARI_MPI_CALL, end->finished, err);
@@ -15177,7 +15182,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_other(llmpari_mpi_end *end, int32_t i, llmp
 // data is on its way.
 LLMPARI_FN llmpar_status llmpari_mpi_late(llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg, double *began, double now, llmpar_error *err) {
     double timeout_s = llmpari_mpi_patience(end, goal, arg);
-    bool all = true, late = now - *began > timeout_s;
+    bool all = true, here = true, late = now - *began > timeout_s;
     if (goal != LLMPARI_MPI_CALL || end->joined < end->comm.size) return late ? llmpari_mpi_too_late(end, goal, arg, now - *began, err) : LLMPAR_OK;
     if (end->asked == 0) {
         if (late || now >= end->ask_next) llmpari_mpi_ask(end, now);
@@ -15187,8 +15192,11 @@ LLMPARI_FN llmpar_status llmpari_mpi_late(llmpari_mpi_end *end, llmpari_mpi_goal
     if (!all && now - end->asked < llmpari_mpi_hearing_s(timeout_s)) return LLMPAR_OK;
     for (int32_t i = 0; i < end->comm.size; i++) {
         const llmpari_wire *a = &llmpari_mpi_op_of(end, end->finished)->signs[end->comm.rank], *b = &llmpari_mpi_op_of(end, end->finished)->signs[i];
-        if (i != end->comm.rank && end->answers[i] > end->finished && b->k == a->k && !llmpari_mpi_same_wire(a, b)) return llmpari_mpi_other(end, i, err);
+        bool told = i == end->comm.rank || (end->answers[i] > end->finished && b->k == a->k);
+        if (told && !llmpari_mpi_same_wire(a, b)) return llmpari_mpi_other(end, i, err);
+        here = here && told;
     }
+    if (here && !llmpari_mpi_alike(end, llmpari_mpi_op_of(end, end->finished))) return llmpari_mpi_other(end, -1, err);
     for (int32_t i = 0; i < end->comm.size && late; i++) if (llmpari_mpi_absent(end, i, NULL)) return llmpari_mpi_too_late(end, goal, arg, now - *began, err);
     if (late) *began = now;
     end->asked = 0;
@@ -15239,9 +15247,11 @@ LLMPARI_FN llmpar_status llmpari_mpi_await(llmpari_mpi_end *end, llmpari_mpi_goa
 LLMPARI_FN llmpar_status llmpari_mpi_poll(llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg, bool *done, llmpar_error *err) {
     LLMPARI_TRY(llmpari_mpi_look(end, goal, arg, true, done, err));
     if (*done) return LLMPAR_OK;
-    double now = llmpari_now();
-    if (end->since == 0) end->since = now;
-    return now - end->since > 1 || now - end->since > llmpari_mpi_patience(end, goal, arg) ? llmpari_mpi_late(end, goal, arg, &end->since, now, err) : LLMPAR_OK;
+    llmpari_mpi_op *op = goal == LLMPARI_MPI_CALL ? llmpari_mpi_op_of(end, arg) : NULL;
+    double now = llmpari_now(), *since = op ? &op->since : &end->mail[arg].since;
+    if (*since == 0 || (op && op->ahead != end->finished)) *since = now;
+    if (op) op->ahead = end->finished;
+    return now - *since > 1 || now - *since > llmpari_mpi_patience(end, goal, arg) ? llmpari_mpi_late(end, goal, arg, since, now, err) : LLMPAR_OK;
 }
 
 // ---- The vtable ----
@@ -15306,6 +15316,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_enter(llmpari_mpi_end *end, const llmpar_ca
     op->posted  = false;
     op->status  = LLMPAR_OK;
     op->unit    = 0;
+    op->since   = 0;
     op->timeout_s  = call->timeout_s > 0 ? call->timeout_s : end->comm.timeout_s;
     op->messages.n = op->messages.at = 0;
     memset(sign, 0, sizeof *sign);
@@ -15373,7 +15384,6 @@ LLMPARI_FN llmpar_status llmpari_mpi_wait_locked(llmpari_mpi_end *end, int64_t t
     if (mail && status == LLMPAR_OK && *done) {
         mail->used = false;
         end->mails_used--;
-        end->since = 0;
     }
     return status;
 }
@@ -15678,15 +15688,24 @@ LLMPARI_FN void llmpari_mpi_free(llmpar_comm *comm) {
     if (finalised) return;                                                                 // nothing can be asked of MPI any more
     llmpari_mpi_lock(world);
     llmpari_mpi_advance_all(world);
-    if (end->finished < end->started && !world->stopped) {
+    const char *flies = end->finished < end->started ? "collective" : NULL;
+    for (int i = 0; i < LLMPARI_MPI_MAIL; i++) {
+        llmpari_mpi_mail *mail = &end->mail[i];
+        if (!mail->used || !mail->held) continue;                                          // buffered: goes out by itself
+        if (!mail->done) { flies = mail->is_send ? "Send" : "Recv"; continue; }
+        mail->used = false;
+        end->mails_used--;
+    }
+    if (flies && !world->stopped) {
         char text[160];
-        snprintf(text, sizeof text, "rank %d: a communicator was freed with a collective in flight; wait for every request first", world->rank);
+        snprintf(text, sizeof text, "rank %d: a communicator was freed with a %s in flight; wait for every request first", world->rank, flies);
         llmpari_mpi_stop(world, world->rank, -1, true, text);
     }
     end->left = true;
     if (end != world->end) {
         llmpari_mpi_listen(world);
-        if (!world->stopped) llmpari_mpi_reap(world);
+        if (world->stopped) (void)llmpari_mpi_drain(end);                                  // the caller may free what it was to receive
+        else llmpari_mpi_reap(world);
         llmpari_mpi_unlock(world);
         return;
     }
@@ -15866,6 +15885,31 @@ LLMPARI_FN int llmpari_mpi_find_hosts(llmpari_mpi_world *world) {
     return code;
 }
 
+// Is the desc the same on every rank? All say who differs from rank 0, and in what.
+LLMPARI_FN llmpar_status llmpari_mpi_agree(const llmpari_mpi_world *world, llmpar_error *err) {
+    static const char *const name[] = { "checked", "staging_bytes", "message_bytes", "hosts" };
+    int64_t mine[4], first[4], other[4];
+    int differs = 0, who = 0, code;
+    mine[0] = world->desc.checked;
+    mine[1] = world->desc.staging_bytes;
+    mine[2] = world->desc.message_bytes;
+    mine[3] = world->desc.hosts != NULL;
+    for (int32_t i = 0; i < world->n && world->desc.hosts; i++) mine[3] = (int64_t)(llmpari_mix((uint64_t)mine[3], world->desc.hosts[i]) >> 1);
+    memcpy(first, mine, sizeof first);
+    memcpy(other, mine, sizeof other);
+    code = MPI_Bcast(first, 4, MPI_INT64_T, 0, world->data);
+    differs = memcmp(first, mine, sizeof first) ? (int)world->rank : (int)world->n;
+    if (code == MPI_SUCCESS) code = MPI_Allreduce(&differs, &who, 1, MPI_INT, MPI_MIN, world->data);
+    if (code == MPI_SUCCESS && who < world->n) code = MPI_Bcast(other, 4, MPI_INT64_T, who, world->data);
+    if (code != MPI_SUCCESS) return LLMPARI_FAIL(err, LLMPAR_IO_FAILED, "MPI failed with code %d while the world was set up", code);
+    for (int i = 0; i < 4 && who < world->n; i++) {
+        if (first[i] == other[i]) continue;
+        if (i == 3) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc.hosts is not the same on rank %d as on rank 0", who);
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc.%s is %lld on rank 0, %lld on rank %d; it must be the same on every rank", name[i], (long long)first[i], (long long)other[i], who);
+    }
+    return LLMPAR_OK;
+}
+
 // The part of creation that all ranks do together; a rank without memory takes part too, so that nobody waits for it.
 LLMPARI_FN llmpar_status llmpari_mpi_join(llmpari_mpi_world *world, MPI_Comm comm, llmpar_error *err) {
     int mine = world->stay != NULL, all = 0, *limit = NULL, there = 0, code;
@@ -15876,6 +15920,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_join(llmpari_mpi_world *world, MPI_Comm com
     MPI_Comm_set_errhandler(world->side, MPI_ERRORS_RETURN);
     code = MPI_Allreduce(&mine, &all, 1, MPI_INT, MPI_MIN, world->data);
     if (code == MPI_SUCCESS && !all) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a world of %d ranks%s", world->n, mine ? ", on another rank" : "");
+    if (code == MPI_SUCCESS) LLMPARI_TRY(llmpari_mpi_agree(world, err));
     for (int32_t i = 0; i < world->n && all; i++) world->process[i] = i;
     if (code == MPI_SUCCESS && world->desc.hosts) memcpy(world->hosts, world->desc.hosts, (size_t)world->n * sizeof *world->hosts);
     else if (code == MPI_SUCCESS) code = llmpari_mpi_find_hosts(world);
