@@ -1164,13 +1164,16 @@ LLMPAR_DEF const char   *llmpar_launcher_name(llmpar_launcher launcher);        
 // for good and for the whole world. All of it is built from MPI's non-blocking messages on duplicates of one communicator: groups take no MPI resource and their
 // creation waits for nobody; one side may block where the other one polls; and MPI's own reductions, whose order is up to them, are not used.
 // What differs:
-//   - Ranks hear of an abort in their next call, or in the one that they wait in. A rank that is elsewhere notices nothing until then.
+//   - Ranks hear of an abort in the call that they wait in, the next one that has to wait, or the 16th collective; a rank that is elsewhere notices nothing until then. So a rank that comes
+//     to a call when the others have given it up may get LLMPAR_OK there, and the right result, where all that it needs lies ready (messages up to about 4 KiB; the root of a Broadcast):
+//     its next call that waits is aborted. `checked`, the call itself is: it looks once more when all have said what they ask for.
 //   - After an error MPI may still read what this rank was sending and, where a message was under way already, write to recv: keep the buffers of failed calls until the
-//     process ends. Receives that nothing has arrived for are cancelled. Sends are never cancelled; what the library staged for them is kept until the process ends.
+//     process ends. Receives that nothing has arrived for are cancelled. Sends are never cancelled; what the library staged for them is kept until the process ends. MPI_Finalize waits
+//     for them, for good where nobody receives them (MPICH, from some 100 KB on; Open MPI 4.1 returned): whoever initialised MPI himself leaves by _exit after an abort.
 //   - `checked` compares what all members of a group ask for before each collective, and both ends of each message, as the threads do, for one small message per pair.
-//     Without it, messages of calls that differ do not meet; a rank that waits for a second asks, and then says LLMPAR_MISMATCH (collectives), or runs into the deadline
-//     (Send and Recv; AllToAll whose counts do not fit together). What is sent where nothing is expected (n elements against 0) is not noticed: it is lost, both sides return LLMPAR_OK,
-//     and no later call gets it instead of its own.
+//     Without it, messages of calls that differ do not meet; a rank that waits for a second asks, and then says LLMPAR_MISMATCH (collectives; of an AllToAll only that the counts do
+//     not fit together, not whose), or runs into the deadline (Send and Recv; where it is below a second, collectives too), whose text names who does not come, not what differs.
+//     What is sent where nothing is expected (n elements against 0) is not noticed: it is lost, both sides return LLMPAR_OK, and no later call gets it instead of its own.
 //   - No trace knows who came last (late is -1, late_s 0): that is for threads, which share a clock.
 //   - A rank that waits past timeout_s asks the others where they are; those that have not come to the call or do not answer within a second (or timeout_s, from 0.1 s) are named. It
 //     asks on whom those wait for, in whichever group, so that the text names the rank that all wait for in the end.
@@ -1196,8 +1199,9 @@ typedef struct llmpar_mpi_desc {
     int64_t          message_bytes;   // longest single message, longer ones go as blocks of this; 0 = 1 GiB (MPI counts in int), at most that
 } llmpar_mpi_desc;
 // Collective over desc->comm, and blocks until all its ranks call it (MPI's own duplication: no deadline). desc NULL = all defaults; desc must be the same on every rank,
-// but for the allocator. Initialises MPI where nobody has (MPI_Init_thread, SERIALIZED), and then finalises it in llmpar_comm_free of the world, unless the world was
-// aborted: mpirun then ends the job. Free groups first, then the world; no call of other ranks may still need this one. Errors: MPI finalised already, no memory on any rank.
+// but for allocator and timeout_s. Initialises MPI where nobody has (MPI_Init_thread, SERIALIZED), and then finalises it in llmpar_comm_free of this world, unless the world was
+// aborted: mpirun then ends the job. Free groups first, then the world, and other worlds before one that finalises MPI; no call of other ranks may still need this one. Where MPI is yours:
+// no MPI_Finalize after an abort (see above). Errors: MPI finalised already, an intercommunicator, no memory on any rank, descs that differ (on all ranks, saying in what).
 LLMPAR_DEF llmpar_status llmpar_mpi_create(const llmpar_mpi_desc *desc, llmpar_comm **world, llmpar_error *err);
 // Payload bytes, and messages (may be NULL), that this end of the group has sent to members on other hosts. 0 for a comm of another backend, or NULL.
 LLMPAR_DEF int64_t llmpar_mpi_host_bytes(const llmpar_comm *comm, int64_t *messages);
