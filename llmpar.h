@@ -1168,8 +1168,8 @@ LLMPAR_DEF const char   *llmpar_launcher_name(llmpar_launcher launcher);        
 //     to a call when the others have given it up may get LLMPAR_OK there, and the right result, where all that it needs lies ready (messages up to about 4 KiB; the root of a Broadcast):
 //     its next call that waits is aborted. `checked`, the call itself is: it looks once more when all have said what they ask for.
 //   - After an error MPI may still read what this rank was sending and, where a message was under way already, write to recv: keep the buffers of failed calls until the
-//     process ends. Receives that nothing has arrived for are cancelled. Sends are never cancelled; what the library staged for them is kept until the process ends. MPI_Finalize waits
-//     for them, for good where nobody receives them (MPICH, from some 100 KB on; Open MPI 4.1 returned): whoever initialised MPI himself leaves by _exit after an abort.
+//     process ends. Receives that nothing has arrived for are cancelled. Sends are never cancelled; what the library staged for them is kept until the process ends. MPI_Finalize may
+//     wait for them for good (seen with MPICH, large messages of a rank that came late): whoever initialised MPI himself leaves by _exit after an abort.
 //   - `checked` compares what all members of a group ask for before each collective, and both ends of each message, as the threads do, for one small message per pair.
 //     Without it, messages of calls that differ do not meet; a rank that waits for a second asks, and then says LLMPAR_MISMATCH (collectives; of an AllToAll only that the counts do
 //     not fit together, not whose), or runs into the deadline (Send and Recv; where it is below a second, collectives too), whose text names who does not come, not what differs.
