@@ -1166,12 +1166,16 @@ LLMPAR_DEF const char   *llmpar_launcher_name(llmpar_launcher launcher);        
 // for good and for the whole world. All of it is built from MPI's non-blocking messages on duplicates of one communicator: groups take no MPI resource and their
 // creation waits for nobody; one side may block where the other one polls; and MPI's own reductions, whose order is up to them, are not used.
 // What differs:
-//   - Ranks hear of an abort in their next call, or in the one that they wait in. A rank that is elsewhere notices nothing until then.
+//   - Ranks hear of an abort in the call that they wait in, the next one that has to wait, or the 16th collective; a rank that is elsewhere notices nothing until then. So a rank that comes
+//     to a call when the others have given it up may get LLMPAR_OK there, and the right result, where all that it needs lies ready (messages up to about 4 KiB; the root of a Broadcast):
+//     its next call that waits is aborted. `checked`, the call itself is: it looks once more when all have said what they ask for.
 //   - After an error MPI may still read what this rank was sending and, where a message was under way already, write to recv: keep the buffers of failed calls until the
-//     process ends. Receives that nothing has arrived for are cancelled. Sends are never cancelled; what the library staged for them is kept until the process ends.
+//     process ends. Receives that nothing has arrived for are cancelled. Sends are never cancelled; what the library staged for them is kept until the process ends. MPI_Finalize may
+//     wait for them for good (seen with MPICH, large messages of a rank that came late): whoever initialised MPI himself leaves by _exit after an abort.
 //   - `checked` compares what all members of a group ask for before each collective, and both ends of each message, as the threads do, for one small message per pair.
-//     Without it, messages of calls that differ do not meet; a rank that waits for a second asks, and then says LLMPAR_MISMATCH (collectives), or runs into the deadline
-//     (Send and Recv; AllToAll whose counts do not fit together).
+//     Without it, messages of calls that differ do not meet; a rank that waits for a second asks, and then says LLMPAR_MISMATCH (collectives; of an AllToAll only that the counts do
+//     not fit together, not whose), or runs into the deadline (Send and Recv; where it is below a second, collectives too), whose text names who does not come, not what differs.
+//     What is sent where nothing is expected (n elements against 0) is not noticed: it is lost, both sides return LLMPAR_OK, and no later call gets it instead of its own.
 //   - No trace knows who came last (late is -1, late_s 0): that is for threads, which share a clock.
 //   - A rank that waits past timeout_s asks the others where they are; those that have not come to the call or do not answer within a second (or timeout_s, from 0.1 s) are named. It
 //     asks on whom those wait for, in whichever group, so that the text names the rank that all wait for in the end.
@@ -1197,10 +1201,11 @@ typedef struct llmpar_mpi_desc {
     int64_t          message_bytes;   // longest single message, longer ones go as blocks of this; 0 = 1 GiB (MPI counts in int), at most that
 } llmpar_mpi_desc;
 // Collective over desc->comm, and blocks until all its ranks call it (MPI's own duplication: no deadline). desc NULL = all defaults; desc must be the same on every rank,
-// but for the allocator. Initialises MPI where nobody has (MPI_Init_thread, SERIALIZED), and then finalises it in llmpar_comm_free of the world, unless the world was
-// aborted: mpirun then ends the job. Free groups first, then the world; no call of other ranks may still need this one. Errors: MPI finalised already, no memory on any rank.
+// but for allocator and timeout_s. Initialises MPI where nobody has (MPI_Init_thread, SERIALIZED), and then finalises it in llmpar_comm_free of this world, unless the world was
+// aborted: mpirun then ends the job. Free groups first, then the world, and other worlds before one that finalises MPI; no call of other ranks may still need this one. Where MPI is yours:
+// no MPI_Finalize after an abort (see above). Errors: MPI finalised already, an intercommunicator, no memory on any rank, descs that differ (on all ranks, saying in what).
 LLMPAR_DEF llmpar_status llmpar_mpi_create(const llmpar_mpi_desc *desc, llmpar_comm **world, llmpar_error *err);
-// Payload bytes, and messages (may be NULL), that this end of the group has sent to members on other hosts.
+// Payload bytes, and messages (may be NULL), that this end of the group has sent to members on other hosts. 0 for a comm of another backend, or NULL.
 LLMPAR_DEF int64_t llmpar_mpi_host_bytes(const llmpar_comm *comm, int64_t *messages);
 #endif
 
@@ -14289,6 +14294,8 @@ typedef struct llmpari_mpi_op {
     bool     posted;
     llmpar_status status;          // of its own failure
     double   timeout_s;
+    double   since;                // llmpar_test: when it was first found not done; 0 = not yet,
+    int64_t  ahead;                //   and how many were finished then: from each one on that is, its time begins anew
     uint64_t hash;                 // of the call, for tags
     int64_t  element, unit;        // bytes of an element; elements of one piece (reductions)
     int64_t *send_at, *recv_at;    // [n + 1] elements before each member's part
@@ -14307,7 +14314,7 @@ typedef struct llmpari_mpi_mail {
     int32_t  peer, box;
     bool     used, held, posted, is_send, done;
     bool     matched;              // a Recv: its data has a receive too (checked: once the header says that it fits)
-    double   timeout_s;
+    double   timeout_s, since;     // since: as of a collective
     llmpar_status status;
     llmpari_letter mine, theirs;
     MPI_Request request[3];        // header, blocks, rest
@@ -14327,7 +14334,6 @@ typedef struct llmpari_mpi_end {
     int32_t  *ranks, *numbers;     // [n] in the world; of this communicator, -1 = not known yet
     int64_t   started, finished;
     int64_t   mails, mails_used, mails_unposted;
-    double    since;               // llmpar_test: when the oldest call was first found not done; 0 = not yet
     uint64_t  question;
     int64_t  *answers;             // [n] -2 = none yet
     double    asked, ask_next;     // when; 0 = not; not before
@@ -14401,8 +14407,7 @@ LLMPARI_FN void llmpari_note_send(llmpari_mpi_world *world, const llmpari_note *
     size_t bytes = note->kind == LLMPARI_NOTE_ABORT || note->kind == LLMPARI_NOTE_DECIDED ? sizeof *note : offsetof(llmpari_note, text);
     for (int i = 0; ; i = i + 1 == LLMPARI_MPI_NOTES ? 0 : i + 1) {
         int free_slot = 0;
-        if (MPI_Test(&world->out_request[i], &free_slot, MPI_STATUS_IGNORE) != MPI_SUCCESS) continue;
-        if (free_slot) {
+        if (MPI_Test(&world->out_request[i], &free_slot, MPI_STATUS_IGNORE) == MPI_SUCCESS && free_slot) {
             memcpy(&world->out[i], note, bytes);
             if (MPI_Isend(&world->out[i], (int)bytes, MPI_BYTE, world->process[to], world->generation, world->side, &world->out_request[i]) != MPI_SUCCESS)
                 world->out_request[i] = MPI_REQUEST_NULL;
@@ -14556,9 +14561,10 @@ LLMPARI_FN void llmpari_mpi_listen(llmpari_mpi_world *world) {
 // ---- Messages ----
 
 // A tag says whose number the communicator has, which slot, and, as far as bits reach, a hash of what is sent: messages of calls that differ do not meet, since MPI takes a
-// message that is too long for an error of its own, and most MPIs end the job for it. hash 0: none, for messages whose length is always the same.
-LLMPARI_FN int llmpari_mpi_tag(const llmpari_mpi_world *world, int32_t number, int32_t slot, uint64_t hash, int64_t bytes) {
-    int32_t mixed = hash ? (int32_t)(llmpari_mix(hash, bytes) >> 40 & world->hash_mask) : 0;
+// message that is too long for an error of its own, and most MPIs end the job for it. The hash moves on by `turn`, how often the slot has come round: what a call left behind, which
+// another rank did not expect, does not meet a later one. hash 0: none, for messages whose length is always the same.
+LLMPARI_FN int llmpari_mpi_tag(const llmpari_mpi_world *world, int32_t number, int32_t slot, uint64_t hash, int64_t bytes, int64_t turn) {
+    int32_t mixed = hash ? (int32_t)(((llmpari_mix(hash, bytes) >> 40) + (uint64_t)turn) & world->hash_mask) : 0;
     return (int)((number * (int32_t)(world->hash_mask + 1) + mixed) * LLMPARI_MPI_TAGS + slot);
 }
 
@@ -14573,8 +14579,9 @@ LLMPARI_FN int llmpari_mpi_message(llmpari_mpi_end *end, bool sends, char *data,
         MPI_Datatype type = part == 0 ? world->block : MPI_BYTE;
         if (count == 0) continue;
         request[n] = MPI_REQUEST_NULL;
-        if (sends) code = MPI_Isend(data + (part ? blocks * block : 0), (int)count, type, peer, tag, world->data, &request[n]);
-        else       code = MPI_Irecv(data + (part ? blocks * block : 0), (int)count, type, peer, tag, world->data, &request[n]);
+        if (count > INT_MAX) code = MPI_ERR_COUNT;                                         // blocks of a tiny message_bytes
+        else if (sends) code = MPI_Isend(data + (part ? blocks * block : 0), (int)count, type, peer, tag, world->data, &request[n]);
+        else            code = MPI_Irecv(data + (part ? blocks * block : 0), (int)count, type, peer, tag, world->data, &request[n]);
         n++;
     }
     if (code != MPI_SUCCESS) llmpari_mpi_broken(world, code, sends ? "MPI_Isend" : "MPI_Irecv");
@@ -14585,7 +14592,8 @@ LLMPARI_FN void llmpari_mpi_add(llmpari_mpi_end *end, llmpari_mpi_op *op, int64_
     llmpari_mpi_requests *m = &op->messages;
     int64_t most = op->call.kind == LLMPAR_ALL_REDUCE && what == LLMPARI_TAG_DATA && bytes <= end->small_bytes ? (int64_t)LLMPARI_MPI_EAGER : bytes;
     if (bytes == 0) return;
-    int tag = llmpari_mpi_tag(end->world, sends ? end->number : end->numbers[member], (int32_t)(k % LLMPARI_MPI_FLIGHT) * 4 + what, what == LLMPARI_TAG_DATA ? op->hash : 0, bytes);
+    int tag = llmpari_mpi_tag(end->world, sends ? end->number : end->numbers[member], (int32_t)(k % LLMPARI_MPI_FLIGHT) * 4 + what, what == LLMPARI_TAG_DATA ? op->hash : 0, bytes,
+                              k / LLMPARI_MPI_FLIGHT);
     for (int64_t at = 0; at < bytes; at += most) {
         int n = llmpari_mpi_message(end, sends, (char *)(uintptr_t)data + at, llmpari_min(most, bytes - at), member, tag, m->request + m->n);
         for (int i = 0; i < n; i++) m->member[m->n++] = sends ? ~member : member;
@@ -14852,18 +14860,22 @@ LLMPARI_FN void llmpari_mpi_work(llmpari_mpi_end *end, llmpari_mpi_op *op) {
 
 // ---- Do all members ask for the same? ----
 
+LLMPARI_FN llmpari_sign llmpari_sign_of_wire(const llmpari_wire *wire) {
+    llmpari_sign sign;
+    sign.kind = wire->kind; sign.dtype = wire->dtype; sign.reduce = wire->reduce; sign.root = wire->root; sign.count = wire->count; sign.hash = wire->hash;
+    sign.counts = NULL;
+    return sign;
+}
 LLMPARI_FN bool llmpari_mpi_same_wire(const llmpari_wire *a, const llmpari_wire *b) {
-    return a->kind == b->kind && a->dtype == b->dtype && a->reduce == b->reduce && a->root == b->root && a->hash == b->hash
-        && (a->count == b->count || a->kind == LLMPAR_ALL_TO_ALL || a->kind == LLMPAR_PERMUTE);
+    llmpari_sign first = llmpari_sign_of_wire(a), second = llmpari_sign_of_wire(b);
+    return llmpari_same_sign(&first, &second);
 }
 
 LLMPARI_ONCE_BEGIN
 typedef struct llmpari_mpi_seen { const llmpari_mpi_op *op; int32_t n; } llmpari_mpi_seen;
 LLMPARI_FN llmpari_sign llmpari_mpi_sign_of(const void *owner, int32_t i) {
     const llmpari_mpi_seen *seen = (const llmpari_mpi_seen *)owner;
-    const llmpari_wire *wire = &seen->op->signs[i];
-    llmpari_sign sign;
-    sign.kind = wire->kind; sign.dtype = wire->dtype; sign.reduce = wire->reduce; sign.root = wire->root; sign.count = wire->count; sign.hash = wire->hash;
+    llmpari_sign sign = llmpari_sign_of_wire(&seen->op->signs[i]);
     sign.counts = seen->op->counts + (int64_t)i * 2 * seen->n;
     return sign;
 }
@@ -14947,7 +14959,10 @@ LLMPARI_FN void llmpari_mpi_op_go(llmpari_mpi_end *end, llmpari_mpi_op *op, int6
         }
         if (!llmpari_mpi_arrived(end, op)) return;
         op->posted = false;
-        if (op->step == LLMPARI_STEP_SIGN) op->step = llmpari_mpi_alike(end, op) ? 0 : LLMPARI_STEP_COUNTS;
+        if (op->step == LLMPARI_STEP_SIGN) {
+            op->step = llmpari_mpi_alike(end, op) ? 0 : LLMPARI_STEP_COUNTS;
+            llmpari_mpi_listen(world);                                                     // the others may have given this call up since they said what it is
+        }
         else if (op->step == LLMPARI_STEP_COUNTS) llmpari_mpi_differ(end, op, k);
         else { llmpari_mpi_work(end, op); op->step++; }
     }
@@ -14965,7 +14980,7 @@ LLMPARI_FN void llmpari_mail_words(llmpari_mpi_end *end, llmpari_mpi_mail *mail)
 }
 
 LLMPARI_FN int llmpari_mpi_mail_tag(const llmpari_mpi_end *end, const llmpari_mpi_mail *mail, bool header) {
-    return llmpari_mpi_tag(end->world, mail->is_send ? end->number : end->numbers[mail->peer], LLMPARI_MPI_TAG_MAIL + !header, header ? 0 : (uint64_t)mail->mine.dtype + 1, mail->bytes);
+    return llmpari_mpi_tag(end->world, mail->is_send ? end->number : end->numbers[mail->peer], LLMPARI_MPI_TAG_MAIL + !header, header ? 0 : (uint64_t)mail->mine.dtype + 1, mail->bytes, 0);
 }
 
 // The data. A checked Send is done only when its Recv has agreed to it, unless it was buffered.
@@ -15007,6 +15022,7 @@ LLMPARI_FN void llmpari_mpi_mail_go(llmpari_mpi_end *end, llmpari_mpi_mail *mail
         if (mail->theirs.count != mail->mine.count || mail->theirs.dtype != mail->mine.dtype) { llmpari_mail_words(end, mail); return; }
         llmpari_mpi_mail_data(end, mail);
     }
+    if (end->world->stopped) return;                                                       // MPI did not take it
     mail->done = true;
     if (mail->held) return;
     mail->used = false;
@@ -15040,7 +15056,7 @@ LLMPARI_FN void llmpari_mpi_advance(llmpari_mpi_end *end) {
         const llmpari_mpi_op *op = llmpari_mpi_op_of(end, end->finished);
         if (op->step != op->steps || op->status) break;
         end->finished++;
-        end->since = end->asked = end->ask_next = 0;
+        end->asked = end->ask_next = 0;
     }
     if (end->mails_used && !end->world->stopped) llmpari_mpi_mails_go(end);
 }
@@ -15205,16 +15221,17 @@ LLMPARI_FN void llmpari_mpi_ask(llmpari_mpi_end *end, double now) {
     }
 }
 
-// Member i came, and called something else.
+// Member i came, and called something else; i < 0: all called the same, but what is sent is not what is expected.
 LLMPARI_FN llmpar_status llmpari_mpi_other(llmpari_mpi_end *end, int32_t i, llmpar_error *err) {
     char mine[320], theirs[320], text[900];
     llmpari_mpi_op *op = llmpari_mpi_op_of(end, end->finished);
     llmpari_mpi_seen seen;
     seen.op = op; seen.n = end->comm.size;
-    llmpari_sign a = llmpari_mpi_sign_of(&seen, end->comm.rank), b = llmpari_mpi_sign_of(&seen, i);
+    llmpari_sign a = llmpari_mpi_sign_of(&seen, end->comm.rank), b = llmpari_mpi_sign_of(&seen, i < 0 ? end->comm.rank : i);
     llmpari_describe_sign(mine, sizeof mine, &a, end->ranks, end->finished);
     llmpari_describe_sign(theirs, sizeof theirs, &b, end->ranks, end->finished);
-    snprintf(text, sizeof text, "rank %d called %s, rank %d %s%s", end->world->rank, mine, end->ranks[i], theirs, strcmp(mine, theirs) ? "" : " with other counts");
+    if (i < 0) snprintf(text, sizeof text, "rank %d called %s: what the members send each other there is not what they expect; desc.checked says whose", end->world->rank, mine);
+    else snprintf(text, sizeof text, "rank %d called %s, rank %d %s%s", end->world->rank, mine, end->ranks[i], theirs, strcmp(mine, theirs) ? "" : " with other counts");
     op->status = LLMPAR_MISMATCH;
     llmpari_mpi_stop(end->world, end->world->rank, -1, true, text);
     return llmpari_mpi_stopped(end, LLMPARI_MPI_CALL, end->finished, err);
@@ -15224,7 +15241,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_other(llmpari_mpi_end *end, int32_t i, llmp
 // data is on its way.
 LLMPARI_FN llmpar_status llmpari_mpi_late(llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg, double *began, double now, llmpar_error *err) {
     double timeout_s = llmpari_mpi_patience(end, goal, arg);
-    bool all = true, late = now - *began > timeout_s;
+    bool all = true, here = true, late = now - *began > timeout_s;
     if (goal != LLMPARI_MPI_CALL || end->joined < end->comm.size) return late ? llmpari_mpi_too_late(end, goal, arg, now - *began, err) : LLMPAR_OK;
     if (end->asked == 0) {
         if (late || now >= end->ask_next) llmpari_mpi_ask(end, now);
@@ -15234,8 +15251,11 @@ LLMPARI_FN llmpar_status llmpari_mpi_late(llmpari_mpi_end *end, llmpari_mpi_goal
     if (!all && now - end->asked < llmpari_mpi_hearing_s(timeout_s)) return LLMPAR_OK;
     for (int32_t i = 0; i < end->comm.size; i++) {
         const llmpari_wire *a = &llmpari_mpi_op_of(end, end->finished)->signs[end->comm.rank], *b = &llmpari_mpi_op_of(end, end->finished)->signs[i];
-        if (i != end->comm.rank && end->answers[i] > end->finished && b->k == a->k && !llmpari_mpi_same_wire(a, b)) return llmpari_mpi_other(end, i, err);
+        bool told = i == end->comm.rank || (end->answers[i] > end->finished && b->k == a->k);
+        if (told && !llmpari_mpi_same_wire(a, b)) return llmpari_mpi_other(end, i, err);
+        here = here && told;
     }
+    if (here && !llmpari_mpi_alike(end, llmpari_mpi_op_of(end, end->finished))) return llmpari_mpi_other(end, -1, err);
     for (int32_t i = 0; i < end->comm.size && late; i++) if (llmpari_mpi_absent(end, i, NULL)) return llmpari_mpi_too_late(end, goal, arg, now - *began, err);
     if (late) *began = now;
     end->asked = 0;
@@ -15286,9 +15306,11 @@ LLMPARI_FN llmpar_status llmpari_mpi_await(llmpari_mpi_end *end, llmpari_mpi_goa
 LLMPARI_FN llmpar_status llmpari_mpi_poll(llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg, bool *done, llmpar_error *err) {
     LLMPARI_TRY(llmpari_mpi_look(end, goal, arg, true, done, err));
     if (*done) return LLMPAR_OK;
-    double now = llmpari_now();
-    if (end->since == 0) end->since = now;
-    return now - end->since > 1 || now - end->since > llmpari_mpi_patience(end, goal, arg) ? llmpari_mpi_late(end, goal, arg, &end->since, now, err) : LLMPAR_OK;
+    llmpari_mpi_op *op = goal == LLMPARI_MPI_CALL ? llmpari_mpi_op_of(end, arg) : NULL;
+    double now = llmpari_now(), *since = op ? &op->since : &end->mail[arg].since;
+    if (*since == 0 || (op && op->ahead != end->finished)) *since = now;
+    if (op) op->ahead = end->finished;
+    return now - *since > 1 || now - *since > llmpari_mpi_patience(end, goal, arg) ? llmpari_mpi_late(end, goal, arg, since, now, err) : LLMPAR_OK;
 }
 
 // ---- The vtable ----
@@ -15353,6 +15375,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_enter(llmpari_mpi_end *end, const llmpar_ca
     op->posted  = false;
     op->status  = LLMPAR_OK;
     op->unit    = 0;
+    op->since   = 0;
     op->timeout_s  = call->timeout_s > 0 ? call->timeout_s : end->comm.timeout_s;
     op->messages.n = op->messages.at = 0;
     memset(sign, 0, sizeof *sign);
@@ -15420,7 +15443,6 @@ LLMPARI_FN llmpar_status llmpari_mpi_wait_locked(llmpari_mpi_end *end, int64_t t
     if (mail && status == LLMPAR_OK && *done) {
         mail->used = false;
         end->mails_used--;
-        end->since = 0;
     }
     return status;
 }
@@ -15725,15 +15747,24 @@ LLMPARI_FN void llmpari_mpi_free(llmpar_comm *comm) {
     if (finalised) return;                                                                 // nothing can be asked of MPI any more
     llmpari_mpi_lock(world);
     llmpari_mpi_advance_all(world);
-    if (end->finished < end->started && !world->stopped) {
+    const char *flies = end->finished < end->started ? "collective" : NULL;
+    for (int i = 0; i < LLMPARI_MPI_MAIL; i++) {
+        llmpari_mpi_mail *mail = &end->mail[i];
+        if (!mail->used || !mail->held) continue;                                          // buffered: goes out by itself
+        if (!mail->done) { flies = mail->is_send ? "Send" : "Recv"; continue; }
+        mail->used = false;
+        end->mails_used--;
+    }
+    if (flies && !world->stopped) {
         char text[160];
-        snprintf(text, sizeof text, "rank %d: a communicator was freed with a collective in flight; wait for every request first", world->rank);
+        snprintf(text, sizeof text, "rank %d: a communicator was freed with a %s in flight; wait for every request first", world->rank, flies);
         llmpari_mpi_stop(world, world->rank, -1, true, text);
     }
     end->left = true;
     if (end != world->end) {
         llmpari_mpi_listen(world);
-        if (!world->stopped) llmpari_mpi_reap(world);
+        if (world->stopped) (void)llmpari_mpi_drain(end);                                  // the caller may free what it was to receive
+        else llmpari_mpi_reap(world);
         llmpari_mpi_unlock(world);
         return;
     }
@@ -15913,6 +15944,31 @@ LLMPARI_FN int llmpari_mpi_find_hosts(llmpari_mpi_world *world) {
     return code;
 }
 
+// Is the desc the same on every rank? All say who differs from rank 0, and in what.
+LLMPARI_FN llmpar_status llmpari_mpi_agree(const llmpari_mpi_world *world, llmpar_error *err) {
+    static const char *const name[] = { "checked", "staging_bytes", "message_bytes", "hosts" };
+    int64_t mine[4], first[4], other[4];
+    int differs = 0, who = 0, code;
+    mine[0] = world->desc.checked;
+    mine[1] = world->desc.staging_bytes;
+    mine[2] = world->desc.message_bytes;
+    mine[3] = world->desc.hosts != NULL;
+    for (int32_t i = 0; i < world->n && world->desc.hosts; i++) mine[3] = (int64_t)(llmpari_mix((uint64_t)mine[3], world->desc.hosts[i]) >> 1);
+    memcpy(first, mine, sizeof first);
+    memcpy(other, mine, sizeof other);
+    code = MPI_Bcast(first, 4, MPI_INT64_T, 0, world->data);
+    differs = memcmp(first, mine, sizeof first) ? (int)world->rank : (int)world->n;
+    if (code == MPI_SUCCESS) code = MPI_Allreduce(&differs, &who, 1, MPI_INT, MPI_MIN, world->data);
+    if (code == MPI_SUCCESS && who < world->n) code = MPI_Bcast(other, 4, MPI_INT64_T, who, world->data);
+    if (code != MPI_SUCCESS) return LLMPARI_FAIL(err, LLMPAR_IO_FAILED, "MPI failed with code %d while the world was set up", code);
+    for (int i = 0; i < 4 && who < world->n; i++) {
+        if (first[i] == other[i]) continue;
+        if (i == 3) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc.hosts is not the same on rank %d as on rank 0", who);
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc.%s is %lld on rank 0, %lld on rank %d; it must be the same on every rank", name[i], (long long)first[i], (long long)other[i], who);
+    }
+    return LLMPAR_OK;
+}
+
 // The part of creation that all ranks do together; a rank without memory takes part too, so that nobody waits for it.
 LLMPARI_FN llmpar_status llmpari_mpi_join(llmpari_mpi_world *world, MPI_Comm comm, llmpar_error *err) {
     int mine = world->stay != NULL, all = 0, *limit = NULL, there = 0, code;
@@ -15923,6 +15979,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_join(llmpari_mpi_world *world, MPI_Comm com
     MPI_Comm_set_errhandler(world->side, MPI_ERRORS_RETURN);
     code = MPI_Allreduce(&mine, &all, 1, MPI_INT, MPI_MIN, world->data);
     if (code == MPI_SUCCESS && !all) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a world of %d ranks%s", world->n, mine ? ", on another rank" : "");
+    if (code == MPI_SUCCESS) LLMPARI_TRY(llmpari_mpi_agree(world, err));
     for (int32_t i = 0; i < world->n && all; i++) world->process[i] = i;
     if (code == MPI_SUCCESS && world->desc.hosts) memcpy(world->hosts, world->desc.hosts, (size_t)world->n * sizeof *world->hosts);
     else if (code == MPI_SUCCESS) code = llmpari_mpi_find_hosts(world);
@@ -15953,7 +16010,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_check(const llmpar_mpi_desc *desc, llmpar_e
 LLMPAR_DEF llmpar_status llmpar_mpi_create(const llmpar_mpi_desc *desc, llmpar_comm **world, llmpar_error *err) {
     llmpar_mpi_desc own;
     bool ours = false, shared = false;
-    int rank = 0, n = 1;
+    int rank = 0, n = 1, inter = 0;
     memset(&own, 0, sizeof own);
     if (!world) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_mpi_create: world is NULL");
     *world = NULL;
@@ -15961,6 +16018,8 @@ LLMPAR_DEF llmpar_status llmpar_mpi_create(const llmpar_mpi_desc *desc, llmpar_c
     LLMPARI_TRY(llmpari_mpi_check(&own, err));
     LLMPARI_TRY(llmpari_mpi_init(&ours, &shared, err));
     MPI_Comm comm = own.comm ? *own.comm : MPI_COMM_WORLD;
+    if (MPI_Comm_test_inter(comm, &inter) == MPI_SUCCESS && inter)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "comm is an intercommunicator of MPI, which has no ranks 0..n-1 of its own; MPI_Intercomm_merge makes a communicator of it");
     if (MPI_Comm_rank(comm, &rank) != MPI_SUCCESS || MPI_Comm_size(comm, &n) != MPI_SUCCESS) return LLMPARI_FAIL(err, LLMPAR_IO_FAILED, "comm is no communicator of MPI");
     if (own.timeout_s == 0) own.timeout_s = 60;
     if (own.staging_bytes == 0) own.staging_bytes = (int64_t)4 << 20;
@@ -15985,9 +16044,9 @@ LLMPAR_DEF llmpar_status llmpar_mpi_create(const llmpar_mpi_desc *desc, llmpar_c
 }
 
 LLMPAR_DEF int64_t llmpar_mpi_host_bytes(const llmpar_comm *comm, int64_t *messages) {
-    const llmpari_mpi_end *end = llmpari_mpi_of(comm);
-    if (messages) *messages = end->host_messages;
-    return end->host_bytes;
+    const llmpari_mpi_end *end = comm && comm->vtable->free == llmpari_mpi_free ? llmpari_mpi_of(comm) : NULL;
+    if (messages) *messages = end ? end->host_messages : 0;
+    return end ? end->host_bytes : 0;
 }
 LLMPARI_ONCE_END
 #endif // LLMPAR_MPI
