@@ -929,7 +929,8 @@ typedef struct llmpar_pipe_timing {
     double *busy, *begin, *end;    // [n_ranks] time in F, B, I, W; begin of the first F and end of the last action
     double *peak;                  // [n_ranks] most memory held
     double *action_begin, *action_end;   // [actions]; a SEND ends when its rank goes on, a RECV when it is posted
-    int32_t *critical;             // [n_critical] indices of the actions that make the makespan, first to last: each begins when the one before ends (plus its link)
+    int32_t *critical;             // [n_critical] indices of the actions that make the makespan, first to last: each begins when the one before ends plus its link (NCCL: or later,
+                                   //   behind other transfers)
     int64_t n_critical;
 } llmpar_pipe_timing;
 // Every action starts as early as its rank, its inputs and the transport allow. Proves all that verify proves, but for the limit of memory: timing->peak says what is held.
