@@ -12443,7 +12443,7 @@ typedef struct llmpari_mail {      // a Send or Recv that waits for its counterp
     int64_t seq;                   // of this member's Send and Recv
     char   *data;
     int64_t count;
-    double  timeout_s;
+    double  timeout_s, since;      // since: when llmpar_test first found it not done; 0 = not yet
     int32_t peer, dtype, box;      // box -1: data is the caller's
     char   *to;                    // the copy of a large message, in chunks that both sides take: of how many bytes, from where to where ...
     const char *from;
@@ -12460,12 +12460,11 @@ typedef struct llmpari_end {       // one member's end; but for `left` used by i
     int32_t scan;                  // members below this one have arrived at `finished`
     bool    checked, direct;       // of `finished`: signatures are equal; not all are boxed
     bool    slices;                // direct: a unit is a slice of every output, or what a member sends; else a member's output
-    double  timeout_s[LLMPARI_FLIGHT];   // of the calls in flight
+    double  timeout_s[LLMPARI_FLIGHT], since[LLMPARI_FLIGHT];   // of the calls in flight; since: when llmpar_test first found the call not done, 0 = not yet
     int64_t used[2];               // collective that used this member's large box last, + 1
     bool    drained;               // the world has stopped and nobody touches this end's buffers any more
     bool    joined;                // under the world's mutex
     int64_t mails;                 // Send and Recv so far
-    double  since;                 // when llmpar_test first found the oldest call not done; 0 = not yet
     int64_t left;                  // shared: freed by its member
     char    pad[LLMPARI_LINE];
 } llmpari_end;
@@ -12514,7 +12513,7 @@ struct llmpar_threads {
     llmpari_team    *teams, *team; // all, newest first; the world's own
     int64_t          team_ids;
     int64_t         *gone;         // [n] shared: the rank's function has returned
-    int64_t         *waits;        // [n] shared: the rank that it waits for, while it waits long; -1 = none
+    int64_t         *waits;        // [n] shared: the rank that it waits for, while it waits long or llmpar_test finds its call not done; -1 = none
     llmpar_threads  *successor;    // after llmpar_comm_shrink: the world of the survivors ...
     int64_t         *stays;        // [n] ... who asked for it, 1; its rank there + 2
 };
@@ -12943,12 +12942,19 @@ LLMPARI_FN bool llmpari_all_arrived(llmpari_end *end, int64_t k) {
     return end->scan == end->team->n;
 }
 
+// This rank got on: others that wait for it wait for nobody behind it.
+LLMPARI_FN void llmpari_waits_not(llmpari_end *end) {
+    llmpar_threads *world = end->team->world;
+    int64_t *waits = &world->waits[llmpari_me(end)];
+    if (llmpari_comm_load(world, waits) >= 0) llmpari_comm_release(world, waits, -1);
+}
+
 LLMPARI_FN void llmpari_retire(llmpari_end *end) {
     llmpari_team *team = end->team;
     end->finished++;
     end->scan    = 0;
     end->checked = false;
-    end->since   = 0;
+    llmpari_waits_not(end);
     llmpari_comm_release(team->world, &team->retired[end->comm.rank].value, end->finished);       // no fence: who sleeps for a slot looks again in time
     llmpari_wake(team);
 }
@@ -13142,15 +13148,13 @@ LLMPARI_FN llmpar_status llmpari_patience(const llmpari_wish *wish, double began
 
 LLMPARI_FN llmpar_status llmpari_poll(const llmpari_wish *wish, bool *done, llmpar_error *err) {
     llmpari_end *end = wish->end;
+    double *since = wish->goal == LLMPARI_GOAL_MAIL ? &llmpari_mail_of(end, wish->arg)->since : &end->since[wish->arg & (LLMPARI_FLIGHT - 1)];
     LLMPARI_TRY(llmpari_step(wish, done, err));
-    if (*done) {
-        if (end->since > 0) llmpari_comm_release(end->team->world, &end->team->world->waits[llmpari_me(end)], -1);
-        return LLMPAR_OK;
-    }
+    if (*done) return LLMPAR_OK;
     if (llmpari_comm_load(end->team->world, &end->team->world->stopped)) return llmpari_last_step(wish, done, err);
     double now = llmpari_now();
-    if (end->since == 0) end->since = now;
-    return llmpari_patience(wish, end->since, now, err);
+    if (*since == 0) *since = now;
+    return llmpari_patience(wish, *since, now, err);
 }
 
 // Spins, then yields, then sleeps. Short spins only: with more ranks than cores the one that is waited for needs this core.
@@ -13181,7 +13185,7 @@ LLMPARI_FN llmpar_status llmpari_await(const llmpari_wish *wish, llmpar_error *e
         mark = llmpari_comm_load(world, &team->wakes);
     }
     if (armed) llmpari_add(world, &team->sleepers->value, -1);
-    if (began > 0) llmpari_comm_release(world, &world->waits[llmpari_me(wish->end)], -1);
+    llmpari_waits_not(wish->end);
     return status;
 }
 
@@ -13228,6 +13232,7 @@ LLMPARI_FN llmpari_mail *llmpari_mail_post(llmpari_end *end, const llmpar_call *
     mail->box     = -1;
     mail->held    = true;
     mail->timeout_s = call->timeout_s > 0 ? call->timeout_s : end->comm.timeout_s;
+    mail->since   = 0;
     while (box < LLMPARI_MAIL_BOXES && (team->mail_boxed[me] >> box & 1)) box++;
     if (mail->is_send && bytes <= LLMPARI_BOX && box < LLMPARI_MAIL_BOXES) {
         mail->data = team->mail_boxes + ((int64_t)me * LLMPARI_MAIL_BOXES + box) * LLMPARI_BOX;
@@ -13330,7 +13335,7 @@ LLMPARI_FN llmpar_status llmpari_mail_wait(llmpari_end *end, int64_t ticket, boo
     llmpar_status status = block ? llmpari_await(&wish, err) : llmpari_poll(&wish, done, err);
     if (status == LLMPAR_OK && !*done) return LLMPAR_OK;
     *done = status == LLMPAR_OK;
-    end->since = 0;
+    llmpari_waits_not(end);
     llmpari_mail_lock(team);
     llmpari_mail_release(team, end->comm.rank, (int32_t)entry);
     llmpari_mail_unlock(team);
@@ -13473,6 +13478,7 @@ LLMPARI_FN llmpar_status llmpari_threads_start(llmpar_comm *comm, const llmpar_c
     int64_t k = end->started;
     *ticket = 0;
     if (llmpari_comm_load(world, &world->stopped)) { llmpari_drain(end); return llmpari_stopped(end, err); }
+    llmpari_waits_not(end);                                                                // a call that was only tested, in whichever group
     if (call->kind == LLMPAR_SEND || call->kind == LLMPAR_RECV) return llmpari_mail_start(end, call, ticket, err);
     if (k > end->finished) LLMPARI_TRY(llmpari_advance(end, err));
     if (k - end->finished >= LLMPARI_FLIGHT) {
@@ -13484,6 +13490,7 @@ LLMPARI_FN llmpar_status llmpari_threads_start(llmpar_comm *comm, const llmpar_c
         LLMPARI_TRY(llmpari_await(&slot, err));
     }
     end->timeout_s[k & (LLMPARI_FLIGHT - 1)] = call->timeout_s > 0 ? call->timeout_s : comm->timeout_s;
+    end->since[k & (LLMPARI_FLIGHT - 1)] = 0;
     llmpari_post_call(end, call, k);
     end->started = k + 1;
     *ticket = 2 * k + 2;

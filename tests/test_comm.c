@@ -973,7 +973,92 @@ static void test_trace(void) {
     }
 }
 
+// Rank 1 has tested a call (what 0, 1: of a collective, 2: of a message) before rank 0 came to it; then it is done, found so by llmpar_wait (0) or llmpar_test, and rank 1 stays away from rank 3.
+typedef struct { int what; int64_t tested, started, done; llmpar_status status; llmpar_error seen; } idle;
+static void idle_until(int64_t *word) { while (!__atomic_load_n(word, __ATOMIC_SEQ_CST)) pause_ms(1); }
+static llmpar_status idle_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    idle *d = (idle *)user;
+    llmpar_comm *near, *far;
+    llmpar_mesh mesh;
+    llmpar_request request;
+    llmpar_call call = LLMPAR_ZERO;
+    float x = 1;
+    bool done = false;
+    TRY(llmpar_mesh_parse("dp=2,tp=2", &mesh, err));
+    TRY(llmpar_comm_group(world, &mesh, 2, &near, err));                                   // 0, 1 and 2, 3
+    TRY(llmpar_comm_group(world, &mesh, 1, &far, err));                                    // 0, 2 and 1, 3
+    call.kind = d->what < 2 ? LLMPAR_ALL_REDUCE : world->rank ? LLMPAR_RECV : LLMPAR_SEND;
+    call.send = call.recv = &x; call.count = 1; call.dtype = LLMPAR_F32; call.peer = !world->rank;
+    if (world->rank == 0) idle_until(&d->tested);
+    if (world->rank < 2) TRY(llmpar_start(near, &call, &request, err));
+    if (world->rank == 0) { __atomic_store_n(&d->started, 1, __ATOMIC_SEQ_CST); TRY(llmpar_wait(&request, err)); }
+    if (world->rank == 1) {
+        TRY(llmpar_test(&request, &done, err));
+        if (done) return bad(err, "done without rank 0%s", "");
+        __atomic_store_n(&d->tested, 1, __ATOMIC_SEQ_CST);
+        idle_until(&d->started);
+        while (d->what && !done) TRY(llmpar_test(&request, &done, err));
+        TRY(llmpar_wait(&request, err));
+        __atomic_store_n(&d->tested, 2, __ATOMIC_SEQ_CST);
+    }
+    if (world->rank == 3) {
+        while (__atomic_load_n(&d->tested, __ATOMIC_SEQ_CST) < 2) pause_ms(1);
+        far->timeout_s = 0.05;
+        d->status = llmpar_barrier(far, &d->seen);
+        __atomic_store_n(&d->done, 1, __ATOMIC_SEQ_CST);
+    }
+    idle_until(&d->done);
+    return LLMPAR_OK;
+}
+
+// Rank 0 tests: what 0: a second Recv of a short deadline, after a first one of a long; 1: a Recv of a short deadline between collectives.
+static llmpar_status watch_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    const int what = *(int *)user;
+    llmpar_request one, two;
+    llmpar_call call = LLMPAR_ZERO;
+    llmpar_error seen = LLMPAR_ZERO;
+    llmpar_status status = LLMPAR_OK;
+    float x[3] = { 1, 2, 3 };
+    bool done = false;
+    call.kind = LLMPAR_RECV; call.recv = &x[0]; call.count = 1; call.dtype = LLMPAR_F32; call.peer = 1;
+    call.timeout_s = what ? 0.05 : 30;
+    if (world->rank == 0) TRY(llmpar_start(world, &call, &one, err));
+    if (what) {
+        for (int i = 0; i < 10000 && !status; i++) {
+            status = llmpar_all_reduce(world, &x[2], &x[2], 1, LLMPAR_F32, LLMPAR_MAX, &seen);
+            if (world->rank == 0 && !status) { pause_ms(1); status = llmpar_test(&one, &done, &seen); }
+        }
+        if (world->rank == 0 && (status != LLMPAR_TIMEOUT || !strstr(seen.text, "Recv f32[1] from rank 1 for rank 1"))) return bad(err, "no deadline: %s", seen.text);
+        return LLMPAR_OK;
+    }
+    if (world->rank == 0) {
+        for (int i = 0; i < 8; i++) { TRY(llmpar_test(&one, &done, err)); pause_ms(50); }
+        call.recv = &x[1]; call.timeout_s = 0.2;
+        TRY(llmpar_start(world, &call, &two, err));
+        TRY(llmpar_test(&two, &done, err));                                                // its time begins now
+        if (done) return bad(err, "done without rank 1%s", "");
+        while (!status && !done) status = llmpar_test(&two, &done, &seen);
+        if (status != LLMPAR_TIMEOUT) return bad(err, "no deadline: %s", seen.text);
+    } else if (!llmpar_barrier(world, &seen)) return bad(err, "nobody was late%s", "");
+    return LLMPAR_OK;
+}
+
 static void test_blame(void) {
+    TEST("a rank whose tested call is done is not said to wait for it") for (int what = 0; what < 3; what++) {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(4, 20);
+        idle d;
+        memset(&d, 0, sizeof d);
+        d.what = what;
+        CHECK_OK(llmpar_threads_run(&desc, idle_rank, &d, &err), err);
+        CHECK_FAIL(d.status, LLMPAR_TIMEOUT, d.seen, "rank 3 waited");
+        CHECK(strstr(d.seen.text, "for rank 1") && !strstr(d.seen.text, "in the end"));
+    }
+    TEST("every tested call has a deadline of its own") for (int what = 0; what < 2; what++) {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(2, 20);
+        CHECK_OK(llmpar_threads_run(&desc, watch_rank, &what, &err), err);
+    }
     TEST("a deadline of one comm, of one call: the text names who all wait for in the end, in whichever group") for (int what = 0; what < 2; what++) {
         llmpar_error err = LLMPAR_ZERO;
         llmpar_threads_desc desc = desc_of(4, 20);
