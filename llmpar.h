@@ -1122,12 +1122,13 @@ typedef struct llmpar_threads llmpar_threads;
 LLMPAR_DEF llmpar_status llmpar_threads_create(const llmpar_threads_desc *desc, llmpar_threads **threads, llmpar_error *err);
 LLMPAR_DEF llmpar_comm_tuning llmpar_threads_tuning(const llmpar_threads *threads);          // what is in use; to be saved and given next time
 LLMPAR_DEF llmpar_comm  *llmpar_threads_comm(llmpar_threads *threads, int32_t rank);        // the world as rank sees it; owned by threads; NULL: no such rank
-// From any thread: every waiting and every later call returns LLMPAR_ABORTED with "rank CULPRIT: why"; culprit -1 = no rank.
+// From any thread: every waiting and every later call returns LLMPAR_ABORTED with "rank CULPRIT: why"; culprit -1 = no rank. Also in the worlds that llmpar_comm_shrink
+// made of it, with the culprit's number there.
 LLMPAR_DEF void          llmpar_threads_abort(llmpar_threads *threads, int32_t culprit, const char *why);
 LLMPAR_DEF void          llmpar_threads_free(llmpar_threads *threads);                        // when no thread is in a call any more; frees the groups too
 // Runs fn(comm, user) on n ranks, one thread each (rank 0 on the caller's), and waits. The first failing rank's status and error are returned
 // ("rank 2: ..."; a rank that was only aborted comes after the others); the others are aborted. A rank that waits for one whose fn has returned gets
-// LLMPAR_MISMATCH. When a thread cannot be started, fn runs on no rank.
+// LLMPAR_MISMATCH; a fn that returns with a call of the world in flight has failed with LLMPAR_BAD_ARGUMENT. When a thread cannot be started, fn runs on no rank.
 typedef llmpar_status (*llmpar_rank_fn)(llmpar_comm *world, void *user, llmpar_error *err);
 LLMPAR_DEF llmpar_status llmpar_threads_run(const llmpar_threads_desc *desc, llmpar_rank_fn fn, void *user, llmpar_error *err);
 #endif
@@ -13510,18 +13511,43 @@ LLMPARI_FN llmpar_status llmpari_threads_wait(llmpar_comm *comm, int64_t ticket,
     return LLMPAR_OK;
 }
 
-LLMPAR_DEF void llmpar_threads_abort(llmpar_threads *threads, int32_t culprit, const char *why) {
+LLMPARI_FN void llmpari_stop_for(llmpar_threads *world, int32_t culprit, const char *why) {
     char text[900];
-    if (!threads) return;
     if (!why) why = "no reason was given";
-    if (culprit >= 0) snprintf(text, sizeof text, "rank %d: %s", culprit, why);
-    else snprintf(text, sizeof text, "%s", why);
-    llmpari_stop(threads, culprit, text);
+    if (culprit >= 0) snprintf(text, sizeof text, "rank %d: %.800s", culprit, why);
+    else snprintf(text, sizeof text, "%.800s", why);
+    llmpari_stop(world, culprit, text);
 }
 
 LLMPARI_FN void llmpari_threads_comm_abort(llmpar_comm *comm, const char *why) {
     llmpari_end *end = (llmpari_end *)comm->impl;
-    llmpar_threads_abort(end->team->world, llmpari_me(end), why);
+    llmpari_stop_for(end->team->world, llmpari_me(end), why);
+}
+
+// The world after this one, and in *rank (a rank of this one; -1 = none) its number there, -1 if it was lost.
+LLMPARI_FN llmpar_threads *llmpari_succeeded(llmpar_threads *world, int32_t *rank) {
+    pthread_mutex_lock(world->mutex);
+    llmpar_threads *next = world->successor;
+    if (next && *rank >= 0) *rank = world->stays[*rank] >= 2 ? (int32_t)world->stays[*rank] - 2 : -1;
+    pthread_mutex_unlock(world->mutex);
+    return next;
+}
+
+LLMPAR_DEF void llmpar_threads_abort(llmpar_threads *threads, int32_t culprit, const char *why) {
+    if (threads && culprit >= threads->n) culprit = -1;
+    for (; threads; threads = llmpari_succeeded(threads, &culprit)) llmpari_stop_for(threads, culprit, why);
+}
+
+// Is anything started here that is not done?
+LLMPARI_FN bool llmpari_in_flight(llmpari_end *end) {
+    bool any = end->finished < end->started;
+    llmpari_mail_lock(end->team);
+    for (int32_t i = 0; i < LLMPARI_MAIL; i++) {
+        const llmpari_mail *mail = llmpari_mail_of(end, i);
+        any = any || (mail->held && (mail->state == LLMPARI_POSTED || mail->state == LLMPARI_MATCHED || mail->state == LLMPARI_COPYING));
+    }
+    llmpari_mail_unlock(end->team);
+    return any;
 }
 
 LLMPARI_ONCE_BEGIN
@@ -13675,8 +13701,7 @@ LLMPARI_FN void llmpari_threads_comm_free(llmpar_comm *comm) {
     llmpar_threads *world = team->world;
     if (team == world->team) return;                                                       // the world goes with llmpar_threads_free
     (void)llmpari_advance(end, NULL);
-    if (end->finished < end->started)
-        llmpar_threads_abort(world, llmpari_me(end), "a group was freed with a collective in flight; wait for every request first");
+    if (llmpari_in_flight(end)) llmpari_threads_comm_abort(comm, "a group was freed with a call in flight; wait for every request first");
     if (llmpari_comm_load(world, &world->stopped)) llmpari_drain(end);
     pthread_mutex_lock(world->mutex);
     llmpari_comm_store(world, &end->left, 1);
@@ -13911,27 +13936,31 @@ struct llmpari_run {
 
 LLMPARI_FN void llmpari_runner_go(llmpari_runner *runner) {
     llmpari_run *run = runner->run;
-    llmpar_threads *world = run->world;
-    char text[900];
-    runner->status = run->fn(llmpar_threads_comm(world, runner->rank), run->user, &runner->err);
+    llmpar_threads *world = run->world, *last = world;
+    int32_t at = runner->rank, rank = at;
+    runner->status = run->fn(llmpar_threads_comm(world, at), run->user, &runner->err);
+    for (llmpar_threads *next = world; next && rank >= 0; next = llmpari_succeeded(next, &rank)) { last = next; at = rank; }      // where it was in the end
+    llmpari_end *end = &last->team->ends[at];
+    if (!runner->status && !llmpari_comm_load(last, &last->stopped) && llmpari_in_flight(end))
+        runner->status = LLMPARI_FAIL(&runner->err, LLMPAR_BAD_ARGUMENT, "the function returned with a call in flight; wait for every request first");
     if (runner->status) {
         const char *why = runner->err.status && runner->err.text[0] ? runner->err.text : llmpar_status_text(runner->status);
         pthread_mutex_lock(world->mutex);
         int32_t *first = runner->status == LLMPAR_ABORTED ? &run->first_aborted : &run->first;
         if (*first < 0) *first = runner->rank;
         pthread_mutex_unlock(world->mutex);
-        snprintf(text, sizeof text, "rank %d: %.800s", runner->rank, why);
-        llmpari_stop(world, runner->rank, text);
+        llmpari_stop_for(last, at, why);
     }
+    if (llmpari_comm_load(last, &last->stopped)) llmpari_drain(end);                       // its buffers may have been the function's
     pthread_mutex_lock(world->mutex);
-    for (int64_t rank = runner->rank; world && rank >= 0; ) {
+    for (rank = runner->rank; world && rank >= 0; ) {
         llmpari_comm_store(world, &world->gone[rank], 1);
         for (llmpari_team *team = world->teams; team; team = team->next) llmpari_wake(team);
         pthread_cond_broadcast(&world->gate);
-        rank  = world->stays[rank] - 2;
+        rank  = (int32_t)world->stays[rank] - 2;
         world = world->successor;
     }
-    pthread_mutex_unlock(runner->run->world->mutex);
+    pthread_mutex_unlock(run->world->mutex);
 }
 
 LLMPARI_FN void *llmpari_runner_main(void *argument) {

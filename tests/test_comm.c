@@ -574,6 +574,32 @@ static llmpar_status left_rank(llmpar_comm *world, void *user, llmpar_error *err
     clash_note(c, world->rank, llmpar_barrier(world->rank == 3 ? group : world, &seen), began, world, &seen);
     return LLMPAR_OK;
 }
+// A Recv (what 0) or AllReduce (1) of rank 0 is in flight when its group is freed; nobody may touch its buffer afterwards. 2, 3: on the world, when its function returns.
+static llmpar_status dropped_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    clash *c = (clash *)user;
+    llmpar_error seen = LLMPAR_ZERO;
+    llmpar_mesh mesh;
+    llmpar_comm *group = world;
+    llmpar_request request;
+    llmpar_call call = LLMPAR_ZERO;
+    float own[1000] = { 0 }, *data = c->what < 2 ? (float *)calloc(1000, sizeof *data) : own;
+    TRY(llmpar_mesh_parse("tp=2", &mesh, err));
+    if (c->what < 2) { TRY(llmpar_comm_group(world, &mesh, 1, &group, err)); TRY(llmpar_barrier(world, err)); }
+    call.kind = c->what % 2 ? LLMPAR_ALL_REDUCE : world->rank ? LLMPAR_SEND : LLMPAR_RECV;
+    call.send = call.recv = data; call.count = 1000; call.dtype = LLMPAR_F32; call.peer = !world->rank;
+    if (world->rank == 0) {
+        TRY(llmpar_start(group, &call, &request, err));
+        if (c->what < 2) { llmpar_comm_free(group); free(data); }
+        __atomic_store_n(&c->released, 1, __ATOMIC_SEQ_CST);
+        return LLMPAR_OK;
+    }
+    while (c->what < 2 && !__atomic_load_n(&c->released, __ATOMIC_SEQ_CST)) pause_ms(1);
+    c->status[1] = c->what < 2 ? llmpar_start(group, &call, &request, &seen) : llmpar_recv(world, data, 1, LLMPAR_F32, 0, &seen);
+    if (c->what < 2 && !c->status[1]) c->status[1] = llmpar_wait(&request, &seen);
+    snprintf(c->text[1], sizeof c->text[1], "%s", seen.text);
+    if (c->what < 2) free(data);
+    return LLMPAR_OK;
+}
 static llmpar_status unmade_rank(llmpar_comm *world, void *user, llmpar_error *err) {
     clash *c = (clash *)user;
     llmpar_error seen = LLMPAR_ZERO;
@@ -663,6 +689,18 @@ static void test_late(void) {
         CHECK_STR(c.text[3], "rank 3 waits in Barrier #2 for rank 2, which has freed its end of the group");
         CHECK_EQ(c.status[0], LLMPAR_ABORTED);
         CHECK_STR(c.text[0], "aborted: rank 3 waits in Barrier #2 for rank 2, which has freed its end of the group");
+    }
+    TEST("a group is freed, or a function returns, with a call in flight") for (int i = 0; i < 4; i++) {
+        static const char *const text[] = { "aborted: rank 0: a group was freed with a call in flight", "aborted: rank 0: the function returned with a call in flight" };
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(2, 20);
+        clash c;
+        clash_init(&c, i, 2);
+        llmpar_status status = llmpar_threads_run(&desc, dropped_rank, &c, &err);
+        CHECK_EQ(status, i < 2 ? LLMPAR_OK : LLMPAR_BAD_ARGUMENT);
+        CHECK(i < 2 || strstr(err.text, "rank 0: the function returned with a call in flight"));
+        CHECK_EQ(c.status[1], LLMPAR_ABORTED);
+        CHECK(strstr(c.text[1], text[i / 2]) != NULL);
     }
     TEST("abort from another thread") for (int sleepy = 0; sleepy < 2; sleepy++) {
         llmpar_error err = LLMPAR_ZERO;
@@ -824,6 +862,34 @@ static llmpar_status survive_rank(llmpar_comm *world, void *user, llmpar_error *
     TRY(llmpar_all_reduce(fewer, &one, &sum, 1, LLMPAR_I64, LLMPAR_SUM, err));
     if (sum != world->size - 2) return bad(err, "%lld are left", (long long)sum);
     return LLMPAR_OK;
+}
+
+// Rank 1 of 4 is lost; then rank 3 of the old world, 2 of the new, fails (what 0), or llmpar_threads_abort is called for rank 3 of the old world (1), or for the lost one (2).
+typedef struct { int what; llmpar_threads *threads; int64_t gone_on; llmpar_status status[4]; llmpar_error seen[4]; } second;
+static llmpar_status second_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    second *s = (second *)user;
+    llmpar_comm *left;
+    llmpar_error seen = LLMPAR_ZERO;
+    if (world->rank == 1) {
+        if (s->what == 0) return LLMPAR_OK;
+        llmpar_comm_abort(world, "lost");
+        while (__atomic_load_n(&s->gone_on, __ATOMIC_SEQ_CST) < 3) pause_ms(1);
+        llmpar_threads_abort(s->threads, s->what == 1 ? 3 : 1, "the power has failed");
+        return LLMPAR_OK;
+    }
+    if (!llmpar_barrier(world, &seen)) return bad(err, "nobody was missed%s", "");
+    TRY(llmpar_comm_shrink(world, &left, err));
+    left->timeout_s = 20;
+    __atomic_add_fetch(&s->gone_on, 1, __ATOMIC_SEQ_CST);
+    if (world->rank == 3 && s->what == 0) return bad(err, "disk on fire%s", "");
+    s->status[left->rank] = world->rank == 3 ? llmpar_recv(left, &seen, 1, LLMPAR_U8, 0, &s->seen[left->rank]) : llmpar_barrier(left, &s->seen[left->rank]);
+    return LLMPAR_OK;
+}
+typedef struct { second *s; int rank; llmpar_status status; llmpar_error err; } second_thread;
+static void *second_main(void *argument) {
+    second_thread *t = (second_thread *)argument;
+    t->status = second_rank(llmpar_threads_comm(t->s->threads, t->rank), t->s, &t->err);
+    return NULL;
 }
 
 // Traces: blocking and started calls on the world and on groups; rank 1 comes last to all of the world's.
@@ -1096,6 +1162,34 @@ static void test_blame(void) {
     }
 }
 
+static void test_second(void) {
+    TEST("the survivors are stopped too, by one of them and from outside") for (int what = 0; what < 3; what++) {
+        static const char *const text[] = { "aborted: rank 2: disk on fire", "aborted: rank 2: the power has failed", "aborted: the power has failed" };
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(4, what ? 0.5 : 20);
+        second s;
+        memset(&s, 0, sizeof s);
+        s.what = what;
+        if (what == 0) CHECK_FAIL(llmpar_threads_run(&desc, second_rank, &s, &err), LLMPAR_DOES_NOT_FIT, err, "rank 3: disk on fire");
+        else {
+            pthread_t thread[4];
+            second_thread t[4];
+            memset(t, 0, sizeof t);
+            CHECK_OK(llmpar_threads_create(&desc, &s.threads, &err), err);
+            for (int r = 0; r < 4; r++) {
+                t[r].s = &s; t[r].rank = r;
+                pthread_create(&thread[r], NULL, second_main, &t[r]);
+            }
+            for (int r = 0; r < 4; r++) { pthread_join(thread[r], NULL); CHECK_OK(t[r].status, t[r].err); }
+            llmpar_threads_free(s.threads);
+        }
+        for (int r = 0; r < (what ? 3 : 2); r++) {
+            CHECK_EQ(s.status[r], LLMPAR_ABORTED);
+            CHECK_STR(s.seen[r].text, text[what]);
+        }
+    }
+}
+
 static void test_arguments(void) {
     for (int i = 0; i < (int)(sizeof arguments / sizeof arguments[0]); i++) {
         char name[64];
@@ -1357,6 +1451,7 @@ int main(void) {
     test_clash();
     test_late();
     test_blame();
+    test_second();
     test_trace();
     test_arguments();
     test_stats();
