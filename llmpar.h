@@ -1019,7 +1019,7 @@ typedef struct llmpar_trace_event {
     int64_t payload_bytes;
     int64_t group;                 // llmpar_comm.id
     int32_t kind, size;            // llmpar_collective; ranks of the group
-    int32_t late;                  // the rank (of the world) that came last; -1 = not known
+    int32_t late;                  // the rank (of the world) that came last; -1 = not known: not all members are traced, or the call failed
     double  late_s;                // when it came, if known: the others had waited until then
 } llmpar_trace_event;
 // The caller's array. n counts on when it is full, the rest is lost; the caller may set it to 0 to begin anew while nothing is in flight.
@@ -1042,7 +1042,8 @@ typedef struct llmpar_comm_vtable {
 struct llmpar_comm {
     const llmpar_comm_vtable *vtable;
     int32_t  rank, size;           // this end's number in the group
-    double   timeout_s;            // a call that waits longer for other ranks returns LLMPAR_TIMEOUT and stops the world; INFINITY = never. This end's own; groups inherit it
+    double   timeout_s;            // a call that waits longer for other ranks returns LLMPAR_TIMEOUT and stops the world; INFINITY = never. This end's own; groups inherit it. A
+                                   // call that finds 0 makes it 60 s; below 0 and NaN are LLMPAR_BAD_ARGUMENT
     llmpar_comm_stats stats;
     llmpar_trace *trace;           // this rank's, or NULL
     int64_t  id;                   // the same on all members, 0 = the world
@@ -11955,11 +11956,19 @@ LLMPARI_FN llmpar_trace_event *llmpari_trace_begin(llmpar_comm *comm, int32_t ki
     event->late  = -1;
     return event;
 }
-LLMPARI_FN void llmpari_trace_end(const llmpar_comm *comm, llmpar_trace_event *event) {
+LLMPARI_FN void llmpari_trace_end(const llmpar_comm *comm, llmpar_trace_event *event, llmpar_status status) {
     event->end_s = llmpari_now();
-    if (event->kind == LLMPAR_SEND || event->kind == LLMPAR_RECV) return;
+    if (status || event->kind == LLMPAR_SEND || event->kind == LLMPAR_RECV) return;
     event->late   = comm->late;
     event->late_s = comm->late_s;
+}
+
+// The communicator's deadline may have been changed by the caller.
+LLMPARI_FN llmpar_status llmpari_comm_patience(llmpar_comm *comm, llmpar_error *err) {
+    if (comm->timeout_s > 0) return LLMPAR_OK;
+    if (!(comm->timeout_s >= 0)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the communicator's timeout_s is %g; it must be >= 0 (0 = 60 s)", comm->timeout_s);
+    comm->timeout_s = 60;
+    return LLMPAR_OK;
 }
 
 // Stops the others when the arguments are bad: they would wait for a call that never comes. *event: of the trace, begun, or NULL.
@@ -11969,7 +11978,8 @@ LLMPARI_FN llmpar_status llmpari_comm_start(llmpar_comm *comm, const llmpar_call
     if (!err) err = &own;
     if (!comm || !call) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the %s of a collective is NULL", comm ? "call" : "communicator");
     double began = comm->trace ? llmpari_now() : 0;
-    llmpar_status status = llmpari_call_check(comm, call, &x, err);
+    llmpar_status status = llmpari_comm_patience(comm, err);
+    if (!status) status = llmpari_call_check(comm, call, &x, err);
     if (status) {
         if (comm->vtable->abort) comm->vtable->abort(comm, err->text);
         return status;
@@ -11985,14 +11995,14 @@ LLMPARI_FN llmpar_status llmpari_comm_call(llmpar_comm *comm, const llmpar_call 
     int64_t ticket = 0;
     bool done = false;
     llmpar_status status;
-    if (comm && comm->vtable->quick && !comm->trace && llmpari_call_plain(call) && comm->vtable->quick(comm, call, &status, err)) {
+    if (comm && comm->vtable->quick && !comm->trace && comm->timeout_s > 0 && llmpari_call_plain(call) && comm->vtable->quick(comm, call, &status, err)) {
         comm->stats.calls[LLMPAR_ALL_REDUCE]++;
         comm->stats.payload_bytes[LLMPAR_ALL_REDUCE] += call->count * llmpar_dtype_bytes(call->dtype);
         return status;
     }
     LLMPARI_TRY(llmpari_comm_start(comm, call, &ticket, &event, err));
     status = comm->vtable->wait(comm, ticket, true, &done, err);
-    if (event) llmpari_trace_end(comm, event);
+    if (event) llmpari_trace_end(comm, event, status);
     return status;
 }
 
@@ -12070,13 +12080,14 @@ LLMPARI_FN llmpar_status llmpari_request_finish(llmpar_request *request, bool bl
     *done = true;
     if (!request || !request->comm) return LLMPAR_OK;
     *done = false;
-    llmpar_trace_event *event = request->event ? &request->comm->trace->event[request->event - 1] : NULL;
+    llmpar_trace *trace = request->comm->trace;                                            // may have been taken away, or changed
+    llmpar_trace_event *event = request->event && trace && request->event <= trace->capacity ? &trace->event[request->event - 1] : NULL;
     double began = event ? llmpari_now() : 0;
     llmpar_status status = request->comm->vtable->wait(request->comm, request->ticket, block, done, err);
     if (!status && !*done) return LLMPAR_OK;
     if (event) {
         event->begin_s = began;
-        llmpari_trace_end(request->comm, event);
+        llmpari_trace_end(request->comm, event, status);
     }
     request->comm = NULL;
     request->ticket = request->event = 0;
@@ -12132,6 +12143,7 @@ LLMPAR_DEF llmpar_status llmpar_comm_shrink(llmpar_comm *comm, llmpar_comm **sur
     if (!comm || !survivors) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_comm_shrink: %s is NULL", comm ? "survivors" : "comm");
     *survivors = NULL;
     if (!comm->vtable->shrink) return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "this communicator cannot go on without a rank");
+    LLMPARI_TRY(llmpari_comm_patience(comm, err));
     return comm->vtable->shrink(comm, survivors, err);
 }
 
@@ -12311,19 +12323,37 @@ typedef struct llmpari_self {
     char why[512];
 } llmpari_self;
 
+LLMPARI_FN void llmpari_self_abort(llmpar_comm *comm, const char *why) {
+    llmpari_self *self = (llmpari_self *)comm->impl;
+    if (self->aborted) return;
+    self->aborted = true;
+    snprintf(self->why, sizeof self->why, "%s", why ? why : "no reason was given");
+}
+// The error is for good: no later call moves a byte, and what waits in call[] fails.
+LLMPARI_PRINTF(4, 5)
+LLMPARI_FN llmpar_status llmpari_self_fail(llmpari_self *self, llmpar_status status, llmpar_error *err, const char *format, ...) {
+    char text[sizeof self->why];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    llmpari_self_abort(&self->comm, text);
+    return LLMPARI_FAIL(err, status, "%s", text);
+}
+
 LLMPARI_FN llmpar_status llmpari_self_mail(llmpari_self *self, const llmpar_call *call, int64_t *ticket, llmpar_error *err) {
     llmpar_call *oldest = &self->call[0];
     *ticket = ++self->tickets;
     if (self->waiting == 0 || oldest->kind == call->kind) {
         if (self->waiting == LLMPARI_SELF_MAIL)
-            return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "%d Send or Recv to oneself wait already; start their counterparts first", LLMPARI_SELF_MAIL);
+            return llmpari_self_fail(self, LLMPAR_UNSUPPORTED, err, "%d Send or Recv to oneself wait already; start their counterparts first", LLMPARI_SELF_MAIL);
         self->ticket[self->waiting] = *ticket;
         self->call[self->waiting++] = *call;
         return LLMPAR_OK;
     }
     const llmpar_call *send = call->kind == LLMPAR_SEND ? call : oldest, *recv = call->kind == LLMPAR_SEND ? oldest : call;
     if (send->count != recv->count || send->dtype != recv->dtype)
-        return LLMPARI_FAIL(err, LLMPAR_MISMATCH, "rank 0 sends %s[%lld] to itself and receives %s[%lld]",
+        return llmpari_self_fail(self, LLMPAR_MISMATCH, err, "rank 0 sends %s[%lld] to itself and receives %s[%lld]",
                             llmpar_dtype_name(send->dtype), (long long)send->count, llmpar_dtype_name(recv->dtype), (long long)recv->count);
     llmpari_move_bytes((char *)recv->recv, (const char *)send->send, send->count * llmpar_dtype_bytes(send->dtype));
     self->waiting--;
@@ -12340,7 +12370,7 @@ LLMPARI_FN llmpar_status llmpari_self_start(llmpar_comm *comm, const llmpar_call
     if (call->kind == LLMPAR_SEND || call->kind == LLMPAR_RECV) return llmpari_self_mail(self, call, ticket, err);
     LLMPARI_TRY(llmpari_call_extent(comm, call, &x, err));
     if (x.send != x.recv && call->kind != LLMPAR_BROADCAST)
-        return LLMPARI_FAIL(err, LLMPAR_MISMATCH, "rank 0 sends %lld bytes to itself and expects %lld", (long long)x.send, (long long)x.recv);
+        return llmpari_self_fail(self, LLMPAR_MISMATCH, err, "rank 0 sends %lld bytes to itself and expects %lld", (long long)x.send, (long long)x.recv);
     llmpari_move_bytes((char *)call->recv, (const char *)call->send, x.recv);
     return LLMPAR_OK;
 }
@@ -12352,21 +12382,13 @@ LLMPARI_FN llmpar_status llmpari_self_wait(llmpar_comm *comm, int64_t ticket, bo
     if (*done) return LLMPAR_OK;
     if (self->aborted) return LLMPARI_FAIL(err, LLMPAR_ABORTED, "aborted: rank 0: %s", self->why);
     if (!block) return LLMPAR_OK;
-    self->waiting = 0;                                                                     // the buffers go back to the caller
-    return LLMPARI_FAIL(err, LLMPAR_MISMATCH, "rank 0 waits for a %s to itself that has no counterpart; start that one first, then wait",
+    return llmpari_self_fail(self, LLMPAR_MISMATCH, err, "rank 0 waits for a %s to itself that has no counterpart; start that one first, then wait",
                         llmpar_collective_name(self->call[0].kind));
 }
 
 LLMPARI_FN llmpar_status llmpari_self_group(llmpar_comm *comm, const int32_t *members, int32_t n, llmpar_comm **sub, llmpar_error *err) {
     if (n != 1 || members[0] != 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "a group of %d members cannot be made from a group of one", n);
     return llmpar_comm_self(&((llmpari_self *)comm->impl)->allocator, sub, err);
-}
-
-LLMPARI_FN void llmpari_self_abort(llmpar_comm *comm, const char *why) {
-    llmpari_self *self = (llmpari_self *)comm->impl;
-    if (self->aborted) return;
-    self->aborted = true;
-    snprintf(self->why, sizeof self->why, "%s", why ? why : "no reason was given");
 }
 
 LLMPARI_FN void llmpari_self_free(llmpar_comm *comm) {
@@ -12431,7 +12453,7 @@ struct llmpari_post {              // what one member asks for: a cache line tha
     char       *recv;
     int64_t    *counts;            // [n] send_counts, [n] recv_counts: copies
     uint64_t    sent, wanted;      // AllToAll: sums of hashes of (from, to, count), equal over the team when the counts fit together
-    double      came;              // when, if traced
+    double      came;              // when, if traced; 0 = not known
     char        pad[LLMPARI_LINE - 64 - 48];
 };
 typedef struct llmpari_post llmpari_post;
@@ -12847,9 +12869,13 @@ LLMPARI_FN llmpar_status llmpari_check_posts(llmpari_end *end, int64_t k, llmpar
     end->free_until = llmpari_max(end->free_until, k - lag + LLMPARI_FLIGHT);
     if (end->comm.trace) {
         int32_t last = 0;
-        for (int32_t i = 1; i < team->n; i++) if (row[i].came > row[last].came) last = i;
-        end->comm.late   = team->ranks[last];
-        end->comm.late_s = row[last].came;
+        bool known = row[0].came > 0;
+        for (int32_t i = 1; i < team->n; i++) {
+            known = known && row[i].came > 0;
+            if (row[i].came > row[last].came) last = i;
+        }
+        end->comm.late   = known ? team->ranks[last] : -1;
+        end->comm.late_s = known ? row[last].came : 0;
     }
     return LLMPAR_OK;
 }
@@ -13404,6 +13430,7 @@ LLMPARI_FN void llmpari_post_mark(llmpari_post *post, const llmpar_call *call) {
     post->count  = call->count;
     post->hash   = 0;
     post->recv   = (char *)call->recv;
+    post->came   = 0;
 }
 LLMPARI_FN bool llmpari_asks(const llmpari_post *post, const llmpar_call *call) {
     unsigned mark = (unsigned)(post->kind ^ (uint8_t)call->kind) | (unsigned)(post->dtype ^ (uint8_t)call->dtype) | (unsigned)(post->reduce ^ (uint8_t)call->reduce) | (unsigned)post->root;
@@ -13418,10 +13445,11 @@ LLMPARI_FN void llmpari_post_publish(llmpari_end *end, llmpari_post *post, int64
 // Writes this member's part of slot k; seq, last, tells the others.
 LLMPARI_FN void llmpari_post_call(llmpari_end *end, const llmpar_call *call, int64_t k) {
     llmpari_post *post = &llmpari_posts(end->team, k)[end->comm.rank];
-    int64_t sent = call->count * llmpar_dtype_bytes(call->dtype), boxed = sent;
+    int64_t sent, boxed;
     llmpari_post_mark(post, call);
     if (end->comm.trace) post->came = llmpari_now();
-    if (call->kind != LLMPAR_ALL_REDUCE) {
+    if (call->kind == LLMPAR_ALL_REDUCE) boxed = sent = call->count * llmpar_dtype_bytes(call->dtype);
+    else {
         llmpari_extent x = llmpari_post_counts(end, call, post);
         sent  = x.send;
         boxed = call->kind == LLMPAR_BROADCAST ? x.payload : x.send;
@@ -13636,6 +13664,7 @@ LLMPARI_FN llmpari_team *llmpari_team_new(llmpar_threads *world, int32_t n, int6
         end->comm.impl   = end;
         end->comm.timeout_s = world->timeout_s;
         end->comm.id     = world->team_ids;
+        end->comm.late   = -1;
         end->team        = team;
         end->free_until  = LLMPARI_FLIGHT;
     }

@@ -45,7 +45,20 @@ static void test_self(void) {
         CHECK_OK(llmpar_test(&request, &done, &err), err);
         CHECK(done && b[2] == 3);
         CHECK_OK(llmpar_wait(&request, &err), err);
+        llmpar_request other;
+        CHECK_OK(llmpar_start(sub, &recv, &request, &err), err);
+        CHECK_OK(llmpar_start(sub, &recv, &other, &err), err);
+        CHECK_FAIL(llmpar_wait(&request, &err), LLMPAR_MISMATCH, err, "no counterpart");
+        CHECK_FAIL(llmpar_wait(&other, &err), LLMPAR_ABORTED, err, "no counterpart");      // nothing was sent to it
+        CHECK_FAIL(llmpar_send(sub, a, 3, LLMPAR_I32, 0, &err), LLMPAR_ABORTED, err, "no counterpart");
+        llmpar_comm_free(sub);
+        CHECK_OK(llmpar_comm_group(self, &one, 1, &sub, &err), err);
         CHECK_FAIL(llmpar_send(sub, a, 3, LLMPAR_I32, 0, &err), LLMPAR_MISMATCH, err, "no counterpart");
+        llmpar_comm_free(sub);
+        CHECK_OK(llmpar_comm_group(self, &one, 1, &sub, &err), err);
+        int64_t sends = 1, takes = 2;
+        CHECK_FAIL(llmpar_all_to_all(sub, a, &sends, b, &takes, LLMPAR_I32, &err), LLMPAR_MISMATCH, err, "sends 4 bytes");
+        CHECK_FAIL(llmpar_barrier(sub, &err), LLMPAR_ABORTED, err, "sends 4 bytes");
         llmpar_comm_free(sub);
         CHECK_FAIL(llmpar_all_reduce(self, a, b, -5, LLMPAR_F32, LLMPAR_SUM, &err), LLMPAR_BAD_ARGUMENT, err, "count is -5");
         CHECK_FAIL(llmpar_barrier(self, &err), LLMPAR_ABORTED, err, "count is -5");
@@ -920,6 +933,29 @@ static llmpar_status traced_rank(llmpar_comm *world, void *user, llmpar_error *e
     llmpar_comm_free(group);
     return LLMPAR_OK;
 }
+// Rank 0 is traced; rank 1 only in the 21st of the collectives, the first that both trace, and after all slots were used. Then it returns, and is missed.
+static llmpar_status half_traced_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    llmpar_trace_event own[4];
+    llmpar_trace trace = { world->rank ? own : (llmpar_trace_event *)user, world->rank ? 4 : 32, 0 };
+    float x[1000] = { 0 };
+    if (world->rank == 0) world->trace = &trace;
+    for (int i = 0; i < 20; i++) TRY(llmpar_all_reduce(world, x, x, i % 2 ? 1000 : 1, LLMPAR_F32, LLMPAR_SUM, err));
+    if (world->rank == 1) { pause_ms(20); world->trace = &trace; }
+    TRY(llmpar_barrier(world, err));
+    return world->rank ? LLMPAR_OK : llmpar_barrier(world, err);
+}
+static llmpar_status untraced_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    llmpar_trace trace = { (llmpar_trace_event *)user, 32, 0 };
+    llmpar_request request[2];
+    llmpar_call call = LLMPAR_ZERO;
+    call.kind = LLMPAR_BARRIER;
+    if (world->rank == 0) world->trace = &trace;
+    for (int i = 0; i < 2; i++) TRY(llmpar_start(world, &call, &request[i], err));
+    trace.capacity = 1;
+    TRY(llmpar_wait(&request[1], err));
+    world->trace = NULL;
+    return llmpar_wait(&request[0], err);
+}
 typedef struct { char text[100000]; size_t n; } paper;
 static void paper_write(const char *text, size_t bytes, void *user) {
     paper *p = (paper *)user;
@@ -1008,6 +1044,20 @@ static void test_trace(void) {
         p.n = 0;
         llmpar_trace_svg(traces, 1, sink);
         CHECK(times_in(p.text, "<title>") == 0 && times_in(p.text, "<rect") == 2 + (what == 2) && times_in(p.text, ">0</text>") == 1);   // an axis all the same
+    }
+    TEST("who came last is not known: of members that are not traced, of calls that fail; a trace that is taken away") {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(2, 20);
+        llmpar_trace_event event[32];
+        memset(event, 0, sizeof event);
+        CHECK_FAIL(llmpar_threads_run(&desc, half_traced_rank, event, &err), LLMPAR_MISMATCH, err, "whose function has returned");
+        for (int i = 0; i < 22; i++) {
+            CHECK_EQ(event[i].late, i < 20 ? -1 : i == 20 ? 1 : -1);
+            CHECK((event[i].late_s > 0) == (i == 20));
+        }
+        CHECK(event[21].kind == LLMPAR_BARRIER && event[21].end_s > 0);
+        desc = desc_of(2, 20);
+        CHECK_OK(llmpar_threads_run(&desc, untraced_rank, event, &err), err);
     }
     TEST("a summary of more ranks than 64, of more collectives than are summed at a time") {
         enum { RANKS = 130, CALLS = 600 };
@@ -1109,6 +1159,29 @@ static llmpar_status watch_rank(llmpar_comm *world, void *user, llmpar_error *er
     return LLMPAR_OK;
 }
 
+// Rank 0 sets the field. The call is one that goes by a short path.
+static llmpar_status own_deadline_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    float x = 1;
+    if (world->rank == 0) world->timeout_s = *(double *)user;
+    else pause_ms(5);
+    TRY(llmpar_all_reduce(world, &x, &x, 1, LLMPAR_F32, LLMPAR_SUM, err));
+    if (world->rank == 0) *(double *)user = world->timeout_s;
+    return LLMPAR_OK;
+}
+// A count that the call does not read is not looked at, not even multiplied (UBSan).
+static llmpar_status unread_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    float x[2] = { 0, 0 };
+    int64_t counts[2] = { 1, 1 };
+    llmpar_call call = LLMPAR_ZERO;
+    llmpar_request request;
+    (void)user;
+    call.kind = LLMPAR_ALL_GATHER; call.send = &x[world->rank]; call.recv = x; call.recv_counts = counts; call.count = INT64_MAX; call.dtype = LLMPAR_F32;
+    x[world->rank] = (float)(world->rank + 1);
+    TRY(llmpar_start(world, &call, &request, err));
+    TRY(llmpar_wait(&request, err));
+    return x[0] == 1 && x[1] == 2 ? LLMPAR_OK : bad(err, "gathered wrongly%s", "");
+}
+
 static void test_blame(void) {
     TEST("a rank whose tested call is done is not said to wait for it") for (int what = 0; what < 3; what++) {
         llmpar_error err = LLMPAR_ZERO;
@@ -1147,6 +1220,13 @@ static void test_blame(void) {
         CHECK_FAIL(llmpar_comm_shrink(self, &fewer, &err), LLMPAR_UNSUPPORTED, err, "cannot go on");
         CHECK_FAIL(llmpar_start(self, &call, &request, &err), LLMPAR_BAD_ARGUMENT, err, "timeout_s is -1");
         llmpar_comm_free(self);
+        for (int i = 0; i < 4; i++) {
+            static const double given[] = { -1, (double)NAN, 0, -INFINITY };
+            llmpar_threads_desc desc = desc_of(2, 20);
+            double timeout_s = given[i];
+            llmpar_status status = llmpar_threads_run(&desc, own_deadline_rank, &timeout_s, &err);
+            CHECK(i == 2 ? status == LLMPAR_OK && timeout_s == 60 : status == LLMPAR_BAD_ARGUMENT && strstr(err.text, "rank 0: the communicator's timeout_s is "));
+        }
     }
     TEST("the survivors go on, twice") for (int n = 2; n <= 6; n++) for (int what = 0; what < 3; what++) {
         llmpar_error err = LLMPAR_ZERO;
@@ -1206,6 +1286,11 @@ static void test_arguments(void) {
             CHECK(strstr(c.text[0], "rank 1: ") != NULL && strstr(c.text[0], arguments[i].part) != NULL);
             CHECK(c.seconds[0] < 5);
         }
+    }
+    TEST("a count that is not read") {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(2, 20);
+        CHECK_OK(llmpar_threads_run(&desc, unread_rank, NULL, &err), err);
     }
     TEST("bad worlds") {
         llmpar_error err = LLMPAR_ZERO;
