@@ -1154,7 +1154,8 @@ typedef struct llmpar_launch {
     int32_t master_port;           // MASTER_PORT; 0 = not said
 } llmpar_launch;
 typedef const char *(*llmpar_lookup)(const char *name, void *user);                          // value of an environment variable, NULL = not set
-// lookup NULL = getenv. Errors (LLMPAR_BAD_ARGUMENT) name variable and value: not a number, below 0, rank >= size, a rank without a size, launchers that disagree.
+// lookup NULL = getenv. Errors (LLMPAR_BAD_ARGUMENT) name variable and value: not a number, below 0, rank >= size, a rank without a size, a local rank
+// without a rank, launchers that disagree.
 LLMPAR_DEF llmpar_status llmpar_launch_read(llmpar_lookup lookup, void *user, llmpar_launch *launch, llmpar_error *err);
 LLMPAR_DEF const char   *llmpar_launcher_name(llmpar_launcher launcher);                     // "torchrun", "mpirun (Open MPI)", ..., "no launcher"
 
@@ -13745,6 +13746,10 @@ LLMPARI_FN llmpar_status llmpari_threads_check(const llmpar_threads_desc *desc, 
     if (!desc) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_threads_desc is NULL");
     if (desc->n_ranks < 1 || desc->n_ranks > 65536) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_ranks is %d; it must be 1..65536", desc->n_ranks);
     if (!(desc->timeout_s >= 0)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "timeout_s is %g; it must be >= 0 (0 = 60 s)", desc->timeout_s);
+    const llmpar_comm_tuning *t = desc->tuning;
+    if (t && (t->mailbox_bytes < 0 || t->mailbox_bytes > 1 << 20 || t->staged_bytes < 0 || t->staged_bytes > 1 << 20 || t->stream_bytes < 0))
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "tuning: mailbox_bytes is %lld and staged_bytes %lld, which must be 0..%d; stream_bytes is %lld, which must be >= 0",
+                            (long long)t->mailbox_bytes, (long long)t->staged_bytes, 1 << 20, (long long)t->stream_bytes);
     return LLMPAR_OK;
 }
 
@@ -13782,10 +13787,8 @@ LLMPARI_FN llmpar_comm_tuning llmpari_tuning_or(const llmpar_comm_tuning *given)
     cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #endif
     if (given) tuning = *given;
-    if (tuning.mailbox_bytes <= 0) tuning.mailbox_bytes = 1024;
-    if (tuning.stream_bytes  <= 0) tuning.stream_bytes  = cache > 0 ? 8 * cache : 8 << 20;
-    tuning.mailbox_bytes = llmpari_min(tuning.mailbox_bytes, 1 << 20);
-    tuning.staged_bytes  = llmpari_min(tuning.staged_bytes, 1 << 20);
+    if (tuning.mailbox_bytes == 0) tuning.mailbox_bytes = 1024;
+    if (tuning.stream_bytes  == 0) tuning.stream_bytes  = cache > 0 ? 8 * cache : 8 << 20;
     return tuning;
 }
 
@@ -14098,33 +14101,35 @@ LLMPARI_FN llmpar_status llmpari_environment_number(const llmpari_environment *e
     if (!text) return LLMPAR_OK;
     errno = 0;
     long long number = strtoll(text, &end, 10);
-    if (end == text || *end || errno || number < least || number > most)
+    if (!llmpari_is_digit(*text) || *end || errno || number < least || number > most)
         return LLMPARI_FAIL(env->err, LLMPAR_BAD_ARGUMENT, "%s is \"%.100s\"; a whole number from %lld to %lld is expected: unset it, or start the program through its launcher",
                             *name, text, (long long)least, (long long)most);
     *value = (int32_t)number;
     return LLMPAR_OK;
 }
 
-// A list of hosts begins with "name", "name[03-06,9]" or "name[03,05]": the first of them.
+// A list of hosts begins with "name", "name[03-06,9]", "name[03,05]-ib" or "rack[1-2]node[3-4]": the first of them.
 LLMPARI_FN void llmpari_first_host(char *to, size_t bytes, const char *list) {
     size_t at = 0;
-    bool inside = false;
+    bool inside = false, others = false;
     for (; *list && at + 1 < bytes; list++) {
-        if (*list == '[') { inside = true; continue; }
-        if (*list == ',' || *list == ']' || (inside && *list == '-')) break;
-        to[at++] = *list;
+        if (*list == '[') inside = true;
+        else if (*list == ']') inside = others = false;
+        else if (inside && (*list == ',' || *list == '-')) others = true;
+        else if (*list == ',') break;
+        else if (!others) to[at++] = *list;
     }
     to[at] = 0;
 }
 
 // "2(x3),1": two tasks on each of three hosts, then one. The tasks of host `host`; -1 when the text says nothing about it.
-LLMPARI_FN int32_t llmpari_tasks_of(const char *text, int32_t host) {
+LLMPARI_FN long long llmpari_tasks_of(const char *text, long long host) {
     while (text && llmpari_is_digit(*text)) {
         char *end;
-        long tasks = strtol(text, &end, 10), times = 1;
-        if (end[0] == '(' && end[1] == 'x') { times = strtol(end + 2, &end, 10); if (*end == ')') end++; }
-        if (host < times) return (int32_t)tasks;
-        host -= (int32_t)times;
+        long long tasks = strtoll(text, &end, 10), times = 1;
+        if (end[0] == '(' && end[1] == 'x' && llmpari_is_digit(end[2])) { times = strtoll(end + 2, &end, 10); if (*end == ')') end++; }
+        if (host < times) return tasks;
+        host -= times;
         text = *end == ',' ? end + 1 : NULL;
     }
     return -1;
@@ -14152,8 +14157,11 @@ LLMPARI_FN llmpar_status llmpari_launcher_read(const llmpari_environment *env, c
     LLMPARI_TRY(llmpari_environment_number(env, &names->host, 1, 0, MOST, &launch->host, &host));
     if (names->launcher == LLMPAR_LAUNCH_SLURM && launch->host >= 0) {
         const char *tasks = llmpari_getenv(env, "SLURM_STEP_TASKS_PER_NODE");
-        launch->local_size = llmpari_tasks_of(tasks ? tasks : llmpari_getenv(env, "SLURM_TASKS_PER_NODE"), launch->host);
         locals = tasks ? "SLURM_STEP_TASKS_PER_NODE" : "SLURM_TASKS_PER_NODE";
+        if (!tasks) tasks = llmpari_getenv(env, locals);
+        long long here = llmpari_tasks_of(tasks, launch->host);
+        if (here > MOST || here == 0) return LLMPARI_FAIL(env->err, LLMPAR_BAD_ARGUMENT, "%s is \"%.100s\", which makes it %lld ranks on host %d", locals, tasks, here, launch->host);
+        launch->local_size = (int32_t)here;
     }
     if (local && launch->local_size >= 0 && launch->local_rank >= launch->local_size)
         return LLMPARI_FAIL(env->err, LLMPAR_BAD_ARGUMENT, "%s is %d but %s makes it %d ranks on this host", local, launch->local_rank, locals, launch->local_size);
@@ -14227,6 +14235,10 @@ LLMPAR_DEF llmpar_status llmpar_launch_read(llmpar_lookup lookup, void *user, ll
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "PMIX_RANK is %d but %s is %d; unset the one that is left over", pmix_rank, mpi_name, mpi_rank);
     if (pmix && !first_name)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "PMIX_RANK is %d but no launcher says how many ranks there are (OMPI_COMM_WORLD_SIZE, PMI_SIZE, SLURM_NTASKS)", pmix_rank);
+    for (int i = 0; i < LLMPARI_COUNT(known) && !first_name; i++)
+        if (known[i].launcher != LLMPAR_LAUNCH_SLURM && llmpari_getenv(&env, known[i].local_rank[0]))
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is \"%.100s\" but %s is not set; %s sets both", known[i].local_rank[0],
+                                llmpari_getenv(&env, known[i].local_rank[0]), known[i].rank[0], llmpar_launcher_name(known[i].launcher));
     return llmpari_launch_master(&env, launch);
 }
 LLMPARI_ONCE_END

@@ -75,7 +75,7 @@ static void test_self(void) {
 #ifndef LLMPAR_NO_THREADS
 // Each way of a reduction forced in turn; what is measured comes last, and is rare because it takes milliseconds.
 enum { SLICES, MAILBOX, STAGED, STREAM, MIXED, DEFAULTS, WAYS };
-static const llmpar_comm_tuning ways[WAYS] = { { 1, 0, INT64_MAX }, { 1 << 20, 0, INT64_MAX }, { 1, INT64_MAX, INT64_MAX }, { 1, 0, 1 }, { 2048, 20000, 100000 }, { 0, 0, 0 } };
+static const llmpar_comm_tuning ways[WAYS] = { { 1, 0, INT64_MAX }, { 1 << 20, 0, INT64_MAX }, { 1, 1 << 20, INT64_MAX }, { 1, 0, 1 }, { 2048, 20000, 100000 }, { 0, 0, 0 } };
 static int way;
 static llmpar_threads_desc desc_of(int n, double timeout_s) {
     llmpar_threads_desc desc = LLMPAR_ZERO;
@@ -1302,6 +1302,12 @@ static void test_arguments(void) {
         CHECK_FAIL(llmpar_threads_create(&desc, &threads, &err), LLMPAR_BAD_ARGUMENT, err, "timeout_s is -1");
         desc = desc_of(2, 0);
         CHECK_FAIL(llmpar_threads_run(&desc, NULL, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "fn is NULL");
+        for (int i = 0; i < 5; i++) {
+            static const llmpar_comm_tuning wrong[] = { { -5, 0, 0 }, { 0, -7, 0 }, { 0, 0, -9 }, { (1 << 20) + 1, 0, 0 }, { 0, INT64_MAX, 0 } };
+            desc.tuning = &wrong[i];
+            CHECK_FAIL(llmpar_threads_create(&desc, &threads, &err), LLMPAR_BAD_ARGUMENT, err, "tuning: mailbox_bytes is ");
+        }
+        desc = desc_of(2, 0);
         int ran = 0;
         desc.stack_bytes = 1;
         CHECK_FAIL(llmpar_threads_run(&desc, ran_rank, &ran, &err), LLMPAR_BAD_ARGUMENT, err, "stack_bytes 1");
