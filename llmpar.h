@@ -1047,7 +1047,7 @@ struct llmpar_comm {
     llmpar_comm_stats stats;
     llmpar_trace *trace;           // this rank's, or NULL
     int64_t  id;                   // the same on all members, 0 = the world
-    int32_t  late;                 // while traced: the rank that came last to the collective that ended last; -1 = not known
+    int32_t  late;                 // while traced: the rank that came last to the collective that was waited for last; -1 = not known
     double   late_s;               // and when it came
     void    *impl;                 // the backend's own
 };
@@ -12486,6 +12486,9 @@ typedef struct llmpari_end {       // one member's end; but for `left` used by i
     bool    slices;                // direct: a unit is a slice of every output, or what a member sends; else a member's output
     double  timeout_s[LLMPARI_FLIGHT], since[LLMPARI_FLIGHT];   // of the calls in flight; since: when llmpar_test first found the call not done, 0 = not yet
     int64_t used[2];               // collective that used this member's large box last, + 1
+    int64_t late_of[LLMPARI_FLIGHT];     // traced: collective + 1 whose last member and its time ...
+    int32_t late[LLMPARI_FLIGHT];        // ... these are
+    double  late_s[LLMPARI_FLIGHT];
     bool    drained;               // the world has stopped and nobody touches this end's buffers any more
     bool    joined;                // under the world's mutex
     int64_t mails;                 // Send and Recv so far
@@ -12875,8 +12878,9 @@ LLMPARI_FN llmpar_status llmpari_check_posts(llmpari_end *end, int64_t k, llmpar
             known = known && row[i].came > 0;
             if (row[i].came > row[last].came) last = i;
         }
-        end->comm.late   = known ? team->ranks[last] : -1;
-        end->comm.late_s = known ? row[last].came : 0;
+        end->late_of[k & (LLMPARI_FLIGHT - 1)] = known ? k + 1 : 0;
+        end->late   [k & (LLMPARI_FLIGHT - 1)] = team->ranks[last];
+        end->late_s [k & (LLMPARI_FLIGHT - 1)] = row[last].came;
     }
     return LLMPAR_OK;
 }
@@ -13094,15 +13098,27 @@ LLMPARI_FN void llmpari_describe_wish(char *text, size_t bytes, const llmpari_wi
     } else snprintf(text, bytes, "a Send or Recv (%d messages are under way already)", LLMPARI_MAIL);
 }
 
+// The oldest Send or Recv that a member has in flight.
+LLMPARI_FN bool llmpari_describe_mail_of(char *text, size_t bytes, llmpari_team *team, int32_t member) {
+    const llmpari_mail *mail = &team->mail[(int64_t)member * LLMPARI_MAIL], *oldest = NULL;
+    llmpari_mail_lock(team);
+    for (int32_t i = 0; i < LLMPARI_MAIL; i++) if (mail[i].held && mail[i].state == LLMPARI_POSTED && (!oldest || mail[i].seq < oldest->seq)) oldest = &mail[i];
+    if (oldest) snprintf(text, bytes, "; rank %d has a %s %s[%lld] %s rank %d in flight", team->ranks[member], oldest->is_send ? "Send" : "Recv",
+                         llmpar_dtype_name((llmpar_dtype)oldest->dtype), (long long)oldest->count, oldest->is_send ? "to" : "from", team->ranks[oldest->peer]);
+    llmpari_mail_unlock(team);
+    return oldest != NULL;
+}
+
 // What the first missing member did last in this team, for the text of a timeout.
 LLMPARI_FN void llmpari_describe_missing(char *text, size_t bytes, const llmpari_wish *wish) {
     llmpari_team *team = wish->end->team;
     int64_t last = 0;
     bool joined;
     text[0] = 0;
-    if (wish->goal != LLMPARI_GOAL_CALL) return;
+    if (wish->goal != LLMPARI_GOAL_CALL && wish->goal != LLMPARI_GOAL_MAIL) return;
     int32_t first = llmpari_missing(wish);
     if (first == team->n) return;
+    if (wish->goal == LLMPARI_GOAL_MAIL && llmpari_describe_mail_of(text, bytes, team, first)) return;
     pthread_mutex_lock(team->world->mutex);
     joined = team->ends[first].joined;
     pthread_mutex_unlock(team->world->mutex);
@@ -13531,13 +13547,19 @@ LLMPARI_FN llmpar_status llmpari_threads_wait(llmpar_comm *comm, int64_t ticket,
     llmpari_end *end = (llmpari_end *)comm->impl;
     *done = true;
     if (ticket & 1) return llmpari_mail_wait(end, ticket, block, done, err);
-    if (ticket / 2 <= end->finished) return LLMPAR_OK;
-    llmpari_wish wish = llmpari_wish_of(end, LLMPARI_GOAL_CALL, ticket / 2 - 1);
-    if (!block) return llmpari_poll(&wish, done, err);
-    *done = false;
-    LLMPARI_TRY(llmpari_await(&wish, err));
-    *done = true;
-    return LLMPAR_OK;
+    const int64_t k = ticket / 2 - 1;
+    llmpar_status status = LLMPAR_OK;
+    if (k >= end->finished) {
+        llmpari_wish wish = llmpari_wish_of(end, LLMPARI_GOAL_CALL, k);
+        if (!block) status = llmpari_poll(&wish, done, err);
+        else if ((status = llmpari_await(&wish, err)) != LLMPAR_OK) *done = false;
+    }
+    if (comm->trace) {                                                                     // of this collective: later ones may have ended with it
+        bool known = end->late_of[k & (LLMPARI_FLIGHT - 1)] == k + 1;
+        comm->late   = known ? end->late[k & (LLMPARI_FLIGHT - 1)] : -1;
+        comm->late_s = known ? end->late_s[k & (LLMPARI_FLIGHT - 1)] : 0;
+    }
+    return status;
 }
 
 LLMPARI_FN void llmpari_stop_for(llmpar_threads *world, int32_t culprit, const char *why) {

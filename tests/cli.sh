@@ -378,6 +378,8 @@ trace_tests() {
             case $mesh in tp=1|tp=8) damage=""; says='calls on [18] ranks$' ;; *) damage=--self-test; says='; 49 kinds of damage are found$' ;; esac
             good "the trace of $mesh is sound" "$says" $read $damage "$T/seen.json" "$T/seen.svg" "$T/seen.txt"
         done
+        good "trace.py says what it reads" 'OUT.json OUT.svg TABLE'   $read --help
+        fails "a trace without its picture" 'OUT.json OUT.svg TABLE'  $read "$T/seen.json"
         fails "a table of another run"   '^trace.py: ' $read "$T/two.json" "$T/two.svg" "$T/seen.txt"
         fails "a picture of another run" '^trace.py: ' $read "$T/seen.json" "$T/two.svg" "$T/seen.txt"
     else skip "traces read by an independent parser: no python3"; fi

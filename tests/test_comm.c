@@ -639,7 +639,7 @@ static void *outsider_main(void *argument) {
 
 static void test_late(void) {
     static const char *const what[] = { "AllReduce #2 f32[40000] sum for rank 2; the last collective that rank 2 called there is #1", "AllReduce #2 f32[4] sum for rank 2",
-                                        "rank 2", "AllReduce #2 f32[40000] sum for rank 2" };
+                                        "for rank 2; the last collective that rank 2 called there is #1", "AllReduce #2 f32[40000] sum for rank 2" };
     for (int i = 0; i < 4; i++) {
         char name[64];
         snprintf(name, sizeof name, "a late rank: deadline, kind %d", i);
@@ -944,6 +944,21 @@ static llmpar_status half_traced_rank(llmpar_comm *world, void *user, llmpar_err
     TRY(llmpar_barrier(world, err));
     return world->rank ? LLMPAR_OK : llmpar_barrier(world, err);
 }
+// Rank 0 comes last to the first of two collectives, rank 1 to the second one; both are waited for the second one first.
+static llmpar_status crossed_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    llmpar_trace trace = { (llmpar_trace_event *)user + 4 * world->rank, 4, 0 };
+    llmpar_request request[2];
+    llmpar_call call = LLMPAR_ZERO;
+    call.kind = LLMPAR_BARRIER;
+    TRY(llmpar_barrier(world, err));
+    world->trace = &trace;
+    if (world->rank == 0) pause_ms(20);
+    TRY(llmpar_start(world, &call, &request[0], err));
+    if (world->rank == 1) pause_ms(100);
+    TRY(llmpar_start(world, &call, &request[1], err));
+    TRY(llmpar_wait(&request[1], err));
+    return llmpar_wait(&request[0], err);
+}
 static llmpar_status untraced_rank(llmpar_comm *world, void *user, llmpar_error *err) {
     llmpar_trace trace = { (llmpar_trace_event *)user, 32, 0 };
     llmpar_request request[2];
@@ -1058,6 +1073,12 @@ static void test_trace(void) {
         CHECK(event[21].kind == LLMPAR_BARRIER && event[21].end_s > 0);
         desc = desc_of(2, 20);
         CHECK_OK(llmpar_threads_run(&desc, untraced_rank, event, &err), err);
+        CHECK_OK(llmpar_threads_run(&desc, crossed_rank, event, &err), err);
+        for (int r = 0; r < 2; r++) for (int i = 0; i < 2; i++) {                          // whoever came last by its own clock
+            const llmpar_trace_event *e = &event[4 * r + i];
+            CHECK_EQ(e->late, event[4 + i].started_s > event[i].started_s);
+            CHECK(e->late_s >= event[4 * e->late + i].started_s && (i || e->late_s < event[4 * e->late + 1].started_s));
+        }
     }
     TEST("a summary of more ranks than 64, of more collectives than are summed at a time") {
         enum { RANKS = 130, CALLS = 600 };
@@ -1242,7 +1263,32 @@ static void test_blame(void) {
     }
 }
 
+// Everybody sends to the next one first.
+static llmpar_status circle_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    clash *c = (clash *)user;
+    llmpar_error seen = LLMPAR_ZERO;
+    static const float data[5000] = { 0 };
+    TRY(llmpar_barrier(world, err));
+    c->status[world->rank] = llmpar_send(world, data, 5000, LLMPAR_F32, (world->rank + 1) % 3, &seen);
+    snprintf(c->text[world->rank], sizeof c->text[0], "%s", seen.text);
+    return LLMPAR_OK;
+}
 static void test_second(void) {
+    TEST("all send first: the text says what the missing rank does") {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(3, 0.5);
+        clash c;
+        int late = 0;
+        clash_init(&c, 0, 3);
+        CHECK_OK(llmpar_threads_run(&desc, circle_rank, &c, &err), err);
+        for (int r = 0; r < 3; r++) {
+            char part[128];
+            snprintf(part, sizeof part, "Send f32[5000] to rank %d for rank %d; rank %d has a Send f32[5000] to rank %d in flight", (r + 1) % 3, (r + 1) % 3, (r + 1) % 3, (r + 2) % 3);
+            late += c.status[r] == LLMPAR_TIMEOUT;
+            CHECK(c.status[r] == LLMPAR_ABORTED || strstr(c.text[r], part));
+        }
+        CHECK(late >= 1);
+    }
     TEST("the survivors are stopped too, by one of them and from outside") for (int what = 0; what < 3; what++) {
         static const char *const text[] = { "aborted: rank 2: disk on fire", "aborted: rank 2: the power has failed", "aborted: the power has failed" };
         llmpar_error err = LLMPAR_ZERO;
