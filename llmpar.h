@@ -13816,10 +13816,13 @@ LLMPARI_FN llmpar_comm_tuning llmpari_tuning_or(const llmpar_comm_tuning *given)
 
 // Measures the ways of a reduction on two threads, with buffers that are written before and read after it as they are in use.
 enum { LLMPARI_PROBE_BYTES = 512 << 10 };
+#define LLMPARI_PROBE_S 0.005
 typedef struct llmpari_probe { llmpar_comm_tuning tuning; float *buffer; double until; } llmpari_probe;
 
-LLMPARI_FN llmpar_status llmpari_probe_time(llmpar_comm *comm, float *buffer, int64_t bytes, int way, double *seconds, llmpar_error *err) {
+// *late: 1 when no further size is to begin; 2: twice the time for all of it is over, nothing was measured. On a busy machine one run may take as long.
+LLMPARI_FN llmpar_status llmpari_probe_time(llmpar_comm *comm, const llmpari_probe *probe, int64_t bytes, int way, double *seconds, float *late, llmpar_error *err) {
     llmpar_threads *world = ((llmpari_end *)comm->impl)->team->world;
+    float *buffer = probe->buffer + comm->rank * (LLMPARI_PROBE_BYTES / 2);
     float *out = buffer + LLMPARI_PROBE_BYTES / 4;
     if (comm->rank == 0) {
         world->tuning.mailbox_bytes = way == 0 ? LLMPARI_PROBE_BYTES : 0;
@@ -13834,34 +13837,32 @@ LLMPARI_FN llmpar_status llmpari_probe_time(llmpar_comm *comm, float *buffer, in
         for (int64_t i = 0; i < bytes / 4; i += LLMPARI_FOLD) llmpari_fold_f32((char *)(buffer + i), (const char *)value, (const char *)value, LLMPARI_FOLD, LLMPAR_SUM);
         LLMPARI_TRY(llmpar_all_reduce(comm, buffer, out, bytes / 4, LLMPAR_F32, LLMPAR_SUM, err));
         for (int64_t i = 0; i < bytes / 4; i += LLMPARI_FOLD) llmpari_fold_f32((char *)sum, (const char *)sum, (const char *)(out + i), LLMPARI_FOLD, LLMPAR_SUM);
-        LLMPARI_TRY(llmpar_barrier(comm, err));
+        double over_s = llmpari_now() - probe->until;
+        *late = over_s > LLMPARI_PROBE_S ? 2.0f : over_s > 0 ? 1.0f : 0.0f;
+        LLMPARI_TRY(llmpar_all_reduce(comm, late, late, 1, LLMPAR_F32, LLMPAR_MAX, err));  // and a barrier
         double took = llmpari_now() - began;
         if (sum[0] != (float)(bytes / 4 / LLMPARI_FOLD * 4 * run)) return LLMPARI_FAIL(err, LLMPAR_MISMATCH, "measured AllReduces gave %g in all", (double)sum[0]);
         if (run && took < *seconds) *seconds = took;
+        if (*late > 1) break;
     }
     return LLMPAR_OK;
 }
 
-LLMPARI_FN llmpar_status llmpari_probe_sizes(llmpar_comm *comm, float *buffer, llmpari_probe *probe, llmpar_error *err) {
+LLMPARI_FN llmpar_status llmpari_probe_rank(llmpar_comm *comm, void *user, llmpar_error *err) {
+    llmpari_probe *probe = (llmpari_probe *)user;
     llmpar_comm_tuning found = LLMPAR_ZERO;
     bool boxes = true;
-    for (int64_t bytes = 4096; bytes <= LLMPARI_PROBE_BYTES; bytes *= 2) {
-        double seconds[3], late = llmpari_now() > probe->until;
-        float stop = (float)late;
-        LLMPARI_TRY(llmpar_all_reduce(comm, &stop, &stop, 1, LLMPAR_F32, LLMPAR_MAX, err));
-        if (stop > 0) break;
-        for (int way = 0; way < 3; way++) LLMPARI_TRY(llmpari_probe_time(comm, buffer, bytes, way, &seconds[way], err));
+    float late = 0;
+    for (int64_t bytes = 4096; bytes <= LLMPARI_PROBE_BYTES && late == 0; bytes *= 2) {
+        double seconds[3];
+        for (int way = 0; way < 3 && late < 2; way++) LLMPARI_TRY(llmpari_probe_time(comm, probe, bytes, way, &seconds[way], &late, err));
+        if (late > 1) break;
         boxes = boxes && seconds[0] < seconds[1] && seconds[0] < 0.9 * seconds[2];      // clearly: a draw goes to the slices
         if (boxes) found.mailbox_bytes = bytes;
         else if (seconds[1] < 0.9 * seconds[2]) found.staged_bytes = bytes;
     }
     if (comm->rank == 0) { probe->tuning.mailbox_bytes = found.mailbox_bytes; probe->tuning.staged_bytes = found.staged_bytes; }
     return LLMPAR_OK;
-}
-
-LLMPARI_FN llmpar_status llmpari_probe_rank(llmpar_comm *comm, void *user, llmpar_error *err) {
-    llmpari_probe *probe = (llmpari_probe *)user;
-    return llmpari_probe_sizes(comm, probe->buffer + comm->rank * (LLMPARI_PROBE_BYTES / 2), probe, err);
 }
 
 // What cannot be measured keeps the defaults.
@@ -13871,7 +13872,7 @@ LLMPARI_FN void llmpari_probe_threads(llmpar_threads *world) {
     llmpar_error ignored;
     probe.tuning    = llmpari_tuning_or(NULL);
     probe.buffer    = (float *)llmpari_alloc(&world->allocator, 4 * (size_t)LLMPARI_PROBE_BYTES);
-    probe.until     = llmpari_now() + 0.005;
+    probe.until     = llmpari_now() + LLMPARI_PROBE_S;
     if (!probe.buffer) return;
     llmpar_comm_tuning boxes = probe.tuning;
     boxes.mailbox_bytes = LLMPARI_PROBE_BYTES;
