@@ -1087,7 +1087,7 @@ LLMPAR_DEF void llmpar_trace_write(const llmpar_trace *const *trace, int32_t n, 
 // The same as a picture (SVG), for some hundred calls a rank: one track per rank, bars to scale (at least a pixel), a colour per collective, pale until the last rank came; pointing at a bar
 // shows what it is. In the gaps a rank works by itself. Allocates nothing.
 LLMPAR_DEF void llmpar_trace_svg(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink);
-// A table: per group its collectives, payload bytes of a rank, time in calls (mean over ranks), of it not spent waiting for others (per collective the least over ranks), and
+// A table: per group its ranks ("0-6/2" = 0, 2, 4, 6) and collectives, payload bytes of a rank, time in calls (mean over ranks), of it not spent waiting for others (per collective the least over ranks), and
 // who came last how often.
 LLMPAR_DEF void llmpar_trace_summary(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink);
 
@@ -12287,9 +12287,31 @@ LLMPARI_FN llmpari_trace_sum llmpari_trace_add(const llmpar_trace *const *trace,
     return sum;
 }
 
+// The ranks whose traces have the group: "0-3", every second one "0-6/2", else "0,1,4,5".
+LLMPARI_FN void llmpari_trace_members(char *text, size_t bytes, const llmpar_trace *const *trace, int32_t n, int64_t group) {
+    int32_t first = -1, last = -1, step = 0;
+    int at = 0, list = 0;
+    bool even = true;
+    text[0] = 0;
+    for (int32_t r = 0; r < n; r++) {
+        int64_t i = 0, events = llmpari_trace_events(trace[r]);
+        while (i < events && trace[r]->event[i].group != group) i++;
+        if (i == events) continue;
+        if (first < 0) first = r;
+        else if (step == 0) step = r - last;
+        else even = even && r - last == step;
+        last = r;
+        if (list++ < 8) llmpari_append(text, bytes, &at, "%s%d", list > 1 ? "," : "", r);
+    }
+    if (list > 8) llmpari_append(text, bytes, &at, ",...");
+    if (even && step == 1) snprintf(text, bytes, "%d-%d", first, last);
+    else if (even && step > 1 && list > 2) snprintf(text, bytes, "%d-%d/%d", first, last, step);
+}
+
 LLMPAR_DEF void llmpar_trace_summary(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink) {
+    char members[128];
     int64_t last_group = -1;
-    llmpari_print(&sink, "group ranks  collectives        bytes   in calls ms    least ms  came last\n");
+    llmpari_print(&sink, "group ranks  members  collectives        bytes   in calls ms    least ms  came last\n");
     for (;;) {
         int64_t group = INT64_MAX;
         int32_t size = 0;
@@ -12299,8 +12321,9 @@ LLMPAR_DEF void llmpar_trace_summary(const llmpar_trace *const *trace, int32_t n
         if (group == INT64_MAX) return;
         for (int32_t first = 0; first == 0 || first < n; first += LLMPARI_LATE) {
             llmpari_trace_sum sum = llmpari_trace_add(trace, n, group, first);
+            if (first == 0) llmpari_trace_members(members, sizeof members, trace, n, group);
             if (first == 0)
-                llmpari_print(&sink, "%5lld %5d %12lld %12lld %13.3f %11.3f ", (long long)group, size, (long long)sum.calls, (long long)sum.bytes, 1e3 * sum.took_s, 1e3 * sum.least_s);
+                llmpari_print(&sink, "%5lld %5d %8s %12lld %12lld %13.3f %11.3f ", (long long)group, size, members, (long long)sum.calls, (long long)sum.bytes, 1e3 * sum.took_s, 1e3 * sum.least_s);
             for (int32_t r = 0; r < LLMPARI_LATE; r++) if (sum.late[r]) llmpari_print(&sink, " rank %d %.0f %%", first + r, 100.0 * (double)sum.late[r] / (double)sum.known);
         }
         llmpari_print(&sink, "\n");

@@ -371,11 +371,11 @@ comm_tests() {
 trace_tests() {
     t=$B/trace; read="python3 tests/trace.py"
     good "a trace of two ranks"          '^wrote .*/two.json and .*/two.svg$' $t $S --mesh tp=2 --steps 2 --out "$T/two"
-    good "a step's collectives, once each" '^ +[1-9][0-9]* +2 +10 +7936 ' $t --steps 1 --out "$T/one"
+    good "a step's collectives, once each" '^ +[1-9][0-9]* +2 +0-1 +10 +7936 ' $t --steps 1 --out "$T/one"
     if command -v python3 > /dev/null; then
         for mesh in tp=1 tp=2 tp=3 dp=2,tp=2 dp=3 tp=8; do
             $t $S --mesh $mesh --steps 2 --out "$T/seen" > "$T/seen.txt" 2> "$T/err" || bad "trace --mesh $mesh: $(cat "$T/err")"
-            case $mesh in tp=1|tp=8) damage=""; says='calls on [18] ranks$' ;; *) damage=--self-test; says='; 49 kinds of damage are found$' ;; esac
+            case $mesh in tp=1|tp=8) damage=""; says='calls on [18] ranks$' ;; *) damage=--self-test; says='; 50 kinds of damage are found$' ;; esac
             good "the trace of $mesh is sound" "$says" $read $damage "$T/seen.json" "$T/seen.svg" "$T/seen.txt"
         done
         good "trace.py says what it reads" 'OUT.json OUT.svg TABLE'   $read --help

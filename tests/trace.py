@@ -89,15 +89,18 @@ def read_groups(calls):
     return groups
 
 
-def check_table(groups, text):
+def check_table(groups, made_by, text):
     rows = {}
     for line in text.split("came last\n", 1)[1].splitlines():
-        m = re.fullmatch(r" *(\d+) +(\d+) +(\d+) +(\d+) +([\d.]+) +([\d.]+) *(.*)", line)
+        m = re.fullmatch(r" *(\d+) +(\d+) +([\d,/.-]+) +(\d+) +(\d+) +([\d.]+) +([\d.]+) *(.*)", line)
         if m:
             rows[int(m[1])] = m.groups()[1:]
     need(rows.keys() == groups.keys(), f"groups of the table {sorted(rows)}, of the trace {sorted(groups)}")
     for group, calls in groups.items():
-        ranks, n, size, mean, least, came = rows[group]
+        ranks, members, n, size, mean, least, came = rows[group]
+        m = re.fullmatch(r"(\d+)-(\d+)(?:/(\d+))?", members)
+        listed = list(range(int(m[1]), int(m[2]) + 1, int(m[3] or 1))) if m else [int(r) for r in members.split(",")]
+        need(listed == made_by[group], f"group {group}: the table's members are {members}, the trace's {made_by[group]}")
         late = [c[0][3]["last"] for c in calls if "last" in c[0][3]]
         want = " ".join(f"rank {r} {100.0 * late.count(r) / len(late):.0f} %" for r in sorted(set(late)))
         need((int(ranks), int(n)) == (len(calls[0]), len(calls)), f"group {group}: the table has {n} calls of {ranks} ranks, the trace {len(calls)} of {len(calls[0])}")
@@ -233,7 +236,8 @@ def self_test_pipe(trace, picture, table):
 def check(trace, picture, table):
     calls = read_calls(json.loads(trace))
     groups = read_groups(calls)
-    check_table(groups, table)
+    made_by = {group: sorted(rank for rank, list_ in calls.items() if any(c[3]["group"] == group for c in list_)) for group in groups}
+    check_table(groups, made_by, table)
     check_picture(calls, picture)
     return sum(map(len, calls.values())), len(calls)
 
@@ -315,7 +319,8 @@ def self_test(trace, picture, table):
     events("ms, the trace", lambda l: [e.update(ts=e["ts"] * 1.5) for e in l if e["ph"] in "BE"])
     events("not where the axis says", lambda l: [e.update(ts=e["ts"] + 100) for e in l if e["ph"] in "BE"])
     damaged("Expecting", (trace[:-3], picture, table))
-    row = re.search(r"(?m)^( *[1-9]\d* +\d+ +)(\d+)( +)(\d+)( +)([\d.]+)( +)([\d.]+) +rank (\d+)", table)
+    row = re.search(r"(?m)^( *[1-9]\d* +\d+ +[\d,/-]+ +)(\d+)( +)(\d+)( +)([\d.]+)( +)([\d.]+) +rank (\d+)", table)
+    damaged("members are", (trace, picture, table[:row.start()] + re.sub(r"^( *\d+ +\d+ +)\d+", r"\g<1>9", row[0]) + table[row.end():]))
     for group, words in ((2, "calls of"), (4, "bytes"), (6, "ms, the trace"), (8, "ms, the trace"), (9, "came last, the trace")):
         other = f"{float(row[group]) + 0.01:.3f}" if "." in row[group] else str(int(row[group]) + 1)
         damaged(words, (trace, picture, table[:row.start(group)] + other + table[row.end(group):]))
