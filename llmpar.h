@@ -1087,8 +1087,8 @@ LLMPAR_DEF void llmpar_trace_write(const llmpar_trace *const *trace, int32_t n, 
 // The same as a picture (SVG), for some hundred calls a rank: one track per rank, bars to scale (at least a pixel), a colour per collective, pale until the last rank came; pointing at a bar
 // shows what it is. In the gaps a rank works by itself. Allocates nothing.
 LLMPAR_DEF void llmpar_trace_svg(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink);
-// A table: per group its ranks ("0-6/2" = 0, 2, 4, 6) and collectives, payload bytes of a rank, time in calls (mean over ranks), of it not spent waiting for others (per collective the least over ranks), and
-// who came last how often.
+// A table: per group its ranks ("0-6/2" = 0, 2, 4, 6) and collectives, payload bytes of a rank, time in calls (mean over ranks), of it not spent waiting for others (per collective the
+// least over ranks), and who came last how often.
 LLMPAR_DEF void llmpar_trace_summary(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink);
 
 // Goes on without the ranks that are lost. Every rank that goes on calls it after its world has stopped; it waits until all others have called it too or are lost: their
@@ -12506,6 +12506,7 @@ typedef struct llmpari_end {       // one member's end; but for `left` used by i
     int64_t free_until;            // collectives below this one have a free slot
     int32_t scan;                  // members below this one have arrived at `finished`
     bool    checked, direct;       // of `finished`: signatures are equal; not all are boxed
+    bool    told;                  // waits[] was set for a call of this end
     bool    slices;                // direct: a unit is a slice of every output, or what a member sends; else a member's output
     double  timeout_s[LLMPARI_FLIGHT], since[LLMPARI_FLIGHT];   // of the calls in flight; since: when llmpar_test first found the call not done, 0 = not yet
     int64_t used[2];               // collective that used this member's large box last, + 1
@@ -13001,6 +13002,7 @@ LLMPARI_FN bool llmpari_all_arrived(llmpari_end *end, int64_t k) {
 LLMPARI_FN void llmpari_waits_not(llmpari_end *end) {
     llmpar_threads *world = end->team->world;
     int64_t *waits = &world->waits[llmpari_me(end)];
+    end->told = false;
     if (llmpari_comm_load(world, waits) >= 0) llmpari_comm_release(world, waits, -1);
 }
 
@@ -13009,7 +13011,7 @@ LLMPARI_FN void llmpari_retire(llmpari_end *end) {
     end->finished++;
     end->scan    = 0;
     end->checked = false;
-    llmpari_waits_not(end);
+    if (end->told) llmpari_waits_not(end);
     llmpari_comm_release(team->world, &team->retired[end->comm.rank].value, end->finished);       // no fence: who sleeps for a slot looks again in time
     llmpari_wake(team);
 }
@@ -13208,6 +13210,7 @@ LLMPARI_FN llmpar_status llmpari_patience(const llmpari_wish *wish, double began
     const llmpari_team *team = wish->end->team;
     LLMPARI_TRY(llmpari_never(wish, err));
     int32_t missing = llmpari_missing(wish);
+    wish->end->told = true;
     llmpari_comm_release(team->world, &team->world->waits[llmpari_me(wish->end)], missing < team->n ? team->ranks[missing] : -1);
     if (now - began <= wish->timeout_s || missing == team->n) return LLMPAR_OK;
     return llmpari_too_late(wish, now - began, err);
