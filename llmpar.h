@@ -1022,7 +1022,7 @@ typedef struct llmpar_trace_event {
     int64_t payload_bytes;
     int64_t group;                 // llmpar_comm.id
     int32_t kind, size;            // llmpar_collective; ranks of the group
-    int32_t late;                  // the rank (of the world) that came last; -1 = not known
+    int32_t late;                  // the rank (of the world) that came last; -1 = not known: not all members are traced, or the call failed
     double  late_s;                // when it came, if known: the others had waited until then
 } llmpar_trace_event;
 // The caller's array. n counts on when it is full, the rest is lost; the caller may set it to 0 to begin anew while nothing is in flight.
@@ -1045,11 +1045,12 @@ typedef struct llmpar_comm_vtable {
 struct llmpar_comm {
     const llmpar_comm_vtable *vtable;
     int32_t  rank, size;           // this end's number in the group
-    double   timeout_s;            // a call that waits longer for other ranks returns LLMPAR_TIMEOUT and stops the world; INFINITY = never. This end's own; groups inherit it
+    double   timeout_s;            // a call that waits longer for other ranks returns LLMPAR_TIMEOUT and stops the world; INFINITY = never. This end's own; groups inherit it. A
+                                   // call that finds 0 makes it 60 s; below 0 and NaN are LLMPAR_BAD_ARGUMENT
     llmpar_comm_stats stats;
     llmpar_trace *trace;           // this rank's, or NULL
     int64_t  id;                   // the same on all members, 0 = the world
-    int32_t  late;                 // while traced: the rank that came last to the collective that ended last; -1 = not known
+    int32_t  late;                 // while traced: the rank that came last to the collective that was waited for last; -1 = not known
     double   late_s;               // and when it came
     void    *impl;                 // the backend's own
 };
@@ -1089,8 +1090,8 @@ LLMPAR_DEF void llmpar_trace_write(const llmpar_trace *const *trace, int32_t n, 
 // The same as a picture (SVG), for some hundred calls a rank: one track per rank, bars to scale (at least a pixel), a colour per collective, pale until the last rank came; pointing at a bar
 // shows what it is. In the gaps a rank works by itself. Allocates nothing.
 LLMPAR_DEF void llmpar_trace_svg(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink);
-// A table: per group its collectives, payload bytes of a rank, time in calls (mean over ranks), of it not spent waiting for others (per collective the least over ranks), and
-// who came last how often.
+// A table: per group its ranks ("0-6/2" = 0, 2, 4, 6) and collectives, payload bytes of a rank, time in calls (mean over ranks), of it not spent waiting for others (per collective the
+// least over ranks), and who came last how often.
 LLMPAR_DEF void llmpar_trace_summary(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink);
 
 // Goes on without the ranks that are lost. Every rank that goes on calls it after its world has stopped; it waits until all others have called it too or are lost: their
@@ -1125,12 +1126,13 @@ typedef struct llmpar_threads llmpar_threads;
 LLMPAR_DEF llmpar_status llmpar_threads_create(const llmpar_threads_desc *desc, llmpar_threads **threads, llmpar_error *err);
 LLMPAR_DEF llmpar_comm_tuning llmpar_threads_tuning(const llmpar_threads *threads);          // what is in use; to be saved and given next time
 LLMPAR_DEF llmpar_comm  *llmpar_threads_comm(llmpar_threads *threads, int32_t rank);        // the world as rank sees it; owned by threads; NULL: no such rank
-// From any thread: every waiting and every later call returns LLMPAR_ABORTED with "rank CULPRIT: why"; culprit -1 = no rank.
+// From any thread: every waiting and every later call returns LLMPAR_ABORTED with "rank CULPRIT: why"; culprit -1 = no rank. Also in the worlds that llmpar_comm_shrink
+// made of it, with the culprit's number there.
 LLMPAR_DEF void          llmpar_threads_abort(llmpar_threads *threads, int32_t culprit, const char *why);
 LLMPAR_DEF void          llmpar_threads_free(llmpar_threads *threads);                        // when no thread is in a call any more; frees the groups too
 // Runs fn(comm, user) on n ranks, one thread each (rank 0 on the caller's), and waits. The first failing rank's status and error are returned
 // ("rank 2: ..."; a rank that was only aborted comes after the others); the others are aborted. A rank that waits for one whose fn has returned gets
-// LLMPAR_MISMATCH. When a thread cannot be started, fn runs on no rank.
+// LLMPAR_MISMATCH; a fn that returns with a call of the world in flight has failed with LLMPAR_BAD_ARGUMENT. When a thread cannot be started, fn runs on no rank.
 typedef llmpar_status (*llmpar_rank_fn)(llmpar_comm *world, void *user, llmpar_error *err);
 LLMPAR_DEF llmpar_status llmpar_threads_run(const llmpar_threads_desc *desc, llmpar_rank_fn fn, void *user, llmpar_error *err);
 #endif
@@ -1155,7 +1157,8 @@ typedef struct llmpar_launch {
     int32_t master_port;           // MASTER_PORT; 0 = not said
 } llmpar_launch;
 typedef const char *(*llmpar_lookup)(const char *name, void *user);                          // value of an environment variable, NULL = not set
-// lookup NULL = getenv. Errors (LLMPAR_BAD_ARGUMENT) name variable and value: not a number, below 0, rank >= size, a rank without a size, launchers that disagree.
+// lookup NULL = getenv. Errors (LLMPAR_BAD_ARGUMENT) name variable and value: not a number, below 0, rank >= size, a rank without a size, a local rank
+// without a rank, launchers that disagree.
 LLMPAR_DEF llmpar_status llmpar_launch_read(llmpar_lookup lookup, void *user, llmpar_launch *launch, llmpar_error *err);
 LLMPAR_DEF const char   *llmpar_launcher_name(llmpar_launcher launcher);                     // "torchrun", "mpirun (Open MPI)", ..., "no launcher"
 
@@ -12015,11 +12018,19 @@ LLMPARI_FN llmpar_trace_event *llmpari_trace_begin(llmpar_comm *comm, int32_t ki
     event->late  = -1;
     return event;
 }
-LLMPARI_FN void llmpari_trace_end(const llmpar_comm *comm, llmpar_trace_event *event) {
+LLMPARI_FN void llmpari_trace_end(const llmpar_comm *comm, llmpar_trace_event *event, llmpar_status status) {
     event->end_s = llmpari_now();
-    if (event->kind == LLMPAR_SEND || event->kind == LLMPAR_RECV) return;
+    if (status || event->kind == LLMPAR_SEND || event->kind == LLMPAR_RECV) return;
     event->late   = comm->late;
     event->late_s = comm->late_s;
+}
+
+// The communicator's deadline may have been changed by the caller.
+LLMPARI_FN llmpar_status llmpari_comm_patience(llmpar_comm *comm, llmpar_error *err) {
+    if (comm->timeout_s > 0) return LLMPAR_OK;
+    if (!(comm->timeout_s >= 0)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the communicator's timeout_s is %g; it must be >= 0 (0 = 60 s)", comm->timeout_s);
+    comm->timeout_s = 60;
+    return LLMPAR_OK;
 }
 
 // Stops the others when the arguments are bad: they would wait for a call that never comes. *event: of the trace, begun, or NULL.
@@ -12029,7 +12040,8 @@ LLMPARI_FN llmpar_status llmpari_comm_start(llmpar_comm *comm, const llmpar_call
     if (!err) err = &own;
     if (!comm || !call) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the %s of a collective is NULL", comm ? "call" : "communicator");
     double began = comm->trace ? llmpari_now() : 0;
-    llmpar_status status = llmpari_call_check(comm, call, &x, err);
+    llmpar_status status = llmpari_comm_patience(comm, err);
+    if (!status) status = llmpari_call_check(comm, call, &x, err);
     if (status) {
         if (comm->vtable->abort) comm->vtable->abort(comm, err->text);
         return status;
@@ -12045,14 +12057,14 @@ LLMPARI_FN llmpar_status llmpari_comm_call(llmpar_comm *comm, const llmpar_call 
     int64_t ticket = 0;
     bool done = false;
     llmpar_status status;
-    if (comm && comm->vtable->quick && !comm->trace && llmpari_call_plain(call) && comm->vtable->quick(comm, call, &status, err)) {
+    if (comm && comm->vtable->quick && !comm->trace && comm->timeout_s > 0 && llmpari_call_plain(call) && comm->vtable->quick(comm, call, &status, err)) {
         comm->stats.calls[LLMPAR_ALL_REDUCE]++;
         comm->stats.payload_bytes[LLMPAR_ALL_REDUCE] += call->count * llmpar_dtype_bytes(call->dtype);
         return status;
     }
     LLMPARI_TRY(llmpari_comm_start(comm, call, &ticket, &event, err));
     status = comm->vtable->wait(comm, ticket, true, &done, err);
-    if (event) llmpari_trace_end(comm, event);
+    if (event) llmpari_trace_end(comm, event, status);
     return status;
 }
 
@@ -12130,13 +12142,14 @@ LLMPARI_FN llmpar_status llmpari_request_finish(llmpar_request *request, bool bl
     *done = true;
     if (!request || !request->comm) return LLMPAR_OK;
     *done = false;
-    llmpar_trace_event *event = request->event ? &request->comm->trace->event[request->event - 1] : NULL;
+    llmpar_trace *trace = request->comm->trace;                                            // may have been taken away, or changed
+    llmpar_trace_event *event = request->event && trace && request->event <= trace->capacity ? &trace->event[request->event - 1] : NULL;
     double began = event ? llmpari_now() : 0;
     llmpar_status status = request->comm->vtable->wait(request->comm, request->ticket, block, done, err);
     if (!status && !*done) return LLMPAR_OK;
     if (event) {
         event->begin_s = began;
-        llmpari_trace_end(request->comm, event);
+        llmpari_trace_end(request->comm, event, status);
     }
     request->comm = NULL;
     request->ticket = request->event = 0;
@@ -12192,6 +12205,7 @@ LLMPAR_DEF llmpar_status llmpar_comm_shrink(llmpar_comm *comm, llmpar_comm **sur
     if (!comm || !survivors) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_comm_shrink: %s is NULL", comm ? "survivors" : "comm");
     *survivors = NULL;
     if (!comm->vtable->shrink) return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "this communicator cannot go on without a rank");
+    LLMPARI_TRY(llmpari_comm_patience(comm, err));
     return comm->vtable->shrink(comm, survivors, err);
 }
 
@@ -12334,9 +12348,31 @@ LLMPARI_FN llmpari_trace_sum llmpari_trace_add(const llmpar_trace *const *trace,
     return sum;
 }
 
+// The ranks whose traces have the group: "0-3", every second one "0-6/2", else "0,1,4,5".
+LLMPARI_FN void llmpari_trace_members(char *text, size_t bytes, const llmpar_trace *const *trace, int32_t n, int64_t group) {
+    int32_t first = -1, last = -1, step = 0;
+    int at = 0, list = 0;
+    bool even = true;
+    text[0] = 0;
+    for (int32_t r = 0; r < n; r++) {
+        int64_t i = 0, events = llmpari_trace_events(trace[r]);
+        while (i < events && trace[r]->event[i].group != group) i++;
+        if (i == events) continue;
+        if (first < 0) first = r;
+        else if (step == 0) step = r - last;
+        else even = even && r - last == step;
+        last = r;
+        if (list++ < 8) llmpari_append(text, bytes, &at, "%s%d", list > 1 ? "," : "", r);
+    }
+    if (list > 8) llmpari_append(text, bytes, &at, ",...");
+    if (even && step == 1) snprintf(text, bytes, "%d-%d", first, last);
+    else if (even && step > 1 && list > 2) snprintf(text, bytes, "%d-%d/%d", first, last, step);
+}
+
 LLMPAR_DEF void llmpar_trace_summary(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink) {
+    char members[128];
     int64_t last_group = -1;
-    llmpari_print(&sink, "group ranks  collectives        bytes   in calls ms    least ms  came last\n");
+    llmpari_print(&sink, "group ranks  members  collectives        bytes   in calls ms    least ms  came last\n");
     for (;;) {
         int64_t group = INT64_MAX;
         int32_t size = 0;
@@ -12346,8 +12382,9 @@ LLMPAR_DEF void llmpar_trace_summary(const llmpar_trace *const *trace, int32_t n
         if (group == INT64_MAX) return;
         for (int32_t first = 0; first == 0 || first < n; first += LLMPARI_LATE) {
             llmpari_trace_sum sum = llmpari_trace_add(trace, n, group, first);
+            if (first == 0) llmpari_trace_members(members, sizeof members, trace, n, group);
             if (first == 0)
-                llmpari_print(&sink, "%5lld %5d %12lld %12lld %13.3f %11.3f ", (long long)group, size, (long long)sum.calls, (long long)sum.bytes, 1e3 * sum.took_s, 1e3 * sum.least_s);
+                llmpari_print(&sink, "%5lld %5d %8s %12lld %12lld %13.3f %11.3f ", (long long)group, size, members, (long long)sum.calls, (long long)sum.bytes, 1e3 * sum.took_s, 1e3 * sum.least_s);
             for (int32_t r = 0; r < LLMPARI_LATE; r++) if (sum.late[r]) llmpari_print(&sink, " rank %d %.0f %%", first + r, 100.0 * (double)sum.late[r] / (double)sum.known);
         }
         llmpari_print(&sink, "\n");
@@ -12371,19 +12408,37 @@ typedef struct llmpari_self {
     char why[512];
 } llmpari_self;
 
+LLMPARI_FN void llmpari_self_abort(llmpar_comm *comm, const char *why) {
+    llmpari_self *self = (llmpari_self *)comm->impl;
+    if (self->aborted) return;
+    self->aborted = true;
+    snprintf(self->why, sizeof self->why, "%s", why ? why : "no reason was given");
+}
+// The error is for good: no later call moves a byte, and what waits in call[] fails.
+LLMPARI_PRINTF(4, 5)
+LLMPARI_FN llmpar_status llmpari_self_fail(llmpari_self *self, llmpar_status status, llmpar_error *err, const char *format, ...) {
+    char text[sizeof self->why];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    llmpari_self_abort(&self->comm, text);
+    return LLMPARI_FAIL(err, status, "%s", text);
+}
+
 LLMPARI_FN llmpar_status llmpari_self_mail(llmpari_self *self, const llmpar_call *call, int64_t *ticket, llmpar_error *err) {
     llmpar_call *oldest = &self->call[0];
     *ticket = ++self->tickets;
     if (self->waiting == 0 || oldest->kind == call->kind) {
         if (self->waiting == LLMPARI_SELF_MAIL)
-            return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "%d Send or Recv to oneself wait already; start their counterparts first", LLMPARI_SELF_MAIL);
+            return llmpari_self_fail(self, LLMPAR_UNSUPPORTED, err, "%d Send or Recv to oneself wait already; start their counterparts first", LLMPARI_SELF_MAIL);
         self->ticket[self->waiting] = *ticket;
         self->call[self->waiting++] = *call;
         return LLMPAR_OK;
     }
     const llmpar_call *send = call->kind == LLMPAR_SEND ? call : oldest, *recv = call->kind == LLMPAR_SEND ? oldest : call;
     if (send->count != recv->count || send->dtype != recv->dtype)
-        return LLMPARI_FAIL(err, LLMPAR_MISMATCH, "rank 0 sends %s[%lld] to itself and receives %s[%lld]",
+        return llmpari_self_fail(self, LLMPAR_MISMATCH, err, "rank 0 sends %s[%lld] to itself and receives %s[%lld]",
                             llmpar_dtype_name(send->dtype), (long long)send->count, llmpar_dtype_name(recv->dtype), (long long)recv->count);
     llmpari_move_bytes((char *)recv->recv, (const char *)send->send, send->count * llmpar_dtype_bytes(send->dtype));
     self->waiting--;
@@ -12400,7 +12455,7 @@ LLMPARI_FN llmpar_status llmpari_self_start(llmpar_comm *comm, const llmpar_call
     if (call->kind == LLMPAR_SEND || call->kind == LLMPAR_RECV) return llmpari_self_mail(self, call, ticket, err);
     LLMPARI_TRY(llmpari_call_extent(comm, call, &x, err));
     if (x.send != x.recv && call->kind != LLMPAR_BROADCAST)
-        return LLMPARI_FAIL(err, LLMPAR_MISMATCH, "rank 0 sends %lld bytes to itself and expects %lld", (long long)x.send, (long long)x.recv);
+        return llmpari_self_fail(self, LLMPAR_MISMATCH, err, "rank 0 sends %lld bytes to itself and expects %lld", (long long)x.send, (long long)x.recv);
     llmpari_move_bytes((char *)call->recv, (const char *)call->send, x.recv);
     return LLMPAR_OK;
 }
@@ -12412,21 +12467,13 @@ LLMPARI_FN llmpar_status llmpari_self_wait(llmpar_comm *comm, int64_t ticket, bo
     if (*done) return LLMPAR_OK;
     if (self->aborted) return LLMPARI_FAIL(err, LLMPAR_ABORTED, "aborted: rank 0: %s", self->why);
     if (!block) return LLMPAR_OK;
-    self->waiting = 0;                                                                     // the buffers go back to the caller
-    return LLMPARI_FAIL(err, LLMPAR_MISMATCH, "rank 0 waits for a %s to itself that has no counterpart; start that one first, then wait",
+    return llmpari_self_fail(self, LLMPAR_MISMATCH, err, "rank 0 waits for a %s to itself that has no counterpart; start that one first, then wait",
                         llmpar_collective_name(self->call[0].kind));
 }
 
 LLMPARI_FN llmpar_status llmpari_self_group(llmpar_comm *comm, const int32_t *members, int32_t n, llmpar_comm **sub, llmpar_error *err) {
     if (n != 1 || members[0] != 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "a group of %d members cannot be made from a group of one", n);
     return llmpar_comm_self(&((llmpari_self *)comm->impl)->allocator, sub, err);
-}
-
-LLMPARI_FN void llmpari_self_abort(llmpar_comm *comm, const char *why) {
-    llmpari_self *self = (llmpari_self *)comm->impl;
-    if (self->aborted) return;
-    self->aborted = true;
-    snprintf(self->why, sizeof self->why, "%s", why ? why : "no reason was given");
 }
 
 LLMPARI_FN void llmpari_self_free(llmpar_comm *comm) {
@@ -12491,7 +12538,7 @@ struct llmpari_post {              // what one member asks for: a cache line tha
     char       *recv;
     int64_t    *counts;            // [n] send_counts, [n] recv_counts: copies
     uint64_t    sent, wanted;      // AllToAll: sums of hashes of (from, to, count), equal over the team when the counts fit together
-    double      came;              // when, if traced
+    double      came;              // when, if traced; 0 = not known
     char        pad[LLMPARI_LINE - 64 - 48];
 };
 typedef struct llmpari_post llmpari_post;
@@ -12504,7 +12551,7 @@ typedef struct llmpari_mail {      // a Send or Recv that waits for its counterp
     int64_t seq;                   // of this member's Send and Recv
     char   *data;
     int64_t count;
-    double  timeout_s;
+    double  timeout_s, since;      // since: when llmpar_test first found it not done; 0 = not yet
     int32_t peer, dtype, box;      // box -1: data is the caller's
     char   *to;                    // the copy of a large message, in chunks that both sides take: of how many bytes, from where to where ...
     const char *from;
@@ -12520,13 +12567,16 @@ typedef struct llmpari_end {       // one member's end; but for `left` used by i
     int64_t free_until;            // collectives below this one have a free slot
     int32_t scan;                  // members below this one have arrived at `finished`
     bool    checked, direct;       // of `finished`: signatures are equal; not all are boxed
+    bool    told;                  // waits[] was set for a call of this end
     bool    slices;                // direct: a unit is a slice of every output, or what a member sends; else a member's output
-    double  timeout_s[LLMPARI_FLIGHT];   // of the calls in flight
+    double  timeout_s[LLMPARI_FLIGHT], since[LLMPARI_FLIGHT];   // of the calls in flight; since: when llmpar_test first found the call not done, 0 = not yet
     int64_t used[2];               // collective that used this member's large box last, + 1
+    int64_t late_of[LLMPARI_FLIGHT];     // traced: collective + 1 whose last member and its time ...
+    int32_t late[LLMPARI_FLIGHT];        // ... these are
+    double  late_s[LLMPARI_FLIGHT];
     bool    drained;               // the world has stopped and nobody touches this end's buffers any more
     bool    joined;                // under the world's mutex
     int64_t mails;                 // Send and Recv so far
-    double  since;                 // when llmpar_test first found the oldest call not done; 0 = not yet
     int64_t left;                  // shared: freed by its member
     char    pad[LLMPARI_LINE];
 } llmpari_end;
@@ -12575,7 +12625,7 @@ struct llmpar_threads {
     llmpari_team    *teams, *team; // all, newest first; the world's own
     int64_t          team_ids;
     int64_t         *gone;         // [n] shared: the rank's function has returned
-    int64_t         *waits;        // [n] shared: the rank that it waits for, while it waits long; -1 = none
+    int64_t         *waits;        // [n] shared: the rank that it waits for, while it waits long or llmpar_test finds its call not done; -1 = none
     llmpar_threads  *successor;    // after llmpar_comm_shrink: the world of the survivors ...
     int64_t         *stays;        // [n] ... who asked for it, 1; its rank there + 2
 };
@@ -12908,9 +12958,14 @@ LLMPARI_FN llmpar_status llmpari_check_posts(llmpari_end *end, int64_t k, llmpar
     end->free_until = llmpari_max(end->free_until, k - lag + LLMPARI_FLIGHT);
     if (end->comm.trace) {
         int32_t last = 0;
-        for (int32_t i = 1; i < team->n; i++) if (row[i].came > row[last].came) last = i;
-        end->comm.late   = team->ranks[last];
-        end->comm.late_s = row[last].came;
+        bool known = row[0].came > 0;
+        for (int32_t i = 1; i < team->n; i++) {
+            known = known && row[i].came > 0;
+            if (row[i].came > row[last].came) last = i;
+        }
+        end->late_of[k & (LLMPARI_FLIGHT - 1)] = known ? k + 1 : 0;
+        end->late   [k & (LLMPARI_FLIGHT - 1)] = team->ranks[last];
+        end->late_s [k & (LLMPARI_FLIGHT - 1)] = row[last].came;
     }
     return LLMPAR_OK;
 }
@@ -13004,12 +13059,20 @@ LLMPARI_FN bool llmpari_all_arrived(llmpari_end *end, int64_t k) {
     return end->scan == end->team->n;
 }
 
+// This rank got on: others that wait for it wait for nobody behind it.
+LLMPARI_FN void llmpari_waits_not(llmpari_end *end) {
+    llmpar_threads *world = end->team->world;
+    int64_t *waits = &world->waits[llmpari_me(end)];
+    end->told = false;
+    if (llmpari_comm_load(world, waits) >= 0) llmpari_comm_release(world, waits, -1);
+}
+
 LLMPARI_FN void llmpari_retire(llmpari_end *end) {
     llmpari_team *team = end->team;
     end->finished++;
     end->scan    = 0;
     end->checked = false;
-    end->since   = 0;
+    if (end->told) llmpari_waits_not(end);
     llmpari_comm_release(team->world, &team->retired[end->comm.rank].value, end->finished);       // no fence: who sleeps for a slot looks again in time
     llmpari_wake(team);
 }
@@ -13121,15 +13184,27 @@ LLMPARI_FN void llmpari_describe_wish(char *text, size_t bytes, const llmpari_wi
     } else snprintf(text, bytes, "a Send or Recv (%d messages are under way already)", LLMPARI_MAIL);
 }
 
+// The oldest Send or Recv that a member has in flight.
+LLMPARI_FN bool llmpari_describe_mail_of(char *text, size_t bytes, llmpari_team *team, int32_t member) {
+    const llmpari_mail *mail = &team->mail[(int64_t)member * LLMPARI_MAIL], *oldest = NULL;
+    llmpari_mail_lock(team);
+    for (int32_t i = 0; i < LLMPARI_MAIL; i++) if (mail[i].held && mail[i].state == LLMPARI_POSTED && (!oldest || mail[i].seq < oldest->seq)) oldest = &mail[i];
+    if (oldest) snprintf(text, bytes, "; rank %d has a %s %s[%lld] %s rank %d in flight", team->ranks[member], oldest->is_send ? "Send" : "Recv",
+                         llmpar_dtype_name((llmpar_dtype)oldest->dtype), (long long)oldest->count, oldest->is_send ? "to" : "from", team->ranks[oldest->peer]);
+    llmpari_mail_unlock(team);
+    return oldest != NULL;
+}
+
 // What the first missing member did last in this team, for the text of a timeout.
 LLMPARI_FN void llmpari_describe_missing(char *text, size_t bytes, const llmpari_wish *wish) {
     llmpari_team *team = wish->end->team;
     int64_t last = 0;
     bool joined;
     text[0] = 0;
-    if (wish->goal != LLMPARI_GOAL_CALL) return;
+    if (wish->goal != LLMPARI_GOAL_CALL && wish->goal != LLMPARI_GOAL_MAIL) return;
     int32_t first = llmpari_missing(wish);
     if (first == team->n) return;
+    if (wish->goal == LLMPARI_GOAL_MAIL && llmpari_describe_mail_of(text, bytes, team, first)) return;
     pthread_mutex_lock(team->world->mutex);
     joined = team->ends[first].joined;
     pthread_mutex_unlock(team->world->mutex);
@@ -13196,6 +13271,7 @@ LLMPARI_FN llmpar_status llmpari_patience(const llmpari_wish *wish, double began
     const llmpari_team *team = wish->end->team;
     LLMPARI_TRY(llmpari_never(wish, err));
     int32_t missing = llmpari_missing(wish);
+    wish->end->told = true;
     llmpari_comm_release(team->world, &team->world->waits[llmpari_me(wish->end)], missing < team->n ? team->ranks[missing] : -1);
     if (now - began <= wish->timeout_s || missing == team->n) return LLMPAR_OK;
     return llmpari_too_late(wish, now - began, err);
@@ -13203,15 +13279,13 @@ LLMPARI_FN llmpar_status llmpari_patience(const llmpari_wish *wish, double began
 
 LLMPARI_FN llmpar_status llmpari_poll(const llmpari_wish *wish, bool *done, llmpar_error *err) {
     llmpari_end *end = wish->end;
+    double *since = wish->goal == LLMPARI_GOAL_MAIL ? &llmpari_mail_of(end, wish->arg)->since : &end->since[wish->arg & (LLMPARI_FLIGHT - 1)];
     LLMPARI_TRY(llmpari_step(wish, done, err));
-    if (*done) {
-        if (end->since > 0) llmpari_comm_release(end->team->world, &end->team->world->waits[llmpari_me(end)], -1);
-        return LLMPAR_OK;
-    }
+    if (*done) return LLMPAR_OK;
     if (llmpari_comm_load(end->team->world, &end->team->world->stopped)) return llmpari_last_step(wish, done, err);
     double now = llmpari_now();
-    if (end->since == 0) end->since = now;
-    return llmpari_patience(wish, end->since, now, err);
+    if (*since == 0) *since = now;
+    return llmpari_patience(wish, *since, now, err);
 }
 
 // Spins, then yields, then sleeps. Short spins only: with more ranks than cores the one that is waited for needs this core.
@@ -13242,7 +13316,7 @@ LLMPARI_FN llmpar_status llmpari_await(const llmpari_wish *wish, llmpar_error *e
         mark = llmpari_comm_load(world, &team->wakes);
     }
     if (armed) llmpari_add(world, &team->sleepers->value, -1);
-    if (began > 0) llmpari_comm_release(world, &world->waits[llmpari_me(wish->end)], -1);
+    llmpari_waits_not(wish->end);
     return status;
 }
 
@@ -13289,6 +13363,7 @@ LLMPARI_FN llmpari_mail *llmpari_mail_post(llmpari_end *end, const llmpar_call *
     mail->box     = -1;
     mail->held    = true;
     mail->timeout_s = call->timeout_s > 0 ? call->timeout_s : end->comm.timeout_s;
+    mail->since   = 0;
     while (box < LLMPARI_MAIL_BOXES && (team->mail_boxed[me] >> box & 1)) box++;
     if (mail->is_send && bytes <= LLMPARI_BOX && box < LLMPARI_MAIL_BOXES) {
         mail->data = team->mail_boxes + ((int64_t)me * LLMPARI_MAIL_BOXES + box) * LLMPARI_BOX;
@@ -13391,7 +13466,7 @@ LLMPARI_FN llmpar_status llmpari_mail_wait(llmpari_end *end, int64_t ticket, boo
     llmpar_status status = block ? llmpari_await(&wish, err) : llmpari_poll(&wish, done, err);
     if (status == LLMPAR_OK && !*done) return LLMPAR_OK;
     *done = status == LLMPAR_OK;
-    end->since = 0;
+    llmpari_waits_not(end);
     llmpari_mail_lock(team);
     llmpari_mail_release(team, end->comm.rank, (int32_t)entry);
     llmpari_mail_unlock(team);
@@ -13459,6 +13534,7 @@ LLMPARI_FN void llmpari_post_mark(llmpari_post *post, const llmpar_call *call) {
     post->count  = call->count;
     post->hash   = 0;
     post->recv   = (char *)call->recv;
+    post->came   = 0;
 }
 LLMPARI_FN bool llmpari_asks(const llmpari_post *post, const llmpar_call *call) {
     unsigned mark = (unsigned)(post->kind ^ (uint8_t)call->kind) | (unsigned)(post->dtype ^ (uint8_t)call->dtype) | (unsigned)(post->reduce ^ (uint8_t)call->reduce) | (unsigned)post->root;
@@ -13473,10 +13549,11 @@ LLMPARI_FN void llmpari_post_publish(llmpari_end *end, llmpari_post *post, int64
 // Writes this member's part of slot k; seq, last, tells the others.
 LLMPARI_FN void llmpari_post_call(llmpari_end *end, const llmpar_call *call, int64_t k) {
     llmpari_post *post = &llmpari_posts(end->team, k)[end->comm.rank];
-    int64_t sent = call->count * llmpar_dtype_bytes(call->dtype), boxed = sent;
+    int64_t sent, boxed;
     llmpari_post_mark(post, call);
     if (end->comm.trace) post->came = llmpari_now();
-    if (call->kind != LLMPAR_ALL_REDUCE) {
+    if (call->kind == LLMPAR_ALL_REDUCE) boxed = sent = call->count * llmpar_dtype_bytes(call->dtype);
+    else {
         llmpari_extent x = llmpari_post_counts(end, call, post);
         sent  = x.send;
         boxed = call->kind == LLMPAR_BROADCAST ? x.payload : x.send;
@@ -13534,6 +13611,7 @@ LLMPARI_FN llmpar_status llmpari_threads_start(llmpar_comm *comm, const llmpar_c
     int64_t k = end->started;
     *ticket = 0;
     if (llmpari_comm_load(world, &world->stopped)) { llmpari_drain(end); return llmpari_stopped(end, err); }
+    llmpari_waits_not(end);                                                                // a call that was only tested, in whichever group
     if (call->kind == LLMPAR_SEND || call->kind == LLMPAR_RECV) return llmpari_mail_start(end, call, ticket, err);
     if (k > end->finished) LLMPARI_TRY(llmpari_advance(end, err));
     if (k - end->finished >= LLMPARI_FLIGHT) {
@@ -13545,6 +13623,7 @@ LLMPARI_FN llmpar_status llmpari_threads_start(llmpar_comm *comm, const llmpar_c
         LLMPARI_TRY(llmpari_await(&slot, err));
     }
     end->timeout_s[k & (LLMPARI_FLIGHT - 1)] = call->timeout_s > 0 ? call->timeout_s : comm->timeout_s;
+    end->since[k & (LLMPARI_FLIGHT - 1)] = 0;
     llmpari_post_call(end, call, k);
     end->started = k + 1;
     *ticket = 2 * k + 2;
@@ -13555,27 +13634,58 @@ LLMPARI_FN llmpar_status llmpari_threads_wait(llmpar_comm *comm, int64_t ticket,
     llmpari_end *end = (llmpari_end *)comm->impl;
     *done = true;
     if (ticket & 1) return llmpari_mail_wait(end, ticket, block, done, err);
-    if (ticket / 2 <= end->finished) return LLMPAR_OK;
-    llmpari_wish wish = llmpari_wish_of(end, LLMPARI_GOAL_CALL, ticket / 2 - 1);
-    if (!block) return llmpari_poll(&wish, done, err);
-    *done = false;
-    LLMPARI_TRY(llmpari_await(&wish, err));
-    *done = true;
-    return LLMPAR_OK;
+    const int64_t k = ticket / 2 - 1;
+    llmpar_status status = LLMPAR_OK;
+    if (k >= end->finished) {
+        llmpari_wish wish = llmpari_wish_of(end, LLMPARI_GOAL_CALL, k);
+        if (!block) status = llmpari_poll(&wish, done, err);
+        else if ((status = llmpari_await(&wish, err)) != LLMPAR_OK) *done = false;
+    }
+    if (comm->trace) {                                                                     // of this collective: later ones may have ended with it
+        bool known = end->late_of[k & (LLMPARI_FLIGHT - 1)] == k + 1;
+        comm->late   = known ? end->late[k & (LLMPARI_FLIGHT - 1)] : -1;
+        comm->late_s = known ? end->late_s[k & (LLMPARI_FLIGHT - 1)] : 0;
+    }
+    return status;
 }
 
-LLMPAR_DEF void llmpar_threads_abort(llmpar_threads *threads, int32_t culprit, const char *why) {
+LLMPARI_FN void llmpari_stop_for(llmpar_threads *world, int32_t culprit, const char *why) {
     char text[900];
-    if (!threads) return;
     if (!why) why = "no reason was given";
-    if (culprit >= 0) snprintf(text, sizeof text, "rank %d: %s", culprit, why);
-    else snprintf(text, sizeof text, "%s", why);
-    llmpari_stop(threads, culprit, text);
+    if (culprit >= 0) snprintf(text, sizeof text, "rank %d: %.800s", culprit, why);
+    else snprintf(text, sizeof text, "%.800s", why);
+    llmpari_stop(world, culprit, text);
 }
 
 LLMPARI_FN void llmpari_threads_comm_abort(llmpar_comm *comm, const char *why) {
     llmpari_end *end = (llmpari_end *)comm->impl;
-    llmpar_threads_abort(end->team->world, llmpari_me(end), why);
+    llmpari_stop_for(end->team->world, llmpari_me(end), why);
+}
+
+// The world after this one, and in *rank (a rank of this one; -1 = none) its number there, -1 if it was lost.
+LLMPARI_FN llmpar_threads *llmpari_succeeded(llmpar_threads *world, int32_t *rank) {
+    pthread_mutex_lock(world->mutex);
+    llmpar_threads *next = world->successor;
+    if (next && *rank >= 0) *rank = world->stays[*rank] >= 2 ? (int32_t)world->stays[*rank] - 2 : -1;
+    pthread_mutex_unlock(world->mutex);
+    return next;
+}
+
+LLMPAR_DEF void llmpar_threads_abort(llmpar_threads *threads, int32_t culprit, const char *why) {
+    if (threads && culprit >= threads->n) culprit = -1;
+    for (; threads; threads = llmpari_succeeded(threads, &culprit)) llmpari_stop_for(threads, culprit, why);
+}
+
+// Is anything started here that is not done?
+LLMPARI_FN bool llmpari_in_flight(llmpari_end *end) {
+    bool any = end->finished < end->started;
+    llmpari_mail_lock(end->team);
+    for (int32_t i = 0; i < LLMPARI_MAIL; i++) {
+        const llmpari_mail *mail = llmpari_mail_of(end, i);
+        any = any || (mail->held && (mail->state == LLMPARI_POSTED || mail->state == LLMPARI_MATCHED || mail->state == LLMPARI_COPYING));
+    }
+    llmpari_mail_unlock(end->team);
+    return any;
 }
 
 LLMPARI_ONCE_BEGIN
@@ -13664,6 +13774,7 @@ LLMPARI_FN llmpari_team *llmpari_team_new(llmpar_threads *world, int32_t n, int6
         end->comm.impl   = end;
         end->comm.timeout_s = world->timeout_s;
         end->comm.id     = world->team_ids;
+        end->comm.late   = -1;
         end->team        = team;
         end->free_until  = LLMPARI_FLIGHT;
     }
@@ -13729,8 +13840,7 @@ LLMPARI_FN void llmpari_threads_comm_free(llmpar_comm *comm) {
     llmpar_threads *world = team->world;
     if (team == world->team) return;                                                       // the world goes with llmpar_threads_free
     (void)llmpari_advance(end, NULL);
-    if (end->finished < end->started)
-        llmpar_threads_abort(world, llmpari_me(end), "a group was freed with a collective in flight; wait for every request first");
+    if (llmpari_in_flight(end)) llmpari_threads_comm_abort(comm, "a group was freed with a call in flight; wait for every request first");
     if (llmpari_comm_load(world, &world->stopped)) llmpari_drain(end);
     pthread_mutex_lock(world->mutex);
     llmpari_comm_store(world, &end->left, 1);
@@ -13745,6 +13855,10 @@ LLMPARI_FN llmpar_status llmpari_threads_check(const llmpar_threads_desc *desc, 
     if (!desc) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_threads_desc is NULL");
     if (desc->n_ranks < 1 || desc->n_ranks > 65536) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_ranks is %d; it must be 1..65536", desc->n_ranks);
     if (!(desc->timeout_s >= 0)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "timeout_s is %g; it must be >= 0 (0 = 60 s)", desc->timeout_s);
+    const llmpar_comm_tuning *t = desc->tuning;
+    if (t && (t->mailbox_bytes < 0 || t->mailbox_bytes > 1 << 20 || t->staged_bytes < 0 || t->staged_bytes > 1 << 20 || t->stream_bytes < 0))
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "tuning: mailbox_bytes is %lld and staged_bytes %lld, which must be 0..%d; stream_bytes is %lld, which must be >= 0",
+                            (long long)t->mailbox_bytes, (long long)t->staged_bytes, 1 << 20, (long long)t->stream_bytes);
     return LLMPAR_OK;
 }
 
@@ -13782,19 +13896,20 @@ LLMPARI_FN llmpar_comm_tuning llmpari_tuning_or(const llmpar_comm_tuning *given)
     cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #endif
     if (given) tuning = *given;
-    if (tuning.mailbox_bytes <= 0) tuning.mailbox_bytes = 1024;
-    if (tuning.stream_bytes  <= 0) tuning.stream_bytes  = cache > 0 ? 8 * cache : 8 << 20;
-    tuning.mailbox_bytes = llmpari_min(tuning.mailbox_bytes, 1 << 20);
-    tuning.staged_bytes  = llmpari_min(tuning.staged_bytes, 1 << 20);
+    if (tuning.mailbox_bytes == 0) tuning.mailbox_bytes = 1024;
+    if (tuning.stream_bytes  == 0) tuning.stream_bytes  = cache > 0 ? 8 * cache : 8 << 20;
     return tuning;
 }
 
 // Measures the ways of a reduction on two threads, with buffers that are written before and read after it as they are in use.
 enum { LLMPARI_PROBE_BYTES = 512 << 10 };
+#define LLMPARI_PROBE_S 0.005
 typedef struct llmpari_probe { llmpar_comm_tuning tuning; float *buffer; double until; } llmpari_probe;
 
-LLMPARI_FN llmpar_status llmpari_probe_time(llmpar_comm *comm, float *buffer, int64_t bytes, int way, double *seconds, llmpar_error *err) {
+// *late: 1 when no further size is to begin; 2: twice the time for all of it is over, nothing was measured. On a busy machine one run may take as long.
+LLMPARI_FN llmpar_status llmpari_probe_time(llmpar_comm *comm, const llmpari_probe *probe, int64_t bytes, int way, double *seconds, float *late, llmpar_error *err) {
     llmpar_threads *world = ((llmpari_end *)comm->impl)->team->world;
+    float *buffer = probe->buffer + comm->rank * (LLMPARI_PROBE_BYTES / 2);
     float *out = buffer + LLMPARI_PROBE_BYTES / 4;
     if (comm->rank == 0) {
         world->tuning.mailbox_bytes = way == 0 ? LLMPARI_PROBE_BYTES : 0;
@@ -13809,34 +13924,32 @@ LLMPARI_FN llmpar_status llmpari_probe_time(llmpar_comm *comm, float *buffer, in
         for (int64_t i = 0; i < bytes / 4; i += LLMPARI_FOLD) llmpari_fold_f32((char *)(buffer + i), (const char *)value, (const char *)value, LLMPARI_FOLD, LLMPAR_SUM);
         LLMPARI_TRY(llmpar_all_reduce(comm, buffer, out, bytes / 4, LLMPAR_F32, LLMPAR_SUM, err));
         for (int64_t i = 0; i < bytes / 4; i += LLMPARI_FOLD) llmpari_fold_f32((char *)sum, (const char *)sum, (const char *)(out + i), LLMPARI_FOLD, LLMPAR_SUM);
-        LLMPARI_TRY(llmpar_barrier(comm, err));
+        double over_s = llmpari_now() - probe->until;
+        *late = over_s > LLMPARI_PROBE_S ? 2.0f : over_s > 0 ? 1.0f : 0.0f;
+        LLMPARI_TRY(llmpar_all_reduce(comm, late, late, 1, LLMPAR_F32, LLMPAR_MAX, err));  // and a barrier
         double took = llmpari_now() - began;
         if (sum[0] != (float)(bytes / 4 / LLMPARI_FOLD * 4 * run)) return LLMPARI_FAIL(err, LLMPAR_MISMATCH, "measured AllReduces gave %g in all", (double)sum[0]);
         if (run && took < *seconds) *seconds = took;
+        if (*late > 1) break;
     }
     return LLMPAR_OK;
 }
 
-LLMPARI_FN llmpar_status llmpari_probe_sizes(llmpar_comm *comm, float *buffer, llmpari_probe *probe, llmpar_error *err) {
+LLMPARI_FN llmpar_status llmpari_probe_rank(llmpar_comm *comm, void *user, llmpar_error *err) {
+    llmpari_probe *probe = (llmpari_probe *)user;
     llmpar_comm_tuning found = LLMPAR_ZERO;
     bool boxes = true;
-    for (int64_t bytes = 4096; bytes <= LLMPARI_PROBE_BYTES; bytes *= 2) {
-        double seconds[3], late = llmpari_now() > probe->until;
-        float stop = (float)late;
-        LLMPARI_TRY(llmpar_all_reduce(comm, &stop, &stop, 1, LLMPAR_F32, LLMPAR_MAX, err));
-        if (stop > 0) break;
-        for (int way = 0; way < 3; way++) LLMPARI_TRY(llmpari_probe_time(comm, buffer, bytes, way, &seconds[way], err));
+    float late = 0;
+    for (int64_t bytes = 4096; bytes <= LLMPARI_PROBE_BYTES && late == 0; bytes *= 2) {
+        double seconds[3];
+        for (int way = 0; way < 3 && late < 2; way++) LLMPARI_TRY(llmpari_probe_time(comm, probe, bytes, way, &seconds[way], &late, err));
+        if (late > 1) break;
         boxes = boxes && seconds[0] < seconds[1] && seconds[0] < 0.9 * seconds[2];      // clearly: a draw goes to the slices
         if (boxes) found.mailbox_bytes = bytes;
         else if (seconds[1] < 0.9 * seconds[2]) found.staged_bytes = bytes;
     }
     if (comm->rank == 0) { probe->tuning.mailbox_bytes = found.mailbox_bytes; probe->tuning.staged_bytes = found.staged_bytes; }
     return LLMPAR_OK;
-}
-
-LLMPARI_FN llmpar_status llmpari_probe_rank(llmpar_comm *comm, void *user, llmpar_error *err) {
-    llmpari_probe *probe = (llmpari_probe *)user;
-    return llmpari_probe_sizes(comm, probe->buffer + comm->rank * (LLMPARI_PROBE_BYTES / 2), probe, err);
 }
 
 // What cannot be measured keeps the defaults.
@@ -13846,7 +13959,7 @@ LLMPARI_FN void llmpari_probe_threads(llmpar_threads *world) {
     llmpar_error ignored;
     probe.tuning    = llmpari_tuning_or(NULL);
     probe.buffer    = (float *)llmpari_alloc(&world->allocator, 4 * (size_t)LLMPARI_PROBE_BYTES);
-    probe.until     = llmpari_now() + 0.005;
+    probe.until     = llmpari_now() + LLMPARI_PROBE_S;
     if (!probe.buffer) return;
     llmpar_comm_tuning boxes = probe.tuning;
     boxes.mailbox_bytes = LLMPARI_PROBE_BYTES;
@@ -13965,27 +14078,31 @@ struct llmpari_run {
 
 LLMPARI_FN void llmpari_runner_go(llmpari_runner *runner) {
     llmpari_run *run = runner->run;
-    llmpar_threads *world = run->world;
-    char text[900];
-    runner->status = run->fn(llmpar_threads_comm(world, runner->rank), run->user, &runner->err);
+    llmpar_threads *world = run->world, *last = world;
+    int32_t at = runner->rank, rank = at;
+    runner->status = run->fn(llmpar_threads_comm(world, at), run->user, &runner->err);
+    for (llmpar_threads *next = world; next && rank >= 0; next = llmpari_succeeded(next, &rank)) { last = next; at = rank; }      // where it was in the end
+    llmpari_end *end = &last->team->ends[at];
+    if (!runner->status && !llmpari_comm_load(last, &last->stopped) && llmpari_in_flight(end))
+        runner->status = LLMPARI_FAIL(&runner->err, LLMPAR_BAD_ARGUMENT, "the function returned with a call in flight; wait for every request first");
     if (runner->status) {
         const char *why = runner->err.status && runner->err.text[0] ? runner->err.text : llmpar_status_text(runner->status);
         pthread_mutex_lock(world->mutex);
         int32_t *first = runner->status == LLMPAR_ABORTED ? &run->first_aborted : &run->first;
         if (*first < 0) *first = runner->rank;
         pthread_mutex_unlock(world->mutex);
-        snprintf(text, sizeof text, "rank %d: %.800s", runner->rank, why);
-        llmpari_stop(world, runner->rank, text);
+        llmpari_stop_for(last, at, why);
     }
+    if (llmpari_comm_load(last, &last->stopped)) llmpari_drain(end);                       // its buffers may have been the function's
     pthread_mutex_lock(world->mutex);
-    for (int64_t rank = runner->rank; world && rank >= 0; ) {
+    for (rank = runner->rank; world && rank >= 0; ) {
         llmpari_comm_store(world, &world->gone[rank], 1);
         for (llmpari_team *team = world->teams; team; team = team->next) llmpari_wake(team);
         pthread_cond_broadcast(&world->gate);
-        rank  = world->stays[rank] - 2;
+        rank  = (int32_t)world->stays[rank] - 2;
         world = world->successor;
     }
-    pthread_mutex_unlock(runner->run->world->mutex);
+    pthread_mutex_unlock(run->world->mutex);
 }
 
 LLMPARI_FN void *llmpari_runner_main(void *argument) {
@@ -14094,33 +14211,35 @@ LLMPARI_FN llmpar_status llmpari_environment_number(const llmpari_environment *e
     if (!text) return LLMPAR_OK;
     errno = 0;
     long long number = strtoll(text, &end, 10);
-    if (end == text || *end || errno || number < least || number > most)
+    if (!llmpari_is_digit(*text) || *end || errno || number < least || number > most)
         return LLMPARI_FAIL(env->err, LLMPAR_BAD_ARGUMENT, "%s is \"%.100s\"; a whole number from %lld to %lld is expected: unset it, or start the program through its launcher",
                             *name, text, (long long)least, (long long)most);
     *value = (int32_t)number;
     return LLMPAR_OK;
 }
 
-// A list of hosts begins with "name", "name[03-06,9]" or "name[03,05]": the first of them.
+// A list of hosts begins with "name", "name[03-06,9]", "name[03,05]-ib" or "rack[1-2]node[3-4]": the first of them.
 LLMPARI_FN void llmpari_first_host(char *to, size_t bytes, const char *list) {
     size_t at = 0;
-    bool inside = false;
+    bool inside = false, others = false;
     for (; *list && at + 1 < bytes; list++) {
-        if (*list == '[') { inside = true; continue; }
-        if (*list == ',' || *list == ']' || (inside && *list == '-')) break;
-        to[at++] = *list;
+        if (*list == '[') inside = true;
+        else if (*list == ']') inside = others = false;
+        else if (inside && (*list == ',' || *list == '-')) others = true;
+        else if (*list == ',') break;
+        else if (!others) to[at++] = *list;
     }
     to[at] = 0;
 }
 
 // "2(x3),1": two tasks on each of three hosts, then one. The tasks of host `host`; -1 when the text says nothing about it.
-LLMPARI_FN int32_t llmpari_tasks_of(const char *text, int32_t host) {
+LLMPARI_FN long long llmpari_tasks_of(const char *text, long long host) {
     while (text && llmpari_is_digit(*text)) {
         char *end;
-        long tasks = strtol(text, &end, 10), times = 1;
-        if (end[0] == '(' && end[1] == 'x') { times = strtol(end + 2, &end, 10); if (*end == ')') end++; }
-        if (host < times) return (int32_t)tasks;
-        host -= (int32_t)times;
+        long long tasks = strtoll(text, &end, 10), times = 1;
+        if (end[0] == '(' && end[1] == 'x' && llmpari_is_digit(end[2])) { times = strtoll(end + 2, &end, 10); if (*end == ')') end++; }
+        if (host < times) return tasks;
+        host -= times;
         text = *end == ',' ? end + 1 : NULL;
     }
     return -1;
@@ -14148,8 +14267,11 @@ LLMPARI_FN llmpar_status llmpari_launcher_read(const llmpari_environment *env, c
     LLMPARI_TRY(llmpari_environment_number(env, &names->host, 1, 0, MOST, &launch->host, &host));
     if (names->launcher == LLMPAR_LAUNCH_SLURM && launch->host >= 0) {
         const char *tasks = llmpari_getenv(env, "SLURM_STEP_TASKS_PER_NODE");
-        launch->local_size = llmpari_tasks_of(tasks ? tasks : llmpari_getenv(env, "SLURM_TASKS_PER_NODE"), launch->host);
         locals = tasks ? "SLURM_STEP_TASKS_PER_NODE" : "SLURM_TASKS_PER_NODE";
+        if (!tasks) tasks = llmpari_getenv(env, locals);
+        long long here = llmpari_tasks_of(tasks, launch->host);
+        if (here > MOST || here == 0) return LLMPARI_FAIL(env->err, LLMPAR_BAD_ARGUMENT, "%s is \"%.100s\", which makes it %lld ranks on host %d", locals, tasks, here, launch->host);
+        launch->local_size = (int32_t)here;
     }
     if (local && launch->local_size >= 0 && launch->local_rank >= launch->local_size)
         return LLMPARI_FAIL(env->err, LLMPAR_BAD_ARGUMENT, "%s is %d but %s makes it %d ranks on this host", local, launch->local_rank, locals, launch->local_size);
@@ -14223,6 +14345,10 @@ LLMPAR_DEF llmpar_status llmpar_launch_read(llmpar_lookup lookup, void *user, ll
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "PMIX_RANK is %d but %s is %d; unset the one that is left over", pmix_rank, mpi_name, mpi_rank);
     if (pmix && !first_name)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "PMIX_RANK is %d but no launcher says how many ranks there are (OMPI_COMM_WORLD_SIZE, PMI_SIZE, SLURM_NTASKS)", pmix_rank);
+    for (int i = 0; i < LLMPARI_COUNT(known) && !first_name; i++)
+        if (known[i].launcher != LLMPAR_LAUNCH_SLURM && llmpari_getenv(&env, known[i].local_rank[0]))
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is \"%.100s\" but %s is not set; %s sets both", known[i].local_rank[0],
+                                llmpari_getenv(&env, known[i].local_rank[0]), known[i].rank[0], llmpar_launcher_name(known[i].launcher));
     return llmpari_launch_master(&env, launch);
 }
 LLMPARI_ONCE_END
