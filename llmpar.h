@@ -835,7 +835,7 @@ typedef struct llmpar_pipe_costs {
     const double *f, *i, *w;       // [n_stages]; NULL = 1 each
     const double *b;               // [n_stages]; NULL = i + w
     const double *link;            // [n_stages] from stage s to s + 1 or back; the last: from the last stage to stage 0. NULL = 0. Stages of one rank: 0
-    const double *hold;            // [n_stages] memory that F takes until the backward; NULL = 1
+    const double *hold;            // [n_stages] memory that F takes until the backward (without a backward: none); NULL = 1
     const double *release;         // [n_stages] of it, what I gives back, W the rest; NULL = half. B gives back all
 } llmpar_pipe_costs;
 
@@ -890,7 +890,7 @@ typedef struct llmpar_pipe_desc {
     int32_t in_flight;             // forward: sequences in decode, see llmpar_schedule; 0 = micro-batches do not depend on each other (prefill)
     llmpar_pipe_map map;           // for interleaved, breadth-first, gpipe, forward and auto
     llmpar_pipe_costs costs;       // zb-1p, zb-2p, v-half, v-min, auto, and the order of forward
-    double  memory;                // most that a rank may hold, in units of costs.hold; 0 = the schedule's own; auto: no limit
+    double  memory;                // most that a rank may hold, in units of costs.hold (1 = the forward of one stage); 0 = the schedule's own; auto: no limit
     bool    whole_backward;        // auto: B instead of I and W
 } llmpar_pipe_desc;
 
@@ -911,7 +911,8 @@ typedef enum llmpar_transport {
 } llmpar_transport;
 
 // Adds SEND and RECV, each RECV as late as possible without holding anybody up at the given costs, and gives messages their buffers (lowest free number by liveness).
-// No transfer between stages of one rank. The programs of all ranks together cannot deadlock under this transport if the schedule itself cannot; errors: verify's.
+// No transfer between stages of one rank. A program (one that was read, say: its messages have no buffers) loses its transfers and gets new ones. The programs of all
+// ranks together cannot deadlock under this transport if the schedule itself cannot; errors: verify's.
 LLMPAR_DEF llmpar_status llmpar_pipe_lower(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport,
                                            llmpar_arena *arena, llmpar_schedule *program, llmpar_error *err);
 
@@ -928,7 +929,8 @@ typedef struct llmpar_pipe_timing {
     double *busy, *begin, *end;    // [n_ranks] time in F, B, I, W; begin of the first F and end of the last action
     double *peak;                  // [n_ranks] most memory held
     double *action_begin, *action_end;   // [actions]; a SEND ends when its rank goes on, a RECV when it is posted
-    int32_t *critical;             // [n_critical] indices of the actions that make the makespan, first to last: each begins when the one before ends (plus its link)
+    int32_t *critical;             // [n_critical] indices of the actions that make the makespan, first to last: each begins when the one before ends plus its link (NCCL: or later,
+                                   //   behind other transfers)
     int64_t n_critical;
 } llmpar_pipe_timing;
 // Every action starts as early as its rank, its inputs and the transport allow. Proves all that verify proves, but for the limit of memory: timing->peak says what is held.
@@ -1020,7 +1022,7 @@ typedef struct llmpar_trace_event {
     int64_t payload_bytes;
     int64_t group;                 // llmpar_comm.id
     int32_t kind, size;            // llmpar_collective; ranks of the group
-    int32_t late;                  // the rank (of the world) that came last; -1 = not known
+    int32_t late;                  // the rank (of the world) that came last; -1 = not known: not all members are traced, or the call failed
     double  late_s;                // when it came, if known: the others had waited until then
 } llmpar_trace_event;
 // The caller's array. n counts on when it is full, the rest is lost; the caller may set it to 0 to begin anew while nothing is in flight.
@@ -1043,11 +1045,12 @@ typedef struct llmpar_comm_vtable {
 struct llmpar_comm {
     const llmpar_comm_vtable *vtable;
     int32_t  rank, size;           // this end's number in the group
-    double   timeout_s;            // a call that waits longer for other ranks returns LLMPAR_TIMEOUT and stops the world; INFINITY = never. This end's own; groups inherit it
+    double   timeout_s;            // a call that waits longer for other ranks returns LLMPAR_TIMEOUT and stops the world; INFINITY = never. This end's own; groups inherit it. A
+                                   // call that finds 0 makes it 60 s; below 0 and NaN are LLMPAR_BAD_ARGUMENT
     llmpar_comm_stats stats;
     llmpar_trace *trace;           // this rank's, or NULL
     int64_t  id;                   // the same on all members, 0 = the world
-    int32_t  late;                 // while traced: the rank that came last to the collective that ended last; -1 = not known
+    int32_t  late;                 // while traced: the rank that came last to the collective that was waited for last; -1 = not known
     double   late_s;               // and when it came
     void    *impl;                 // the backend's own
 };
@@ -1087,8 +1090,8 @@ LLMPAR_DEF void llmpar_trace_write(const llmpar_trace *const *trace, int32_t n, 
 // The same as a picture (SVG), for some hundred calls a rank: one track per rank, bars to scale (at least a pixel), a colour per collective, pale until the last rank came; pointing at a bar
 // shows what it is. In the gaps a rank works by itself. Allocates nothing.
 LLMPAR_DEF void llmpar_trace_svg(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink);
-// A table: per group its collectives, payload bytes of a rank, time in calls (mean over ranks), of it not spent waiting for others (per collective the least over ranks), and
-// who came last how often.
+// A table: per group its ranks ("0-6/2" = 0, 2, 4, 6) and collectives, payload bytes of a rank, time in calls (mean over ranks), of it not spent waiting for others (per collective the
+// least over ranks), and who came last how often.
 LLMPAR_DEF void llmpar_trace_summary(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink);
 
 // Goes on without the ranks that are lost. Every rank that goes on calls it after its world has stopped; it waits until all others have called it too or are lost: their
@@ -1123,12 +1126,13 @@ typedef struct llmpar_threads llmpar_threads;
 LLMPAR_DEF llmpar_status llmpar_threads_create(const llmpar_threads_desc *desc, llmpar_threads **threads, llmpar_error *err);
 LLMPAR_DEF llmpar_comm_tuning llmpar_threads_tuning(const llmpar_threads *threads);          // what is in use; to be saved and given next time
 LLMPAR_DEF llmpar_comm  *llmpar_threads_comm(llmpar_threads *threads, int32_t rank);        // the world as rank sees it; owned by threads; NULL: no such rank
-// From any thread: every waiting and every later call returns LLMPAR_ABORTED with "rank CULPRIT: why"; culprit -1 = no rank.
+// From any thread: every waiting and every later call returns LLMPAR_ABORTED with "rank CULPRIT: why"; culprit -1 = no rank. Also in the worlds that llmpar_comm_shrink
+// made of it, with the culprit's number there.
 LLMPAR_DEF void          llmpar_threads_abort(llmpar_threads *threads, int32_t culprit, const char *why);
 LLMPAR_DEF void          llmpar_threads_free(llmpar_threads *threads);                        // when no thread is in a call any more; frees the groups too
 // Runs fn(comm, user) on n ranks, one thread each (rank 0 on the caller's), and waits. The first failing rank's status and error are returned
 // ("rank 2: ..."; a rank that was only aborted comes after the others); the others are aborted. A rank that waits for one whose fn has returned gets
-// LLMPAR_MISMATCH. When a thread cannot be started, fn runs on no rank.
+// LLMPAR_MISMATCH; a fn that returns with a call of the world in flight has failed with LLMPAR_BAD_ARGUMENT. When a thread cannot be started, fn runs on no rank.
 typedef llmpar_status (*llmpar_rank_fn)(llmpar_comm *world, void *user, llmpar_error *err);
 LLMPAR_DEF llmpar_status llmpar_threads_run(const llmpar_threads_desc *desc, llmpar_rank_fn fn, void *user, llmpar_error *err);
 #endif
@@ -1153,7 +1157,8 @@ typedef struct llmpar_launch {
     int32_t master_port;           // MASTER_PORT; 0 = not said
 } llmpar_launch;
 typedef const char *(*llmpar_lookup)(const char *name, void *user);                          // value of an environment variable, NULL = not set
-// lookup NULL = getenv. Errors (LLMPAR_BAD_ARGUMENT) name variable and value: not a number, below 0, rank >= size, a rank without a size, launchers that disagree.
+// lookup NULL = getenv. Errors (LLMPAR_BAD_ARGUMENT) name variable and value: not a number, below 0, rank >= size, a rank without a size, a local rank
+// without a rank, launchers that disagree.
 LLMPAR_DEF llmpar_status llmpar_launch_read(llmpar_lookup lookup, void *user, llmpar_launch *launch, llmpar_error *err);
 LLMPAR_DEF const char   *llmpar_launcher_name(llmpar_launcher launcher);                     // "torchrun", "mpirun (Open MPI)", ..., "no launcher"
 
@@ -1165,12 +1170,16 @@ LLMPAR_DEF const char   *llmpar_launcher_name(llmpar_launcher launcher);        
 // for good and for the whole world. All of it is built from MPI's non-blocking messages on duplicates of one communicator: groups take no MPI resource and their
 // creation waits for nobody; one side may block where the other one polls; and MPI's own reductions, whose order is up to them, are not used.
 // What differs:
-//   - Ranks hear of an abort in their next call, or in the one that they wait in. A rank that is elsewhere notices nothing until then.
+//   - Ranks hear of an abort in the call that they wait in, the next one that has to wait, or the 16th collective; a rank that is elsewhere notices nothing until then. So a rank that comes
+//     to a call when the others have given it up may get LLMPAR_OK there, and the right result, where all that it needs lies ready (messages up to about 4 KiB; the root of a Broadcast):
+//     its next call that waits is aborted. `checked`, the call itself is: it looks once more when all have said what they ask for.
 //   - After an error MPI may still read what this rank was sending and, where a message was under way already, write to recv: keep the buffers of failed calls until the
-//     process ends. Receives that nothing has arrived for are cancelled. Sends are never cancelled; what the library staged for them is kept until the process ends.
+//     process ends. Receives that nothing has arrived for are cancelled. Sends are never cancelled; what the library staged for them is kept until the process ends. MPI_Finalize may
+//     wait for them for good (seen with MPICH, large messages of a rank that came late): whoever initialised MPI himself leaves by _exit after an abort.
 //   - `checked` compares what all members of a group ask for before each collective, and both ends of each message, as the threads do, for one small message per pair.
-//     Without it, messages of calls that differ do not meet; a rank that waits for a second asks, and then says LLMPAR_MISMATCH (collectives), or runs into the deadline
-//     (Send and Recv; AllToAll whose counts do not fit together).
+//     Without it, messages of calls that differ do not meet; a rank that waits for a second asks, and then says LLMPAR_MISMATCH (collectives; of an AllToAll only that the counts do
+//     not fit together, not whose), or runs into the deadline (Send and Recv; where it is below a second, collectives too), whose text names who does not come, not what differs.
+//     What is sent where nothing is expected (n elements against 0) is not noticed: it is lost, both sides return LLMPAR_OK, and no later call gets it instead of its own.
 //   - No trace knows who came last (late is -1, late_s 0): that is for threads, which share a clock.
 //   - A rank that waits past timeout_s asks the others where they are; those that have not come to the call or do not answer within a second (or timeout_s, from 0.1 s) are named. It
 //     asks on whom those wait for, in whichever group, so that the text names the rank that all wait for in the end.
@@ -1196,10 +1205,11 @@ typedef struct llmpar_mpi_desc {
     int64_t          message_bytes;   // longest single message, longer ones go as blocks of this; 0 = 1 GiB (MPI counts in int), at most that
 } llmpar_mpi_desc;
 // Collective over desc->comm, and blocks until all its ranks call it (MPI's own duplication: no deadline). desc NULL = all defaults; desc must be the same on every rank,
-// but for the allocator. Initialises MPI where nobody has (MPI_Init_thread, SERIALIZED), and then finalises it in llmpar_comm_free of the world, unless the world was
-// aborted: mpirun then ends the job. Free groups first, then the world; no call of other ranks may still need this one. Errors: MPI finalised already, no memory on any rank.
+// but for allocator and timeout_s. Initialises MPI where nobody has (MPI_Init_thread, SERIALIZED), and then finalises it in llmpar_comm_free of this world, unless the world was
+// aborted: mpirun then ends the job. Free groups first, then the world, and other worlds before one that finalises MPI; no call of other ranks may still need this one. Where MPI is yours:
+// no MPI_Finalize after an abort (see above). Errors: MPI finalised already, an intercommunicator, no memory on any rank, descs that differ (on all ranks, saying in what).
 LLMPAR_DEF llmpar_status llmpar_mpi_create(const llmpar_mpi_desc *desc, llmpar_comm **world, llmpar_error *err);
-// Payload bytes, and messages (may be NULL), that this end of the group has sent to members on other hosts.
+// Payload bytes, and messages (may be NULL), that this end of the group has sent to members on other hosts. 0 for a comm of another backend, or NULL.
 LLMPAR_DEF int64_t llmpar_mpi_host_bytes(const llmpar_comm *comm, int64_t *messages);
 #endif
 
@@ -1372,7 +1382,8 @@ LLMPAR_DEF void         llmpar_exec_watch(llmpar_exec *exec, void (*fn)(int step
 // ============================================================================================================
 // llmpar_stages does one rank's actions of a program of >>pipe, in their order, with a callback for the work of a stage. What travels between ranks goes through buffers that
 // the runner owns: a RECV is posted when its turn comes and waited for by the action that takes it; a SEND is started and waited for when its buffer is filled again, so
-// that both run beside the work. What one stage hands to another of the same rank stays where it was written. Creating allocates, running does not.
+// that both run beside the work. What one stage hands to another of the same rank stays where it was written. Creating allocates, running does not. A communicator takes 64
+// Sends and Recvs of a rank at a time: a program that posts more ahead (lowered with links much slower than its stages, say) fails with that error when it runs.
 //
 //     desc.program = &program; desc.transport = LLMPAR_PIPE_NCCL; desc.comm = comm; desc.forward_bytes = 4 * tokens * hidden; desc.forward = work;
 //     llmpar_stages_create(&desc, &stages, err);
@@ -9237,13 +9248,14 @@ LLMPARI_FN bool llmpari_pipe_sends_f(const llmpar_schedule *s, int64_t stage, in
 LLMPARI_FN bool llmpari_pipe_sends_b(const llmpar_schedule *s, int64_t stage) { return stage > 0 && llmpari_pipe_crosses(s, stage - 1); }
 
 LLMPARI_FN llmpar_status llmpari_pipe_shape(const llmpar_schedule *s, llmpar_error *err) {
-    if (!s || !s->rank_of || !s->first || (!s->action && s->first[s->n_ranks] > 0)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the schedule is empty: make or read one first");
+    if (!s || !s->rank_of || !s->first || (s->n_ranks > 0 && !s->action && s->first[s->n_ranks] > 0)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the schedule is empty: make or read one first");
     if (s->n_ranks < 1 || s->n_micro < 1 || s->n_stages < 1 || s->n_stages > LLMPAR_MAX_STAGES)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%d ranks, %d stages, %d micro-batches: all must be >= 1, stages at most %d", (int)s->n_ranks, (int)s->n_stages,
                             (int)s->n_micro, LLMPAR_MAX_STAGES);
     if (s->first[s->n_ranks] > INT32_MAX || (int64_t)s->n_stages * s->n_micro > INT32_MAX)
         return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%d stages x %d micro-batches are too many actions", (int)s->n_stages, (int)s->n_micro);
-    if (s->in_flight < 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "in_flight=%d; pass the number of sequences, or 0", (int)s->in_flight);
+    if (s->in_flight < 0 || s->in_flight > s->n_micro)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "in_flight=%d with %d micro-batches; pass the number of sequences, at most one per micro-batch, or 0", (int)s->in_flight, (int)s->n_micro);
     for (int32_t i = 0; i < s->n_stages; i++)
         if (s->rank_of[i] < 0 || s->rank_of[i] >= s->n_ranks) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "stage %d lies on rank %d of %d", (int)i, (int)s->rank_of[i], (int)s->n_ranks);
     return LLMPAR_OK;
@@ -9361,6 +9373,7 @@ typedef struct llmpari_pipe_run {
     double  *slot_free;            // [all slots] NCCL: when the last SEND from this buffer was done; -1 = under way
     int64_t *slot_first;           // [n_ranks] of slot_free
     int64_t *at;                   // [n_ranks] next action
+    int32_t *order, n_done;        // [actions] how many were done before: an order in which all can be; NULL = not wanted
     const double **wait;           // [n_ranks] what a rank waits for: a number that becomes >= 0; NULL = nothing
     int32_t *ready, n_ready;       // ranks that can go on
     int32_t *channel_of;           // [n_stages] number of the channel from stage s to the next one
@@ -9456,11 +9469,12 @@ LLMPARI_FN const double *llmpari_pipe_input(const llmpari_pipe_run *q, int64_t j
     default: return NULL;
     }
 }
-// With NCCL: the number that says when the buffer of its result is free again; NULL = it has none.
-LLMPARI_FN double *llmpari_pipe_buffer(const llmpari_pipe_run *q, llmpar_action a) {
-    if (q->transport != LLMPAR_PIPE_NCCL || !q->s->lowered || a.kind > LLMPAR_ACTION_I) return NULL;
+// With NCCL: the buffer that an action fills, its rank's number of it; it is free when the SEND before from there is over. -1 = none.
+LLMPARI_FN int32_t llmpari_pipe_fills(const llmpari_pipe_run *q, llmpar_action a) {
+    if (q->transport != LLMPAR_PIPE_NCCL || !q->s->lowered || !q->s->n_slots || a.kind == LLMPAR_ACTION_W || llmpari_action_is_send(a)) return -1;
+    if (llmpari_action_is_transfer(a)) return a.slot;
     const int32_t send = q->x->at[a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B][(int64_t)a.stage * q->s->n_micro + a.micro];
-    return send >= 0 && q->s->action[send].slot >= 0 ? &q->slot_free[q->slot_first[q->s->rank_of[a.stage]] + q->s->action[send].slot] : NULL;
+    return send >= 0 ? q->s->action[send].slot : -1;
 }
 
 // One rank, as far as it gets.
@@ -9473,10 +9487,12 @@ LLMPARI_FN llmpar_status llmpari_pipe_advance(llmpari_pipe_run *q, int32_t r, ll
         const double *need = llmpari_pipe_input(q, j);
         if (need && *need < 0) { q->wait[r] = need; return LLMPAR_OK; }
         if (need && *need > clock) clock = *need;
-        need = llmpari_pipe_buffer(q, a);
+        const int32_t slot = llmpari_pipe_fills(q, a);
+        need = slot >= 0 ? &q->slot_free[q->slot_first[r] + slot] : NULL;
         if (need && *need < 0) { q->wait[r] = need; return LLMPAR_OK; }
         if (need && *need > clock) clock = *need;
         q->begin[j] = clock;
+        if (q->order) q->order[j] = q->n_done++;
         if (a.kind <= LLMPAR_ACTION_W) {
             clock += q->c->time[a.kind][a.stage];
             q->end[j] = clock;
@@ -9534,18 +9550,18 @@ LLMPARI_FN int32_t llmpari_pipe_blocker(const llmpari_pipe_run *q, int32_t rank,
             return llmpari_pipe_at(q, made);
         }
         out = llmpari_pipe_at(q, made);
-    } else {                                                                               // the buffer of its result: the SEND before from there
-        const int32_t send = q->x->at[a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B][(int64_t)a.stage * s->n_micro + a.micro];
-        for (out = (int32_t)q->at[rank]; !llmpari_action_is_send(s->action[out]) || s->action[out].slot != s->action[send].slot; ) out--;
+    } else {                                                                               // its buffer: the SEND before from there
+        const int32_t slot = llmpari_pipe_fills(q, a);
+        for (out = (int32_t)q->at[rank]; !llmpari_action_is_send(s->action[out]) || s->action[out].slot != slot; ) out--;
     }
-    for (int32_t i = 0; ; i++) {                                                           // a transfer: which of those before it in the order of the two ranks is not issued?
+    for (int64_t i = 0; ; i++) {                                                           // a transfer: which of those before it in the order of the two ranks is not issued?
         int32_t here = 0, there = 0;
         in = q->x->partner[out];
         if (q->end[out] < 0) return out;
         if (q->end[in] < 0) return in;
         const int32_t first = llmpari_channel_before(q, out, &here);
         if (first < 0) return in;                                                          // cannot be: it would have moved
-        if (i > 2 * s->n_micro * s->n_stages) {
+        if (i > 2 * (int64_t)s->n_micro * s->n_stages) {
             const int32_t second = llmpari_channel_before(q, first, &there);
             LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "deadlock: two ranks order their transfers differently: rank %d does %s before %s, rank %d %s before %s", (int)here,
                          llmpari_action_print(s->action[first]).text, llmpari_action_print(s->action[out]).text, (int)there,
@@ -9683,9 +9699,12 @@ LLMPARI_FN llmpar_status llmpari_pipe_slots_check(const llmpar_schedule *s, cons
     return LLMPAR_OK;
 }
 
-// Most memory that a rank holds.
+// Most memory that a rank holds; nothing when there is no backward for which F would hold it.
 LLMPARI_FN double llmpari_pipe_peak(const llmpar_schedule *s, const llmpari_pipe_cost *c, int32_t rank) {
     double held = 0, peak = 0;
+    bool backward = false;
+    for (int64_t j = s->first[rank]; j < s->first[rank + 1] && !backward; j++) backward = s->action[j].kind >= LLMPAR_ACTION_B && s->action[j].kind <= LLMPAR_ACTION_W;
+    if (!backward) return 0;
     for (int64_t j = s->first[rank]; j < s->first[rank + 1]; j++) {
         held += llmpari_pipe_memory(c, s->action[j]);
         if (held > peak) peak = held;
@@ -9708,7 +9727,7 @@ LLMPARI_FN void llmpari_pipe_critical(const llmpar_schedule *s, const llmpari_pi
         else if ((a.kind == LLMPAR_ACTION_B || a.kind == LLMPAR_ACTION_I) && a.stage + 1 < s->n_stages)
             input = x->at[LLMPAR_ACTION_I][c + M] >= 0 ? x->at[LLMPAR_ACTION_I][c + M] : x->at[LLMPAR_ACTION_B][c + M];
         else if (llmpari_action_is_send(a)) input = x->partner[j];
-        j = own >= 0 && (input < 0 || t->action_end[own] >= t->action_begin[j] || t->action_end[own] >= t->action_end[input]) ? own : input;
+        j = own >= 0 && (input < 0 || t->action_end[own] >= t->action_begin[j]) ? own : input;
     }
     for (int64_t i = 0, k = t->n_critical - 1; i < k; i++, k--) {
         const int32_t j = t->critical[i];
@@ -9724,7 +9743,7 @@ LLMPARI_FN void llmpari_pipe_sum(const llmpar_schedule *s, const llmpari_pipe_co
             const llmpar_action a = s->action[j];
             if (llmpari_action_is_transfer(a)) continue;
             if (!begun) begun = true, t->begin[r] = t->action_begin[j];
-            t->busy[r] += c->time[a.kind][a.stage];
+            t->busy[r] += t->action_end[j] - t->action_begin[j];
             t->end[r]   = t->action_end[j];
         }
         t->peak[r] = llmpari_pipe_peak(s, c, r);
@@ -9741,6 +9760,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_prove(const llmpar_schedule *s, const llmp
     llmpari_pipe_index x;
     llmpari_pipe_run   run = LLMPAR_ZERO;
     llmpar_pipe_timing t = LLMPAR_ZERO;
+    if (!arena) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the arena is NULL");
     LLMPARI_TRY(llmpari_pipe_shape(s, err));
     if ((unsigned)transport > LLMPAR_PIPE_NCCL) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "transport %d is not known", (int)transport);
     if (!(memory >= 0)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "memory limit %g; pass 0 for none", memory);
@@ -9811,11 +9831,14 @@ LLMPARI_FN int32_t llmpari_pipe_consumer(const llmpar_schedule *s, const llmpari
     return x->at[LLMPAR_ACTION_B][c - M] >= 0 ? x->at[LLMPAR_ACTION_B][c - M] : x->at[LLMPAR_ACTION_I][c - M];
 }
 
-// Where every message is posted: before the first action of the receiver that ends when the message is made or later. In the schedule's own times nobody waits for a
+// Does action i end after action j? Of two that end at the same time, for all that rounding tells, the one that was done later does.
+LLMPARI_FN bool llmpari_pipe_later(const double *end, const int32_t *order, int64_t i, int64_t j) { return end[i] > end[j] || (end[i] >= end[j] && order[i] > order[j]); }
+
+// Where every message is posted: before the first action of the receiver that ends later than the message is made. In the schedule's own times nobody waits for a
 // post then; and the order of posts and sends of two ranks follows the times at which messages are made, on both alike, so that no transfer can wait for a later one.
 // Only messages that are made at the same time in both directions need care: in NCCL's order both are posted beside the sends, in one group.
-LLMPARI_FN void llmpari_pipe_post(const llmpar_schedule *s, const llmpari_pipe_index *x, const double *end, llmpar_transport transport, int32_t *cursor, llmpari_message *message,
-                                  int64_t *n_messages) {
+LLMPARI_FN void llmpari_pipe_post(const llmpar_schedule *s, const llmpari_pipe_index *x, const double *end, const int32_t *order, llmpar_transport transport, int32_t *cursor,
+                                  llmpari_message *message, int64_t *n_messages) {
     int64_t n = 0;
     for (int32_t i = 0; i < 2 * s->n_stages; i++) cursor[i] = -1;
     for (int64_t j = 0; j < s->first[s->n_ranks]; j++) {
@@ -9824,7 +9847,7 @@ LLMPARI_FN void llmpari_pipe_post(const llmpar_schedule *s, const llmpari_pipe_i
         if (to < 0) continue;
         int32_t *k = &cursor[2 * a.stage + (a.kind != LLMPAR_ACTION_F)];                   // the messages of a stage in one direction are made in the order of time
         if (*k < 0) *k = (int32_t)s->first[s->rank_of[s->action[to].stage]];
-        while (*k < to && end[*k] < end[j]) ++*k;
+        while (*k < to && !llmpari_pipe_later(end, order, *k, j)) ++*k;
         message[n].made   = (int32_t)j;
         message[n].before = *k;
         if (transport == LLMPAR_PIPE_NCCL && *k < to && end[*k] <= end[j]) {
@@ -9921,6 +9944,8 @@ LLMPARI_FN llmpar_status llmpari_pipe_lower_into(const llmpar_schedule *s, const
     for (int k = 0; k < 4; k++)                                                            // what takes no time still comes after what it needs
         for (int32_t i = 0; i < s->n_stages; i++) if (c.time[k][i] < 1e-6 * longest) c.time[k][i] = 1e-6 * longest;
     run.s = s, run.c = &c, run.x = &x, run.begin = times, run.end = times + n;
+    run.order = (int32_t *)llmpar_arena_alloc(scratch, (size_t)n * sizeof(int32_t));
+    if (!run.order) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the order of %lld actions", (long long)n);
     LLMPARI_TRY(llmpari_pipe_times(&run, scratch, err));
 
     int64_t n_messages = 0;
@@ -9931,7 +9956,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_lower_into(const llmpar_schedule *s, const
     l.posted  = (int32_t *)llmpar_arena_alloc(scratch, (size_t)n * sizeof(int32_t));
     l.recv_at = (int32_t *)llmpar_arena_alloc(scratch, (size_t)n * sizeof(int32_t));
     if (!message || !cursor || !l.gap || !l.posted || !l.recv_at) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the messages of %lld actions", (long long)n);
-    llmpari_pipe_post(s, &x, l.end, transport, cursor, message, &n_messages);
+    llmpari_pipe_post(s, &x, l.end, run.order, transport, cursor, message, &n_messages);
     for (int64_t i = 0; i < n_messages; i++) l.gap[message[i].before + 2]++;               // counting sort by gap, then by time within a gap, of which there are few
     for (int64_t k = 0; k < n; k++) l.gap[k + 2] += l.gap[k + 1];
     for (int64_t i = 0; i < n_messages; i++) l.posted[l.gap[message[i].before + 1]++] = message[i].made;
@@ -9939,7 +9964,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_lower_into(const llmpar_schedule *s, const
         for (int32_t i = l.gap[k] + 1; i < l.gap[k + 1]; i++) {
             const int32_t made = l.posted[i];
             int32_t p = i;
-            for (; p > l.gap[k] && l.end[l.posted[p - 1]] > l.end[made]; p--) l.posted[p] = l.posted[p - 1];
+            for (; p > l.gap[k] && llmpari_pipe_later(l.end, run.order, l.posted[p - 1], made); p--) l.posted[p] = l.posted[p - 1];
             l.posted[p] = made;
         }
     for (int64_t k = 0; k < n; k++) l.recv_at[k] = -1;
@@ -9969,13 +9994,33 @@ LLMPARI_FN llmpar_status llmpari_pipe_new(llmpar_schedule *s, int32_t n_ranks, i
     return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a schedule of %lld actions", (long long)n_actions);
 }
 
+// The schedule of a program: without its transfers.
+LLMPARI_FN llmpar_status llmpari_pipe_bare(const llmpar_schedule *program, llmpar_arena *arena, llmpar_schedule *s, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_pipe_new(s, program->n_ranks, program->n_stages, program->n_micro, program->first[program->n_ranks], arena, err));
+    int64_t n = 0;
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        s->first[r] = n;
+        for (int64_t j = program->first[r]; j < program->first[r + 1]; j++) if (!llmpari_action_is_transfer(program->action[j])) s->action[n++] = program->action[j];
+    }
+    s->first[s->n_ranks] = n;
+    s->in_flight = program->in_flight;
+    memcpy(s->rank_of, program->rank_of, (size_t)s->n_stages * sizeof(int32_t));
+    memcpy(s->name, program->name, sizeof s->name);
+    return LLMPAR_OK;
+}
+
 LLMPAR_DEF llmpar_status llmpar_pipe_lower(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport, llmpar_arena *arena, llmpar_schedule *program,
                                            llmpar_error *err) {
+    llmpar_schedule bare;
+    if (!arena || !program) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_pipe_lower: %s is NULL", arena ? "program" : "arena");
     LLMPARI_TRY(llmpari_pipe_shape(schedule, err));
-    if (schedule->lowered) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "schedule \"%s\" has its transfers already", schedule->name);
     if ((unsigned)transport > LLMPAR_PIPE_NCCL) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "transport %d is not known", (int)transport);
     const llmpar_arena_mark all = llmpar_arena_save(arena);
     int64_t transfers = 0;
+    if (schedule->lowered) {
+        LLMPARI_TRY(llmpari_pipe_bare(schedule, arena, &bare, err));
+        schedule = &bare;
+    }
     for (int64_t j = 0; j < schedule->first[schedule->n_ranks]; j++) {
         const llmpar_action a = schedule->action[j];
         if (a.stage < 0 || a.stage >= schedule->n_stages) continue;                        // an error that the index finds
@@ -10260,8 +10305,9 @@ LLMPARI_FN void llmpari_pipe_rank(llmpari_generator *g) {
 }
 
 LLMPARI_FN llmpar_status llmpari_pipe_desc_check(const llmpar_pipe_desc *d, int32_t *V, bool *v_shape, llmpar_error *err) {
-    const llmpar_pipe_kind k = d->kind;
     *V = 1, *v_shape = false;
+    if (!d) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_pipe_make: desc is NULL");
+    const llmpar_pipe_kind k = d->kind;
     if ((unsigned)k >= LLMPAR_PIPE_KIND_COUNT) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "schedule %d is not known", (int)k);
     const bool v_only = k == LLMPAR_PIPE_ZB_V || k == LLMPAR_PIPE_V_HALF || k == LLMPAR_PIPE_V_MIN || k == LLMPAR_PIPE_DUALPIPE_V;
     const bool any_map = k == LLMPAR_PIPE_GPIPE || k == LLMPAR_PIPE_BREADTH_FIRST || k == LLMPAR_PIPE_FORWARD || k == LLMPAR_PIPE_AUTO;
@@ -10276,7 +10322,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_desc_check(const llmpar_pipe_desc *d, int3
     if (d->group < 0 || d->in_flight < 0 || !(d->memory >= 0))
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s: group=%d, in_flight=%d, memory=%g; none may be negative", name, (int)d->group, (int)d->in_flight, d->memory);
     if (v_only && *V != 2) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s has 2 stages a rank, not %d", name, (int)*V);
-    if (single && *V != 1) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s has 1 stage a rank, not %d; interleaved, zb-h1, breadth-first and auto take more", name, (int)*V);
+    if (single && *V != 1) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s has 1 stage a rank, not %d; gpipe, interleaved, breadth-first, zb-h1, zb-h2, forward and auto take more", name, (int)*V);
     if ((unsigned)d->map > LLMPAR_PIPE_MAP_V) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "map %d is not known", (int)d->map);
     if (!any_map && d->map != LLMPAR_PIPE_MAP_DEFAULT && *V > 1 && (d->map == LLMPAR_PIPE_MAP_V) != v_only)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s lays its stages out as a %s; leave map 0", name, v_only ? "V" : "loop");
@@ -10294,8 +10340,8 @@ LLMPARI_FN llmpar_status llmpari_pipe_generate(const llmpar_pipe_desc *desc, int
     g.desc = desc, g.s = s, g.P = desc->n_ranks, g.V = V, g.M = desc->n_micro, g.v_shape = v_shape;
     g.turn = (llmpari_turn *)llmpar_arena_alloc(arena, (size_t)V * (size_t)(desc->n_micro + 2 * desc->n_ranks) * sizeof(llmpari_turn));
     if (!g.turn) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the order of %d micro-batches", (int)desc->n_micro);
-    s->in_flight = desc->in_flight;
-    llmpari_pipe_turns(&g, desc->group > 0 ? desc->group : desc->in_flight);
+    s->in_flight = (int32_t)llmpari_min(desc->in_flight, desc->n_micro);
+    llmpari_pipe_turns(&g, desc->group > 0 ? (int32_t)llmpari_min(desc->group, desc->n_micro) : s->in_flight);
     for (int32_t i = 0; i < s->n_stages; i++) s->rank_of[i] = v_shape && i / g.P % 2 ? g.P - 1 - i % g.P : i % g.P;
     for (g.rank = 0; g.rank < g.P; g.rank++) {
         s->first[g.rank] = g.at;
@@ -11076,7 +11122,22 @@ LLMPARI_FN llmpar_status llmpari_pipe_search(const llmpar_pipe_desc *desc, int32
     return LLMPAR_OK;
 }
 
+// Are the times good, and do the ranks hold no more than they may?
+LLMPARI_FN llmpar_status llmpari_pipe_fits(const llmpar_schedule *s, const llmpar_pipe_desc *desc, llmpar_arena *arena, llmpar_error *err) {
+    const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    llmpari_pipe_cost c;
+    llmpar_status status = llmpari_pipe_cost_fill(&desc->costs, s, arena, &c, err);
+    double most = 0;
+    for (int32_t r = 0; !status && r < s->n_ranks; r++) most = fmax(most, llmpari_pipe_peak(s, &c, r));
+    if (!status && desc->memory > 0 && most > desc->memory * (1 + 1e-9))
+        status = LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "%s holds up to %g on a rank, more than the limit of %g; its order is fixed: memory=%g works, and auto may with less", s->name, most,
+                              desc->memory, most);
+    llmpar_arena_restore(arena, mark);
+    return status;
+}
+
 LLMPAR_DEF llmpar_status llmpar_pipe_make(const llmpar_pipe_desc *desc, llmpar_arena *arena, llmpar_schedule *schedule, llmpar_error *err) {
+    if (!arena || !schedule) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_pipe_make: %s is NULL", arena ? "schedule" : "arena");
     const llmpar_arena_mark mark = llmpar_arena_save(arena);
     llmpar_schedule s;
     int32_t V = 1;
@@ -11084,7 +11145,8 @@ LLMPAR_DEF llmpar_status llmpar_pipe_make(const llmpar_pipe_desc *desc, llmpar_a
     LLMPARI_TRY(llmpari_pipe_desc_check(desc, &V, &v_shape, err));
     const llmpar_pipe_kind k = desc->kind;
     const bool searched = k == LLMPAR_PIPE_AUTO || k == LLMPAR_PIPE_ZB_1P || k == LLMPAR_PIPE_ZB_2P || k == LLMPAR_PIPE_V_HALF || k == LLMPAR_PIPE_V_MIN;
-    const llmpar_status status = searched ? llmpari_pipe_search(desc, V, v_shape, arena, &s, err) : llmpari_pipe_generate(desc, V, v_shape, arena, &s, err);
+    llmpar_status status = searched ? llmpari_pipe_search(desc, V, v_shape, arena, &s, err) : llmpari_pipe_generate(desc, V, v_shape, arena, &s, err);
+    if (!status && !searched) status = llmpari_pipe_fits(&s, desc, arena, err);
     if (status) llmpar_arena_restore(arena, mark);
     else *schedule = s;
     return status;
@@ -11289,8 +11351,8 @@ LLMPARI_FN llmpar_status llmpari_cut_solve(const llmpar_partition_desc *desc, ll
         if (rounds) llmpari_cut_improve(q, 1, INFINITY);
         const double least = llmpari_cut_load(q, 1, false);
         if (least > limit)
-            return LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "no rank may hold more than %lld bytes, but one of %d must hold %.0f: limit_bytes=%.0f works", (long long)desc->limit_bytes, (int)q->P,
-                                least, least);
+            return LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "no rank may hold more than %lld bytes, but one of %d %s %.0f: limit_bytes=%.0f works", (long long)desc->limit_bytes, (int)q->P,
+                                rounds ? "holds, in the best cut found for a loop of several rounds," : "must hold", least, least);
     }
     llmpari_cut_least(q, 0, limit);                                                        // it is there: the ranks that hold least show one
     llmpari_cut_load(q, 0, false);
@@ -11557,7 +11619,7 @@ LLMPAR_DEF void llmpar_pipe_svg(const llmpar_schedule *schedule, const llmpar_pi
     t.left = 70, t.top = 92, t.row = 64, t.bar = 26, t.tracks = s->n_ranks, t.plain = true;
     t.seconds = timing->makespan > 0 ? timing->makespan : 1;
     shortest  = fmax(shortest, all / (double)llmpari_max(1, s->first[s->n_ranks]) / 4);    // wide enough for numbers in all bars but very short ones
-    t.width   = fmax(900, fmin(20000, (3 + 6.4 * snprintf(text, sizeof text, "%d", (int)s->n_micro - 1)) * t.seconds / shortest));
+    t.width   = fmax(900, fmin(6000, (3 + 6.4 * snprintf(text, sizeof text, "%d", (int)s->n_micro - 1)) * t.seconds / shortest));
     llmpari_svg_begin(&sink, t.left + t.width + 100, t.top + t.row * t.tracks + 34);
     snprintf(text, sizeof text, "%s: %d ranks, %d stages, %d micro-batches", s->name, (int)s->n_ranks, (int)s->n_stages, (int)s->n_micro);
     llmpari_svg_text(&sink, 20, 28, 16, "start", text);
@@ -11956,11 +12018,19 @@ LLMPARI_FN llmpar_trace_event *llmpari_trace_begin(llmpar_comm *comm, int32_t ki
     event->late  = -1;
     return event;
 }
-LLMPARI_FN void llmpari_trace_end(const llmpar_comm *comm, llmpar_trace_event *event) {
+LLMPARI_FN void llmpari_trace_end(const llmpar_comm *comm, llmpar_trace_event *event, llmpar_status status) {
     event->end_s = llmpari_now();
-    if (event->kind == LLMPAR_SEND || event->kind == LLMPAR_RECV) return;
+    if (status || event->kind == LLMPAR_SEND || event->kind == LLMPAR_RECV) return;
     event->late   = comm->late;
     event->late_s = comm->late_s;
+}
+
+// The communicator's deadline may have been changed by the caller.
+LLMPARI_FN llmpar_status llmpari_comm_patience(llmpar_comm *comm, llmpar_error *err) {
+    if (comm->timeout_s > 0) return LLMPAR_OK;
+    if (!(comm->timeout_s >= 0)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the communicator's timeout_s is %g; it must be >= 0 (0 = 60 s)", comm->timeout_s);
+    comm->timeout_s = 60;
+    return LLMPAR_OK;
 }
 
 // Stops the others when the arguments are bad: they would wait for a call that never comes. *event: of the trace, begun, or NULL.
@@ -11970,7 +12040,8 @@ LLMPARI_FN llmpar_status llmpari_comm_start(llmpar_comm *comm, const llmpar_call
     if (!err) err = &own;
     if (!comm || !call) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the %s of a collective is NULL", comm ? "call" : "communicator");
     double began = comm->trace ? llmpari_now() : 0;
-    llmpar_status status = llmpari_call_check(comm, call, &x, err);
+    llmpar_status status = llmpari_comm_patience(comm, err);
+    if (!status) status = llmpari_call_check(comm, call, &x, err);
     if (status) {
         if (comm->vtable->abort) comm->vtable->abort(comm, err->text);
         return status;
@@ -11986,14 +12057,14 @@ LLMPARI_FN llmpar_status llmpari_comm_call(llmpar_comm *comm, const llmpar_call 
     int64_t ticket = 0;
     bool done = false;
     llmpar_status status;
-    if (comm && comm->vtable->quick && !comm->trace && llmpari_call_plain(call) && comm->vtable->quick(comm, call, &status, err)) {
+    if (comm && comm->vtable->quick && !comm->trace && comm->timeout_s > 0 && llmpari_call_plain(call) && comm->vtable->quick(comm, call, &status, err)) {
         comm->stats.calls[LLMPAR_ALL_REDUCE]++;
         comm->stats.payload_bytes[LLMPAR_ALL_REDUCE] += call->count * llmpar_dtype_bytes(call->dtype);
         return status;
     }
     LLMPARI_TRY(llmpari_comm_start(comm, call, &ticket, &event, err));
     status = comm->vtable->wait(comm, ticket, true, &done, err);
-    if (event) llmpari_trace_end(comm, event);
+    if (event) llmpari_trace_end(comm, event, status);
     return status;
 }
 
@@ -12071,13 +12142,14 @@ LLMPARI_FN llmpar_status llmpari_request_finish(llmpar_request *request, bool bl
     *done = true;
     if (!request || !request->comm) return LLMPAR_OK;
     *done = false;
-    llmpar_trace_event *event = request->event ? &request->comm->trace->event[request->event - 1] : NULL;
+    llmpar_trace *trace = request->comm->trace;                                            // may have been taken away, or changed
+    llmpar_trace_event *event = request->event && trace && request->event <= trace->capacity ? &trace->event[request->event - 1] : NULL;
     double began = event ? llmpari_now() : 0;
     llmpar_status status = request->comm->vtable->wait(request->comm, request->ticket, block, done, err);
     if (!status && !*done) return LLMPAR_OK;
     if (event) {
         event->begin_s = began;
-        llmpari_trace_end(request->comm, event);
+        llmpari_trace_end(request->comm, event, status);
     }
     request->comm = NULL;
     request->ticket = request->event = 0;
@@ -12133,6 +12205,7 @@ LLMPAR_DEF llmpar_status llmpar_comm_shrink(llmpar_comm *comm, llmpar_comm **sur
     if (!comm || !survivors) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_comm_shrink: %s is NULL", comm ? "survivors" : "comm");
     *survivors = NULL;
     if (!comm->vtable->shrink) return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "this communicator cannot go on without a rank");
+    LLMPARI_TRY(llmpari_comm_patience(comm, err));
     return comm->vtable->shrink(comm, survivors, err);
 }
 
@@ -12275,9 +12348,31 @@ LLMPARI_FN llmpari_trace_sum llmpari_trace_add(const llmpar_trace *const *trace,
     return sum;
 }
 
+// The ranks whose traces have the group: "0-3", every second one "0-6/2", else "0,1,4,5".
+LLMPARI_FN void llmpari_trace_members(char *text, size_t bytes, const llmpar_trace *const *trace, int32_t n, int64_t group) {
+    int32_t first = -1, last = -1, step = 0;
+    int at = 0, list = 0;
+    bool even = true;
+    text[0] = 0;
+    for (int32_t r = 0; r < n; r++) {
+        int64_t i = 0, events = llmpari_trace_events(trace[r]);
+        while (i < events && trace[r]->event[i].group != group) i++;
+        if (i == events) continue;
+        if (first < 0) first = r;
+        else if (step == 0) step = r - last;
+        else even = even && r - last == step;
+        last = r;
+        if (list++ < 8) llmpari_append(text, bytes, &at, "%s%d", list > 1 ? "," : "", r);
+    }
+    if (list > 8) llmpari_append(text, bytes, &at, ",...");
+    if (even && step == 1) snprintf(text, bytes, "%d-%d", first, last);
+    else if (even && step > 1 && list > 2) snprintf(text, bytes, "%d-%d/%d", first, last, step);
+}
+
 LLMPAR_DEF void llmpar_trace_summary(const llmpar_trace *const *trace, int32_t n, llmpar_sink sink) {
+    char members[128];
     int64_t last_group = -1;
-    llmpari_print(&sink, "group ranks  collectives        bytes   in calls ms    least ms  came last\n");
+    llmpari_print(&sink, "group ranks  members  collectives        bytes   in calls ms    least ms  came last\n");
     for (;;) {
         int64_t group = INT64_MAX;
         int32_t size = 0;
@@ -12287,8 +12382,9 @@ LLMPAR_DEF void llmpar_trace_summary(const llmpar_trace *const *trace, int32_t n
         if (group == INT64_MAX) return;
         for (int32_t first = 0; first == 0 || first < n; first += LLMPARI_LATE) {
             llmpari_trace_sum sum = llmpari_trace_add(trace, n, group, first);
+            if (first == 0) llmpari_trace_members(members, sizeof members, trace, n, group);
             if (first == 0)
-                llmpari_print(&sink, "%5lld %5d %12lld %12lld %13.3f %11.3f ", (long long)group, size, (long long)sum.calls, (long long)sum.bytes, 1e3 * sum.took_s, 1e3 * sum.least_s);
+                llmpari_print(&sink, "%5lld %5d %8s %12lld %12lld %13.3f %11.3f ", (long long)group, size, members, (long long)sum.calls, (long long)sum.bytes, 1e3 * sum.took_s, 1e3 * sum.least_s);
             for (int32_t r = 0; r < LLMPARI_LATE; r++) if (sum.late[r]) llmpari_print(&sink, " rank %d %.0f %%", first + r, 100.0 * (double)sum.late[r] / (double)sum.known);
         }
         llmpari_print(&sink, "\n");
@@ -12312,19 +12408,37 @@ typedef struct llmpari_self {
     char why[512];
 } llmpari_self;
 
+LLMPARI_FN void llmpari_self_abort(llmpar_comm *comm, const char *why) {
+    llmpari_self *self = (llmpari_self *)comm->impl;
+    if (self->aborted) return;
+    self->aborted = true;
+    snprintf(self->why, sizeof self->why, "%s", why ? why : "no reason was given");
+}
+// The error is for good: no later call moves a byte, and what waits in call[] fails.
+LLMPARI_PRINTF(4, 5)
+LLMPARI_FN llmpar_status llmpari_self_fail(llmpari_self *self, llmpar_status status, llmpar_error *err, const char *format, ...) {
+    char text[sizeof self->why];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    llmpari_self_abort(&self->comm, text);
+    return LLMPARI_FAIL(err, status, "%s", text);
+}
+
 LLMPARI_FN llmpar_status llmpari_self_mail(llmpari_self *self, const llmpar_call *call, int64_t *ticket, llmpar_error *err) {
     llmpar_call *oldest = &self->call[0];
     *ticket = ++self->tickets;
     if (self->waiting == 0 || oldest->kind == call->kind) {
         if (self->waiting == LLMPARI_SELF_MAIL)
-            return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "%d Send or Recv to oneself wait already; start their counterparts first", LLMPARI_SELF_MAIL);
+            return llmpari_self_fail(self, LLMPAR_UNSUPPORTED, err, "%d Send or Recv to oneself wait already; start their counterparts first", LLMPARI_SELF_MAIL);
         self->ticket[self->waiting] = *ticket;
         self->call[self->waiting++] = *call;
         return LLMPAR_OK;
     }
     const llmpar_call *send = call->kind == LLMPAR_SEND ? call : oldest, *recv = call->kind == LLMPAR_SEND ? oldest : call;
     if (send->count != recv->count || send->dtype != recv->dtype)
-        return LLMPARI_FAIL(err, LLMPAR_MISMATCH, "rank 0 sends %s[%lld] to itself and receives %s[%lld]",
+        return llmpari_self_fail(self, LLMPAR_MISMATCH, err, "rank 0 sends %s[%lld] to itself and receives %s[%lld]",
                             llmpar_dtype_name(send->dtype), (long long)send->count, llmpar_dtype_name(recv->dtype), (long long)recv->count);
     llmpari_move_bytes((char *)recv->recv, (const char *)send->send, send->count * llmpar_dtype_bytes(send->dtype));
     self->waiting--;
@@ -12341,7 +12455,7 @@ LLMPARI_FN llmpar_status llmpari_self_start(llmpar_comm *comm, const llmpar_call
     if (call->kind == LLMPAR_SEND || call->kind == LLMPAR_RECV) return llmpari_self_mail(self, call, ticket, err);
     LLMPARI_TRY(llmpari_call_extent(comm, call, &x, err));
     if (x.send != x.recv && call->kind != LLMPAR_BROADCAST)
-        return LLMPARI_FAIL(err, LLMPAR_MISMATCH, "rank 0 sends %lld bytes to itself and expects %lld", (long long)x.send, (long long)x.recv);
+        return llmpari_self_fail(self, LLMPAR_MISMATCH, err, "rank 0 sends %lld bytes to itself and expects %lld", (long long)x.send, (long long)x.recv);
     llmpari_move_bytes((char *)call->recv, (const char *)call->send, x.recv);
     return LLMPAR_OK;
 }
@@ -12353,21 +12467,13 @@ LLMPARI_FN llmpar_status llmpari_self_wait(llmpar_comm *comm, int64_t ticket, bo
     if (*done) return LLMPAR_OK;
     if (self->aborted) return LLMPARI_FAIL(err, LLMPAR_ABORTED, "aborted: rank 0: %s", self->why);
     if (!block) return LLMPAR_OK;
-    self->waiting = 0;                                                                     // the buffers go back to the caller
-    return LLMPARI_FAIL(err, LLMPAR_MISMATCH, "rank 0 waits for a %s to itself that has no counterpart; start that one first, then wait",
+    return llmpari_self_fail(self, LLMPAR_MISMATCH, err, "rank 0 waits for a %s to itself that has no counterpart; start that one first, then wait",
                         llmpar_collective_name(self->call[0].kind));
 }
 
 LLMPARI_FN llmpar_status llmpari_self_group(llmpar_comm *comm, const int32_t *members, int32_t n, llmpar_comm **sub, llmpar_error *err) {
     if (n != 1 || members[0] != 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "a group of %d members cannot be made from a group of one", n);
     return llmpar_comm_self(&((llmpari_self *)comm->impl)->allocator, sub, err);
-}
-
-LLMPARI_FN void llmpari_self_abort(llmpar_comm *comm, const char *why) {
-    llmpari_self *self = (llmpari_self *)comm->impl;
-    if (self->aborted) return;
-    self->aborted = true;
-    snprintf(self->why, sizeof self->why, "%s", why ? why : "no reason was given");
 }
 
 LLMPARI_FN void llmpari_self_free(llmpar_comm *comm) {
@@ -12432,7 +12538,7 @@ struct llmpari_post {              // what one member asks for: a cache line tha
     char       *recv;
     int64_t    *counts;            // [n] send_counts, [n] recv_counts: copies
     uint64_t    sent, wanted;      // AllToAll: sums of hashes of (from, to, count), equal over the team when the counts fit together
-    double      came;              // when, if traced
+    double      came;              // when, if traced; 0 = not known
     char        pad[LLMPARI_LINE - 64 - 48];
 };
 typedef struct llmpari_post llmpari_post;
@@ -12445,7 +12551,7 @@ typedef struct llmpari_mail {      // a Send or Recv that waits for its counterp
     int64_t seq;                   // of this member's Send and Recv
     char   *data;
     int64_t count;
-    double  timeout_s;
+    double  timeout_s, since;      // since: when llmpar_test first found it not done; 0 = not yet
     int32_t peer, dtype, box;      // box -1: data is the caller's
     char   *to;                    // the copy of a large message, in chunks that both sides take: of how many bytes, from where to where ...
     const char *from;
@@ -12461,13 +12567,16 @@ typedef struct llmpari_end {       // one member's end; but for `left` used by i
     int64_t free_until;            // collectives below this one have a free slot
     int32_t scan;                  // members below this one have arrived at `finished`
     bool    checked, direct;       // of `finished`: signatures are equal; not all are boxed
+    bool    told;                  // waits[] was set for a call of this end
     bool    slices;                // direct: a unit is a slice of every output, or what a member sends; else a member's output
-    double  timeout_s[LLMPARI_FLIGHT];   // of the calls in flight
+    double  timeout_s[LLMPARI_FLIGHT], since[LLMPARI_FLIGHT];   // of the calls in flight; since: when llmpar_test first found the call not done, 0 = not yet
     int64_t used[2];               // collective that used this member's large box last, + 1
+    int64_t late_of[LLMPARI_FLIGHT];     // traced: collective + 1 whose last member and its time ...
+    int32_t late[LLMPARI_FLIGHT];        // ... these are
+    double  late_s[LLMPARI_FLIGHT];
     bool    drained;               // the world has stopped and nobody touches this end's buffers any more
     bool    joined;                // under the world's mutex
     int64_t mails;                 // Send and Recv so far
-    double  since;                 // when llmpar_test first found the oldest call not done; 0 = not yet
     int64_t left;                  // shared: freed by its member
     char    pad[LLMPARI_LINE];
 } llmpari_end;
@@ -12516,7 +12625,7 @@ struct llmpar_threads {
     llmpari_team    *teams, *team; // all, newest first; the world's own
     int64_t          team_ids;
     int64_t         *gone;         // [n] shared: the rank's function has returned
-    int64_t         *waits;        // [n] shared: the rank that it waits for, while it waits long; -1 = none
+    int64_t         *waits;        // [n] shared: the rank that it waits for, while it waits long or llmpar_test finds its call not done; -1 = none
     llmpar_threads  *successor;    // after llmpar_comm_shrink: the world of the survivors ...
     int64_t         *stays;        // [n] ... who asked for it, 1; its rank there + 2
 };
@@ -12849,9 +12958,14 @@ LLMPARI_FN llmpar_status llmpari_check_posts(llmpari_end *end, int64_t k, llmpar
     end->free_until = llmpari_max(end->free_until, k - lag + LLMPARI_FLIGHT);
     if (end->comm.trace) {
         int32_t last = 0;
-        for (int32_t i = 1; i < team->n; i++) if (row[i].came > row[last].came) last = i;
-        end->comm.late   = team->ranks[last];
-        end->comm.late_s = row[last].came;
+        bool known = row[0].came > 0;
+        for (int32_t i = 1; i < team->n; i++) {
+            known = known && row[i].came > 0;
+            if (row[i].came > row[last].came) last = i;
+        }
+        end->late_of[k & (LLMPARI_FLIGHT - 1)] = known ? k + 1 : 0;
+        end->late   [k & (LLMPARI_FLIGHT - 1)] = team->ranks[last];
+        end->late_s [k & (LLMPARI_FLIGHT - 1)] = row[last].came;
     }
     return LLMPAR_OK;
 }
@@ -12945,12 +13059,20 @@ LLMPARI_FN bool llmpari_all_arrived(llmpari_end *end, int64_t k) {
     return end->scan == end->team->n;
 }
 
+// This rank got on: others that wait for it wait for nobody behind it.
+LLMPARI_FN void llmpari_waits_not(llmpari_end *end) {
+    llmpar_threads *world = end->team->world;
+    int64_t *waits = &world->waits[llmpari_me(end)];
+    end->told = false;
+    if (llmpari_comm_load(world, waits) >= 0) llmpari_comm_release(world, waits, -1);
+}
+
 LLMPARI_FN void llmpari_retire(llmpari_end *end) {
     llmpari_team *team = end->team;
     end->finished++;
     end->scan    = 0;
     end->checked = false;
-    end->since   = 0;
+    if (end->told) llmpari_waits_not(end);
     llmpari_comm_release(team->world, &team->retired[end->comm.rank].value, end->finished);       // no fence: who sleeps for a slot looks again in time
     llmpari_wake(team);
 }
@@ -13062,15 +13184,27 @@ LLMPARI_FN void llmpari_describe_wish(char *text, size_t bytes, const llmpari_wi
     } else snprintf(text, bytes, "a Send or Recv (%d messages are under way already)", LLMPARI_MAIL);
 }
 
+// The oldest Send or Recv that a member has in flight.
+LLMPARI_FN bool llmpari_describe_mail_of(char *text, size_t bytes, llmpari_team *team, int32_t member) {
+    const llmpari_mail *mail = &team->mail[(int64_t)member * LLMPARI_MAIL], *oldest = NULL;
+    llmpari_mail_lock(team);
+    for (int32_t i = 0; i < LLMPARI_MAIL; i++) if (mail[i].held && mail[i].state == LLMPARI_POSTED && (!oldest || mail[i].seq < oldest->seq)) oldest = &mail[i];
+    if (oldest) snprintf(text, bytes, "; rank %d has a %s %s[%lld] %s rank %d in flight", team->ranks[member], oldest->is_send ? "Send" : "Recv",
+                         llmpar_dtype_name((llmpar_dtype)oldest->dtype), (long long)oldest->count, oldest->is_send ? "to" : "from", team->ranks[oldest->peer]);
+    llmpari_mail_unlock(team);
+    return oldest != NULL;
+}
+
 // What the first missing member did last in this team, for the text of a timeout.
 LLMPARI_FN void llmpari_describe_missing(char *text, size_t bytes, const llmpari_wish *wish) {
     llmpari_team *team = wish->end->team;
     int64_t last = 0;
     bool joined;
     text[0] = 0;
-    if (wish->goal != LLMPARI_GOAL_CALL) return;
+    if (wish->goal != LLMPARI_GOAL_CALL && wish->goal != LLMPARI_GOAL_MAIL) return;
     int32_t first = llmpari_missing(wish);
     if (first == team->n) return;
+    if (wish->goal == LLMPARI_GOAL_MAIL && llmpari_describe_mail_of(text, bytes, team, first)) return;
     pthread_mutex_lock(team->world->mutex);
     joined = team->ends[first].joined;
     pthread_mutex_unlock(team->world->mutex);
@@ -13137,6 +13271,7 @@ LLMPARI_FN llmpar_status llmpari_patience(const llmpari_wish *wish, double began
     const llmpari_team *team = wish->end->team;
     LLMPARI_TRY(llmpari_never(wish, err));
     int32_t missing = llmpari_missing(wish);
+    wish->end->told = true;
     llmpari_comm_release(team->world, &team->world->waits[llmpari_me(wish->end)], missing < team->n ? team->ranks[missing] : -1);
     if (now - began <= wish->timeout_s || missing == team->n) return LLMPAR_OK;
     return llmpari_too_late(wish, now - began, err);
@@ -13144,15 +13279,13 @@ LLMPARI_FN llmpar_status llmpari_patience(const llmpari_wish *wish, double began
 
 LLMPARI_FN llmpar_status llmpari_poll(const llmpari_wish *wish, bool *done, llmpar_error *err) {
     llmpari_end *end = wish->end;
+    double *since = wish->goal == LLMPARI_GOAL_MAIL ? &llmpari_mail_of(end, wish->arg)->since : &end->since[wish->arg & (LLMPARI_FLIGHT - 1)];
     LLMPARI_TRY(llmpari_step(wish, done, err));
-    if (*done) {
-        if (end->since > 0) llmpari_comm_release(end->team->world, &end->team->world->waits[llmpari_me(end)], -1);
-        return LLMPAR_OK;
-    }
+    if (*done) return LLMPAR_OK;
     if (llmpari_comm_load(end->team->world, &end->team->world->stopped)) return llmpari_last_step(wish, done, err);
     double now = llmpari_now();
-    if (end->since == 0) end->since = now;
-    return llmpari_patience(wish, end->since, now, err);
+    if (*since == 0) *since = now;
+    return llmpari_patience(wish, *since, now, err);
 }
 
 // Spins, then yields, then sleeps. Short spins only: with more ranks than cores the one that is waited for needs this core.
@@ -13183,7 +13316,7 @@ LLMPARI_FN llmpar_status llmpari_await(const llmpari_wish *wish, llmpar_error *e
         mark = llmpari_comm_load(world, &team->wakes);
     }
     if (armed) llmpari_add(world, &team->sleepers->value, -1);
-    if (began > 0) llmpari_comm_release(world, &world->waits[llmpari_me(wish->end)], -1);
+    llmpari_waits_not(wish->end);
     return status;
 }
 
@@ -13230,6 +13363,7 @@ LLMPARI_FN llmpari_mail *llmpari_mail_post(llmpari_end *end, const llmpar_call *
     mail->box     = -1;
     mail->held    = true;
     mail->timeout_s = call->timeout_s > 0 ? call->timeout_s : end->comm.timeout_s;
+    mail->since   = 0;
     while (box < LLMPARI_MAIL_BOXES && (team->mail_boxed[me] >> box & 1)) box++;
     if (mail->is_send && bytes <= LLMPARI_BOX && box < LLMPARI_MAIL_BOXES) {
         mail->data = team->mail_boxes + ((int64_t)me * LLMPARI_MAIL_BOXES + box) * LLMPARI_BOX;
@@ -13332,7 +13466,7 @@ LLMPARI_FN llmpar_status llmpari_mail_wait(llmpari_end *end, int64_t ticket, boo
     llmpar_status status = block ? llmpari_await(&wish, err) : llmpari_poll(&wish, done, err);
     if (status == LLMPAR_OK && !*done) return LLMPAR_OK;
     *done = status == LLMPAR_OK;
-    end->since = 0;
+    llmpari_waits_not(end);
     llmpari_mail_lock(team);
     llmpari_mail_release(team, end->comm.rank, (int32_t)entry);
     llmpari_mail_unlock(team);
@@ -13400,6 +13534,7 @@ LLMPARI_FN void llmpari_post_mark(llmpari_post *post, const llmpar_call *call) {
     post->count  = call->count;
     post->hash   = 0;
     post->recv   = (char *)call->recv;
+    post->came   = 0;
 }
 LLMPARI_FN bool llmpari_asks(const llmpari_post *post, const llmpar_call *call) {
     unsigned mark = (unsigned)(post->kind ^ (uint8_t)call->kind) | (unsigned)(post->dtype ^ (uint8_t)call->dtype) | (unsigned)(post->reduce ^ (uint8_t)call->reduce) | (unsigned)post->root;
@@ -13414,10 +13549,11 @@ LLMPARI_FN void llmpari_post_publish(llmpari_end *end, llmpari_post *post, int64
 // Writes this member's part of slot k; seq, last, tells the others.
 LLMPARI_FN void llmpari_post_call(llmpari_end *end, const llmpar_call *call, int64_t k) {
     llmpari_post *post = &llmpari_posts(end->team, k)[end->comm.rank];
-    int64_t sent = call->count * llmpar_dtype_bytes(call->dtype), boxed = sent;
+    int64_t sent, boxed;
     llmpari_post_mark(post, call);
     if (end->comm.trace) post->came = llmpari_now();
-    if (call->kind != LLMPAR_ALL_REDUCE) {
+    if (call->kind == LLMPAR_ALL_REDUCE) boxed = sent = call->count * llmpar_dtype_bytes(call->dtype);
+    else {
         llmpari_extent x = llmpari_post_counts(end, call, post);
         sent  = x.send;
         boxed = call->kind == LLMPAR_BROADCAST ? x.payload : x.send;
@@ -13475,6 +13611,7 @@ LLMPARI_FN llmpar_status llmpari_threads_start(llmpar_comm *comm, const llmpar_c
     int64_t k = end->started;
     *ticket = 0;
     if (llmpari_comm_load(world, &world->stopped)) { llmpari_drain(end); return llmpari_stopped(end, err); }
+    llmpari_waits_not(end);                                                                // a call that was only tested, in whichever group
     if (call->kind == LLMPAR_SEND || call->kind == LLMPAR_RECV) return llmpari_mail_start(end, call, ticket, err);
     if (k > end->finished) LLMPARI_TRY(llmpari_advance(end, err));
     if (k - end->finished >= LLMPARI_FLIGHT) {
@@ -13486,6 +13623,7 @@ LLMPARI_FN llmpar_status llmpari_threads_start(llmpar_comm *comm, const llmpar_c
         LLMPARI_TRY(llmpari_await(&slot, err));
     }
     end->timeout_s[k & (LLMPARI_FLIGHT - 1)] = call->timeout_s > 0 ? call->timeout_s : comm->timeout_s;
+    end->since[k & (LLMPARI_FLIGHT - 1)] = 0;
     llmpari_post_call(end, call, k);
     end->started = k + 1;
     *ticket = 2 * k + 2;
@@ -13496,27 +13634,58 @@ LLMPARI_FN llmpar_status llmpari_threads_wait(llmpar_comm *comm, int64_t ticket,
     llmpari_end *end = (llmpari_end *)comm->impl;
     *done = true;
     if (ticket & 1) return llmpari_mail_wait(end, ticket, block, done, err);
-    if (ticket / 2 <= end->finished) return LLMPAR_OK;
-    llmpari_wish wish = llmpari_wish_of(end, LLMPARI_GOAL_CALL, ticket / 2 - 1);
-    if (!block) return llmpari_poll(&wish, done, err);
-    *done = false;
-    LLMPARI_TRY(llmpari_await(&wish, err));
-    *done = true;
-    return LLMPAR_OK;
+    const int64_t k = ticket / 2 - 1;
+    llmpar_status status = LLMPAR_OK;
+    if (k >= end->finished) {
+        llmpari_wish wish = llmpari_wish_of(end, LLMPARI_GOAL_CALL, k);
+        if (!block) status = llmpari_poll(&wish, done, err);
+        else if ((status = llmpari_await(&wish, err)) != LLMPAR_OK) *done = false;
+    }
+    if (comm->trace) {                                                                     // of this collective: later ones may have ended with it
+        bool known = end->late_of[k & (LLMPARI_FLIGHT - 1)] == k + 1;
+        comm->late   = known ? end->late[k & (LLMPARI_FLIGHT - 1)] : -1;
+        comm->late_s = known ? end->late_s[k & (LLMPARI_FLIGHT - 1)] : 0;
+    }
+    return status;
 }
 
-LLMPAR_DEF void llmpar_threads_abort(llmpar_threads *threads, int32_t culprit, const char *why) {
+LLMPARI_FN void llmpari_stop_for(llmpar_threads *world, int32_t culprit, const char *why) {
     char text[900];
-    if (!threads) return;
     if (!why) why = "no reason was given";
-    if (culprit >= 0) snprintf(text, sizeof text, "rank %d: %s", culprit, why);
-    else snprintf(text, sizeof text, "%s", why);
-    llmpari_stop(threads, culprit, text);
+    if (culprit >= 0) snprintf(text, sizeof text, "rank %d: %.800s", culprit, why);
+    else snprintf(text, sizeof text, "%.800s", why);
+    llmpari_stop(world, culprit, text);
 }
 
 LLMPARI_FN void llmpari_threads_comm_abort(llmpar_comm *comm, const char *why) {
     llmpari_end *end = (llmpari_end *)comm->impl;
-    llmpar_threads_abort(end->team->world, llmpari_me(end), why);
+    llmpari_stop_for(end->team->world, llmpari_me(end), why);
+}
+
+// The world after this one, and in *rank (a rank of this one; -1 = none) its number there, -1 if it was lost.
+LLMPARI_FN llmpar_threads *llmpari_succeeded(llmpar_threads *world, int32_t *rank) {
+    pthread_mutex_lock(world->mutex);
+    llmpar_threads *next = world->successor;
+    if (next && *rank >= 0) *rank = world->stays[*rank] >= 2 ? (int32_t)world->stays[*rank] - 2 : -1;
+    pthread_mutex_unlock(world->mutex);
+    return next;
+}
+
+LLMPAR_DEF void llmpar_threads_abort(llmpar_threads *threads, int32_t culprit, const char *why) {
+    if (threads && culprit >= threads->n) culprit = -1;
+    for (; threads; threads = llmpari_succeeded(threads, &culprit)) llmpari_stop_for(threads, culprit, why);
+}
+
+// Is anything started here that is not done?
+LLMPARI_FN bool llmpari_in_flight(llmpari_end *end) {
+    bool any = end->finished < end->started;
+    llmpari_mail_lock(end->team);
+    for (int32_t i = 0; i < LLMPARI_MAIL; i++) {
+        const llmpari_mail *mail = llmpari_mail_of(end, i);
+        any = any || (mail->held && (mail->state == LLMPARI_POSTED || mail->state == LLMPARI_MATCHED || mail->state == LLMPARI_COPYING));
+    }
+    llmpari_mail_unlock(end->team);
+    return any;
 }
 
 LLMPARI_ONCE_BEGIN
@@ -13605,6 +13774,7 @@ LLMPARI_FN llmpari_team *llmpari_team_new(llmpar_threads *world, int32_t n, int6
         end->comm.impl   = end;
         end->comm.timeout_s = world->timeout_s;
         end->comm.id     = world->team_ids;
+        end->comm.late   = -1;
         end->team        = team;
         end->free_until  = LLMPARI_FLIGHT;
     }
@@ -13670,8 +13840,7 @@ LLMPARI_FN void llmpari_threads_comm_free(llmpar_comm *comm) {
     llmpar_threads *world = team->world;
     if (team == world->team) return;                                                       // the world goes with llmpar_threads_free
     (void)llmpari_advance(end, NULL);
-    if (end->finished < end->started)
-        llmpar_threads_abort(world, llmpari_me(end), "a group was freed with a collective in flight; wait for every request first");
+    if (llmpari_in_flight(end)) llmpari_threads_comm_abort(comm, "a group was freed with a call in flight; wait for every request first");
     if (llmpari_comm_load(world, &world->stopped)) llmpari_drain(end);
     pthread_mutex_lock(world->mutex);
     llmpari_comm_store(world, &end->left, 1);
@@ -13686,6 +13855,10 @@ LLMPARI_FN llmpar_status llmpari_threads_check(const llmpar_threads_desc *desc, 
     if (!desc) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_threads_desc is NULL");
     if (desc->n_ranks < 1 || desc->n_ranks > 65536) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_ranks is %d; it must be 1..65536", desc->n_ranks);
     if (!(desc->timeout_s >= 0)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "timeout_s is %g; it must be >= 0 (0 = 60 s)", desc->timeout_s);
+    const llmpar_comm_tuning *t = desc->tuning;
+    if (t && (t->mailbox_bytes < 0 || t->mailbox_bytes > 1 << 20 || t->staged_bytes < 0 || t->staged_bytes > 1 << 20 || t->stream_bytes < 0))
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "tuning: mailbox_bytes is %lld and staged_bytes %lld, which must be 0..%d; stream_bytes is %lld, which must be >= 0",
+                            (long long)t->mailbox_bytes, (long long)t->staged_bytes, 1 << 20, (long long)t->stream_bytes);
     return LLMPAR_OK;
 }
 
@@ -13723,19 +13896,20 @@ LLMPARI_FN llmpar_comm_tuning llmpari_tuning_or(const llmpar_comm_tuning *given)
     cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #endif
     if (given) tuning = *given;
-    if (tuning.mailbox_bytes <= 0) tuning.mailbox_bytes = 1024;
-    if (tuning.stream_bytes  <= 0) tuning.stream_bytes  = cache > 0 ? 8 * cache : 8 << 20;
-    tuning.mailbox_bytes = llmpari_min(tuning.mailbox_bytes, 1 << 20);
-    tuning.staged_bytes  = llmpari_min(tuning.staged_bytes, 1 << 20);
+    if (tuning.mailbox_bytes == 0) tuning.mailbox_bytes = 1024;
+    if (tuning.stream_bytes  == 0) tuning.stream_bytes  = cache > 0 ? 8 * cache : 8 << 20;
     return tuning;
 }
 
 // Measures the ways of a reduction on two threads, with buffers that are written before and read after it as they are in use.
 enum { LLMPARI_PROBE_BYTES = 512 << 10 };
+#define LLMPARI_PROBE_S 0.005
 typedef struct llmpari_probe { llmpar_comm_tuning tuning; float *buffer; double until; } llmpari_probe;
 
-LLMPARI_FN llmpar_status llmpari_probe_time(llmpar_comm *comm, float *buffer, int64_t bytes, int way, double *seconds, llmpar_error *err) {
+// *late: 1 when no further size is to begin; 2: twice the time for all of it is over, nothing was measured. On a busy machine one run may take as long.
+LLMPARI_FN llmpar_status llmpari_probe_time(llmpar_comm *comm, const llmpari_probe *probe, int64_t bytes, int way, double *seconds, float *late, llmpar_error *err) {
     llmpar_threads *world = ((llmpari_end *)comm->impl)->team->world;
+    float *buffer = probe->buffer + comm->rank * (LLMPARI_PROBE_BYTES / 2);
     float *out = buffer + LLMPARI_PROBE_BYTES / 4;
     if (comm->rank == 0) {
         world->tuning.mailbox_bytes = way == 0 ? LLMPARI_PROBE_BYTES : 0;
@@ -13750,34 +13924,32 @@ LLMPARI_FN llmpar_status llmpari_probe_time(llmpar_comm *comm, float *buffer, in
         for (int64_t i = 0; i < bytes / 4; i += LLMPARI_FOLD) llmpari_fold_f32((char *)(buffer + i), (const char *)value, (const char *)value, LLMPARI_FOLD, LLMPAR_SUM);
         LLMPARI_TRY(llmpar_all_reduce(comm, buffer, out, bytes / 4, LLMPAR_F32, LLMPAR_SUM, err));
         for (int64_t i = 0; i < bytes / 4; i += LLMPARI_FOLD) llmpari_fold_f32((char *)sum, (const char *)sum, (const char *)(out + i), LLMPARI_FOLD, LLMPAR_SUM);
-        LLMPARI_TRY(llmpar_barrier(comm, err));
+        double over_s = llmpari_now() - probe->until;
+        *late = over_s > LLMPARI_PROBE_S ? 2.0f : over_s > 0 ? 1.0f : 0.0f;
+        LLMPARI_TRY(llmpar_all_reduce(comm, late, late, 1, LLMPAR_F32, LLMPAR_MAX, err));  // and a barrier
         double took = llmpari_now() - began;
         if (sum[0] != (float)(bytes / 4 / LLMPARI_FOLD * 4 * run)) return LLMPARI_FAIL(err, LLMPAR_MISMATCH, "measured AllReduces gave %g in all", (double)sum[0]);
         if (run && took < *seconds) *seconds = took;
+        if (*late > 1) break;
     }
     return LLMPAR_OK;
 }
 
-LLMPARI_FN llmpar_status llmpari_probe_sizes(llmpar_comm *comm, float *buffer, llmpari_probe *probe, llmpar_error *err) {
+LLMPARI_FN llmpar_status llmpari_probe_rank(llmpar_comm *comm, void *user, llmpar_error *err) {
+    llmpari_probe *probe = (llmpari_probe *)user;
     llmpar_comm_tuning found = LLMPAR_ZERO;
     bool boxes = true;
-    for (int64_t bytes = 4096; bytes <= LLMPARI_PROBE_BYTES; bytes *= 2) {
-        double seconds[3], late = llmpari_now() > probe->until;
-        float stop = (float)late;
-        LLMPARI_TRY(llmpar_all_reduce(comm, &stop, &stop, 1, LLMPAR_F32, LLMPAR_MAX, err));
-        if (stop > 0) break;
-        for (int way = 0; way < 3; way++) LLMPARI_TRY(llmpari_probe_time(comm, buffer, bytes, way, &seconds[way], err));
+    float late = 0;
+    for (int64_t bytes = 4096; bytes <= LLMPARI_PROBE_BYTES && late == 0; bytes *= 2) {
+        double seconds[3];
+        for (int way = 0; way < 3 && late < 2; way++) LLMPARI_TRY(llmpari_probe_time(comm, probe, bytes, way, &seconds[way], &late, err));
+        if (late > 1) break;
         boxes = boxes && seconds[0] < seconds[1] && seconds[0] < 0.9 * seconds[2];      // clearly: a draw goes to the slices
         if (boxes) found.mailbox_bytes = bytes;
         else if (seconds[1] < 0.9 * seconds[2]) found.staged_bytes = bytes;
     }
     if (comm->rank == 0) { probe->tuning.mailbox_bytes = found.mailbox_bytes; probe->tuning.staged_bytes = found.staged_bytes; }
     return LLMPAR_OK;
-}
-
-LLMPARI_FN llmpar_status llmpari_probe_rank(llmpar_comm *comm, void *user, llmpar_error *err) {
-    llmpari_probe *probe = (llmpari_probe *)user;
-    return llmpari_probe_sizes(comm, probe->buffer + comm->rank * (LLMPARI_PROBE_BYTES / 2), probe, err);
 }
 
 // What cannot be measured keeps the defaults.
@@ -13787,7 +13959,7 @@ LLMPARI_FN void llmpari_probe_threads(llmpar_threads *world) {
     llmpar_error ignored;
     probe.tuning    = llmpari_tuning_or(NULL);
     probe.buffer    = (float *)llmpari_alloc(&world->allocator, 4 * (size_t)LLMPARI_PROBE_BYTES);
-    probe.until     = llmpari_now() + 0.005;
+    probe.until     = llmpari_now() + LLMPARI_PROBE_S;
     if (!probe.buffer) return;
     llmpar_comm_tuning boxes = probe.tuning;
     boxes.mailbox_bytes = LLMPARI_PROBE_BYTES;
@@ -13906,27 +14078,31 @@ struct llmpari_run {
 
 LLMPARI_FN void llmpari_runner_go(llmpari_runner *runner) {
     llmpari_run *run = runner->run;
-    llmpar_threads *world = run->world;
-    char text[900];
-    runner->status = run->fn(llmpar_threads_comm(world, runner->rank), run->user, &runner->err);
+    llmpar_threads *world = run->world, *last = world;
+    int32_t at = runner->rank, rank = at;
+    runner->status = run->fn(llmpar_threads_comm(world, at), run->user, &runner->err);
+    for (llmpar_threads *next = world; next && rank >= 0; next = llmpari_succeeded(next, &rank)) { last = next; at = rank; }      // where it was in the end
+    llmpari_end *end = &last->team->ends[at];
+    if (!runner->status && !llmpari_comm_load(last, &last->stopped) && llmpari_in_flight(end))
+        runner->status = LLMPARI_FAIL(&runner->err, LLMPAR_BAD_ARGUMENT, "the function returned with a call in flight; wait for every request first");
     if (runner->status) {
         const char *why = runner->err.status && runner->err.text[0] ? runner->err.text : llmpar_status_text(runner->status);
         pthread_mutex_lock(world->mutex);
         int32_t *first = runner->status == LLMPAR_ABORTED ? &run->first_aborted : &run->first;
         if (*first < 0) *first = runner->rank;
         pthread_mutex_unlock(world->mutex);
-        snprintf(text, sizeof text, "rank %d: %.800s", runner->rank, why);
-        llmpari_stop(world, runner->rank, text);
+        llmpari_stop_for(last, at, why);
     }
+    if (llmpari_comm_load(last, &last->stopped)) llmpari_drain(end);                       // its buffers may have been the function's
     pthread_mutex_lock(world->mutex);
-    for (int64_t rank = runner->rank; world && rank >= 0; ) {
+    for (rank = runner->rank; world && rank >= 0; ) {
         llmpari_comm_store(world, &world->gone[rank], 1);
         for (llmpari_team *team = world->teams; team; team = team->next) llmpari_wake(team);
         pthread_cond_broadcast(&world->gate);
-        rank  = world->stays[rank] - 2;
+        rank  = (int32_t)world->stays[rank] - 2;
         world = world->successor;
     }
-    pthread_mutex_unlock(runner->run->world->mutex);
+    pthread_mutex_unlock(run->world->mutex);
 }
 
 LLMPARI_FN void *llmpari_runner_main(void *argument) {
@@ -14035,33 +14211,35 @@ LLMPARI_FN llmpar_status llmpari_environment_number(const llmpari_environment *e
     if (!text) return LLMPAR_OK;
     errno = 0;
     long long number = strtoll(text, &end, 10);
-    if (end == text || *end || errno || number < least || number > most)
+    if (!llmpari_is_digit(*text) || *end || errno || number < least || number > most)
         return LLMPARI_FAIL(env->err, LLMPAR_BAD_ARGUMENT, "%s is \"%.100s\"; a whole number from %lld to %lld is expected: unset it, or start the program through its launcher",
                             *name, text, (long long)least, (long long)most);
     *value = (int32_t)number;
     return LLMPAR_OK;
 }
 
-// A list of hosts begins with "name", "name[03-06,9]" or "name[03,05]": the first of them.
+// A list of hosts begins with "name", "name[03-06,9]", "name[03,05]-ib" or "rack[1-2]node[3-4]": the first of them.
 LLMPARI_FN void llmpari_first_host(char *to, size_t bytes, const char *list) {
     size_t at = 0;
-    bool inside = false;
+    bool inside = false, others = false;
     for (; *list && at + 1 < bytes; list++) {
-        if (*list == '[') { inside = true; continue; }
-        if (*list == ',' || *list == ']' || (inside && *list == '-')) break;
-        to[at++] = *list;
+        if (*list == '[') inside = true;
+        else if (*list == ']') inside = others = false;
+        else if (inside && (*list == ',' || *list == '-')) others = true;
+        else if (*list == ',') break;
+        else if (!others) to[at++] = *list;
     }
     to[at] = 0;
 }
 
 // "2(x3),1": two tasks on each of three hosts, then one. The tasks of host `host`; -1 when the text says nothing about it.
-LLMPARI_FN int32_t llmpari_tasks_of(const char *text, int32_t host) {
+LLMPARI_FN long long llmpari_tasks_of(const char *text, long long host) {
     while (text && llmpari_is_digit(*text)) {
         char *end;
-        long tasks = strtol(text, &end, 10), times = 1;
-        if (end[0] == '(' && end[1] == 'x') { times = strtol(end + 2, &end, 10); if (*end == ')') end++; }
-        if (host < times) return (int32_t)tasks;
-        host -= (int32_t)times;
+        long long tasks = strtoll(text, &end, 10), times = 1;
+        if (end[0] == '(' && end[1] == 'x' && llmpari_is_digit(end[2])) { times = strtoll(end + 2, &end, 10); if (*end == ')') end++; }
+        if (host < times) return tasks;
+        host -= times;
         text = *end == ',' ? end + 1 : NULL;
     }
     return -1;
@@ -14089,8 +14267,11 @@ LLMPARI_FN llmpar_status llmpari_launcher_read(const llmpari_environment *env, c
     LLMPARI_TRY(llmpari_environment_number(env, &names->host, 1, 0, MOST, &launch->host, &host));
     if (names->launcher == LLMPAR_LAUNCH_SLURM && launch->host >= 0) {
         const char *tasks = llmpari_getenv(env, "SLURM_STEP_TASKS_PER_NODE");
-        launch->local_size = llmpari_tasks_of(tasks ? tasks : llmpari_getenv(env, "SLURM_TASKS_PER_NODE"), launch->host);
         locals = tasks ? "SLURM_STEP_TASKS_PER_NODE" : "SLURM_TASKS_PER_NODE";
+        if (!tasks) tasks = llmpari_getenv(env, locals);
+        long long here = llmpari_tasks_of(tasks, launch->host);
+        if (here > MOST || here == 0) return LLMPARI_FAIL(env->err, LLMPAR_BAD_ARGUMENT, "%s is \"%.100s\", which makes it %lld ranks on host %d", locals, tasks, here, launch->host);
+        launch->local_size = (int32_t)here;
     }
     if (local && launch->local_size >= 0 && launch->local_rank >= launch->local_size)
         return LLMPARI_FAIL(env->err, LLMPAR_BAD_ARGUMENT, "%s is %d but %s makes it %d ranks on this host", local, launch->local_rank, locals, launch->local_size);
@@ -14164,6 +14345,10 @@ LLMPAR_DEF llmpar_status llmpar_launch_read(llmpar_lookup lookup, void *user, ll
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "PMIX_RANK is %d but %s is %d; unset the one that is left over", pmix_rank, mpi_name, mpi_rank);
     if (pmix && !first_name)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "PMIX_RANK is %d but no launcher says how many ranks there are (OMPI_COMM_WORLD_SIZE, PMI_SIZE, SLURM_NTASKS)", pmix_rank);
+    for (int i = 0; i < LLMPARI_COUNT(known) && !first_name; i++)
+        if (known[i].launcher != LLMPAR_LAUNCH_SLURM && llmpari_getenv(&env, known[i].local_rank[0]))
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is \"%.100s\" but %s is not set; %s sets both", known[i].local_rank[0],
+                                llmpari_getenv(&env, known[i].local_rank[0]), known[i].rank[0], llmpar_launcher_name(known[i].launcher));
     return llmpari_launch_master(&env, launch);
 }
 LLMPARI_ONCE_END
@@ -14236,6 +14421,8 @@ typedef struct llmpari_mpi_op {
     bool     posted;
     llmpar_status status;          // of its own failure
     double   timeout_s;
+    double   since;                // llmpar_test: when it was first found not done; 0 = not yet,
+    int64_t  ahead;                //   and how many were finished then: from each one on that is, its time begins anew
     uint64_t hash;                 // of the call, for tags
     int64_t  element, unit;        // bytes of an element; elements of one piece (reductions)
     int64_t *send_at, *recv_at;    // [n + 1] elements before each member's part
@@ -14254,7 +14441,7 @@ typedef struct llmpari_mpi_mail {
     int32_t  peer, box;
     bool     used, held, posted, is_send, done;
     bool     matched;              // a Recv: its data has a receive too (checked: once the header says that it fits)
-    double   timeout_s;
+    double   timeout_s, since;     // since: as of a collective
     llmpar_status status;
     llmpari_letter mine, theirs;
     MPI_Request request[3];        // header, blocks, rest
@@ -14274,7 +14461,6 @@ typedef struct llmpari_mpi_end {
     int32_t  *ranks, *numbers;     // [n] in the world; of this communicator, -1 = not known yet
     int64_t   started, finished;
     int64_t   mails, mails_used, mails_unposted;
-    double    since;               // llmpar_test: when the oldest call was first found not done; 0 = not yet
     uint64_t  question;
     int64_t  *answers;             // [n] -2 = none yet
     double    asked, ask_next;     // when; 0 = not; not before
@@ -14348,8 +14534,7 @@ LLMPARI_FN void llmpari_note_send(llmpari_mpi_world *world, const llmpari_note *
     size_t bytes = note->kind == LLMPARI_NOTE_ABORT || note->kind == LLMPARI_NOTE_DECIDED ? sizeof *note : offsetof(llmpari_note, text);
     for (int i = 0; ; i = i + 1 == LLMPARI_MPI_NOTES ? 0 : i + 1) {
         int free_slot = 0;
-        if (MPI_Test(&world->out_request[i], &free_slot, MPI_STATUS_IGNORE) != MPI_SUCCESS) continue;
-        if (free_slot) {
+        if (MPI_Test(&world->out_request[i], &free_slot, MPI_STATUS_IGNORE) == MPI_SUCCESS && free_slot) {
             memcpy(&world->out[i], note, bytes);
             if (MPI_Isend(&world->out[i], (int)bytes, MPI_BYTE, world->process[to], world->generation, world->side, &world->out_request[i]) != MPI_SUCCESS)
                 world->out_request[i] = MPI_REQUEST_NULL;
@@ -14503,9 +14688,10 @@ LLMPARI_FN void llmpari_mpi_listen(llmpari_mpi_world *world) {
 // ---- Messages ----
 
 // A tag says whose number the communicator has, which slot, and, as far as bits reach, a hash of what is sent: messages of calls that differ do not meet, since MPI takes a
-// message that is too long for an error of its own, and most MPIs end the job for it. hash 0: none, for messages whose length is always the same.
-LLMPARI_FN int llmpari_mpi_tag(const llmpari_mpi_world *world, int32_t number, int32_t slot, uint64_t hash, int64_t bytes) {
-    int32_t mixed = hash ? (int32_t)(llmpari_mix(hash, bytes) >> 40 & world->hash_mask) : 0;
+// message that is too long for an error of its own, and most MPIs end the job for it. The hash moves on by `turn`, how often the slot has come round: what a call left behind, which
+// another rank did not expect, does not meet a later one. hash 0: none, for messages whose length is always the same.
+LLMPARI_FN int llmpari_mpi_tag(const llmpari_mpi_world *world, int32_t number, int32_t slot, uint64_t hash, int64_t bytes, int64_t turn) {
+    int32_t mixed = hash ? (int32_t)(((llmpari_mix(hash, bytes) >> 40) + (uint64_t)turn) & world->hash_mask) : 0;
     return (int)((number * (int32_t)(world->hash_mask + 1) + mixed) * LLMPARI_MPI_TAGS + slot);
 }
 
@@ -14520,8 +14706,9 @@ LLMPARI_FN int llmpari_mpi_message(llmpari_mpi_end *end, bool sends, char *data,
         MPI_Datatype type = part == 0 ? world->block : MPI_BYTE;
         if (count == 0) continue;
         request[n] = MPI_REQUEST_NULL;
-        if (sends) code = MPI_Isend(data + (part ? blocks * block : 0), (int)count, type, peer, tag, world->data, &request[n]);
-        else       code = MPI_Irecv(data + (part ? blocks * block : 0), (int)count, type, peer, tag, world->data, &request[n]);
+        if (count > INT_MAX) code = MPI_ERR_COUNT;                                         // blocks of a tiny message_bytes
+        else if (sends) code = MPI_Isend(data + (part ? blocks * block : 0), (int)count, type, peer, tag, world->data, &request[n]);
+        else            code = MPI_Irecv(data + (part ? blocks * block : 0), (int)count, type, peer, tag, world->data, &request[n]);
         n++;
     }
     if (code != MPI_SUCCESS) llmpari_mpi_broken(world, code, sends ? "MPI_Isend" : "MPI_Irecv");
@@ -14532,7 +14719,8 @@ LLMPARI_FN void llmpari_mpi_add(llmpari_mpi_end *end, llmpari_mpi_op *op, int64_
     llmpari_mpi_requests *m = &op->messages;
     int64_t most = op->call.kind == LLMPAR_ALL_REDUCE && what == LLMPARI_TAG_DATA && bytes <= end->small_bytes ? (int64_t)LLMPARI_MPI_EAGER : bytes;
     if (bytes == 0) return;
-    int tag = llmpari_mpi_tag(end->world, sends ? end->number : end->numbers[member], (int32_t)(k % LLMPARI_MPI_FLIGHT) * 4 + what, what == LLMPARI_TAG_DATA ? op->hash : 0, bytes);
+    int tag = llmpari_mpi_tag(end->world, sends ? end->number : end->numbers[member], (int32_t)(k % LLMPARI_MPI_FLIGHT) * 4 + what, what == LLMPARI_TAG_DATA ? op->hash : 0, bytes,
+                              k / LLMPARI_MPI_FLIGHT);
     for (int64_t at = 0; at < bytes; at += most) {
         int n = llmpari_mpi_message(end, sends, (char *)(uintptr_t)data + at, llmpari_min(most, bytes - at), member, tag, m->request + m->n);
         for (int i = 0; i < n; i++) m->member[m->n++] = sends ? ~member : member;
@@ -14799,18 +14987,22 @@ LLMPARI_FN void llmpari_mpi_work(llmpari_mpi_end *end, llmpari_mpi_op *op) {
 
 // ---- Do all members ask for the same? ----
 
+LLMPARI_FN llmpari_sign llmpari_sign_of_wire(const llmpari_wire *wire) {
+    llmpari_sign sign;
+    sign.kind = wire->kind; sign.dtype = wire->dtype; sign.reduce = wire->reduce; sign.root = wire->root; sign.count = wire->count; sign.hash = wire->hash;
+    sign.counts = NULL;
+    return sign;
+}
 LLMPARI_FN bool llmpari_mpi_same_wire(const llmpari_wire *a, const llmpari_wire *b) {
-    return a->kind == b->kind && a->dtype == b->dtype && a->reduce == b->reduce && a->root == b->root && a->hash == b->hash
-        && (a->count == b->count || a->kind == LLMPAR_ALL_TO_ALL || a->kind == LLMPAR_PERMUTE);
+    llmpari_sign first = llmpari_sign_of_wire(a), second = llmpari_sign_of_wire(b);
+    return llmpari_same_sign(&first, &second);
 }
 
 LLMPARI_ONCE_BEGIN
 typedef struct llmpari_mpi_seen { const llmpari_mpi_op *op; int32_t n; } llmpari_mpi_seen;
 LLMPARI_FN llmpari_sign llmpari_mpi_sign_of(const void *owner, int32_t i) {
     const llmpari_mpi_seen *seen = (const llmpari_mpi_seen *)owner;
-    const llmpari_wire *wire = &seen->op->signs[i];
-    llmpari_sign sign;
-    sign.kind = wire->kind; sign.dtype = wire->dtype; sign.reduce = wire->reduce; sign.root = wire->root; sign.count = wire->count; sign.hash = wire->hash;
+    llmpari_sign sign = llmpari_sign_of_wire(&seen->op->signs[i]);
     sign.counts = seen->op->counts + (int64_t)i * 2 * seen->n;
     return sign;
 }
@@ -14894,7 +15086,10 @@ LLMPARI_FN void llmpari_mpi_op_go(llmpari_mpi_end *end, llmpari_mpi_op *op, int6
         }
         if (!llmpari_mpi_arrived(end, op)) return;
         op->posted = false;
-        if (op->step == LLMPARI_STEP_SIGN) op->step = llmpari_mpi_alike(end, op) ? 0 : LLMPARI_STEP_COUNTS;
+        if (op->step == LLMPARI_STEP_SIGN) {
+            op->step = llmpari_mpi_alike(end, op) ? 0 : LLMPARI_STEP_COUNTS;
+            llmpari_mpi_listen(world);                                                     // the others may have given this call up since they said what it is
+        }
         else if (op->step == LLMPARI_STEP_COUNTS) llmpari_mpi_differ(end, op, k);
         else { llmpari_mpi_work(end, op); op->step++; }
     }
@@ -14912,7 +15107,7 @@ LLMPARI_FN void llmpari_mail_words(llmpari_mpi_end *end, llmpari_mpi_mail *mail)
 }
 
 LLMPARI_FN int llmpari_mpi_mail_tag(const llmpari_mpi_end *end, const llmpari_mpi_mail *mail, bool header) {
-    return llmpari_mpi_tag(end->world, mail->is_send ? end->number : end->numbers[mail->peer], LLMPARI_MPI_TAG_MAIL + !header, header ? 0 : (uint64_t)mail->mine.dtype + 1, mail->bytes);
+    return llmpari_mpi_tag(end->world, mail->is_send ? end->number : end->numbers[mail->peer], LLMPARI_MPI_TAG_MAIL + !header, header ? 0 : (uint64_t)mail->mine.dtype + 1, mail->bytes, 0);
 }
 
 // The data. A checked Send is done only when its Recv has agreed to it, unless it was buffered.
@@ -14954,6 +15149,7 @@ LLMPARI_FN void llmpari_mpi_mail_go(llmpari_mpi_end *end, llmpari_mpi_mail *mail
         if (mail->theirs.count != mail->mine.count || mail->theirs.dtype != mail->mine.dtype) { llmpari_mail_words(end, mail); return; }
         llmpari_mpi_mail_data(end, mail);
     }
+    if (end->world->stopped) return;                                                       // MPI did not take it
     mail->done = true;
     if (mail->held) return;
     mail->used = false;
@@ -14987,7 +15183,7 @@ LLMPARI_FN void llmpari_mpi_advance(llmpari_mpi_end *end) {
         const llmpari_mpi_op *op = llmpari_mpi_op_of(end, end->finished);
         if (op->step != op->steps || op->status) break;
         end->finished++;
-        end->since = end->asked = end->ask_next = 0;
+        end->asked = end->ask_next = 0;
     }
     if (end->mails_used && !end->world->stopped) llmpari_mpi_mails_go(end);
 }
@@ -15152,16 +15348,17 @@ LLMPARI_FN void llmpari_mpi_ask(llmpari_mpi_end *end, double now) {
     }
 }
 
-// Member i came, and called something else.
+// Member i came, and called something else; i < 0: all called the same, but what is sent is not what is expected.
 LLMPARI_FN llmpar_status llmpari_mpi_other(llmpari_mpi_end *end, int32_t i, llmpar_error *err) {
     char mine[320], theirs[320], text[900];
     llmpari_mpi_op *op = llmpari_mpi_op_of(end, end->finished);
     llmpari_mpi_seen seen;
     seen.op = op; seen.n = end->comm.size;
-    llmpari_sign a = llmpari_mpi_sign_of(&seen, end->comm.rank), b = llmpari_mpi_sign_of(&seen, i);
+    llmpari_sign a = llmpari_mpi_sign_of(&seen, end->comm.rank), b = llmpari_mpi_sign_of(&seen, i < 0 ? end->comm.rank : i);
     llmpari_describe_sign(mine, sizeof mine, &a, end->ranks, end->finished);
     llmpari_describe_sign(theirs, sizeof theirs, &b, end->ranks, end->finished);
-    snprintf(text, sizeof text, "rank %d called %s, rank %d %s%s", end->world->rank, mine, end->ranks[i], theirs, strcmp(mine, theirs) ? "" : " with other counts");
+    if (i < 0) snprintf(text, sizeof text, "rank %d called %s: what the members send each other there is not what they expect; desc.checked says whose", end->world->rank, mine);
+    else snprintf(text, sizeof text, "rank %d called %s, rank %d %s%s", end->world->rank, mine, end->ranks[i], theirs, strcmp(mine, theirs) ? "" : " with other counts");
     op->status = LLMPAR_MISMATCH;
     llmpari_mpi_stop(end->world, end->world->rank, -1, true, text);
     return llmpari_mpi_stopped(end, LLMPARI_MPI_CALL, end->finished, err);
@@ -15171,7 +15368,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_other(llmpari_mpi_end *end, int32_t i, llmp
 // data is on its way.
 LLMPARI_FN llmpar_status llmpari_mpi_late(llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg, double *began, double now, llmpar_error *err) {
     double timeout_s = llmpari_mpi_patience(end, goal, arg);
-    bool all = true, late = now - *began > timeout_s;
+    bool all = true, here = true, late = now - *began > timeout_s;
     if (goal != LLMPARI_MPI_CALL || end->joined < end->comm.size) return late ? llmpari_mpi_too_late(end, goal, arg, now - *began, err) : LLMPAR_OK;
     if (end->asked == 0) {
         if (late || now >= end->ask_next) llmpari_mpi_ask(end, now);
@@ -15181,8 +15378,11 @@ LLMPARI_FN llmpar_status llmpari_mpi_late(llmpari_mpi_end *end, llmpari_mpi_goal
     if (!all && now - end->asked < llmpari_mpi_hearing_s(timeout_s)) return LLMPAR_OK;
     for (int32_t i = 0; i < end->comm.size; i++) {
         const llmpari_wire *a = &llmpari_mpi_op_of(end, end->finished)->signs[end->comm.rank], *b = &llmpari_mpi_op_of(end, end->finished)->signs[i];
-        if (i != end->comm.rank && end->answers[i] > end->finished && b->k == a->k && !llmpari_mpi_same_wire(a, b)) return llmpari_mpi_other(end, i, err);
+        bool told = i == end->comm.rank || (end->answers[i] > end->finished && b->k == a->k);
+        if (told && !llmpari_mpi_same_wire(a, b)) return llmpari_mpi_other(end, i, err);
+        here = here && told;
     }
+    if (here && !llmpari_mpi_alike(end, llmpari_mpi_op_of(end, end->finished))) return llmpari_mpi_other(end, -1, err);
     for (int32_t i = 0; i < end->comm.size && late; i++) if (llmpari_mpi_absent(end, i, NULL)) return llmpari_mpi_too_late(end, goal, arg, now - *began, err);
     if (late) *began = now;
     end->asked = 0;
@@ -15233,9 +15433,11 @@ LLMPARI_FN llmpar_status llmpari_mpi_await(llmpari_mpi_end *end, llmpari_mpi_goa
 LLMPARI_FN llmpar_status llmpari_mpi_poll(llmpari_mpi_end *end, llmpari_mpi_goal goal, int64_t arg, bool *done, llmpar_error *err) {
     LLMPARI_TRY(llmpari_mpi_look(end, goal, arg, true, done, err));
     if (*done) return LLMPAR_OK;
-    double now = llmpari_now();
-    if (end->since == 0) end->since = now;
-    return now - end->since > 1 || now - end->since > llmpari_mpi_patience(end, goal, arg) ? llmpari_mpi_late(end, goal, arg, &end->since, now, err) : LLMPAR_OK;
+    llmpari_mpi_op *op = goal == LLMPARI_MPI_CALL ? llmpari_mpi_op_of(end, arg) : NULL;
+    double now = llmpari_now(), *since = op ? &op->since : &end->mail[arg].since;
+    if (*since == 0 || (op && op->ahead != end->finished)) *since = now;
+    if (op) op->ahead = end->finished;
+    return now - *since > 1 || now - *since > llmpari_mpi_patience(end, goal, arg) ? llmpari_mpi_late(end, goal, arg, since, now, err) : LLMPAR_OK;
 }
 
 // ---- The vtable ----
@@ -15300,6 +15502,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_enter(llmpari_mpi_end *end, const llmpar_ca
     op->posted  = false;
     op->status  = LLMPAR_OK;
     op->unit    = 0;
+    op->since   = 0;
     op->timeout_s  = call->timeout_s > 0 ? call->timeout_s : end->comm.timeout_s;
     op->messages.n = op->messages.at = 0;
     memset(sign, 0, sizeof *sign);
@@ -15367,7 +15570,6 @@ LLMPARI_FN llmpar_status llmpari_mpi_wait_locked(llmpari_mpi_end *end, int64_t t
     if (mail && status == LLMPAR_OK && *done) {
         mail->used = false;
         end->mails_used--;
-        end->since = 0;
     }
     return status;
 }
@@ -15672,15 +15874,24 @@ LLMPARI_FN void llmpari_mpi_free(llmpar_comm *comm) {
     if (finalised) return;                                                                 // nothing can be asked of MPI any more
     llmpari_mpi_lock(world);
     llmpari_mpi_advance_all(world);
-    if (end->finished < end->started && !world->stopped) {
+    const char *flies = end->finished < end->started ? "collective" : NULL;
+    for (int i = 0; i < LLMPARI_MPI_MAIL; i++) {
+        llmpari_mpi_mail *mail = &end->mail[i];
+        if (!mail->used || !mail->held) continue;                                          // buffered: goes out by itself
+        if (!mail->done) { flies = mail->is_send ? "Send" : "Recv"; continue; }
+        mail->used = false;
+        end->mails_used--;
+    }
+    if (flies && !world->stopped) {
         char text[160];
-        snprintf(text, sizeof text, "rank %d: a communicator was freed with a collective in flight; wait for every request first", world->rank);
+        snprintf(text, sizeof text, "rank %d: a communicator was freed with a %s in flight; wait for every request first", world->rank, flies);
         llmpari_mpi_stop(world, world->rank, -1, true, text);
     }
     end->left = true;
     if (end != world->end) {
         llmpari_mpi_listen(world);
-        if (!world->stopped) llmpari_mpi_reap(world);
+        if (world->stopped) (void)llmpari_mpi_drain(end);                                  // the caller may free what it was to receive
+        else llmpari_mpi_reap(world);
         llmpari_mpi_unlock(world);
         return;
     }
@@ -15860,6 +16071,31 @@ LLMPARI_FN int llmpari_mpi_find_hosts(llmpari_mpi_world *world) {
     return code;
 }
 
+// Is the desc the same on every rank? All say who differs from rank 0, and in what.
+LLMPARI_FN llmpar_status llmpari_mpi_agree(const llmpari_mpi_world *world, llmpar_error *err) {
+    static const char *const name[] = { "checked", "staging_bytes", "message_bytes", "hosts" };
+    int64_t mine[4], first[4], other[4];
+    int differs = 0, who = 0, code;
+    mine[0] = world->desc.checked;
+    mine[1] = world->desc.staging_bytes;
+    mine[2] = world->desc.message_bytes;
+    mine[3] = world->desc.hosts != NULL;
+    for (int32_t i = 0; i < world->n && world->desc.hosts; i++) mine[3] = (int64_t)(llmpari_mix((uint64_t)mine[3], world->desc.hosts[i]) >> 1);
+    memcpy(first, mine, sizeof first);
+    memcpy(other, mine, sizeof other);
+    code = MPI_Bcast(first, 4, MPI_INT64_T, 0, world->data);
+    differs = memcmp(first, mine, sizeof first) ? (int)world->rank : (int)world->n;
+    if (code == MPI_SUCCESS) code = MPI_Allreduce(&differs, &who, 1, MPI_INT, MPI_MIN, world->data);
+    if (code == MPI_SUCCESS && who < world->n) code = MPI_Bcast(other, 4, MPI_INT64_T, who, world->data);
+    if (code != MPI_SUCCESS) return LLMPARI_FAIL(err, LLMPAR_IO_FAILED, "MPI failed with code %d while the world was set up", code);
+    for (int i = 0; i < 4 && who < world->n; i++) {
+        if (first[i] == other[i]) continue;
+        if (i == 3) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc.hosts is not the same on rank %d as on rank 0", who);
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc.%s is %lld on rank 0, %lld on rank %d; it must be the same on every rank", name[i], (long long)first[i], (long long)other[i], who);
+    }
+    return LLMPAR_OK;
+}
+
 // The part of creation that all ranks do together; a rank without memory takes part too, so that nobody waits for it.
 LLMPARI_FN llmpar_status llmpari_mpi_join(llmpari_mpi_world *world, MPI_Comm comm, llmpar_error *err) {
     int mine = world->stay != NULL, all = 0, *limit = NULL, there = 0, code;
@@ -15870,6 +16106,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_join(llmpari_mpi_world *world, MPI_Comm com
     MPI_Comm_set_errhandler(world->side, MPI_ERRORS_RETURN);
     code = MPI_Allreduce(&mine, &all, 1, MPI_INT, MPI_MIN, world->data);
     if (code == MPI_SUCCESS && !all) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a world of %d ranks%s", world->n, mine ? ", on another rank" : "");
+    if (code == MPI_SUCCESS) LLMPARI_TRY(llmpari_mpi_agree(world, err));
     for (int32_t i = 0; i < world->n && all; i++) world->process[i] = i;
     if (code == MPI_SUCCESS && world->desc.hosts) memcpy(world->hosts, world->desc.hosts, (size_t)world->n * sizeof *world->hosts);
     else if (code == MPI_SUCCESS) code = llmpari_mpi_find_hosts(world);
@@ -15900,7 +16137,7 @@ LLMPARI_FN llmpar_status llmpari_mpi_check(const llmpar_mpi_desc *desc, llmpar_e
 LLMPAR_DEF llmpar_status llmpar_mpi_create(const llmpar_mpi_desc *desc, llmpar_comm **world, llmpar_error *err) {
     llmpar_mpi_desc own;
     bool ours = false, shared = false;
-    int rank = 0, n = 1;
+    int rank = 0, n = 1, inter = 0;
     memset(&own, 0, sizeof own);
     if (!world) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_mpi_create: world is NULL");
     *world = NULL;
@@ -15908,6 +16145,8 @@ LLMPAR_DEF llmpar_status llmpar_mpi_create(const llmpar_mpi_desc *desc, llmpar_c
     LLMPARI_TRY(llmpari_mpi_check(&own, err));
     LLMPARI_TRY(llmpari_mpi_init(&ours, &shared, err));
     MPI_Comm comm = own.comm ? *own.comm : MPI_COMM_WORLD;
+    if (MPI_Comm_test_inter(comm, &inter) == MPI_SUCCESS && inter)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "comm is an intercommunicator of MPI, which has no ranks 0..n-1 of its own; MPI_Intercomm_merge makes a communicator of it");
     if (MPI_Comm_rank(comm, &rank) != MPI_SUCCESS || MPI_Comm_size(comm, &n) != MPI_SUCCESS) return LLMPARI_FAIL(err, LLMPAR_IO_FAILED, "comm is no communicator of MPI");
     if (own.timeout_s == 0) own.timeout_s = 60;
     if (own.staging_bytes == 0) own.staging_bytes = (int64_t)4 << 20;
@@ -15932,9 +16171,9 @@ LLMPAR_DEF llmpar_status llmpar_mpi_create(const llmpar_mpi_desc *desc, llmpar_c
 }
 
 LLMPAR_DEF int64_t llmpar_mpi_host_bytes(const llmpar_comm *comm, int64_t *messages) {
-    const llmpari_mpi_end *end = llmpari_mpi_of(comm);
-    if (messages) *messages = end->host_messages;
-    return end->host_bytes;
+    const llmpari_mpi_end *end = comm && comm->vtable->free == llmpari_mpi_free ? llmpari_mpi_of(comm) : NULL;
+    if (messages) *messages = end ? end->host_messages : 0;
+    return end ? end->host_bytes : 0;
 }
 LLMPARI_ONCE_END
 #endif // LLMPAR_MPI
@@ -19884,17 +20123,31 @@ LLMPARI_FN llmpar_status llmpari_stage_buffers(llmpar_stages *q, llmpar_error *e
     return LLMPAR_OK;
 }
 
+// BUFFERED: the runner copies so many messages and no more: from there on a SEND waits.
+LLMPARI_FN llmpar_status llmpari_stage_copies(const llmpar_schedule *s, llmpar_arena *scratch, llmpar_error *err) {
+    llmpar_error why = LLMPAR_ZERO;
+    int64_t most = 0;
+    for (int32_t r = 0; r < s->n_ranks; r++) {
+        int64_t sends = 0;
+        for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) sends += llmpari_action_is_send(s->action[j]);
+        most = llmpari_max(most, sends);
+    }
+    if (most <= LLMPARI_STAGE_COPIES || !llmpar_pipe_verify(s, NULL, LLMPAR_PIPE_RENDEZVOUS, 0, scratch, &why)) return LLMPAR_OK;
+    return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "a rank buffers %d messages at a time, and with SENDs that wait this program cannot end: %.700s", LLMPARI_STAGE_COPIES, why.text);
+}
+
 LLMPARI_FN llmpar_status llmpari_stage_prepare(llmpar_stages *q, llmpar_arena *scratch, llmpar_error *err) {
     const llmpar_stages_desc *d = &q->desc;
     const llmpar_schedule *s = d->program;
     llmpari_pipe_index x;
     LLMPARI_TRY(llmpari_pipe_shape(s, err));
-    if (!s->lowered || !s->n_slots) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the program has no transfers, or no buffers for them; pass what llmpar_pipe_lower made");
+    if (!s->lowered || !s->n_slots) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the program has no transfers, or, as it was read, no buffers for them; pass what llmpar_pipe_lower makes of it");
     if (d->comm->size != s->n_ranks) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "a program of %d ranks on a communicator of %d", (int)s->n_ranks, (int)d->comm->size);
     if (d->forward_bytes < 0 || d->backward_bytes < 0 || d->token_bytes < 0)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "messages of %lld, %lld and %lld bytes; none may be negative", (long long)d->forward_bytes, (long long)d->backward_bytes,
                             (long long)d->token_bytes);
     if (!d->unproven) LLMPARI_TRY(llmpar_pipe_verify(s, NULL, d->transport, 0, scratch, err));
+    if (!d->unproven && d->transport == LLMPAR_PIPE_BUFFERED) LLMPARI_TRY(llmpari_stage_copies(s, scratch, err));
     LLMPARI_TRY(llmpari_stage_order(s, scratch, err));
     LLMPARI_TRY(llmpari_pipe_index_fill(s, scratch, &x, err));
     LLMPARI_TRY(llmpari_pipe_complete(s, &x, err));
@@ -19935,23 +20188,6 @@ LLMPAR_DEF void llmpar_stages_free(llmpar_stages *stages) {
 }
 LLMPAR_DEF size_t llmpar_stages_bytes(const llmpar_stages *stages) { return stages->arena.used_bytes + sizeof *stages; }
 
-// What every rank did, from the begin and end of its actions.
-LLMPARI_FN void llmpari_stage_sum(const llmpar_schedule *s, const llmpari_pipe_cost *c, llmpar_pipe_timing *t) {
-    for (int32_t r = 0; r < s->n_ranks; r++) {
-        bool begun = false;
-        for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
-            if (llmpari_action_is_transfer(s->action[j])) continue;
-            if (!begun) begun = true, t->begin[r] = t->action_begin[j];
-            t->busy[r] += t->action_end[j] - t->action_begin[j];
-            t->end[r]   = t->action_end[j];
-        }
-        t->peak[r]  = llmpari_pipe_peak(s, c, r);
-        t->work     = fmax(t->work, t->busy[r]);
-        t->makespan = fmax(t->makespan, t->end[r]);
-        t->span     = fmax(t->span, t->end[r] - t->begin[r]);
-    }
-}
-
 LLMPAR_DEF llmpar_status llmpar_stages_timing(const llmpar_stages *stages, const llmpar_pipe_costs *costs, llmpar_arena *arena, llmpar_pipe_timing *timing, llmpar_error *err) {
     const llmpar_schedule *s = stages->desc.program;
     const int64_t n = s->first[s->n_ranks], R = s->n_ranks;
@@ -19971,7 +20207,7 @@ LLMPAR_DEF llmpar_status llmpar_stages_timing(const llmpar_stages *stages, const
     LLMPARI_TRY(llmpar_all_gather(stages->desc.comm, stages->end, timing->action_end, counts, LLMPAR_U8, err));
     for (int64_t j = 0; j < n; j++) start = fmin(start, timing->action_begin[j]);
     for (int64_t j = 0; j < n; j++) timing->action_begin[j] -= start, timing->action_end[j] -= start;
-    llmpari_stage_sum(s, &c, timing);
+    llmpari_pipe_sum(s, &c, timing);
     llmpar_arena_restore(arena, mark);
     return LLMPAR_OK;
 }

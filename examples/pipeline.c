@@ -16,8 +16,8 @@ static const char usage[] = "usage: pipeline --schedule NAME|auto|FILE.csv --ran
     "  [--mem-limit X] [--act-bytes N] [--transport buffered|rendezvous|nccl] [--group N] [--in-flight N] [--map loop|v] [--rows] [--lowered] [--text COLUMNS]\n"
     "  [--csv FILE] [--svg FILE] [--trace FILE]\n"
     "NAME: gpipe 1f1b eager-1f1b interleaved breadth-first zb-h1 zb-h2 zb-1p zb-2p zb-v v-half v-min dualpipe-v forward auto\n"
-    "P ranks of V stages each, M micro-batches; a file says that itself. TIMES: one number, or one per stage with commas between; default 1, --comm 0.\n"
-    "Memory is in forwards (F holds 1; I and W give back half), with --act-bytes in bytes. --rows, --csv: as planned, with --lowered with transfers. --text: a picture here.";
+    "P ranks of V stages each, M micro-batches; a file says that itself. TIMES: one number, or one per stage with commas between (--comm: to the next one); default 1, --comm 0.\n"
+    "Memory is in forwards of one stage (F holds 1; I and W give back half), with --act-bytes in bytes. --rows, --csv: as planned, with --lowered with transfers. --text: a picture here.";
 static const char *value[N_OPTIONS];
 static llmpar_arena arena;                     // the process ends before it would be freed
 

@@ -209,7 +209,12 @@ static void peer_start(peer *p, int side, const char *folder, int ranks) {
     snprintf(program[side - 1], sizeof program[0], "%sbench_comm_%s", folder, side_name[side]);
     snprintf(mpirun, sizeof mpirun, "mpirun.%s", side_name[side]);
     p->ranks = ranks;
-    if (access(program[side - 1], X_OK) || !in_path(mpirun)) { p->absent = "not installed"; return; }
+    if (!in_path(mpirun)) { p->absent = "not installed"; return; }
+    if (access(program[side - 1], X_OK)) {
+        fprintf(stderr, "bench_comm: %s is not there; make build/bench_comm_%s\n", program[side - 1], side_name[side]);
+        p->absent = "not built";
+        return;
+    }
     if (!mkdtemp(dir)) { fprintf(stderr, "bench_comm: cannot make a folder in /tmp: %s\n", strerror(errno)); exit(2); }
     snprintf(prefix, sizeof prefix, "%s/%s", dir, side_name[side]);
     // Both ends of each FIFO are open here, so that no open waits; close-on-exec, so that they end with this process.

@@ -90,7 +90,9 @@ fault_tests() {
     good "fault names the culprit"  '^  rank 2, good, .*: aborted: rank 0: gives up$'       $f --fault abort --ranks 5 --seed 1
     fails "fault without a fault"   'which --fault'                                         $f --seed 1
     fails "fault of no kind"        'bad value of --fault'                                  $f --fault nap
-    fails "fault with a bad number" 'bad value of --ranks'                                  $f --fault dead --ranks 1
+    fails "fault with a bad number" 'bad value of --ranks: "1"; 2 to 64'                    $f --fault dead --ranks 1
+    fails "fault that never comes"  'at 100000 is never reached: the decode has [1-9][0-9]* collectives on rank' $f --fault dead --at 100000 --timeout 20
+    [ "$status" = 2 ] && ok || bad "fault that never comes: exit $status"
     fails "fault, unknown option"   'unknown option --x'                                    $f --x 1
 }
 
@@ -346,8 +348,9 @@ comm_tests() {
     good "against the processor"          '^allreduce +2 +4 ' $c --peer none --bytes 4,8K --runs 1 --physics
     for mpi in openmpi mpich; do
         if [ ! -x "$B/bench_comm_$mpi" ]; then
-            good "$mpi that is missing"   "^allreduce .*not installed" $c --peer $mpi --bytes 4 --runs 1
-            skip "bench_comm beside $mpi: no mpicc.$mpi"; continue
+            if command -v mpirun.$mpi > /dev/null; then good "$mpi's program is missing" "make build/bench_comm_$mpi" $c --peer $mpi --bytes 4 --runs 1
+            else good "$mpi that is missing" "^allreduce .*not installed" $c --peer $mpi --bytes 4 --runs 1; fi
+            skip "bench_comm beside $mpi: $B/bench_comm_$mpi is not built"; continue
         fi
         good "every collective beside $mpi" '^broadcast +2 ' $c --peer $mpi --bytes 8,64K --runs 1 --op allreduce,allgather,reducescatter,alltoall,sendrecv,broadcast
         [ "$(awk '$1 ~ /^[a-z]+$/ && $2 == 2 && $3 ~ /^[0-9]+$/ && ($6 > 0) + ($7 > 0) == 1' "$T/out" | wc -l)" = 12 ] && ok || bad "bench_comm: six collectives of two sizes, twelve times of $mpi"
@@ -368,13 +371,15 @@ comm_tests() {
 trace_tests() {
     t=$B/trace; read="python3 tests/trace.py"
     good "a trace of two ranks"          '^wrote .*/two.json and .*/two.svg$' $t $S --mesh tp=2 --steps 2 --out "$T/two"
-    good "a step's collectives, once each" '^ +[1-9][0-9]* +2 +10 +7936 ' $t --steps 1 --out "$T/one"
+    good "a step's collectives, once each" '^ +[1-9][0-9]* +2 +0-1 +10 +7936 ' $t --steps 1 --out "$T/one"
     if command -v python3 > /dev/null; then
         for mesh in tp=1 tp=2 tp=3 dp=2,tp=2 dp=3 tp=8; do
             $t $S --mesh $mesh --steps 2 --out "$T/seen" > "$T/seen.txt" 2> "$T/err" || bad "trace --mesh $mesh: $(cat "$T/err")"
-            case $mesh in tp=1|tp=8) damage=""; says='calls on [18] ranks$' ;; *) damage=--self-test; says='; 49 kinds of damage are found$' ;; esac
+            case $mesh in tp=1|tp=8) damage=""; says='calls on [18] ranks$' ;; *) damage=--self-test; says='; 50 kinds of damage are found$' ;; esac
             good "the trace of $mesh is sound" "$says" $read $damage "$T/seen.json" "$T/seen.svg" "$T/seen.txt"
         done
+        good "trace.py says what it reads" 'OUT.json OUT.svg TABLE'   $read --help
+        fails "a trace without its picture" 'OUT.json OUT.svg TABLE'  $read "$T/seen.json"
         fails "a table of another run"   '^trace.py: ' $read "$T/two.json" "$T/two.svg" "$T/seen.txt"
         fails "a picture of another run" '^trace.py: ' $read "$T/seen.json" "$T/two.svg" "$T/seen.txt"
     else skip "traces read by an independent parser: no python3"; fi
@@ -439,7 +444,7 @@ X
     fails "B, and its parts"             'give either'                     $one --b 2 --w 1
     fails "memory below 0"               '^pipeline: --mem-limit: .*"-1"'  $one --mem-limit -1
     fails "no memory"                    '--mem-limit 0'                   $one --mem-limit 0
-    fails "too little memory: what suffices" 'rank 0 holds up to 4, .*needs 4' $one --mem-limit 3.5
+    fails "too little memory: what suffices" '1f1b holds up to 4 on a rank, .*memory=4 works' $one --mem-limit 3.5
     good "just enough memory"            '^certified'                      $one --mem-limit 4
     fails "an unknown transport"         '"smoke"'                         $one --transport smoke
     fails "an unknown map"               '"w"'                             $one --map w

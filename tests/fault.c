@@ -1,7 +1,7 @@
 // fault --backend threads|mpi --fault dead|late|mismatch-count|mismatch-dtype|mismatch-op|abort [--at K] [--timeout S] [--late-by S] [--seed X | --seeds N] [--ranks N] [--model DIR]
 // A rank goes wrong in a running decode: at its K-th collective it dies (threads: makes no call any more; MPI: is killed), comes --late-by seconds late, asks for another
 // count, dtype or collective than the others, or aborts. Prints each survivor's error and how long after the fault it came; exit 0 only if every survivor named the culprit
-// (with --late-by below the timeout: if there was no error). What is not given is drawn from the seed: ranks 2 to 8, tp or dp x tp, culprit, K.
+// (with --late-by below the timeout: if there was no error); 2: bad arguments, or a K that the decode does not reach. What is not given is drawn from the seed: ranks 2 to 8, tp or dp x tp, culprit, K.
 // mpi: one seed, ranks from mpirun, each shows its own; mpirun -np 4 build/fault.openmpi --backend mpi --fault late (dead: mpirun --enable-recovery).
 #define LLMPAR_IMPLEMENTATION
 #include "llmpar.h"
@@ -26,6 +26,7 @@ typedef struct job {
     bool        mpi;
     int64_t     over;              // shared: survivors that are through
     double      fault_s;           // when it happened
+    int64_t     calls;             // collectives of the culprit's decode; MPI: of this process's
     llmpar_status status[MAX_RANKS];
     llmpar_error  err   [MAX_RANKS];
     double        seconds[MAX_RANKS];
@@ -83,7 +84,8 @@ static llmpar_status faulty_start(llmpar_comm *comm, const llmpar_call *call, in
     llmpar_call changed = *call;
     int64_t counts[MAX_RANKS];
     if (f->calls >= 0) changed.timeout_s = f->j->timeout_s;
-    if (f->spoils && comm->size > 1 && f->calls >= 0 && ++f->calls >= f->j->at && f->j->fault_s == 0) {     // not every call can be spoilt: the next that can
+    if (f->calls >= 0 && comm->size > 1) f->calls++;
+    if (f->spoils && f->calls >= f->j->at && comm->size > 1 && f->j->fault_s == 0) {     // not every call can be spoilt: the next that can
         double now = now_s();
         f->j->fault_s = now;
         if (!spoil(f, comm, &changed, counts)) { changed = *call; changed.timeout_s = f->j->timeout_s; f->j->fault_s = 0; }
@@ -133,6 +135,7 @@ static llmpar_status one_rank(llmpar_comm *world, void *user, llmpar_error *err)
     world->vtable = &f.vtable;
     j->status [world->rank] = decode(world, j, &f, &j->err[world->rank]);
     j->seconds[world->rank] = now_s();
+    if (j->mpi || f.spoils) j->calls = f.calls;
     if (world->rank != j->culprit) __atomic_add_fetch(&j->over, 1, __ATOMIC_SEQ_CST);
     world->vtable = f.real;
     return LLMPAR_OK;
@@ -172,6 +175,13 @@ static void show(const job *j, uint64_t seed) {
         }
 }
 
+// Nothing went wrong because the decode was over before. Says so.
+static bool never(const job *j, int32_t rank) {
+    if (j->status[rank] || j->at <= j->calls) return false;
+    fprintf(stderr, "fault: --at %lld is never reached: the decode has %lld collectives on rank %d\n", (long long)j->at, (long long)j->calls, rank);
+    return true;
+}
+
 static uint64_t draw(uint64_t *state) {
     uint64_t z = (*state += 0x9e3779b97f4a7c15u);
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -209,6 +219,7 @@ static int run_mpi(job *j, uint64_t seed, int64_t at) {
     int32_t rank = world->rank;
     if (world->size < 2 || world->size > MAX_RANKS || !prepare(j, seed, world->size, at)) return usage("2 to 64 ranks", NULL);
     one_rank(world, j, &err);
+    if (never(j, rank)) { llmpar_comm_free(world); return 2; }
     if (rank != j->culprit) {
         static char buffer[1 << 14];                               // one write: the ranks' lines do not mix
         setvbuf(stdout, buffer, _IOFBF, sizeof buffer);
@@ -240,6 +251,7 @@ static int run_threads(job *j, uint64_t seed, uint64_t seeds, int32_t ranks, int
         desc.n_ranks   = one.ranks;
         desc.tuning    = &defaults;
         if (llmpar_threads_run(&desc, one_rank, &one, &err)) { fprintf(stderr, "%s\n", err.text); return 1; }
+        if (never(&one, one.culprit)) return 2;
         if (one.fault_s == 0 && ++tried < 4) { early++; s--; continue; }                   // on a busy machine somebody was late already before: once more
         tried = 0;
         for (int32_t r = 0; r < one.ranks; r++) {
@@ -284,6 +296,7 @@ int main(int argc, char **argv) {
         else if (strcmp(name, "--seeds") == 0)   { ok = whole && number >= 1; seeds = (uint64_t)number; }
         else if (strcmp(name, "--ranks") == 0)   { ok = whole && number >= 2 && number <= MAX_RANKS; ranks = (int32_t)number; }
         else return usage("unknown option", name);
+        if (!ok && strcmp(name, "--ranks") == 0) { fprintf(stderr, "fault: bad value of --ranks: \"%s\"; 2 to %d\n", value, MAX_RANKS); return 2; }
         if (!ok) return usage("bad value of", name);
     }
     if (!fault) return usage("which --fault?", NULL);

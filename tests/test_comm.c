@@ -45,7 +45,20 @@ static void test_self(void) {
         CHECK_OK(llmpar_test(&request, &done, &err), err);
         CHECK(done && b[2] == 3);
         CHECK_OK(llmpar_wait(&request, &err), err);
+        llmpar_request other;
+        CHECK_OK(llmpar_start(sub, &recv, &request, &err), err);
+        CHECK_OK(llmpar_start(sub, &recv, &other, &err), err);
+        CHECK_FAIL(llmpar_wait(&request, &err), LLMPAR_MISMATCH, err, "no counterpart");
+        CHECK_FAIL(llmpar_wait(&other, &err), LLMPAR_ABORTED, err, "no counterpart");      // nothing was sent to it
+        CHECK_FAIL(llmpar_send(sub, a, 3, LLMPAR_I32, 0, &err), LLMPAR_ABORTED, err, "no counterpart");
+        llmpar_comm_free(sub);
+        CHECK_OK(llmpar_comm_group(self, &one, 1, &sub, &err), err);
         CHECK_FAIL(llmpar_send(sub, a, 3, LLMPAR_I32, 0, &err), LLMPAR_MISMATCH, err, "no counterpart");
+        llmpar_comm_free(sub);
+        CHECK_OK(llmpar_comm_group(self, &one, 1, &sub, &err), err);
+        int64_t sends = 1, takes = 2;
+        CHECK_FAIL(llmpar_all_to_all(sub, a, &sends, b, &takes, LLMPAR_I32, &err), LLMPAR_MISMATCH, err, "sends 4 bytes");
+        CHECK_FAIL(llmpar_barrier(sub, &err), LLMPAR_ABORTED, err, "sends 4 bytes");
         llmpar_comm_free(sub);
         CHECK_FAIL(llmpar_all_reduce(self, a, b, -5, LLMPAR_F32, LLMPAR_SUM, &err), LLMPAR_BAD_ARGUMENT, err, "count is -5");
         CHECK_FAIL(llmpar_barrier(self, &err), LLMPAR_ABORTED, err, "count is -5");
@@ -62,7 +75,7 @@ static void test_self(void) {
 #ifndef LLMPAR_NO_THREADS
 // Each way of a reduction forced in turn; what is measured comes last, and is rare because it takes milliseconds.
 enum { SLICES, MAILBOX, STAGED, STREAM, MIXED, DEFAULTS, WAYS };
-static const llmpar_comm_tuning ways[WAYS] = { { 1, 0, INT64_MAX }, { 1 << 20, 0, INT64_MAX }, { 1, INT64_MAX, INT64_MAX }, { 1, 0, 1 }, { 2048, 20000, 100000 }, { 0, 0, 0 } };
+static const llmpar_comm_tuning ways[WAYS] = { { 1, 0, INT64_MAX }, { 1 << 20, 0, INT64_MAX }, { 1, 1 << 20, INT64_MAX }, { 1, 0, 1 }, { 2048, 20000, 100000 }, { 0, 0, 0 } };
 static int way;
 static llmpar_threads_desc desc_of(int n, double timeout_s) {
     llmpar_threads_desc desc = LLMPAR_ZERO;
@@ -574,6 +587,32 @@ static llmpar_status left_rank(llmpar_comm *world, void *user, llmpar_error *err
     clash_note(c, world->rank, llmpar_barrier(world->rank == 3 ? group : world, &seen), began, world, &seen);
     return LLMPAR_OK;
 }
+// A Recv (what 0) or AllReduce (1) of rank 0 is in flight when its group is freed; nobody may touch its buffer afterwards. 2, 3: on the world, when its function returns.
+static llmpar_status dropped_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    clash *c = (clash *)user;
+    llmpar_error seen = LLMPAR_ZERO;
+    llmpar_mesh mesh;
+    llmpar_comm *group = world;
+    llmpar_request request;
+    llmpar_call call = LLMPAR_ZERO;
+    float own[1000] = { 0 }, *data = c->what < 2 ? (float *)calloc(1000, sizeof *data) : own;
+    TRY(llmpar_mesh_parse("tp=2", &mesh, err));
+    if (c->what < 2) { TRY(llmpar_comm_group(world, &mesh, 1, &group, err)); TRY(llmpar_barrier(world, err)); }
+    call.kind = c->what % 2 ? LLMPAR_ALL_REDUCE : world->rank ? LLMPAR_SEND : LLMPAR_RECV;
+    call.send = call.recv = data; call.count = 1000; call.dtype = LLMPAR_F32; call.peer = !world->rank;
+    if (world->rank == 0) {
+        TRY(llmpar_start(group, &call, &request, err));
+        if (c->what < 2) { llmpar_comm_free(group); free(data); }
+        __atomic_store_n(&c->released, 1, __ATOMIC_SEQ_CST);
+        return LLMPAR_OK;
+    }
+    while (c->what < 2 && !__atomic_load_n(&c->released, __ATOMIC_SEQ_CST)) pause_ms(1);
+    c->status[1] = c->what < 2 ? llmpar_start(group, &call, &request, &seen) : llmpar_recv(world, data, 1, LLMPAR_F32, 0, &seen);
+    if (c->what < 2 && !c->status[1]) c->status[1] = llmpar_wait(&request, &seen);
+    snprintf(c->text[1], sizeof c->text[1], "%s", seen.text);
+    if (c->what < 2) free(data);
+    return LLMPAR_OK;
+}
 static llmpar_status unmade_rank(llmpar_comm *world, void *user, llmpar_error *err) {
     clash *c = (clash *)user;
     llmpar_error seen = LLMPAR_ZERO;
@@ -600,7 +639,7 @@ static void *outsider_main(void *argument) {
 
 static void test_late(void) {
     static const char *const what[] = { "AllReduce #2 f32[40000] sum for rank 2; the last collective that rank 2 called there is #1", "AllReduce #2 f32[4] sum for rank 2",
-                                        "rank 2", "AllReduce #2 f32[40000] sum for rank 2" };
+                                        "for rank 2; the last collective that rank 2 called there is #1", "AllReduce #2 f32[40000] sum for rank 2" };
     for (int i = 0; i < 4; i++) {
         char name[64];
         snprintf(name, sizeof name, "a late rank: deadline, kind %d", i);
@@ -663,6 +702,18 @@ static void test_late(void) {
         CHECK_STR(c.text[3], "rank 3 waits in Barrier #2 for rank 2, which has freed its end of the group");
         CHECK_EQ(c.status[0], LLMPAR_ABORTED);
         CHECK_STR(c.text[0], "aborted: rank 3 waits in Barrier #2 for rank 2, which has freed its end of the group");
+    }
+    TEST("a group is freed, or a function returns, with a call in flight") for (int i = 0; i < 4; i++) {
+        static const char *const text[] = { "aborted: rank 0: a group was freed with a call in flight", "aborted: rank 0: the function returned with a call in flight" };
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(2, 20);
+        clash c;
+        clash_init(&c, i, 2);
+        llmpar_status status = llmpar_threads_run(&desc, dropped_rank, &c, &err);
+        CHECK_EQ(status, i < 2 ? LLMPAR_OK : LLMPAR_BAD_ARGUMENT);
+        CHECK(i < 2 || strstr(err.text, "rank 0: the function returned with a call in flight"));
+        CHECK_EQ(c.status[1], LLMPAR_ABORTED);
+        CHECK(strstr(c.text[1], text[i / 2]) != NULL);
     }
     TEST("abort from another thread") for (int sleepy = 0; sleepy < 2; sleepy++) {
         llmpar_error err = LLMPAR_ZERO;
@@ -826,6 +877,34 @@ static llmpar_status survive_rank(llmpar_comm *world, void *user, llmpar_error *
     return LLMPAR_OK;
 }
 
+// Rank 1 of 4 is lost; then rank 3 of the old world, 2 of the new, fails (what 0), or llmpar_threads_abort is called for rank 3 of the old world (1), or for the lost one (2).
+typedef struct { int what; llmpar_threads *threads; int64_t gone_on; llmpar_status status[4]; llmpar_error seen[4]; } second;
+static llmpar_status second_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    second *s = (second *)user;
+    llmpar_comm *left;
+    llmpar_error seen = LLMPAR_ZERO;
+    if (world->rank == 1) {
+        if (s->what == 0) return LLMPAR_OK;
+        llmpar_comm_abort(world, "lost");
+        while (__atomic_load_n(&s->gone_on, __ATOMIC_SEQ_CST) < 3) pause_ms(1);
+        llmpar_threads_abort(s->threads, s->what == 1 ? 3 : 1, "the power has failed");
+        return LLMPAR_OK;
+    }
+    if (!llmpar_barrier(world, &seen)) return bad(err, "nobody was missed%s", "");
+    TRY(llmpar_comm_shrink(world, &left, err));
+    left->timeout_s = 20;
+    __atomic_add_fetch(&s->gone_on, 1, __ATOMIC_SEQ_CST);
+    if (world->rank == 3 && s->what == 0) return bad(err, "disk on fire%s", "");
+    s->status[left->rank] = world->rank == 3 ? llmpar_recv(left, &seen, 1, LLMPAR_U8, 0, &s->seen[left->rank]) : llmpar_barrier(left, &s->seen[left->rank]);
+    return LLMPAR_OK;
+}
+typedef struct { second *s; int rank; llmpar_status status; llmpar_error err; } second_thread;
+static void *second_main(void *argument) {
+    second_thread *t = (second_thread *)argument;
+    t->status = second_rank(llmpar_threads_comm(t->s->threads, t->rank), t->s, &t->err);
+    return NULL;
+}
+
 // Traces: blocking and started calls on the world and on groups; rank 1 comes last to all of the world's.
 typedef struct { llmpar_trace trace[4]; llmpar_trace_event room[4][64]; int64_t capacity; } traced;
 static llmpar_status traced_rank(llmpar_comm *world, void *user, llmpar_error *err) {
@@ -853,6 +932,44 @@ static llmpar_status traced_rank(llmpar_comm *world, void *user, llmpar_error *e
     }
     llmpar_comm_free(group);
     return LLMPAR_OK;
+}
+// Rank 0 is traced; rank 1 only in the 21st of the collectives, the first that both trace, and after all slots were used. Then it returns, and is missed.
+static llmpar_status half_traced_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    llmpar_trace_event own[4];
+    llmpar_trace trace = { world->rank ? own : (llmpar_trace_event *)user, world->rank ? 4 : 32, 0 };
+    float x[1000] = { 0 };
+    if (world->rank == 0) world->trace = &trace;
+    for (int i = 0; i < 20; i++) TRY(llmpar_all_reduce(world, x, x, i % 2 ? 1000 : 1, LLMPAR_F32, LLMPAR_SUM, err));
+    if (world->rank == 1) { pause_ms(20); world->trace = &trace; }
+    TRY(llmpar_barrier(world, err));
+    return world->rank ? LLMPAR_OK : llmpar_barrier(world, err);
+}
+// Rank 0 comes last to the first of two collectives, rank 1 to the second one; both are waited for the second one first.
+static llmpar_status crossed_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    llmpar_trace trace = { (llmpar_trace_event *)user + 4 * world->rank, 4, 0 };
+    llmpar_request request[2];
+    llmpar_call call = LLMPAR_ZERO;
+    call.kind = LLMPAR_BARRIER;
+    TRY(llmpar_barrier(world, err));
+    world->trace = &trace;
+    if (world->rank == 0) pause_ms(20);
+    TRY(llmpar_start(world, &call, &request[0], err));
+    if (world->rank == 1) pause_ms(100);
+    TRY(llmpar_start(world, &call, &request[1], err));
+    TRY(llmpar_wait(&request[1], err));
+    return llmpar_wait(&request[0], err);
+}
+static llmpar_status untraced_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    llmpar_trace trace = { (llmpar_trace_event *)user, 32, 0 };
+    llmpar_request request[2];
+    llmpar_call call = LLMPAR_ZERO;
+    call.kind = LLMPAR_BARRIER;
+    if (world->rank == 0) world->trace = &trace;
+    for (int i = 0; i < 2; i++) TRY(llmpar_start(world, &call, &request[i], err));
+    trace.capacity = 1;
+    TRY(llmpar_wait(&request[1], err));
+    world->trace = NULL;
+    return llmpar_wait(&request[0], err);
 }
 typedef struct { char text[100000]; size_t n; } paper;
 static void paper_write(const char *text, size_t bytes, void *user) {
@@ -923,7 +1040,7 @@ static void test_trace(void) {
         llmpar_trace_summary(traces, 4, sink);
         CHECK(strstr(p.text, "rank 1 100 %") != NULL);
         CHECK_EQ(times_in(p.text, "\n"), 4);                                               // the head, the world, two groups
-        CHECK(full || (strstr(p.text, "    0     4            5           80") && times_in(p.text, "2           10           80") == 2));
+        CHECK(full || (strstr(p.text, "    0     4      0-3            5           80") && strstr(p.text, "2      0-1           10           80") && strstr(p.text, "2      2-3           10           80")));
     }
     TEST("traces: of nobody, without a call, of a call that has not ended") for (int what = 0; what < 3; what++) {
         static paper p;
@@ -942,6 +1059,44 @@ static void test_trace(void) {
         p.n = 0;
         llmpar_trace_svg(traces, 1, sink);
         CHECK(times_in(p.text, "<title>") == 0 && times_in(p.text, "<rect") == 2 + (what == 2) && times_in(p.text, ">0</text>") == 1);   // an axis all the same
+    }
+    TEST("who came last is not known: of members that are not traced, of calls that fail; a trace that is taken away") {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(2, 20);
+        llmpar_trace_event event[32];
+        memset(event, 0, sizeof event);
+        CHECK_FAIL(llmpar_threads_run(&desc, half_traced_rank, event, &err), LLMPAR_MISMATCH, err, "whose function has returned");
+        for (int i = 0; i < 22; i++) {
+            CHECK_EQ(event[i].late, i < 20 ? -1 : i == 20 ? 1 : -1);
+            CHECK((event[i].late_s > 0) == (i == 20));
+        }
+        CHECK(event[21].kind == LLMPAR_BARRIER && event[21].end_s > 0);
+        desc = desc_of(2, 20);
+        CHECK_OK(llmpar_threads_run(&desc, untraced_rank, event, &err), err);
+        CHECK_OK(llmpar_threads_run(&desc, crossed_rank, event, &err), err);
+        for (int r = 0; r < 2; r++) for (int i = 0; i < 2; i++) {                          // whoever came last by its own clock
+            const llmpar_trace_event *e = &event[4 * r + i];
+            CHECK_EQ(e->late, event[4 + i].started_s > event[i].started_s);
+            CHECK(e->late_s >= event[4 * e->late + i].started_s && (i || e->late_s < event[4 * e->late + 1].started_s));
+        }
+    }
+    TEST("a summary's members") {
+        static const char *const want[] = { " 1        5 ", " 4    0-6/2 ", " 4  0,1,4,5 ", " 9 0,1,2,3,4,5,6,7,... " };
+        static const int member[4][16] = { { 0, 0, 0, 0, 0, 1 }, { 1, 0, 1, 0, 1, 0, 1 }, { 1, 1, 0, 0, 1, 1 }, { 1, 1, 1, 1, 1, 1, 1, 1, 0, 1 } };
+        static const int size[] = { 1, 4, 4, 9 };
+        static paper p;
+        for (int i = 0; i < 4; i++) {
+            llmpar_trace_event event;
+            llmpar_trace one = { &event, 1, 1 };
+            const llmpar_trace *traces[16];
+            llmpar_sink sink = { paper_write, &p };
+            memset(&event, 0, sizeof event);
+            event.kind = LLMPAR_BARRIER; event.size = size[i]; event.late = -1; event.begin_s = 1; event.end_s = 2;
+            for (int r = 0; r < 16; r++) traces[r] = member[i][r] ? &one : NULL;
+            p.n = 0;
+            llmpar_trace_summary(traces, 16, sink);
+            CHECK(strstr(p.text, want[i]) != NULL);
+        }
     }
     TEST("a summary of more ranks than 64, of more collectives than are summed at a time") {
         enum { RANKS = 130, CALLS = 600 };
@@ -965,7 +1120,7 @@ static void test_trace(void) {
         double in_calls = 0, least = 0;
         long long calls = 0, bytes = 0;
         const char *line = strchr(p.text, '\n');
-        CHECK(line && sscanf(line, "%*d %*d %lld %lld %lf %lf", &calls, &bytes, &in_calls, &least) == 4 && strstr(line, "rank 63 33 % rank 64 33 % rank 129 33 %\n"));
+        CHECK(line && sscanf(line, "%*d %*d %*s %lld %lld %lf %lf", &calls, &bytes, &in_calls, &least) == 4 && strstr(line, "rank 63 33 % rank 64 33 % rank 129 33 %\n"));
         CHECK_EQ(calls, CALLS);
         CHECK_EQ(bytes, 4 * CALLS);
         CHECK_NEAR(in_calls, 1e3 / 1024 / RANKS * (3.0 * (RANKS * CALLS - 200) - 2.0 * (CALLS - 1)), 0.001);      // rank 1's call 521 is among the missing
@@ -973,7 +1128,115 @@ static void test_trace(void) {
     }
 }
 
+// Rank 1 has tested a call (what 0, 1: of a collective, 2: of a message) before rank 0 came to it; then it is done, found so by llmpar_wait (0) or llmpar_test, and rank 1 stays away from rank 3.
+typedef struct { int what; int64_t tested, started, done; llmpar_status status; llmpar_error seen; } idle;
+static void idle_until(int64_t *word) { while (!__atomic_load_n(word, __ATOMIC_SEQ_CST)) pause_ms(1); }
+static llmpar_status idle_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    idle *d = (idle *)user;
+    llmpar_comm *near, *far;
+    llmpar_mesh mesh;
+    llmpar_request request;
+    llmpar_call call = LLMPAR_ZERO;
+    float x = 1;
+    bool done = false;
+    TRY(llmpar_mesh_parse("dp=2,tp=2", &mesh, err));
+    TRY(llmpar_comm_group(world, &mesh, 2, &near, err));                                   // 0, 1 and 2, 3
+    TRY(llmpar_comm_group(world, &mesh, 1, &far, err));                                    // 0, 2 and 1, 3
+    call.kind = d->what < 2 ? LLMPAR_ALL_REDUCE : world->rank ? LLMPAR_RECV : LLMPAR_SEND;
+    call.send = call.recv = &x; call.count = 1; call.dtype = LLMPAR_F32; call.peer = !world->rank;
+    if (world->rank == 0) idle_until(&d->tested);
+    if (world->rank < 2) TRY(llmpar_start(near, &call, &request, err));
+    if (world->rank == 0) { __atomic_store_n(&d->started, 1, __ATOMIC_SEQ_CST); TRY(llmpar_wait(&request, err)); }
+    if (world->rank == 1) {
+        TRY(llmpar_test(&request, &done, err));
+        if (done) return bad(err, "done without rank 0%s", "");
+        __atomic_store_n(&d->tested, 1, __ATOMIC_SEQ_CST);
+        idle_until(&d->started);
+        while (d->what && !done) TRY(llmpar_test(&request, &done, err));
+        TRY(llmpar_wait(&request, err));
+        __atomic_store_n(&d->tested, 2, __ATOMIC_SEQ_CST);
+    }
+    if (world->rank == 3) {
+        while (__atomic_load_n(&d->tested, __ATOMIC_SEQ_CST) < 2) pause_ms(1);
+        far->timeout_s = 0.05;
+        d->status = llmpar_barrier(far, &d->seen);
+        __atomic_store_n(&d->done, 1, __ATOMIC_SEQ_CST);
+    }
+    idle_until(&d->done);
+    return LLMPAR_OK;
+}
+
+// Rank 0 tests: what 0: a second Recv of a short deadline, after a first one of a long; 1: a Recv of a short deadline between collectives.
+static llmpar_status watch_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    const int what = *(int *)user;
+    llmpar_request one, two;
+    llmpar_call call = LLMPAR_ZERO;
+    llmpar_error seen = LLMPAR_ZERO;
+    llmpar_status status = LLMPAR_OK;
+    float x[3] = { 1, 2, 3 };
+    bool done = false;
+    call.kind = LLMPAR_RECV; call.recv = &x[0]; call.count = 1; call.dtype = LLMPAR_F32; call.peer = 1;
+    call.timeout_s = what ? 0.05 : 30;
+    if (world->rank == 0) TRY(llmpar_start(world, &call, &one, err));
+    if (what) {
+        for (int i = 0; i < 10000 && !status; i++) {
+            status = llmpar_all_reduce(world, &x[2], &x[2], 1, LLMPAR_F32, LLMPAR_MAX, &seen);
+            if (world->rank == 0 && !status) { pause_ms(1); status = llmpar_test(&one, &done, &seen); }
+        }
+        if (world->rank == 0 && (status != LLMPAR_TIMEOUT || !strstr(seen.text, "Recv f32[1] from rank 1 for rank 1"))) return bad(err, "no deadline: %s", seen.text);
+        return LLMPAR_OK;
+    }
+    if (world->rank == 0) {
+        for (int i = 0; i < 8; i++) { TRY(llmpar_test(&one, &done, err)); pause_ms(50); }
+        call.recv = &x[1]; call.timeout_s = 0.2;
+        TRY(llmpar_start(world, &call, &two, err));
+        TRY(llmpar_test(&two, &done, err));                                                // its time begins now
+        if (done) return bad(err, "done without rank 1%s", "");
+        while (!status && !done) status = llmpar_test(&two, &done, &seen);
+        if (status != LLMPAR_TIMEOUT) return bad(err, "no deadline: %s", seen.text);
+    } else if (!llmpar_barrier(world, &seen)) return bad(err, "nobody was late%s", "");
+    return LLMPAR_OK;
+}
+
+// Rank 0 sets the field. The call is one that goes by a short path.
+static llmpar_status own_deadline_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    float x = 1;
+    if (world->rank == 0) world->timeout_s = *(double *)user;
+    else pause_ms(5);
+    TRY(llmpar_all_reduce(world, &x, &x, 1, LLMPAR_F32, LLMPAR_SUM, err));
+    if (world->rank == 0) *(double *)user = world->timeout_s;
+    return LLMPAR_OK;
+}
+// A count that the call does not read is not looked at, not even multiplied (UBSan).
+static llmpar_status unread_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    float x[2] = { 0, 0 };
+    int64_t counts[2] = { 1, 1 };
+    llmpar_call call = LLMPAR_ZERO;
+    llmpar_request request;
+    (void)user;
+    call.kind = LLMPAR_ALL_GATHER; call.send = &x[world->rank]; call.recv = x; call.recv_counts = counts; call.count = INT64_MAX; call.dtype = LLMPAR_F32;
+    x[world->rank] = (float)(world->rank + 1);
+    TRY(llmpar_start(world, &call, &request, err));
+    TRY(llmpar_wait(&request, err));
+    return x[0] == 1 && x[1] == 2 ? LLMPAR_OK : bad(err, "gathered wrongly%s", "");
+}
+
 static void test_blame(void) {
+    TEST("a rank whose tested call is done is not said to wait for it") for (int what = 0; what < 3; what++) {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(4, 20);
+        idle d;
+        memset(&d, 0, sizeof d);
+        d.what = what;
+        CHECK_OK(llmpar_threads_run(&desc, idle_rank, &d, &err), err);
+        CHECK_FAIL(d.status, LLMPAR_TIMEOUT, d.seen, "rank 3 waited");
+        CHECK(strstr(d.seen.text, "for rank 1") && !strstr(d.seen.text, "in the end"));
+    }
+    TEST("every tested call has a deadline of its own") for (int what = 0; what < 2; what++) {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(2, 20);
+        CHECK_OK(llmpar_threads_run(&desc, watch_rank, &what, &err), err);
+    }
     TEST("a deadline of one comm, of one call: the text names who all wait for in the end, in whichever group") for (int what = 0; what < 2; what++) {
         llmpar_error err = LLMPAR_ZERO;
         llmpar_threads_desc desc = desc_of(4, 20);
@@ -996,6 +1259,13 @@ static void test_blame(void) {
         CHECK_FAIL(llmpar_comm_shrink(self, &fewer, &err), LLMPAR_UNSUPPORTED, err, "cannot go on");
         CHECK_FAIL(llmpar_start(self, &call, &request, &err), LLMPAR_BAD_ARGUMENT, err, "timeout_s is -1");
         llmpar_comm_free(self);
+        for (int i = 0; i < 4; i++) {
+            static const double given[] = { -1, (double)NAN, 0, -INFINITY };
+            llmpar_threads_desc desc = desc_of(2, 20);
+            double timeout_s = given[i];
+            llmpar_status status = llmpar_threads_run(&desc, own_deadline_rank, &timeout_s, &err);
+            CHECK(i == 2 ? status == LLMPAR_OK && timeout_s == 60 : status == LLMPAR_BAD_ARGUMENT && strstr(err.text, "rank 0: the communicator's timeout_s is "));
+        }
     }
     TEST("the survivors go on, twice") for (int n = 2; n <= 6; n++) for (int what = 0; what < 3; what++) {
         llmpar_error err = LLMPAR_ZERO;
@@ -1008,6 +1278,59 @@ static void test_blame(void) {
         CHECK(status == LLMPAR_OK || (what == 2 && strstr(err.text, "lost")));
         if (status && what != 2) printf("%s\n", err.text);
         for (int r = 0; r < n; r++) CHECK_EQ(s.sums[r], r == s.lost ? 0 : n - 1);
+    }
+}
+
+// Everybody sends to the next one first.
+static llmpar_status circle_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    clash *c = (clash *)user;
+    llmpar_error seen = LLMPAR_ZERO;
+    static const float data[5000] = { 0 };
+    TRY(llmpar_barrier(world, err));
+    c->status[world->rank] = llmpar_send(world, data, 5000, LLMPAR_F32, (world->rank + 1) % 3, &seen);
+    snprintf(c->text[world->rank], sizeof c->text[0], "%s", seen.text);
+    return LLMPAR_OK;
+}
+static void test_second(void) {
+    TEST("all send first: the text says what the missing rank does") {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(3, 0.5);
+        clash c;
+        int late = 0;
+        clash_init(&c, 0, 3);
+        CHECK_OK(llmpar_threads_run(&desc, circle_rank, &c, &err), err);
+        for (int r = 0; r < 3; r++) {
+            char part[128];
+            snprintf(part, sizeof part, "Send f32[5000] to rank %d for rank %d; rank %d has a Send f32[5000] to rank %d in flight", (r + 1) % 3, (r + 1) % 3, (r + 1) % 3, (r + 2) % 3);
+            late += c.status[r] == LLMPAR_TIMEOUT;
+            CHECK(c.status[r] == LLMPAR_ABORTED || strstr(c.text[r], part));
+        }
+        CHECK(late >= 1);
+    }
+    TEST("the survivors are stopped too, by one of them and from outside") for (int what = 0; what < 3; what++) {
+        static const char *const text[] = { "aborted: rank 2: disk on fire", "aborted: rank 2: the power has failed", "aborted: the power has failed" };
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(4, what ? 0.5 : 20);
+        second s;
+        memset(&s, 0, sizeof s);
+        s.what = what;
+        if (what == 0) CHECK_FAIL(llmpar_threads_run(&desc, second_rank, &s, &err), LLMPAR_DOES_NOT_FIT, err, "rank 3: disk on fire");
+        else {
+            pthread_t thread[4];
+            second_thread t[4];
+            memset(t, 0, sizeof t);
+            CHECK_OK(llmpar_threads_create(&desc, &s.threads, &err), err);
+            for (int r = 0; r < 4; r++) {
+                t[r].s = &s; t[r].rank = r;
+                pthread_create(&thread[r], NULL, second_main, &t[r]);
+            }
+            for (int r = 0; r < 4; r++) { pthread_join(thread[r], NULL); CHECK_OK(t[r].status, t[r].err); }
+            llmpar_threads_free(s.threads);
+        }
+        for (int r = 0; r < (what ? 3 : 2); r++) {
+            CHECK_EQ(s.status[r], LLMPAR_ABORTED);
+            CHECK_STR(s.seen[r].text, text[what]);
+        }
     }
 }
 
@@ -1028,6 +1351,11 @@ static void test_arguments(void) {
             CHECK(c.seconds[0] < 5);
         }
     }
+    TEST("a count that is not read") {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_threads_desc desc = desc_of(2, 20);
+        CHECK_OK(llmpar_threads_run(&desc, unread_rank, NULL, &err), err);
+    }
     TEST("bad worlds") {
         llmpar_error err = LLMPAR_ZERO;
         llmpar_threads_desc desc = desc_of(0, 0);
@@ -1038,6 +1366,12 @@ static void test_arguments(void) {
         CHECK_FAIL(llmpar_threads_create(&desc, &threads, &err), LLMPAR_BAD_ARGUMENT, err, "timeout_s is -1");
         desc = desc_of(2, 0);
         CHECK_FAIL(llmpar_threads_run(&desc, NULL, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "fn is NULL");
+        for (int i = 0; i < 5; i++) {
+            static const llmpar_comm_tuning wrong[] = { { -5, 0, 0 }, { 0, -7, 0 }, { 0, 0, -9 }, { (1 << 20) + 1, 0, 0 }, { 0, INT64_MAX, 0 } };
+            desc.tuning = &wrong[i];
+            CHECK_FAIL(llmpar_threads_create(&desc, &threads, &err), LLMPAR_BAD_ARGUMENT, err, "tuning: mailbox_bytes is ");
+        }
+        desc = desc_of(2, 0);
         int ran = 0;
         desc.stack_bytes = 1;
         CHECK_FAIL(llmpar_threads_run(&desc, ran_rank, &ran, &err), LLMPAR_BAD_ARGUMENT, err, "stack_bytes 1");
@@ -1272,6 +1606,7 @@ int main(void) {
     test_clash();
     test_late();
     test_blame();
+    test_second();
     test_trace();
     test_arguments();
     test_stats();

@@ -37,7 +37,7 @@ static llmpar_status run_sequence(sequence *s, llmpar_error *err) {
     s->leaves = s->leaves && !alone;
 #ifndef LLMPAR_NO_THREADS
     if (!alone) {
-        llmpar_comm_tuning tuning = { s->limit[0], s->limit[1], s->limit[2] };
+        llmpar_comm_tuning tuning = { s->limit[0] < 1 << 20 ? s->limit[0] : 1 << 20, s->limit[1] < 1 << 20 ? s->limit[1] : 1 << 20, s->limit[2] };
         llmpar_threads_desc desc = LLMPAR_ZERO;
         desc.n_ranks = s->n_ranks;
         desc.tuning  = s->seed % 200 ? &tuning : NULL;

@@ -364,7 +364,78 @@ static llmpar_status mail_rank(llmpar_comm *world, void *user, llmpar_error *err
     free(big);
     return LLMPAR_OK;
 }
+// A deadline counts from the first look at its own call, whatever else is looked at, or done, on the communicator.
+static llmpar_status poll_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    int what = *(int *)user, last = world->size - 1;
+    static float word[2];
+    float sum = 1;
+    llmpar_error seen = LLMPAR_ZERO;
+    llmpar_status status = LLMPAR_OK;
+    llmpar_request old, young;
+    llmpar_call call = LLMPAR_ZERO;
+    bool done = false;
+    call.kind = what == 2 ? LLMPAR_ALL_REDUCE : LLMPAR_RECV; call.send = what == 2 ? &word[0] : NULL; call.recv = &word[0]; call.count = 1; call.peer = last;
+    call.timeout_s = what == 1 ? 0.2 : 20;
+    if (what == 1 && world->rank == 0) {                                                   // collectives get done meanwhile
+        double until = now_s() + 5;
+        TRY(llmpar_start(world, &call, &old, err));
+        while (now_s() < until && !status) {
+            status = llmpar_all_reduce(world, &sum, &sum, 1, LLMPAR_F32, LLMPAR_MAX, &seen);
+            if (!status) status = llmpar_test(&old, &done, &seen);
+        }
+        CHECK_EQ(status, LLMPAR_TIMEOUT);
+        return LLMPAR_OK;
+    }
+    if (what == 1) {
+        while (!status) status = llmpar_all_reduce(world, &sum, &sum, 1, LLMPAR_F32, LLMPAR_MAX, &seen);
+        CHECK(status == LLMPAR_ABORTED && strstr(seen.text, "Recv f32[1]") != NULL);
+        return LLMPAR_OK;
+    }
+    if (world->rank == last) {
+        pause_ms(what == 2 ? 1850 : 1000);                                                 // too late for 0.7 s and as long to answer, counted from the first look at the other call
+        for (int i = 0; i < 2 && what == 0; i++) TRY(llmpar_send(world, &sum, 1, LLMPAR_F32, 0, err));
+        for (int i = 0; i < 2 && what == 2; i++) TRY(llmpar_all_reduce(world, &sum, &sum, 1, LLMPAR_F32, LLMPAR_SUM, err));
+        return llmpar_barrier(world, err);
+    }
+    if (what == 0 && world->rank) return llmpar_barrier(world, err);
+    TRY(llmpar_start(world, &call, &old, err));
+    for (double until = now_s() + 0.8; now_s() < until; ) TRY(llmpar_test(&old, &done, err));
+    call.send = what == 2 ? &word[1] : NULL; call.recv = &word[1]; call.timeout_s = 0.7;
+    TRY(llmpar_start(world, &call, &young, err));
+    do TRY(llmpar_test(&young, &done, err)); while (what == 2 && !done);
+    TRY(llmpar_wait(&old, err));
+    TRY(llmpar_wait(&young, err));
+    return llmpar_barrier(world, err);
+}
+// A group that is freed before its Recv is done stops the world; a Send that was done, if not waited for, does not.
+static llmpar_status freed_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    enum { N = 30000 };
+    static float data[N];
+    int what = *(int *)user, last = world->size - 1;
+    llmpar_mesh mesh;
+    llmpar_comm *group = NULL;
+    llmpar_error seen = LLMPAR_ZERO;
+    llmpar_request request;
+    llmpar_call call = LLMPAR_ZERO;
+    char text[32];
+    snprintf(text, sizeof text, "a=%d", world->size);
+    TRY(llmpar_mesh_parse(text, &mesh, err));
+    TRY(llmpar_comm_group(world, &mesh, 1, &group, err));
+    MPI_Barrier(MPI_COMM_WORLD);                                                           // nobody hears of the end while it makes the group
+    call.kind = what == 0 ? LLMPAR_RECV : LLMPAR_SEND; call.send = call.recv = data; call.count = N; call.peer = last;
+    if (world->rank == 0) TRY(llmpar_start(group, &call, &request, err));
+    if (what == 1 && world->rank == last) TRY(llmpar_recv(group, data, N, LLMPAR_F32, 0, err));
+    if (what == 1) TRY(llmpar_barrier(group, err));                                        // now the message has come
+    if (world->rank == 0 || what == 1) llmpar_comm_free(group);
+    llmpar_status status = llmpar_barrier(world, &seen);
+    if (what == 1) { CHECK_OK(status, seen); return LLMPAR_OK; }
+    CHECK_EQ(status, LLMPAR_ABORTED);
+    CHECK(strstr(seen.text, "rank 0: a communicator was freed with a Recv in flight") != NULL);
+    return LLMPAR_OK;
+}
 static void test_mail(void) {
+    for (int what = 0; what < 3 && n_ranks > 1; what++) TEST("polled deadlines") { llmpar_mpi_desc desc = desc_of(20, false); run(&desc, poll_rank, &what); }
+    for (int what = 0; what < 2 && n_ranks > 1; what++) TEST("freed with a message in flight, or done") { llmpar_mpi_desc desc = desc_of(5, false); run(&desc, freed_rank, &what); }
     for (int what = 0; what < 3; what++) TEST("Send and Recv around a ring") {
         llmpar_mpi_desc desc = desc_of(20, what == 1);
         if (what == 2) desc.message_bytes = 4001;
@@ -465,8 +536,26 @@ static llmpar_status unchecked_rank(llmpar_comm *world, void *user, llmpar_error
     CHECK(now_s() - began < 10);
     return LLMPAR_OK;
 }
+// Rank 0 sends what nobody expects, which no rank can notice; a call in the same slot, later, does not get it instead of its own.
+static llmpar_status stray_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    int what = *(int *)user;
+    for (int i = 0; i < 6; i++) {                                                          // expected when i is odd
+        int64_t to[8] = { 0 }, from[8] = { 0 };
+        float data[5] = { 0 }, got[5] = { 0 };
+        for (int k = 0; k < 5 && world->rank == 0; k++) data[k] = (float)i;
+        if (world->rank == 0) to[1] = 5;
+        if (world->rank == 1 && i % 2) from[0] = 5;
+        if (what == 0) TRY(llmpar_all_to_all(world, data, to, got, from, LLMPAR_F32, err));
+        else TRY(llmpar_broadcast(world, data, world->rank && i % 2 == 0 ? 0 : 5, LLMPAR_F32, 0, err));
+        if (what == 0 && world->rank == 1 && i % 2) NEED(got[4] == (float)i);
+        if (what == 1 && i % 2) NEED(data[4] == (float)i);
+        for (int k = 0; k < 15; k++) TRY(llmpar_barrier(world, err));
+    }
+    return LLMPAR_OK;
+}
 static void test_clash(void) {
     if (n_ranks < 2) return;
+    for (int what = 0; what < 2; what++) TEST("what nobody expected does not turn up later") { llmpar_mpi_desc desc = desc_of(5, false); run(&desc, stray_rank, &what); }
     for (int i = 0; i < (int)(sizeof clashes / sizeof clashes[0]); i++) {
         static char name[64];
         test_close();
@@ -606,6 +695,36 @@ static llmpar_status argument_rank(llmpar_comm *world, void *user, llmpar_error 
     }
     return LLMPAR_OK;
 }
+// Unchecked: everybody waits in an AllToAll whose counts fit nowhere; a Permute too.
+static llmpar_status unfit_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    static float data[2][80000];
+    int64_t send[8] = { 0 }, recv[8] = { 0 };
+    int n = world->size, next = (world->rank + 1) % n, last = (world->rank + n - 1) % n;
+    llmpar_error seen = LLMPAR_ZERO;
+    llmpar_call call = LLMPAR_ZERO;
+    llmpar_request request = LLMPAR_ZERO;
+    TRY(llmpar_barrier(world, err));
+    send[next] = 40000 + world->rank;
+    recv[last] = 40000;
+    call.kind = *(int *)user ? LLMPAR_PERMUTE : LLMPAR_ALL_TO_ALL; call.send = data[0]; call.recv = data[1]; call.send_counts = send; call.recv_counts = recv;
+    llmpar_status status = llmpar_start(world, &call, &request, &seen);
+    if (!status) status = llmpar_wait(&request, &seen);
+    if (!status) status = llmpar_barrier(world, &seen);                                    // of rank 1 all fits
+    CHECK(status == LLMPAR_MISMATCH || status == LLMPAR_ABORTED);
+    CHECK(strstr(seen.text, "what the members send each other there is not what they expect") != NULL);
+    return LLMPAR_OK;
+}
+// Checked, a call that gets nothing from others, of a rank that comes when they have given up.
+static llmpar_status root_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    float data[4] = { 0 };
+    llmpar_error seen = LLMPAR_ZERO;
+    (void)user;
+    TRY(llmpar_barrier(world, err));
+    if (world->rank == 0) { pause_ms(1500); world->timeout_s = 20; }
+    llmpar_status status = llmpar_broadcast(world, data, 4, LLMPAR_F32, 0, &seen);
+    CHECK(world->rank ? status == LLMPAR_TIMEOUT || status == LLMPAR_ABORTED : status == LLMPAR_ABORTED);
+    return LLMPAR_OK;
+}
 static llmpar_status crowd_rank(llmpar_comm *world, void *user, llmpar_error *err) {         // 65 in flight is an error, and the others hear of it
     static int32_t word[65];
     llmpar_request request[65];
@@ -621,6 +740,14 @@ static llmpar_status crowd_rank(llmpar_comm *world, void *user, llmpar_error *er
     }
     CHECK_EQ(status, LLMPAR_UNSUPPORTED);
     CHECK(strstr(seen.text, "rank 0 has 64 Send and Recv in flight") != NULL);
+    return LLMPAR_OK;
+}
+static llmpar_status blocks_rank(llmpar_comm *world, void *user, llmpar_error *err) {        // 2^32 + 5 of them: MPI would be asked for 5
+    static char data[8];
+    llmpar_error seen = LLMPAR_ZERO;
+    (void)user; (void)err;
+    llmpar_status status = llmpar_send(world, data, ((int64_t)1 << 32) + 5, LLMPAR_U8, (world->rank + 1) % world->size, &seen);
+    CHECK(status != LLMPAR_OK && strstr(seen.text, "MPI failed in MPI_Isend") != NULL);
     return LLMPAR_OK;
 }
 static void test_late(void) {
@@ -650,6 +777,48 @@ static void test_late(void) {
         desc.comm = &null;
         CHECK_FAIL(llmpar_mpi_create(&desc, &world, &err), LLMPAR_BAD_ARGUMENT, err, "MPI_COMM_NULL");
         CHECK(world == NULL);
+    }
+    if (n_ranks > 1) TEST("an intercommunicator is refused") {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_mpi_desc desc = desc_of(5, false);
+        llmpar_comm *world = NULL;
+        MPI_Comm half, inter;
+        MPI_Comm_split(MPI_COMM_WORLD, my_rank > 0, my_rank, &half);
+        MPI_Intercomm_create(half, 0, MPI_COMM_WORLD, my_rank ? 0 : 1, 7, &inter);
+        desc.comm = &inter;
+        CHECK_FAIL(llmpar_mpi_create(&desc, &world, &err), LLMPAR_BAD_ARGUMENT, err, "is an intercommunicator");
+        MPI_Comm_free(&inter);
+        MPI_Comm_free(&half);
+    }
+    for (int what = 0; what < 2 && n_ranks > 1; what++) TEST("counts that do not fit, unchecked") { llmpar_mpi_desc desc = desc_of(2, false); run(&desc, unfit_rank, &what); }
+    if (n_ranks > 1) TEST("a root that comes too late") { llmpar_mpi_desc desc = desc_of(0.3, true); run(&desc, root_rank, NULL); }
+    for (int what = 0; what < 5 && n_ranks > 1; what++) TEST("descs that differ") {
+        static const char *const text[] = { "desc.checked is 0 on rank 0, 1 on rank 1", "desc.staging_bytes is 4194304 on rank 0, 100000 on rank 1",
+            "desc.message_bytes is 1073741824 on rank 0, 5000 on rank 1", "desc.hosts is not the same on rank 1 as on rank 0", "desc.hosts is not the same on rank 1 as on rank 0" };
+        int32_t hosts[8] = { 0 };
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_mpi_desc desc = desc_of(my_rank + 1, false);                                // the deadline is each rank's own
+        llmpar_comm *world = NULL;
+        int odd = my_rank == 1;
+        if (what == 0) desc.checked = odd;
+        if (what == 1 && odd) desc.staging_bytes = 100000;
+        if (what == 2 && odd) desc.message_bytes = 5000;
+        if (what == 3 && odd) desc.hosts = hosts;
+        if (what == 4) { hosts[1] = odd; desc.hosts = hosts; }
+        CHECK_FAIL(llmpar_mpi_create(&desc, &world, &err), LLMPAR_BAD_ARGUMENT, err, text[what]);
+        CHECK(world == NULL);
+        llmpar_comm_free(world);
+    }
+    TEST("more blocks than MPI counts") { llmpar_mpi_desc desc = desc_of(20, false); desc.message_bytes = 1; run(&desc, blocks_rank, NULL); }
+    TEST("bytes between hosts of a comm that is not MPI's") {
+        llmpar_error err = LLMPAR_ZERO;
+        llmpar_comm *self = NULL;
+        int64_t messages = 1;
+        CHECK_EQ(llmpar_mpi_host_bytes(NULL, NULL), 0);
+        CHECK_OK(llmpar_comm_self(NULL, &self, &err), err);
+        CHECK_EQ(llmpar_mpi_host_bytes(self, &messages), 0);
+        CHECK_EQ(messages, 0);
+        llmpar_comm_free(self);
     }
 }
 

@@ -288,7 +288,17 @@ static void test_text(void) {
         CHECK_FAIL(llmpar_pipe_make(&d, &arena, &s, &err), LLMPAR_BAD_ARGUMENT, err, "as a V");
         d.map = LLMPAR_PIPE_MAP_DEFAULT, d.in_flight = 2;
         CHECK_FAIL(llmpar_pipe_make(&d, &arena, &s, &err), LLMPAR_BAD_ARGUMENT, err, "in_flight=2");
-        d.in_flight = 0, d.n_ranks = 3000;
+        d.kind = LLMPAR_PIPE_FORWARD, d.in_flight = INT32_MAX, d.n_virtual = 1;
+        CHECK_OK(llmpar_pipe_make(&d, &arena, &s, &err), err);
+        CHECK_OK(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), err);
+        s.in_flight = INT32_MAX;
+        CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err, "in_flight=2147483647 with 2 micro-batches");
+        s.n_ranks = -1;
+        CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err, "-1 ranks");
+        d.kind = LLMPAR_PIPE_INTERLEAVED, d.in_flight = 0, d.group = INT32_MAX, d.n_virtual = 2;
+        CHECK_OK(llmpar_pipe_make(&d, &arena, &s, &err), err);
+        CHECK_OK(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), err);
+        d.kind = LLMPAR_PIPE_ZB_V, d.group = 0, d.n_ranks = 3000;
         CHECK_FAIL(llmpar_pipe_make(&d, &arena, &s, &err), LLMPAR_OVERFLOW, err, "at most 4096 stages");
         CHECK_FAIL(llmpar_pipe_kind_parse("zb-x", &kind, &err), LLMPAR_BAD_ARGUMENT, err, "zb-h1");
         CHECK(make(LLMPAR_PIPE_1F1B, 2, 1, 2, NULL));
@@ -301,7 +311,14 @@ static void test_text(void) {
         CHECK_FAIL(llmpar_pipe_verify(&made, NULL, LLMPAR_PIPE_BUFFERED, 1.5, &arena, &err), LLMPAR_DOES_NOT_FIT, err, "rank 0 holds up to 2, more than the limit of 1.5");
         CHECK_OK(llmpar_pipe_verify(&made, NULL, LLMPAR_PIPE_BUFFERED, 2, &arena, &err), err);
         CHECK_OK(llmpar_pipe_lower(&made, NULL, LLMPAR_PIPE_BUFFERED, &arena, &s, &err), err);
-        CHECK_FAIL(llmpar_pipe_lower(&s, NULL, LLMPAR_PIPE_BUFFERED, &arena, &s, &err), LLMPAR_BAD_ARGUMENT, err, "has its transfers already");
+        CHECK_FAIL(llmpar_pipe_make(NULL, &arena, &s, &err), LLMPAR_BAD_ARGUMENT, err, "desc is NULL");
+        CHECK_FAIL(llmpar_pipe_make(&d, NULL, &s, &err), LLMPAR_BAD_ARGUMENT, err, "arena is NULL");
+        CHECK_FAIL(llmpar_pipe_verify(&made, NULL, LLMPAR_PIPE_BUFFERED, 0, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "arena is NULL");
+        memset(&d, 0, sizeof d);
+        d.kind = LLMPAR_PIPE_1F1B, d.n_ranks = 2, d.n_micro = 3, d.memory = 1;
+        CHECK_FAIL(llmpar_pipe_make(&d, &arena, &s, &err), LLMPAR_DOES_NOT_FIT, err, "1f1b holds up to 2 on a rank, more than the limit of 1; its order is fixed: memory=2 works");
+        d.memory = 2, d.costs.f = nan;
+        CHECK_FAIL(llmpar_pipe_make(&d, &arena, &s, &err), LLMPAR_BAD_ARGUMENT, err, "time of F of stage 0 is nan");
         memset(&s, 0, sizeof s);
         CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err, "is empty");
     }
@@ -332,6 +349,20 @@ static void test_lowering(void) {
                 }
             }
     }
+    TEST("a program that was read has its transfers made anew") {
+        static char want[16384];
+        CHECK(make(LLMPAR_PIPE_ZB_V, 3, 2, 5, NULL));
+        CHECK_OK(llmpar_pipe_lower(&made, NULL, LLMPAR_PIPE_NCCL, &arena, &program, &err), err);
+        snprintf(want, sizeof want, "%s", csv(&program));
+        CHECK(read_csv(want, &s) && s.lowered && !s.n_slots);
+        CHECK_OK(llmpar_pipe_lower(&s, NULL, LLMPAR_PIPE_NCCL, &arena, &program, &err), err);
+        CHECK_STR(csv(&program), want);
+        CHECK(program.n_slots != NULL);
+    }
+    TEST("without a backward nothing is held for it") {
+        CHECK(make(LLMPAR_PIPE_FORWARD, 3, 1, 9, NULL));
+        for (int r = 0; r < 3; r++) CHECK_NEAR(timing.peak[r], 0, 0);
+    }
     TEST("buffers: few, because receives are posted late") {
         CHECK(make(LLMPAR_PIPE_1F1B, 8, 1, 64, NULL));
         for (int t = 0; t < 3; t++) {
@@ -344,6 +375,29 @@ static void test_lowering(void) {
         CHECK_NEAR(timing.action_begin[timing.critical[0]], 0, 1e-9);
         CHECK_NEAR(timing.action_end[timing.critical[timing.n_critical - 1]], timing.makespan, 1e-9);
         for (int64_t i = 1; i < timing.n_critical; i++) CHECK_NEAR(timing.action_begin[timing.critical[i]], timing.action_end[timing.critical[i - 1]], 1e-9);
+        for (int P = 2; P <= 6; P++) {
+            const llmpar_pipe_costs costs = even(1.2, 3, 0.2, 0.5);
+            CHECK(make(LLMPAR_PIPE_1F1B, P, 1, 7, &costs));
+            CHECK_NEAR(timing.action_begin[timing.critical[0]], 0, 1e-9);
+            for (int64_t i = 1; i < timing.n_critical; i++) {
+                const int32_t a = timing.critical[i - 1], b = timing.critical[i];
+                CHECK_NEAR(timing.action_begin[b], timing.action_end[a] + (made.action[a].stage == made.action[b].stage ? 0 : 0.5), 1e-9);
+            }
+        }
+    }
+    TEST("times that differ by more than a double can tell: what is lowered is certified") {
+        double far[3] = { 1e20, 0, 0 };
+        llmpar_pipe_costs costs = LLMPAR_ZERO;
+        costs.link = far;
+        for (int M = 1; M <= 9; M++)
+            for (int k = 0; k < 3; k++) {
+                far[0] = k == 2 ? 0 : 1e20, far[1] = k ? 1e20 : 0;
+                CHECK(make(LLMPAR_PIPE_1F1B, 3, 1, M, &costs));
+                for (int t = 0; t < 3; t++) {
+                    CHECK_OK(llmpar_pipe_lower(&made, &costs, (llmpar_transport)t, &arena, &program, &err), err);
+                    CHECK_OK(llmpar_pipe_verify(&program, &costs, (llmpar_transport)t, 0, &arena, &err), err);
+                }
+            }
     }
     TEST("every schedule, P <= 16, M <= 40, up to 4 stages a rank, over each transport: certified") {
         int64_t certified = 0;
@@ -487,6 +541,7 @@ static int oracle_act(int r) {
     if (a.kind == LLMPAR_ACTION_F && !(s->lowered && down)) o.here[0][st][m] = 1;
     if ((a.kind == LLMPAR_ACTION_B || a.kind == LLMPAR_ACTION_I) && !(s->lowered && up)) o.here[1][st][m] = 1;
     if (a.kind == LLMPAR_ACTION_RECV_F || a.kind == LLMPAR_ACTION_RECV_B) {
+        if (s->n_slots && o.transport == LLMPAR_PIPE_NCCL && a.slot >= 0 && a.slot < s->n_slots[r] && o.busy[r][a.slot]) return 0;
         if (!oracle_buffers(r, j, 1)) return -1;
     }
     if (a.kind == LLMPAR_ACTION_SEND_F || a.kind == LLMPAR_ACTION_SEND_B) {
@@ -546,11 +601,11 @@ static int oracle_accepts(const llmpar_schedule *s, int transport) {
 static void mutate(const llmpar_schedule *from, llmpar_schedule *to, llmpar_action *action, int64_t *first) {
     const int64_t n = from->first[from->n_ranks];
     int64_t m = 0, a = test_below(n), b = test_below(n);
-    int kind = (int)test_below(from->lowered ? 8 : 6);
+    int kind = (int)test_below(from->lowered ? 9 : 6);
     *to = *from;
     to->action = action, to->first = first;
     if (kind == 5 || kind == 1) b = a + 1 < n ? a + 1 : a;                                 // neighbours
-    if (kind >= 6) {                                                                       // two transfers of one kind and rank change their micro-batches
+    if (kind == 6 || kind == 7) {                                                          // two transfers of one kind and rank change their micro-batches
         for (int tries = 0; tries < 200; tries++) {
             a = test_below(n), b = test_below(n);
             if (from->action[a].kind >= LLMPAR_ACTION_SEND_F && from->action[a].kind == from->action[b].kind && from->action[a].stage == from->action[b].stage && a != b) break;
@@ -568,7 +623,10 @@ static void mutate(const llmpar_schedule *from, llmpar_schedule *to, llmpar_acti
         }
     }
     first[from->n_ranks] = m;
-    if (kind >= 6 && a != b) {
+    if (kind == 8) {                                                                       // another buffer
+        for (int tries = 0; tries < 200 && action[a].kind < LLMPAR_ACTION_SEND_F; tries++) a = test_below(n);
+        if (action[a].slot >= 0) action[a].slot = (int32_t)test_below(from->n_slots[from->rank_of[action[a].stage]]);
+    } else if (kind >= 6 && a != b) {
         const int32_t t = action[a].micro;
         action[a].micro = action[b].micro, action[b].micro = t;
     }

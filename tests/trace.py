@@ -3,7 +3,7 @@
 With --pipe what examples/pipeline.c --rows --trace OUT.json --svg OUT.svg writes.
 
 Chrome trace: every begin has its end on the same track, times go up, calls of a rank do not overlap, asynchronous pairs are complete, names are known, members of a
-group made the same calls, none ended before the last had begun. Table: calls, bytes, times and who came last as the trace has them. Picture: well-formed; a bar for
+group made the same calls, none ended before the last had begun (what was started: before the last had started it; ranks may wait in any order). Table: calls, bytes, times and who came last as the trace has them. Picture: well-formed; a bar for
 each call, where the axis says it was, inside of its track, none over another. Exit status 1 and a line that says what is wrong.
 --self-test damages the three in every way that they are checked for; each must be found."""
 import json
@@ -27,8 +27,8 @@ def need(condition, text):
 
 
 def read_calls(trace, known=lambda name: name in NAMES):
-    """{rank: [(begin, end, name, args)]}, times in us."""
-    calls, begun, last, flying, done = {}, {}, {}, {}, set()
+    """{rank: [(begin, end, name, args)]}, times in us; args["started"]: when it was started, or began."""
+    calls, begun, last, flying, done, started = {}, {}, {}, {}, set(), {}
     for e in trace["traceEvents"]:
         need(e["ph"] in ("M", "B", "E", "b", "e"), f"a phase of no kind: {e}")
         if e["ph"] == "M":
@@ -49,7 +49,7 @@ def read_calls(trace, known=lambda name: name in NAMES):
             else:
                 need(flying.get(key, ())[:2] == (rank, name) and ts >= flying[key][2], f"an asynchronous end without its begin: {e}")
                 done.add(key)
-                del flying[key]
+                started[rank, name, ts] = flying.pop(key)[2]
             continue
         need(ts >= last.get(rank, 0), f"rank {rank}: {ts} us comes after {last.get(rank)}: calls overlap, or time runs back")
         last[rank] = ts
@@ -63,6 +63,9 @@ def read_calls(trace, known=lambda name: name in NAMES):
             calls[rank].append((b["ts"], ts, b["name"].replace("wait ", "", 1), b["args"]))
     need(not begun, f"never ended: {begun}")
     need(not flying, f"in flight for ever: {flying}")
+    for rank, list_ in calls.items():
+        for begin, end, name, args in list_:
+            args["started"] = started.get((rank, name, end), begin)
     return calls
 
 
@@ -76,25 +79,28 @@ def read_groups(calls):
     groups = {}
     for group, members in own.items():
         need(len({len(c) for c in members.values()}) == 1, f"group {group}: its ranks made {[len(c) for c in members.values()]} calls")
-        groups[group] = list(zip(*members.values()))
+        groups[group] = list(zip(*(sorted(list_, key=lambda call: call[3]["started"]) for list_ in members.values())))
         for k, row in enumerate(groups[group]):
             what = f"group {group}, call {k}: {row}"
             need(len({c[2] for c in row}) == 1, f"not the same call: {what}")
             need(all(c[3]["ranks"] == len(members) for c in row), f"not all of its ranks: {what}")
             need(len({c[3].get("last") for c in row}) == 1 and row[0][3].get("last", next(iter(members))) in members, f"who came last? {what}")
-            need(row[0][2] not in TOGETHER or min(c[1] for c in row) >= max(c[0] for c in row), f"ended before all had begun: {what}")
+            need(row[0][2] not in TOGETHER or min(c[1] for c in row) >= max(c[3]["started"] for c in row), f"ended before all had begun: {what}")
     return groups
 
 
-def check_table(groups, text):
+def check_table(groups, made_by, text):
     rows = {}
     for line in text.split("came last\n", 1)[1].splitlines():
-        m = re.fullmatch(r" *(\d+) +(\d+) +(\d+) +(\d+) +([\d.]+) +([\d.]+) *(.*)", line)
+        m = re.fullmatch(r" *(\d+) +(\d+) +([\d,/.-]+) +(\d+) +(\d+) +([\d.]+) +([\d.]+) *(.*)", line)
         if m:
             rows[int(m[1])] = m.groups()[1:]
     need(rows.keys() == groups.keys(), f"groups of the table {sorted(rows)}, of the trace {sorted(groups)}")
     for group, calls in groups.items():
-        ranks, n, size, mean, least, came = rows[group]
+        ranks, members, n, size, mean, least, came = rows[group]
+        m = re.fullmatch(r"(\d+)-(\d+)(?:/(\d+))?", members)
+        listed = list(range(int(m[1]), int(m[2]) + 1, int(m[3] or 1))) if m else [int(r) for r in members.split(",")]
+        need(listed == made_by[group], f"group {group}: the table's members are {members}, the trace's {made_by[group]}")
         late = [c[0][3]["last"] for c in calls if "last" in c[0][3]]
         want = " ".join(f"rank {r} {100.0 * late.count(r) / len(late):.0f} %" for r in sorted(set(late)))
         need((int(ranks), int(n)) == (len(calls[0]), len(calls)), f"group {group}: the table has {n} calls of {ranks} ranks, the trace {len(calls)} of {len(calls[0])}")
@@ -230,7 +236,8 @@ def self_test_pipe(trace, picture, table):
 def check(trace, picture, table):
     calls = read_calls(json.loads(trace))
     groups = read_groups(calls)
-    check_table(groups, table)
+    made_by = {group: sorted(rank for rank, list_ in calls.items() if any(c[3]["group"] == group for c in list_)) for group in groups}
+    check_table(groups, made_by, table)
     check_picture(calls, picture)
     return sum(map(len, calls.values())), len(calls)
 
@@ -268,6 +275,20 @@ def self_test(trace, picture, table):
         for phase in "BE":
             list_.remove([e for e in list_ if e["ph"] == phase and e["tid"] == rank][k])
 
+    def crossed(at):                                   # rank 0 waits for the first of two before the second; rank 1, which started them at `at`, for the second one first
+        list_ = [{"ph": "M", "name": "thread_name", "tid": r, "args": {"name": f"rank {r}"}} for r in (0, 1)]
+        for i, (r, start, begin, end) in enumerate(((0, 0, 2, 10), (0, 1, 11, 12), (1, at + 1, at + 1, at + 2), (1, at, 15, 16))):
+            same = {"cat": "comm", "tid": r, "id": i}
+            list_ += [dict(same, name="AllReduce in flight", ph="b", ts=start), dict(same, name="AllReduce in flight", ph="e", ts=end),
+                      dict(same, name="wait AllReduce", ph="B", ts=begin, args={"group": 0, "ranks": 2, "bytes": 4, "last": 1}), dict(same, ph="E", ts=end)]
+        return list_
+
+    read_groups(read_calls({"traceEvents": crossed(9.5)}))
+    try:
+        read_groups(read_calls({"traceEvents": crossed(10.5)}))
+        raise Bad("not found: started when another one had ended")
+    except Bad as error:
+        need("ended before all had begun" in str(error), str(error))
     flight = {"name": "AllReduce in flight", "cat": "comm", "id": 0, "pid": 0, "tid": 1, "ts": 1}
     events("a phase of no kind", lambda l: l[at(l, "B")].update(ph="X"))
     events("a track without its rank", lambda l: l[at(l, "M", 0)]["args"].update(name="rank 0"))
@@ -298,7 +319,8 @@ def self_test(trace, picture, table):
     events("ms, the trace", lambda l: [e.update(ts=e["ts"] * 1.5) for e in l if e["ph"] in "BE"])
     events("not where the axis says", lambda l: [e.update(ts=e["ts"] + 100) for e in l if e["ph"] in "BE"])
     damaged("Expecting", (trace[:-3], picture, table))
-    row = re.search(r"(?m)^( *[1-9]\d* +\d+ +)(\d+)( +)(\d+)( +)([\d.]+)( +)([\d.]+) +rank (\d+)", table)
+    row = re.search(r"(?m)^( *[1-9]\d* +\d+ +[\d,/-]+ +)(\d+)( +)(\d+)( +)([\d.]+)( +)([\d.]+) +rank (\d+)", table)
+    damaged("members are", (trace, picture, table[:row.start()] + re.sub(r"^( *\d+ +\d+ +)\d+", r"\g<1>9", row[0]) + table[row.end():]))
     for group, words in ((2, "calls of"), (4, "bytes"), (6, "ms, the trace"), (8, "ms, the trace"), (9, "came last, the trace")):
         other = f"{float(row[group]) + 0.01:.3f}" if "." in row[group] else str(int(row[group]) + 1)
         damaged(words, (trace, picture, table[:row.start(group)] + other + table[row.end(group):]))
@@ -328,11 +350,15 @@ def self_test(trace, picture, table):
 
 def main():
     test, pipe = "--self-test" in sys.argv, "--pipe" in sys.argv
-    files = [open(path, encoding="utf-8").read() for path in sys.argv[1:] if not path.startswith("--")]
+    paths = [path for path in sys.argv[1:] if not path.startswith("--")]
+    if "--help" in sys.argv or len(paths) != 3:
+        print(__doc__, file=sys.stdout if "--help" in sys.argv else sys.stderr)
+        sys.exit(0 if "--help" in sys.argv else 2)
     try:
+        files = [open(path, encoding="utf-8").read() for path in paths]
         calls, ranks = (check_pipe if pipe else check)(*files)
         print(f"{calls} {'actions' if pipe else 'calls'} on {ranks} ranks" + (f"; {(self_test_pipe if pipe else self_test)(*files)} kinds of damage are found" if test else ""))
-    except (Bad, ValueError, KeyError, xml.ParseError) as error:
+    except (Bad, OSError, ValueError, KeyError, xml.ParseError) as error:
         sys.exit(f"trace.py: {error}")
 
 
