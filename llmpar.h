@@ -846,7 +846,7 @@ typedef struct llmpar_pipe_costs {
 //   zb-h1, zb-h2  I and W apart; W fills bubbles; memory p and 2p - 1 (arXiv 2401.10241)         zb-1p, zb-2p  the same by its list heuristic, within p and 2p forwards
 //   zb-v          two stages a rank in the shape of a V, memory p (same paper)    v-half, v-min  the V at about half and a third of that memory (arXiv 2405.15362)
 //   dualpipe-v    the V with F of one and B of the other direction side by side   forward     inference: F only
-//   auto          searched for the given times and memory: the shortest span, then makespan. No clock decides, so that all ranks find the same
+//   auto          searched for the given times and memory: the shortest span found, then the shortest makespan met with it. No clock decides: all ranks find the same
 // zb-1p, zb-2p, v-half and v-min are searched too; their own limits are P, 2 P, (P + 2) / 2 and (P + 4) / 3 (rounded down) times what one micro-batch takes on a rank.
 #define LLMPAR_PIPE_LIST(X) \
     X(LLMPAR_PIPE_GPIPE,         "gpipe") \
@@ -10358,7 +10358,7 @@ LLMPARI_FN double llmpari_bound_forwards(const llmpar_schedule *s, const double 
 //   for every stage x from its first one on: the way there, all F and I of the rank of x that lie between the first F and the last I of x, W's that do not fit into memory,
 //   and the way back;
 //   the memory that micro-batches take times the time they take it, at least, over the limit.
-LLMPARI_FN double llmpari_bound_rank(const llmpar_schedule *s, const double *time, const double *add, const double *link, bool backward, double limit, int32_t r) {
+LLMPARI_FN double llmpari_bound_rank(const llmpar_schedule *s, const double *time, const double *add, const double *link, const double *rest, bool backward, double limit, int32_t r) {
     const int32_t S = s->n_stages;
     const double *f = time, *i = time + S, *w = time + 2 * (int64_t)S, *wm = add + 2 * (int64_t)S, M = s->n_micro;
     const bool limited = limit > 0;
@@ -10375,10 +10375,9 @@ LLMPARI_FN double llmpari_bound_rank(const llmpar_schedule *s, const double *tim
     if (!backward) return best;
     for (int32_t k = low; k < S; k++) round += f[k] + i[k] + (k + 1 < S ? 2 * link[k] : 0);   // from F to the end of I of stage `low`
     later = work;
+    double back = 0;                                                                       // of the round, what lies before F and after I of stage k
     for (int32_t k = low, done = 0; k < S; k++) {                                          // done: nothing yet; `way`: F of `low` to F of k, both begins
         if (s->rank_of[k] == r) {
-            double back = 0;
-            for (int32_t j = low; j < k; j++) back += f[j] + i[j] + 2 * link[j];
             area  += add[k] * (round - back) - wm[k] * w[k];
             held  += add[k];
             later -= f[k];
@@ -10391,7 +10390,7 @@ LLMPARI_FN double llmpari_bound_rank(const llmpar_schedule *s, const double *tim
                 warm[1] = way + round - back - i[k] - llmpari_bound_forwards(s, time, add, r, S, limit, limited);
             }
         }
-        if (k + 1 < S) way += f[k] + link[k];
+        if (k + 1 < S) way += f[k] + link[k], back += f[k] + i[k] + 2 * link[k];
     }
     double others = (M - 1) * (work - f[low]);
     if (limited && ratio < DBL_MAX && ratio * (limit - add[low]) < others) others = ratio * (limit - add[low]);
@@ -10404,12 +10403,8 @@ LLMPARI_FN double llmpari_bound_rank(const llmpar_schedule *s, const double *tim
     }
     way = 0;
     for (int32_t x = low; x < S; x++) {                                                    // way: there and back
-        double busy = 0, ws = 0, per = 0;
-        for (int32_t k = x; k < S; k++) {
-            if (s->rank_of[k] != s->rank_of[x]) continue;
-            busy += M * (f[k] + i[k]), ws += M * w[k];
-            if (w[k] > per * -wm[k]) per = wm[k] < 0 ? w[k] / -wm[k] : DBL_MAX;
-        }
+        const double ws = M * rest[S + x], per = rest[2 * (int64_t)S + x];
+        double busy = M * rest[x];
         if (limited && per < DBL_MAX && ws > w[x] + (limit - add[x]) * per) busy += ws - w[x] - (limit - add[x]) * per;
         if (way + busy + w[low] > best) best = way + busy + w[low];
         if (x + 1 < S) way += f[x] + i[x] + 2 * link[x];
@@ -10417,23 +10412,34 @@ LLMPARI_FN double llmpari_bound_rank(const llmpar_schedule *s, const double *tim
     if (limited && M * area / limit > best) best = M * area / limit;
     return best;
 }
-// time and add: [3 * S] of F, I (or B), W (or 0).
-LLMPARI_FN void llmpari_bound_all(const llmpar_schedule *s, const double *time, const double *add, const double *link, bool backward, double limit, llmpar_pipe_bound *bound) {
+// time and add: [3 * S] of F, I (or B), W (or 0). rest: [3 * S], gets for every stage what it and the later ones of its rank have: the time of F and I, that of W, and the most
+// time of a W per memory that it gives back.
+LLMPARI_FN void llmpari_bound_all(const llmpar_schedule *s, const double *time, const double *add, const double *link, bool backward, double limit, double *rest,
+                                  llmpar_pipe_bound *bound) {
     const int32_t S = s->n_stages;
+    const int64_t S2 = 2 * (int64_t)S;
     double before = 0, through = 0;
     bound->span = bound->makespan = 0;
+    for (int32_t x = S; x-- > 0; ) {
+        int32_t k = x + 1;
+        while (k < S && s->rank_of[k] != s->rank_of[x]) k++;
+        const double w = time[S2 + x], back = -add[S2 + x], per = k < S ? rest[S2 + k] : 0;
+        rest[x]      = time[x] + time[S + x] + (k < S ? rest[k] : 0);
+        rest[S + x]  = w + (k < S ? rest[S + k] : 0);
+        rest[S2 + x] = w <= per * back ? per : back > 0 ? w / back : DBL_MAX;
+    }
     for (int32_t k = 0; k < S; k++) through += time[k] + (k + 1 < S ? link[k] : 0);
     for (int32_t k = 0; k < S; k++) {
         bool first = true;
         for (int32_t j = 0; j < k && first; j++) first = s->rank_of[j] != s->rank_of[k];
-        const double span = first ? llmpari_bound_rank(s, time, add, link, backward, limit, s->rank_of[k]) : 0, stage = through + (s->n_micro - 1) * time[k];
+        const double span = first ? llmpari_bound_rank(s, time, add, link, rest, backward, limit, s->rank_of[k]) : 0, stage = through + (s->n_micro - 1) * time[k];
         if (span > bound->span) bound->span = span;
         if (first && before + span > bound->makespan) bound->makespan = before + span;
         if (stage > bound->makespan) bound->makespan = stage;                              // all forwards of one stage
         before += time[k] + link[k];
     }
     if (s->in_flight > 0) {                                                                // tokens of one sequence, one after the other
-        const double rounds = (s->n_micro + s->in_flight - 1) / s->in_flight, one = rounds * through + (rounds - 1) * link[S - 1];
+        const double rounds = (double)(((int64_t)s->n_micro + s->in_flight - 1) / s->in_flight), one = rounds * through + (rounds - 1) * link[S - 1];
         if (one > bound->makespan) bound->makespan = one;
     }
 }
@@ -10448,7 +10454,7 @@ LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, con
     const int32_t S = schedule->n_stages;
     for (int64_t j = 0; j < schedule->first[schedule->n_ranks]; j++) if (schedule->action[j].kind < LLMPAR_ACTION_COUNT) kind[schedule->action[j].kind] = true;
     const bool whole = kind[LLMPAR_ACTION_B], parts = kind[LLMPAR_ACTION_I];
-    double *time = (double *)llmpar_arena_alloc(&arena, 6 * (size_t)S * sizeof *time), *add = time + 3 * (int64_t)S;
+    double *time = (double *)llmpar_arena_alloc(&arena, 9 * (size_t)S * sizeof *time), *add = time + 3 * (int64_t)S;
     status = time ? llmpari_pipe_cost_fill(costs, schedule, &arena, &c, err) : LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %d stages", (int)S);
     for (int32_t s = 0; !status && s < S; s++) {
         const double b = c.time[LLMPAR_ACTION_B][s], i = c.time[LLMPAR_ACTION_I][s], both = i + c.time[LLMPAR_ACTION_W][s];
@@ -10458,7 +10464,7 @@ LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, con
         add[2 * S + s] = whole ? 0 : c.release[s] - c.hold[s];
         add[S + s] = -add[s] - add[2 * S + s];
     }
-    if (!status) llmpari_bound_all(schedule, time, add, c.link, whole || parts, memory, bound);
+    if (!status) llmpari_bound_all(schedule, time, add, c.link, whole || parts, memory, add + 3 * (int64_t)S, bound);
     llmpar_arena_free(&arena);
     return status;
 }
@@ -11080,7 +11086,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_search(const llmpar_pipe_desc *desc, int32
                                 limit, need);
         q.limit = limit > 0 ? limit * (1 + LLMPARI_FIND_ROUND) : DBL_MAX;
         q.steps = LLMPARI_FIND_STEPS / (both ? 2 : 1), q.evals = LLMPARI_FIND_EVALS / (both ? 2 : 1);
-        llmpari_bound_all(&trial, q.time, q.add, c.link, true, limit, &bound);
+        llmpari_bound_all(&trial, q.time, q.add, c.link, true, limit, q.offset, &bound);
         q.goal = bound.span;
         LLMPARI_TRY(llmpari_find_all(&q, arena, err));
         if (q.n_seeds && llmpari_find_better(q.seed_span[0], q.seed_makespan[0], best_span, best_makespan)) {
@@ -11369,10 +11375,11 @@ LLMPARI_FN double llmpari_chunk_time(const llmpari_chunks *q, int64_t a, int64_t
 // The last end of a chunk that begins at unit a and takes at most `longest`; a = there is none.
 LLMPARI_FN int64_t llmpari_chunk_end(const llmpari_chunks *q, int64_t a, double longest) {
     const double t = q->desc->per_token, p = q->desc->per_pair, from = (double)(a * q->unit), room = longest - q->desc->per_chunk + from * (t + p * from);
-    double to = p > 0 ? (sqrt(t * t + 4 * p * fmax(room, 0)) - t) / (2 * p) : t > 0 ? room / t : room >= 0 ? INFINITY : 0;
-    int64_t b = to < (double)q->n ? (int64_t)(fmax(to, from) / (double)q->unit) : q->units;
-    while (b > a && llmpari_chunk_time(q, a, b) > longest) b--;                            // rounding
-    while (b < q->units && llmpari_chunk_time(q, a, b + 1) <= longest) b++;
+    const double root = t + hypot(t, 2 * sqrt(p) * sqrt(fmax(room, 0))), to = root > 0 ? 2 * fmax(room, 0) / root : room >= 0 && p <= 0 ? INFINITY : 0;
+    int64_t b = to < (double)q->n ? (int64_t)(fmax(to, from) / (double)q->unit) : q->units, step;
+    for (step = 1; b > a && llmpari_chunk_time(q, a, b) > longest; step *= 2) b = b - a > step ? b - step : a;             // rounding, in longer and longer steps
+    for (step = 1; step <= q->units - b && llmpari_chunk_time(q, a, b + step) <= longest; step *= 2) b += step;
+    for (; step > 0; step /= 2) if (step <= q->units - b && llmpari_chunk_time(q, a, b + step) <= longest) b += step;
     return b;
 }
 // How many chunks of at most `longest` there must be; more than `most`: most + 1. *used: the longest of them; *next: no longest below that has fewer.
@@ -11392,10 +11399,12 @@ LLMPARI_FN double llmpari_chunks_longest(const llmpari_chunks *q, int64_t k) {
     double low = llmpari_chunk_time(q, 0, q->units), high = low, used, next;
     low = q->desc->per_chunk + (low - q->desc->per_chunk) / (double)k * (1 - 1e-12);
     low = fmax(low, fmax(llmpari_chunk_time(q, q->units - 1, q->units), q->units > 1 ? llmpari_chunk_time(q, q->units - 2, q->units - 1) : 0));
-    for (double t = low; ; t = low + (high - low) / 2) {                                   // the answer is in [low, high], and high is possible
+    for (double t = low; ; ) {                                                             // the answer is in [low, high], and high is possible
         if (llmpari_chunks_count(q, t, k, &used, &next) <= k) high = used;
         else low = fmax(next, low);
         if (!(low < high)) return high;
+        t = low + (high - low) / 2;
+        if (!(t < high)) t = low;                                                          // neighbours: the middle may be rounded up
     }
 }
 // The number of chunks that takes least time, at most `most`. Near sqrt((P - 1) work / per_chunk) it is within P - 1 units' time of that. From 1 on: with k chunks of at

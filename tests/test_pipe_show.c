@@ -207,6 +207,16 @@ static void test_chunks(void) {
             CHECK(other >= time * (1 - 1e-12));
         }
     }
+    TEST("10^12 tokens, with terms far below the rounding of others") {                   // steps from token to token would not end
+        static const double terms[][3] = { { 0, 1, 1e-25 }, { 0, 1, 1e-40 }, { 1, 1e-25, 0 }, { 0, 0, 1e-310 } };
+        for (int i = 0; i < 4; i++) {
+            llmpar_chunks_desc d = LLMPAR_ZERO;
+            d.n_tokens = 1000000000000, d.n_ranks = 4, d.n_chunks = 4, d.per_chunk = terms[i][0], d.per_token = terms[i][1], d.per_pair = terms[i][2];
+            CHECK_OK(llmpar_pipe_chunks(&d, bound, 64, &n, &time, &err), err);
+            CHECK(n == 4 && bound[3] == d.n_tokens && (i > 1 || (bound[0] > 249990000000 && bound[0] < 250010000000)));
+            CHECK_NEAR(chunks_time(&d, bound, n), time, 1e-9 * time);
+        }
+    }
     TEST("bad chunks") {
         llmpar_chunks_desc d = LLMPAR_ZERO;
         d.n_tokens = 10, d.n_ranks = 2, d.unit = 5, d.n_chunks = 3;
