@@ -10478,6 +10478,8 @@ LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, con
 
 #define LLMPARI_FIND_STEPS  30000000   // actions timed in all, one to two seconds
 #define LLMPARI_FIND_EVALS  60000      // orders timed, at most
+#define LLMPARI_FIND_SMALL  4096       // actions of all ranks; from there on a case is large
+#define LLMPARI_FIND_LOOK   8          // this part of both limits for a look at each of two maps of a large case
 #define LLMPARI_FIND_SEEDS  4          // orders that are annealed
 #define LLMPARI_FIND_ROUND  0.9e-9     // of the memory limit: sums may be off by this part; llmpar_pipe_verify allows 1e-9
 
@@ -10965,7 +10967,7 @@ LLMPARI_FN llmpar_status llmpari_find_all(llmpari_find *q, llmpar_arena *arena, 
     static const llmpar_pipe_kind loop[] = { LLMPAR_PIPE_ZB_H1, LLMPAR_PIPE_ZB_H2, LLMPAR_PIPE_INTERLEAVED }, vee[] = { LLMPAR_PIPE_ZB_V, LLMPAR_PIPE_DUALPIPE_V };
     static const double heat[] = { 0.05, 0.3, 0.02, 0.1, 0.5, 0, 0.05, 0.2, 0.1, 1, 0.3, 2, 0.5, 0.05, 0.2, 1 };    // the second half for small cases only
     const int64_t steps = q->steps, evals = q->evals;
-    const double share = q->n * q->P < 4096 ? 0.4 : 0.7;                                   // left for annealing
+    const double share = q->n * q->P < LLMPARI_FIND_SMALL ? 0.4 : 0.7;                                   // left for annealing
     const int published = !q->v_shape ? 3 : q->V == 2 ? 2 : 0;
     double period = 0, f = 0;
     for (int32_t r = 0; r < q->P; r++) {
@@ -10985,7 +10987,7 @@ LLMPARI_FN llmpar_status llmpari_find_all(llmpari_find *q, llmpar_arena *arena, 
         llmpari_find_try_rule(q, i, period, f);
         if (pattern && i >= 12) llmpari_find_try_pattern(q, i - 10, period, at, n);
     }
-    const int rounds = q->n * q->P < 256 ? 32 : q->n * q->P < 4096 ? 8 : 1;                 // each long enough to get anywhere
+    const int rounds = q->n * q->P < 256 ? 32 : q->n * q->P < LLMPARI_FIND_SMALL ? 8 : 1;   // each long enough to get anywhere
     for (int i = 0; i < rounds && q->n_seeds && llmpari_find_more(q, steps, evals, 0.02); i++) {
         const double each = (double)q->steps / (double)(q->n * q->P) / (rounds - i), most = (double)q->evals / (rounds - i);
         llmpari_find_anneal(q, i % 2 ? 0 : (int32_t)llmpari_min(i / 2 % LLMPARI_FIND_SEEDS, q->n_seeds - 1), (int64_t)(each < most ? each : most), rounds > 1 ? heat[i % 16] * period : 0);
@@ -11055,25 +11057,27 @@ LLMPARI_FN double llmpari_pipe_limit(const llmpar_pipe_desc *desc, double micro_
     }
 }
 
-// Searches an order under the limit of the desc; of two maps the better one.
+// Searches an order under the limit of the desc. Of two maps the better one: all the effort for both; for large cases a look at both, then all the effort for the better.
 LLMPARI_FN llmpar_status llmpari_pipe_search(const llmpar_pipe_desc *desc, int32_t V, bool v_shape, llmpar_arena *arena, llmpar_schedule *s, llmpar_error *err) {
     const int32_t P = desc->n_ranks, M = desc->n_micro;
     const bool auto_kind = desc->kind == LLMPAR_PIPE_AUTO, split = !(auto_kind && desc->whole_backward), both = auto_kind && V == 2 && P > 1 && desc->map == LLMPAR_PIPE_MAP_DEFAULT;
     const int64_t n = (int64_t)(split ? 3 : 2) * V * M;
-    double best_span = DBL_MAX, best_makespan = DBL_MAX;
+    const bool small = n * P < LLMPARI_FIND_SMALL;
+    double best_span = DBL_MAX, best_makespan = DBL_MAX, least = DBL_MAX;
+    int best_map = v_shape;
     LLMPARI_TRY(llmpari_pipe_new(s, P, P * V, M, n * P, arena, err));
     const llmpar_arena_mark mark = llmpar_arena_save(arena);
     int32_t *rank_of = (int32_t *)llmpar_arena_alloc(arena, (size_t)s->n_stages * sizeof *rank_of);
     if (!rank_of) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d stages", (int)s->n_stages);
     for (int32_t r = 0; r <= P; r++) s->first[r] = r * n;
-    for (int map = 0; map < 2; map++) {
+    for (int look = both ? 0 : 2; look < (both && small ? 2 : 3); look++) {
+        const int map = look < 2 ? look : best_map, part = look < 2 && !small ? LLMPARI_FIND_LOOK : 1;
         const llmpar_arena_mark each = llmpar_arena_save(arena);
         llmpar_schedule trial = *s;
         llmpari_pipe_cost c;
         llmpari_find q;
         llmpar_pipe_bound bound;
         double need = 0;
-        if (both ? false : map != v_shape) continue;
         trial.rank_of = rank_of;
         LLMPARI_TRY(llmpari_find_new(&q, desc, V, map == 1, split, &trial, arena, &c, err));
         for (int32_t r = 0; r < P; r++) {                                                  // one micro-batch in all stages of the rank: what any order needs, and one after the other suffices
@@ -11081,16 +11085,20 @@ LLMPARI_FN llmpar_status llmpari_pipe_search(const llmpar_pipe_desc *desc, int32
             if (q.add[i] + q.later[i] > need) need = q.add[i] + q.later[i];
         }
         const double limit = llmpari_pipe_limit(desc, need);
-        if (limit > 0 && limit * (1 + LLMPARI_FIND_ROUND) < need)
-            return LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "%s: memory=%g is too little for one micro-batch in all stages of a rank; the least that works is %.10g", llmpari_pipe_name[desc->kind],
-                                limit, need);
+        if (need < least) least = need;
+        if (limit > 0 && limit * (1 + LLMPARI_FIND_ROUND) < need) {
+            llmpar_arena_restore(arena, each);
+            if (look == 0 || best_span < DBL_MAX) continue;                                // the other map may do
+            return LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "%s: memory=%.12g is too little for one micro-batch in all stages of a rank; the least that works is %.12g",
+                                llmpari_pipe_name[desc->kind], limit, least);
+        }
         q.limit = limit > 0 ? limit * (1 + LLMPARI_FIND_ROUND) : DBL_MAX;
-        q.steps = LLMPARI_FIND_STEPS / (both ? 2 : 1), q.evals = LLMPARI_FIND_EVALS / (both ? 2 : 1);
+        q.steps = LLMPARI_FIND_STEPS / part, q.evals = LLMPARI_FIND_EVALS / part;
         llmpari_bound_all(&trial, q.time, q.add, c.link, true, limit, q.offset, &bound);
         q.goal = bound.span;
-        LLMPARI_TRY(llmpari_find_all(&q, arena, err));
+        if (q.goal <= best_span * (1 + 1e-12)) LLMPARI_TRY(llmpari_find_all(&q, arena, err));  // else the other map is better whatever is found
         if (q.n_seeds && llmpari_find_better(q.seed_span[0], q.seed_makespan[0], best_span, best_makespan)) {
-            best_span = q.seed_span[0], best_makespan = q.seed_makespan[0];
+            best_span = q.seed_span[0], best_makespan = q.seed_makespan[0], best_map = map;
             memcpy(s->rank_of, rank_of, (size_t)s->n_stages * sizeof *rank_of);
             for (int32_t r = 0; r < P; r++) {
                 memset(q.count, 0, 3 * (size_t)q.S * sizeof(int32_t));
@@ -11116,7 +11124,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_fits(const llmpar_schedule *s, const llmpa
     double most = 0;
     for (int32_t r = 0; !status && r < s->n_ranks; r++) most = fmax(most, llmpari_pipe_peak(s, &c, r));
     if (!status && desc->memory > 0 && most > desc->memory * (1 + 1e-9))
-        status = LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "%s holds up to %g on a rank, more than the limit of %g; its order is fixed: memory=%g works, and auto may with less", s->name, most,
+        status = LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "%s holds up to %.12g on a rank, more than the limit of %.12g; its order is fixed: memory=%.12g works, and auto may with less", s->name, most,
                               desc->memory, most);
     llmpar_arena_restore(arena, mark);
     return status;
