@@ -943,8 +943,9 @@ LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, con
 // Contiguous items to stages so that the rank with the most cost has as little as possible (its stages together: V or loop). cost[n_items] >= 0: layers, with the embedding
 // as the first item and the head as the last one, say; bytes[n_items] (NULL = none) under limit_bytes per rank. A stage is empty where there are fewer
 // items than stages, or where that makes the slowest rank of several stages faster. first[n_stages + 1] gets the first item of every stage; *slowest (may be NULL) the cost of
-// that rank. Exact for one stage a rank and for the V of two; several rounds of a loop: the slowest stage is the least possible, and items are then moved between stages while
-// that helps the slowest rank. Times: n log n for one stage a rank, else about n^2 for each of some 60 attempts. Errors: DOES_NOT_FIT names the smallest limit that works.
+// that rank. Exact for one stage a rank, for the V of two, and where there are at most 20000 cuts; other rounds of a loop or of a V: the slowest stage is the least possible, and
+// items are then moved between stages while that helps the slowest rank. Times: n log n for one stage a rank, else about n^2 for each of some 60 attempts. Errors: DOES_NOT_FIT
+// names the smallest limit that works; where the cut is not exact, that of the best cut found: a smaller one may be possible.
 typedef struct llmpar_partition_desc {
     const double  *cost;           // [n_items]
     const int64_t *bytes;          // [n_items]
@@ -11276,6 +11277,38 @@ LLMPARI_FN void llmpari_cut_shift(llmpari_cut *q, int32_t edge, int d) {
         q->load[k][down] -= w, q->load[k][up] += w;
     }
 }
+// Is it better, in what llmpari_cut_improve and llmpari_cut_every look for?
+LLMPARI_FN bool llmpari_cut_better(const llmpari_cut_score *now, const llmpari_cut_score *best) {
+    if (now->most < best->most * (1 - 1e-12)) return true;
+    return now->most <= best->most * (1 + 1e-12) && (now->empty < best->empty || (now->empty == best->empty && now->square < best->square * (1 - 1e-12)));
+}
+#define LLMPARI_CUTS 20000             // that are all looked at
+// Are there no more ways to cut? (n + S - 1 over S - 1)
+LLMPARI_FN bool llmpari_cut_few(const llmpari_cut *q) {
+    double ways = 1;
+    for (int32_t s = 1; s < q->S && ways <= LLMPARI_CUTS; s++) ways *= (double)(q->n + s) / s;
+    return ways <= LLMPARI_CUTS;
+}
+// Looks at every cut; the best one into first. There must be one in which no rank has more than `limit` of the other weight.
+LLMPARI_FN void llmpari_cut_every(llmpari_cut *q, int goal, double limit) {
+    llmpari_cut_score best = LLMPAR_ZERO;
+    bool found = false;
+    for (int32_t s = 0; s <= q->S; s++) q->first[s] = s < q->S ? 0 : q->n;
+    for (;;) {
+        llmpari_cut_load(q, goal, false);
+        const llmpari_cut_score now = llmpari_cut_rate(q, goal);
+        if (now.other <= limit && (!found || llmpari_cut_better(&now, &best))) {
+            const double most = found ? fmin(now.most, best.most) : now.most;
+            best = now, best.most = most, found = true;
+            memcpy(q->best, q->first, ((size_t)q->S + 1) * sizeof *q->best);
+        }
+        int32_t s = q->S - 1;
+        while (s > 0 && q->first[s] == q->n) s--;
+        if (s <= 0) break;
+        for (const int32_t at = q->first[s] + 1; s < q->S; s++) q->first[s] = at;
+    }
+    memcpy(q->first, q->best, ((size_t)q->S + 1) * sizeof *q->first);
+}
 // Moves an item from a stage to another one, each stage between passing one on, while that makes the cut better; no rank gets over `limit` of the other weight. A local
 // search, which ends after so much work in any case.
 LLMPARI_FN void llmpari_cut_improve(llmpari_cut *q, int goal, double limit) {
@@ -11294,10 +11327,8 @@ LLMPARI_FN void llmpari_cut_improve(llmpari_cut *q, int goal, double limit) {
                 llmpari_cut_shift(q, d > 0 ? t + 1 : t, d);
                 t += d;
                 const llmpari_cut_score now = llmpari_cut_rate(q, goal);
-                const bool less = now.most < best.most * (1 - 1e-12);
-                better = now.other <= limit && (less || (now.most <= best.most * (1 + 1e-12) &&
-                                                         (now.empty < best.empty || (now.empty == best.empty && now.square < best.square * (1 - 1e-12)))));
-                if (better) best.empty = now.empty, best.square = now.square, best.most = less ? now.most : best.most;
+                better = now.other <= limit && llmpari_cut_better(&now, &best);
+                if (better) best.empty = now.empty, best.square = now.square, best.most = fmin(now.most, best.most);
                 work -= q->S;
             }
             moved = moved || better;
@@ -11338,15 +11369,20 @@ LLMPARI_FN llmpar_status llmpari_cut_new(const llmpar_partition_desc *desc, llmp
 }
 
 LLMPARI_FN llmpar_status llmpari_cut_solve(const llmpar_partition_desc *desc, llmpari_cut *q, llmpar_error *err) {
-    const bool limited = desc->bytes && desc->limit_bytes > 0, rounds = q->S > q->P && !q->v_two;
+    const bool limited = desc->bytes && desc->limit_bytes > 0, few = q->S > q->P && !q->v_two && llmpari_cut_few(q), rounds = q->S > q->P && !q->v_two && !few;
     const double limit = limited ? (double)desc->limit_bytes : INFINITY;
     if (limited) {
-        llmpari_cut_least(q, 1, INFINITY);
+        if (few) llmpari_cut_every(q, 1, INFINITY);
+        else llmpari_cut_least(q, 1, INFINITY);
         if (rounds) llmpari_cut_improve(q, 1, INFINITY);
         const double least = llmpari_cut_load(q, 1, false);
         if (least > limit)
             return LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "no rank may hold more than %lld bytes, but one of %d %s %.0f: limit_bytes=%.0f works", (long long)desc->limit_bytes, (int)q->P,
                                 rounds ? "holds, in the best cut found for a loop of several rounds," : "must hold", least, least);
+    }
+    if (few) {
+        llmpari_cut_every(q, 0, limit);
+        return LLMPAR_OK;
     }
     llmpari_cut_least(q, 0, limit);                                                        // it is there: the ranks that hold least show one
     llmpari_cut_load(q, 0, false);
