@@ -944,7 +944,7 @@ LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, con
 // as the first item and the head as the last one, say; bytes[n_items] (NULL = none) under limit_bytes per rank. A stage is empty where there are fewer
 // items than stages, or where that makes the slowest rank of several stages faster. first[n_stages + 1] gets the first item of every stage; *slowest (may be NULL) the cost of
 // that rank. Exact for one stage a rank, for the V of two, and where there are at most 20000 cuts; other rounds of a loop or of a V: the slowest stage is the least possible, and
-// items are then moved between stages while that helps the slowest rank. Times: n log n for one stage a rank, else about n^2 for each of some 60 attempts. Errors: DOES_NOT_FIT
+// items are then moved between stages while that helps the slowest rank, from many beginnings. Times: n log n for one stage a rank, else about n^2 for each of some 60 attempts. Errors: DOES_NOT_FIT
 // names the smallest limit that works; where the cut is not exact, that of the best cut found: a smaller one may be possible.
 typedef struct llmpar_partition_desc {
     const double  *cost;           // [n_items]
@@ -11283,6 +11283,7 @@ LLMPARI_FN bool llmpari_cut_better(const llmpari_cut_score *now, const llmpari_c
     return now->most <= best->most * (1 + 1e-12) && (now->empty < best->empty || (now->empty == best->empty && now->square < best->square * (1 - 1e-12)));
 }
 #define LLMPARI_CUTS 20000             // that are all looked at
+#define LLMPARI_CUT_AGAIN 1000         // times that a cut is improved from another beginning
 // Are there no more ways to cut? (n + S - 1 over S - 1)
 LLMPARI_FN bool llmpari_cut_few(const llmpari_cut *q) {
     double ways = 1;
@@ -11311,13 +11312,12 @@ LLMPARI_FN void llmpari_cut_every(llmpari_cut *q, int goal, double limit) {
 }
 // Moves an item from a stage to another one, each stage between passing one on, while that makes the cut better; no rank gets over `limit` of the other weight. A local
 // search, which ends after so much work in any case.
-LLMPARI_FN void llmpari_cut_improve(llmpari_cut *q, int goal, double limit) {
+LLMPARI_FN void llmpari_cut_descend(llmpari_cut *q, int goal, double limit, int64_t *work) {
     llmpari_cut_load(q, goal, false);
     llmpari_cut_score best = llmpari_cut_rate(q, goal);
-    int64_t work = 100000000;
     for (bool moved = true; moved; ) {
         moved = false;
-        for (int32_t walk = 0; walk < 2 * q->S && work > 0; walk++) {
+        for (int32_t walk = 0; walk < 2 * q->S && *work > 0; walk++) {
             const int32_t s = walk / 2, d = walk % 2 ? -1 : 1;
             bool better = false;
             if (q->first[s + 1] == q->first[s]) continue;
@@ -11329,11 +11329,32 @@ LLMPARI_FN void llmpari_cut_improve(llmpari_cut *q, int goal, double limit) {
                 const llmpari_cut_score now = llmpari_cut_rate(q, goal);
                 better = now.other <= limit && llmpari_cut_better(&now, &best);
                 if (better) best.empty = now.empty, best.square = now.square, best.most = fmin(now.most, best.most);
-                work -= q->S;
+                *work -= q->S;
             }
             moved = moved || better;
             for (; !better && t != s; t -= d) llmpari_cut_shift(q, d > 0 ? t : t + 1, -d);
         }
+    }
+}
+// The same, then `again` times more from the best cut with some edges moved, where that stays under the limit.
+LLMPARI_FN void llmpari_cut_improve(llmpari_cut *q, int goal, double limit, int again) {
+    int64_t work = 100000000;
+    uint64_t random = 1;
+    llmpari_cut_score best = LLMPAR_ZERO;
+    for (int k = 0; k <= again && work > 0; k++) {
+        for (int i = 0; k > 0 && i < 1 + k % 4; i++) {
+            random = random * 6364136223846793005u + 1442695040888963407u;
+            const int32_t s = 1 + (int32_t)((random >> 33) % (uint32_t)(q->S - 1)), d = random >> 32 & 1 ? 1 : -1;
+            const int32_t to = q->first[s] + d * (1 + (int32_t)((random >> 20) % 3));
+            if (to >= q->first[s - 1] && to <= q->first[s + 1]) q->first[s] = to;
+        }
+        llmpari_cut_load(q, goal, false);
+        if (k == 0 || llmpari_cut_rate(q, goal).other <= limit) llmpari_cut_descend(q, goal, limit, &work);
+        const llmpari_cut_score now = llmpari_cut_rate(q, goal);
+        if (k == 0 || (now.other <= limit && llmpari_cut_better(&now, &best))) {
+            best = now;
+            memcpy(q->best, q->first, ((size_t)q->S + 1) * sizeof *q->best);
+        } else memcpy(q->first, q->best, ((size_t)q->S + 1) * sizeof *q->first);
     }
 }
 
@@ -11374,7 +11395,7 @@ LLMPARI_FN llmpar_status llmpari_cut_solve(const llmpar_partition_desc *desc, ll
     if (limited) {
         if (few) llmpari_cut_every(q, 1, INFINITY);
         else llmpari_cut_least(q, 1, INFINITY);
-        if (rounds) llmpari_cut_improve(q, 1, INFINITY);
+        if (rounds) llmpari_cut_improve(q, 1, INFINITY, LLMPARI_CUT_AGAIN);
         const double least = llmpari_cut_load(q, 1, false);
         if (least > limit)
             return LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "no rank may hold more than %lld bytes, but one of %d %s %.0f: limit_bytes=%.0f works", (long long)desc->limit_bytes, (int)q->P,
@@ -11388,9 +11409,9 @@ LLMPARI_FN llmpar_status llmpari_cut_solve(const llmpar_partition_desc *desc, ll
     llmpari_cut_load(q, 0, false);
     if (llmpari_cut_rate(q, 0).other > limit) {                                            // of several rounds: each stage fits, but not all of a rank
         llmpari_cut_least(q, 1, INFINITY);
-        llmpari_cut_improve(q, 1, INFINITY);
+        llmpari_cut_improve(q, 1, INFINITY, LLMPARI_CUT_AGAIN);
     }
-    llmpari_cut_improve(q, 0, limit);
+    llmpari_cut_improve(q, 0, limit, rounds ? LLMPARI_CUT_AGAIN : 0);
     return LLMPAR_OK;
 }
 
