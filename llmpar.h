@@ -846,7 +846,7 @@ typedef struct llmpar_pipe_costs {
 //   zb-h1, zb-h2  I and W apart; W fills bubbles; memory p and 2p - 1 (arXiv 2401.10241)         zb-1p, zb-2p  the same by its list heuristic, within p and 2p forwards
 //   zb-v          two stages a rank in the shape of a V, memory p (same paper)    v-half, v-min  the V at about half and a third of that memory (arXiv 2405.15362)
 //   dualpipe-v    the V with F of one and B of the other direction side by side   forward     inference: F only
-//   auto          searched for the given times and memory: the shortest span, then makespan. No clock decides, so that all ranks find the same
+//   auto          searched for the given times and memory: the shortest span found, then the shortest makespan met with it. No clock decides: all ranks find the same
 // zb-1p, zb-2p, v-half and v-min are searched too; their own limits are P, 2 P, (P + 2) / 2 and (P + 4) / 3 (rounded down) times what one micro-batch takes on a rank.
 #define LLMPAR_PIPE_LIST(X) \
     X(LLMPAR_PIPE_GPIPE,         "gpipe") \
@@ -944,8 +944,9 @@ LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, con
 // Contiguous items to stages so that the rank with the most cost has as little as possible (its stages together: V or loop). cost[n_items] >= 0: layers, with the embedding
 // as the first item and the head as the last one, say; bytes[n_items] (NULL = none) under limit_bytes per rank. A stage is empty where there are fewer
 // items than stages, or where that makes the slowest rank of several stages faster. first[n_stages + 1] gets the first item of every stage; *slowest (may be NULL) the cost of
-// that rank. Exact for one stage a rank and for the V of two; several rounds of a loop: the slowest stage is the least possible, and items are then moved between stages while
-// that helps the slowest rank. Times: n log n for one stage a rank, else about n^2 for each of some 60 attempts. Errors: DOES_NOT_FIT names the smallest limit that works.
+// that rank. Exact for one stage a rank, for the V of two, and where there are at most 20000 cuts; other rounds of a loop or of a V: the slowest stage is the least possible, and
+// items are then moved between stages while that helps the slowest rank, from many beginnings. Times: n log n for one stage a rank, else about n^2 for each of some 60 attempts. Errors: DOES_NOT_FIT
+// names the smallest limit that works; where the cut is not exact, that of the best cut found: a smaller one may be possible.
 typedef struct llmpar_partition_desc {
     const double  *cost;           // [n_items]
     const int64_t *bytes;          // [n_items]
@@ -10378,7 +10379,7 @@ LLMPARI_FN double llmpari_bound_forwards(const llmpar_schedule *s, const double 
 //   for every stage x from its first one on: the way there, all F and I of the rank of x that lie between the first F and the last I of x, W's that do not fit into memory,
 //   and the way back;
 //   the memory that micro-batches take times the time they take it, at least, over the limit.
-LLMPARI_FN double llmpari_bound_rank(const llmpar_schedule *s, const double *time, const double *add, const double *link, bool backward, double limit, int32_t r) {
+LLMPARI_FN double llmpari_bound_rank(const llmpar_schedule *s, const double *time, const double *add, const double *link, const double *rest, bool backward, double limit, int32_t r) {
     const int32_t S = s->n_stages;
     const double *f = time, *i = time + S, *w = time + 2 * (int64_t)S, *wm = add + 2 * (int64_t)S, M = s->n_micro;
     const bool limited = limit > 0;
@@ -10395,10 +10396,9 @@ LLMPARI_FN double llmpari_bound_rank(const llmpar_schedule *s, const double *tim
     if (!backward) return best;
     for (int32_t k = low; k < S; k++) round += f[k] + i[k] + (k + 1 < S ? 2 * link[k] : 0);   // from F to the end of I of stage `low`
     later = work;
+    double back = 0;                                                                       // of the round, what lies before F and after I of stage k
     for (int32_t k = low, done = 0; k < S; k++) {                                          // done: nothing yet; `way`: F of `low` to F of k, both begins
         if (s->rank_of[k] == r) {
-            double back = 0;
-            for (int32_t j = low; j < k; j++) back += f[j] + i[j] + 2 * link[j];
             area  += add[k] * (round - back) - wm[k] * w[k];
             held  += add[k];
             later -= f[k];
@@ -10411,7 +10411,7 @@ LLMPARI_FN double llmpari_bound_rank(const llmpar_schedule *s, const double *tim
                 warm[1] = way + round - back - i[k] - llmpari_bound_forwards(s, time, add, r, S, limit, limited);
             }
         }
-        if (k + 1 < S) way += f[k] + link[k];
+        if (k + 1 < S) way += f[k] + link[k], back += f[k] + i[k] + 2 * link[k];
     }
     double others = (M - 1) * (work - f[low]);
     if (limited && ratio < DBL_MAX && ratio * (limit - add[low]) < others) others = ratio * (limit - add[low]);
@@ -10424,12 +10424,8 @@ LLMPARI_FN double llmpari_bound_rank(const llmpar_schedule *s, const double *tim
     }
     way = 0;
     for (int32_t x = low; x < S; x++) {                                                    // way: there and back
-        double busy = 0, ws = 0, per = 0;
-        for (int32_t k = x; k < S; k++) {
-            if (s->rank_of[k] != s->rank_of[x]) continue;
-            busy += M * (f[k] + i[k]), ws += M * w[k];
-            if (w[k] > per * -wm[k]) per = wm[k] < 0 ? w[k] / -wm[k] : DBL_MAX;
-        }
+        const double ws = M * rest[S + x], per = rest[2 * (int64_t)S + x];
+        double busy = M * rest[x];
         if (limited && per < DBL_MAX && ws > w[x] + (limit - add[x]) * per) busy += ws - w[x] - (limit - add[x]) * per;
         if (way + busy + w[low] > best) best = way + busy + w[low];
         if (x + 1 < S) way += f[x] + i[x] + 2 * link[x];
@@ -10437,23 +10433,34 @@ LLMPARI_FN double llmpari_bound_rank(const llmpar_schedule *s, const double *tim
     if (limited && M * area / limit > best) best = M * area / limit;
     return best;
 }
-// time and add: [3 * S] of F, I (or B), W (or 0).
-LLMPARI_FN void llmpari_bound_all(const llmpar_schedule *s, const double *time, const double *add, const double *link, bool backward, double limit, llmpar_pipe_bound *bound) {
+// time and add: [3 * S] of F, I (or B), W (or 0). rest: [3 * S], gets for every stage what it and the later ones of its rank have: the time of F and I, that of W, and the most
+// time of a W per memory that it gives back.
+LLMPARI_FN void llmpari_bound_all(const llmpar_schedule *s, const double *time, const double *add, const double *link, bool backward, double limit, double *rest,
+                                  llmpar_pipe_bound *bound) {
     const int32_t S = s->n_stages;
+    const int64_t S2 = 2 * (int64_t)S;
     double before = 0, through = 0;
     bound->span = bound->makespan = 0;
+    for (int32_t x = S; x-- > 0; ) {
+        int32_t k = x + 1;
+        while (k < S && s->rank_of[k] != s->rank_of[x]) k++;
+        const double w = time[S2 + x], back = -add[S2 + x], per = k < S ? rest[S2 + k] : 0;
+        rest[x]      = time[x] + time[S + x] + (k < S ? rest[k] : 0);
+        rest[S + x]  = w + (k < S ? rest[S + k] : 0);
+        rest[S2 + x] = w <= per * back ? per : back > 0 ? w / back : DBL_MAX;
+    }
     for (int32_t k = 0; k < S; k++) through += time[k] + (k + 1 < S ? link[k] : 0);
     for (int32_t k = 0; k < S; k++) {
         bool first = true;
         for (int32_t j = 0; j < k && first; j++) first = s->rank_of[j] != s->rank_of[k];
-        const double span = first ? llmpari_bound_rank(s, time, add, link, backward, limit, s->rank_of[k]) : 0, stage = through + (s->n_micro - 1) * time[k];
+        const double span = first ? llmpari_bound_rank(s, time, add, link, rest, backward, limit, s->rank_of[k]) : 0, stage = through + (s->n_micro - 1) * time[k];
         if (span > bound->span) bound->span = span;
         if (first && before + span > bound->makespan) bound->makespan = before + span;
         if (stage > bound->makespan) bound->makespan = stage;                              // all forwards of one stage
         before += time[k] + link[k];
     }
     if (s->in_flight > 0) {                                                                // tokens of one sequence, one after the other
-        const double rounds = (s->n_micro + s->in_flight - 1) / s->in_flight, one = rounds * through + (rounds - 1) * link[S - 1];
+        const double rounds = (double)(((int64_t)s->n_micro + s->in_flight - 1) / s->in_flight), one = rounds * through + (rounds - 1) * link[S - 1];
         if (one > bound->makespan) bound->makespan = one;
     }
 }
@@ -10468,7 +10475,7 @@ LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, con
     const int32_t S = schedule->n_stages;
     for (int64_t j = 0; j < schedule->first[schedule->n_ranks]; j++) if (schedule->action[j].kind < LLMPAR_ACTION_COUNT) kind[schedule->action[j].kind] = true;
     const bool whole = kind[LLMPAR_ACTION_B], parts = kind[LLMPAR_ACTION_I];
-    double *time = (double *)llmpar_arena_alloc(&arena, 6 * (size_t)S * sizeof *time), *add = time + 3 * (int64_t)S;
+    double *time = (double *)llmpar_arena_alloc(&arena, 9 * (size_t)S * sizeof *time), *add = time + 3 * (int64_t)S;
     status = time ? llmpari_pipe_cost_fill(costs, schedule, &arena, &c, err) : LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %d stages", (int)S);
     for (int32_t s = 0; !status && s < S; s++) {
         const double b = c.time[LLMPAR_ACTION_B][s], i = c.time[LLMPAR_ACTION_I][s], both = i + c.time[LLMPAR_ACTION_W][s];
@@ -10478,7 +10485,7 @@ LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, con
         add[2 * S + s] = whole ? 0 : c.release[s] - c.hold[s];
         add[S + s] = -add[s] - add[2 * S + s];
     }
-    if (!status) llmpari_bound_all(schedule, time, add, c.link, whole || parts, memory, bound);
+    if (!status) llmpari_bound_all(schedule, time, add, c.link, whole || parts, memory, add + 3 * (int64_t)S, bound);
     llmpar_arena_free(&arena);
     return status;
 }
@@ -10492,6 +10499,8 @@ LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, con
 
 #define LLMPARI_FIND_STEPS  30000000   // actions timed in all, one to two seconds
 #define LLMPARI_FIND_EVALS  60000      // orders timed, at most
+#define LLMPARI_FIND_SMALL  4096       // actions of all ranks; from there on a case is large
+#define LLMPARI_FIND_LOOK   8          // this part of both limits for a look at each of two maps of a large case
 #define LLMPARI_FIND_SEEDS  4          // orders that are annealed
 #define LLMPARI_FIND_ROUND  0.9e-9     // of the memory limit: sums may be off by this part; llmpar_pipe_verify allows 1e-9
 
@@ -10979,7 +10988,7 @@ LLMPARI_FN llmpar_status llmpari_find_all(llmpari_find *q, llmpar_arena *arena, 
     static const llmpar_pipe_kind loop[] = { LLMPAR_PIPE_ZB_H1, LLMPAR_PIPE_ZB_H2, LLMPAR_PIPE_INTERLEAVED }, vee[] = { LLMPAR_PIPE_ZB_V, LLMPAR_PIPE_DUALPIPE_V };
     static const double heat[] = { 0.05, 0.3, 0.02, 0.1, 0.5, 0, 0.05, 0.2, 0.1, 1, 0.3, 2, 0.5, 0.05, 0.2, 1 };    // the second half for small cases only
     const int64_t steps = q->steps, evals = q->evals;
-    const double share = q->n * q->P < 4096 ? 0.4 : 0.7;                                   // left for annealing
+    const double share = q->n * q->P < LLMPARI_FIND_SMALL ? 0.4 : 0.7;                                   // left for annealing
     const int published = !q->v_shape ? 3 : q->V == 2 ? 2 : 0;
     double period = 0, f = 0;
     for (int32_t r = 0; r < q->P; r++) {
@@ -10999,7 +11008,7 @@ LLMPARI_FN llmpar_status llmpari_find_all(llmpari_find *q, llmpar_arena *arena, 
         llmpari_find_try_rule(q, i, period, f);
         if (pattern && i >= 12) llmpari_find_try_pattern(q, i - 10, period, at, n);
     }
-    const int rounds = q->n * q->P < 256 ? 32 : q->n * q->P < 4096 ? 8 : 1;                 // each long enough to get anywhere
+    const int rounds = q->n * q->P < 256 ? 32 : q->n * q->P < LLMPARI_FIND_SMALL ? 8 : 1;   // each long enough to get anywhere
     for (int i = 0; i < rounds && q->n_seeds && llmpari_find_more(q, steps, evals, 0.02); i++) {
         const double each = (double)q->steps / (double)(q->n * q->P) / (rounds - i), most = (double)q->evals / (rounds - i);
         llmpari_find_anneal(q, i % 2 ? 0 : (int32_t)llmpari_min(i / 2 % LLMPARI_FIND_SEEDS, q->n_seeds - 1), (int64_t)(each < most ? each : most), rounds > 1 ? heat[i % 16] * period : 0);
@@ -11069,25 +11078,27 @@ LLMPARI_FN double llmpari_pipe_limit(const llmpar_pipe_desc *desc, double micro_
     }
 }
 
-// Searches an order under the limit of the desc; of two maps the better one.
+// Searches an order under the limit of the desc. Of two maps the better one: all the effort for both; for large cases a look at both, then all the effort for the better.
 LLMPARI_FN llmpar_status llmpari_pipe_search(const llmpar_pipe_desc *desc, int32_t V, bool v_shape, llmpar_arena *arena, llmpar_schedule *s, llmpar_error *err) {
     const int32_t P = desc->n_ranks, M = desc->n_micro;
     const bool auto_kind = desc->kind == LLMPAR_PIPE_AUTO, split = !(auto_kind && desc->whole_backward), both = auto_kind && V == 2 && P > 1 && desc->map == LLMPAR_PIPE_MAP_DEFAULT;
     const int64_t n = (int64_t)(split ? 3 : 2) * V * M;
-    double best_span = DBL_MAX, best_makespan = DBL_MAX;
+    const bool small = n * P < LLMPARI_FIND_SMALL;
+    double best_span = DBL_MAX, best_makespan = DBL_MAX, least = DBL_MAX;
+    int best_map = v_shape;
     LLMPARI_TRY(llmpari_pipe_new(s, P, P * V, M, n * P, arena, err));
     const llmpar_arena_mark mark = llmpar_arena_save(arena);
     int32_t *rank_of = (int32_t *)llmpar_arena_alloc(arena, (size_t)s->n_stages * sizeof *rank_of);
     if (!rank_of) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d stages", (int)s->n_stages);
     for (int32_t r = 0; r <= P; r++) s->first[r] = r * n;
-    for (int map = 0; map < 2; map++) {
+    for (int look = both ? 0 : 2; look < (both && small ? 2 : 3); look++) {
+        const int map = look < 2 ? look : best_map, part = look < 2 && !small ? LLMPARI_FIND_LOOK : 1;
         const llmpar_arena_mark each = llmpar_arena_save(arena);
         llmpar_schedule trial = *s;
         llmpari_pipe_cost c;
         llmpari_find q;
         llmpar_pipe_bound bound;
         double need = 0;
-        if (both ? false : map != v_shape) continue;
         trial.rank_of = rank_of;
         LLMPARI_TRY(llmpari_find_new(&q, desc, V, map == 1, split, &trial, arena, &c, err));
         for (int32_t r = 0; r < P; r++) {                                                  // one micro-batch in all stages of the rank: what any order needs, and one after the other suffices
@@ -11095,16 +11106,20 @@ LLMPARI_FN llmpar_status llmpari_pipe_search(const llmpar_pipe_desc *desc, int32
             if (q.add[i] + q.later[i] > need) need = q.add[i] + q.later[i];
         }
         const double limit = llmpari_pipe_limit(desc, need);
-        if (limit > 0 && limit * (1 + LLMPARI_FIND_ROUND) < need)
-            return LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "%s: memory=%g is too little for one micro-batch in all stages of a rank; the least that works is %.10g", llmpari_pipe_name[desc->kind],
-                                limit, need);
+        if (need < least) least = need;
+        if (limit > 0 && limit * (1 + LLMPARI_FIND_ROUND) < need) {
+            llmpar_arena_restore(arena, each);
+            if (look == 0 || best_span < DBL_MAX) continue;                                // the other map may do
+            return LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "%s: memory=%.12g is too little for one micro-batch in all stages of a rank; the least that works is %.12g",
+                                llmpari_pipe_name[desc->kind], limit, least);
+        }
         q.limit = limit > 0 ? limit * (1 + LLMPARI_FIND_ROUND) : DBL_MAX;
-        q.steps = LLMPARI_FIND_STEPS / (both ? 2 : 1), q.evals = LLMPARI_FIND_EVALS / (both ? 2 : 1);
-        llmpari_bound_all(&trial, q.time, q.add, c.link, true, limit, &bound);
+        q.steps = LLMPARI_FIND_STEPS / part, q.evals = LLMPARI_FIND_EVALS / part;
+        llmpari_bound_all(&trial, q.time, q.add, c.link, true, limit, q.offset, &bound);
         q.goal = bound.span;
-        LLMPARI_TRY(llmpari_find_all(&q, arena, err));
+        if (q.goal <= best_span * (1 + 1e-12)) LLMPARI_TRY(llmpari_find_all(&q, arena, err));  // else the other map is better whatever is found
         if (q.n_seeds && llmpari_find_better(q.seed_span[0], q.seed_makespan[0], best_span, best_makespan)) {
-            best_span = q.seed_span[0], best_makespan = q.seed_makespan[0];
+            best_span = q.seed_span[0], best_makespan = q.seed_makespan[0], best_map = map;
             memcpy(s->rank_of, rank_of, (size_t)s->n_stages * sizeof *rank_of);
             for (int32_t r = 0; r < P; r++) {
                 memset(q.count, 0, 3 * (size_t)q.S * sizeof(int32_t));
@@ -11130,7 +11145,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_fits(const llmpar_schedule *s, const llmpa
     double most = 0;
     for (int32_t r = 0; !status && r < s->n_ranks; r++) most = fmax(most, llmpari_pipe_peak(s, &c, r));
     if (!status && desc->memory > 0 && most > desc->memory * (1 + 1e-9))
-        status = LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "%s holds up to %g on a rank, more than the limit of %g; its order is fixed: memory=%g works, and auto may with less", s->name, most,
+        status = LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "%s holds up to %.12g on a rank, more than the limit of %.12g; its order is fixed: memory=%.12g works, and auto may with less", s->name, most,
                               desc->memory, most);
     llmpar_arena_restore(arena, mark);
     return status;
@@ -11282,15 +11297,47 @@ LLMPARI_FN void llmpari_cut_shift(llmpari_cut *q, int32_t edge, int d) {
         q->load[k][down] -= w, q->load[k][up] += w;
     }
 }
+// Is it better, in what llmpari_cut_improve and llmpari_cut_every look for?
+LLMPARI_FN bool llmpari_cut_better(const llmpari_cut_score *now, const llmpari_cut_score *best) {
+    if (now->most < best->most * (1 - 1e-12)) return true;
+    return now->most <= best->most * (1 + 1e-12) && (now->empty < best->empty || (now->empty == best->empty && now->square < best->square * (1 - 1e-12)));
+}
+#define LLMPARI_CUTS 20000             // that are all looked at
+#define LLMPARI_CUT_AGAIN 1000         // times that a cut is improved from another beginning
+// Are there no more ways to cut? (n + S - 1 over S - 1)
+LLMPARI_FN bool llmpari_cut_few(const llmpari_cut *q) {
+    double ways = 1;
+    for (int32_t s = 1; s < q->S && ways <= LLMPARI_CUTS; s++) ways *= (double)(q->n + s) / s;
+    return ways <= LLMPARI_CUTS;
+}
+// Looks at every cut; the best one into first. There must be one in which no rank has more than `limit` of the other weight.
+LLMPARI_FN void llmpari_cut_every(llmpari_cut *q, int goal, double limit) {
+    llmpari_cut_score best = LLMPAR_ZERO;
+    bool found = false;
+    for (int32_t s = 0; s <= q->S; s++) q->first[s] = s < q->S ? 0 : q->n;
+    for (;;) {
+        llmpari_cut_load(q, goal, false);
+        const llmpari_cut_score now = llmpari_cut_rate(q, goal);
+        if (now.other <= limit && (!found || llmpari_cut_better(&now, &best))) {
+            const double most = found ? fmin(now.most, best.most) : now.most;
+            best = now, best.most = most, found = true;
+            memcpy(q->best, q->first, ((size_t)q->S + 1) * sizeof *q->best);
+        }
+        int32_t s = q->S - 1;
+        while (s > 0 && q->first[s] == q->n) s--;
+        if (s <= 0) break;
+        for (const int32_t at = q->first[s] + 1; s < q->S; s++) q->first[s] = at;
+    }
+    memcpy(q->first, q->best, ((size_t)q->S + 1) * sizeof *q->first);
+}
 // Moves an item from a stage to another one, each stage between passing one on, while that makes the cut better; no rank gets over `limit` of the other weight. A local
 // search, which ends after so much work in any case.
-LLMPARI_FN void llmpari_cut_improve(llmpari_cut *q, int goal, double limit) {
+LLMPARI_FN void llmpari_cut_descend(llmpari_cut *q, int goal, double limit, int64_t *work) {
     llmpari_cut_load(q, goal, false);
     llmpari_cut_score best = llmpari_cut_rate(q, goal);
-    int64_t work = 100000000;
     for (bool moved = true; moved; ) {
         moved = false;
-        for (int32_t walk = 0; walk < 2 * q->S && work > 0; walk++) {
+        for (int32_t walk = 0; walk < 2 * q->S && *work > 0; walk++) {
             const int32_t s = walk / 2, d = walk % 2 ? -1 : 1;
             bool better = false;
             if (q->first[s + 1] == q->first[s]) continue;
@@ -11300,15 +11347,34 @@ LLMPARI_FN void llmpari_cut_improve(llmpari_cut *q, int goal, double limit) {
                 llmpari_cut_shift(q, d > 0 ? t + 1 : t, d);
                 t += d;
                 const llmpari_cut_score now = llmpari_cut_rate(q, goal);
-                const bool less = now.most < best.most * (1 - 1e-12);
-                better = now.other <= limit && (less || (now.most <= best.most * (1 + 1e-12) &&
-                                                         (now.empty < best.empty || (now.empty == best.empty && now.square < best.square * (1 - 1e-12)))));
-                if (better) best.empty = now.empty, best.square = now.square, best.most = less ? now.most : best.most;
-                work -= q->S;
+                better = now.other <= limit && llmpari_cut_better(&now, &best);
+                if (better) best.empty = now.empty, best.square = now.square, best.most = fmin(now.most, best.most);
+                *work -= q->S;
             }
             moved = moved || better;
             for (; !better && t != s; t -= d) llmpari_cut_shift(q, d > 0 ? t : t + 1, -d);
         }
+    }
+}
+// The same, then `again` times more from the best cut with some edges moved, where that stays under the limit.
+LLMPARI_FN void llmpari_cut_improve(llmpari_cut *q, int goal, double limit, int again) {
+    int64_t work = 100000000;
+    uint64_t random = 1;
+    llmpari_cut_score best = LLMPAR_ZERO;
+    for (int k = 0; k <= again && work > 0; k++) {
+        for (int i = 0; k > 0 && i < 1 + k % 4; i++) {
+            random = random * 6364136223846793005u + 1442695040888963407u;
+            const int32_t s = 1 + (int32_t)((random >> 33) % (uint32_t)(q->S - 1)), d = random >> 32 & 1 ? 1 : -1;
+            const int32_t to = q->first[s] + d * (1 + (int32_t)((random >> 20) % 3));
+            if (to >= q->first[s - 1] && to <= q->first[s + 1]) q->first[s] = to;
+        }
+        llmpari_cut_load(q, goal, false);
+        if (k == 0 || llmpari_cut_rate(q, goal).other <= limit) llmpari_cut_descend(q, goal, limit, &work);
+        const llmpari_cut_score now = llmpari_cut_rate(q, goal);
+        if (k == 0 || (now.other <= limit && llmpari_cut_better(&now, &best))) {
+            best = now;
+            memcpy(q->best, q->first, ((size_t)q->S + 1) * sizeof *q->best);
+        } else memcpy(q->first, q->best, ((size_t)q->S + 1) * sizeof *q->first);
     }
 }
 
@@ -11344,23 +11410,28 @@ LLMPARI_FN llmpar_status llmpari_cut_new(const llmpar_partition_desc *desc, llmp
 }
 
 LLMPARI_FN llmpar_status llmpari_cut_solve(const llmpar_partition_desc *desc, llmpari_cut *q, llmpar_error *err) {
-    const bool limited = desc->bytes && desc->limit_bytes > 0, rounds = q->S > q->P && !q->v_two;
+    const bool limited = desc->bytes && desc->limit_bytes > 0, few = q->S > q->P && !q->v_two && llmpari_cut_few(q), rounds = q->S > q->P && !q->v_two && !few;
     const double limit = limited ? (double)desc->limit_bytes : INFINITY;
     if (limited) {
-        llmpari_cut_least(q, 1, INFINITY);
-        if (rounds) llmpari_cut_improve(q, 1, INFINITY);
+        if (few) llmpari_cut_every(q, 1, INFINITY);
+        else llmpari_cut_least(q, 1, INFINITY);
+        if (rounds) llmpari_cut_improve(q, 1, INFINITY, LLMPARI_CUT_AGAIN);
         const double least = llmpari_cut_load(q, 1, false);
         if (least > limit)
             return LLMPARI_FAIL(err, LLMPAR_DOES_NOT_FIT, "no rank may hold more than %lld bytes, but one of %d %s %.0f: limit_bytes=%.0f works", (long long)desc->limit_bytes, (int)q->P,
                                 rounds ? "holds, in the best cut found for a loop of several rounds," : "must hold", least, least);
     }
+    if (few) {
+        llmpari_cut_every(q, 0, limit);
+        return LLMPAR_OK;
+    }
     llmpari_cut_least(q, 0, limit);                                                        // it is there: the ranks that hold least show one
     llmpari_cut_load(q, 0, false);
     if (llmpari_cut_rate(q, 0).other > limit) {                                            // of several rounds: each stage fits, but not all of a rank
         llmpari_cut_least(q, 1, INFINITY);
-        llmpari_cut_improve(q, 1, INFINITY);
+        llmpari_cut_improve(q, 1, INFINITY, LLMPARI_CUT_AGAIN);
     }
-    llmpari_cut_improve(q, 0, limit);
+    llmpari_cut_improve(q, 0, limit, rounds ? LLMPARI_CUT_AGAIN : 0);
     return LLMPAR_OK;
 }
 
@@ -11389,10 +11460,11 @@ LLMPARI_FN double llmpari_chunk_time(const llmpari_chunks *q, int64_t a, int64_t
 // The last end of a chunk that begins at unit a and takes at most `longest`; a = there is none.
 LLMPARI_FN int64_t llmpari_chunk_end(const llmpari_chunks *q, int64_t a, double longest) {
     const double t = q->desc->per_token, p = q->desc->per_pair, from = (double)(a * q->unit), room = longest - q->desc->per_chunk + from * (t + p * from);
-    double to = p > 0 ? (sqrt(t * t + 4 * p * fmax(room, 0)) - t) / (2 * p) : t > 0 ? room / t : room >= 0 ? INFINITY : 0;
-    int64_t b = to < (double)q->n ? (int64_t)(fmax(to, from) / (double)q->unit) : q->units;
-    while (b > a && llmpari_chunk_time(q, a, b) > longest) b--;                            // rounding
-    while (b < q->units && llmpari_chunk_time(q, a, b + 1) <= longest) b++;
+    const double root = t + hypot(t, 2 * sqrt(p) * sqrt(fmax(room, 0))), to = root > 0 ? 2 * fmax(room, 0) / root : room >= 0 && p <= 0 ? INFINITY : 0;
+    int64_t b = to < (double)q->n ? (int64_t)(fmax(to, from) / (double)q->unit) : q->units, step;
+    for (step = 1; b > a && llmpari_chunk_time(q, a, b) > longest; step *= 2) b = b - a > step ? b - step : a;             // rounding, in longer and longer steps
+    for (step = 1; step <= q->units - b && llmpari_chunk_time(q, a, b + step) <= longest; step *= 2) b += step;
+    for (; step > 0; step /= 2) if (step <= q->units - b && llmpari_chunk_time(q, a, b + step) <= longest) b += step;
     return b;
 }
 // How many chunks of at most `longest` there must be; more than `most`: most + 1. *used: the longest of them; *next: no longest below that has fewer.
@@ -11412,10 +11484,12 @@ LLMPARI_FN double llmpari_chunks_longest(const llmpari_chunks *q, int64_t k) {
     double low = llmpari_chunk_time(q, 0, q->units), high = low, used, next;
     low = q->desc->per_chunk + (low - q->desc->per_chunk) / (double)k * (1 - 1e-12);
     low = fmax(low, fmax(llmpari_chunk_time(q, q->units - 1, q->units), q->units > 1 ? llmpari_chunk_time(q, q->units - 2, q->units - 1) : 0));
-    for (double t = low; ; t = low + (high - low) / 2) {                                   // the answer is in [low, high], and high is possible
+    for (double t = low; ; ) {                                                             // the answer is in [low, high], and high is possible
         if (llmpari_chunks_count(q, t, k, &used, &next) <= k) high = used;
         else low = fmax(next, low);
         if (!(low < high)) return high;
+        t = low + (high - low) / 2;
+        if (!(t < high)) t = low;                                                          // neighbours: the middle may be rounded up
     }
 }
 // The number of chunks that takes least time, at most `most`. Near sqrt((P - 1) work / per_chunk) it is within P - 1 units' time of that. From 1 on: with k chunks of at

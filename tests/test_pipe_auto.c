@@ -361,6 +361,47 @@ static void test_memory(void) {
     }
 }
 
+static void test_maps(void) {
+    TEST("of two maps: one that does not fit leaves the other; where none fits, the smaller need is named, in digits that tell") {
+        const double hold[] = { 3, 1, 3, 1 };                                              // loop: 6 on rank 0; V: 4 on both
+        llmpar_pipe_desc desc = LLMPAR_ZERO;
+        desc.kind = LLMPAR_PIPE_AUTO, desc.n_ranks = 2, desc.n_virtual = 2, desc.n_micro = 4, desc.costs.hold = hold, desc.memory = 4;
+        CHECK_OK(make(&desc, 4), err);
+        CHECK(made.rank_of[2] == 1);
+        const double turned[] = { 3, 1, 1, 3 };                                            // loop: 4 on both; V: 6 on rank 0
+        desc.costs.hold = turned;
+        CHECK_OK(make(&desc, 4), err);
+        CHECK(made.rank_of[2] == 0);
+        for (int k = 0; k < 2; k++) {
+            desc.costs.hold = k ? turned : hold, desc.memory = 4 * (1 - 2e-9);
+            CHECK_FAIL(make(&desc, 4), LLMPAR_DOES_NOT_FIT, err, "memory=3.999999992 ");
+            CHECK(strstr(err.text, "the least that works is 4") != NULL && strstr(err.text, "works is 4.") == NULL);
+        }
+    }
+    TEST("a fixed order that does not fit names a limit that works") {
+        const double hold[] = { 123456.7, 1 };
+        llmpar_pipe_desc desc = LLMPAR_ZERO;
+        desc.kind = LLMPAR_PIPE_1F1B, desc.n_ranks = 2, desc.n_micro = 4, desc.costs.hold = hold, desc.memory = 1;
+        CHECK_FAIL(make(&desc, 1), LLMPAR_DOES_NOT_FIT, err, "memory=246913.4 works");
+        desc.memory = 246913.4;
+        CHECK_OK(make(&desc, desc.memory), err);
+    }
+    TEST("auto is as good as the V's own kinds and as each map alone") {
+        static const struct { int P, M; double f, i, w, memory; } c[] = { { 8, 16, 3, 4, 1.5, 10 }, { 6, 15, 1.5, 4, 1.5, 6 }, { 4, 20, 2, 4, 2, 6 } };
+        for (int k = 0; k < 3; k++) {
+            llmpar_pipe_desc desc = LLMPAR_ZERO;
+            double span[4];
+            desc.n_ranks = c[k].P, desc.n_virtual = 2, desc.n_micro = c[k].M, desc.memory = c[k].memory, desc.costs = even(c[k].f, c[k].i, c[k].w, 0);
+            for (int j = 0; j < 4; j++) {
+                desc.kind = j < 3 ? LLMPAR_PIPE_AUTO : LLMPAR_PIPE_V_HALF, desc.map = (llmpar_pipe_map)(j % 3);
+                CHECK_OK(make(&desc, desc.memory), err);
+                span[j] = timing.span;
+            }
+            for (int j = 1; j < 4; j++) CHECK(span[0] <= span[j] * (1 + 1e-9));
+        }
+    }
+}
+
 static void test_bounds(void) {
     TEST("no published schedule is below the lower bound") {
         test_seed(4);
@@ -378,6 +419,19 @@ static void test_bounds(void) {
             }
         }
     }
+    TEST("bounds of 4096 stages, and of as many sequences as micro-batches") {
+        llmpar_pipe_desc desc = LLMPAR_ZERO;
+        desc.kind = LLMPAR_PIPE_1F1B, desc.n_ranks = LLMPAR_MAX_STAGES, desc.n_micro = 32;
+        llmpar_arena_free(&arena);
+        CHECK_OK(llmpar_pipe_make(&desc, &arena, &made, &err), err);
+        CHECK_OK(llmpar_pipe_bounds(&made, NULL, 0, &bound, &err), err);
+        CHECK_NEAR(bound.makespan, 3 * (4095 + 32), 1e-6);                                 // there, back, and W of all of them
+        desc.kind = LLMPAR_PIPE_FORWARD, desc.n_ranks = 2, desc.n_micro = 3;
+        CHECK_OK(make(&desc, 0), err);
+        made.in_flight = 3;
+        CHECK_OK(llmpar_pipe_bounds(&made, NULL, 0, &bound, &err), err);
+        CHECK_NEAR(bound.makespan, 4, 1e-12);
+    }
     TEST("bounds refuse a limit that is not a number, and an empty schedule") {
         llmpar_schedule none = LLMPAR_ZERO;
         CHECK_FAIL(llmpar_pipe_bounds(&none, NULL, 0, &bound, &err), LLMPAR_BAD_ARGUMENT, err, "empty");
@@ -392,6 +446,7 @@ int main(void) {
     test_lines();
     test_kinds();
     test_memory();
+    test_maps();
     test_bounds();
     TEST("the optimum, P <= 3, M <= 4, v <= 2") compare("exhaustive", test_stress() ? 500 : 30, 3, 4, 2, test_stress() ? 20000000 : 300000, 1);
     TEST("the optimum, P <= 4, M <= 8") compare("branch and bound", test_stress() ? 100 : 8, 4, 8, 1, test_stress() ? 20000000 : 300000, 2);

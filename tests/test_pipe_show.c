@@ -60,16 +60,19 @@ static void test_partition(void) {
     }
     TEST("one stage a rank, the V of two and rounds of a loop against every cut") {
         int better = 0, rounds = 0, limited = 0, refused = 0;
-        for (int round = 0; round < (test_short() ? 60 : 600); round++) {
-            double cost[9];
-            int64_t bytes[9];
-            const int shape = (int)test_below(3);                                          // one a rank; V of two; loop of two or three
+        double over = 0;
+        const int many = test_short() ? 60 : 600;
+        for (int round = 0; round < many + many / 6; round++) {
+            double cost[12];
+            int64_t bytes[12];
+            const int shape = round < many ? (int)test_below(3) : 3;                       // one a rank; V of two; loop of two or three; one with more than 20000 cuts
             llmpar_partition_desc d = LLMPAR_ZERO;
             d.cost      = cost;
             d.n_items   = 1 + (int32_t)test_below(9);
             d.n_ranks   = 1 + (int32_t)test_below(shape ? 3 : 6);
             d.n_virtual = shape == 0 ? (int32_t)test_below(2) : shape == 1 ? 2 : 2 + (int32_t)test_below(d.n_ranks < 3 ? 2 : 1);
             d.map       = shape == 1 ? LLMPAR_PIPE_MAP_V : LLMPAR_PIPE_MAP_LOOP;
+            if (shape == 3) d.n_items = 12, d.n_ranks = 4, d.n_virtual = 2;
             for (int i = 0; i < d.n_items; i++) {
                 cost[i]  = test_below(4) ? (double)test_below(10) : 10 * test_uniform();
                 bytes[i] = test_below(100);
@@ -86,7 +89,7 @@ static void test_partition(void) {
                 refused++;
                 CHECK_EQ(status, LLMPAR_DOES_NOT_FIT);
                 if (!named) continue;
-                if (shape < 2) {
+                if (shape < 3) {
                     snprintf(words, sizeof words, "limit_bytes=%lld works", (long long)least);
                     CHECK(strstr(err.text, words) != NULL);
                 }
@@ -103,16 +106,28 @@ static void test_partition(void) {
             if (shape == 0 && d.n_items >= S && !d.limit_bytes) for (int s = 0; s < S; s++) CHECK(first[s] < first[s + 1]);
             seen = load(&d, first, &held);
             CHECK_NEAR(seen, slowest, 1e-9);
-            if (shape < 2) CHECK_NEAR(slowest, best, 1e-9);
+            if (shape < 3) CHECK_NEAR(slowest, best, 1e-9);
             else {
                 CHECK(slowest >= best - 1e-9);
                 CHECK(best == 0 || slowest <= 2 * best + 1e-9);
-                rounds++, better += slowest <= best + 1e-9;
+                rounds++, better += slowest <= best + 1e-9, over += slowest / best - 1;
             }
         }
-        printf("rounds of a loop: %d of %d cuts are the best; %d of %d limits were too small\n", better, rounds, refused, limited);
-        CHECK(better * 10 >= rounds * 8);
+        printf("more than 20000 cuts: %d of %d are the best, mean %.1f %% above; %d of %d limits were too small\n", better, rounds, 100 * over / rounds, refused, limited);
+        CHECK(over <= .05 * rounds);
         CHECK(refused > 0 && refused < limited);
+    }
+    TEST("a loop of two rounds: limits that are possible, but not by moving single items") {
+        static const int64_t a[] = { 2, 6, 6, 0, 4, 3 }, b[] = { 2, 1, 2, 2, 0, 4, 3, 1 };
+        const double cost[] = { 1, 1, 1, 1, 1, 1, 1, 1 };
+        for (int k = 0; k < 2; k++) {
+            llmpar_partition_desc d = LLMPAR_ZERO;
+            int64_t held;
+            d.cost = cost, d.bytes = k ? b : a, d.n_items = k ? 8 : 6, d.n_ranks = 3, d.n_virtual = 2, d.limit_bytes = k ? 5 : 8;
+            CHECK_OK(llmpar_pipe_partition(&d, first, &slowest, &err), err);
+            load(&d, first, &held);
+            CHECK(held <= d.limit_bytes);
+        }
     }
     TEST("bad items, ranks and limits") {
         double cost[2] = { 1, -1 };
@@ -205,6 +220,16 @@ static void test_chunks(void) {
             int32_t k;
             CHECK_OK(llmpar_pipe_chunks(&d, many, 131072, &k, &other, &err), err);
             CHECK(other >= time * (1 - 1e-12));
+        }
+    }
+    TEST("10^12 tokens, with terms far below the rounding of others") {                   // steps from token to token would not end
+        static const double terms[][3] = { { 0, 1, 1e-25 }, { 0, 1, 1e-40 }, { 1, 1e-25, 0 }, { 0, 0, 1e-310 } };
+        for (int i = 0; i < 4; i++) {
+            llmpar_chunks_desc d = LLMPAR_ZERO;
+            d.n_tokens = 1000000000000, d.n_ranks = 4, d.n_chunks = 4, d.per_chunk = terms[i][0], d.per_token = terms[i][1], d.per_pair = terms[i][2];
+            CHECK_OK(llmpar_pipe_chunks(&d, bound, 64, &n, &time, &err), err);
+            CHECK(n == 4 && bound[3] == d.n_tokens && (i > 1 || (bound[0] > 249990000000 && bound[0] < 250010000000)));
+            CHECK_NEAR(chunks_time(&d, bound, n), time, 1e-9 * time);
         }
     }
     TEST("bad chunks") {
