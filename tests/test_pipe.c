@@ -703,6 +703,25 @@ static void test_proof(void) {
         CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_NCCL, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err,
                    "disagree about the order of their transfers: rank 0 does 0SEND_F0 when rank 1 expects 1RECV_F1");
     }
+    TEST("a RECV into the buffer of a SEND that is under way waits for it, and that may be for ever") {
+        static int32_t n_slots[2] = { 4, 4 };
+        static const int32_t slot[2][6] = { { 0, 1, 2, 2, 2, 2 }, { 0, 1, 3, 3, 2, 3 } };  // of the transfers of both ranks, in order; rank 0's third SEND and all its RECVs share one
+        CHECK(read_csv("0F0,0SEND_F0,0F1,0SEND_F1,0F2,0SEND_F2,2RECV_F0,2F0,2RECV_F1,2F1,2RECV_F2,2F2\n"
+                       "1RECV_F0,1RECV_F1,1F0,1SEND_F0,1F1,1SEND_F1,1RECV_F2,1F2,1SEND_F2\n", &s));
+        for (int shared = 1; shared >= 0; shared--) {
+            for (int r = 0; r < 2; r++) {
+                int k = 0;
+                for (int64_t j = s.first[r]; j < s.first[r + 1]; j++) {
+                    if (s.action[j].kind < LLMPAR_ACTION_SEND_F) continue;
+                    s.action[j].slot = r == 0 && k >= 3 && !shared ? 3 : slot[r][k];
+                    k++;
+                }
+            }
+            s.n_slots = n_slots;
+            if (shared) CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_NCCL, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err, "deadlock: rank 0 waits in 2RECV_F0 for 1RECV_F2");
+            else CHECK_OK(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_NCCL, 0, &arena, &err), err);
+        }
+    }
     TEST("transfers to nobody, from nobody, after their use") {
         CHECK(read_csv("0F0,0SEND_F0\n1F0\n", &s));
         CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err, "1RECV_F0 is missing on rank 1");
