@@ -889,7 +889,7 @@ typedef struct llmpar_pipe_desc {
                                    //   P = Megatron's default
     int32_t in_flight;             // forward: sequences in decode, see llmpar_schedule; 0 = micro-batches do not depend on each other (prefill)
     llmpar_pipe_map map;           // for interleaved, breadth-first, gpipe, forward and auto
-    llmpar_pipe_costs costs;       // zb-1p, zb-2p, v-half, v-min, auto, and the order of forward
+    llmpar_pipe_costs costs;       // what the searched ones (zb-1p, zb-2p, v-half, v-min, auto) look at, and `memory` of all
     double  memory;                // most that a rank may hold, in units of costs.hold (1 = the forward of one stage); 0 = the schedule's own; auto: no limit
     bool    whole_backward;        // auto: B instead of I and W
 } llmpar_pipe_desc;
@@ -9821,15 +9821,25 @@ LLMPAR_DEF int32_t llmpar_slots(const int64_t *begin, const int64_t *end, int64_
 // A message: made by action `made` (index in the schedule), posted on the other rank just before the action `before`.
 typedef struct llmpari_message { int32_t made, before; } llmpari_message;
 
-// Which action of the schedule takes what `a` makes; -1 = it does not travel.
-LLMPARI_FN int32_t llmpari_pipe_consumer(const llmpar_schedule *s, const llmpari_pipe_index *x, llmpar_action a) {
+// Which action of the schedule takes what `a` makes, -1 = none does; *stays: on the same rank.
+LLMPARI_FN int32_t llmpari_pipe_taker(const llmpar_schedule *s, const llmpari_pipe_index *x, llmpar_action a, bool *stays) {
     const int64_t M = s->n_micro, c = (int64_t)a.stage * M + a.micro;
+    *stays = false;
     if (a.kind == LLMPAR_ACTION_F) {
-        if (!llmpari_pipe_sends_f(s, a.stage, a.micro)) return -1;
-        return a.stage + 1 < s->n_stages ? x->at[LLMPAR_ACTION_F][c + M] : x->at[LLMPAR_ACTION_F][a.micro + s->in_flight];
+        const bool last = a.stage + 1 == s->n_stages;
+        if (last && (!s->in_flight || a.micro + s->in_flight >= s->n_micro)) return -1;
+        *stays = !llmpari_pipe_crosses(s, a.stage);
+        return x->at[LLMPAR_ACTION_F][last ? a.micro + s->in_flight : c + M];
     }
-    if ((a.kind != LLMPAR_ACTION_B && a.kind != LLMPAR_ACTION_I) || !llmpari_pipe_sends_b(s, a.stage)) return -1;
+    if ((a.kind != LLMPAR_ACTION_B && a.kind != LLMPAR_ACTION_I) || a.stage == 0) return -1;
+    *stays = !llmpari_pipe_crosses(s, a.stage - 1);
     return x->at[LLMPAR_ACTION_B][c - M] >= 0 ? x->at[LLMPAR_ACTION_B][c - M] : x->at[LLMPAR_ACTION_I][c - M];
+}
+// The same where it has to travel; -1 = it does not.
+LLMPARI_FN int32_t llmpari_pipe_consumer(const llmpar_schedule *s, const llmpari_pipe_index *x, llmpar_action a) {
+    bool stays;
+    const int32_t to = llmpari_pipe_taker(s, x, a, &stays);
+    return stays ? -1 : to;
 }
 
 // Does action i end after action j? Of two that end at the same time, for all that rounding tells, the one that was done later does.
@@ -10167,6 +10177,8 @@ typedef struct llmpari_generator {
     int64_t at;                    // where the next action goes
 } llmpari_generator;
 
+// Which rank has a stage; which stage is a rank's `chunk`-th.
+LLMPARI_FN int32_t llmpari_pipe_rank_of(int32_t P, bool v_shape, int32_t stage) { return v_shape && stage / P % 2 ? P - 1 - stage % P : stage % P; }
 LLMPARI_FN int32_t llmpari_pipe_stage(int32_t P, bool v_shape, int32_t rank, int32_t chunk) { return chunk * P + (v_shape && chunk % 2 ? P - 1 - rank : rank); }
 
 LLMPARI_FN void llmpari_emit(llmpari_generator *g, llmpar_action_kind kind, int32_t chunk, int32_t micro) {
@@ -10343,7 +10355,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_generate(const llmpar_pipe_desc *desc, int
     if (!g.turn) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the order of %d micro-batches", (int)desc->n_micro);
     s->in_flight = (int32_t)llmpari_min(desc->in_flight, desc->n_micro);
     llmpari_pipe_turns(&g, desc->group > 0 ? (int32_t)llmpari_min(desc->group, desc->n_micro) : s->in_flight);
-    for (int32_t i = 0; i < s->n_stages; i++) s->rank_of[i] = v_shape && i / g.P % 2 ? g.P - 1 - i % g.P : i % g.P;
+    for (int32_t i = 0; i < s->n_stages; i++) s->rank_of[i] = llmpari_pipe_rank_of(g.P, v_shape, i);
     for (g.rank = 0; g.rank < g.P; g.rank++) {
         s->first[g.rank] = g.at;
         llmpari_pipe_rank(&g);
@@ -11024,7 +11036,7 @@ LLMPARI_FN llmpar_status llmpari_find_new(llmpari_find *q, const llmpar_pipe_des
     memset(q, 0, sizeof *q);
     q->P = P, q->V = V, q->S = S, q->M = M, q->kinds = split ? 3 : 2, q->n = (int64_t)all / P;
     q->v_shape = v_shape, q->split = split, q->c = c, q->rank_of = s->rank_of, q->random = 1;
-    for (int32_t i = 0; i < S; i++) s->rank_of[i] = v_shape && i / P % 2 ? P - 1 - i % P : i % P;
+    for (int32_t i = 0; i < S; i++) s->rank_of[i] = llmpari_pipe_rank_of(P, v_shape, i);
     LLMPARI_TRY(llmpari_pipe_cost_fill(&desc->costs, s, arena, c, err));
     for (q->leaves = 1; q->leaves < P; q->leaves *= 2) { }
     double *d = (double *)llmpar_arena_alloc(arena, (10 * (size_t)S + 4 * (size_t)P) * sizeof *d);
@@ -11397,7 +11409,7 @@ LLMPARI_FN llmpar_status llmpari_cut_new(const llmpar_partition_desc *desc, llmp
     if (!q->sum[0] || !q->load[0] || !q->rank_of || !q->low) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to cut %d items into %d stages", (int)n, (int)q->S);
     q->sum[1] = q->sum[0] + row, q->load[1] = q->load[0] + q->P, q->first = q->rank_of + S + 1, q->best = q->first + S + 1;
     q->from   = q->v_two ? q->low + ((size_t)q->P + 1) * row : NULL;
-    for (int32_t s = 0; s < q->S; s++) q->rank_of[s] = v_shape && s / q->P % 2 ? q->P - 1 - s % q->P : s % q->P;
+    for (int32_t s = 0; s < q->S; s++) q->rank_of[s] = llmpari_pipe_rank_of(q->P, v_shape, s);
     for (int32_t i = 0; i < n; i++) {
         const int64_t bytes = desc->bytes ? desc->bytes[i] : 0;
         if (!(desc->cost[i] >= 0 && desc->cost[i] <= 1e100)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "cost of item %d is %g; pass a finite number >= 0", (int)i, desc->cost[i]);
@@ -20135,21 +20147,6 @@ LLMPARI_FN llmpar_status llmpari_stage_order(const llmpar_schedule *s, llmpar_ar
     return LLMPAR_OK;
 }
 
-// The action, F or a backward, that takes what `a` makes; -1: nobody does. *stays: on the same rank.
-LLMPARI_FN int32_t llmpari_stage_taker(const llmpar_schedule *s, const llmpari_pipe_index *x, llmpar_action a, bool *stays) {
-    const int64_t c = (int64_t)a.stage * s->n_micro + a.micro;
-    *stays = false;
-    if (a.kind == LLMPAR_ACTION_F) {
-        const bool last = a.stage + 1 == s->n_stages;
-        if (last && (!s->in_flight || a.micro + s->in_flight >= s->n_micro)) return -1;
-        *stays = !llmpari_pipe_crosses(s, a.stage);
-        return last ? x->at[LLMPAR_ACTION_F][a.micro + s->in_flight] : x->at[LLMPAR_ACTION_F][c + s->n_micro];
-    }
-    if ((a.kind != LLMPAR_ACTION_B && a.kind != LLMPAR_ACTION_I) || a.stage == 0) return -1;
-    *stays = !llmpari_pipe_crosses(s, a.stage - 1);
-    return x->at[LLMPAR_ACTION_B][c - s->n_micro] >= 0 ? x->at[LLMPAR_ACTION_B][c - s->n_micro] : x->at[LLMPAR_ACTION_I][c - s->n_micro];
-}
-
 // Gives every action of this rank its buffers.
 LLMPARI_FN llmpar_status llmpari_stage_link(llmpar_stages *q, const llmpari_pipe_index *x, llmpar_arena *scratch, llmpar_error *err) {
     const llmpar_schedule *s = q->desc.program;
@@ -20166,7 +20163,7 @@ LLMPARI_FN llmpar_status llmpari_stage_link(llmpar_stages *q, const llmpari_pipe
         else if (a.kind != LLMPAR_ACTION_W) {
             const bool f = a.kind == LLMPAR_ACTION_F;
             const int32_t recv = x->at[f ? LLMPAR_ACTION_RECV_F : LLMPAR_ACTION_RECV_B][c], send = x->at[f ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B][c];
-            const int32_t to = llmpari_stage_taker(s, x, a, &stays);
+            const int32_t to = llmpari_pipe_taker(s, x, a, &stays);
             if (recv >= 0) q->links[j].in = s->action[recv].slot;
             if (send >= 0) q->links[j].out = s->action[send].slot;
             if (stays) llmpari_pipe_live(&local, j, to - q->first + 1, j);

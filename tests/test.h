@@ -64,5 +64,17 @@ static inline int64_t test_below(int64_t n) { return (int64_t)(test_random() % (
 static inline double  test_uniform(void) { return (double)(test_random() >> 11) / 9007199254740992.0; }   // [0, 1)
 // LLMPAR_SHORT asks for fewer random cases: under a sanitizer each takes 10 to 20 times as long.
 static inline int     test_short(void)  { const char *text = getenv("LLMPAR_SHORT");  return text && text[0] && text[0] != '0'; }
+// An allocator's functions: the call numbered `left` fails; `held` counts the bytes that are out.
+typedef struct test_budget { int64_t left, held; } test_budget;
+static inline void *test_budget_alloc(size_t bytes, void *user) {
+    test_budget *b = (test_budget *)user;
+    if (b->left-- == 0) return NULL;
+    b->held += (int64_t)bytes;
+    return malloc(bytes);
+}
+static inline void test_budget_free(void *memory, size_t bytes, void *user) {
+    ((test_budget *)user)->held -= (int64_t)bytes;
+    free(memory);
+}
 static inline int     test_stress(void) { const char *text = getenv("LLMPAR_STRESS"); return text && text[0] && text[0] != '0'; }
 #endif

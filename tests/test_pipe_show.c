@@ -350,18 +350,6 @@ static void test_pictures(void) {
     llmpar_arena_free(&arena);
 }
 
-// An allocator that fails at one call, and counts what is out.
-typedef struct budget { int64_t left, held; } budget;
-static void *budget_alloc(size_t bytes, void *user) {
-    budget *b = (budget *)user;
-    if (b->left-- == 0) return NULL;
-    b->held += (int64_t)bytes;
-    return malloc(bytes);
-}
-static void budget_free(void *memory, size_t bytes, void *user) {
-    ((budget *)user)->held -= (int64_t)bytes;
-    free(memory);
-}
 static void test_memory(void) {
     TEST("every allocation fails once: NO_MEMORY, and nothing leaks") {
         static double cost[3000];
@@ -370,10 +358,10 @@ static void test_memory(void) {
         llmpar_status status = LLMPAR_NO_MEMORY;
         for (int i = 0; i < 3000; i++) cost[i] = 1;
         for (int64_t k = 0; status && k < 100; k++) {
-            budget b = { k, 0 };
+            test_budget b = { k, 0 };
             llmpar_partition_desc d = LLMPAR_ZERO;
             d.cost = cost, d.n_items = 3000, d.n_ranks = 4, d.n_virtual = 2, d.map = LLMPAR_PIPE_MAP_V;
-            d.allocator.alloc = budget_alloc, d.allocator.free = budget_free, d.allocator.user = &b;
+            d.allocator.alloc = test_budget_alloc, d.allocator.free = test_budget_free, d.allocator.user = &b;
             status = llmpar_pipe_partition(&d, first, NULL, &err);
             CHECK(status == LLMPAR_OK || status == LLMPAR_NO_MEMORY);
             failed += status == LLMPAR_NO_MEMORY;

@@ -869,19 +869,6 @@ static void many_axes(void) {
     }
 }
 
-// An allocator that fails at one call, and counts what is out.
-typedef struct budget { int64_t left, held; } budget;
-static void *budget_alloc(size_t bytes, void *user) {
-    budget *b = (budget *)user;
-    if (b->left-- == 0) return NULL;
-    b->held += (int64_t)bytes;
-    return malloc(bytes);
-}
-static void budget_free(void *memory, size_t bytes, void *user) {
-    ((budget *)user)->held -= (int64_t)bytes;
-    free(memory);
-}
-
 static void allocation_failures(void) {
     TEST("every allocation fails once: NO_MEMORY, nothing leaks, the scratch arena is as before") {
         llmpar_mesh mesh = mesh_of("x=2,y=3,z=2");
@@ -891,12 +878,12 @@ static void allocation_failures(void) {
         int n;
         bool done = false;
         for (int64_t k = 0; !done && k < 1000; k++) {
-            budget b;
+            test_budget b;
             llmpar_arena arena = LLMPAR_ZERO;
             b.left = k;
             b.held = 0;
-            arena.allocator.alloc = budget_alloc;
-            arena.allocator.free  = budget_free;
+            arena.allocator.alloc = test_budget_alloc;
+            arena.allocator.free  = test_budget_free;
             arena.allocator.user  = &b;
             arena.block_bytes     = 64;
             llmpar_status status = llmpar_reshard(&from, &to.sharding, &mesh, NULL, &arena, moves, &n, &err);
