@@ -784,11 +784,12 @@ typedef struct llmpar_build_desc {
 LLMPAR_DEF llmpar_status llmpar_build(const llmpar_model *model, const llmpar_build_desc *desc, llmpar_graph *g, llmpar_error *err);
 
 // ============================================================================================================
-// >>pipe   pipeline schedules: made, lowered, proven, timed, drawn             (uses: base)
+// >>pipe   pipeline schedules: made, lowered, proven, timed, drawn             (uses: base, mesh, cost, model)
 // ============================================================================================================
 // A pipeline is a row of stages; every rank holds some of them and does its actions in a fixed order. All schedules have one form, PyTorch's: "2F0" is the forward of
 // stage 2 for micro-batch 0, "B" a whole backward, "I" its part that makes the gradient of the inputs, "W" the part that makes the gradient of the weights (any time after
-// I). A rank is a row of a CSV text. Lowering adds the transfers: "0SEND_F3" (stage 0 sends its output for micro-batch 3 to stage 1), "1RECV_F3", "1SEND_B3", "0RECV_B3".
+// I). A rank is a row of a CSV text. Lowering adds the transfers: "0SEND_F3" (stage 0 sends its output for micro-batch 3 to stage 1), "1RECV_F3", "1SEND_B3", "0RECV_B3";
+// and the sums of shared gradients: "0REDUCE_GRAD" (the rank of stage 0 takes part in the AllReduce of shared parameter 0), "0REDUCE_GRAD1" (of parameter 1).
 //
 //     llmpar_pipe_desc desc = LLMPAR_ZERO;
 //     desc.kind = LLMPAR_PIPE_ZB_H1; desc.n_ranks = 4; desc.n_micro = 8;
@@ -806,16 +807,25 @@ typedef enum llmpar_action_kind {
     LLMPAR_ACTION_RECV_F,          // posts the buffer for F's input; F waits for it
     LLMPAR_ACTION_SEND_B,          // starts to send the gradient of the inputs to the stage before
     LLMPAR_ACTION_RECV_B,          // posts the buffer for the gradient of the outputs; B or I waits for it
+    LLMPAR_ACTION_REDUCE_GRAD,     // sums the gradient of a shared parameter over the ranks that have a copy, and waits until all of them do; once a rank, after the last B or W that adds to it
     LLMPAR_ACTION_COUNT
 } llmpar_action_kind;
 
 typedef struct llmpar_action {     // 12 bytes
-    int32_t micro;                 // micro-batch
+    int32_t micro;                 // micro-batch; REDUCE_GRAD: number of the shared parameter
     int16_t stage;
     uint8_t kind;                  // llmpar_action_kind
     uint8_t reserved;              // 0
     int32_t slot;                  // SEND, RECV: number of the message buffer on this rank, 0 .. n_slots[rank] - 1; else -1
 } llmpar_action;
+
+// A parameter of which several stages have a copy (tied embeddings: the first and the last one). Its gradient is the sum of what these stages make. Stages of one rank add to one
+// copy; where they lie on several ranks, lowering inserts the sum over those.
+typedef struct llmpar_pipe_shared {
+    const int32_t *stage;          // [n_stages] ascending
+    int32_t n_stages;
+    int64_t bytes;                 // of the gradient, for costs.hardware
+} llmpar_pipe_shared;
 
 // A schedule (no transfers) or a program (lowered, with transfers). Arrays live in the arena that made them; whoever fills the struct by hand owns them.
 #define LLMPAR_MAX_STAGES 4096
@@ -827,6 +837,8 @@ typedef struct llmpar_schedule {
     int64_t *first;                // [n_ranks + 1]: rank r does action[first[r]] .. action[first[r + 1] - 1], in this order
     llmpar_action *action;
     int32_t *n_slots;              // [n_ranks] message buffers; NULL unless lowered
+    int32_t  n_shared;             // at most LLMPAR_MAX_STAGES
+    llmpar_pipe_shared *shared;    // [n_shared]
     char     name[LLMPAR_NAME];
 } llmpar_schedule;
 
@@ -837,6 +849,8 @@ typedef struct llmpar_pipe_costs {
     const double *link;            // [n_stages] from stage s to s + 1 or back; the last: from the last stage to stage 0. NULL = 0. Stages of one rank: 0
     const double *hold;            // [n_stages] memory that F takes until the backward (without a backward: none); NULL = 1
     const double *release;         // [n_stages] of it, what I gives back, W the rest; NULL = half. B gives back all
+    const double *reduce;          // [n_shared] of REDUCE_GRAD, once all its ranks are there; NULL = by hardware
+    const llmpar_hardware *hardware;   // then: seconds of an AllReduce of the shared parameter's bytes over link[0]; NULL = 0
 } llmpar_pipe_costs;
 
 // The published schedules, by name in tools and messages.
@@ -892,13 +906,17 @@ typedef struct llmpar_pipe_desc {
     llmpar_pipe_costs costs;       // what the searched ones (zb-1p, zb-2p, v-half, v-min, auto) look at, and `memory` of all
     double  memory;                // most that a rank may hold, in units of costs.hold (1 = the forward of one stage); 0 = the schedule's own; auto: no limit
     bool    whole_backward;        // auto: B instead of I and W
+    int32_t n_shared;              // parameters that stages share; copied
+    const llmpar_pipe_shared *shared;
+    const llmpar_model *model;     // a model whose head is tied to its embedding adds that one behind them: of the first and the last stage, gradient in f32. NULL = none
 } llmpar_pipe_desc;
 
 // Errors: counts below 1, a schedule that needs another n_virtual, times that are negative or not finite, a memory limit that is too small (the least that works is named).
 LLMPAR_DEF llmpar_status llmpar_pipe_make(const llmpar_pipe_desc *desc, llmpar_arena *arena, llmpar_schedule *schedule, llmpar_error *err);
 
 // CSV, a rank per line, actions between commas; an empty cell is idle time and says nothing. A "B" that a "W" of the same stage and micro-batch follows is read as "I".
-// Programs are read too. Errors name line and cell. Writing has no idle cells. in_flight is not in the text.
+// Programs are read too. Stages that do REDUCE_GRAD of one parameter share it: nothing else in the text says so. (PyTorch means a sum over data-parallel copies of each
+// stage by it.) Errors name line and cell. Writing has no idle cells. in_flight is not in the text.
 LLMPAR_DEF llmpar_status llmpar_pipe_read(const char *text, size_t bytes, llmpar_arena *arena, llmpar_schedule *schedule, llmpar_error *err);
 LLMPAR_DEF void          llmpar_pipe_write(const llmpar_schedule *schedule, llmpar_sink sink);
 
@@ -907,28 +925,29 @@ typedef enum llmpar_transport {
     LLMPAR_PIPE_BUFFERED = 0,      // SEND copies and goes on; messages are found by what they carry
     LLMPAR_PIPE_RENDEZVOUS,        // SEND waits until the other rank has posted its RECV
     LLMPAR_PIPE_NCCL               // SEND starts and goes on; the transfers of two ranks run one after the other in the order of both programs, which must agree. Those
-                                   //   that no action on a stage parts form a group (ncclGroupStart .. End) and run together
+                                   //   that no other action parts form a group (ncclGroupStart .. End) and run together
 } llmpar_transport;
 
 // Adds SEND and RECV, each RECV as late as possible without holding anybody up at the given costs, and gives messages their buffers (lowest free number by liveness).
-// No transfer between stages of one rank. A program (one that was read, say: its messages have no buffers) loses its transfers and gets new ones. The programs of all
-// ranks together cannot deadlock under this transport if the schedule itself cannot; errors: verify's.
+// No transfer between stages of one rank. A program (one that was read, say: its messages have no buffers) loses its transfers and gets new ones. REDUCE_GRAD of every shared
+// parameter that has copies on several ranks comes last on these, so that nothing but the end of the step waits for it; of several, that first whose gradients are there
+// first at the given costs, in one order on all ranks. The programs of all ranks together cannot deadlock under this transport if the schedule itself cannot; errors: verify's.
 LLMPAR_DEF llmpar_status llmpar_pipe_lower(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport,
                                            llmpar_arena *arena, llmpar_schedule *program, llmpar_error *err);
 
 // Proves: every stage does F once per micro-batch and either nothing else, or B once, or I and then W once; inputs come before what needs them; every transfer has its
-// other end, on the right rank; buffers are free when they are taken; no rank holds more than `memory` (0 = no limit); and all ranks reach their end whatever the times:
-// else the error shows a shortest circle of waiting ("rank 0 waits in 0F1 for ..., which ..."). BAD_ARGUMENT, or DOES_NOT_FIT for memory with what would suffice.
+// other end, on the right rank; every rank with a copy of a shared gradient sums it, once and after all that adds to it (a schedule without transfers may leave that out);
+// buffers are free when they are taken; no rank holds more than `memory` (0 = no limit); and all ranks reach their end whatever the times: else the error shows a shortest circle of waiting ("rank 0 waits in 0F1 for ..., which ..."). BAD_ARGUMENT, or DOES_NOT_FIT for memory with what would suffice.
 LLMPAR_DEF llmpar_status llmpar_pipe_verify(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport, double memory,
                                             llmpar_arena *scratch, llmpar_error *err);
 
 typedef struct llmpar_pipe_timing {
     double  makespan;              // from time 0 to the end of the last action
-    double  span;                  // longest time of a rank from its own first F to its last end (the Zero Bubble paper's)
+    double  span;                  // longest time of a rank from its own first F to its last end (the Zero Bubble paper's), REDUCE_GRAD included
     double  work;                  // of the rank that works most: no schedule is shorter
     double *busy, *begin, *end;    // [n_ranks] time in F, B, I, W; begin of the first F and end of the last action
     double *peak;                  // [n_ranks] most memory held
-    double *action_begin, *action_end;   // [actions]; a SEND ends when its rank goes on, a RECV when it is posted
+    double *action_begin, *action_end;   // [actions]; a SEND ends when its rank goes on, a RECV when it is posted; REDUCE_GRAD begins when all are there
     int32_t *critical;             // [n_critical] indices of the actions that make the makespan, first to last: each begins when the one before ends plus its link (NCCL: or later,
                                    //   behind other transfers)
     int64_t n_critical;
@@ -937,7 +956,7 @@ typedef struct llmpar_pipe_timing {
 LLMPAR_DEF llmpar_status llmpar_pipe_simulate(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport,
                                               llmpar_arena *arena, llmpar_pipe_timing *timing, llmpar_error *err);
 
-// No schedule of these stages, micro-batches, times and memory limit (0 = none) has a shorter span, or makespan.
+// No schedule of these stages, micro-batches, times and memory limit (0 = none) has a shorter span, or makespan, even without REDUCE_GRAD.
 typedef struct llmpar_pipe_bound { double span, makespan; } llmpar_pipe_bound;
 LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, double memory, llmpar_pipe_bound *bound, llmpar_error *err);
 
@@ -1383,7 +1402,8 @@ LLMPAR_DEF void         llmpar_exec_watch(llmpar_exec *exec, void (*fn)(int step
 // ============================================================================================================
 // llmpar_stages does one rank's actions of a program of >>pipe, in their order, with a callback for the work of a stage. What travels between ranks goes through buffers that
 // the runner owns: a RECV is posted when its turn comes and waited for by the action that takes it; a SEND is started and waited for when its buffer is filled again, so
-// that both run beside the work. What one stage hands to another of the same rank stays where it was written. Creating allocates, running does not. A communicator takes 64
+// that both run beside the work. What one stage hands to another of the same rank stays where it was written. The gradient of a parameter
+// that stages on several ranks share is summed by a callback over a group of those ranks (REDUCE_GRAD). Creating allocates, running does not. A communicator takes 64
 // Sends and Recvs of a rank at a time: a program that posts more ahead (lowered with links much slower than its stages, say) fails with that error when it runs.
 //
 //     desc.program = &program; desc.transport = LLMPAR_PIPE_NCCL; desc.comm = comm; desc.forward_bytes = 4 * tokens * hidden; desc.forward = work;
@@ -1405,12 +1425,15 @@ typedef struct llmpar_stages_desc {
     llmpar_status (*forward)(int32_t stage, int32_t micro, const void *in, void *out, void *user, llmpar_error *err);
     // what: B, I or W. in: what stage + 1 made (the gradient of the outputs), NULL at the last stage; out: for stage - 1, NULL at the first one. W has neither. NULL: no backward
     llmpar_status (*backward)(int32_t stage, int32_t micro, llmpar_action_kind what, const void *in, void *out, void *user, llmpar_error *err);
-    void *user;                    // handed to both
+    // Sums what this rank's stages have added up in its copy of the gradient of a shared parameter of the program over `holders`, the ranks with a copy:
+    // llmpar_all_reduce(holders, gradient, gradient, n, ..). Once a run for each parameter with copies on several ranks. NULL: the program has none
+    llmpar_status (*reduce)(int32_t shared, llmpar_comm *holders, void *user, llmpar_error *err);
+    void *user;                    // handed to all three
     bool  record;                  // the clock is read around every action, for llmpar_stages_timing
     bool  unproven;                // llmpar_pipe_verify is left out: a program that cannot end runs into comm's deadline
     llmpar_allocator allocator;
 } llmpar_stages_desc;
-// Local: waits for nobody, and fails on all ranks alike. Errors: verify's, messages of two ranks whose order differs between them, no memory.
+// Local: waits for nobody, and fails on all ranks alike (but for memory). Errors: verify's, messages of two ranks whose order differs between them, no memory.
 LLMPAR_DEF llmpar_status llmpar_stages_create(const llmpar_stages_desc *desc, llmpar_stages **stages, llmpar_error *err);
 LLMPAR_DEF void          llmpar_stages_free(llmpar_stages *stages);
 // Runs the program from beginning to end. Every rank calls it, with the same skip[n_micro]: micro-batches that are left out this time (NULL = none; with in_flight, all that
@@ -9157,12 +9180,13 @@ LLMPARI_ONCE_END
 // >>pipe (impl)
 // ============================================================================================================
 
-static const char *const llmpari_action_name[LLMPAR_ACTION_COUNT] = { "F", "B", "I", "W", "SEND_F", "RECV_F", "SEND_B", "RECV_B" };
+static const char *const llmpari_action_name[LLMPAR_ACTION_COUNT] = { "F", "B", "I", "W", "SEND_F", "RECV_F", "SEND_B", "RECV_B", "REDUCE_GRAD" };
 
 typedef struct llmpari_action_text { char text[40]; } llmpari_action_text;
 LLMPARI_FN llmpari_action_text llmpari_action_print(llmpar_action a) {
     llmpari_action_text t;
-    snprintf(t.text, sizeof t.text, "%d%s%d", (int)a.stage, a.kind < LLMPAR_ACTION_COUNT ? llmpari_action_name[a.kind] : "?", (int)a.micro);
+    const int n = snprintf(t.text, sizeof t.text, "%d%s", (int)a.stage, a.kind < LLMPAR_ACTION_COUNT ? llmpari_action_name[a.kind] : "?");
+    if (a.kind != LLMPAR_ACTION_REDUCE_GRAD || a.micro) snprintf(t.text + n, sizeof t.text - (size_t)n, "%d", (int)a.micro);
     return t;
 }
 LLMPARI_FN llmpar_action llmpari_action(llmpar_action_kind kind, int64_t stage, int64_t micro) {
@@ -9188,13 +9212,83 @@ LLMPAR_DEF llmpar_status llmpar_pipe_kind_parse(const char *name, llmpar_pipe_ki
                         "v-half v-min dualpipe-v forward auto", name ? name : "(null)");
 }
 
+// ---- Shared parameters ------------------------------------------------------------------------------------------
+
+LLMPARI_FN llmpar_status llmpari_pipe_shared_check(const llmpar_pipe_shared *shared, int32_t n, int32_t n_stages, llmpar_error *err) {
+    if (n < 0 || n > LLMPAR_MAX_STAGES || (n && !shared))
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%d shared parameters%s; pass 0 to %d", (int)n, n > 0 && !shared ? ", and the list is NULL" : "", LLMPAR_MAX_STAGES);
+    for (int32_t k = 0; k < n; k++) {
+        const llmpar_pipe_shared *p = &shared[k];
+        if (p->n_stages < 1 || !p->stage || p->bytes < 0)
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "shared parameter %d has %d stages and a gradient of %lld bytes; pass at least one stage, 0 bytes or more", (int)k,
+                                p->stage ? (int)p->n_stages : 0, (long long)p->bytes);
+        for (int32_t i = 0; i < p->n_stages; i++)
+            if (p->stage[i] < 0 || p->stage[i] >= n_stages || (i && p->stage[i] <= p->stage[i - 1]))
+                return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "shared parameter %d: stage %d%s; pass stages of 0 to %d, ascending", (int)k, (int)p->stage[i],
+                                    i && p->stage[i] <= p->stage[i - 1] ? " after a later one or twice" : "", (int)n_stages - 1);
+    }
+    return LLMPAR_OK;
+}
+// Copies parameters behind those that s has.
+LLMPARI_FN llmpar_status llmpari_pipe_share(llmpar_schedule *s, const llmpar_pipe_shared *shared, int32_t n, llmpar_arena *arena, llmpar_error *err) {
+    if (!n) return LLMPAR_OK;
+    llmpar_pipe_shared *all = (llmpar_pipe_shared *)llmpar_arena_alloc(arena, (size_t)(s->n_shared + n) * sizeof *all);
+    for (int32_t k = 0; all && k < s->n_shared; k++) all[k] = s->shared[k];
+    for (int32_t k = 0; all && k < n; k++) {
+        int32_t *stage = (int32_t *)llmpar_arena_alloc(arena, (size_t)shared[k].n_stages * sizeof *stage);
+        if (!stage) { all = NULL; break; }
+        memcpy(stage, shared[k].stage, (size_t)shared[k].n_stages * sizeof *stage);
+        all[s->n_shared + k] = shared[k];
+        all[s->n_shared + k].stage = stage;
+    }
+    if (!all) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d shared parameters", (int)n);
+    s->shared = all, s->n_shared += n;
+    return LLMPAR_OK;
+}
+// Do copies of a parameter lie on several ranks?
+LLMPARI_FN bool llmpari_pipe_spread(const llmpar_schedule *s, const llmpar_pipe_shared *p) {
+    for (int32_t i = 1; i < p->n_stages; i++) if (s->rank_of[p->stage[i]] != s->rank_of[p->stage[0]]) return true;
+    return false;
+}
+// The ranks that have a copy of a parameter, each once, in the order of their first stages; how many.
+LLMPARI_FN int32_t llmpari_pipe_holders(const llmpar_schedule *s, const llmpar_pipe_shared *p, int32_t *rank) {
+    int32_t n = 0;
+    for (int32_t i = 0; i < p->n_stages; i++) {
+        int32_t k = 0;
+        while (k < i && s->rank_of[p->stage[k]] != s->rank_of[p->stage[i]]) k++;
+        if (k < i) continue;
+        if (rank) rank[n] = s->rank_of[p->stage[i]];
+        n++;
+    }
+    return n;
+}
+// The first stage of a rank that has a copy; -1 = none.
+LLMPARI_FN int32_t llmpari_pipe_held(const llmpar_schedule *s, const llmpar_pipe_shared *p, int32_t rank) {
+    for (int32_t i = 0; i < p->n_stages; i++) if (s->rank_of[p->stage[i]] == rank) return p->stage[i];
+    return -1;
+}
+
 // Costs with every array filled in; links between stages of one rank are 0.
-typedef struct llmpari_pipe_cost { double *time[4], *link, *hold, *release; } llmpari_pipe_cost;   // time[F, B, I, W][stage]
+typedef struct llmpari_pipe_cost { double *time[4], *link, *hold, *release, *reduce; } llmpari_pipe_cost;   // time[F, B, I, W][stage], reduce[shared]
 
 LLMPARI_FN llmpar_status llmpari_pipe_cost_take(const double *from, double otherwise, const char *what, int32_t n, double *to, llmpar_error *err) {
     for (int32_t s = 0; s < n; s++) {
         to[s] = from ? from[s] : otherwise;
         if (!(to[s] >= 0 && to[s] <= 1e100)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s of stage %d is %g; pass a finite number >= 0", what, (int)s, to[s]);
+    }
+    return LLMPAR_OK;
+}
+LLMPARI_FN llmpar_status llmpari_pipe_cost_reduce(const llmpar_pipe_costs *costs, const llmpar_schedule *s, llmpar_arena *arena, llmpari_pipe_cost *c, llmpar_error *err) {
+    c->reduce = s->n_shared ? (double *)llmpar_arena_alloc(arena, (size_t)s->n_shared * sizeof(double)) : NULL;
+    if (s->n_shared && !c->reduce) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the costs of %d shared parameters", (int)s->n_shared);
+    for (int32_t k = 0; k < s->n_shared; k++) {
+        const llmpar_pipe_shared *p = &s->shared[k];
+        llmpar_mesh ranks;
+        memset(&ranks, 0, sizeof ranks);
+        ranks.n_axes = 1, ranks.axis[0].size = llmpari_pipe_holders(s, p, NULL), ranks.axis[0].stride = 1;
+        c->reduce[k] = costs->reduce ? costs->reduce[k] : costs->hardware ? llmpar_collective_cost(&ranks, costs->hardware, LLMPAR_ALL_REDUCE, 1, p->bytes).seconds : 0;
+        if (!(c->reduce[k] >= 0 && c->reduce[k] <= 1e100))
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "time of REDUCE_GRAD of shared parameter %d is %g; pass a finite number >= 0", (int)k, c->reduce[k]);
     }
     return LLMPAR_OK;
 }
@@ -9220,7 +9314,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_cost_fill(const llmpar_pipe_costs *costs, 
             return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "stage %d: I releases %g, more than the %g that F holds", (int)s, c->release[s], c->hold[s]);
         if (schedule->rank_of[s] == schedule->rank_of[(s + 1) % n]) c->link[s] = 0;
     }
-    return LLMPAR_OK;
+    return llmpari_pipe_cost_reduce(costs, schedule, arena, c, err);
 }
 // What an action adds to the memory of its rank: F at its begin, the others at their end.
 LLMPARI_FN double llmpari_pipe_holds(int kind, double hold, double release) {
@@ -9236,8 +9330,8 @@ LLMPARI_FN double llmpari_pipe_memory(const llmpari_pipe_cost *c, llmpar_action 
 
 // ---- Where every action stands --------------------------------------------------------------------------------
 
-// at[kind][stage * M + micro]: index of the action, -1 = there is none. partner[action]: of a SEND its RECV, of a RECV its SEND.
-typedef struct llmpari_pipe_index { int32_t *at[LLMPAR_ACTION_COUNT], *partner; bool backward; } llmpari_pipe_index;
+// at[kind][stage * M + micro]: index of the action, -1 = there is none. partner[action]: of a SEND its RECV, of a RECV its SEND. reduce[shared * n_ranks + rank]: of REDUCE_GRAD.
+typedef struct llmpari_pipe_index { int32_t *at[LLMPAR_ACTION_REDUCE_GRAD], *partner, *reduce; bool backward; } llmpari_pipe_index;
 
 LLMPARI_FN bool llmpari_pipe_crosses(const llmpar_schedule *s, int64_t stage) {   // do stages `stage` and the next one (after the last: the first) lie on different ranks?
     return s->rank_of[stage] != s->rank_of[(stage + 1) % s->n_stages];
@@ -9259,13 +9353,33 @@ LLMPARI_FN llmpar_status llmpari_pipe_shape(const llmpar_schedule *s, llmpar_err
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "in_flight=%d with %d micro-batches; pass the number of sequences, at most one per micro-batch, or 0", (int)s->in_flight, (int)s->n_micro);
     for (int32_t i = 0; i < s->n_stages; i++)
         if (s->rank_of[i] < 0 || s->rank_of[i] >= s->n_ranks) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "stage %d lies on rank %d of %d", (int)i, (int)s->rank_of[i], (int)s->n_ranks);
+    return llmpari_pipe_shared_check(s->shared, s->n_shared, s->n_stages, err);
+}
+
+// A REDUCE_GRAD, action j of rank r.
+LLMPARI_FN llmpar_status llmpari_pipe_index_reduce(const llmpar_schedule *s, int32_t r, int64_t j, llmpari_pipe_index *x, llmpar_error *err) {
+    const llmpar_action a = s->action[j];
+    const llmpar_pipe_shared *p = a.micro >= 0 && a.micro < s->n_shared ? &s->shared[a.micro] : NULL;
+    bool shares = false;
+    for (int32_t i = 0; p && i < p->n_stages; i++) shares = shares || p->stage[i] == a.stage;
+    if (!shares)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d: %s, but stage %d has no copy of a shared parameter %d", (int)r, llmpari_action_print(a).text, (int)a.stage, (int)a.micro);
+    if (s->rank_of[a.stage] != r)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s stands on rank %d, but stage %d lies on rank %d", llmpari_action_print(a).text, (int)r, (int)a.stage, (int)s->rank_of[a.stage]);
+    if (!llmpari_pipe_spread(s, p))
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s has nobody to sum with: shared parameter %d is on rank %d alone", llmpari_action_print(a).text, (int)a.micro, (int)r);
+    int32_t *at = &x->reduce[(int64_t)a.micro * s->n_ranks + r];
+    if (*at >= 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d sums the gradient of shared parameter %d twice: %s and %s", (int)r, (int)a.micro, llmpari_action_print(s->action[*at]).text,
+                                      llmpari_action_print(a).text);
+    *at = (int32_t)j;
     return LLMPAR_OK;
 }
 
 // Fills the index; errors: an action twice, on a rank that does not hold its stage, out of range.
 LLMPARI_FN llmpar_status llmpari_pipe_index_fill(const llmpar_schedule *s, llmpar_arena *arena, llmpari_pipe_index *x, llmpar_error *err) {
     const int64_t cells = (int64_t)s->n_stages * s->n_micro;
-    const int kinds = s->lowered ? LLMPAR_ACTION_COUNT : 4;
+    const int kinds = s->lowered ? LLMPAR_ACTION_REDUCE_GRAD : 4;
+    const int64_t sums = (int64_t)s->n_shared * s->n_ranks;
     int32_t *all = (int32_t *)llmpar_arena_alloc(arena, (size_t)(kinds * cells) * sizeof *all);
     if (!all) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for an index of %d stages x %d micro-batches", (int)s->n_stages, (int)s->n_micro);
     memset(all, 0xff, (size_t)(kinds * cells) * sizeof *all);
@@ -9273,9 +9387,16 @@ LLMPARI_FN llmpar_status llmpari_pipe_index_fill(const llmpar_schedule *s, llmpa
     for (int k = 0; k < kinds; k++) x->at[k] = all + k * cells;
     x->partner = s->lowered ? (int32_t *)llmpar_arena_alloc(arena, (size_t)s->first[s->n_ranks] * sizeof(int32_t)) : NULL;
     if (s->lowered && !x->partner) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for an index of %lld transfers", (long long)s->first[s->n_ranks]);
+    x->reduce = sums ? (int32_t *)llmpar_arena_alloc(arena, (size_t)sums * sizeof(int32_t)) : NULL;
+    if (sums && !x->reduce) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for an index of %d shared parameters", (int)s->n_shared);
+    if (sums) memset(x->reduce, 0xff, (size_t)sums * sizeof(int32_t));
     for (int32_t r = 0; r < s->n_ranks; r++)
         for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
             const llmpar_action a = s->action[j];
+            if (a.kind == LLMPAR_ACTION_REDUCE_GRAD) {
+                LLMPARI_TRY(llmpari_pipe_index_reduce(s, r, j, x, err));
+                continue;
+            }
             if (a.kind >= kinds || a.stage < 0 || a.stage >= s->n_stages || a.micro < 0 || a.micro >= s->n_micro)
                 return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d: %s is not an action of %d stages, %d micro-batches%s", (int)r, llmpari_action_print(a).text, (int)s->n_stages,
                                     (int)s->n_micro, s->lowered ? "" : " in a schedule without transfers");
@@ -9315,6 +9436,25 @@ LLMPARI_FN llmpar_status llmpari_pipe_transfer_check(const llmpar_schedule *s, c
     return llmpari_pipe_order(s, in, used, err);
 }
 
+// Every rank with a copy of a shared parameter sums its gradient, after all that adds to it. A schedule without transfers may leave that to lowering.
+LLMPARI_FN llmpar_status llmpari_pipe_summed(const llmpar_schedule *s, const llmpari_pipe_index *x, llmpar_error *err) {
+    for (int32_t k = 0; k < s->n_shared; k++) {
+        const llmpar_pipe_shared *p = &s->shared[k];
+        const int32_t *at = &x->reduce[(int64_t)k * s->n_ranks];
+        int32_t any = -1;
+        for (int32_t r = 0; r < s->n_ranks && any < 0; r++) any = at[r];
+        if (any >= 0 && !x->backward) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s: there is no gradient without a backward", llmpari_action_print(s->action[any]).text);
+        if (any < 0 && (!s->lowered || !x->backward || !llmpari_pipe_spread(s, p))) continue;
+        for (int32_t i = 0; i < p->n_stages; i++) {
+            const int32_t st = p->stage[i], sum = at[s->rank_of[st]];
+            if (sum < 0) return llmpari_pipe_missing(s, LLMPAR_ACTION_REDUCE_GRAD, st, k, err);
+            for (int64_t c = (int64_t)st * s->n_micro; c < (int64_t)(st + 1) * s->n_micro; c++)
+                LLMPARI_TRY(llmpari_pipe_order(s, x->at[LLMPAR_ACTION_B][c] >= 0 ? x->at[LLMPAR_ACTION_B][c] : x->at[LLMPAR_ACTION_W][c], sum, err));
+        }
+    }
+    return LLMPAR_OK;
+}
+
 LLMPARI_FN llmpar_status llmpari_pipe_complete(const llmpar_schedule *s, const llmpari_pipe_index *x, llmpar_error *err) {
     const int64_t M = s->n_micro;
     if (x->backward && s->in_flight) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "in_flight=%d is for schedules without backward", (int)s->in_flight);
@@ -9332,6 +9472,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_complete(const llmpar_schedule *s, const l
             if (w < 0) return llmpari_pipe_missing(s, LLMPAR_ACTION_W, st, m, err);
             LLMPARI_TRY(llmpari_pipe_order(s, i, w, err));
         }
+    LLMPARI_TRY(llmpari_pipe_summed(s, x, err));
     if (!s->lowered) return LLMPAR_OK;
     for (int64_t st = 0; st < s->n_stages; st++)
         for (int64_t m = 0; m < M; m++) {
@@ -9364,6 +9505,9 @@ typedef struct llmpari_channel_side {
 } llmpari_channel_side;
 typedef struct llmpari_channel { int32_t rank[2]; llmpari_channel_side side[2]; } llmpari_channel;
 
+// A REDUCE_GRAD: how many ranks have not come to it, when the last one came, and when all were there: -1 = not yet.
+typedef struct llmpari_pipe_sum_up { int32_t missing; double last, begin; } llmpari_pipe_sum_up;
+
 typedef struct llmpari_pipe_run {
     const llmpar_schedule    *s;
     const llmpari_pipe_cost  *c;
@@ -9381,10 +9525,11 @@ typedef struct llmpari_pipe_run {
     llmpari_channel *channel;
     int32_t  n_channels;
     llmpari_channel_op *op;        // [actions]
+    llmpari_pipe_sum_up *sum;      // [n_shared]
 } llmpari_pipe_run;
 
 LLMPARI_FN bool llmpari_action_is_send(llmpar_action a) { return a.kind == LLMPAR_ACTION_SEND_F || a.kind == LLMPAR_ACTION_SEND_B; }
-LLMPARI_FN bool llmpari_action_is_transfer(llmpar_action a) { return a.kind >= LLMPAR_ACTION_SEND_F; }
+LLMPARI_FN bool llmpari_action_is_transfer(llmpar_action a) { return a.kind >= LLMPAR_ACTION_SEND_F && a.kind <= LLMPAR_ACTION_RECV_B; }
 
 // The other end of a transfer; the same for a RECV as for a SEND.
 LLMPARI_FN llmpar_action llmpari_pipe_other_end(const llmpar_schedule *s, llmpar_action a) {
@@ -9467,15 +9612,25 @@ LLMPARI_FN const double *llmpari_pipe_input(const llmpari_pipe_run *q, int64_t j
         return s->in_flight > 0 && a.micro >= s->in_flight ? &q->arrive[0][(int64_t)(s->n_stages - 1) * M + a.micro - s->in_flight] : NULL;
     case LLMPAR_ACTION_B: case LLMPAR_ACTION_I: return a.stage + 1 < s->n_stages ? &q->arrive[1][c + M] : NULL;
     case LLMPAR_ACTION_SEND_F: case LLMPAR_ACTION_SEND_B: return q->transport == LLMPAR_PIPE_RENDEZVOUS ? &q->end[q->x->partner[j]] : NULL;
+    case LLMPAR_ACTION_REDUCE_GRAD: return &q->sum[a.micro].begin;
     default: return NULL;
     }
 }
 // With NCCL: the buffer that an action fills, its rank's number of it; it is free when the SEND before from there is over. -1 = none.
 LLMPARI_FN int32_t llmpari_pipe_fills(const llmpari_pipe_run *q, llmpar_action a) {
-    if (q->transport != LLMPAR_PIPE_NCCL || !q->s->lowered || !q->s->n_slots || a.kind == LLMPAR_ACTION_W || llmpari_action_is_send(a)) return -1;
+    if (q->transport != LLMPAR_PIPE_NCCL || !q->s->lowered || !q->s->n_slots || a.kind == LLMPAR_ACTION_W || a.kind == LLMPAR_ACTION_REDUCE_GRAD || llmpari_action_is_send(a)) return -1;
     if (llmpari_action_is_transfer(a)) return a.slot;
     const int32_t send = q->x->at[a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B][(int64_t)a.stage * q->s->n_micro + a.micro];
     return send >= 0 ? q->s->action[send].slot : -1;
+}
+
+// Rank r has come to a REDUCE_GRAD at time t. The last one lets all go on.
+LLMPARI_FN void llmpari_pipe_come(llmpari_pipe_run *q, int32_t r, int32_t shared, double t) {
+    llmpari_pipe_sum_up *sum = &q->sum[shared];
+    if (t > sum->last) sum->last = t;
+    if (--sum->missing) return;
+    sum->begin = sum->last;
+    for (int32_t o = 0; o < q->s->n_ranks; o++) if (o != r && q->x->reduce[(int64_t)shared * q->s->n_ranks + o] >= 0) llmpari_pipe_wake(q, o, &sum->begin);
 }
 
 // One rank, as far as it gets.
@@ -9485,6 +9640,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_advance(llmpari_pipe_run *q, int32_t r, ll
     for (; q->at[r] < s->first[r + 1]; q->at[r]++) {
         const int64_t j = q->at[r];
         const llmpar_action a = s->action[j];
+        if (a.kind == LLMPAR_ACTION_REDUCE_GRAD && q->sum[a.micro].begin < 0) llmpari_pipe_come(q, r, a.micro, clock);
         const double *need = llmpari_pipe_input(q, j);
         if (need && *need < 0) { q->wait[r] = need; return LLMPAR_OK; }
         if (need && *need > clock) clock = *need;
@@ -9503,7 +9659,8 @@ LLMPARI_FN llmpar_status llmpari_pipe_advance(llmpari_pipe_run *q, int32_t r, ll
             if (!s->lowered || !crosses) llmpari_pipe_arrive(q, d, a.stage, a.micro, clock + (crosses ? q->c->link[d ? a.stage - 1 : a.stage] : 0));
             continue;
         }
-        q->end[j] = clock;
+        q->end[j] = a.kind == LLMPAR_ACTION_REDUCE_GRAD ? clock += q->c->reduce[a.micro] : clock;
+        if (a.kind == LLMPAR_ACTION_REDUCE_GRAD) continue;
         if (q->transport == LLMPAR_PIPE_NCCL) {
             if (llmpari_action_is_send(a) && a.slot >= 0) q->slot_free[q->slot_first[r] + a.slot] = -1;
             if (q->end[q->x->partner[j]] >= 0) LLMPARI_TRY(llmpari_channel_move(q, &q->channel[q->channel_of[llmpari_pipe_link_of(s, a)]], err));
@@ -9573,29 +9730,62 @@ LLMPARI_FN int32_t llmpari_pipe_blocker(const llmpari_pipe_run *q, int32_t rank,
     }
 }
 
-// Nobody can go on: says so with a shortest circle of ranks.
-LLMPARI_FN llmpar_status llmpari_pipe_stuck(const llmpari_pipe_run *q, llmpar_error *err) {
+// One after the other, the actions that a rank waits for: block[rank], or those of a REDUCE_GRAD to which their ranks have not come. *i counts on; -1 = no more.
+LLMPARI_FN int32_t llmpari_pipe_blockers(const llmpari_pipe_run *q, int32_t rank, const int32_t *block, int32_t *i) {
     const llmpar_schedule *s = q->s;
+    const llmpar_action a = s->action[q->at[rank]];
+    if (a.kind != LLMPAR_ACTION_REDUCE_GRAD) return (*i)++ ? -1 : block[rank];
+    while (*i < s->n_ranks) {
+        const int32_t o = (*i)++, j = q->x->reduce[(int64_t)a.micro * s->n_ranks + o];
+        if (j > q->at[o]) return j;
+    }
+    return -1;
+}
+// A shortest circle of waiting ranks through `start`, in breadth: its ranks go to row; how many, 0 = there is none. from: [n_ranks], scratch.
+LLMPARI_FN int32_t llmpari_pipe_circle(const llmpari_pipe_run *q, int32_t start, const int32_t *block, int32_t *from, int32_t *row) {
+    int32_t n = 0, length = 1;
+    for (int32_t r = 0; r < q->s->n_ranks; r++) from[r] = -1;
+    row[n++] = start;
+    for (int32_t k = 0; k < n; k++)
+        for (int32_t i = 0, b; (b = llmpari_pipe_blockers(q, row[k], block, &i)) >= 0; ) {
+            const int32_t next = q->s->rank_of[q->s->action[b].stage];
+            int32_t p = row[k];
+            if (next == start) {
+                for (int32_t o = p; o != start; o = from[o]) length++;
+                for (int32_t o = length; o-- > 0; p = from[p]) row[o] = p;
+                return length;
+            }
+            if (from[next] < 0) from[next] = p, row[n++] = next;
+        }
+    return 0;
+}
+
+// Nobody can go on: says so with a shortest circle of ranks.
+LLMPARI_FN llmpar_status llmpari_pipe_stuck(const llmpari_pipe_run *q, llmpar_arena *arena, llmpar_error *err) {
+    const llmpar_schedule *s = q->s;
+    const int32_t R = s->n_ranks;
     int32_t best = -1, best_length = INT32_MAX;
     char text[900];
     int at = 0;
-    for (int32_t r = 0; r < s->n_ranks; r++) {
-        int32_t p = r, length = 0;
-        if (!q->wait[r]) continue;
-        do {
-            const int32_t b = llmpari_pipe_blocker(q, p, err);
-            if (b < 0) return LLMPAR_BAD_ARGUMENT;
-            p = s->rank_of[s->action[b].stage];
-        } while (++length < best_length && p != r && length <= s->n_ranks);
-        if (p == r && length < best_length) best = r, best_length = length;
+    int32_t *block = (int32_t *)llmpar_arena_alloc(arena, 3 * (size_t)R * sizeof *block), *from = block + R, *row = block + 2 * (int64_t)R;
+    if (!block) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to see why %d ranks wait", (int)R);
+    for (int32_t r = 0; r < R; r++) {
+        block[r] = q->wait[r] && s->action[q->at[r]].kind != LLMPAR_ACTION_REDUCE_GRAD ? llmpari_pipe_blocker(q, r, err) : 0;
+        if (block[r] < 0) return LLMPAR_BAD_ARGUMENT;
+    }
+    for (int32_t r = 0; r < R; r++) {
+        const int32_t length = q->wait[r] ? llmpari_pipe_circle(q, r, block, from, row) : 0;
+        if (length && length < best_length) best = r, best_length = length;
     }
     text[0] = 0;
-    for (int32_t p = best, i = 0; best >= 0 && i < best_length; i++) {
-        const int32_t b = llmpari_pipe_blocker(q, p, err), next = s->rank_of[s->action[b].stage];
-        if (i < 6) llmpari_append(text, sizeof text, &at, "%srank %d waits in %s for %s, which comes after %s on rank %d", i ? "; " : "", (int)p, llmpari_action_print(s->action[q->at[p]]).text,
+    if (best >= 0) llmpari_pipe_circle(q, best, block, from, row);
+    for (int32_t k = 0; best >= 0 && k < best_length && k <= 6; k++) {
+        const int32_t p = row[k], next = row[(k + 1) % best_length];
+        int32_t i = 0, b = llmpari_pipe_blockers(q, p, block, &i);
+        while (s->rank_of[s->action[b].stage] != next) b = llmpari_pipe_blockers(q, p, block, &i);
+        if (k < 6) llmpari_append(text, sizeof text, &at, "%srank %d waits in %s for %s, which comes after %s on rank %d", k ? "; " : "", (int)p, llmpari_action_print(s->action[q->at[p]]).text,
                                   llmpari_action_print(s->action[b]).text, llmpari_action_print(s->action[q->at[next]]).text, (int)next);
-        else if (i == 6) llmpari_append(text, sizeof text, &at, "; and so on, %d ranks", (int)best_length);
-        p = next;
+        else llmpari_append(text, sizeof text, &at, "; and so on, %d ranks", (int)best_length);
     }
     return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "deadlock: %s", text);
 }
@@ -9661,10 +9851,16 @@ LLMPARI_FN llmpar_status llmpari_pipe_times(llmpari_pipe_run *q, llmpar_arena *a
     }
     q->slot_free = (double *)llmpar_arena_alloc(arena, (size_t)llmpari_max(slots, 1) * sizeof(double));
     if (!q->slot_free) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %lld message buffers", (long long)slots);
+    q->sum = s->n_shared ? (llmpari_pipe_sum_up *)llmpar_arena_alloc(arena, (size_t)s->n_shared * sizeof *q->sum) : NULL;
+    if (s->n_shared && !q->sum) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to time %d shared parameters", (int)s->n_shared);
+    for (int32_t k = 0; k < s->n_shared; k++) {
+        q->sum[k].missing = 0, q->sum[k].last = 0, q->sum[k].begin = -1;
+        for (int32_t r = 0; r < R; r++) q->sum[k].missing += q->x->reduce[k * R + r] >= 0;
+    }
     if (s->lowered && q->transport == LLMPAR_PIPE_NCCL) LLMPARI_TRY(llmpari_pipe_channels(q, arena, err));
     while (q->n_ready) LLMPARI_TRY(llmpari_pipe_advance(q, q->ready[--q->n_ready], err));
     for (int32_t r = 0; r < R; r++)
-        if (q->at[r] < s->first[r + 1]) return llmpari_pipe_stuck(q, err);
+        if (q->at[r] < s->first[r + 1]) return llmpari_pipe_stuck(q, arena, err);
     return LLMPAR_OK;
 }
 
@@ -9680,7 +9876,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_slots_check(const llmpar_schedule *s, cons
             int32_t take = -1, give = -1;                                                  // transfers whose buffer is filled, emptied here
             if (a.kind == LLMPAR_ACTION_RECV_F || a.kind == LLMPAR_ACTION_RECV_B) take = (int32_t)j;
             else if (llmpari_action_is_send(a)) give = (int32_t)j;
-            else if (a.kind != LLMPAR_ACTION_W) {
+            else if (a.kind < LLMPAR_ACTION_W) {
                 take = x->at[a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B][c];
                 give = x->at[a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_RECV_F : LLMPAR_ACTION_RECV_B][c];
             }
@@ -9728,6 +9924,11 @@ LLMPARI_FN void llmpari_pipe_critical(const llmpar_schedule *s, const llmpari_pi
         else if ((a.kind == LLMPAR_ACTION_B || a.kind == LLMPAR_ACTION_I) && a.stage + 1 < s->n_stages)
             input = x->at[LLMPAR_ACTION_I][c + M] >= 0 ? x->at[LLMPAR_ACTION_I][c + M] : x->at[LLMPAR_ACTION_B][c + M];
         else if (llmpari_action_is_send(a)) input = x->partner[j];
+        else if (a.kind == LLMPAR_ACTION_REDUCE_GRAD)                                      // what the rank did before that came last
+            for (int32_t r = 0; r < s->n_ranks; r++) {
+                const int64_t before = x->reduce[(int64_t)a.micro * s->n_ranks + r] - (int64_t)1;
+                if (before >= s->first[r] && (input < 0 || t->action_end[before] > t->action_end[input])) input = before;
+            }
         j = own >= 0 && (input < 0 || t->action_end[own] >= t->action_begin[j]) ? own : input;
     }
     for (int64_t i = 0, k = t->n_critical - 1; i < k; i++, k--) {
@@ -9744,8 +9945,8 @@ LLMPARI_FN void llmpari_pipe_sum(const llmpar_schedule *s, const llmpari_pipe_co
             const llmpar_action a = s->action[j];
             if (llmpari_action_is_transfer(a)) continue;
             if (!begun) begun = true, t->begin[r] = t->action_begin[j];
-            t->busy[r] += t->action_end[j] - t->action_begin[j];
-            t->end[r]   = t->action_end[j];
+            if (a.kind <= LLMPAR_ACTION_W) t->busy[r] += t->action_end[j] - t->action_begin[j];
+            t->end[r] = t->action_end[j];
         }
         t->peak[r] = llmpari_pipe_peak(s, c, r);
         if (t->busy[r] > t->work) t->work = t->busy[r];
@@ -9937,6 +10138,28 @@ LLMPARI_FN llmpar_status llmpari_pipe_lower_rank(const llmpari_lowering *l, int3
     return llmpari_pipe_life_number(out, program, r, scratch, err);
 }
 
+// The shared parameters that are summed over ranks, in the order in which their gradients are there.
+LLMPARI_FN llmpar_status llmpari_pipe_lower_sums(const llmpari_lowering *l, llmpar_arena *scratch, int32_t **order, int32_t *n, llmpar_error *err) {
+    const llmpar_schedule *s = l->s;
+    *n = 0, *order = NULL;
+    if (!s->n_shared || !l->x->backward) return LLMPAR_OK;
+    double *ready = (double *)llmpar_arena_alloc(scratch, (size_t)s->n_shared * sizeof *ready);
+    int32_t *list = *order = (int32_t *)llmpar_arena_alloc(scratch, (size_t)s->n_shared * sizeof *list);
+    if (!ready || !list) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d shared parameters", (int)s->n_shared);
+    for (int32_t k = 0; k < s->n_shared; k++) {
+        const llmpar_pipe_shared *p = &s->shared[k];
+        ready[k] = 0;
+        if (!llmpari_pipe_spread(s, p)) continue;
+        for (int32_t i = 0; i < p->n_stages; i++)
+            for (int64_t c = (int64_t)p->stage[i] * s->n_micro; c < (int64_t)(p->stage[i] + 1) * s->n_micro; c++)
+                ready[k] = fmax(ready[k], l->end[l->x->at[LLMPAR_ACTION_B][c] >= 0 ? l->x->at[LLMPAR_ACTION_B][c] : l->x->at[LLMPAR_ACTION_W][c]]);
+        int32_t at = (*n)++;
+        for (; at > 0 && ready[list[at - 1]] > ready[k]; at--) list[at] = list[at - 1];
+        list[at] = k;
+    }
+    return LLMPAR_OK;
+}
+
 LLMPARI_FN llmpar_status llmpari_pipe_lower_into(const llmpar_schedule *s, const llmpar_pipe_costs *costs, llmpar_transport transport, llmpar_arena *scratch,
                                                  llmpar_schedule *program, llmpar_error *err) {
     const int64_t n = s->first[s->n_ranks];
@@ -9980,6 +10203,8 @@ LLMPARI_FN llmpar_status llmpari_pipe_lower_into(const llmpar_schedule *s, const
         }
     for (int64_t k = 0; k < n; k++) l.recv_at[k] = -1;
 
+    int32_t *sum, n_sums;
+    LLMPARI_TRY(llmpari_pipe_lower_sums(&l, scratch, &sum, &n_sums, err));
     int64_t at = 0, most = 0;
     for (int32_t r = 0; r < s->n_ranks; r++) {
         const int64_t received = l.gap[s->first[r + 1]] - l.gap[s->first[r]], own = s->first[r + 1] - s->first[r];
@@ -9990,6 +10215,10 @@ LLMPARI_FN llmpar_status llmpari_pipe_lower_into(const llmpar_schedule *s, const
     for (int32_t r = 0; r < s->n_ranks; r++) {
         program->first[r] = at;
         LLMPARI_TRY(llmpari_pipe_lower_rank(&l, r, program, &at, &in, &out, scratch, err));
+        for (int32_t k = 0; k < n_sums; k++) {
+            const int32_t stage = llmpari_pipe_held(s, &s->shared[sum[k]], r);
+            if (stage >= 0) program->action[at++] = llmpari_action(LLMPAR_ACTION_REDUCE_GRAD, stage, sum[k]);
+        }
     }
     program->first[s->n_ranks] = at;
     return LLMPAR_OK;
@@ -10005,16 +10234,17 @@ LLMPARI_FN llmpar_status llmpari_pipe_new(llmpar_schedule *s, int32_t n_ranks, i
     return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a schedule of %lld actions", (long long)n_actions);
 }
 
-// The schedule of a program: without its transfers.
+// The schedule of a program: without its transfers, and without REDUCE_GRAD. What is shared is the program's.
 LLMPARI_FN llmpar_status llmpari_pipe_bare(const llmpar_schedule *program, llmpar_arena *arena, llmpar_schedule *s, llmpar_error *err) {
     LLMPARI_TRY(llmpari_pipe_new(s, program->n_ranks, program->n_stages, program->n_micro, program->first[program->n_ranks], arena, err));
     int64_t n = 0;
     for (int32_t r = 0; r < s->n_ranks; r++) {
         s->first[r] = n;
-        for (int64_t j = program->first[r]; j < program->first[r + 1]; j++) if (!llmpari_action_is_transfer(program->action[j])) s->action[n++] = program->action[j];
+        for (int64_t j = program->first[r]; j < program->first[r + 1]; j++) if (program->action[j].kind <= LLMPAR_ACTION_W) s->action[n++] = program->action[j];
     }
     s->first[s->n_ranks] = n;
     s->in_flight = program->in_flight;
+    s->n_shared  = program->n_shared, s->shared = program->shared;
     memcpy(s->rank_of, program->rank_of, (size_t)s->n_stages * sizeof(int32_t));
     memcpy(s->name, program->name, sizeof s->name);
     return LLMPAR_OK;
@@ -10027,8 +10257,8 @@ LLMPAR_DEF llmpar_status llmpar_pipe_lower(const llmpar_schedule *schedule, cons
     LLMPARI_TRY(llmpari_pipe_shape(schedule, err));
     if ((unsigned)transport > LLMPAR_PIPE_NCCL) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "transport %d is not known", (int)transport);
     const llmpar_arena_mark all = llmpar_arena_save(arena);
-    int64_t transfers = 0;
-    if (schedule->lowered) {
+    int64_t transfers = 0, sums = 0;
+    if (schedule->lowered || schedule->n_shared) {
         LLMPARI_TRY(llmpari_pipe_bare(schedule, arena, &bare, err));
         schedule = &bare;
     }
@@ -10037,8 +10267,10 @@ LLMPAR_DEF llmpar_status llmpar_pipe_lower(const llmpar_schedule *schedule, cons
         if (a.stage < 0 || a.stage >= schedule->n_stages) continue;                        // an error that the index finds
         transfers += a.kind == LLMPAR_ACTION_F ? llmpari_pipe_sends_f(schedule, a.stage, a.micro) : a.kind != LLMPAR_ACTION_W && llmpari_pipe_sends_b(schedule, a.stage);
     }
+    for (int32_t k = 0; k < schedule->n_shared; k++) sums += llmpari_pipe_holders(schedule, &schedule->shared[k], NULL);
     llmpar_schedule made;
-    llmpar_status status = llmpari_pipe_new(&made, schedule->n_ranks, schedule->n_stages, schedule->n_micro, schedule->first[schedule->n_ranks] + 2 * transfers, arena, err);
+    llmpar_status status = llmpari_pipe_new(&made, schedule->n_ranks, schedule->n_stages, schedule->n_micro, schedule->first[schedule->n_ranks] + 2 * transfers + sums, arena, err);
+    if (!status) status = llmpari_pipe_share(&made, schedule->shared, schedule->n_shared, arena, err);
     made.n_slots = status ? NULL : (int32_t *)llmpar_arena_alloc(arena, (size_t)schedule->n_ranks * sizeof(int32_t));
     if (!status && !made.n_slots) status = LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d ranks", (int)schedule->n_ranks);
     const llmpar_arena_mark mark = llmpar_arena_save(arena);
@@ -10073,13 +10305,54 @@ LLMPARI_FN int llmpari_pipe_cell(const char *text, const char *end, llmpar_actio
     size_t length = 0;
     for (int k = 0; k < LLMPAR_ACTION_COUNT; k++) {                                        // the longest name that fits: F, or SEND_F
         const size_t n = strlen(llmpari_action_name[k]);
-        if ((size_t)(end - text) > n && n > length && memcmp(text, llmpari_action_name[k], n) == 0) kind = k, length = n;
+        if ((size_t)(end - text) >= n && n > length && memcmp(text, llmpari_action_name[k], n) == 0) kind = k, length = n;
     }
     if (kind == LLMPAR_ACTION_COUNT) return -1;
     text += length;
-    if (!llmpari_pipe_number(&text, end, &micro) || text != end) return -1;
+    const bool sum = kind == LLMPAR_ACTION_REDUCE_GRAD;
+    if (sum && text == end) micro = 0;
+    else if (!llmpari_pipe_number(&text, end, &micro) || text != end || (sum && micro >= LLMPAR_MAX_STAGES)) return -1;
     *a = llmpari_action((llmpar_action_kind)kind, stage, micro);
     return 1;
+}
+
+// The shared parameters of a text: those that REDUCE_GRADs name.
+LLMPARI_FN llmpar_status llmpari_pipe_read_shared(llmpar_schedule *s, llmpar_arena *arena, llmpar_error *err) {
+    const int64_t n = s->first[s->n_ranks];
+    int64_t named = 0;
+    for (int64_t j = 0; j < n; j++) {
+        const llmpar_action a = s->action[j];
+        if (a.kind != LLMPAR_ACTION_REDUCE_GRAD) continue;
+        named++;
+        if (a.micro >= s->n_shared) s->n_shared = a.micro + 1;
+    }
+    if (!named) return LLMPAR_OK;
+    s->shared = (llmpar_pipe_shared *)llmpar_arena_alloc(arena, (size_t)s->n_shared * sizeof *s->shared);
+    int32_t *list = (int32_t *)llmpar_arena_alloc(arena, (size_t)named * sizeof *list);
+    const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    int32_t **end = (int32_t **)llmpar_arena_alloc(arena, (size_t)s->n_shared * sizeof *end);
+    int64_t *next = (int64_t *)llmpar_arena_alloc(arena, (size_t)(n + s->n_stages) * sizeof *next), *head = next + n;   // of every stage its REDUCE_GRADs
+    if (!s->shared || !list || !end || !next) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d shared parameters", (int)s->n_shared);
+    memset(s->shared, 0, (size_t)s->n_shared * sizeof *s->shared);
+    for (int32_t i = 0; i < s->n_stages; i++) head[i] = -1;
+    for (int64_t j = 0; j < n; j++) {
+        const llmpar_action a = s->action[j];
+        if (a.kind == LLMPAR_ACTION_REDUCE_GRAD) next[j] = head[a.stage], head[a.stage] = j, s->shared[a.micro].n_stages++;
+    }
+    for (int32_t k = 0; k < s->n_shared; k++) {
+        if (!s->shared[k].n_stages)
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "there is a REDUCE_GRAD%d but no REDUCE_GRAD%d; number shared parameters from 0 on", (int)s->n_shared - 1, (int)k);
+        s->shared[k].stage = end[k] = list;
+        list += s->shared[k].n_stages;
+    }
+    for (int32_t i = 0; i < s->n_stages; i++)
+        for (int64_t j = head[i]; j >= 0; j = next[j]) {
+            const int32_t k = s->action[j].micro;
+            if (end[k] == s->shared[k].stage || end[k][-1] != i) *end[k]++ = i;            // twice on a rank is an error that the proof finds
+        }
+    for (int32_t k = 0; k < s->n_shared; k++) s->shared[k].n_stages = (int32_t)(end[k] - s->shared[k].stage);
+    llmpar_arena_restore(arena, mark);
+    return LLMPAR_OK;
 }
 
 LLMPAR_DEF llmpar_status llmpar_pipe_read(const char *text, size_t bytes, llmpar_arena *arena, llmpar_schedule *schedule, llmpar_error *err) {
@@ -10101,8 +10374,8 @@ LLMPAR_DEF llmpar_status llmpar_pipe_read(const char *text, size_t bytes, llmpar
             const int found = llmpari_pipe_cell(from, at, &a);
             cell++;
             if (found < 0)
-                return LLMPARI_FAIL(err, LLMPAR_BAD_SYNTAX, "line %d, cell %d: \"%.*s\" is not an action; write stage, one of F B I W SEND_F RECV_F SEND_B RECV_B, micro-batch: 2F0", (int)rank + 1,
-                                    (int)cell, (int)llmpari_min(at - from, 40), from);
+                return LLMPARI_FAIL(err, LLMPAR_BAD_SYNTAX, "line %d, cell %d: \"%.*s\" is not an action; write stage, one of F B I W SEND_F RECV_F SEND_B RECV_B, micro-batch: 2F0; or 2REDUCE_GRAD",
+                                    (int)rank + 1, (int)cell, (int)llmpari_min(at - from, 40), from);
             if (found && pass) {
                 s.action[n] = a;
                 if (s.rank_of[a.stage] < 0) s.rank_of[a.stage] = rank;
@@ -10112,7 +10385,7 @@ LLMPAR_DEF llmpar_status llmpar_pipe_read(const char *text, size_t bytes, llmpar
                 forwards += !pass && a.kind == LLMPAR_ACTION_F;
                 lowered = lowered || llmpari_action_is_transfer(a);
                 if (a.stage >= stages) stages = a.stage + 1;
-                if (a.micro >= micros) micros = a.micro + 1;
+                if (a.micro >= micros && a.kind != LLMPAR_ACTION_REDUCE_GRAD) micros = a.micro + 1;
             }
             from = at + 1;
             if (at == end || *at == '\n') {
@@ -10141,6 +10414,7 @@ LLMPAR_DEF llmpar_status llmpar_pipe_read(const char *text, size_t bytes, llmpar
     }
     for (int64_t j = n; j-- > 0; ) {
         llmpar_action *a = &s.action[j];
+        if (a->kind == LLMPAR_ACTION_REDUCE_GRAD) continue;
         char *later = &w[(int64_t)a->stage * micros + a->micro];
         if (a->kind == LLMPAR_ACTION_W) *later = 1;
         if (a->kind == LLMPAR_ACTION_B && *later) a->kind = LLMPAR_ACTION_I;
@@ -10151,8 +10425,10 @@ LLMPAR_DEF llmpar_status llmpar_pipe_read(const char *text, size_t bytes, llmpar
             llmpar_arena_restore(arena, mark);
             return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "no rank does stage %d of %d", (int)i, (int)stages);
         }
-    *schedule = s;
-    return LLMPAR_OK;
+    const llmpar_status status = llmpari_pipe_read_shared(&s, arena, err);
+    if (status) llmpar_arena_restore(arena, mark);
+    else *schedule = s;
+    return status;
 }
 
 LLMPAR_DEF void llmpar_pipe_write(const llmpar_schedule *schedule, llmpar_sink sink) {
@@ -11163,6 +11439,17 @@ LLMPARI_FN llmpar_status llmpari_pipe_fits(const llmpar_schedule *s, const llmpa
     return status;
 }
 
+// The shared parameters of the desc, and the embedding of a model that ties its head to it.
+LLMPARI_FN llmpar_status llmpari_pipe_shares(const llmpar_pipe_desc *desc, llmpar_arena *arena, llmpar_schedule *s, llmpar_error *err) {
+    const int32_t ends[2] = { 0, s->n_stages - 1 };
+    llmpar_pipe_shared tied;
+    LLMPARI_TRY(llmpari_pipe_shared_check(desc->shared, desc->n_shared, s->n_stages, err));
+    LLMPARI_TRY(llmpari_pipe_share(s, desc->shared, desc->n_shared, arena, err));
+    if (!desc->model || !desc->model->tied_head || s->n_stages == 1) return LLMPAR_OK;
+    tied.stage = ends, tied.n_stages = 2, tied.bytes = desc->model->vocabulary * desc->model->hidden * (int64_t)sizeof(float);
+    return llmpari_pipe_share(s, &tied, 1, arena, err);
+}
+
 LLMPAR_DEF llmpar_status llmpar_pipe_make(const llmpar_pipe_desc *desc, llmpar_arena *arena, llmpar_schedule *schedule, llmpar_error *err) {
     if (!arena || !schedule) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_pipe_make: %s is NULL", arena ? "schedule" : "arena");
     const llmpar_arena_mark mark = llmpar_arena_save(arena);
@@ -11173,6 +11460,7 @@ LLMPAR_DEF llmpar_status llmpar_pipe_make(const llmpar_pipe_desc *desc, llmpar_a
     const llmpar_pipe_kind k = desc->kind;
     const bool searched = k == LLMPAR_PIPE_AUTO || k == LLMPAR_PIPE_ZB_1P || k == LLMPAR_PIPE_ZB_2P || k == LLMPAR_PIPE_V_HALF || k == LLMPAR_PIPE_V_MIN;
     llmpar_status status = searched ? llmpari_pipe_search(desc, V, v_shape, arena, &s, err) : llmpari_pipe_generate(desc, V, v_shape, arena, &s, err);
+    if (!status) status = llmpari_pipe_shares(desc, arena, &s, err);
     if (!status && !searched) status = llmpari_pipe_fits(&s, desc, arena, err);
     if (status) llmpar_arena_restore(arena, mark);
     else *schedule = s;
@@ -11580,7 +11868,7 @@ LLMPARI_FN double llmpari_pipe_shortest(const llmpar_schedule *s, const llmpar_p
     double shortest = INFINITY;
     for (int64_t j = 0; j < s->first[s->n_ranks]; j++) {
         const double time = t->action_end[j] - t->action_begin[j];
-        if (!llmpari_action_is_transfer(s->action[j]) && time > 0 && time < shortest) shortest = time;
+        if (s->action[j].kind <= LLMPAR_ACTION_W && time > 0 && time < shortest) shortest = time;
     }
     return shortest;
 }
@@ -11603,7 +11891,7 @@ LLMPAR_DEF void llmpar_pipe_text(const llmpar_schedule *schedule, const llmpar_p
     const double cell = shortest >= least && shortest < INFINITY ? shortest / floor(shortest / least + 1e-9) : least;   // the shortest action is a whole number of columns
     const int cells = cell > 0 ? (int)fmin(most, ceil(timing->makespan / cell - 1e-6)) : 0;
     char text[160];
-    bool shaded = false;
+    bool shaded = false, summed = false;
     for (int32_t r = 0; r < schedule->n_ranks; r++) {
         int64_t at = schedule->first[r], shown = -1;
         const char *number = "";
@@ -11615,8 +11903,9 @@ LLMPAR_DEF void llmpar_pipe_text(const llmpar_schedule *schedule, const llmpar_p
             if (j >= 0 && j != shown) {                                                    // its letter, then its micro-batch if there is room, then dashes
                 const llmpar_action a = schedule->action[j];
                 int32_t n, room = (int32_t)((timing->action_end[j] - i * cell) / cell + 0.5);
-                const bool odd = llmpari_pipe_chunk(schedule, a.stage, &n) % 2;
-                c = odd ? "fbiw"[a.kind & 3] : "FBIW"[a.kind & 3];
+                const bool sum = a.kind == LLMPAR_ACTION_REDUCE_GRAD, odd = !sum && llmpari_pipe_chunk(schedule, a.stage, &n) % 2;
+                c = sum ? 'R' : odd ? "fbiw"[a.kind & 3] : "FBIW"[a.kind & 3];
+                summed = summed || sum;
                 shaded = shaded || odd;
                 snprintf(name, sizeof name, "%d", (int)a.micro);
                 number = (int32_t)strlen(name) < room ? name : "";
@@ -11630,18 +11919,19 @@ LLMPAR_DEF void llmpar_pipe_text(const llmpar_schedule *schedule, const llmpar_p
         llmpari_print(&sink, "\n");
     }
     llmpari_pipe_numbers(schedule, timing, text, sizeof text);
-    llmpari_print(&sink, "%s: %s\nF forward, B backward, I input gradients, W weight gradients, each before its micro-batch%s; . idle; a column is %.3g\n", schedule->name, text,
-                  shaded ? "; small letters: every second stage of a rank" : "", cell);
+    llmpari_print(&sink, "%s: %s\nF forward, B backward, I input gradients, W weight gradients, each before its micro-batch%s%s; . idle; a column is %.3g\n", schedule->name, text,
+                  shaded ? "; small letters: every second stage of a rank" : "", summed ? "; R sum of a shared gradient" : "", cell);
 }
 
 // Colour of a bar: by kind, paler for the later stages of a rank. True: it is dark.
 LLMPARI_FN bool llmpari_pipe_colour(const llmpar_schedule *s, llmpar_action a, char text[8]) {
-    static const uint8_t rgb[4][3] = { { 47, 111, 181 }, { 190, 66, 42 }, { 16, 138, 122 }, { 168, 122, 8 } };
+    static const uint8_t rgb[5][3] = { { 47, 111, 181 }, { 190, 66, 42 }, { 16, 138, 122 }, { 168, 122, 8 }, { 122, 74, 160 } };
+    const int kind = a.kind <= LLMPAR_ACTION_W ? a.kind : 4;
     int32_t n;
     const int32_t chunk = llmpari_pipe_chunk(s, a.stage, &n);
-    const double pale = n > 1 ? 0.6 * chunk / (n - 1) : 0;
+    const double pale = n > 1 && kind < 4 ? 0.6 * chunk / (n - 1) : 0;
     unsigned c[3];
-    for (int i = 0; i < 3; i++) c[i] = (unsigned)(rgb[a.kind & 3][i] + pale * (255 - rgb[a.kind & 3][i])) & 255u;
+    for (int i = 0; i < 3; i++) c[i] = (unsigned)(rgb[kind][i] + pale * (255 - rgb[kind][i])) & 255u;
     snprintf(text, 8, "#%02x%02x%02x", c[0], c[1], c[2]);
     return pale < 0.3;
 }
@@ -11689,16 +11979,16 @@ LLMPARI_FN void llmpari_pipe_bars_svg(const llmpar_sink *sink, const llmpari_tim
 }
 
 LLMPAR_DEF void llmpar_pipe_svg(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, const llmpar_pipe_timing *timing, llmpar_sink sink) {
-    static const char *const word[4] = { "F forward", "B backward", "I input gradients", "W weight gradients" };
+    static const char *const word[5] = { "F forward", "B backward", "I input gradients", "W weight gradients", "sum of shared gradients" };
     const llmpar_schedule *s = schedule;
     llmpari_timeline t = LLMPAR_ZERO;
     double shortest = llmpari_pipe_shortest(s, timing), most = 0, all = 0, x;
     int32_t n = 1;
-    bool seen[4] = { false, false, false, false };
+    bool seen[5] = { false, false, false, false, false };
     char text[200], colour[8];
     for (int64_t j = 0; j < s->first[s->n_ranks]; j++) {
         if (llmpari_action_is_transfer(s->action[j])) continue;
-        seen[s->action[j].kind] = true;
+        seen[s->action[j].kind <= LLMPAR_ACTION_W ? s->action[j].kind : 4] = true;
         all += timing->action_end[j] - timing->action_begin[j];
     }
     for (int32_t r = 0; r < s->n_ranks; r++) most = fmax(most, timing->peak[r]);
@@ -11712,9 +12002,9 @@ LLMPAR_DEF void llmpar_pipe_svg(const llmpar_schedule *schedule, const llmpar_pi
     llmpari_pipe_numbers(s, timing, text, sizeof text);
     llmpari_svg_text(&sink, 20, 48, 12, "start", text);
     x = t.left;
-    for (int k = 0; k < 4; k++) {
+    for (int k = 0; k < 5; k++) {
         if (!seen[k]) continue;
-        llmpari_pipe_colour(s, llmpari_action((llmpar_action_kind)k, 0, 0), colour);
+        llmpari_pipe_colour(s, llmpari_action(k < 4 ? (llmpar_action_kind)k : LLMPAR_ACTION_REDUCE_GRAD, 0, 0), colour);
         llmpari_svg_key(&sink, &x, 74, colour, word[k]);
     }
     llmpari_pipe_chunk(s, 0, &n);
@@ -11743,9 +12033,9 @@ LLMPAR_DEF void llmpar_pipe_trace(const llmpar_schedule *schedule, const llmpar_
         for (int64_t j = schedule->first[r]; j < schedule->first[r + 1]; j++) {
             const llmpar_action a = schedule->action[j];
             if (llmpari_action_is_transfer(a)) continue;
-            llmpari_print(&sink, ",\n{\"name\": \"%s\", \"cat\": \"%s\", \"ph\": \"B\", \"pid\": 0, \"tid\": %d, \"ts\": %.3f, \"args\": {\"stage\": %d, \"micro\": %d}},\n"
+            llmpari_print(&sink, ",\n{\"name\": \"%s\", \"cat\": \"%s\", \"ph\": \"B\", \"pid\": 0, \"tid\": %d, \"ts\": %.3f, \"args\": {\"stage\": %d, \"%s\": %d}},\n"
                           "{\"ph\": \"E\", \"pid\": 0, \"tid\": %d, \"ts\": %.3f}", llmpari_action_print(a).text, llmpari_action_name[a.kind], (int)r, 1e6 * timing->action_begin[j],
-                          (int)a.stage, (int)a.micro, (int)r, 1e6 * timing->action_end[j]);
+                          (int)a.stage, a.kind == LLMPAR_ACTION_REDUCE_GRAD ? "shared" : "micro", (int)a.micro, (int)r, 1e6 * timing->action_end[j]);
         }
     }
     llmpari_print(&sink, "\n]}\n");
@@ -12261,6 +12551,14 @@ LLMPARI_FN llmpar_status llmpari_comm_group_check(const llmpar_comm *comm, const
     return LLMPAR_OK;
 }
 
+// The group of these members of comm, this rank among them.
+LLMPARI_FN llmpar_status llmpari_comm_members(llmpar_comm *comm, const int32_t *members, int32_t n, llmpar_comm **group, llmpar_error *err) {
+    LLMPARI_TRY(comm->vtable->group(comm, members, n, group, err));
+    (*group)->timeout_s = comm->timeout_s;
+    (*group)->trace     = comm->trace;
+    return LLMPAR_OK;
+}
+
 LLMPAR_DEF llmpar_status llmpar_comm_group(llmpar_comm *comm, const llmpar_mesh *mesh, llmpar_axes axes, llmpar_comm **group, llmpar_error *err) {
     enum { FEW = 256 };
     int32_t few[FEW], *members = few;
@@ -12278,11 +12576,7 @@ LLMPAR_DEF llmpar_status llmpar_comm_group(llmpar_comm *comm, const llmpar_mesh 
         return status;
     }
     llmpar_mesh_group(mesh, axes, comm->rank, members, n, NULL);
-    status = comm->vtable->group(comm, members, n, group, err);
-    if (status == LLMPAR_OK) {
-        (*group)->timeout_s = comm->timeout_s;
-        (*group)->trace     = comm->trace;
-    }
+    status = llmpari_comm_members(comm, members, n, group, err);
     if (members != few) llmpari_free(NULL, members, bytes);
     return status;
 }
@@ -20111,6 +20405,7 @@ struct llmpar_stages {
     llmpari_stage_buffer *buffer;  // message buffers, then those between stages of this rank, then copies
     int32_t n_messages, n_local, n_copies, next_copy, under_way;
     double *begin, *end;           // [n] of the last run, or NULL
+    llmpar_comm **holders;         // [n_shared of the program]; NULL where this rank has nothing to sum
 };
 
 LLMPARI_ONCE_BEGIN
@@ -20160,7 +20455,7 @@ LLMPARI_FN llmpar_status llmpari_stage_link(llmpar_stages *q, const llmpari_pipe
         bool stays;
         if (llmpari_action_is_send(a)) q->links[j].in = a.slot;
         else if (llmpari_action_is_transfer(a)) q->links[j].out = a.slot;
-        else if (a.kind != LLMPAR_ACTION_W) {
+        else if (a.kind < LLMPAR_ACTION_W) {
             const bool f = a.kind == LLMPAR_ACTION_F;
             const int32_t recv = x->at[f ? LLMPAR_ACTION_RECV_F : LLMPAR_ACTION_RECV_B][c], send = x->at[f ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B][c];
             const int32_t to = llmpari_pipe_taker(s, x, a, &stays);
@@ -20207,6 +20502,22 @@ LLMPARI_FN llmpar_status llmpari_stage_copies(const llmpar_schedule *s, llmpar_a
     return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "a rank buffers %d messages at a time, and with SENDs that wait this program cannot end: %.700s", LLMPARI_STAGE_COPIES, why.text);
 }
 
+// The groups in which this rank sums shared gradients.
+LLMPARI_FN llmpar_status llmpari_stage_holders(llmpar_stages *q, const llmpari_pipe_index *x, llmpar_arena *scratch, llmpar_error *err) {
+    const llmpar_schedule *s = q->desc.program;
+    if (!s->n_shared) return LLMPAR_OK;
+    q->holders = (llmpar_comm **)llmpar_arena_alloc(&q->arena, (size_t)s->n_shared * sizeof *q->holders);
+    int32_t *rank = (int32_t *)llmpar_arena_alloc(scratch, (size_t)s->n_ranks * sizeof *rank);
+    for (int32_t k = 0; q->holders && k < s->n_shared; k++) q->holders[k] = NULL;
+    if (!q->holders || !rank) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the groups of %d shared parameters", (int)s->n_shared);
+    for (int32_t k = 0; k < s->n_shared; k++) {
+        if (x->reduce[(int64_t)k * s->n_ranks + q->desc.comm->rank] < 0) continue;
+        const int32_t n = llmpari_pipe_holders(s, &s->shared[k], rank);
+        LLMPARI_TRY(llmpari_comm_members(q->desc.comm, rank, n, &q->holders[k], err));
+    }
+    return LLMPAR_OK;
+}
+
 LLMPARI_FN llmpar_status llmpari_stage_prepare(llmpar_stages *q, llmpar_arena *scratch, llmpar_error *err) {
     const llmpar_stages_desc *d = &q->desc;
     const llmpar_schedule *s = d->program;
@@ -20223,6 +20534,9 @@ LLMPARI_FN llmpar_status llmpari_stage_prepare(llmpar_stages *q, llmpar_arena *s
     LLMPARI_TRY(llmpari_pipe_index_fill(s, scratch, &x, err));
     LLMPARI_TRY(llmpari_pipe_complete(s, &x, err));
     if (!d->forward || (x.backward && !d->backward)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is NULL", d->forward ? "backward" : "forward");
+    for (int64_t j = 0; !d->reduce && j < s->first[s->n_ranks]; j++)
+        if (s->action[j].kind == LLMPAR_ACTION_REDUCE_GRAD)
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "reduce is NULL, and stages on several ranks share a parameter: %s", llmpari_action_print(s->action[j]).text);
     LLMPARI_TRY(llmpari_pipe_slots_check(s, &x, scratch, err));
     q->first = s->first[d->comm->rank];
     q->n     = s->first[d->comm->rank + 1] - q->first;
@@ -20231,7 +20545,8 @@ LLMPARI_FN llmpar_status llmpari_stage_prepare(llmpar_stages *q, llmpar_arena *s
     if (!q->links || (d->record && !q->begin)) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %lld actions", (long long)q->n);
     q->end = q->begin ? q->begin + q->n : NULL;
     LLMPARI_TRY(llmpari_stage_link(q, &x, scratch, err));
-    return llmpari_stage_buffers(q, err);
+    LLMPARI_TRY(llmpari_stage_buffers(q, err));
+    return llmpari_stage_holders(q, &x, scratch, err);
 }
 
 LLMPAR_DEF llmpar_status llmpar_stages_create(const llmpar_stages_desc *desc, llmpar_stages **stages, llmpar_error *err) {
@@ -20254,6 +20569,7 @@ LLMPAR_DEF llmpar_status llmpar_stages_create(const llmpar_stages_desc *desc, ll
 LLMPAR_DEF void llmpar_stages_free(llmpar_stages *stages) {
     if (!stages) return;
     const llmpar_allocator allocator = stages->desc.allocator;
+    for (int32_t k = 0; stages->holders && k < stages->desc.program->n_shared; k++) llmpar_comm_free(stages->holders[k]);
     llmpar_arena_free(&stages->arena);
     llmpari_free(&allocator, stages, sizeof *stages);
 }
@@ -20335,7 +20651,8 @@ LLMPARI_FN llmpar_status llmpari_stage_work(llmpar_stages *q, llmpar_action a, l
     llmpar_error own;
     memset(&own, 0, sizeof own);
     const llmpar_status status = a.kind == LLMPAR_ACTION_F ? d->forward(a.stage, a.micro, in, out, d->user, &own)
-                                                           : d->backward(a.stage, a.micro, (llmpar_action_kind)a.kind, in, out, d->user, &own);
+                               : a.kind == LLMPAR_ACTION_REDUCE_GRAD ? d->reduce(a.micro, q->holders[a.micro], d->user, &own)
+                               : d->backward(a.stage, a.micro, (llmpar_action_kind)a.kind, in, out, d->user, &own);
     if (!status) return LLMPAR_OK;
     llmpar_error full;
     memset(&full, 0, sizeof full);
@@ -20364,7 +20681,7 @@ LLMPAR_DEF llmpar_status llmpar_stages_run(llmpar_stages *stages, const bool *sk
     for (int64_t j = 0; !status && j < stages->n; j++) {                                   // what remains without a micro-batch waits for less, so it cannot deadlock either
         const llmpar_action a = stages->desc.program->action[stages->first + j];
         const bool token = a.kind == LLMPAR_ACTION_SEND_F && a.stage + 1 == stages->desc.program->n_stages;      // for another micro-batch
-        if (!skip || !(skip[a.micro] || (token && skip[a.micro + stages->desc.program->in_flight]))) status = llmpari_stage_action(stages, j, err);
+        if (!skip || a.kind == LLMPAR_ACTION_REDUCE_GRAD || !(skip[a.micro] || (token && skip[a.micro + stages->desc.program->in_flight]))) status = llmpari_stage_action(stages, j, err);
         else if (stages->begin) stages->begin[j] = stages->end[j] = llmpari_stage_clock();
     }
     for (int32_t i = 0; i < stages->n_messages + stages->n_local + stages->n_copies; i++) {    // after an error too: they return at once then

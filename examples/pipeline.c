@@ -100,7 +100,7 @@ int main(int argc, char **argv) {
         return FAIL(2, "%s has %d ranks, %d stages, %d micro-batches: leave --ranks, --virtual and --micro", name, (int)plan.n_ranks, (int)plan.n_stages, (int)plan.n_micro);
     if ((int64_t)desc.n_ranks * V > LLMPAR_MAX_STAGES) return FAIL(2, "%d ranks of %d stages are more than %d stages", (int)desc.n_ranks, (int)V, LLMPAR_MAX_STAGES);
     const int32_t n = file ? plan.n_stages : desc.n_ranks * V;
-    llmpar_pipe_costs c = { times(F, n, &bad), times(I, n, &bad), times(W, n, &bad), times(B, n, &bad), times(COMM, n, &bad), times(ACT_BYTES, n, &bad), NULL };
+    llmpar_pipe_costs c = { times(F, n, &bad), times(I, n, &bad), times(W, n, &bad), times(B, n, &bad), times(COMM, n, &bad), times(ACT_BYTES, n, &bad), NULL, NULL, NULL };
     const double *limit = times(MEM_LIMIT, 1, &bad), memory = limit ? *limit : 0;
     if (!bad && limit && memory == 0) bad = FAIL(true, "--mem-limit 0: a number above 0 is expected");
     double *half = calloc((size_t)n, sizeof *half);
