@@ -10378,7 +10378,7 @@ LLMPAR_DEF llmpar_status llmpar_pipe_read(const char *text, size_t bytes, llmpar
                                     (int)rank + 1, (int)cell, (int)llmpari_min(at - from, 40), from);
             if (found && pass) {
                 s.action[n] = a;
-                if (s.rank_of[a.stage] < 0) s.rank_of[a.stage] = rank;
+                if (s.rank_of[a.stage] < 0 && a.kind != LLMPAR_ACTION_REDUCE_GRAD) s.rank_of[a.stage] = rank;
             }
             if (found) {
                 n++;
@@ -10396,7 +10396,7 @@ LLMPAR_DEF llmpar_status llmpar_pipe_read(const char *text, size_t bytes, llmpar
         }
         if (pass) break;
         ranks = rank;
-        if (n == 0) return LLMPARI_FAIL(err, LLMPAR_BAD_SYNTAX, "the text has no action; write a line per rank: 0F0,0F1,0B0,0B1");
+        if (micros == 0) return LLMPARI_FAIL(err, LLMPAR_BAD_SYNTAX, "the text has no action on a micro-batch; write a line per rank: 0F0,0F1,0B0,0B1");
         if (forwards < (int64_t)stages * micros)
             return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%d stages x %d micro-batches need %lld forwards; the text has %lld", (int)stages, (int)micros,
                                 (long long)stages * micros, (long long)forwards);
@@ -11446,7 +11446,10 @@ LLMPARI_FN llmpar_status llmpari_pipe_shares(const llmpar_pipe_desc *desc, llmpa
     LLMPARI_TRY(llmpari_pipe_shared_check(desc->shared, desc->n_shared, s->n_stages, err));
     LLMPARI_TRY(llmpari_pipe_share(s, desc->shared, desc->n_shared, arena, err));
     if (!desc->model || !desc->model->tied_head || s->n_stages == 1) return LLMPAR_OK;
-    tied.stage = ends, tied.n_stages = 2, tied.bytes = desc->model->vocabulary * desc->model->hidden * (int64_t)sizeof(float);
+    tied.stage = ends, tied.n_stages = 2;
+    if (!llmpari_mul(desc->model->vocabulary, desc->model->hidden * (int64_t)sizeof(float), &tied.bytes))
+        return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "the gradient of an embedding of %lld x %lld is more bytes than 64 bits can count", (long long)desc->model->vocabulary,
+                            (long long)desc->model->hidden);
     return llmpari_pipe_share(s, &tied, 1, arena, err);
 }
 

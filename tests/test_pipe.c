@@ -35,10 +35,13 @@ static llmpar_pipe_costs even(double f, double i, double w, double link) {      
 
 static llmpar_schedule made;
 static llmpar_pipe_timing timing;
+static const llmpar_pipe_shared *sharing;                                                  // what stages share in schedules that make() makes
+static int n_sharing;
 // Makes and times a schedule; P ranks, V stages of each, M micro-batches.
 static int make(llmpar_pipe_kind kind, int P, int V, int M, const llmpar_pipe_costs *costs) {
     llmpar_pipe_desc desc = LLMPAR_ZERO;
     desc.kind = kind, desc.n_ranks = P, desc.n_virtual = V, desc.n_micro = M;
+    desc.shared = sharing, desc.n_shared = n_sharing;
     if (costs) desc.costs = *costs;
     llmpar_arena_free(&arena);
     llmpar_status status = llmpar_pipe_make(&desc, &arena, &made, &err);
@@ -426,6 +429,7 @@ static void test_lowering(void) {
 #define O_STAGES 8
 #define O_MICRO  8
 #define O_RANKS  4
+#define O_SHARED 3
 #define O_OPS    400
 typedef struct oracle {
     const llmpar_schedule *s;
@@ -434,10 +438,12 @@ typedef struct oracle {
     int here[2][O_STAGES][O_MICRO];                        // the output (F, gradient) of this stage is where it is needed
     int holds[O_RANKS][64], busy[O_RANKS][64];             // buffers: 1 + what is in it; a SEND under way
     int64_t at[O_RANKS];
+    int summed[O_SHARED][O_RANKS];                         // shared gradients: 1 = the rank is there, 2 = it has the sum
     int group[O_RANKS][O_OPS], issued[O_RANKS][O_OPS], gone[O_RANKS][O_OPS];   // of every action: number of its group, and has its transfer been issued, finished?
 } oracle;
 static oracle o;
 
+static int travels(llmpar_action a) { return a.kind >= LLMPAR_ACTION_SEND_F && a.kind <= LLMPAR_ACTION_RECV_B; }
 static int peer(const llmpar_schedule *s, llmpar_action a, llmpar_action *other) {        // the other end of a transfer; 0 = there can be none
     *other = a;
     switch (a.kind) {
@@ -468,7 +474,7 @@ static int oracle_nccl(int a, int b, int *moved) {
         const int r = side ? b : a, q = side ? a : b;
         for (int64_t j = o.s->first[r]; j < o.s->first[r + 1]; j++) {
             llmpar_action other;
-            if (o.s->action[j].kind < LLMPAR_ACTION_SEND_F || !peer(o.s, o.s->action[j], &other) || o.s->rank_of[other.stage] != q) continue;
+            if (!travels(o.s->action[j]) || !peer(o.s, o.s->action[j], &other) || o.s->rank_of[other.stage] != q) continue;
             if (!o.gone[r][j - o.s->first[r]] && o.group[r][j - o.s->first[r]] < open[side]) open[side] = o.group[r][j - o.s->first[r]];
         }
     }
@@ -481,7 +487,7 @@ static int oracle_nccl(int a, int b, int *moved) {
                 const llmpar_action x = o.s->action[j];
                 llmpar_action other;
                 const int send = x.kind == LLMPAR_ACTION_SEND_F || x.kind == LLMPAR_ACTION_SEND_B;
-                if (x.kind < LLMPAR_ACTION_SEND_F || send != !side || !peer(o.s, x, &other) || o.s->rank_of[other.stage] != q || o.gone[r][j - o.s->first[r]]) continue;
+                if (!travels(x) || send != !side || !peer(o.s, x, &other) || o.s->rank_of[other.stage] != q || o.gone[r][j - o.s->first[r]]) continue;
                 head[side] = j;
             }
         }
@@ -499,6 +505,26 @@ static int oracle_nccl(int a, int b, int *moved) {
     }
     return 1;
 }
+// REDUCE_GRAD: all that adds to the rank's copy is done, and all ranks with a copy are here. Returns as oracle_act does.
+static int oracle_sum(int r) {
+    const llmpar_schedule *s = o.s;
+    const llmpar_action a = s->action[o.at[r]];
+    int copies[O_RANKS] = { 0 }, mine = 0, here = 1;
+    if (a.micro < 0 || a.micro >= s->n_shared || a.stage < 0 || a.stage >= s->n_stages || s->rank_of[a.stage] != r || o.summed[a.micro][r] == 2) return -1;
+    for (int i = 0; i < s->shared[a.micro].n_stages; i++) {
+        const int st = s->shared[a.micro].stage[i];
+        copies[s->rank_of[st]] = 1;
+        mine |= st == a.stage;
+        for (int m = 0; s->rank_of[st] == r && m < s->n_micro; m++) if (o.done[LLMPAR_ACTION_B][st][m] + o.done[LLMPAR_ACTION_W][st][m] != 1) return -1;
+    }
+    if (!mine || copies[0] + copies[1] + copies[2] + copies[3] < 2) return -1;
+    o.summed[a.micro][r] = 1;
+    for (int q = 0; q < O_RANKS; q++) here = here && (!copies[q] || o.summed[a.micro][q]);
+    if (!here) return 0;
+    o.summed[a.micro][r] = 2;
+    o.at[r]++;
+    return 1;
+}
 // Does rank r's next action: 1 = done, 0 = it must wait, -1 = wrong whenever it is done.
 static int oracle_act(int r) {
     const llmpar_schedule *s = o.s;
@@ -506,6 +532,7 @@ static int oracle_act(int r) {
     const llmpar_action a = s->action[j];
     const int st = a.stage, m = a.micro, up = st > 0 && s->rank_of[st - 1] != r, down = st + 1 < s->n_stages && s->rank_of[st + 1] != r;
     llmpar_action other;
+    if (a.kind == LLMPAR_ACTION_REDUCE_GRAD) return oracle_sum(r);
     if (s->rank_of[st] != r) return -1;
     if (o.done[a.kind][st][m]) return -1;
     switch (a.kind) {
@@ -563,7 +590,7 @@ static int oracle_accepts(const llmpar_schedule *s, int transport) {
         int group = 0;
         o.at[r] = s->first[r];
         for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
-            if (s->action[j].kind < LLMPAR_ACTION_SEND_F) group++;
+            if (s->action[j].kind < LLMPAR_ACTION_SEND_F || s->action[j].kind == LLMPAR_ACTION_REDUCE_GRAD) group++;
             o.group[r][j - s->first[r]] = group;
             backward |= s->action[j].kind == LLMPAR_ACTION_B || s->action[j].kind == LLMPAR_ACTION_I || s->action[j].kind == LLMPAR_ACTION_W;
         }
@@ -593,22 +620,32 @@ static int oracle_accepts(const llmpar_schedule *s, int transport) {
         }
     if (s->lowered && transport == LLMPAR_PIPE_NCCL)
         for (int r = 0; r < s->n_ranks; r++)
-            for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) if (s->action[j].kind >= LLMPAR_ACTION_SEND_F && !o.gone[r][j - s->first[r]]) return 0;
+            for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) if (travels(s->action[j]) && !o.gone[r][j - s->first[r]]) return 0;
+    for (int k = 0; s->lowered && backward && k < s->n_shared; k++) {
+        int copies[O_RANKS] = { 0 };
+        for (int i = 0; i < s->shared[k].n_stages; i++) copies[s->rank_of[s->shared[k].stage[i]]] = 1;
+        for (int r = 0; r < O_RANKS; r++) if (copies[r] && copies[0] + copies[1] + copies[2] + copies[3] > 1 && o.summed[k][r] != 2) return 0;
+    }
     return 1;
 }
 
-// Changes a schedule at random: swap, drop, double or move an action, within a rank or to another; change what an action works on; cross two transfers.
+// Changes a schedule at random: swap, drop, double or move an action, within a rank or to another; change what an action works on; cross two transfers. Often it is a REDUCE_GRAD.
 static void mutate(const llmpar_schedule *from, llmpar_schedule *to, llmpar_action *action, int64_t *first) {
     const int64_t n = from->first[from->n_ranks];
     int64_t m = 0, a = test_below(n), b = test_below(n);
-    int kind = (int)test_below(from->lowered ? 9 : 6);
+    int kind = (int)test_below(from->lowered ? 9 : 6), sum = 0;
     *to = *from;
     to->action = action, to->first = first;
+    if (from->n_shared && kind < 6 && test_below(2)) {
+        for (int tries = 0; tries < 200 && !sum; tries++) a = test_below(n), sum = from->action[a].kind == LLMPAR_ACTION_REDUCE_GRAD;
+        if (sum && (kind == 1 || kind == 5)) a--;
+        if (sum && test_below(8) == 0) kind = 9;
+    }
     if (kind == 5 || kind == 1) b = a + 1 < n ? a + 1 : a;                                 // neighbours
     if (kind == 6 || kind == 7) {                                                          // two transfers of one kind and rank change their micro-batches
         for (int tries = 0; tries < 200; tries++) {
             a = test_below(n), b = test_below(n);
-            if (from->action[a].kind >= LLMPAR_ACTION_SEND_F && from->action[a].kind == from->action[b].kind && from->action[a].stage == from->action[b].stage && a != b) break;
+            if (travels(from->action[a]) && from->action[a].kind == from->action[b].kind && from->action[a].stage == from->action[b].stage && a != b) break;
         }
     }
     for (int r = 0; r < from->n_ranks; r++) {
@@ -623,8 +660,11 @@ static void mutate(const llmpar_schedule *from, llmpar_schedule *to, llmpar_acti
         }
     }
     first[from->n_ranks] = m;
-    if (kind == 8) {                                                                       // another buffer
-        for (int tries = 0; tries < 200 && action[a].kind < LLMPAR_ACTION_SEND_F; tries++) a = test_below(n);
+    if (kind == 9) {                                                                       // another parameter, another stage
+        if (test_below(2)) action[a].micro = (int32_t)test_below(from->n_shared + 1);
+        else action[a].stage = (int16_t)test_below(from->n_stages);
+    } else if (kind == 8) {                                                                       // another buffer
+        for (int tries = 0; tries < 200 && !travels(action[a]); tries++) a = test_below(n);
         if (action[a].slot >= 0) action[a].slot = (int32_t)test_below(from->n_slots[from->rank_of[action[a].stage]]);
     } else if (kind >= 6 && a != b) {
         const int32_t t = action[a].micro;
@@ -637,7 +677,9 @@ static void test_proof(void) {
     TEST("the proof agrees with the test's own simulator on thousands of broken schedules and programs") {
         static llmpar_action action[4 * O_OPS];
         static int64_t first[O_RANKS + 1];
-        int64_t accepted = 0, rejected = 0, wrong = 0, deadlocks = 0;
+        static int32_t stages[O_SHARED][O_STAGES];
+        static llmpar_pipe_shared shared[O_SHARED];
+        int64_t accepted = 0, rejected = 0, wrong = 0, deadlocks = 0, summing = 0, circles = 0;
         const int rounds = test_stress() ? 400000 : test_short() ? 3000 : 40000;
         for (int round = 0; round < rounds && wrong < 5; round++) {
             static const llmpar_pipe_kind kinds[] = { LLMPAR_PIPE_GPIPE, LLMPAR_PIPE_1F1B, LLMPAR_PIPE_EAGER_1F1B, LLMPAR_PIPE_INTERLEAVED, LLMPAR_PIPE_BREADTH_FIRST, LLMPAR_PIPE_ZB_H1,
@@ -646,6 +688,12 @@ static void test_proof(void) {
             const int V = kind == LLMPAR_PIPE_ZB_V || kind == LLMPAR_PIPE_DUALPIPE_V ? 2 : kind == LLMPAR_PIPE_1F1B || kind == LLMPAR_PIPE_EAGER_1F1B ? 1 : 1 + (int)test_below(2);
             const int P = 1 + (int)test_below(4), M = 1 + (int)test_below(6), t = (int)test_below(4);
             llmpar_schedule program, broken;
+            n_sharing = (int)test_below(O_SHARED + 1), sharing = shared;
+            for (int k = 0; k < n_sharing; k++) {                                          // the ends, or any stages
+                shared[k].stage = stages[k], shared[k].n_stages = 0;
+                for (int st = 0; st < P * V; st++) if (k ? test_below(2) : st == 0 || st + 1 == P * V) stages[k][shared[k].n_stages++] = st;
+                if (!shared[k].n_stages) stages[k][shared[k].n_stages++] = 0;
+            }
             if (!make(kind, P, V, M, NULL)) { wrong++; continue; }
             program = made;
             if (t < 3) CHECK_OK(llmpar_pipe_lower(&made, NULL, (llmpar_transport)t, &arena, &program, &err), err);
@@ -655,6 +703,8 @@ static void test_proof(void) {
             const int good = oracle_accepts(&broken, (int)transport), proven = llmpar_pipe_verify(&broken, NULL, transport, 0, &arena, &err) == LLMPAR_OK;
             if (good) accepted++; else rejected++;
             if (!proven && strstr(err.text, "deadlock")) deadlocks++;
+            if (!proven && strstr(err.text, "deadlock") && strstr(err.text, "REDUCE_GRAD")) circles++;
+            if (!good && (strstr(err.text, "REDUCE_GRAD") || strstr(err.text, "shared parameter"))) summing++;
             if (good != proven) {
                 wrong++;
                 printf("%s P%d V%d M%d over %d: simulator %s, proof %s (%s)\n%s", made.name, P, V, M, t, good ? "accepts" : "refuses",
@@ -662,8 +712,10 @@ static void test_proof(void) {
             }
         }
         CHECK_EQ(wrong, 0);
-        CHECK(rejected > rounds / 4 && accepted > rounds / 50 && deadlocks > rounds / 200);
-        printf("%lld broken and refused (%lld deadlocks), %lld harmless and accepted\n", (long long)rejected, (long long)deadlocks, (long long)accepted);
+        CHECK(rejected > rounds / 4 && accepted > rounds / 50 && deadlocks > rounds / 200 && summing > rounds / 20 && circles > rounds / 400);
+        printf("%lld broken and refused (%lld deadlocks; %lld over shared gradients, of them %lld deadlocks), %lld harmless and accepted\n", (long long)rejected, (long long)deadlocks,
+               (long long)summing, (long long)circles, (long long)accepted);
+        n_sharing = 0;
     }
     TEST("a forward twice") {
         CHECK(read_csv("0F0,0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n", &s));
@@ -734,24 +786,265 @@ static void test_proof(void) {
     }
 }
 
+// ---- Parameters that stages share ---------------------------------------------------------------------------------------------------
+
+static int count(const llmpar_schedule *s, int rank) {     // REDUCE_GRADs; -1: one has something behind it
+    int n = 0;
+    for (int64_t j = s->first[rank]; j < s->first[rank + 1]; j++) {
+        if (n && s->action[j].kind != LLMPAR_ACTION_REDUCE_GRAD) return -1;
+        n += s->action[j].kind == LLMPAR_ACTION_REDUCE_GRAD;
+    }
+    return n;
+}
+static llmpar_pipe_shared share(const int32_t *stage, int n) {
+    llmpar_pipe_shared p = LLMPAR_ZERO;
+    p.stage = stage, p.n_stages = n;
+    return p;
+}
+
+static void test_shared(void) {
+    static const int32_t ends4[2] = { 0, 3 }, three[3] = { 0, 1, 5 }, pair[2] = { 1, 2 };
+    llmpar_schedule s, program;
+    TEST("tied embeddings: the last action of both ends sums their gradient; nobody else does") {
+        const llmpar_pipe_shared tied = share(ends4, 2);
+        sharing = &tied, n_sharing = 1;
+        CHECK(make(LLMPAR_PIPE_1F1B, 4, 1, 2, NULL));
+        CHECK_OK(llmpar_pipe_lower(&made, NULL, LLMPAR_PIPE_NCCL, &arena, &program, &err), err);
+        CHECK_STR(csv(&program), "0F0,0SEND_F0,0F1,0SEND_F1,0RECV_B0,0B0,0RECV_B1,0B1,0REDUCE_GRAD\n"
+                                 "1RECV_F0,1RECV_F1,1F0,1SEND_F0,1F1,1SEND_F1,1RECV_B0,1B0,1SEND_B0,1RECV_B1,1B1,1SEND_B1\n"
+                                 "2RECV_F0,2RECV_F1,2F0,2SEND_F0,2F1,2SEND_F1,2RECV_B0,2B0,2SEND_B0,2RECV_B1,2B1,2SEND_B1\n"
+                                 "3RECV_F0,3RECV_F1,3F0,3B0,3SEND_B0,3F1,3B1,3SEND_B1,3REDUCE_GRAD\n");
+        CHECK_OK(llmpar_pipe_lower(&program, NULL, LLMPAR_PIPE_BUFFERED, &arena, &s, &err), err);  // anew: still one
+        CHECK(count(&s, 0) == 1 && count(&s, 1) == 0 && count(&s, 2) == 0 && count(&s, 3) == 1);
+        CHECK(make(LLMPAR_PIPE_ZB_V, 2, 2, 3, NULL));                                      // both ends on rank 0: one copy
+        CHECK_OK(llmpar_pipe_lower(&made, NULL, LLMPAR_PIPE_BUFFERED, &arena, &program, &err), err);
+        CHECK(count(&program, 0) == 0 && count(&program, 1) == 0 && program.n_shared == 1);
+        CHECK(make(LLMPAR_PIPE_GPIPE, 1, 4, 3, NULL));
+        CHECK_OK(llmpar_pipe_lower(&made, NULL, LLMPAR_PIPE_BUFFERED, &arena, &program, &err), err);
+        CHECK_EQ(count(&program, 0), 0);
+        CHECK(make(LLMPAR_PIPE_FORWARD, 4, 1, 3, NULL));                                   // no gradients
+        CHECK_OK(llmpar_pipe_lower(&made, NULL, LLMPAR_PIPE_BUFFERED, &arena, &program, &err), err);
+        CHECK_EQ(count(&program, 0), 0);
+        CHECK_OK(llmpar_pipe_verify(&program, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), err);
+        n_sharing = 0;
+    }
+    TEST("a model with a tied head shares its embedding by itself") {
+        llmpar_model model;
+        llmpar_pipe_desc desc = LLMPAR_ZERO;
+        const llmpar_pipe_shared other = share(pair, 2);
+        CHECK_OK(llmpar_model_preset("llama-3-8b", &model, &err), err);
+        desc.kind = LLMPAR_PIPE_AUTO, desc.n_ranks = 3, desc.n_micro = 4, desc.model = &model, desc.shared = &other, desc.n_shared = 1;
+        for (int tied = 0; tied < 2; tied++) {
+            model.tied_head = tied;
+            CHECK_OK(llmpar_pipe_make(&desc, &arena, &s, &err), err);
+            CHECK_EQ(s.n_shared, 1 + tied);
+            CHECK(s.shared[0].stage != pair && s.shared[0].stage[0] == 1 && s.shared[0].stage[1] == 2);
+            if (tied) CHECK(s.shared[1].n_stages == 2 && s.shared[1].stage[0] == 0 && s.shared[1].stage[1] == 2 && s.shared[1].bytes == 4 * model.vocabulary * model.hidden);
+        }
+        desc.n_ranks = 1, desc.n_shared = 0;
+        CHECK_OK(llmpar_pipe_make(&desc, &arena, &s, &err), err);
+        CHECK_EQ(s.n_shared, 0);
+    }
+    TEST("time of a sum: given, or of an AllReduce over its ranks; it begins when the last one comes") {
+        static const double reduce[1] = { 2.5 };
+        llmpar_pipe_shared p = share(three, 3);
+        llmpar_pipe_costs costs = LLMPAR_ZERO;
+        llmpar_hardware hardware = llmpar_hardware_default();
+        llmpar_mesh ranks;
+        sharing = &p, n_sharing = 1, p.bytes = 1 << 20;
+        CHECK(make(LLMPAR_PIPE_1F1B, 6, 1, 4, NULL));
+        const double without = timing.makespan;
+        costs.reduce = reduce;
+        for (int t = 0; t < 3; t++) {
+            CHECK_OK(llmpar_pipe_lower(&made, &costs, (llmpar_transport)t, &arena, &program, &err), err);
+            CHECK_OK(llmpar_pipe_simulate(&program, &costs, (llmpar_transport)t, &arena, &timing, &err), err);
+            CHECK_NEAR(timing.makespan, without + 2.5, 1e-9);
+            CHECK_NEAR(timing.span, without + 2.5, 1e-9);
+            for (int r = 0; r < 6; r++) {
+                const int64_t j = program.first[r + 1] - 1;
+                CHECK_EQ(program.action[j].kind == LLMPAR_ACTION_REDUCE_GRAD, r < 2 || r == 5);
+                CHECK_NEAR(timing.busy[r], 12, 1e-9);
+                if (r < 2 || r == 5) CHECK_NEAR(timing.action_begin[j], without, 1e-9);
+            }
+            CHECK_EQ(program.action[timing.critical[timing.n_critical - 1]].kind, LLMPAR_ACTION_REDUCE_GRAD);
+            CHECK_NEAR(timing.action_begin[timing.critical[0]], 0, 1e-9);
+            for (int64_t i = 1; i < timing.n_critical; i++) CHECK_NEAR(timing.action_begin[timing.critical[i]], timing.action_end[timing.critical[i - 1]], 1e-9);
+        }
+        costs.reduce = NULL, costs.hardware = &hardware;
+        CHECK_OK(llmpar_mesh_parse("pp=3", &ranks, &err), err);
+        CHECK_OK(llmpar_pipe_simulate(&program, &costs, LLMPAR_PIPE_NCCL, &arena, &timing, &err), err);
+        CHECK_NEAR(timing.makespan - without, llmpar_collective_cost(&ranks, &hardware, LLMPAR_ALL_REDUCE, 1, 1 << 20).seconds, 1e-12);
+        CHECK(timing.makespan > without);
+        n_sharing = 0;
+    }
+    TEST("several sums of a rank come in the order in which their gradients are there, the same on all ranks") {
+        static const int32_t late[2] = { 0, 3 }, early[2] = { 2, 3 };
+        llmpar_pipe_shared p[3];
+        p[0] = share(late, 2), p[1] = share(early, 2), p[2] = share(late, 2);
+        sharing = p, n_sharing = 3;
+        CHECK(make(LLMPAR_PIPE_1F1B, 4, 1, 6, NULL));
+        CHECK_OK(llmpar_pipe_lower(&made, NULL, LLMPAR_PIPE_BUFFERED, &arena, &program, &err), err);
+        char *end = strrchr((char *)csv(&program), '\n') - strlen("3REDUCE_GRAD1,3REDUCE_GRAD,3REDUCE_GRAD2");
+        CHECK_STR(end, "3REDUCE_GRAD1,3REDUCE_GRAD,3REDUCE_GRAD2\n");
+        CHECK(strstr(out.at, "0B5,0REDUCE_GRAD,0REDUCE_GRAD2\n1") != NULL && strstr(out.at, ",2REDUCE_GRAD1\n3") != NULL);
+        n_sharing = 0;
+    }
+    TEST("every schedule with three shared parameters, over each transport: certified; nothing comes after a sum, and work ends no later") {
+        int64_t programs = 0;
+        for (int P = 1; P <= 6; P++)
+            for (int M = 1; M <= 13; M += 3)
+                for (int V = 1; V <= 3; V++)
+                    for (int k = 0; k < LLMPAR_PIPE_AUTO; k++) {
+                        const bool v_only = k == LLMPAR_PIPE_ZB_V || k == LLMPAR_PIPE_DUALPIPE_V, single = k == LLMPAR_PIPE_1F1B || k == LLMPAR_PIPE_EAGER_1F1B;
+                        int32_t stage[3][18];
+                        llmpar_pipe_shared p[3];
+                        if (k == LLMPAR_PIPE_ZB_1P || k == LLMPAR_PIPE_ZB_2P || k == LLMPAR_PIPE_V_HALF || k == LLMPAR_PIPE_V_MIN) continue;
+                        if ((v_only && V != 2) || (single && V != 1)) continue;
+                        for (int i = 0; i < 3; i++) {
+                            p[i] = share(stage[i], 0);
+                            for (int st = 0; st < P * V; st++) if (st == 0 || st + 1 == P * V || (i && test_below(3) == 0)) stage[i][p[i].n_stages++] = st;
+                        }
+                        sharing = p, n_sharing = 3;
+                        CHECK(make((llmpar_pipe_kind)k, P, V, M, NULL));
+                        const double without = timing.makespan;
+                        for (int t = 0; t < 3; t++) {
+                            CHECK_OK(llmpar_pipe_lower(&made, NULL, (llmpar_transport)t, &arena, &program, &err), err);
+                            CHECK_OK(llmpar_pipe_simulate(&program, NULL, (llmpar_transport)t, &arena, &timing, &err), err);
+                            CHECK_NEAR(timing.makespan, without, 1e-9);
+                            for (int r = 0; r < P; r++) {
+                                int want = 0;
+                                for (int i = 0; i < 3; i++) {
+                                    int own = 0, others = 0;
+                                    for (int at = 0; at < p[i].n_stages; at++) if (made.rank_of[stage[i][at]] == r) own = 1; else others = 1;
+                                    want += own && others && k != LLMPAR_PIPE_FORWARD;
+                                }
+                                CHECK_EQ(count(&program, r), want);
+                            }
+                            programs++;
+                        }
+                    }
+        n_sharing = 0;
+        printf("%lld programs with sums certified\n", (long long)programs);
+    }
+    TEST("a sum that is missing, early, twice, of a stage without a copy, elsewhere, alone, without a backward") {
+        static const struct { const char *text, *words; } bad[] = {
+            { "0F0,0SEND_F0,0RECV_B0,0B0,0REDUCE_GRAD\n1RECV_F0,1F0,1B0,1SEND_B0\n", "1REDUCE_GRAD is missing on rank 1" },
+            { "0F0,0SEND_F0,0RECV_B0,0B0\n1RECV_F0,1F0,1B0,1SEND_B0\n", "0REDUCE_GRAD is missing on rank 0" },
+            { "0F0,0SEND_F0,0RECV_B0,0REDUCE_GRAD,0B0\n1RECV_F0,1F0,1B0,1SEND_B0,1REDUCE_GRAD\n", "rank 0 does 0REDUCE_GRAD before 0B0" },
+            { "0F0,0SEND_F0,0RECV_B0,0I0,0REDUCE_GRAD,0W0\n1RECV_F0,1F0,1B0,1SEND_B0,1REDUCE_GRAD\n", "rank 0 does 0REDUCE_GRAD before 0W0" },
+            { "0F0,0SEND_F0,0RECV_B0,0B0,0REDUCE_GRAD\n1RECV_F0,1F0,1B0,1REDUCE_GRAD,1SEND_B0,1REDUCE_GRAD\n",
+              "rank 1 sums the gradient of shared parameter 0 twice: 1REDUCE_GRAD and 1REDUCE_GRAD" },
+            { "0F0,0SEND_F0,0RECV_B0,0B0,0REDUCE_GRAD,0REDUCE_GRAD1\n1RECV_F0,1F0,1B0,1SEND_B0,1REDUCE_GRAD\n", "rank 0: 0REDUCE_GRAD1, but stage 0 has no copy of a shared parameter 1" },
+            { "0F0,0SEND_F0,0RECV_B0,0B0,1REDUCE_GRAD\n1RECV_F0,1F0,1B0,1SEND_B0,1REDUCE_GRAD\n", "1REDUCE_GRAD stands on rank 0, but stage 1 lies on rank 1" },
+            { "0F0,0SEND_F0,0REDUCE_GRAD\n1RECV_F0,1F0,1REDUCE_GRAD\n", "0REDUCE_GRAD: there is no gradient without a backward" },
+        };
+        static const int32_t both[2] = { 0, 1 };
+        llmpar_pipe_shared p = share(both, 2);
+        for (int k = 0; k < (int)(sizeof bad / sizeof *bad); k++) {
+            CHECK(read_csv(bad[k].text, &s));
+            s.n_shared = 1, s.shared = &p;
+            for (int t = 0; t < 3; t++) CHECK_FAIL(llmpar_pipe_verify(&s, NULL, (llmpar_transport)t, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err, bad[k].words);
+        }
+        CHECK(read_csv("0F0,0B0,0REDUCE_GRAD\n1F0,1B0\n", &s));
+        CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err, "0REDUCE_GRAD has nobody to sum with: shared parameter 0 is on rank 0 alone");
+    }
+    TEST("sums in two orders, and a sum against a message, wait in a circle; the words say where") {
+        CHECK(read_csv("0F0,0SEND_F0,0RECV_B0,0B0,0REDUCE_GRAD,0REDUCE_GRAD1\n1RECV_F0,1F0,1B0,1SEND_B0,1REDUCE_GRAD1,1REDUCE_GRAD\n", &s));
+        for (int t = 0; t < 3; t++)
+            CHECK_FAIL(llmpar_pipe_verify(&s, NULL, (llmpar_transport)t, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err,
+                       "deadlock: rank 0 waits in 0REDUCE_GRAD for 1REDUCE_GRAD, which comes after 1REDUCE_GRAD1 on rank 1; "
+                       "rank 1 waits in 1REDUCE_GRAD1 for 0REDUCE_GRAD1, which comes after 0REDUCE_GRAD on rank 0");
+        // Rank 1 sums before it sends what rank 0 needs to get to its own sum.
+        CHECK(read_csv("0F0,0SEND_F0,0RECV_B0,0B0,0REDUCE_GRAD\n1RECV_F0,1F0,1B0,1REDUCE_GRAD,1SEND_B0\n", &s));
+        for (int t = 0; t < 3; t++)
+            CHECK_FAIL(llmpar_pipe_verify(&s, NULL, (llmpar_transport)t, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err, "rank 1 waits in 1REDUCE_GRAD for 0REDUCE_GRAD, which comes after 0B0 on rank 0");
+        // Three ranks: rank 2 has not come to either sum, rank 1 would let rank 0 go on: the circle of two is named, not that of three.
+        CHECK(read_csv("0F0,0B0,0REDUCE_GRAD\n1F0,1B0,1REDUCE_GRAD1,1REDUCE_GRAD\n2F0,2B0,2REDUCE_GRAD,2REDUCE_GRAD1\n", &s));
+        CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err,
+                   "deadlock: rank 1 waits in 1REDUCE_GRAD1 for 2REDUCE_GRAD1, which comes after 2REDUCE_GRAD on rank 2; rank 2 waits in 2REDUCE_GRAD for 1REDUCE_GRAD");
+        // Rendezvous alone: rank 0 sends to rank 1, which sums before it posts that message.
+        CHECK(read_csv("0F0,0SEND_F0,2RECV_F0,2F0,2SEND_F0,2RECV_B0,2B0,2SEND_B0,2REDUCE_GRAD,0RECV_B0,0B0\n"
+                       "1RECV_F0,1F0,1SEND_F0,3RECV_F0,3F0,3B0,3SEND_B0,3REDUCE_GRAD,1RECV_B0,1B0,1SEND_B0\n", &s));
+        CHECK_OK(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), err);
+        CHECK_OK(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_NCCL, 0, &arena, &err), err);
+        CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_RENDEZVOUS, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err,
+                   "deadlock: rank 0 waits in 2SEND_B0 for 1RECV_B0, which comes after 3REDUCE_GRAD on rank 1; rank 1 waits in 3REDUCE_GRAD for 2REDUCE_GRAD, which comes after 2SEND_B0 on rank 0");
+    }
+    TEST("text: REDUCE_GRAD with and without a number, in schedules and programs; three stages, two of one rank") {
+        CHECK(read_csv("0F0,0B0,0REDUCE_GRAD0,,0REDUCE_GRAD1\n1F0,1B0,1REDUCE_GRAD\n2F0,2B0,2REDUCE_GRAD1\n", &s));
+        CHECK(!s.lowered && s.n_micro == 1 && s.n_shared == 2);
+        CHECK(s.shared[0].n_stages == 2 && s.shared[0].stage[0] == 0 && s.shared[0].stage[1] == 1 && s.shared[1].stage[1] == 2);
+        CHECK_STR(csv(&s), "0F0,0B0,0REDUCE_GRAD,0REDUCE_GRAD1\n1F0,1B0,1REDUCE_GRAD\n2F0,2B0,2REDUCE_GRAD1\n");
+        CHECK_OK(llmpar_pipe_simulate(&s, NULL, LLMPAR_PIPE_BUFFERED, &arena, &timing, &err), err);
+        CHECK_OK(llmpar_pipe_lower(&s, NULL, LLMPAR_PIPE_NCCL, &arena, &program, &err), err);
+        CHECK(count(&program, 0) == 2 && count(&program, 1) == 1 && count(&program, 2) == 1);
+        const llmpar_pipe_shared p = share(three, 3);
+        sharing = &p, n_sharing = 1;
+        CHECK(make(LLMPAR_PIPE_INTERLEAVED, 5, 2, 3, NULL));                               // stages 0 and 5 on rank 0, stage 1 on rank 1
+        n_sharing = 0;
+        CHECK_OK(llmpar_pipe_lower(&made, NULL, LLMPAR_PIPE_RENDEZVOUS, &arena, &program, &err), err);
+        CHECK(count(&program, 0) == 1 && count(&program, 1) == 1 && count(&program, 2) == 0);
+        CHECK_OK(llmpar_pipe_verify(&program, NULL, LLMPAR_PIPE_RENDEZVOUS, 0, &arena, &err), err);
+        static const char *const bad[] = { "0REDUCE_GRAD", "0F0,0B0,0REDUCE_GRAD4096", "0F0,0B0,0REDUCE_GRADX", "0F0,0B0,REDUCE_GRAD", "0F0,0B0,0REDUCE_GRAD1\n1F0,1B0,1REDUCE_GRAD1", "0F0,0B0,0REDUCE" };
+        static const char *const words[] = { "no action on a micro-batch", "line 1, cell 3", "line 1, cell 3", "line 1, cell 3", "there is a REDUCE_GRAD1 but no REDUCE_GRAD0", "or 2REDUCE_GRAD" };
+        for (int k = 0; k < (int)(sizeof bad / sizeof *bad); k++) {
+            const llmpar_status status = llmpar_pipe_read(bad[k], strlen(bad[k]), &arena, &s, &err);
+            CHECK_FAIL(status, k == 4 ? LLMPAR_BAD_ARGUMENT : LLMPAR_BAD_SYNTAX, err, words[k]);
+        }
+    }
+    TEST("bad input: stages, counts, times of what is shared") {
+        static const int32_t down[2] = { 3, 0 }, twice[2] = { 1, 1 }, beyond[2] = { 0, 4 };
+        static const double negative[1] = { -1 };
+        const struct { llmpar_pipe_shared p; const char *words; } bad[] = {
+            { share(down, 2), "stage 0 after a later one or twice" }, { share(twice, 2), "stage 1 after" }, { share(beyond, 2), "stage 4; pass stages of 0 to 3" }, { share(ends4, 0), "has 0 stages" },
+            { share(NULL, 2), "has 0 stages" } };
+        llmpar_pipe_desc d = LLMPAR_ZERO;
+        llmpar_pipe_costs costs = LLMPAR_ZERO;
+        d.kind = LLMPAR_PIPE_1F1B, d.n_ranks = 4, d.n_micro = 2, d.n_shared = 1;
+        for (int k = 0; k < (int)(sizeof bad / sizeof *bad); k++) {
+            d.shared = &bad[k].p;
+            CHECK_FAIL(llmpar_pipe_make(&d, &arena, &s, &err), LLMPAR_BAD_ARGUMENT, err, bad[k].words);
+        }
+        d.shared = NULL;
+        CHECK_FAIL(llmpar_pipe_make(&d, &arena, &s, &err), LLMPAR_BAD_ARGUMENT, err, "the list is NULL");
+        d.n_shared = -1;
+        CHECK_FAIL(llmpar_pipe_make(&d, &arena, &s, &err), LLMPAR_BAD_ARGUMENT, err, "-1 shared parameters");
+        llmpar_pipe_shared p = share(ends4, 2);
+        p.bytes = -5, d.shared = &p, d.n_shared = 1;
+        CHECK_FAIL(llmpar_pipe_make(&d, &arena, &s, &err), LLMPAR_BAD_ARGUMENT, err, "a gradient of -5 bytes");
+        p.bytes = 0, costs.reduce = negative;
+        CHECK_OK(llmpar_pipe_make(&d, &arena, &s, &err), err);
+        CHECK_FAIL(llmpar_pipe_lower(&s, &costs, LLMPAR_PIPE_NCCL, &arena, &program, &err), LLMPAR_BAD_ARGUMENT, err, "time of REDUCE_GRAD of shared parameter 0 is -1");
+        s.shared[0].n_stages = 0;
+        CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_NCCL, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err, "has 0 stages");
+    }
+}
+
 // Every allocation fails once: an error, and nothing kept.
 static void test_allocation(void) {
     TEST("no memory: an error from every call, and the arena is as before") {
         llmpar_schedule s, program;
         llmpar_pipe_timing t;
+        static const char crossed[] = "0F0,0B0,0REDUCE_GRAD,0REDUCE_GRAD1\n1F0,1B0,1REDUCE_GRAD1,1REDUCE_GRAD\n";
+        static const int32_t stages[3] = { 0, 1, 4 };
+        const llmpar_pipe_shared shared[2] = { share(stages, 3), share(stages, 2) };
         int failures = 0;
         for (size_t limit = 64; limit < 200000; limit += 512) {
             llmpar_arena small = LLMPAR_ZERO;
             llmpar_pipe_desc desc = LLMPAR_ZERO;
-            desc.kind = LLMPAR_PIPE_ZB_V, desc.n_ranks = 3, desc.n_micro = 6;
+            desc.kind = LLMPAR_PIPE_ZB_V, desc.n_ranks = 3, desc.n_micro = 6, desc.shared = shared, desc.n_shared = 2;
             small.block_bytes = 64, small.limit_bytes = limit;
             llmpar_status status = llmpar_pipe_make(&desc, &small, &s, &err);
             if (!status) status = llmpar_pipe_lower(&s, NULL, LLMPAR_PIPE_NCCL, &small, &program, &err);
             if (!status) status = llmpar_pipe_simulate(&program, NULL, LLMPAR_PIPE_NCCL, &small, &t, &err);
             if (!status) status = llmpar_pipe_read(pipe_row_idle, sizeof pipe_row_idle - 1, &small, &s, &err);
+            if (!status) status = llmpar_pipe_read(crossed, sizeof crossed - 1, &small, &s, &err);
             if (status) {
                 failures++;
                 CHECK_EQ(status, LLMPAR_NO_MEMORY);
+            } else {
+                status = llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_NCCL, 0, &small, &err);  // it needs memory to name the circle too
+                CHECK(status == LLMPAR_NO_MEMORY || (status == LLMPAR_BAD_ARGUMENT && strstr(err.text, "deadlock")));
             }
             llmpar_arena_free(&small);
         }
@@ -767,6 +1060,7 @@ int main(void) {
     test_text();
     test_lowering();
     test_proof();
+    test_shared();
     test_allocation();
     llmpar_arena_free(&arena);
     return test_done();
