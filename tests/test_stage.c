@@ -20,6 +20,7 @@ typedef struct job {
     int64_t bytes;
     llmpar_status (*forward)(int32_t stage, int32_t micro, const void *in, void *out, void *user, llmpar_error *err);
     llmpar_status (*backward)(int32_t stage, int32_t micro, llmpar_action_kind what, const void *in, void *out, void *user, llmpar_error *err);
+    llmpar_status (*reduce)(int32_t shared, llmpar_comm *holders, void *user, llmpar_error *err);
     bool record, unproven;
     const bool *skip;
     int runs;
@@ -35,7 +36,7 @@ static llmpar_status rank_main(llmpar_comm *comm, void *user, llmpar_error *erro
     llmpar_stages *stages = NULL;
     desc.program = j->program, desc.transport = j->transport, desc.comm = comm;
     desc.forward_bytes = desc.backward_bytes = desc.token_bytes = j->bytes;
-    desc.forward = j->forward, desc.backward = j->backward, desc.user = j;
+    desc.forward = j->forward, desc.backward = j->backward, desc.reduce = j->reduce, desc.user = j;
     desc.record = j->record, desc.unproven = j->unproven;
     llmpar_status status = llmpar_stages_create(&desc, &stages, error);
     for (int i = 0; !status && i < j->runs; i++) {
@@ -60,6 +61,24 @@ static llmpar_status run(job *j) {
     return llmpar_threads_run(&threads, rank_main, j, &err);
 }
 
+static llmpar_schedule read_program(const char *text) {
+    llmpar_schedule s = LLMPAR_ZERO;
+    static int32_t slots[MAX_RANKS];
+    llmpar_arena_free(&arena);
+    CHECK_OK(llmpar_pipe_read(text, strlen(text), &arena, &s, &err), err);
+    for (int r = 0; r < s.n_ranks; r++) {                                                  // a buffer for every message
+        slots[r] = 0;
+        for (int64_t j = s.first[r]; j < s.first[r + 1]; j++) if (s.action[j].kind >= LLMPAR_ACTION_SEND_F && s.action[j].kind <= LLMPAR_ACTION_RECV_B) s.action[j].slot = slots[r]++;
+    }
+    s.n_slots = slots;
+    return s;
+}
+static llmpar_status failing_r(int32_t shared, llmpar_comm *holders, void *user, llmpar_error *error) {
+    if (holders->rank == 1) return snprintf(error->text, sizeof error->text, "planted"), LLMPAR_DOES_NOT_FIT;
+    (void)shared, (void)user;
+    return llmpar_barrier(holders, error);
+}
+
 // ---- the MLP: stage s is y = tanh(x W[s]); loss = sum (y - target)^2 / 2 after the last ---------------------------------
 
 static float weight[MAX_STAGES][H * H], first_input[MAX_MICRO][R * H], target[MAX_MICRO][R * H];
@@ -69,13 +88,30 @@ typedef struct mlp {
     int   done[MAX_STAGES][MAX_MICRO];         // F adds 1, I 10, W 100
 } mlp;
 static mlp net, reference;
+static int weight_of[MAX_STAGES];                                                          // which weight a stage has: its own unless they are tied
+static llmpar_pipe_shared tied[2];
+static int     n_tied;
+static int32_t tied_stages[2][MAX_STAGES];
+static float   copy[MAX_RANKS][2][H * H], summed[MAX_RANKS][2][H * H];                     // of every rank: what its stages have made of the gradients of tied weights; the sum of all
+static int     sums[MAX_RANKS][2];
+static void tie(int stages, int how) {                     // 0 = nothing; 1 = the first and the last stage; 2 = three more too
+    n_tied = how;
+    for (int s = 0; s < MAX_STAGES; s++) weight_of[s] = s;
+    for (int k = 0; k < how; k++) tied[k].stage = tied_stages[k], tied[k].n_stages = 0;
+    for (int s = 0; s < stages; s++)
+        for (int k = 0; k < how; k++) {
+            if (k ? s != 1 && s != 2 && s != stages - 2 : s != 0 && s != stages - 1) continue;
+            tied_stages[k][tied[k].n_stages++] = s;
+            weight_of[s] = k;
+        }
+}
 
 static void mlp_forward(mlp *n, int stages, int s, int m, const float *in, float *out) {
     memcpy(n->x[s][m], s ? in : first_input[m], sizeof(block));
     for (int r = 0; r < R; r++)
         for (int j = 0; j < H; j++) {
             float sum = 0;
-            for (int i = 0; i < H; i++) sum += n->x[s][m][r * H + i] * weight[s][i * H + j];
+            for (int i = 0; i < H; i++) sum += n->x[s][m][r * H + i] * weight[weight_of[s]][i * H + j];
             n->y[s][m][r * H + j] = tanhf(sum);
         }
     if (s + 1 < stages) memcpy(out, n->y[s][m], sizeof(block));
@@ -89,7 +125,7 @@ static void mlp_input(mlp *n, int stages, int s, int m, const float *in, float *
     for (int r = 0; s && r < R; r++)
         for (int i = 0; i < H; i++) {
             float sum = 0;
-            for (int j = 0; j < H; j++) sum += n->g[s][m][r * H + j] * weight[s][i * H + j];
+            for (int j = 0; j < H; j++) sum += n->g[s][m][r * H + j] * weight[weight_of[s]][i * H + j];
             out[r * H + i] = sum;
         }
     n->done[s][m] += 10;
@@ -109,17 +145,46 @@ static llmpar_status mlp_f(int32_t s, int32_t m, const void *in, void *out, void
     return LLMPAR_OK;
 }
 static llmpar_status mlp_b(int32_t s, int32_t m, llmpar_action_kind what, const void *in, void *out, void *user, llmpar_error *error) {
+    const llmpar_schedule *program = ((job *)user)->program;
     (void)error;
-    if (what != LLMPAR_ACTION_W) mlp_input(&net, ((job *)user)->program->n_stages, s, m, (const float *)in, (float *)out);
-    if (what != LLMPAR_ACTION_I) mlp_weight(&net, s, m);
+    if (what != LLMPAR_ACTION_W) mlp_input(&net, program->n_stages, s, m, (const float *)in, (float *)out);
+    if (what == LLMPAR_ACTION_I) return LLMPAR_OK;
+    mlp_weight(&net, s, m);
+    for (int k = 0; k < n_tied; k++)
+        for (int i = 0; i < tied[k].n_stages; i++)
+            for (int e = 0; e < H * H && tied_stages[k][i] == s; e++) copy[program->rank_of[s]][k][e] += net.gradient[s][m][e];
     return LLMPAR_OK;
 }
+static llmpar_status mlp_r(int32_t shared, llmpar_comm *holders, void *user, llmpar_error *error) {
+    const llmpar_schedule *program = ((job *)user)->program;
+    int rank = -1, n = 0;
+    for (int i = 0; i < tied[shared].n_stages; i++) {                                      // members come in the order of their first stages
+        int before = 0;
+        for (int k = 0; k < i; k++) before |= program->rank_of[tied_stages[shared][k]] == program->rank_of[tied_stages[shared][i]];
+        if (!before && n++ == holders->rank) rank = program->rank_of[tied_stages[shared][i]];
+    }
+    if (n != holders->size) return snprintf(error->text, sizeof error->text, "%d of %d", holders->size, n), LLMPAR_MISMATCH;
+    sums[rank][shared]++;
+    const llmpar_status status = llmpar_all_reduce(holders, copy[rank][shared], summed[rank][shared], H * H, LLMPAR_F32, LLMPAR_SUM, error);
+    memset(copy[rank][shared], 0, sizeof copy[rank][shared]);
+    return status;
+}
 
+static void mlp_reference(int stages, int micros) {
+    static block hand[2];
+    memset(&reference, 0, sizeof reference);
+    for (int m = 0; m < micros; m++) {
+        for (int s = 0; s < stages; s++) mlp_forward(&reference, stages, s, m, s ? reference.y[s - 1][m] : NULL, hand[0]);
+        for (int s = stages; s-- > 0; ) {
+            mlp_input(&reference, stages, s, m, hand[(s + 1) % 2], hand[s % 2]);
+            mlp_weight(&reference, s, m);
+        }
+    }
+}
 static void test_gradients(void) {
     static const struct { llmpar_pipe_kind kind; int V; } schedules[] = {
         { LLMPAR_PIPE_GPIPE, 1 }, { LLMPAR_PIPE_1F1B, 1 }, { LLMPAR_PIPE_EAGER_1F1B, 1 }, { LLMPAR_PIPE_INTERLEAVED, 2 }, { LLMPAR_PIPE_BREADTH_FIRST, 2 },
         { LLMPAR_PIPE_ZB_H1, 1 }, { LLMPAR_PIPE_ZB_H2, 1 }, { LLMPAR_PIPE_ZB_V, 2 }, { LLMPAR_PIPE_DUALPIPE_V, 2 } };
-    static block hand[2];
     int runs = 0;
     TEST("gradients of an MLP under every training schedule are those of one rank, bit for bit") {
         for (int s = 0; s < MAX_STAGES; s++) for (int k = 0; k < H * H; k++) weight[s][k] = (float)(test_uniform() - 0.5);
@@ -128,14 +193,8 @@ static void test_gradients(void) {
             for (int k = 0; k < (int)(sizeof schedules / sizeof *schedules); k++) {
                 const int V = schedules[k].V, P = stages / V;
                 if (stages % V || P < 2 || P > 4) continue;
-                memset(&reference, 0, sizeof reference);
-                for (int m = 0; m < 9; m++) {
-                    for (int s = 0; s < stages; s++) mlp_forward(&reference, stages, s, m, s ? reference.y[s - 1][m] : NULL, hand[0]);
-                    for (int s = stages; s-- > 0; ) {
-                        mlp_input(&reference, stages, s, m, hand[(s + 1) % 2], hand[s % 2]);
-                        mlp_weight(&reference, s, m);
-                    }
-                }
+                tie(stages, 0);
+                mlp_reference(stages, 9);
                 for (int M = 1; M <= 9; M++)
                     for (int t = 0; t < 3; t++) {
                         llmpar_pipe_desc desc = LLMPAR_ZERO;
@@ -157,6 +216,80 @@ static void test_gradients(void) {
         CHECK(runs >= 200);
         printf("%d runs of an MLP with a backward\n", runs);
     }
+}
+// The gradient of a tied weight: the sum over all its stages and micro-batches, on every rank that has a copy.
+static void check_tied(const llmpar_schedule *program, int runs) {
+    for (int k = 0; k < n_tied; k++) {
+        int spread = 0;
+        for (int i = 0; i < tied[k].n_stages; i++) spread |= program->rank_of[tied_stages[k][i]] != program->rank_of[tied_stages[k][0]];
+        for (int r = 0; r < program->n_ranks; r++) {
+            int mine = 0;
+            for (int i = 0; i < tied[k].n_stages; i++) mine |= program->rank_of[tied_stages[k][i]] == r;
+            CHECK_EQ(sums[r][k], mine && spread ? runs : 0);
+            for (int e = 0; mine && e < H * H; e++) {
+                double want = 0, size = 0;
+                for (int i = 0; i < tied[k].n_stages; i++)
+                    for (int m = 0; m < program->n_micro; m++) {
+                        want += (double)reference.gradient[tied_stages[k][i]][m][e];
+                        size += fabs((double)reference.gradient[tied_stages[k][i]][m][e]);
+                    }
+                CHECK_NEAR((double)(spread ? summed[r][k][e] : copy[r][k][e]) / (spread ? 1 : runs), want, 2e-6 * size);
+                if (spread) CHECK(memcmp(summed[r][k], summed[program->rank_of[tied_stages[k][0]]][k], sizeof summed[r][k]) == 0);
+            }
+        }
+    }
+}
+static void test_tied(void) {
+    TEST("gradients of tied weights under every training schedule are the one-rank sums, on every rank with a copy") {
+        int runs = 0, collective = 0;
+        for (int k = 0; k <= LLMPAR_PIPE_AUTO; k++)
+            for (int P = 1; P <= 4; P++)
+                for (int V = 1; V <= 3; V++) {
+                    const int S = P * V, v_only = k == LLMPAR_PIPE_ZB_V || k == LLMPAR_PIPE_DUALPIPE_V || k == LLMPAR_PIPE_V_HALF || k == LLMPAR_PIPE_V_MIN;
+                    const bool single = k == LLMPAR_PIPE_1F1B || k == LLMPAR_PIPE_EAGER_1F1B || k == LLMPAR_PIPE_ZB_1P || k == LLMPAR_PIPE_ZB_2P;
+                    if (k == LLMPAR_PIPE_FORWARD || (v_only && V != 2) || (single && V != 1) || S < 2) continue;
+                    tie(S, S >= 5 ? 2 : 1);                                                // three stages on one, two or three ranks
+                    mlp_reference(S, 7);
+                    for (int M = 1; M <= 7; M += 2) {
+                        llmpar_pipe_desc desc = LLMPAR_ZERO;
+                        llmpar_schedule schedule, program;
+                        job j = LLMPAR_ZERO;
+                        const llmpar_transport t = (llmpar_transport)((k + P + V + M / 2) % 3);
+                        desc.kind = (llmpar_pipe_kind)k, desc.n_ranks = P, desc.n_virtual = V, desc.n_micro = M, desc.shared = tied, desc.n_shared = n_tied;
+                        llmpar_arena_free(&arena);
+                        CHECK_OK(llmpar_pipe_make(&desc, &arena, &schedule, &err), err);
+                        CHECK_OK(llmpar_pipe_lower(&schedule, NULL, t, &arena, &program, &err), err);
+                        memset(&net, 0, sizeof net);
+                        memset(copy, 0, sizeof copy);
+                        memset(sums, 0, sizeof sums);
+                        j.program = &program, j.transport = t, j.bytes = sizeof(block), j.forward = mlp_f, j.backward = mlp_b, j.reduce = mlp_r, j.timeout_s = 20, j.runs = 1 + M % 3 / 2;
+                        CHECK_OK(run(&j), err);
+                        check_tied(&program, j.runs);
+                        for (int r = 0; r < P; r++) collective += sums[r][0] > 0 && sums[r][1] > 0;
+                        runs++;
+                    }
+                }
+        CHECK(runs >= 200 && collective >= 50);
+        printf("%d runs with tied weights\n", runs);
+    }
+    TEST("sums in two orders wait until the deadline when nothing is proven; without a callback, or with one that fails, there is an error") {
+        job j = LLMPAR_ZERO;
+        llmpar_schedule s = read_program("0F0,0SEND_F0,0RECV_B0,0B0,0REDUCE_GRAD,0REDUCE_GRAD1\n1RECV_F0,1F0,1B0,1SEND_B0,1REDUCE_GRAD1,1REDUCE_GRAD\n");
+        tie(2, 2);
+        tied[1] = tied[0];
+        memcpy(tied_stages[1], tied_stages[0], sizeof tied_stages[0]);
+        j.program = &s, j.bytes = sizeof(block), j.forward = mlp_f, j.backward = mlp_b, j.timeout_s = 0.3;
+        CHECK_FAIL(run(&j), LLMPAR_BAD_ARGUMENT, err, "deadlock: rank 0 waits in 0REDUCE_GRAD for 1REDUCE_GRAD");
+        j.unproven = true;
+        CHECK_FAIL(run(&j), LLMPAR_BAD_ARGUMENT, err, "reduce is NULL, and stages on several ranks share a parameter: 0REDUCE_GRAD");
+        j.reduce = mlp_r;
+        CHECK_FAIL(run(&j), LLMPAR_TIMEOUT, err, "REDUCE_GRAD");
+        j.unproven = false, j.reduce = failing_r, j.timeout_s = 3;
+        s = read_program("0F0,0SEND_F0,0RECV_B0,0B0,0REDUCE_GRAD\n1RECV_F0,1F0,1B0,1SEND_B0,1REDUCE_GRAD\n");
+        CHECK_FAIL(run(&j), LLMPAR_DOES_NOT_FIT, err, "1REDUCE_GRAD: planted");
+        CHECK(j.status[0] == LLMPAR_ABORTED && j.status[1] == LLMPAR_DOES_NOT_FIT);
+    }
+    tie(0, 0);
 }
 
 // ---- random schedules: a message is a number, repeated ----------------------------------------------------------------
@@ -329,18 +462,6 @@ static void test_schedules(void) {
 
 // ---- what goes wrong ----------------------------------------------------------------------------------------------------
 
-static llmpar_schedule read_program(const char *text) {
-    llmpar_schedule s = LLMPAR_ZERO;
-    static int32_t slots[MAX_RANKS];
-    llmpar_arena_free(&arena);
-    CHECK_OK(llmpar_pipe_read(text, strlen(text), &arena, &s, &err), err);
-    for (int r = 0; r < s.n_ranks; r++) {                                                  // a buffer for every message
-        slots[r] = 0;
-        for (int64_t j = s.first[r]; j < s.first[r + 1]; j++) s.action[j].slot = s.action[j].kind >= LLMPAR_ACTION_SEND_F ? slots[r]++ : -1;
-    }
-    s.n_slots = slots;
-    return s;
-}
 static llmpar_status failing_f(int32_t s, int32_t m, const void *in, void *out, void *user, llmpar_error *error) {
     if (s == 1 && m == 2) return snprintf(error->text, sizeof error->text, "planted"), LLMPAR_DOES_NOT_FIT;
     return number_f(s, m, in, out, user, error);
@@ -553,6 +674,7 @@ static void test_times(void) {
 int main(void) {
     test_seed(20260);
     test_gradients();
+    test_tied();
     test_schedules();
     test_errors();
     test_memory();
