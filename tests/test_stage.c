@@ -534,20 +534,21 @@ static void test_memory(void) {
         llmpar_schedule schedule, program;
         llmpar_threads_desc threads = LLMPAR_ZERO;
         llmpar_threads *world;
+        llmpar_comm *self;
         int failures = 0;
         pipe.kind = LLMPAR_PIPE_ZB_V, pipe.n_ranks = 1, pipe.n_micro = 3;
-        threads.n_ranks = 1;
+        threads.n_ranks = 2;
         llmpar_arena_free(&arena);
         CHECK_OK(llmpar_pipe_make(&pipe, &arena, &schedule, &err), err);
         CHECK_OK(llmpar_pipe_lower(&schedule, NULL, LLMPAR_PIPE_BUFFERED, &arena, &program, &err), err);
-        CHECK_OK(llmpar_threads_create(&threads, &world, &err), err);
+        CHECK_OK(llmpar_comm_self(NULL, &self, &err), err);
         for (int64_t refuse = 0; ; refuse++) {
             counter c = { 0, 0, 0 };
             llmpar_stages_desc desc = LLMPAR_ZERO;
             llmpar_stages *stages = NULL;
             job j = LLMPAR_ZERO;
             c.refuse = refuse, j.program = &program, j.bytes = 64;
-            desc.program = &program, desc.comm = llmpar_threads_comm(world, 0), desc.forward_bytes = desc.backward_bytes = 64, desc.forward = number_f, desc.backward = number_b;
+            desc.program = &program, desc.comm = self, desc.forward_bytes = desc.backward_bytes = 64, desc.forward = number_f, desc.backward = number_b;
             desc.user = &j, desc.record = true;
             desc.allocator.alloc = counter_alloc, desc.allocator.free = counter_free, desc.allocator.user = &c;
             const llmpar_status status = llmpar_stages_create(&desc, &stages, &err);
@@ -567,6 +568,27 @@ static void test_memory(void) {
             break;
         }
         CHECK(failures >= 3);
+        llmpar_comm_free(self);
+        tie(2, 1);                                                                         // one of two ranks with something to sum: its group is its own affair
+        pipe.kind = LLMPAR_PIPE_1F1B, pipe.n_ranks = 2, pipe.shared = tied, pipe.n_shared = 1;
+        CHECK_OK(llmpar_pipe_make(&pipe, &arena, &schedule, &err), err);
+        CHECK_OK(llmpar_pipe_lower(&schedule, NULL, LLMPAR_PIPE_NCCL, &arena, &program, &err), err);
+        CHECK_OK(llmpar_threads_create(&threads, &world, &err), err);
+        failures = 0;
+        llmpar_status status = LLMPAR_NO_MEMORY;
+        for (int64_t refuse = 0; status && refuse < 100; refuse++) {
+            test_budget b = { refuse, 0 };
+            llmpar_stages_desc desc = LLMPAR_ZERO;
+            llmpar_stages *stages = NULL;
+            desc.program = &program, desc.transport = LLMPAR_PIPE_NCCL, desc.comm = llmpar_threads_comm(world, 0), desc.forward = number_f, desc.backward = number_b, desc.reduce = mlp_r;
+            desc.allocator.alloc = test_budget_alloc, desc.allocator.free = test_budget_free, desc.allocator.user = &b;
+            status = llmpar_stages_create(&desc, &stages, &err);
+            CHECK(status == LLMPAR_OK || status == LLMPAR_NO_MEMORY);
+            failures += status == LLMPAR_NO_MEMORY;
+            if (!status) llmpar_stages_free(stages);
+            CHECK_EQ(b.held, 0);
+        }
+        CHECK(status == LLMPAR_OK && failures >= 3);
         llmpar_threads_free(world);
     }
 }
@@ -588,6 +610,11 @@ static llmpar_status nap_b(int32_t s, int32_t m, llmpar_action_kind what, const 
     (void)m, (void)in, (void)out, (void)error;
     nap((what != LLMPAR_ACTION_W ? costs->i[s] : 0) + (what != LLMPAR_ACTION_I ? costs->w[s] : 0));
     return LLMPAR_OK;
+}
+static llmpar_status nap_r(int32_t shared, llmpar_comm *holders, void *user, llmpar_error *error) {
+    const llmpar_status status = llmpar_barrier(holders, error);
+    nap(((job *)user)->costs->reduce[shared]);
+    return status;
 }
 // Nothing begins before what it needs has ended.
 static int in_order(const llmpar_schedule *s, const llmpar_pipe_timing *t) {
@@ -618,11 +645,15 @@ static void test_times(void) {
             llmpar_schedule program, schedule = random_schedule(P, S, M, true);
             llmpar_pipe_timing simulated, measured;
             job j = LLMPAR_ZERO;
+            const double reduce[2] = { 20e-3, 5e-3 };
             costs.link = NULL;
+            costs.reduce = reduce;
+            tie(S, 1 + i % 2);
+            schedule.shared = tied, schedule.n_shared = n_tied;
             llmpar_arena_free(&arena);
             CHECK_OK(llmpar_pipe_lower(&schedule, &costs, t, &arena, &program, &err), err);
             CHECK_OK(llmpar_pipe_simulate(&program, &costs, t, &arena, &simulated, &err), err);
-            j.program = &program, j.transport = t, j.bytes = 4104, j.forward = nap_f, j.backward = nap_b, j.record = true, j.timing = &measured, j.costs = &costs;
+            j.program = &program, j.transport = t, j.bytes = 4104, j.forward = nap_f, j.backward = nap_b, j.reduce = nap_r, j.record = true, j.timing = &measured, j.costs = &costs;
             double least = INFINITY;                                                       // of up to three: a busy machine wakes nobody in time
             for (int k = 0; k < 3 && least > 1.03 * simulated.makespan; k++) {
                 CHECK_OK(run(&j), err);
