@@ -2,6 +2,7 @@
 //   cc -O3 -march=native -I. examples/pipeline.c -o build/pipeline -lpthread -lm
 //   build/pipeline --schedule zb-v --ranks 4 --micro 8 --text 60
 //   build/pipeline --schedule zb-v --ranks 4 --micro 8 --svg zb-v.svg --trace zb-v.json --csv zb-v.csv
+//   build/pipeline --schedule 1f1b --ranks 4 --micro 8 --tied --reduce 0.5 --rows --lowered
 //   build/pipeline --schedule mine.csv --f 1,1.5 --b 2,3 --comm 0.1 --transport nccl --mem-limit 4
 //
 // Prints, after the picture in letters:
@@ -9,15 +10,17 @@
 #define LLMPAR_IMPLEMENTATION
 #include "llmpar.h"
 #define FAIL(code, ...) (fprintf(stderr, "pipeline: "), fprintf(stderr, __VA_ARGS__), fputc('\n', stderr), code)
-enum { SCHEDULE, RANKS, VIRTUAL, MICRO, F, I, W, B, COMM, MEM_LIMIT, ACT_BYTES, TRANSPORT, GROUP, IN_FLIGHT, MAP, TEXT, CSV, SVG, TRACE, N_VALUES, ROWS = N_VALUES, LOWERED, N_OPTIONS };
+enum { SCHEDULE, RANKS, VIRTUAL, MICRO, F, I, W, B, COMM, MEM_LIMIT, ACT_BYTES, TRANSPORT, GROUP, IN_FLIGHT, MAP, REDUCE, TEXT, CSV, SVG, TRACE, N_VALUES, ROWS = N_VALUES, LOWERED, TIED,
+    N_OPTIONS };
 static const char *const option[] = { "--schedule", "--ranks", "--virtual", "--micro", "--f", "--i", "--w", "--b", "--comm", "--mem-limit", "--act-bytes", "--transport", "--group",
-    "--in-flight", "--map", "--text", "--csv", "--svg", "--trace", "--rows", "--lowered" };
+    "--in-flight", "--map", "--reduce", "--text", "--csv", "--svg", "--trace", "--rows", "--lowered", "--tied" };
 static const char usage[] = "usage: pipeline --schedule NAME|auto|FILE.csv --ranks P --micro M [--virtual V] [--f TIMES --i TIMES --w TIMES | --b TIMES] [--comm TIMES]\n"
     "  [--mem-limit X] [--act-bytes N] [--transport buffered|rendezvous|nccl] [--group N] [--in-flight N] [--map loop|v] [--rows] [--lowered] [--text COLUMNS]\n"
-    "  [--csv FILE] [--svg FILE] [--trace FILE]\n"
+    "  [--csv FILE] [--svg FILE] [--trace FILE] [--tied] [--reduce TIME]\n"
     "NAME: gpipe 1f1b eager-1f1b interleaved breadth-first zb-h1 zb-h2 zb-1p zb-2p zb-v v-half v-min dualpipe-v forward auto\n"
     "P ranks of V stages each, M micro-batches; a file says that itself. TIMES: one number, or one per stage with commas between (--comm: to the next one); default 1, --comm 0.\n"
-    "Memory is in forwards of one stage (F holds 1; I and W give back half), with --act-bytes in bytes. --rows, --csv: as planned, with --lowered with transfers. --text: a picture here.";
+    "Memory is in forwards of one stage (F holds 1; I and W give back half), with --act-bytes in bytes. --rows, --csv: as planned, with --lowered with transfers. --text: a picture here.\n"
+    "--tied: the first and the last stage share a parameter (a file's REDUCE_GRADs say so too); --reduce: how long its ranks sum its gradient.";
 static const char *value[N_OPTIONS];
 static llmpar_arena arena;                     // the process ends before it would be freed
 
@@ -41,7 +44,7 @@ static const double *times(int k, int32_t n, bool *bad) {
         if (got < n) list[got] = x;
         if (!*end) end--;
     }
-    if (got != 1 && got != n) return *bad = true, FAIL(NULL, "%s: one number, or %d, one for each stage, are expected, not \"%s\"", option[k], (int)n, value[k]);
+    if (got != 1 && got != n) return *bad = true, FAIL(NULL, "%s: one number, or a list of %d, are expected, not \"%s\"", option[k], (int)n, value[k]);
     for (int32_t s = got; s < n; s++) list[s] = list[0];
     return list;
 }
@@ -111,6 +114,12 @@ int main(int argc, char **argv) {
     desc.costs = c, desc.memory = memory, desc.whole_backward = c.b != NULL;
     if (!file && llmpar_pipe_make(&desc, &arena, &plan, &err)) return FAIL(1, "%s", err.text);
     if (file && desc.in_flight) plan.in_flight = desc.in_flight;
+    const int32_t ends[] = { 0, n - 1 };
+    llmpar_pipe_shared tied = { ends, 2, 0 };
+    if (value[TIED] && n > 1) plan.n_shared = 1, plan.shared = &tied;
+    if (value[REDUCE] && !plan.n_shared) return FAIL(2, "--reduce: no stages share a parameter; --tied makes the first and the last one do so");
+    c.reduce = times(REDUCE, plan.n_shared, &bad);
+    if (bad) return 2;
     program = plan;
     const llmpar_transport transport = (llmpar_transport)t;
     if ((!plan.lowered && llmpar_pipe_lower(&plan, &c, transport, &arena, &program, &err)) || llmpar_pipe_verify(&program, &c, transport, memory, &arena, &err) ||
@@ -128,7 +137,8 @@ int main(int argc, char **argv) {
     for (int32_t r = 0; r < plan.n_ranks; r++)
         printf("rank %d: bubble %.2f %% (%.9g of the makespan), peak in flight %.9g%s\n", (int)r, timing.makespan > 0 ? 100 * (1 - timing.busy[r] / timing.makespan) : 0,
                timing.makespan - timing.busy[r], timing.peak[r], c.hold ? " bytes" : "");
-    int64_t actions = 0, all = program.first[plan.n_ranks];
-    for (int64_t j = 0; j < all; j++) actions += program.action[j].kind < LLMPAR_ACTION_SEND_F;
-    return printf("certified: each of %lld actions once, in order, without deadlock; %lld transfers, %s\n", (long long)actions, (long long)(all - actions) / 2, way[t]) < 0;
+    int64_t actions = 0, sums = 0, all = program.first[plan.n_ranks];
+    for (int64_t j = 0; j < all; j++) actions += program.action[j].kind < LLMPAR_ACTION_SEND_F, sums += program.action[j].kind == LLMPAR_ACTION_REDUCE_GRAD;
+    printf("certified: each of %lld actions once, in order, without deadlock; %lld transfers, %s", (long long)actions, (long long)(all - actions - sums) / 2, way[t]);
+    return sums ? printf("; %lld REDUCE_GRAD, after all that adds to their gradient\n", (long long)sums) < 0 : puts("") < 0;
 }

@@ -415,11 +415,21 @@ pipeline_tests() {
     good "a timeline in letters"         '^3 \.\.\.\.\.\.F0B0--F1B1--'     $one --text 80
     good "a schedule of one's own"       '^makespan 12 '                   sh -c "printf '0F0,0F1,0B0,0F2,0B1,0B2\n1F0,1B0,1F1,1B1,1F2,1B2\n' > $T/own.csv; $p --schedule $T/own.csv"
     good "a file of a program"           '^certified: each of 64 actions .* 48 transfers, nccl$'             sh -c "$one --lowered --transport nccl --csv $T/low.csv > /dev/null && $p --schedule $T/low.csv --transport nccl"
+    tied="$one --tied --reduce 2.5"
+    good "tied ends: the sum comes last" '^makespan 35.5  span 35.5$'      $tied
+    good "and is work of nobody"         '^rank 0: bubble 32.39 % \(11.5 of the makespan\)' $tied
+    good "each of the ends sums"         '^certified: .* 48 transfers, rendezvous; 2 REDUCE_GRAD' $tied --transport rendezvous
+    good "the last action of a row"      '^3: 3RECV_F0,.*,3B7,3SEND_B7,3REDUCE_GRAD$' $tied --rows --lowered
+    good "in letters"                    '^3 .*B7--\.\.*R--*$'            $tied --text 150
+    good "the V's ends are one copy"     '^certified: .* 96 transfers, buffered$' $zbv --tied
+    good "a program with sums, read"     '^certified: .* 48 transfers, nccl; 2 REDUCE_GRAD' sh -c "$tied --lowered --transport nccl --csv $T/tied.csv > /dev/null && $p --schedule $T/tied.csv --transport nccl"
+    good "sums of a schedule of one's own" '^makespan 8 .*'                sh -c "printf '0F0,0B0,0REDUCE_GRAD,0REDUCE_GRAD1\n1F0,1B0,1REDUCE_GRAD1,1REDUCE_GRAD\n' > $T/sum.csv; $p --schedule $T/sum.csv --reduce 1.5,.5"
     $zbv --csv "$T/zbv.csv" > "$T/direct" 2>&1; same "a schedule written and read" "$T/direct" $p --schedule "$T/zbv.csv"
     if command -v python3 > /dev/null; then
         while read -r run; do
             $p $run --rows --trace "$T/seen.json" --svg "$T/seen.svg" > "$T/seen.txt" 2> "$T/err" || bad "pipeline $run: $(cat "$T/err")"
-            good "picture and trace of $run" '; 14 kinds of damage are found$' $read --self-test "$T/seen.json" "$T/seen.svg" "$T/seen.txt"
+            case "$run" in *--tied*) kinds=17;; *) kinds=14;; esac
+            good "picture and trace of $run" "; $kinds kinds of damage are found$" $read --self-test "$T/seen.json" "$T/seen.svg" "$T/seen.txt"
         done <<X
 --schedule 1f1b --ranks 4 --micro 8
 --schedule 1f1b --ranks 8 --micro 32
@@ -427,6 +437,7 @@ pipeline_tests() {
 --schedule gpipe --ranks 3 --micro 5 --f 1,2,1 --b 2.5 --transport rendezvous
 --schedule interleaved --ranks 4 --virtual 2 --micro 8 --f 0.37
 --schedule dualpipe-v --ranks 4 --micro 9
+--schedule interleaved --ranks 3 --virtual 2 --micro 5 --tied --reduce 1.5 --lowered --transport nccl
 X
         $zbv --svg "$T/other.svg" > /dev/null; fails "a picture of another schedule" '^trace.py: ' $read "$T/seen.json" "$T/other.svg" "$T/seen.txt"
     else skip "pictures read by an independent parser: no python3"; fi
@@ -455,6 +466,10 @@ X
     printf '0F0,0B0,0F1,0B1\n1F1,1B1,1F0,1B0\n' > "$T/cycle.csv";          fails "a circle" 'deadlock: rank [01] waits in .*; rank [01] waits in' $p --schedule "$T/cycle.csv"
     printf '0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1F1\n' > "$T/cycle.csv";          fails "a forward twice" '1F1 twice'         $p --schedule "$T/cycle.csv"
     printf '0F0,0B0\n\n1F0,1B0\n' > "$T/cycle.csv";                        fails "more ranks than stages" 'line 2 has no action' $p --schedule "$T/cycle.csv"
+    printf '0F0,0SEND_F0,0RECV_B0,0B0,0REDUCE_GRAD\n1RECV_F0,1F0,1B0,1REDUCE_GRAD,1SEND_B0\n' > "$T/cycle.csv"
+    fails "a sum before what its ranks need" 'deadlock: .*rank 1 waits in 1REDUCE_GRAD for 0REDUCE_GRAD, which comes after 0B0 on rank 0' $p --schedule "$T/cycle.csv"
+    fails "a sum of nothing"             '^pipeline: --reduce: no stages share' $one --reduce 1
+    fails "a sum that takes less than no time" '^pipeline: --reduce: .*"-1"' $one --tied --reduce -1
     printf '0F0,0Q0\n' > "$T/cycle.csv";                                   fails "no action"      'line 1, cell 2: "0Q0"' $p --schedule "$T/cycle.csv"
     fails "ranks other than the file's"  'has 4 ranks'                     $p --schedule "$T/zbv.csv" --ranks 5
     fails "pipeline, unknown option"     '\-\-bogus'                       $one --bogus

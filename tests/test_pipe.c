@@ -985,7 +985,8 @@ static void test_shared(void) {
         CHECK_OK(llmpar_pipe_lower(&made, NULL, LLMPAR_PIPE_RENDEZVOUS, &arena, &program, &err), err);
         CHECK(count(&program, 0) == 1 && count(&program, 1) == 1 && count(&program, 2) == 0);
         CHECK_OK(llmpar_pipe_verify(&program, NULL, LLMPAR_PIPE_RENDEZVOUS, 0, &arena, &err), err);
-        static const char *const bad[] = { "0REDUCE_GRAD", "0F0,0B0,0REDUCE_GRAD4096", "0F0,0B0,0REDUCE_GRADX", "0F0,0B0,REDUCE_GRAD", "0F0,0B0,0REDUCE_GRAD1\n1F0,1B0,1REDUCE_GRAD1", "0F0,0B0,0REDUCE" };
+        static const char *const bad[] = { "0REDUCE_GRAD", "0F0,0B0,0REDUCE_GRAD4096", "0F0,0B0,0REDUCE_GRADX", "0F0,0B0,REDUCE_GRAD", "0F0,0B0,0REDUCE_GRAD1\n1F0,1B0,1REDUCE_GRAD1",
+                                           "0F0,0B0,0REDUCE" };
         static const char *const words[] = { "no action on a micro-batch", "line 1, cell 3", "line 1, cell 3", "line 1, cell 3", "there is a REDUCE_GRAD1 but no REDUCE_GRAD0", "or 2REDUCE_GRAD" };
         for (int k = 0; k < (int)(sizeof bad / sizeof *bad); k++) {
             const llmpar_status status = llmpar_pipe_read(bad[k], strlen(bad[k]), &arena, &s, &err);

@@ -268,10 +268,11 @@ static int count(const char *in, const char *what) {
 static llmpar_arena arena;
 static llmpar_schedule program;
 static llmpar_pipe_timing timing;
+static const llmpar_pipe_shared *tied;                     // what stages share
 static void make(llmpar_pipe_kind kind, int32_t P, int32_t M, const llmpar_pipe_costs *costs) {
     llmpar_pipe_desc desc = LLMPAR_ZERO;
     llmpar_schedule plan;
-    desc.kind = kind, desc.n_ranks = P, desc.n_micro = M;
+    desc.kind = kind, desc.n_ranks = P, desc.n_micro = M, desc.shared = tied, desc.n_shared = tied != NULL;
     if (costs) desc.costs = *costs;
     llmpar_arena_free(&arena);
     CHECK_OK(llmpar_pipe_make(&desc, &arena, &plan, &err), err);
@@ -326,6 +327,26 @@ static void test_pictures(void) {
         }
         const char *end = t.at + t.n - 7;
         CHECK_STR(end, "</svg>\n");
+    }
+    TEST("sums of shared gradients: R in letters, bars of their own, a word in the trace") {
+        static const double reduce[1] = { 2 };
+        static const int32_t ends[2] = { 0, 2 };
+        llmpar_pipe_shared p = LLMPAR_ZERO;
+        llmpar_pipe_costs costs = LLMPAR_ZERO;
+        p.stage = ends, p.n_stages = 2, tied = &p, costs.reduce = reduce;
+        make(LLMPAR_PIPE_1F1B, 3, 2, &costs);
+        llmpar_pipe_text(&program, &timing, 60, into(&t));
+        CHECK(strncmp(t.at, "0 F0--F1--....................B0------....B1------R0------\n", 59) == 0);
+        CHECK(strstr(t.at, "\n2 ........F0--B0------F1--B1------................R0------\n") != NULL && strstr(t.at, "; R sum of a shared gradient; ") != NULL);
+        llmpar_pipe_svg(&program, &costs, &timing, into(&t));
+        CHECK_EQ(count(t.at, "</title></rect>"), 14);
+        CHECK_EQ(count(t.at, "REDUCE_GRAD: 12 to 14</title>"), 2);
+        CHECK_EQ(count(t.at, ">sum of shared gradients<"), 1);
+        CHECK(strstr(t.at, "<title>memory of rank 0, at most 2<") != NULL);
+        llmpar_pipe_trace(&program, &timing, into(&t));
+        CHECK_EQ(count(t.at, "\"cat\": \"REDUCE_GRAD\", \"ph\": \"B\""), 2);
+        CHECK_EQ(count(t.at, "{\"name\": \"2REDUCE_GRAD\", \"cat\": \"REDUCE_GRAD\", \"ph\": \"B\", \"pid\": 0, \"tid\": 2, \"ts\": 12000000.000, \"args\": {\"stage\": 2, \"shared\": 0}}"), 1);
+        tied = NULL;
     }
     TEST("nothing takes any time") {
         static const double zero[4] = { 0, 0, 0, 0 };

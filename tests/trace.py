@@ -152,11 +152,18 @@ def check_picture(calls, text):
 
 
 def check_pipe(trace, picture, table):
-    """What examples/pipeline.c --rows writes, at F = 1 forward of memory and free transfers or not: rows, trace and picture say the same; nothing before what it needs."""
-    calls = read_calls(json.loads(trace), lambda name: re.fullmatch(r"\d+[FBIW]\d+", name))
-    rows = {int(m[1]): m[2].split(",") for m in re.finditer(r"(?m)^(\d+): (.*)$", table)}
+    """What examples/pipeline.c --rows (with --tied: --lowered) writes, at F = 1 forward of memory and free transfers or not: rows, trace and picture say the same; nothing before what it
+    needs."""
+    calls = read_calls(json.loads(trace), lambda name: re.fullmatch(r"\d+([FBIW]\d+|REDUCE_GRAD\d*)", name))
+    rows = {int(m[1]): [a for a in m[2].split(",") if not re.search("SEND|RECV", a)] for m in re.finditer(r"(?m)^(\d+): (.*)$", table)}
     need(rows.keys() == calls.keys() and all(rows[r] == [c[2] for c in calls[r]] for r in rows), "the rows and the trace do other things")
-    did = {c[2].replace("B", "I"): c for list_ in calls.values() for c in list_}
+    did = {c[2].replace("B", "I"): c for list_ in calls.values() for c in list_ if "REDUCE_GRAD" not in c[2]}
+    sums = [(list_, k, c) for list_ in calls.values() for k, c in enumerate(list_) if "REDUCE_GRAD" in c[2]]
+    for list_, k, (begin, end, name, args) in sums:
+        need(name == f"{args['stage']}REDUCE_GRAD{args['shared'] or ''}", f"{name} is not {args}")
+        need(not any(c[2].startswith(str(args["stage"])) and c[2][len(str(args["stage"]))] in "BW" for c in list_[k:]), f"{name} comes before what it sums")
+        same = [c for _, _, c in sums if c[3]["shared"] == args["shared"]]
+        need(len(same) > 1 and all(abs(c[0] - begin) < 0.002 and abs(c[1] - end) < 0.002 for c in same), f"{name} is not at one time on all ranks")
     last = max(c[3]["stage"] for c in did.values())
     for name, (begin, end, _, args) in did.items():
         stage, kind, micro = re.fullmatch(r"(\d+)([FIW])(\d+)", name).groups()
@@ -166,7 +173,7 @@ def check_pipe(trace, picture, table):
         before += [f"{stage + 1}I{micro}"] if kind == "I" and stage < last else []
         for b in before:
             need(b in did and did[b][1] <= begin + 0.002, f"{name} comes before {b}")
-    makespan = max(c[1] for c in did.values())
+    makespan = max(c[1] for list_ in calls.values() for c in list_)
     span = max(list_[-1][1] - next(c[0] for c in list_ if "F" in c[2]) for list_ in calls.values())
     said = re.search(r"(?m)^makespan (\S+)  span (\S+)$", table)
     need(said and abs(1e6 * float(said[1]) - makespan) < 1 and abs(1e6 * float(said[2]) - span) < 1, f"makespan {makespan}, span {span} us in the trace")
@@ -191,9 +198,9 @@ def check_pipe(trace, picture, table):
             x, _, w, _ = box(bar)
             need(abs(x - axis[0][1] - scale * begin) < 0.3 and abs(w - scale * (end - begin)) < 0.3, f"not where the axis says: {name}")
             need(bar.find(SVG + "title").text.startswith(name + ": "), f"{name} is called {bar.find(SVG + 'title').text}")
-            held += {"F": 1, "B": -1}.get(re.search("[FBIW]", name)[0], -0.5)
+            held += 0 if "REDUCE" in name else {"F": 1, "B": -1}.get(re.search("[FBIW]", name)[0], -0.5)
             peak = max(peak, held)
-        busy = sum(c[1] - c[0] for c in list_)
+        busy = sum(c[1] - c[0] for c in list_ if "REDUCE" not in c[2])
         said = re.search(rf"(?m)^rank {rank}: bubble (\S+) % \S+ of the makespan\), peak in flight (\S+)$", table)
         need(said and abs(float(said[1]) - 100 * (1 - busy / makespan)) < 0.01, f"rank {rank}: bubble {100 * (1 - busy / makespan)} %")
         curve = root.findall(f".//{SVG}path[{SVG}title='memory of rank {rank}, at most {peak:g}']")
@@ -222,6 +229,12 @@ def self_test_pipe(trace, picture, table):
         ("unknown name", (trace.replace('"1F2"', '"1X2"', 1), picture, table)),
         ("mismatched tag", (trace, picture.replace("</g>", "", 1), table)),
     )
+    if "REDUCE_GRAD" in trace:
+        made += (
+            ("at one time", (re.sub(r'(REDUCE_GRAD", [^{}]*"ts": )([\d.]+)', lambda m: f"{m[1]}{float(m[2]) + 1}", trace, count=1), picture, table)),
+            ("is not", (trace.replace('"shared": 0', '"shared": 1', 1), picture, table)),
+            ("do other things", (trace, picture, table.replace(",0REDUCE_GRAD", "", 1))),
+        )
     for words, files in made:
         need(files != (trace, picture, table), f"nothing was changed: {words}")
         try:
