@@ -214,7 +214,7 @@ def self_test_pipe(trace, picture, table):
     """Damages one thing at a time, as self_test does."""
     bar = re.search(r'<rect x="([\d.]+)"[^>]*><title>(\d+F2)[^<]*</title></rect>', picture)
     made = (
-        ("do other things", (trace, picture, re.sub(r"(?m)^1: ([^,]*),([^,]*)", r"1: \2,\1", table))),
+        ("do other things", (trace, picture, re.sub(r"(?m)^(1: .*?)(\d+F\d+)(,.*?)(\d+F\d+)", r"\1\4\3\2", table))),
         ("do other things", (trace.replace('"1F2"', '"1F1"', 1), picture, table)),
         ("is not", (trace.replace('"micro": 2', '"micro": 1', 1), picture, table)),
         ("comes before", (re.sub(r'("1F0", [^{}]*"ts": )[\d.]+', r"\g<1>0", trace), picture, table)),
