@@ -958,10 +958,11 @@ static void test_shared(void) {
         CHECK(read_csv("0F0,0SEND_F0,0RECV_B0,0B0,0REDUCE_GRAD\n1RECV_F0,1F0,1B0,1REDUCE_GRAD,1SEND_B0\n", &s));
         for (int t = 0; t < 3; t++)
             CHECK_FAIL(llmpar_pipe_verify(&s, NULL, (llmpar_transport)t, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err, "rank 1 waits in 1REDUCE_GRAD for 0REDUCE_GRAD, which comes after 0B0 on rank 0");
-        // Three ranks: rank 2 has not come to either sum, rank 1 would let rank 0 go on: the circle of two is named, not that of three.
-        CHECK(read_csv("0F0,0B0,0REDUCE_GRAD\n1F0,1B0,1REDUCE_GRAD1,1REDUCE_GRAD\n2F0,2B0,2REDUCE_GRAD,2REDUCE_GRAD1\n", &s));
+        // Rank 0 waits for rank 1, which waits for rank 3 and that for rank 0, and for rank 2, which waits for rank 0: the shorter circle is named.
+        CHECK(read_csv("0F0,0B0,0REDUCE_GRAD,0REDUCE_GRAD1,0REDUCE_GRAD2\n1F0,1B0,1REDUCE_GRAD3,1REDUCE_GRAD\n2F0,2B0,2REDUCE_GRAD1,2REDUCE_GRAD\n3F0,3B0,3REDUCE_GRAD2,3REDUCE_GRAD3\n", &s));
         CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err,
-                   "deadlock: rank 1 waits in 1REDUCE_GRAD1 for 2REDUCE_GRAD1, which comes after 2REDUCE_GRAD on rank 2; rank 2 waits in 2REDUCE_GRAD for 1REDUCE_GRAD");
+                   "deadlock: rank 0 waits in 0REDUCE_GRAD for 2REDUCE_GRAD, which comes after 2REDUCE_GRAD1 on rank 2; "
+                   "rank 2 waits in 2REDUCE_GRAD1 for 0REDUCE_GRAD1, which comes after 0REDUCE_GRAD on rank 0");
         // Rendezvous alone: rank 0 sends to rank 1, which sums before it posts that message.
         CHECK(read_csv("0F0,0SEND_F0,2RECV_F0,2F0,2SEND_F0,2RECV_B0,2B0,2SEND_B0,2REDUCE_GRAD,0RECV_B0,0B0\n"
                        "1RECV_F0,1F0,1SEND_F0,3RECV_F0,3F0,3B0,3SEND_B0,3REDUCE_GRAD,1RECV_B0,1B0,1SEND_B0\n", &s));

@@ -573,6 +573,8 @@ static void test_memory(void) {
         pipe.kind = LLMPAR_PIPE_1F1B, pipe.n_ranks = 2, pipe.shared = tied, pipe.n_shared = 1;
         CHECK_OK(llmpar_pipe_make(&pipe, &arena, &schedule, &err), err);
         CHECK_OK(llmpar_pipe_lower(&schedule, NULL, LLMPAR_PIPE_NCCL, &arena, &program, &err), err);
+        test_budget groups = { 1000, 0 };
+        threads.allocator.alloc = test_budget_alloc, threads.allocator.free = test_budget_free, threads.allocator.user = &groups;
         CHECK_OK(llmpar_threads_create(&threads, &world, &err), err);
         failures = 0;
         llmpar_status status = LLMPAR_NO_MEMORY;
@@ -589,6 +591,19 @@ static void test_memory(void) {
             CHECK_EQ(b.held, 0);
         }
         CHECK(status == LLMPAR_OK && failures >= 3);
+        llmpar_threads_free(world);
+        CHECK_EQ(groups.held, 0);
+        CHECK_OK(llmpar_threads_create(&threads, &world, &err), err);                      // both ranks, one after the other: a runner gives its group back
+        const int64_t held = groups.held;
+        llmpar_stages *stages[2] = { NULL, NULL };
+        for (int r = 0; r < 2; r++) {
+            llmpar_stages_desc desc = LLMPAR_ZERO;
+            desc.program = &program, desc.transport = LLMPAR_PIPE_NCCL, desc.comm = llmpar_threads_comm(world, r), desc.forward = number_f, desc.backward = number_b, desc.reduce = mlp_r;
+            CHECK_OK(llmpar_stages_create(&desc, &stages[r], &err), err);
+        }
+        CHECK(groups.held > held);
+        for (int r = 0; r < 2; r++) llmpar_stages_free(stages[r]);
+        CHECK_EQ(groups.held, held);
         llmpar_threads_free(world);
     }
 }
