@@ -1053,6 +1053,74 @@ static void test_sequences(void) {
     }
 }
 
+// ---- A pipeline with weights that stages on several ranks share ----
+
+typedef struct pipe_job { llmpar_comm *world; double made[2], sum[2]; int sums; } pipe_job;
+static llmpar_status pipe_f(int32_t stage, int32_t micro, const void *in, void *out, void *user, llmpar_error *err) {
+    (void)stage, (void)micro, (void)in, (void)user, (void)err;
+    if (out) memset(out, 1, 8192);
+    return LLMPAR_OK;
+}
+static llmpar_status pipe_b(int32_t stage, int32_t micro, llmpar_action_kind what, const void *in, void *out, void *user, llmpar_error *err) {
+    pipe_job *j = (pipe_job *)user;
+    (void)what, (void)in, (void)err;
+    if (out) memset(out, 1, 8192);
+    if (stage == 0 || stage + 1 == j->world->size) j->made[0] += 10 * stage + micro;
+    j->made[1] += 100 * stage + micro;
+    return LLMPAR_OK;
+}
+static llmpar_status pipe_r(int32_t shared, llmpar_comm *holders, void *user, llmpar_error *err) {
+    pipe_job *j = (pipe_job *)user;
+    const float mine = (float)j->made[shared];
+    float all = 0;
+    j->sums++;
+    LLMPARI_TRY(llmpar_all_reduce(holders, &mine, &all, 1, LLMPAR_F32, LLMPAR_SUM, err));
+    j->sum[shared] = (double)all;
+    return LLMPAR_OK;
+}
+static llmpar_status pipe_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+    enum { MICRO = 5 };
+    const int n = world->size, ends[2] = { 0, n - 1 };
+    llmpar_arena arena = LLMPAR_ZERO;
+    int32_t every[64];
+    for (int t = 0; t < 3 && n > 1; t++) {
+        llmpar_pipe_shared shared[2];
+        llmpar_pipe_desc desc = LLMPAR_ZERO;
+        llmpar_schedule schedule, program;
+        llmpar_stages_desc run_desc = LLMPAR_ZERO;
+        llmpar_stages *stages = NULL;
+        pipe_job j;
+        memset(&j, 0, sizeof j);
+        for (int s = 0; s < n; s++) every[s] = s;
+        shared[0].stage = ends, shared[0].n_stages = 2, shared[0].bytes = 4;
+        shared[1].stage = every, shared[1].n_stages = n, shared[1].bytes = 4;
+        desc.kind = t ? LLMPAR_PIPE_ZB_H1 : LLMPAR_PIPE_1F1B, desc.n_ranks = n, desc.n_micro = MICRO, desc.shared = shared, desc.n_shared = 2;
+        LLMPARI_TRY(llmpar_pipe_make(&desc, &arena, &schedule, err));
+        LLMPARI_TRY(llmpar_pipe_lower(&schedule, NULL, (llmpar_transport)t, &arena, &program, err));
+        j.world = world;
+        run_desc.program = &program, run_desc.transport = (llmpar_transport)t, run_desc.comm = world, run_desc.forward_bytes = run_desc.backward_bytes = 8192;
+        run_desc.forward = pipe_f, run_desc.backward = pipe_b, run_desc.reduce = pipe_r, run_desc.user = &j;
+        LLMPARI_TRY(llmpar_stages_create(&run_desc, &stages, err));
+        const llmpar_status status = llmpar_stages_run(stages, NULL, err);
+        llmpar_stages_free(stages);
+        if (status) return status;
+        const bool end = world->rank == 0 || world->rank == n - 1;
+        const double twice = t ? 2 : 1, ones = MICRO * (MICRO - 1) / 2;                    // I and W are two calls
+        CHECK_EQ(j.sums, 1 + end);
+        if (end) CHECK_NEAR(j.sum[0], twice * (2 * ones + 10.0 * MICRO * (n - 1)), 1e-3);
+        CHECK_NEAR(j.sum[1], twice * (n * ones + 100.0 * MICRO * n * (n - 1) / 2), 1e-3);
+    }
+    llmpar_arena_free(&arena);
+    (void)user;
+    return LLMPAR_OK;
+}
+static void test_pipe(void) {
+    TEST("a pipeline with shared weights: each is summed over the ranks that have it") {
+        const llmpar_mpi_desc desc = desc_of(20, true);
+        run(&desc, pipe_rank, NULL);
+    }
+}
+
 int main(int argc, char **argv) {
     llmpar_error err = LLMPAR_ZERO;
     llmpar_comm *first = NULL;
@@ -1070,6 +1138,7 @@ int main(int argc, char **argv) {
     test_own();
     test_clash();
     test_late();
+    test_pipe();
     test_survivors();
     test_close();
     int64_t mine[2], all[2] = { 0, 0 };
