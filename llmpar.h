@@ -1426,7 +1426,8 @@ typedef struct llmpar_stages_desc {
     // what: B, I or W. in: what stage + 1 made (the gradient of the outputs), NULL at the last stage; out: for stage - 1, NULL at the first one. W has neither. NULL: no backward
     llmpar_status (*backward)(int32_t stage, int32_t micro, llmpar_action_kind what, const void *in, void *out, void *user, llmpar_error *err);
     // Sums what this rank's stages have added up in its copy of the gradient of a shared parameter of the program over `holders`, the ranks with a copy:
-    // llmpar_all_reduce(holders, gradient, gradient, n, ..). Once a run for each parameter with copies on several ranks. NULL: the program has none
+    // llmpar_all_reduce(holders, gradient, gradient, n, ..). They are members in the order of their first stages with a copy. Once a run for each parameter with copies on several
+    // ranks, whatever is skipped. NULL: the program has none
     llmpar_status (*reduce)(int32_t shared, llmpar_comm *holders, void *user, llmpar_error *err);
     void *user;                    // handed to all three
     bool  record;                  // the clock is read around every action, for llmpar_stages_timing
