@@ -937,7 +937,8 @@ LLMPAR_DEF llmpar_status llmpar_pipe_lower(const llmpar_schedule *schedule, cons
 
 // Proves: every stage does F once per micro-batch and either nothing else, or B once, or I and then W once; inputs come before what needs them; every transfer has its
 // other end, on the right rank; every rank with a copy of a shared gradient sums it, once and after all that adds to it (a schedule without transfers may leave that out);
-// buffers are free when they are taken; no rank holds more than `memory` (0 = no limit); and all ranks reach their end whatever the times: else the error shows a shortest circle of waiting ("rank 0 waits in 0F1 for ..., which ..."). BAD_ARGUMENT, or DOES_NOT_FIT for memory with what would suffice.
+// buffers are free when they are taken; no rank holds more than `memory` (0 = no limit); and all ranks reach their end whatever the times:
+// else the error shows a shortest circle of waiting ("rank 0 waits in 0F1 for ..., which ..."). BAD_ARGUMENT, or DOES_NOT_FIT for memory with what would suffice.
 LLMPAR_DEF llmpar_status llmpar_pipe_verify(const llmpar_schedule *schedule, const llmpar_pipe_costs *costs, llmpar_transport transport, double memory,
                                             llmpar_arena *scratch, llmpar_error *err);
 
