@@ -970,6 +970,12 @@ static void test_shared(void) {
         CHECK_OK(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_NCCL, 0, &arena, &err), err);
         CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_RENDEZVOUS, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err,
                    "deadlock: rank 0 waits in 2SEND_B0 for 1RECV_B0, which comes after 3REDUCE_GRAD on rank 1; rank 1 waits in 3REDUCE_GRAD for 2REDUCE_GRAD, which comes after 2SEND_B0 on rank 0");
+        // NCCL's order alone: a sum parts groups as an action on a stage does, and each rank sends before its sum what the other one receives behind it.
+        CHECK(read_csv("0F0,0SEND_F0,0F1,0SEND_F1,2RECV_F0,2F0,2SEND_F0,2RECV_F1,2F1,2SEND_F1,2RECV_B0,2B0,2SEND_B0,2RECV_B1,2B1,2SEND_B1,2REDUCE_GRAD,0RECV_B0,0B0,0RECV_B1,0B1\n"
+                       "1RECV_F0,1F0,1SEND_F0,1RECV_F1,1F1,1SEND_F1,3RECV_F0,3F0,3RECV_F1,3F1,3B0,3SEND_B0,3B1,3SEND_B1,1RECV_B0,1B0,1SEND_B0,3REDUCE_GRAD,1RECV_B1,1B1,1SEND_B1\n", &s));
+        CHECK_OK(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), err);
+        CHECK_FAIL(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_NCCL, 0, &arena, &err), LLMPAR_BAD_ARGUMENT, err,
+                   "two ranks order their transfers differently: rank 1 does 1SEND_B0 before 2SEND_B1, rank 0 2SEND_B1 before 1SEND_B0");
     }
     TEST("text: REDUCE_GRAD with and without a number, in schedules and programs; three stages, two of one rank") {
         CHECK(read_csv("0F0,0B0,0REDUCE_GRAD0,,0REDUCE_GRAD1\n1F0,1B0,1REDUCE_GRAD\n2F0,2B0,2REDUCE_GRAD1\n", &s));
