@@ -9236,8 +9236,8 @@ LLMPARI_FN double llmpari_pipe_memory(const llmpari_pipe_cost *c, llmpar_action 
 
 // ---- Where every action stands --------------------------------------------------------------------------------
 
-// at[kind][stage * M + micro]: index of the action, -1 = there is none. partner[action]: of a SEND its RECV, of a RECV its SEND.
-typedef struct llmpari_pipe_index { int32_t *at[LLMPAR_ACTION_COUNT], *partner; bool backward; } llmpari_pipe_index;
+// at[kind][stage * M + micro]: index of the action, -1 = there is none.
+typedef struct llmpari_pipe_index { int32_t *at[LLMPAR_ACTION_COUNT]; bool backward; } llmpari_pipe_index;
 
 LLMPARI_FN bool llmpari_pipe_crosses(const llmpar_schedule *s, int64_t stage) {   // do stages `stage` and the next one (after the last: the first) lie on different ranks?
     return s->rank_of[stage] != s->rank_of[(stage + 1) % s->n_stages];
@@ -9271,8 +9271,6 @@ LLMPARI_FN llmpar_status llmpari_pipe_index_fill(const llmpar_schedule *s, llmpa
     memset(all, 0xff, (size_t)(kinds * cells) * sizeof *all);
     memset(x, 0, sizeof *x);
     for (int k = 0; k < kinds; k++) x->at[k] = all + k * cells;
-    x->partner = s->lowered ? (int32_t *)llmpar_arena_alloc(arena, (size_t)s->first[s->n_ranks] * sizeof(int32_t)) : NULL;
-    if (s->lowered && !x->partner) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for an index of %lld transfers", (long long)s->first[s->n_ranks]);
     for (int32_t r = 0; r < s->n_ranks; r++)
         for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
             const llmpar_action a = s->action[j];
@@ -9310,7 +9308,6 @@ LLMPARI_FN llmpar_status llmpari_pipe_transfer_check(const llmpar_schedule *s, c
     }
     if (out < 0) return llmpari_pipe_missing(s, send, from_stage, from_micro, err);
     if (in < 0) return llmpari_pipe_missing(s, recv, to_stage, to_micro, err);
-    x->partner[out] = in, x->partner[in] = out;
     LLMPARI_TRY(llmpari_pipe_order(s, made, out, err));
     return llmpari_pipe_order(s, in, used, err);
 }
@@ -9354,12 +9351,12 @@ LLMPARI_FN llmpar_status llmpari_pipe_complete(const llmpar_schedule *s, const l
 
 // ---- Running a schedule: when does what begin, and who waits for whom ------------------------------------------
 
-// The transfers of two ranks in NCCL's order. A rank's SENDs and RECVs with the other one stand in two rows; those with the same epoch (no action on a stage between
-// them) are a group. A transfer moves when its ends are the first of their rows, both are issued, and the groups before are done on both sides.
-typedef struct llmpari_channel_op { int32_t next, epoch; } llmpari_channel_op;           // of every action: the next one of its row, -1 = none
+// The transfers of two ranks in NCCL's order. Those that a rank has issued to the other one and that have not moved stand in two queues, SENDs and RECVs; those of the same
+// group have no action on a stage between them. A transfer moves when both ends are the first of their queues, and the groups before are done on both sides.
+typedef struct llmpari_channel_op { int32_t action, group, next; } llmpari_channel_op;   // group: its rank's last action on a stage before it; next: in its queue, -1 = none
 typedef struct llmpari_channel_side {
-    int32_t send, recv;            // first of each row that has not moved, -1 = none
-    int32_t epoch;                 // of the group in turn
+    int32_t head[2], tail[2];      // of the SENDs, of the RECVs: numbers of ops; head -1 = none
+    int32_t group;                 // in turn: no op stands in an earlier one
     double  open, done;            // when it may begin; when the last transfer ended
 } llmpari_channel_side;
 typedef struct llmpari_channel { int32_t rank[2]; llmpari_channel_side side[2]; } llmpari_channel;
@@ -9369,7 +9366,7 @@ typedef struct llmpari_pipe_run {
     const llmpari_pipe_cost  *c;
     const llmpari_pipe_index *x;
     llmpar_transport transport;
-    double  *begin, *end;          // [actions]; end -1 = not done
+    double  *begin, *end;          // [actions]; begin NULL = not wanted. RENDEZVOUS: end -1 = not done
     double  *arrive[2];            // [F, gradient][stage * M + micro]: when the output is where it is needed; -1 = not yet
     double  *slot_free;            // [all slots] NCCL: when the last SEND from this buffer was done; -1 = under way
     int64_t *slot_first;           // [n_ranks] of slot_free
@@ -9380,7 +9377,10 @@ typedef struct llmpari_pipe_run {
     int32_t *channel_of;           // [n_stages] number of the channel from stage s to the next one
     llmpari_channel *channel;
     int32_t  n_channels;
-    llmpari_channel_op *op;        // [actions]
+    int32_t *group;                // [n_ranks] last action on a stage
+    llmpari_channel_op *op;        // [n_ops]; more when they do not suffice
+    int32_t  n_ops, free_op;
+    llmpar_arena *arena;
 } llmpari_pipe_run;
 
 LLMPARI_FN bool llmpari_action_is_send(llmpar_action a) { return a.kind == LLMPAR_ACTION_SEND_F || a.kind == LLMPAR_ACTION_SEND_B; }
@@ -9397,7 +9397,9 @@ LLMPARI_FN llmpar_action llmpari_pipe_other_end(const llmpar_schedule *s, llmpar
     else o.stage = (int16_t)(a.stage + (up ? 1 : -1));
     return o;
 }
-LLMPARI_FN int32_t llmpari_pipe_at(const llmpari_pipe_run *q, llmpar_action a) { return q->x->at[a.kind][(int64_t)a.stage * q->s->n_micro + a.micro]; }
+LLMPARI_FN int32_t llmpari_pipe_at(const llmpar_schedule *s, const llmpari_pipe_index *x, llmpar_action a) { return x->at[a.kind][(int64_t)a.stage * s->n_micro + a.micro]; }
+// Of a SEND its RECV, of a RECV its SEND.
+LLMPARI_FN int32_t llmpari_pipe_partner(const llmpar_schedule *s, const llmpari_pipe_index *x, int64_t j) { return llmpari_pipe_at(s, x, llmpari_pipe_other_end(s, s->action[j])); }
 // The stage whose link to the next one a transfer takes.
 LLMPARI_FN int32_t llmpari_pipe_link_of(const llmpar_schedule *s, llmpar_action a) {
     if (a.kind == LLMPAR_ACTION_SEND_F || a.kind == LLMPAR_ACTION_RECV_B) return a.stage;
@@ -9418,42 +9420,68 @@ LLMPARI_FN void llmpari_pipe_arrive(llmpari_pipe_run *q, int direction, int32_t 
 }
 
 LLMPARI_FN void llmpari_channel_turn(const llmpari_pipe_run *q, llmpari_channel_side *side) {
-    const int32_t s = side->send >= 0 ? q->op[side->send].epoch : INT32_MAX, r = side->recv >= 0 ? q->op[side->recv].epoch : INT32_MAX, epoch = s < r ? s : r;
-    if (epoch != side->epoch) side->epoch = epoch, side->open = side->done;
+    int32_t group = INT32_MAX;
+    for (int k = 0; k < 2; k++) if (side->head[k] >= 0 && q->op[side->head[k]].group < group) group = q->op[side->head[k]].group;
+    if (group != INT32_MAX && group != side->group) side->group = group, side->open = side->done;
+}
+// Takes the first SEND or RECV of a side out of its queue, at time t.
+LLMPARI_FN void llmpari_channel_pop(llmpari_pipe_run *q, llmpari_channel_side *side, int k, double t) {
+    const int32_t i = side->head[k];
+    side->head[k] = q->op[i].next;
+    q->op[i].next = q->free_op, q->free_op = i;
+    if (t > side->done) side->done = t;
+    llmpari_channel_turn(q, side);
 }
 // Moves what can move between two ranks.
 LLMPARI_FN llmpar_status llmpari_channel_move(llmpari_pipe_run *q, llmpari_channel *channel, llmpar_error *err) {
     const llmpar_schedule *s = q->s;
-    for (bool moved = true; moved; ) {
-        moved = false;
-        for (int d = 0; d < 2; d++) {
-            llmpari_channel_side *from = &channel->side[d], *to = &channel->side[1 - d];
-            const int32_t out = from->send, in = to->recv;
-            if (out < 0 || in < 0 || q->end[out] < 0 || q->end[in] < 0 || q->op[out].epoch != from->epoch || q->op[in].epoch != to->epoch) continue;
-            const llmpar_action a = s->action[out];
-            if (q->x->partner[out] != in)
-                return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "ranks %d and %d disagree about the order of their transfers: rank %d does %s when rank %d expects %s", (int)channel->rank[d],
-                                    (int)channel->rank[1 - d], (int)channel->rank[d], llmpari_action_print(a).text, (int)channel->rank[1 - d], llmpari_action_print(s->action[in]).text);
-            double t = q->end[out];
-            if (q->end[in] > t) t = q->end[in];
-            if (from->open > t) t = from->open;
-            if (to->open > t) t = to->open;
-            t += q->c->link[llmpari_pipe_link_of(s, a)];
-            llmpari_pipe_arrive(q, a.kind == LLMPAR_ACTION_SEND_B, a.stage, a.micro, t);
-            if (a.slot >= 0) {
-                double *slot = &q->slot_free[q->slot_first[channel->rank[d]] + a.slot];
-                *slot = t;
-                llmpari_pipe_wake(q, channel->rank[d], slot);
-            }
-            from->send = q->op[out].next, to->recv = q->op[in].next;
-            if (t > from->done) from->done = t;
-            if (t > to->done) to->done = t;
-            llmpari_channel_turn(q, from);
-            llmpari_channel_turn(q, to);
-            moved = true;
+    for (int d = 0, idle = 0; idle < 2; d = 1 - d, idle++) {
+        llmpari_channel_side *from = &channel->side[d], *to = &channel->side[1 - d];
+        if (from->head[0] < 0 || to->head[1] < 0 || q->op[from->head[0]].group != from->group || q->op[to->head[1]].group != to->group) continue;
+        const int32_t out = q->op[from->head[0]].action, in = q->op[to->head[1]].action;
+        const llmpar_action a = s->action[out], b = s->action[in], o = llmpari_pipe_other_end(s, a);
+        if (o.kind != b.kind || o.stage != b.stage || o.micro != b.micro)
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "ranks %d and %d disagree about the order of their transfers: rank %d does %s when rank %d expects %s", (int)channel->rank[d],
+                                (int)channel->rank[1 - d], (int)channel->rank[d], llmpari_action_print(a).text, (int)channel->rank[1 - d], llmpari_action_print(b).text);
+        double t = q->end[out];
+        if (q->end[in] > t) t = q->end[in];
+        if (from->open > t) t = from->open;
+        if (to->open > t) t = to->open;
+        t += q->c->link[llmpari_pipe_link_of(s, a)];
+        llmpari_pipe_arrive(q, a.kind == LLMPAR_ACTION_SEND_B, a.stage, a.micro, t);
+        if (a.slot >= 0) {
+            double *slot = &q->slot_free[q->slot_first[channel->rank[d]] + a.slot];
+            *slot = t;
+            llmpari_pipe_wake(q, channel->rank[d], slot);
         }
+        llmpari_channel_pop(q, from, 0, t);
+        llmpari_channel_pop(q, to, 1, t);
+        idle = -1;
     }
     return LLMPAR_OK;
+}
+// Rank r issues its transfer j.
+LLMPARI_FN llmpar_status llmpari_channel_issue(llmpari_pipe_run *q, int32_t r, int64_t j, llmpar_error *err) {
+    const llmpar_action a = q->s->action[j];
+    llmpari_channel *channel = &q->channel[q->channel_of[llmpari_pipe_link_of(q->s, a)]];
+    const int d = channel->rank[0] == r ? 0 : 1, k = llmpari_action_is_send(a) ? 0 : 1;
+    llmpari_channel_side *side = &channel->side[d];
+    if (q->free_op < 0) {
+        const int32_t n = 2 * q->n_ops + 64;
+        llmpari_channel_op *more = (llmpari_channel_op *)llmpar_arena_alloc(q->arena, (size_t)n * sizeof *more);
+        if (!more) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d transfers under way", (int)n);
+        if (q->n_ops) memcpy(more, q->op, (size_t)q->n_ops * sizeof *more);
+        for (int32_t i = q->n_ops; i < n; i++) more[i].next = i + 1 < n ? i + 1 : -1;
+        q->free_op = q->n_ops, q->n_ops = n, q->op = more;
+    }
+    const int32_t i = q->free_op;
+    q->free_op = q->op[i].next;
+    q->op[i].action = (int32_t)j, q->op[i].group = q->group[r], q->op[i].next = -1;
+    if (side->head[k] < 0) side->head[k] = i;
+    else q->op[side->tail[k]].next = i;
+    side->tail[k] = i;
+    llmpari_channel_turn(q, side);
+    return channel->side[1 - d].head[1 - k] >= 0 ? llmpari_channel_move(q, channel, err) : LLMPAR_OK;
 }
 
 // The number that says when the input of an action is there; NULL = it needs none.
@@ -9466,7 +9494,7 @@ LLMPARI_FN const double *llmpari_pipe_input(const llmpari_pipe_run *q, int64_t j
         if (a.stage > 0) return &q->arrive[0][c - M];
         return s->in_flight > 0 && a.micro >= s->in_flight ? &q->arrive[0][(int64_t)(s->n_stages - 1) * M + a.micro - s->in_flight] : NULL;
     case LLMPAR_ACTION_B: case LLMPAR_ACTION_I: return a.stage + 1 < s->n_stages ? &q->arrive[1][c + M] : NULL;
-    case LLMPAR_ACTION_SEND_F: case LLMPAR_ACTION_SEND_B: return q->transport == LLMPAR_PIPE_RENDEZVOUS ? &q->end[q->x->partner[j]] : NULL;
+    case LLMPAR_ACTION_SEND_F: case LLMPAR_ACTION_SEND_B: return q->transport == LLMPAR_PIPE_RENDEZVOUS ? &q->end[llmpari_pipe_partner(s, q->x, j)] : NULL;
     default: return NULL;
     }
 }
@@ -9492,11 +9520,12 @@ LLMPARI_FN llmpar_status llmpari_pipe_advance(llmpari_pipe_run *q, int32_t r, ll
         need = slot >= 0 ? &q->slot_free[q->slot_first[r] + slot] : NULL;
         if (need && *need < 0) { q->wait[r] = need; return LLMPAR_OK; }
         if (need && *need > clock) clock = *need;
-        q->begin[j] = clock;
+        if (q->begin) q->begin[j] = clock;
         if (q->order) q->order[j] = q->n_done++;
         if (a.kind <= LLMPAR_ACTION_W) {
             clock += q->c->time[a.kind][a.stage];
             q->end[j] = clock;
+            if (q->group) q->group[r] = (int32_t)j;
             if (a.kind == LLMPAR_ACTION_W) continue;
             const int d = a.kind != LLMPAR_ACTION_F;
             const bool crosses = d ? llmpari_pipe_sends_b(s, a.stage) : llmpari_pipe_sends_f(s, a.stage, a.micro);
@@ -9506,16 +9535,17 @@ LLMPARI_FN llmpar_status llmpari_pipe_advance(llmpari_pipe_run *q, int32_t r, ll
         q->end[j] = clock;
         if (q->transport == LLMPAR_PIPE_NCCL) {
             if (llmpari_action_is_send(a) && a.slot >= 0) q->slot_free[q->slot_first[r] + a.slot] = -1;
-            if (q->end[q->x->partner[j]] >= 0) LLMPARI_TRY(llmpari_channel_move(q, &q->channel[q->channel_of[llmpari_pipe_link_of(s, a)]], err));
+            LLMPARI_TRY(llmpari_channel_issue(q, r, j, err));
         } else if (llmpari_action_is_send(a)) {
             llmpari_pipe_arrive(q, a.kind == LLMPAR_ACTION_SEND_B, a.stage, a.micro, clock + q->c->link[llmpari_pipe_link_of(s, a)]);
         } else if (q->transport == LLMPAR_PIPE_RENDEZVOUS) {
-            llmpari_pipe_wake(q, s->rank_of[s->action[q->x->partner[j]].stage], &q->end[j]);
+            llmpari_pipe_wake(q, s->rank_of[llmpari_pipe_other_end(s, a).stage], &q->end[j]);
         }
     }
     return LLMPAR_OK;
 }
 
+LLMPARI_FN bool llmpari_pipe_done(const llmpari_pipe_run *q, int32_t j) { return j < q->at[q->s->rank_of[q->s->action[j].stage]]; }
 // Transfer `out`, issued at both ends, cannot move (NCCL): the SEND of the one that stands before it; *rank = where.
 LLMPARI_FN int32_t llmpari_channel_before(const llmpari_pipe_run *q, int32_t out, int32_t *rank) {
     const llmpar_schedule *s = q->s;
@@ -9523,12 +9553,12 @@ LLMPARI_FN int32_t llmpari_channel_before(const llmpari_pipe_run *q, int32_t out
     const int from = channel->rank[0] == s->rank_of[s->action[out].stage] ? 0 : 1;
     for (int d = 0; d < 2; d++) {
         const llmpari_channel_side *side = &channel->side[d ? 1 - from : from];
-        const int32_t own = d ? q->x->partner[out] : out;
-        const int32_t send = side->send >= 0 && q->op[side->send].epoch == side->epoch ? side->send : -1;
-        const int32_t recv = side->recv >= 0 && q->op[side->recv].epoch == side->epoch ? side->recv : -1;
-        if (own == send || own == recv) continue;
+        const int32_t own = d ? llmpari_pipe_partner(s, q->x, out) : out;
+        int32_t first[2];                                                                  // SEND and RECV in turn
+        for (int k = 0; k < 2; k++) first[k] = side->head[k] >= 0 && q->op[side->head[k]].group == side->group ? q->op[side->head[k]].action : -1;
+        if (own == first[0] || own == first[1]) continue;
         *rank = channel->rank[d ? 1 - from : from];
-        return send >= 0 ? send : q->x->partner[recv];
+        return first[0] >= 0 ? first[0] : llmpari_pipe_partner(s, q->x, first[1]);
     }
     return -1;
 }
@@ -9539,7 +9569,7 @@ LLMPARI_FN int32_t llmpari_pipe_blocker(const llmpari_pipe_run *q, int32_t rank,
     const llmpar_schedule *s = q->s;
     llmpar_action a = s->action[q->at[rank]];
     int32_t out, in;
-    if (llmpari_action_is_send(a)) return q->x->partner[q->at[rank]];
+    if (llmpari_action_is_send(a)) return llmpari_pipe_partner(s, q->x, q->at[rank]);
     const double *need = llmpari_pipe_input(q, q->at[rank]);
     if (need && *need < 0) {
         const int d = a.kind != LLMPAR_ACTION_F;
@@ -9548,18 +9578,18 @@ LLMPARI_FN int32_t llmpari_pipe_blocker(const llmpari_pipe_run *q, int32_t rank,
         made.stage = (int16_t)(cell / s->n_micro), made.micro = (int32_t)(cell % s->n_micro);
         if (!s->lowered || s->rank_of[made.stage] == rank) {
             made.kind = (uint8_t)(!d ? LLMPAR_ACTION_F : q->x->at[LLMPAR_ACTION_B][cell] >= 0 ? LLMPAR_ACTION_B : LLMPAR_ACTION_I);
-            return llmpari_pipe_at(q, made);
+            return llmpari_pipe_at(s, q->x, made);
         }
-        out = llmpari_pipe_at(q, made);
+        out = llmpari_pipe_at(s, q->x, made);
     } else {                                                                               // its buffer: the SEND before from there
         const int32_t slot = llmpari_pipe_fills(q, a);
         for (out = (int32_t)q->at[rank]; !llmpari_action_is_send(s->action[out]) || s->action[out].slot != slot; ) out--;
     }
     for (int64_t i = 0; ; i++) {                                                           // a transfer: which of those before it in the order of the two ranks is not issued?
         int32_t here = 0, there = 0;
-        in = q->x->partner[out];
-        if (q->end[out] < 0) return out;
-        if (q->end[in] < 0) return in;
+        in = llmpari_pipe_partner(s, q->x, out);
+        if (!llmpari_pipe_done(q, out)) return out;
+        if (!llmpari_pipe_done(q, in)) return in;
         const int32_t first = llmpari_channel_before(q, out, &here);
         if (first < 0) return in;                                                          // cannot be: it would have moved
         if (i > 2 * (int64_t)s->n_micro * s->n_stages) {
@@ -9603,13 +9633,14 @@ LLMPARI_FN llmpar_status llmpari_pipe_stuck(const llmpari_pipe_run *q, llmpar_er
 LLMPARI_FN llmpar_status llmpari_pipe_channels(llmpari_pipe_run *q, llmpar_arena *arena, llmpar_error *err) {
     const llmpar_schedule *s = q->s;
     const int32_t S = s->n_stages;
-    q->op         = (llmpari_channel_op *)llmpar_arena_alloc(arena, (size_t)s->first[s->n_ranks] * sizeof(llmpari_channel_op));
+    q->group      = (int32_t *)llmpar_arena_alloc(arena, (size_t)s->n_ranks * sizeof(int32_t));
     q->channel_of = (int32_t *)llmpar_arena_alloc(arena, (size_t)S * sizeof(int32_t));
     q->channel    = (llmpari_channel *)llmpar_arena_alloc(arena, (size_t)S * sizeof(llmpari_channel));
     int32_t *first = (int32_t *)llmpar_arena_alloc(arena, (size_t)s->n_ranks * sizeof(int32_t));   // a channel of the rank as the lower one; next: one more of them
     int32_t *next  = (int32_t *)llmpar_arena_alloc(arena, (size_t)S * sizeof(int32_t));
-    if (!q->op || !q->channel_of || !q->channel || !first || !next) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d links", (int)S);
-    for (int32_t r = 0; r < s->n_ranks; r++) first[r] = -1;
+    if (!q->group || !q->channel_of || !q->channel || !first || !next) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d links", (int)S);
+    q->free_op = -1, q->arena = arena;
+    for (int32_t r = 0; r < s->n_ranks; r++) first[r] = q->group[r] = -1;
     for (int32_t st = 0; st < S; st++) {
         const int32_t a = s->rank_of[st], b = s->rank_of[(st + 1) % S], low = a < b ? a : b, high = a < b ? b : a;
         int32_t k = first[low];
@@ -9622,20 +9653,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_channels(llmpari_pipe_run *q, llmpar_arena
         q->channel_of[st] = k;
     }
     for (int32_t k = 0; k < q->n_channels; k++)
-        for (int d = 0; d < 2; d++) q->channel[k].side[d].send = q->channel[k].side[d].recv = -1;
-    for (int32_t r = 0; r < s->n_ranks; r++) {                                             // from the last action back, so that every row ends up at its first one
-        int32_t epoch = INT32_MAX - 1;
-        for (int64_t j = s->first[r + 1]; j-- > s->first[r]; ) {
-            const llmpar_action a = s->action[j];
-            if (!llmpari_action_is_transfer(a)) { epoch--; continue; }
-            llmpari_channel *channel = &q->channel[q->channel_of[llmpari_pipe_link_of(s, a)]];
-            llmpari_channel_side *side = &channel->side[channel->rank[0] == r ? 0 : 1];
-            int32_t *head = llmpari_action_is_send(a) ? &side->send : &side->recv;
-            q->op[j].next = *head, q->op[j].epoch = epoch;
-            *head = (int32_t)j;
-        }
-    }
-    for (int32_t k = 0; k < q->n_channels; k++) llmpari_channel_turn(q, &q->channel[k].side[0]), llmpari_channel_turn(q, &q->channel[k].side[1]);
+        for (int d = 0; d < 2; d++) q->channel[k].side[d].head[0] = q->channel[k].side[d].head[1] = -1;
     return LLMPAR_OK;
 }
 
@@ -9652,7 +9670,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_times(llmpari_pipe_run *q, llmpar_arena *a
     if (!q->arrive[0] || !q->at || !q->slot_first || !q->wait || !q->ready) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to time %lld actions", (long long)n);
     q->arrive[1] = q->arrive[0] + cells;
     for (int64_t c = 0; c < 2 * cells; c++) q->arrive[0][c] = -1;
-    for (int64_t j = 0; j < n; j++) q->end[j] = -1;
+    if (q->transport == LLMPAR_PIPE_RENDEZVOUS) for (int64_t j = 0; j < n; j++) q->end[j] = -1;
     for (int32_t r = 0; r < R; r++) {
         q->at[r] = s->first[r];
         q->slot_first[r] = slots;
@@ -9727,7 +9745,7 @@ LLMPARI_FN void llmpari_pipe_critical(const llmpar_schedule *s, const llmpari_pi
         else if (a.kind == LLMPAR_ACTION_F && s->in_flight > 0 && a.micro >= s->in_flight) input = x->at[LLMPAR_ACTION_F][(int64_t)(s->n_stages - 1) * M + a.micro - s->in_flight];
         else if ((a.kind == LLMPAR_ACTION_B || a.kind == LLMPAR_ACTION_I) && a.stage + 1 < s->n_stages)
             input = x->at[LLMPAR_ACTION_I][c + M] >= 0 ? x->at[LLMPAR_ACTION_I][c + M] : x->at[LLMPAR_ACTION_B][c + M];
-        else if (llmpari_action_is_send(a)) input = x->partner[j];
+        else if (llmpari_action_is_send(a)) input = llmpari_pipe_partner(s, x, j);
         j = own >= 0 && (input < 0 || t->action_end[own] >= t->action_begin[j]) ? own : input;
     }
     for (int64_t i = 0, k = t->n_critical - 1; i < k; i++, k--) {
