@@ -9823,21 +9823,25 @@ LLMPAR_DEF llmpar_status llmpar_pipe_simulate(const llmpar_schedule *schedule, c
 
 LLMPAR_DEF int32_t llmpar_slots(const int64_t *begin, const int64_t *end, int64_t n, int32_t *slot, llmpar_arena *scratch) {
     const llmpar_arena_mark mark = llmpar_arena_save(scratch);
-    int64_t *until = (int64_t *)llmpar_arena_alloc(scratch, (size_t)llmpari_max(n, 1) * sizeof *until);
-    int32_t slots = 0;
-    for (int64_t i = 0; until && i < n; i++) {
-        int32_t k = 0;
-        while (k < slots && until[k] > begin[i]) k++;
-        if (k == slots) slots++;
-        until[k] = end[i];
-        slot[i]  = k;
+    int64_t *least = NULL, room = 0, slots = 0;                                            // a tree of minima, its top at 1; least[room + k]: when slot k is free again
+    for (int64_t i = 0; i < n; i++) {
+        if (!least || least[1] > begin[i]) {                                               // none is free: twice the room
+            const int64_t wide = llmpari_max(2 * room, 1);
+            int64_t *wider = (int64_t *)llmpar_arena_alloc(scratch, 2 * (size_t)wide * sizeof *wider);
+            if (!wider) { slots = -1; break; }
+            for (int64_t k = 2 * wide - 1; k > 0; k--)
+                wider[k] = k < wide ? llmpari_min(wider[2 * k], wider[2 * k + 1]) : k - wide < room ? least[room + k - wide] : INT64_MIN;
+            least = wider, room = wide;
+        }
+        int64_t k = 1;
+        while (k < room) k = 2 * k + (least[2 * k] > begin[i]);
+        slot[i] = (int32_t)(k - room);
+        slots   = llmpari_max(slots, k - room + 1);
+        for (least[k] = end[i], k /= 2; k > 0; k /= 2) least[k] = llmpari_min(least[2 * k], least[2 * k + 1]);
     }
     llmpar_arena_restore(scratch, mark);
-    return until ? slots : -1;
+    return (int32_t)slots;
 }
-
-// A message: made by action `made` (index in the schedule), posted on the other rank just before the action `before`.
-typedef struct llmpari_message { int32_t made, before; } llmpari_message;
 
 // Which action of the schedule takes what `a` makes, -1 = none does; *stays: on the same rank.
 LLMPARI_FN int32_t llmpari_pipe_taker(const llmpar_schedule *s, const llmpari_pipe_index *x, llmpar_action a, bool *stays) {
@@ -9862,31 +9866,6 @@ LLMPARI_FN int32_t llmpari_pipe_consumer(const llmpar_schedule *s, const llmpari
 
 // Does action i end after action j? Of two that end at the same time, for all that rounding tells, the one that was done later does.
 LLMPARI_FN bool llmpari_pipe_later(const double *end, const int32_t *order, int64_t i, int64_t j) { return end[i] > end[j] || (end[i] >= end[j] && order[i] > order[j]); }
-
-// Where every message is posted: before the first action of the receiver that ends later than the message is made. In the schedule's own times nobody waits for a
-// post then; and the order of posts and sends of two ranks follows the times at which messages are made, on both alike, so that no transfer can wait for a later one.
-// Only messages that are made at the same time in both directions need care: in NCCL's order both are posted beside the sends, in one group.
-LLMPARI_FN void llmpari_pipe_post(const llmpar_schedule *s, const llmpari_pipe_index *x, const double *end, const int32_t *order, llmpar_transport transport, int32_t *cursor,
-                                  llmpari_message *message, int64_t *n_messages) {
-    int64_t n = 0;
-    for (int32_t i = 0; i < 2 * s->n_stages; i++) cursor[i] = -1;
-    for (int64_t j = 0; j < s->first[s->n_ranks]; j++) {
-        const llmpar_action a = s->action[j];
-        const int32_t to = llmpari_pipe_consumer(s, x, a);
-        if (to < 0) continue;
-        int32_t *k = &cursor[2 * a.stage + (a.kind != LLMPAR_ACTION_F)];                   // the messages of a stage in one direction are made in the order of time
-        if (*k < 0) *k = (int32_t)s->first[s->rank_of[s->action[to].stage]];
-        while (*k < to && !llmpari_pipe_later(end, order, *k, j)) ++*k;
-        message[n].made   = (int32_t)j;
-        message[n].before = *k;
-        if (transport == LLMPAR_PIPE_NCCL && *k < to && end[*k] <= end[j]) {
-            const int32_t back = llmpari_pipe_consumer(s, x, s->action[*k]);
-            if (back >= 0 && s->rank_of[s->action[back].stage] == s->rank_of[a.stage]) message[n].before++;
-        }
-        n++;
-    }
-    *n_messages = n;
-}
 
 // Numbers the buffers of one rank's messages: those received live from the post to the action that takes them, those sent from the action that makes them until the SEND
 // is over: with NCCL, until it is expected to be.
@@ -9914,41 +9893,85 @@ LLMPARI_FN llmpar_status llmpari_pipe_life_number(llmpari_pipe_life *life, llmpa
     return LLMPAR_OK;
 }
 
+// Messages by stream: number 2 stage + 1 has the gradients that this stage makes, number 2 stage the outputs.
 typedef struct llmpari_lowering {
     const llmpar_schedule    *s;
     const llmpari_pipe_cost  *c;
     const llmpari_pipe_index *x;
-    llmpar_transport transport;
-    const double *begin, *end;
-    int32_t *gap, *posted;         // posted[gap[k]] .. posted[gap[k + 1] - 1]: the actions that make the messages posted before action k, by time
-    int32_t *recv_at;              // [actions of the schedule] where the program posts what an action takes
+    const double  *begin, *end;    // of the schedule's actions; begin: NCCL
+    const int32_t *order;
+    int32_t *next;                 // [actions] the next one that makes a message of the same stream, -1 = none
+    int32_t *made;                 // [streams] the action that makes the first message that is not posted yet, -1 = none
+    int32_t *incoming, *after;     // [n_ranks] first of the streams that a rank receives, by `made`; [streams] the next one of these; -1 = none
 } llmpari_lowering;
 
+// Puts a stream among those that its rank receives, not before *at; one that is at its end is left out.
+LLMPARI_FN void llmpari_stream_put(const llmpari_lowering *l, int32_t *at, int32_t stream) {
+    if (l->made[stream] < 0) return;
+    while (*at >= 0 && llmpari_pipe_later(l->end, l->order, l->made[stream], l->made[*at])) at = &l->after[*at];
+    l->after[stream] = *at, *at = stream;
+}
+LLMPARI_FN llmpar_status llmpari_streams_fill(llmpari_lowering *l, llmpar_arena *scratch, llmpar_error *err) {
+    const llmpar_schedule *s = l->s;
+    const int64_t n = s->first[s->n_ranks], streams = 2 * (int64_t)s->n_stages;
+    l->next     = (int32_t *)llmpar_arena_alloc(scratch, (size_t)n * sizeof(int32_t));
+    l->made     = (int32_t *)llmpar_arena_alloc(scratch, (size_t)(2 * streams + s->n_ranks) * sizeof(int32_t));
+    if (!l->next || !l->made) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the messages of %lld actions", (long long)n);
+    l->after    = l->made + streams;
+    l->incoming = l->after + streams;
+    for (int64_t i = 0; i < 2 * streams + s->n_ranks; i++) l->made[i] = -1;
+    for (int64_t j = n; j-- > 0; ) {
+        const llmpar_action a = s->action[j];
+        const bool f = a.kind == LLMPAR_ACTION_F;
+        if (a.kind == LLMPAR_ACTION_W || !(f ? llmpari_pipe_sends_f(s, a.stage, a.micro) : llmpari_pipe_sends_b(s, a.stage))) continue;
+        int32_t *first = &l->made[2 * a.stage + !f];
+        l->next[j] = *first, *first = (int32_t)j;
+    }
+    for (int32_t i = 0; i < streams; i++) llmpari_stream_put(l, &l->incoming[s->rank_of[i % 2 ? llmpari_max(i / 2 - 1, 0) : (i / 2 + 1) % s->n_stages]], i);
+    return LLMPAR_OK;
+}
+
+// Posts what is received in front of action k: every message before the first action that ends later than the message is made. In the schedule's own times nobody waits for
+// a post then; and the order of posts and sends of two ranks follows the times at which messages are made, on both alike, so that no transfer can wait for a later one.
+// Only messages that are made at the same time in both directions need care: in NCCL's order both are posted beside the sends, in one group.
+LLMPARI_FN void llmpari_pipe_post(const llmpari_lowering *l, int32_t r, int64_t k, llmpar_schedule *program, int64_t *at, llmpari_pipe_life *in) {
+    const llmpar_schedule *s = l->s;
+    for (int32_t *stream = &l->incoming[r]; *stream >= 0 && llmpari_pipe_later(l->end, l->order, k, l->made[*stream]); ) {
+        const int32_t i = *stream, made = l->made[i], to = llmpari_pipe_consumer(s, l->x, s->action[made]);
+        if (l->begin && l->end[k] <= l->end[made] && k < to) {
+            const int32_t back = llmpari_pipe_consumer(s, l->x, s->action[k]);
+            if (back >= 0 && s->rank_of[s->action[back].stage] == s->rank_of[i / 2]) { stream = &l->after[i]; continue; }
+        }
+        llmpar_action send = s->action[made];
+        send.kind = i % 2 ? LLMPAR_ACTION_SEND_B : LLMPAR_ACTION_SEND_F;
+        llmpari_pipe_live(in, k, to + 1, *at);
+        program->action[(*at)++] = llmpari_pipe_other_end(s, send);
+        *stream = l->after[i], l->made[i] = l->next[made];
+        llmpari_stream_put(l, stream, i);
+    }
+}
+// The first action of a rank after j that begins at time t or later; `end` when none does.
+LLMPARI_FN int64_t llmpari_pipe_begins(const double *begin, int64_t j, int64_t end, double t) {
+    int64_t low = j, high = j + 1;
+    while (high < end && begin[high] < t) low = high, high = llmpari_min(end, 2 * high - j);
+    while (high - low > 1) {
+        const int64_t mid = low + (high - low) / 2;
+        if (begin[mid] < t) low = mid;
+        else high = mid;
+    }
+    return high;
+}
 LLMPARI_FN llmpar_status llmpari_pipe_lower_rank(const llmpari_lowering *l, int32_t r, llmpar_schedule *program, int64_t *at, llmpari_pipe_life *in, llmpari_pipe_life *out,
                                                  llmpar_arena *scratch, llmpar_error *err) {
     const llmpar_schedule *s = l->s;
-    const int64_t first = *at;
     in->n = out->n = 0;
     for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
         const llmpar_action a = s->action[j];
-        for (int32_t i = l->gap[j]; i < l->gap[j + 1]; i++) {
-            llmpar_action send = s->action[l->posted[i]];
-            const int32_t to = llmpari_pipe_consumer(s, l->x, send);
-            send.kind = (uint8_t)(send.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B);
-            l->recv_at[to] = (int32_t)in->n;
-            llmpari_pipe_live(in, *at - first, 0, *at);
-            program->action[(*at)++] = llmpari_pipe_other_end(s, send);
-        }
-        if (l->recv_at[j] >= 0) in->end[l->recv_at[j]] = *at - first + 1;
+        llmpari_pipe_post(l, r, j, program, at, in);
         program->action[(*at)++] = a;
         if (llmpari_pipe_consumer(s, l->x, a) < 0) continue;
-        llmpar_action send = llmpari_action(a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B, a.stage, a.micro);
-        int64_t until = j + 1;                                                             // first action of the schedule that may use the buffer again
-        if (l->transport == LLMPAR_PIPE_NCCL) {
-            const double done = l->end[j] + l->c->link[llmpari_pipe_link_of(s, send)];
-            while (until < s->first[r + 1] && l->begin[until] < done) until++;
-        }
-        llmpari_pipe_live(out, j - s->first[r], until - s->first[r], *at);
+        const llmpar_action send = llmpari_action(a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B, a.stage, a.micro);
+        llmpari_pipe_live(out, j, l->begin ? llmpari_pipe_begins(l->begin, j, s->first[r + 1], l->end[j] + l->c->link[llmpari_pipe_link_of(s, send)]) : j + 1, *at);
         program->action[(*at)++] = send;
     }
     LLMPARI_TRY(llmpari_pipe_life_number(in, program, r, scratch, err));
@@ -9963,8 +9986,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_lower_into(const llmpar_schedule *s, const
     llmpari_pipe_run   run = LLMPAR_ZERO;
     llmpari_lowering   l = LLMPAR_ZERO;
     llmpari_pipe_life  in, out;
-    double *times = (double *)llmpar_arena_alloc(scratch, 2 * (size_t)n * sizeof *times), longest = 0;
-    if (!times) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
+    double longest = 0;
     LLMPARI_TRY(llmpari_pipe_cost_fill(costs, s, scratch, &c, err));
     LLMPARI_TRY(llmpari_pipe_index_fill(s, scratch, &x, err));
     LLMPARI_TRY(llmpari_pipe_complete(s, &x, err));
@@ -9972,37 +9994,17 @@ LLMPARI_FN llmpar_status llmpari_pipe_lower_into(const llmpar_schedule *s, const
     if (!(longest > 0)) longest = 1;
     for (int k = 0; k < 4; k++)                                                            // what takes no time still comes after what it needs
         for (int32_t i = 0; i < s->n_stages; i++) if (c.time[k][i] < 1e-6 * longest) c.time[k][i] = 1e-6 * longest;
-    run.s = s, run.c = &c, run.x = &x, run.begin = times, run.end = times + n;
+    run.s = s, run.c = &c, run.x = &x;
+    run.end   = (double *)llmpar_arena_alloc(scratch, (size_t)n * sizeof(double));
+    run.begin = transport == LLMPAR_PIPE_NCCL ? (double *)llmpar_arena_alloc(scratch, (size_t)n * sizeof(double)) : NULL;
     run.order = (int32_t *)llmpar_arena_alloc(scratch, (size_t)n * sizeof(int32_t));
-    if (!run.order) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the order of %lld actions", (long long)n);
+    if (!run.end || !run.order || (transport == LLMPAR_PIPE_NCCL && !run.begin)) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
     LLMPARI_TRY(llmpari_pipe_times(&run, scratch, err));
 
-    int64_t n_messages = 0;
-    l.s = s, l.c = &c, l.x = &x, l.transport = transport, l.begin = times, l.end = times + n;
-    llmpari_message *message = (llmpari_message *)llmpar_arena_alloc(scratch, (size_t)n * sizeof *message);
-    int32_t *cursor = (int32_t *)llmpar_arena_alloc(scratch, 2 * (size_t)s->n_stages * sizeof *cursor);
-    l.gap     = (int32_t *)llmpar_arena_alloc(scratch, (size_t)(n + 2) * sizeof(int32_t));
-    l.posted  = (int32_t *)llmpar_arena_alloc(scratch, (size_t)n * sizeof(int32_t));
-    l.recv_at = (int32_t *)llmpar_arena_alloc(scratch, (size_t)n * sizeof(int32_t));
-    if (!message || !cursor || !l.gap || !l.posted || !l.recv_at) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the messages of %lld actions", (long long)n);
-    llmpari_pipe_post(s, &x, l.end, run.order, transport, cursor, message, &n_messages);
-    for (int64_t i = 0; i < n_messages; i++) l.gap[message[i].before + 2]++;               // counting sort by gap, then by time within a gap, of which there are few
-    for (int64_t k = 0; k < n; k++) l.gap[k + 2] += l.gap[k + 1];
-    for (int64_t i = 0; i < n_messages; i++) l.posted[l.gap[message[i].before + 1]++] = message[i].made;
-    for (int64_t k = 0; k < n; k++)
-        for (int32_t i = l.gap[k] + 1; i < l.gap[k + 1]; i++) {
-            const int32_t made = l.posted[i];
-            int32_t p = i;
-            for (; p > l.gap[k] && llmpari_pipe_later(l.end, run.order, l.posted[p - 1], made); p--) l.posted[p] = l.posted[p - 1];
-            l.posted[p] = made;
-        }
-    for (int64_t k = 0; k < n; k++) l.recv_at[k] = -1;
-
+    l.s = s, l.c = &c, l.x = &x, l.begin = run.begin, l.end = run.end, l.order = run.order;
+    LLMPARI_TRY(llmpari_streams_fill(&l, scratch, err));
     int64_t at = 0, most = 0;
-    for (int32_t r = 0; r < s->n_ranks; r++) {
-        const int64_t received = l.gap[s->first[r + 1]] - l.gap[s->first[r]], own = s->first[r + 1] - s->first[r];
-        most = llmpari_max(most, llmpari_max(received, own));
-    }
+    for (int32_t r = 0; r < s->n_ranks; r++) most = llmpari_max(most, s->first[r + 1] - s->first[r]);
     LLMPARI_TRY(llmpari_pipe_life_new(&in, most, scratch, err));
     LLMPARI_TRY(llmpari_pipe_life_new(&out, most, scratch, err));
     for (int32_t r = 0; r < s->n_ranks; r++) {
