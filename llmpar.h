@@ -9389,15 +9389,13 @@ LLMPARI_FN bool llmpari_action_is_transfer(llmpar_action a) { return a.kind >= L
 // The other end of a transfer; the same for a RECV as for a SEND.
 LLMPARI_FN llmpar_action llmpari_pipe_other_end(const llmpar_schedule *s, llmpar_action a) {
     const bool up = a.kind == LLMPAR_ACTION_SEND_F || a.kind == LLMPAR_ACTION_RECV_B;      // is the other end at the stage after?
-    llmpar_action o = a;
-    o.kind = (uint8_t)(llmpari_action_is_send(a) ? a.kind + 1 : a.kind - 1);
-    o.slot = -1;
-    if (up && a.stage + 1 == s->n_stages) o.stage = 0, o.micro = a.micro + s->in_flight;
-    else if (!up && a.kind == LLMPAR_ACTION_RECV_F && a.stage == 0) o.stage = (int16_t)(s->n_stages - 1), o.micro = a.micro - s->in_flight;
-    else o.stage = (int16_t)(a.stage + (up ? 1 : -1));
-    return o;
+    int32_t stage = a.stage + (up ? 1 : -1), micro = a.micro;
+    if (stage == s->n_stages) stage = 0, micro += s->in_flight;
+    else if (stage < 0) stage = s->n_stages - 1, micro -= s->in_flight;
+    return llmpari_action((llmpar_action_kind)(llmpari_action_is_send(a) ? a.kind + 1 : a.kind - 1), stage, micro);
 }
-LLMPARI_FN int32_t llmpari_pipe_at(const llmpar_schedule *s, const llmpari_pipe_index *x, llmpar_action a) { return x->at[a.kind][(int64_t)a.stage * s->n_micro + a.micro]; }
+LLMPARI_FN int64_t llmpari_pipe_cell_of(const llmpar_schedule *s, llmpar_action a) { return (int64_t)a.stage * s->n_micro + a.micro; }
+LLMPARI_FN int32_t llmpari_pipe_at(const llmpar_schedule *s, const llmpari_pipe_index *x, llmpar_action a) { return x->at[a.kind][llmpari_pipe_cell_of(s, a)]; }
 // Of a SEND its RECV, of a RECV its SEND.
 LLMPARI_FN int32_t llmpari_pipe_partner(const llmpar_schedule *s, const llmpari_pipe_index *x, int64_t j) { return llmpari_pipe_at(s, x, llmpari_pipe_other_end(s, s->action[j])); }
 // The stage whose link to the next one a transfer takes.
@@ -9440,7 +9438,7 @@ LLMPARI_FN llmpar_status llmpari_channel_move(llmpari_pipe_run *q, llmpari_chann
         if (from->head[0] < 0 || to->head[1] < 0 || q->op[from->head[0]].group != from->group || q->op[to->head[1]].group != to->group) continue;
         const int32_t out = q->op[from->head[0]].action, in = q->op[to->head[1]].action;
         const llmpar_action a = s->action[out], b = s->action[in], o = llmpari_pipe_other_end(s, a);
-        if (o.kind != b.kind || o.stage != b.stage || o.micro != b.micro)
+        if (llmpari_pipe_cell_of(s, o) != llmpari_pipe_cell_of(s, b) || o.kind != b.kind)
             return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "ranks %d and %d disagree about the order of their transfers: rank %d does %s when rank %d expects %s", (int)channel->rank[d],
                                 (int)channel->rank[1 - d], (int)channel->rank[d], llmpari_action_print(a).text, (int)channel->rank[1 - d], llmpari_action_print(b).text);
         double t = q->end[out];
