@@ -9247,6 +9247,9 @@ LLMPARI_FN bool llmpari_pipe_sends_f(const llmpar_schedule *s, int64_t stage, in
     return llmpari_pipe_crosses(s, stage) && (stage + 1 < s->n_stages || (s->in_flight > 0 && micro + s->in_flight < s->n_micro));
 }
 LLMPARI_FN bool llmpari_pipe_sends_b(const llmpar_schedule *s, int64_t stage) { return stage > 0 && llmpari_pipe_crosses(s, stage - 1); }
+LLMPARI_FN bool llmpari_pipe_sends(const llmpar_schedule *s, llmpar_action a) {
+    return a.kind == LLMPAR_ACTION_F ? llmpari_pipe_sends_f(s, a.stage, a.micro) : a.kind != LLMPAR_ACTION_W && llmpari_pipe_sends_b(s, a.stage);
+}
 
 LLMPARI_FN llmpar_status llmpari_pipe_shape(const llmpar_schedule *s, llmpar_error *err) {
     if (!s || !s->rank_of || !s->first || (s->n_ranks > 0 && !s->action && s->first[s->n_ranks] > 0)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the schedule is empty: make or read one first");
@@ -9835,7 +9838,7 @@ LLMPAR_DEF int32_t llmpar_slots(const int64_t *begin, const int64_t *end, int64_
         while (k < room) k = 2 * k + (least[2 * k] > begin[i]);
         slot[i] = (int32_t)(k - room);
         slots   = llmpari_max(slots, k - room + 1);
-        for (least[k] = end[i], k /= 2; k > 0; k /= 2) least[k] = llmpari_min(least[2 * k], least[2 * k + 1]);
+        for (least[k] = end[i]; k > 1 && least[k / 2] < llmpari_min(least[k], least[k ^ 1]); k /= 2) least[k / 2] = llmpari_min(least[k], least[k ^ 1]);
     }
     llmpar_arena_restore(scratch, mark);
     return (int32_t)slots;
@@ -9920,9 +9923,8 @@ LLMPARI_FN llmpar_status llmpari_streams_fill(llmpari_lowering *l, llmpar_arena 
     for (int64_t i = 0; i < 2 * streams + s->n_ranks; i++) l->made[i] = -1;
     for (int64_t j = n; j-- > 0; ) {
         const llmpar_action a = s->action[j];
-        const bool f = a.kind == LLMPAR_ACTION_F;
-        if (a.kind == LLMPAR_ACTION_W || !(f ? llmpari_pipe_sends_f(s, a.stage, a.micro) : llmpari_pipe_sends_b(s, a.stage))) continue;
-        int32_t *first = &l->made[2 * a.stage + !f];
+        if (!llmpari_pipe_sends(s, a)) continue;
+        int32_t *first = &l->made[2 * a.stage + (a.kind != LLMPAR_ACTION_F)];
         l->next[j] = *first, *first = (int32_t)j;
     }
     for (int32_t i = 0; i < streams; i++) llmpari_stream_put(l, &l->incoming[s->rank_of[i % 2 ? llmpari_max(i / 2 - 1, 0) : (i / 2 + 1) % s->n_stages]], i);
@@ -9940,10 +9942,8 @@ LLMPARI_FN void llmpari_pipe_post(const llmpari_lowering *l, int32_t r, int64_t 
             const int32_t back = llmpari_pipe_consumer(s, l->x, s->action[k]);
             if (back >= 0 && s->rank_of[s->action[back].stage] == s->rank_of[i / 2]) { stream = &l->after[i]; continue; }
         }
-        llmpar_action send = s->action[made];
-        send.kind = i % 2 ? LLMPAR_ACTION_SEND_B : LLMPAR_ACTION_SEND_F;
         llmpari_pipe_live(in, k, to + 1, *at);
-        program->action[(*at)++] = llmpari_pipe_other_end(s, send);
+        program->action[(*at)++] = llmpari_action(i % 2 ? LLMPAR_ACTION_RECV_B : LLMPAR_ACTION_RECV_F, s->action[to].stage, s->action[to].micro);
         *stream = l->after[i], l->made[i] = l->next[made];
         llmpari_stream_put(l, stream, i);
     }
@@ -9967,10 +9967,10 @@ LLMPARI_FN llmpar_status llmpari_pipe_lower_rank(const llmpari_lowering *l, int3
         const llmpar_action a = s->action[j];
         llmpari_pipe_post(l, r, j, program, at, in);
         program->action[(*at)++] = a;
-        if (llmpari_pipe_consumer(s, l->x, a) < 0) continue;
-        const llmpar_action send = llmpari_action(a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B, a.stage, a.micro);
-        llmpari_pipe_live(out, j, l->begin ? llmpari_pipe_begins(l->begin, j, s->first[r + 1], l->end[j] + l->c->link[llmpari_pipe_link_of(s, send)]) : j + 1, *at);
-        program->action[(*at)++] = send;
+        if (!llmpari_pipe_sends(s, a)) continue;
+        const bool f = a.kind == LLMPAR_ACTION_F;
+        llmpari_pipe_live(out, j, l->begin ? llmpari_pipe_begins(l->begin, j, s->first[r + 1], l->end[j] + l->c->link[f ? a.stage : a.stage - 1]) : j + 1, *at);
+        program->action[(*at)++] = llmpari_action(f ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B, a.stage, a.micro);
     }
     LLMPARI_TRY(llmpari_pipe_life_number(in, program, r, scratch, err));
     return llmpari_pipe_life_number(out, program, r, scratch, err);
@@ -10053,7 +10053,7 @@ LLMPAR_DEF llmpar_status llmpar_pipe_lower(const llmpar_schedule *schedule, cons
     for (int64_t j = 0; j < schedule->first[schedule->n_ranks]; j++) {
         const llmpar_action a = schedule->action[j];
         if (a.stage < 0 || a.stage >= schedule->n_stages) continue;                        // an error that the index finds
-        transfers += a.kind == LLMPAR_ACTION_F ? llmpari_pipe_sends_f(schedule, a.stage, a.micro) : a.kind != LLMPAR_ACTION_W && llmpari_pipe_sends_b(schedule, a.stage);
+        transfers += llmpari_pipe_sends(schedule, a);
     }
     llmpar_schedule made;
     llmpar_status status = llmpari_pipe_new(&made, schedule->n_ranks, schedule->n_stages, schedule->n_micro, schedule->first[schedule->n_ranks] + 2 * transfers, arena, err);
