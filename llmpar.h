@@ -1810,7 +1810,8 @@ LLMPARI_FN size_t llmpari_block_start(const llmpari_block *block) {
     return (64u - (size_t)((uintptr_t)(block + 1) & 63u)) & 63u;
 }
 
-LLMPAR_DEF void *llmpar_arena_alloc(llmpar_arena *arena, size_t bytes) {
+// llmpar_arena_alloc's memory with what was in it before: for large arrays that are written anyway.
+LLMPARI_FN void *llmpari_arena_raw(llmpar_arena *arena, size_t bytes) {
     llmpari_block *block = (llmpari_block *)arena->head;
     if (bytes > SIZE_MAX / 4 || arena->block_bytes > SIZE_MAX / 4) return NULL;
     size_t need = (bytes + 63u) & ~(size_t)63u;
@@ -1834,8 +1835,11 @@ LLMPAR_DEF void *llmpar_arena_alloc(llmpar_arena *arena, size_t bytes) {
     }
     char *memory = (char *)(block + 1) + block->used;
     block->used += need;
-    memset(memory, 0, bytes);
     return memory;
+}
+LLMPAR_DEF void *llmpar_arena_alloc(llmpar_arena *arena, size_t bytes) {
+    void *memory = llmpari_arena_raw(arena, bytes);
+    return memory ? memset(memory, 0, bytes) : NULL;
 }
 
 LLMPAR_DEF llmpar_arena_mark llmpar_arena_save(const llmpar_arena *arena) {
@@ -9250,6 +9254,10 @@ LLMPARI_FN bool llmpari_pipe_sends_b(const llmpar_schedule *s, int64_t stage) { 
 LLMPARI_FN bool llmpari_pipe_sends(const llmpar_schedule *s, llmpar_action a) {
     return a.kind == LLMPAR_ACTION_F ? llmpari_pipe_sends_f(s, a.stage, a.micro) : a.kind != LLMPAR_ACTION_W && llmpari_pipe_sends_b(s, a.stage);
 }
+// The rank that gets what an action sends.
+LLMPARI_FN int32_t llmpari_pipe_takes(const llmpar_schedule *s, llmpar_action a) {
+    return s->rank_of[a.kind != LLMPAR_ACTION_F ? a.stage - 1 : a.stage + 1 < s->n_stages ? a.stage + 1 : 0];
+}
 
 LLMPARI_FN llmpar_status llmpari_pipe_shape(const llmpar_schedule *s, llmpar_error *err) {
     if (!s || !s->rank_of || !s->first || (s->n_ranks > 0 && !s->action && s->first[s->n_ranks] > 0)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the schedule is empty: make or read one first");
@@ -9269,7 +9277,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_shape(const llmpar_schedule *s, llmpar_err
 LLMPARI_FN llmpar_status llmpari_pipe_index_fill(const llmpar_schedule *s, llmpar_arena *arena, llmpari_pipe_index *x, llmpar_error *err) {
     const int64_t cells = (int64_t)s->n_stages * s->n_micro;
     const int kinds = s->lowered ? LLMPAR_ACTION_COUNT : 4;
-    int32_t *all = (int32_t *)llmpar_arena_alloc(arena, (size_t)(kinds * cells) * sizeof *all);
+    int32_t *all = (int32_t *)llmpari_arena_raw(arena, (size_t)(kinds * cells) * sizeof *all);
     if (!all) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for an index of %d stages x %d micro-batches", (int)s->n_stages, (int)s->n_micro);
     memset(all, 0xff, (size_t)(kinds * cells) * sizeof *all);
     memset(x, 0, sizeof *x);
@@ -9433,10 +9441,10 @@ LLMPARI_FN void llmpari_channel_pop(llmpari_pipe_run *q, llmpari_channel_side *s
     if (t > side->done) side->done = t;
     llmpari_channel_turn(q, side);
 }
-// Moves what can move between two ranks.
-LLMPARI_FN llmpar_status llmpari_channel_move(llmpari_pipe_run *q, llmpari_channel *channel, llmpar_error *err) {
+// Moves what can move between two ranks, first what side d sends.
+LLMPARI_FN llmpar_status llmpari_channel_move(llmpari_pipe_run *q, llmpari_channel *channel, int d, llmpar_error *err) {
     const llmpar_schedule *s = q->s;
-    for (int d = 0, idle = 0; idle < 2; d = 1 - d, idle++) {
+    for (int idle = 0; idle < 2; d = 1 - d, idle++) {
         llmpari_channel_side *from = &channel->side[d], *to = &channel->side[1 - d];
         if (from->head[0] < 0 || to->head[1] < 0 || q->op[from->head[0]].group != from->group || q->op[to->head[1]].group != to->group) continue;
         const int32_t out = q->op[from->head[0]].action, in = q->op[to->head[1]].action;
@@ -9478,11 +9486,10 @@ LLMPARI_FN llmpar_status llmpari_channel_issue(llmpari_pipe_run *q, int32_t r, i
     const int32_t i = q->free_op;
     q->free_op = q->op[i].next;
     q->op[i].action = (int32_t)j, q->op[i].group = q->group[r], q->op[i].next = -1;
-    if (side->head[k] < 0) side->head[k] = i;
-    else q->op[side->tail[k]].next = i;
+    if (side->head[k] >= 0) q->op[side->tail[k]].next = i;
+    else side->head[k] = i, llmpari_channel_turn(q, side);
     side->tail[k] = i;
-    llmpari_channel_turn(q, side);
-    return channel->side[1 - d].head[1 - k] >= 0 ? llmpari_channel_move(q, channel, err) : LLMPAR_OK;
+    return channel->side[1 - d].head[1 - k] >= 0 ? llmpari_channel_move(q, channel, k ? 1 - d : d, err) : LLMPAR_OK;
 }
 
 // The number that says when the input of an action is there; NULL = it needs none.
@@ -9500,10 +9507,14 @@ LLMPARI_FN const double *llmpari_pipe_input(const llmpari_pipe_run *q, int64_t j
     }
 }
 // With NCCL: the buffer that an action fills, its rank's number of it; it is free when the SEND before from there is over. -1 = none.
-LLMPARI_FN int32_t llmpari_pipe_fills(const llmpari_pipe_run *q, llmpar_action a) {
+LLMPARI_FN int32_t llmpari_pipe_fills(const llmpari_pipe_run *q, int64_t j) {
+    const llmpar_action a = q->s->action[j];
     if (q->transport != LLMPAR_PIPE_NCCL || !q->s->lowered || !q->s->n_slots || a.kind == LLMPAR_ACTION_W || llmpari_action_is_send(a)) return -1;
     if (llmpari_action_is_transfer(a)) return a.slot;
-    const int32_t send = q->x->at[a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B][(int64_t)a.stage * q->s->n_micro + a.micro];
+    const int kind = a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B;
+    int64_t send = j + 1;                                                                  // where lowering puts it
+    if (send == q->s->first[q->s->n_ranks] || q->s->action[send].kind != kind || q->s->action[send].stage != a.stage || q->s->action[send].micro != a.micro)
+        send = q->x->at[kind][llmpari_pipe_cell_of(q->s, a)];
     return send >= 0 ? q->s->action[send].slot : -1;
 }
 
@@ -9517,7 +9528,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_advance(llmpari_pipe_run *q, int32_t r, ll
         const double *need = llmpari_pipe_input(q, j);
         if (need && *need < 0) { q->wait[r] = need; return LLMPAR_OK; }
         if (need && *need > clock) clock = *need;
-        const int32_t slot = llmpari_pipe_fills(q, a);
+        const int32_t slot = llmpari_pipe_fills(q, j);
         need = slot >= 0 ? &q->slot_free[q->slot_first[r] + slot] : NULL;
         if (need && *need < 0) { q->wait[r] = need; return LLMPAR_OK; }
         if (need && *need > clock) clock = *need;
@@ -9583,7 +9594,7 @@ LLMPARI_FN int32_t llmpari_pipe_blocker(const llmpari_pipe_run *q, int32_t rank,
         }
         out = llmpari_pipe_at(s, q->x, made);
     } else {                                                                               // its buffer: the SEND before from there
-        const int32_t slot = llmpari_pipe_fills(q, a);
+        const int32_t slot = llmpari_pipe_fills(q, q->at[rank]);
         for (out = (int32_t)q->at[rank]; !llmpari_action_is_send(s->action[out]) || s->action[out].slot != slot; ) out--;
     }
     for (int64_t i = 0; ; i++) {                                                           // a transfer: which of those before it in the order of the two ranks is not issued?
@@ -9663,7 +9674,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_times(llmpari_pipe_run *q, llmpar_arena *a
     const llmpar_schedule *s = q->s;
     const int64_t cells = (int64_t)s->n_stages * s->n_micro, n = s->first[s->n_ranks], R = s->n_ranks;
     int64_t slots = 0;
-    q->arrive[0]  = (double *)llmpar_arena_alloc(arena, (size_t)(2 * cells) * sizeof(double));
+    q->arrive[0]  = (double *)llmpari_arena_raw(arena, (size_t)(2 * cells) * sizeof(double));
     q->at         = (int64_t *)llmpar_arena_alloc(arena, (size_t)R * sizeof(int64_t));
     q->slot_first = (int64_t *)llmpar_arena_alloc(arena, (size_t)R * sizeof(int64_t));
     q->wait       = (const double **)llmpar_arena_alloc(arena, (size_t)R * sizeof(double *));
@@ -9786,12 +9797,13 @@ LLMPARI_FN llmpar_status llmpari_pipe_prove(const llmpar_schedule *s, const llmp
     if (!(memory >= 0)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "memory limit %g; pass 0 for none", memory);
     const int64_t n = s->first[s->n_ranks], R = s->n_ranks;
     const llmpar_arena_mark all = llmpar_arena_save(arena);
-    double *numbers = (double *)llmpar_arena_alloc(arena, (size_t)(4 * R + 2 * n) * sizeof *numbers);
-    t.critical = timing ? (int32_t *)llmpar_arena_alloc(arena, (size_t)n * sizeof(int32_t)) : NULL;
+    double *numbers = (double *)llmpari_arena_raw(arena, (size_t)(4 * R + 2 * n) * sizeof *numbers);
+    t.critical = timing ? (int32_t *)llmpari_arena_raw(arena, (size_t)n * sizeof(int32_t)) : NULL;   // as far as it is not written it takes no memory, mostly
     if (!numbers || (timing && !t.critical)) {
         llmpar_arena_restore(arena, all);
         return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
     }
+    memset(numbers, 0, (size_t)(4 * R) * sizeof *numbers);
     t.busy = numbers, t.begin = numbers + R, t.end = numbers + 2 * R, t.peak = numbers + 3 * R;
     t.action_begin = numbers + 4 * R, t.action_end = t.action_begin + n;
     const llmpar_arena_mark mark = llmpar_arena_save(arena);
@@ -9838,7 +9850,7 @@ LLMPAR_DEF int32_t llmpar_slots(const int64_t *begin, const int64_t *end, int64_
         while (k < room) k = 2 * k + (least[2 * k] > begin[i]);
         slot[i] = (int32_t)(k - room);
         slots   = llmpari_max(slots, k - room + 1);
-        for (least[k] = end[i]; k > 1 && least[k / 2] < llmpari_min(least[k], least[k ^ 1]); k /= 2) least[k / 2] = llmpari_min(least[k], least[k ^ 1]);
+        for (least[k] = end[i]; k > 1 && least[k / 2] != llmpari_min(least[k], least[k ^ 1]); k /= 2) least[k / 2] = llmpari_min(least[k], least[k ^ 1]);
     }
     llmpar_arena_restore(scratch, mark);
     return (int32_t)slots;
@@ -9915,7 +9927,7 @@ LLMPARI_FN void llmpari_stream_put(const llmpari_lowering *l, int32_t *at, int32
 LLMPARI_FN llmpar_status llmpari_streams_fill(llmpari_lowering *l, llmpar_arena *scratch, llmpar_error *err) {
     const llmpar_schedule *s = l->s;
     const int64_t n = s->first[s->n_ranks], streams = 2 * (int64_t)s->n_stages;
-    l->next     = (int32_t *)llmpar_arena_alloc(scratch, (size_t)n * sizeof(int32_t));
+    l->next     = (int32_t *)llmpari_arena_raw(scratch, (size_t)n * sizeof(int32_t));
     l->made     = (int32_t *)llmpar_arena_alloc(scratch, (size_t)(2 * streams + s->n_ranks) * sizeof(int32_t));
     if (!l->next || !l->made) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the messages of %lld actions", (long long)n);
     l->after    = l->made + streams;
@@ -9927,7 +9939,8 @@ LLMPARI_FN llmpar_status llmpari_streams_fill(llmpari_lowering *l, llmpar_arena 
         int32_t *first = &l->made[2 * a.stage + (a.kind != LLMPAR_ACTION_F)];
         l->next[j] = *first, *first = (int32_t)j;
     }
-    for (int32_t i = 0; i < streams; i++) llmpari_stream_put(l, &l->incoming[s->rank_of[i % 2 ? llmpari_max(i / 2 - 1, 0) : (i / 2 + 1) % s->n_stages]], i);
+    for (int32_t i = 0; i < streams; i++)
+        if (l->made[i] >= 0) llmpari_stream_put(l, &l->incoming[llmpari_pipe_takes(s, s->action[l->made[i]])], i);
     return LLMPAR_OK;
 }
 
@@ -9939,8 +9952,8 @@ LLMPARI_FN void llmpari_pipe_post(const llmpari_lowering *l, int32_t r, int64_t 
     for (int32_t *stream = &l->incoming[r]; *stream >= 0 && llmpari_pipe_later(l->end, l->order, k, l->made[*stream]); ) {
         const int32_t i = *stream, made = l->made[i], to = llmpari_pipe_consumer(s, l->x, s->action[made]);
         if (l->begin && l->end[k] <= l->end[made] && k < to) {
-            const int32_t back = llmpari_pipe_consumer(s, l->x, s->action[k]);
-            if (back >= 0 && s->rank_of[s->action[back].stage] == s->rank_of[i / 2]) { stream = &l->after[i]; continue; }
+            const llmpar_action back = s->action[k];
+            if (llmpari_pipe_sends(s, back) && llmpari_pipe_takes(s, back) == s->rank_of[i / 2]) { stream = &l->after[i]; continue; }
         }
         llmpari_pipe_live(in, k, to + 1, *at);
         program->action[(*at)++] = llmpari_action(i % 2 ? LLMPAR_ACTION_RECV_B : LLMPAR_ACTION_RECV_F, s->action[to].stage, s->action[to].micro);
@@ -9993,9 +10006,9 @@ LLMPARI_FN llmpar_status llmpari_pipe_lower_into(const llmpar_schedule *s, const
     for (int k = 0; k < 4; k++)                                                            // what takes no time still comes after what it needs
         for (int32_t i = 0; i < s->n_stages; i++) if (c.time[k][i] < 1e-6 * longest) c.time[k][i] = 1e-6 * longest;
     run.s = s, run.c = &c, run.x = &x;
-    run.end   = (double *)llmpar_arena_alloc(scratch, (size_t)n * sizeof(double));
-    run.begin = transport == LLMPAR_PIPE_NCCL ? (double *)llmpar_arena_alloc(scratch, (size_t)n * sizeof(double)) : NULL;
-    run.order = (int32_t *)llmpar_arena_alloc(scratch, (size_t)n * sizeof(int32_t));
+    run.end   = (double *)llmpari_arena_raw(scratch, (size_t)n * sizeof(double));
+    run.begin = transport == LLMPAR_PIPE_NCCL ? (double *)llmpari_arena_raw(scratch, (size_t)n * sizeof(double)) : NULL;
+    run.order = (int32_t *)llmpari_arena_raw(scratch, (size_t)n * sizeof(int32_t));
     if (!run.end || !run.order || (transport == LLMPAR_PIPE_NCCL && !run.begin)) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
     LLMPARI_TRY(llmpari_pipe_times(&run, scratch, err));
 
