@@ -9277,6 +9277,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_shape(const llmpar_schedule *s, llmpar_err
 LLMPARI_FN llmpar_status llmpari_pipe_index_fill(const llmpar_schedule *s, llmpar_arena *arena, llmpari_pipe_index *x, llmpar_error *err) {
     const int64_t cells = (int64_t)s->n_stages * s->n_micro;
     const int kinds = s->lowered ? LLMPAR_ACTION_COUNT : 4;
+    unsigned kinds_seen = 0;
     int32_t *all = (int32_t *)llmpari_arena_raw(arena, (size_t)(kinds * cells) * sizeof *all);
     if (!all) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for an index of %d stages x %d micro-batches", (int)s->n_stages, (int)s->n_micro);
     memset(all, 0xff, (size_t)(kinds * cells) * sizeof *all);
@@ -9293,8 +9294,9 @@ LLMPARI_FN llmpar_status llmpari_pipe_index_fill(const llmpar_schedule *s, llmpa
             int32_t *at = &x->at[a.kind][(int64_t)a.stage * s->n_micro + a.micro];
             if (*at >= 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d does %s twice", (int)r, llmpari_action_print(a).text);
             *at = (int32_t)j;
-            if (a.kind >= LLMPAR_ACTION_B && a.kind <= LLMPAR_ACTION_W) x->backward = true;
+            kinds_seen |= 1u << a.kind;
         }
+    x->backward = (kinds_seen & (1u << LLMPAR_ACTION_B | 1u << LLMPAR_ACTION_I | 1u << LLMPAR_ACTION_W)) != 0;
     return LLMPAR_OK;
 }
 
@@ -9377,9 +9379,10 @@ typedef struct llmpari_pipe_run {
     const llmpari_pipe_cost  *c;
     const llmpari_pipe_index *x;
     llmpar_transport transport;
-    double  *begin, *end;          // [actions]; begin NULL = not wanted. RENDEZVOUS: end -1 = not done
+    double  *begin, *end;          // [actions]; begin NULL = not wanted
     double  *arrive[2];            // [F, gradient][stage * M + micro]: when the output is where it is needed; -1 = not yet
-    double  *slot_free;            // [all slots] NCCL: when the last SEND from this buffer was done; -1 = under way
+    double  *posted[2];            // the same of the RECV of a program: when its buffer was posted; RENDEZVOUS alone
+    double  *slot_free;            // [all slots] of a program, NCCL: when the last SEND from this buffer was done; -1 = under way
     int64_t *slot_first;           // [n_ranks] of slot_free
     int64_t *at;                   // [n_ranks] next action
     int32_t *order, n_done;        // [actions] how many were done before: an order in which all can be; NULL = not wanted
@@ -9458,7 +9461,7 @@ LLMPARI_FN llmpar_status llmpari_channel_move(llmpari_pipe_run *q, llmpari_chann
         if (to->open > t) t = to->open;
         t += q->c->link[llmpari_pipe_link_of(s, a)];
         llmpari_pipe_arrive(q, a.kind == LLMPAR_ACTION_SEND_B, a.stage, a.micro, t);
-        if (a.slot >= 0) {
+        if (q->slot_free) {
             double *slot = &q->slot_free[q->slot_first[channel->rank[d]] + a.slot];
             *slot = t;
             llmpari_pipe_wake(q, channel->rank[d], slot);
@@ -9502,14 +9505,14 @@ LLMPARI_FN const double *llmpari_pipe_input(const llmpari_pipe_run *q, int64_t j
         if (a.stage > 0) return &q->arrive[0][c - M];
         return s->in_flight > 0 && a.micro >= s->in_flight ? &q->arrive[0][(int64_t)(s->n_stages - 1) * M + a.micro - s->in_flight] : NULL;
     case LLMPAR_ACTION_B: case LLMPAR_ACTION_I: return a.stage + 1 < s->n_stages ? &q->arrive[1][c + M] : NULL;
-    case LLMPAR_ACTION_SEND_F: case LLMPAR_ACTION_SEND_B: return q->transport == LLMPAR_PIPE_RENDEZVOUS ? &q->end[llmpari_pipe_partner(s, q->x, j)] : NULL;
+    case LLMPAR_ACTION_SEND_F: case LLMPAR_ACTION_SEND_B: return q->posted[0] ? &q->posted[a.kind == LLMPAR_ACTION_SEND_B][llmpari_pipe_cell_of(s, llmpari_pipe_other_end(s, a))] : NULL;
     default: return NULL;
     }
 }
 // With NCCL: the buffer that an action fills, its rank's number of it; it is free when the SEND before from there is over. -1 = none.
 LLMPARI_FN int32_t llmpari_pipe_fills(const llmpari_pipe_run *q, int64_t j) {
     const llmpar_action a = q->s->action[j];
-    if (q->transport != LLMPAR_PIPE_NCCL || !q->s->lowered || !q->s->n_slots || a.kind == LLMPAR_ACTION_W || llmpari_action_is_send(a)) return -1;
+    if (!q->slot_free || a.kind == LLMPAR_ACTION_W || llmpari_action_is_send(a)) return -1;
     if (llmpari_action_is_transfer(a)) return a.slot;
     const int kind = a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B;
     int64_t send = j + 1;                                                                  // where lowering puts it
@@ -9546,12 +9549,14 @@ LLMPARI_FN llmpar_status llmpari_pipe_advance(llmpari_pipe_run *q, int32_t r, ll
         }
         q->end[j] = clock;
         if (q->transport == LLMPAR_PIPE_NCCL) {
-            if (llmpari_action_is_send(a) && a.slot >= 0) q->slot_free[q->slot_first[r] + a.slot] = -1;
+            if (q->slot_free && llmpari_action_is_send(a)) q->slot_free[q->slot_first[r] + a.slot] = -1;
             LLMPARI_TRY(llmpari_channel_issue(q, r, j, err));
         } else if (llmpari_action_is_send(a)) {
             llmpari_pipe_arrive(q, a.kind == LLMPAR_ACTION_SEND_B, a.stage, a.micro, clock + q->c->link[llmpari_pipe_link_of(s, a)]);
-        } else if (q->transport == LLMPAR_PIPE_RENDEZVOUS) {
-            llmpari_pipe_wake(q, s->rank_of[llmpari_pipe_other_end(s, a).stage], &q->end[j]);
+        } else if (q->posted[0]) {
+            double *posted = &q->posted[a.kind == LLMPAR_ACTION_RECV_B][llmpari_pipe_cell_of(s, a)];
+            *posted = clock;
+            llmpari_pipe_wake(q, s->rank_of[llmpari_pipe_other_end(s, a).stage], posted);
         }
     }
     return LLMPAR_OK;
@@ -9674,24 +9679,26 @@ LLMPARI_FN llmpar_status llmpari_pipe_times(llmpari_pipe_run *q, llmpar_arena *a
     const llmpar_schedule *s = q->s;
     const int64_t cells = (int64_t)s->n_stages * s->n_micro, n = s->first[s->n_ranks], R = s->n_ranks;
     int64_t slots = 0;
-    q->arrive[0]  = (double *)llmpari_arena_raw(arena, (size_t)(2 * cells) * sizeof(double));
+    const bool rendezvous = s->lowered && q->transport == LLMPAR_PIPE_RENDEZVOUS, nccl = s->lowered && q->transport == LLMPAR_PIPE_NCCL;
+    const int64_t times = (rendezvous ? 4 : 2) * cells;
+    q->arrive[0]  = (double *)llmpari_arena_raw(arena, (size_t)times * sizeof(double));
     q->at         = (int64_t *)llmpar_arena_alloc(arena, (size_t)R * sizeof(int64_t));
     q->slot_first = (int64_t *)llmpar_arena_alloc(arena, (size_t)R * sizeof(int64_t));
     q->wait       = (const double **)llmpar_arena_alloc(arena, (size_t)R * sizeof(double *));
     q->ready      = (int32_t *)llmpar_arena_alloc(arena, (size_t)R * sizeof(int32_t));
     if (!q->arrive[0] || !q->at || !q->slot_first || !q->wait || !q->ready) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to time %lld actions", (long long)n);
     q->arrive[1] = q->arrive[0] + cells;
-    for (int64_t c = 0; c < 2 * cells; c++) q->arrive[0][c] = -1;
-    if (q->transport == LLMPAR_PIPE_RENDEZVOUS) for (int64_t j = 0; j < n; j++) q->end[j] = -1;
+    if (rendezvous) q->posted[0] = q->arrive[0] + 2 * cells, q->posted[1] = q->arrive[0] + 3 * cells;
+    for (int64_t c = 0; c < times; c++) q->arrive[0][c] = -1;
     for (int32_t r = 0; r < R; r++) {
         q->at[r] = s->first[r];
         q->slot_first[r] = slots;
         if (s->n_slots) slots += s->n_slots[r];
         q->ready[q->n_ready++] = (int32_t)(R - 1 - r);
     }
-    q->slot_free = (double *)llmpar_arena_alloc(arena, (size_t)llmpari_max(slots, 1) * sizeof(double));
-    if (!q->slot_free) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %lld message buffers", (long long)slots);
-    if (s->lowered && q->transport == LLMPAR_PIPE_NCCL) LLMPARI_TRY(llmpari_pipe_channels(q, arena, err));
+    if (nccl && s->n_slots) q->slot_free = (double *)llmpar_arena_alloc(arena, (size_t)llmpari_max(slots, 1) * sizeof(double));
+    if (nccl && s->n_slots && !q->slot_free) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %lld message buffers", (long long)slots);
+    if (nccl) LLMPARI_TRY(llmpari_pipe_channels(q, arena, err));
     while (q->n_ready) LLMPARI_TRY(llmpari_pipe_advance(q, q->ready[--q->n_ready], err));
     for (int32_t r = 0; r < R; r++)
         if (q->at[r] < s->first[r + 1]) return llmpari_pipe_stuck(q, err);
@@ -9737,7 +9744,7 @@ LLMPARI_FN double llmpari_pipe_peak(const llmpar_schedule *s, const llmpari_pipe
     for (int64_t j = s->first[rank]; j < s->first[rank + 1] && !backward; j++) backward = s->action[j].kind >= LLMPAR_ACTION_B && s->action[j].kind <= LLMPAR_ACTION_W;
     if (!backward) return 0;
     for (int64_t j = s->first[rank]; j < s->first[rank + 1]; j++) {
-        held += llmpari_pipe_memory(c, s->action[j]);
+        if (!llmpari_action_is_transfer(s->action[j])) held += llmpari_pipe_memory(c, s->action[j]);
         if (held > peak) peak = held;
     }
     return peak;
