@@ -10017,7 +10017,9 @@ LLMPARI_FN llmpar_status llmpari_pipe_lower_into(const llmpar_schedule *s, const
     run.begin = transport == LLMPAR_PIPE_NCCL ? (double *)llmpari_arena_raw(scratch, (size_t)n * sizeof(double)) : NULL;
     run.order = (int32_t *)llmpari_arena_raw(scratch, (size_t)n * sizeof(int32_t));
     if (!run.end || !run.order || (transport == LLMPAR_PIPE_NCCL && !run.begin)) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
+    const llmpar_arena_mark timed = llmpar_arena_save(scratch);
     LLMPARI_TRY(llmpari_pipe_times(&run, scratch, err));
+    llmpar_arena_restore(scratch, timed);
 
     l.s = s, l.c = &c, l.x = &x, l.begin = run.begin, l.end = run.end, l.order = run.order;
     LLMPARI_TRY(llmpari_streams_fill(&l, scratch, err));
@@ -10038,7 +10040,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_new(llmpar_schedule *s, int32_t n_ranks, i
     s->n_ranks = n_ranks, s->n_stages = n_stages, s->n_micro = n_micro;
     s->rank_of = (int32_t *)llmpar_arena_alloc(arena, (size_t)n_stages * sizeof(int32_t));
     s->first   = (int64_t *)llmpar_arena_alloc(arena, ((size_t)n_ranks + 1) * sizeof(int64_t));
-    s->action  = (llmpar_action *)llmpar_arena_alloc(arena, (size_t)llmpari_max(n_actions, 1) * sizeof(llmpar_action));
+    s->action  = (llmpar_action *)llmpari_arena_raw(arena, (size_t)llmpari_max(n_actions, 1) * sizeof(llmpar_action));
     if (s->rank_of && s->first && s->action) return LLMPAR_OK;
     return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a schedule of %lld actions", (long long)n_actions);
 }
