@@ -1384,7 +1384,8 @@ LLMPAR_DEF void         llmpar_exec_watch(llmpar_exec *exec, void (*fn)(int step
 // llmpar_stages does one rank's actions of a program of >>pipe, in their order, with a callback for the work of a stage. What travels between ranks goes through buffers that
 // the runner owns: a RECV is posted when its turn comes and waited for by the action that takes it; a SEND is started and waited for when its buffer is filled again, so
 // that both run beside the work. What one stage hands to another of the same rank stays where it was written. Creating allocates, running does not. A communicator takes 64
-// Sends and Recvs of a rank at a time: a program that posts more ahead (lowered with links much slower than its stages, say) fails with that error when it runs.
+// Sends and Recvs of a rank at a time: with that many under way (links much slower than the stages, say) the runner waits for the oldest one. A program of llmpar_pipe_lower ends
+// all the same: it posts a message when that has been made in the schedule's own order. One from elsewhere that posts 64 ahead of what they need runs into comm's deadline.
 //
 //     desc.program = &program; desc.transport = LLMPAR_PIPE_NCCL; desc.comm = comm; desc.forward_bytes = 4 * tokens * hidden; desc.forward = work;
 //     llmpar_stages_create(&desc, &stages, err);
@@ -20138,9 +20139,10 @@ LLMPAR_DEF llmpar_status llmpar_exec_run(llmpar_exec *x, const int32_t *position
 // ============================================================================================================
 
 #define LLMPARI_STAGE_COPIES    16     // messages of a rank under way with BUFFERED
-#define LLMPARI_STAGE_UNDER_WAY 48     // from so many on those that are over are looked for: comm takes 64
+#define LLMPARI_STAGE_UNDER_WAY 48     // from so many on those that are over are looked for
+#define LLMPARI_STAGE_MOST      64     // that comm takes
 
-typedef struct llmpari_stage_buffer { char *memory; llmpar_request request; } llmpari_stage_buffer;
+typedef struct llmpari_stage_buffer { char *memory; llmpar_request request; int64_t turn; } llmpari_stage_buffer;   // turn: number of the last transfer, of all
 typedef struct llmpari_stage_links { int32_t in, out; } llmpari_stage_links;   // buffers of an action, -1 = none; SEND: in, RECV: out
 
 struct llmpar_stages {
@@ -20150,6 +20152,7 @@ struct llmpar_stages {
     llmpari_stage_links  *links;   // [n]
     llmpari_stage_buffer *buffer;  // message buffers, then those between stages of this rank, then copies
     int32_t n_messages, n_local, n_copies, next_copy, under_way;
+    int64_t turns;
     double *begin, *end;           // [n] of the last run, or NULL
 };
 
@@ -20299,17 +20302,34 @@ LLMPAR_DEF void llmpar_stages_free(llmpar_stages *stages) {
 }
 LLMPAR_DEF size_t llmpar_stages_bytes(const llmpar_stages *stages) { return stages->arena.used_bytes + sizeof *stages; }
 
+// The memory of one rank's timing: what stays, to *mark, and what the call itself needs.
+LLMPARI_FN llmpar_status llmpari_stage_timing_new(const llmpar_stages *stages, const llmpar_pipe_costs *costs, llmpar_arena *arena, double **numbers, llmpar_arena_mark *mark,
+                                                  int64_t **counts, llmpari_pipe_cost *c, llmpar_error *err) {
+    const llmpar_schedule *s = stages->desc.program;
+    const int64_t n = s->first[s->n_ranks], R = s->n_ranks;
+    if (!stages->begin) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "nothing was recorded; set llmpar_stages_desc.record");
+    *numbers = (double *)llmpar_arena_alloc(arena, (size_t)(4 * R + 2 * n) * sizeof **numbers);
+    *mark    = llmpar_arena_save(arena);
+    *counts  = (int64_t *)llmpar_arena_alloc(arena, (size_t)R * sizeof **counts);
+    if (!*numbers || !*counts) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
+    return llmpari_pipe_cost_fill(costs, s, arena, c, err);
+}
 LLMPAR_DEF llmpar_status llmpar_stages_timing(const llmpar_stages *stages, const llmpar_pipe_costs *costs, llmpar_arena *arena, llmpar_pipe_timing *timing, llmpar_error *err) {
     const llmpar_schedule *s = stages->desc.program;
     const int64_t n = s->first[s->n_ranks], R = s->n_ranks;
+    const llmpar_arena_mark all = llmpar_arena_save(arena);
+    llmpar_arena_mark mark;
     llmpari_pipe_cost c;
-    double start = INFINITY;
-    if (!stages->begin) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "nothing was recorded; set llmpar_stages_desc.record");
-    double *numbers = (double *)llmpar_arena_alloc(arena, (size_t)(4 * R + 2 * n) * sizeof *numbers);
-    const llmpar_arena_mark mark = llmpar_arena_save(arena);
-    int64_t *counts = (int64_t *)llmpar_arena_alloc(arena, (size_t)R * sizeof *counts);
-    if (!numbers || !counts) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
-    LLMPARI_TRY(llmpari_pipe_cost_fill(costs, s, arena, &c, err));
+    double *numbers, start = INFINITY;
+    int64_t *counts;
+    const llmpar_status status = llmpari_stage_timing_new(stages, costs, arena, &numbers, &mark, &counts, &c, err);
+    float failed = status ? (float)(1 + stages->desc.comm->rank) : 0;                      // nobody may wait for a rank that gives up
+    const llmpar_status met = llmpar_all_reduce(stages->desc.comm, &failed, &failed, 1, LLMPAR_F32, LLMPAR_MAX, status ? NULL : err);
+    if (status || met || failed > 0) {
+        llmpar_arena_restore(arena, all);
+        if (status || met) return status ? status : met;
+        return LLMPARI_FAIL(err, LLMPAR_ABORTED, "rank %d cannot take the times, its own error says why", (int)failed - 1);
+    }
     memset(timing, 0, sizeof *timing);
     timing->busy = numbers, timing->begin = numbers + R, timing->end = numbers + 2 * R, timing->peak = numbers + 3 * R;
     timing->action_begin = numbers + 4 * R, timing->action_end = timing->action_begin + n;
@@ -20354,13 +20374,20 @@ LLMPARI_FN llmpar_status llmpari_stage_transfer(llmpar_stages *q, llmpar_action 
     }
     LLMPARI_TRY(llmpari_stage_settle(q, buffer, err));
     if (++q->under_way > LLMPARI_STAGE_UNDER_WAY) {
+        int32_t oldest = -1;
         q->under_way = 1;
         for (int32_t i = 0; i < q->n_messages + q->n_local + q->n_copies; i++) {
             bool done = true;
             if (q->buffer[i].request.comm) LLMPARI_TRY(llmpar_test(&q->buffer[i].request, &done, err));
             q->under_way += !done;
+            if (!done && (oldest < 0 || q->buffer[i].turn < q->buffer[oldest].turn)) oldest = i;
+        }
+        if (q->under_way > LLMPARI_STAGE_MOST) {
+            LLMPARI_TRY(llmpari_stage_settle(q, oldest, err));
+            q->under_way--;
         }
     }
+    q->buffer[buffer].turn = q->turns++;
     if (send) call.send = q->buffer[buffer].memory;
     else call.recv = q->buffer[buffer].memory;
     LLMPARI_TRY(llmpar_start(q->desc.comm, &call, &q->buffer[buffer].request, err));
