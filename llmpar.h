@@ -9919,7 +9919,8 @@ typedef struct llmpari_lowering {
     const llmpar_schedule    *s;
     const llmpari_pipe_cost  *c;
     const llmpari_pipe_index *x;
-    const double  *begin, *end;    // of the schedule's actions; begin: NCCL
+    llmpar_transport transport;
+    const double  *begin, *end;    // of the schedule's actions; begin: NCCL, where a transfer takes time, else NULL
     const int32_t *order;
     int32_t *next;                 // [actions] the next one that makes a message of the same stream, -1 = none
     int32_t *made;                 // [streams] the action that makes the first message that is not posted yet, -1 = none
@@ -9959,7 +9960,7 @@ LLMPARI_FN void llmpari_pipe_post(const llmpari_lowering *l, int32_t r, int64_t 
     const llmpar_schedule *s = l->s;
     for (int32_t *stream = &l->incoming[r]; *stream >= 0 && llmpari_pipe_later(l->end, l->order, k, l->made[*stream]); ) {
         const int32_t i = *stream, made = l->made[i], to = llmpari_pipe_consumer(s, l->x, s->action[made]);
-        if (l->begin && l->end[k] <= l->end[made] && k < to) {
+        if (l->transport == LLMPAR_PIPE_NCCL && l->end[k] <= l->end[made] && k < to) {
             const llmpar_action back = s->action[k];
             if (llmpari_pipe_sends(s, back) && llmpari_pipe_takes(s, back) == s->rank_of[i / 2]) { stream = &l->after[i]; continue; }
         }
@@ -10005,7 +10006,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_lower_into(const llmpar_schedule *s, const
     llmpari_pipe_run   run = LLMPAR_ZERO;
     llmpari_lowering   l = LLMPAR_ZERO;
     llmpari_pipe_life  in, out;
-    double longest = 0;
+    double longest = 0, slowest = 0;
     LLMPARI_TRY(llmpari_pipe_cost_fill(costs, s, scratch, &c, err));
     LLMPARI_TRY(llmpari_pipe_index_fill(s, scratch, &x, err));
     LLMPARI_TRY(llmpari_pipe_complete(s, &x, err));
@@ -10015,14 +10016,16 @@ LLMPARI_FN llmpar_status llmpari_pipe_lower_into(const llmpar_schedule *s, const
         for (int32_t i = 0; i < s->n_stages; i++) if (c.time[k][i] < 1e-6 * longest) c.time[k][i] = 1e-6 * longest;
     run.s = s, run.c = &c, run.x = &x;
     run.end   = (double *)llmpari_arena_raw(scratch, (size_t)n * sizeof(double));
-    run.begin = transport == LLMPAR_PIPE_NCCL ? (double *)llmpari_arena_raw(scratch, (size_t)n * sizeof(double)) : NULL;
+    for (int32_t i = 0; i < s->n_stages; i++) slowest = fmax(slowest, c.link[i]);
+    const bool lasting = transport == LLMPAR_PIPE_NCCL && slowest > 0;                     // may a SEND be under way when the next action begins?
+    run.begin = lasting ? (double *)llmpari_arena_raw(scratch, (size_t)n * sizeof(double)) : NULL;
     run.order = (int32_t *)llmpari_arena_raw(scratch, (size_t)n * sizeof(int32_t));
-    if (!run.end || !run.order || (transport == LLMPAR_PIPE_NCCL && !run.begin)) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
+    if (!run.end || !run.order || (lasting && !run.begin)) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
     const llmpar_arena_mark timed = llmpar_arena_save(scratch);
     LLMPARI_TRY(llmpari_pipe_times(&run, scratch, err));
     llmpar_arena_restore(scratch, timed);
 
-    l.s = s, l.c = &c, l.x = &x, l.begin = run.begin, l.end = run.end, l.order = run.order;
+    l.s = s, l.c = &c, l.x = &x, l.transport = transport, l.begin = run.begin, l.end = run.end, l.order = run.order;
     LLMPARI_TRY(llmpari_streams_fill(&l, scratch, err));
     int64_t at = 0, most = 0;
     for (int32_t r = 0; r < s->n_ranks; r++) most = llmpari_max(most, s->first[r + 1] - s->first[r]);
