@@ -1403,9 +1403,10 @@ LLMPAR_DEF void         llmpar_exec_watch(llmpar_exec *exec, void (*fn)(int step
 // ============================================================================================================
 // llmpar_stages does one rank's actions of a program of >>pipe, in their order, with a callback for the work of a stage. What travels between ranks goes through buffers that
 // the runner owns: a RECV is posted when its turn comes and waited for by the action that takes it; a SEND is started and waited for when its buffer is filled again, so
-// that both run beside the work. What one stage hands to another of the same rank stays where it was written. The gradient of a parameter
-// that stages on several ranks share is summed by a callback over a group of those ranks (REDUCE_GRAD). Creating allocates, running does not. A communicator takes 64
-// Sends and Recvs of a rank at a time: a program that posts more ahead (lowered with links much slower than its stages, say) fails with that error when it runs.
+// that both run beside the work. What one stage hands to another of the same rank stays where it was written. The gradient of a parameter that stages on
+// several ranks share is summed by a callback over a group of those ranks (REDUCE_GRAD). Creating allocates, running does not. A communicator takes 64
+// Sends and Recvs of a rank at a time: with that many under way (links much slower than the stages, say) the runner waits for the oldest one. A program of llmpar_pipe_lower ends
+// all the same: it posts a message when that has been made in the schedule's own order. One from elsewhere that posts 64 ahead of what they need runs into comm's deadline.
 //
 //     desc.program = &program; desc.transport = LLMPAR_PIPE_NCCL; desc.comm = comm; desc.forward_bytes = 4 * tokens * hidden; desc.forward = work;
 //     llmpar_stages_create(&desc, &stages, err);
@@ -1835,7 +1836,8 @@ LLMPARI_FN size_t llmpari_block_start(const llmpari_block *block) {
     return (64u - (size_t)((uintptr_t)(block + 1) & 63u)) & 63u;
 }
 
-LLMPAR_DEF void *llmpar_arena_alloc(llmpar_arena *arena, size_t bytes) {
+// llmpar_arena_alloc's memory with what was in it before: for large arrays that are written anyway.
+LLMPARI_FN void *llmpari_arena_raw(llmpar_arena *arena, size_t bytes) {
     llmpari_block *block = (llmpari_block *)arena->head;
     if (bytes > SIZE_MAX / 4 || arena->block_bytes > SIZE_MAX / 4) return NULL;
     size_t need = (bytes + 63u) & ~(size_t)63u;
@@ -1859,8 +1861,11 @@ LLMPAR_DEF void *llmpar_arena_alloc(llmpar_arena *arena, size_t bytes) {
     }
     char *memory = (char *)(block + 1) + block->used;
     block->used += need;
-    memset(memory, 0, bytes);
     return memory;
+}
+LLMPAR_DEF void *llmpar_arena_alloc(llmpar_arena *arena, size_t bytes) {
+    void *memory = llmpari_arena_raw(arena, bytes);
+    return memory ? memset(memory, 0, bytes) : NULL;
 }
 
 LLMPAR_DEF llmpar_arena_mark llmpar_arena_save(const llmpar_arena *arena) {
@@ -9332,8 +9337,8 @@ LLMPARI_FN double llmpari_pipe_memory(const llmpari_pipe_cost *c, llmpar_action 
 
 // ---- Where every action stands --------------------------------------------------------------------------------
 
-// at[kind][stage * M + micro]: index of the action, -1 = there is none. partner[action]: of a SEND its RECV, of a RECV its SEND. reduce[shared * n_ranks + rank]: of REDUCE_GRAD.
-typedef struct llmpari_pipe_index { int32_t *at[LLMPAR_ACTION_REDUCE_GRAD], *partner, *reduce; bool backward; } llmpari_pipe_index;
+// at[kind][stage * M + micro]: index of the action, -1 = there is none. reduce[shared * n_ranks + rank]: of REDUCE_GRAD.
+typedef struct llmpari_pipe_index { int32_t *at[LLMPAR_ACTION_REDUCE_GRAD], *reduce; bool backward; } llmpari_pipe_index;
 
 LLMPARI_FN bool llmpari_pipe_crosses(const llmpar_schedule *s, int64_t stage) {   // do stages `stage` and the next one (after the last: the first) lie on different ranks?
     return s->rank_of[stage] != s->rank_of[(stage + 1) % s->n_stages];
@@ -9343,6 +9348,13 @@ LLMPARI_FN bool llmpari_pipe_sends_f(const llmpar_schedule *s, int64_t stage, in
     return llmpari_pipe_crosses(s, stage) && (stage + 1 < s->n_stages || (s->in_flight > 0 && micro + s->in_flight < s->n_micro));
 }
 LLMPARI_FN bool llmpari_pipe_sends_b(const llmpar_schedule *s, int64_t stage) { return stage > 0 && llmpari_pipe_crosses(s, stage - 1); }
+LLMPARI_FN bool llmpari_pipe_sends(const llmpar_schedule *s, llmpar_action a) {
+    return a.kind == LLMPAR_ACTION_F ? llmpari_pipe_sends_f(s, a.stage, a.micro) : a.kind != LLMPAR_ACTION_W && llmpari_pipe_sends_b(s, a.stage);
+}
+// The rank that gets what an action sends.
+LLMPARI_FN int32_t llmpari_pipe_takes(const llmpar_schedule *s, llmpar_action a) {
+    return s->rank_of[a.kind != LLMPAR_ACTION_F ? a.stage - 1 : a.stage + 1 < s->n_stages ? a.stage + 1 : 0];
+}
 
 LLMPARI_FN llmpar_status llmpari_pipe_shape(const llmpar_schedule *s, llmpar_error *err) {
     if (!s || !s->rank_of || !s->first || (s->n_ranks > 0 && !s->action && s->first[s->n_ranks] > 0)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the schedule is empty: make or read one first");
@@ -9382,13 +9394,12 @@ LLMPARI_FN llmpar_status llmpari_pipe_index_fill(const llmpar_schedule *s, llmpa
     const int64_t cells = (int64_t)s->n_stages * s->n_micro;
     const int kinds = s->lowered ? LLMPAR_ACTION_REDUCE_GRAD : 4;
     const int64_t sums = (int64_t)s->n_shared * s->n_ranks;
-    int32_t *all = (int32_t *)llmpar_arena_alloc(arena, (size_t)(kinds * cells) * sizeof *all);
+    unsigned kinds_seen = 0;
+    int32_t *all = (int32_t *)llmpari_arena_raw(arena, (size_t)(kinds * cells) * sizeof *all);
     if (!all) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for an index of %d stages x %d micro-batches", (int)s->n_stages, (int)s->n_micro);
     memset(all, 0xff, (size_t)(kinds * cells) * sizeof *all);
     memset(x, 0, sizeof *x);
     for (int k = 0; k < kinds; k++) x->at[k] = all + k * cells;
-    x->partner = s->lowered ? (int32_t *)llmpar_arena_alloc(arena, (size_t)s->first[s->n_ranks] * sizeof(int32_t)) : NULL;
-    if (s->lowered && !x->partner) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for an index of %lld transfers", (long long)s->first[s->n_ranks]);
     x->reduce = sums ? (int32_t *)llmpar_arena_alloc(arena, (size_t)sums * sizeof(int32_t)) : NULL;
     if (sums && !x->reduce) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for an index of %d shared parameters", (int)s->n_shared);
     if (sums) memset(x->reduce, 0xff, (size_t)sums * sizeof(int32_t));
@@ -9407,8 +9418,9 @@ LLMPARI_FN llmpar_status llmpari_pipe_index_fill(const llmpar_schedule *s, llmpa
             int32_t *at = &x->at[a.kind][(int64_t)a.stage * s->n_micro + a.micro];
             if (*at >= 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d does %s twice", (int)r, llmpari_action_print(a).text);
             *at = (int32_t)j;
-            if (a.kind >= LLMPAR_ACTION_B && a.kind <= LLMPAR_ACTION_W) x->backward = true;
+            kinds_seen |= 1u << a.kind;
         }
+    x->backward = (kinds_seen & (1u << LLMPAR_ACTION_B | 1u << LLMPAR_ACTION_I | 1u << LLMPAR_ACTION_W)) != 0;
     return LLMPAR_OK;
 }
 
@@ -9433,7 +9445,6 @@ LLMPARI_FN llmpar_status llmpari_pipe_transfer_check(const llmpar_schedule *s, c
     }
     if (out < 0) return llmpari_pipe_missing(s, send, from_stage, from_micro, err);
     if (in < 0) return llmpari_pipe_missing(s, recv, to_stage, to_micro, err);
-    x->partner[out] = in, x->partner[in] = out;
     LLMPARI_TRY(llmpari_pipe_order(s, made, out, err));
     return llmpari_pipe_order(s, in, used, err);
 }
@@ -9497,12 +9508,12 @@ LLMPARI_FN llmpar_status llmpari_pipe_complete(const llmpar_schedule *s, const l
 
 // ---- Running a schedule: when does what begin, and who waits for whom ------------------------------------------
 
-// The transfers of two ranks in NCCL's order. A rank's SENDs and RECVs with the other one stand in two rows; those with the same epoch (no action on a stage between
-// them) are a group. A transfer moves when its ends are the first of their rows, both are issued, and the groups before are done on both sides.
-typedef struct llmpari_channel_op { int32_t next, epoch; } llmpari_channel_op;           // of every action: the next one of its row, -1 = none
+// The transfers of two ranks in NCCL's order. Those that a rank has issued to the other one and that have not moved stand in two queues, SENDs and RECVs; those of the same
+// group have no action on a stage between them. A transfer moves when both ends are the first of their queues, and the groups before are done on both sides.
+typedef struct llmpari_channel_op { int32_t action, group, next; } llmpari_channel_op;   // group: its rank's last action on a stage before it; next: in its queue, -1 = none
 typedef struct llmpari_channel_side {
-    int32_t send, recv;            // first of each row that has not moved, -1 = none
-    int32_t epoch;                 // of the group in turn
+    int32_t head[2], tail[2];      // of the SENDs, of the RECVs: numbers of ops; head -1 = none
+    int32_t group;                 // in turn: no op stands in an earlier one
     double  open, done;            // when it may begin; when the last transfer ended
 } llmpari_channel_side;
 typedef struct llmpari_channel { int32_t rank[2]; llmpari_channel_side side[2]; } llmpari_channel;
@@ -9515,9 +9526,10 @@ typedef struct llmpari_pipe_run {
     const llmpari_pipe_cost  *c;
     const llmpari_pipe_index *x;
     llmpar_transport transport;
-    double  *begin, *end;          // [actions]; end -1 = not done
+    double  *begin, *end;          // [actions]; begin NULL = not wanted
     double  *arrive[2];            // [F, gradient][stage * M + micro]: when the output is where it is needed; -1 = not yet
-    double  *slot_free;            // [all slots] NCCL: when the last SEND from this buffer was done; -1 = under way
+    double  *posted[2];            // the same of the RECV of a program: when its buffer was posted; RENDEZVOUS alone
+    double  *slot_free;            // [all slots] of a program, NCCL: when the last SEND from this buffer was done; -1 = under way
     int64_t *slot_first;           // [n_ranks] of slot_free
     int64_t *at;                   // [n_ranks] next action
     int32_t *order, n_done;        // [actions] how many were done before: an order in which all can be; NULL = not wanted
@@ -9526,7 +9538,10 @@ typedef struct llmpari_pipe_run {
     int32_t *channel_of;           // [n_stages] number of the channel from stage s to the next one
     llmpari_channel *channel;
     int32_t  n_channels;
-    llmpari_channel_op *op;        // [actions]
+    int32_t *group;                // [n_ranks] last action that is no transfer
+    llmpari_channel_op *op;        // [n_ops]; more when they do not suffice
+    int32_t  n_ops, free_op;
+    llmpar_arena *arena;
     llmpari_pipe_sum_up *sum;      // [n_shared]
 } llmpari_pipe_run;
 
@@ -9536,15 +9551,15 @@ LLMPARI_FN bool llmpari_action_is_transfer(llmpar_action a) { return a.kind >= L
 // The other end of a transfer; the same for a RECV as for a SEND.
 LLMPARI_FN llmpar_action llmpari_pipe_other_end(const llmpar_schedule *s, llmpar_action a) {
     const bool up = a.kind == LLMPAR_ACTION_SEND_F || a.kind == LLMPAR_ACTION_RECV_B;      // is the other end at the stage after?
-    llmpar_action o = a;
-    o.kind = (uint8_t)(llmpari_action_is_send(a) ? a.kind + 1 : a.kind - 1);
-    o.slot = -1;
-    if (up && a.stage + 1 == s->n_stages) o.stage = 0, o.micro = a.micro + s->in_flight;
-    else if (!up && a.kind == LLMPAR_ACTION_RECV_F && a.stage == 0) o.stage = (int16_t)(s->n_stages - 1), o.micro = a.micro - s->in_flight;
-    else o.stage = (int16_t)(a.stage + (up ? 1 : -1));
-    return o;
+    int32_t stage = a.stage + (up ? 1 : -1), micro = a.micro;
+    if (stage == s->n_stages) stage = 0, micro += s->in_flight;
+    else if (stage < 0) stage = s->n_stages - 1, micro -= s->in_flight;
+    return llmpari_action((llmpar_action_kind)(llmpari_action_is_send(a) ? a.kind + 1 : a.kind - 1), stage, micro);
 }
-LLMPARI_FN int32_t llmpari_pipe_at(const llmpari_pipe_run *q, llmpar_action a) { return q->x->at[a.kind][(int64_t)a.stage * q->s->n_micro + a.micro]; }
+LLMPARI_FN int64_t llmpari_pipe_cell_of(const llmpar_schedule *s, llmpar_action a) { return (int64_t)a.stage * s->n_micro + a.micro; }
+LLMPARI_FN int32_t llmpari_pipe_at(const llmpar_schedule *s, const llmpari_pipe_index *x, llmpar_action a) { return x->at[a.kind][llmpari_pipe_cell_of(s, a)]; }
+// Of a SEND its RECV, of a RECV its SEND.
+LLMPARI_FN int32_t llmpari_pipe_partner(const llmpar_schedule *s, const llmpari_pipe_index *x, int64_t j) { return llmpari_pipe_at(s, x, llmpari_pipe_other_end(s, s->action[j])); }
 // The stage whose link to the next one a transfer takes.
 LLMPARI_FN int32_t llmpari_pipe_link_of(const llmpar_schedule *s, llmpar_action a) {
     if (a.kind == LLMPAR_ACTION_SEND_F || a.kind == LLMPAR_ACTION_RECV_B) return a.stage;
@@ -9565,42 +9580,67 @@ LLMPARI_FN void llmpari_pipe_arrive(llmpari_pipe_run *q, int direction, int32_t 
 }
 
 LLMPARI_FN void llmpari_channel_turn(const llmpari_pipe_run *q, llmpari_channel_side *side) {
-    const int32_t s = side->send >= 0 ? q->op[side->send].epoch : INT32_MAX, r = side->recv >= 0 ? q->op[side->recv].epoch : INT32_MAX, epoch = s < r ? s : r;
-    if (epoch != side->epoch) side->epoch = epoch, side->open = side->done;
+    int32_t group = INT32_MAX;
+    for (int k = 0; k < 2; k++) if (side->head[k] >= 0 && q->op[side->head[k]].group < group) group = q->op[side->head[k]].group;
+    if (group != INT32_MAX && group != side->group) side->group = group, side->open = side->done;
 }
-// Moves what can move between two ranks.
-LLMPARI_FN llmpar_status llmpari_channel_move(llmpari_pipe_run *q, llmpari_channel *channel, llmpar_error *err) {
+// Takes the first SEND or RECV of a side out of its queue, at time t.
+LLMPARI_FN void llmpari_channel_pop(llmpari_pipe_run *q, llmpari_channel_side *side, int k, double t) {
+    const int32_t i = side->head[k];
+    side->head[k] = q->op[i].next;
+    q->op[i].next = q->free_op, q->free_op = i;
+    if (t > side->done) side->done = t;
+    llmpari_channel_turn(q, side);
+}
+// Moves what can move between two ranks, first what side d sends.
+LLMPARI_FN llmpar_status llmpari_channel_move(llmpari_pipe_run *q, llmpari_channel *channel, int d, llmpar_error *err) {
     const llmpar_schedule *s = q->s;
-    for (bool moved = true; moved; ) {
-        moved = false;
-        for (int d = 0; d < 2; d++) {
-            llmpari_channel_side *from = &channel->side[d], *to = &channel->side[1 - d];
-            const int32_t out = from->send, in = to->recv;
-            if (out < 0 || in < 0 || q->end[out] < 0 || q->end[in] < 0 || q->op[out].epoch != from->epoch || q->op[in].epoch != to->epoch) continue;
-            const llmpar_action a = s->action[out];
-            if (q->x->partner[out] != in)
-                return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "ranks %d and %d disagree about the order of their transfers: rank %d does %s when rank %d expects %s", (int)channel->rank[d],
-                                    (int)channel->rank[1 - d], (int)channel->rank[d], llmpari_action_print(a).text, (int)channel->rank[1 - d], llmpari_action_print(s->action[in]).text);
-            double t = q->end[out];
-            if (q->end[in] > t) t = q->end[in];
-            if (from->open > t) t = from->open;
-            if (to->open > t) t = to->open;
-            t += q->c->link[llmpari_pipe_link_of(s, a)];
-            llmpari_pipe_arrive(q, a.kind == LLMPAR_ACTION_SEND_B, a.stage, a.micro, t);
-            if (a.slot >= 0) {
-                double *slot = &q->slot_free[q->slot_first[channel->rank[d]] + a.slot];
-                *slot = t;
-                llmpari_pipe_wake(q, channel->rank[d], slot);
-            }
-            from->send = q->op[out].next, to->recv = q->op[in].next;
-            if (t > from->done) from->done = t;
-            if (t > to->done) to->done = t;
-            llmpari_channel_turn(q, from);
-            llmpari_channel_turn(q, to);
-            moved = true;
+    for (int idle = 0; idle < 2; d = 1 - d, idle++) {
+        llmpari_channel_side *from = &channel->side[d], *to = &channel->side[1 - d];
+        if (from->head[0] < 0 || to->head[1] < 0 || q->op[from->head[0]].group != from->group || q->op[to->head[1]].group != to->group) continue;
+        const int32_t out = q->op[from->head[0]].action, in = q->op[to->head[1]].action;
+        const llmpar_action a = s->action[out], b = s->action[in], o = llmpari_pipe_other_end(s, a);
+        if (llmpari_pipe_cell_of(s, o) != llmpari_pipe_cell_of(s, b) || o.kind != b.kind)
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "ranks %d and %d disagree about the order of their transfers: rank %d does %s when rank %d expects %s", (int)channel->rank[d],
+                                (int)channel->rank[1 - d], (int)channel->rank[d], llmpari_action_print(a).text, (int)channel->rank[1 - d], llmpari_action_print(b).text);
+        double t = q->end[out];
+        if (q->end[in] > t) t = q->end[in];
+        if (from->open > t) t = from->open;
+        if (to->open > t) t = to->open;
+        t += q->c->link[llmpari_pipe_link_of(s, a)];
+        llmpari_pipe_arrive(q, a.kind == LLMPAR_ACTION_SEND_B, a.stage, a.micro, t);
+        if (q->slot_free) {
+            double *slot = &q->slot_free[q->slot_first[channel->rank[d]] + a.slot];
+            *slot = t;
+            llmpari_pipe_wake(q, channel->rank[d], slot);
         }
+        llmpari_channel_pop(q, from, 0, t);
+        llmpari_channel_pop(q, to, 1, t);
+        idle = -1;
     }
     return LLMPAR_OK;
+}
+// Rank r issues its transfer j.
+LLMPARI_FN llmpar_status llmpari_channel_issue(llmpari_pipe_run *q, int32_t r, int64_t j, llmpar_error *err) {
+    const llmpar_action a = q->s->action[j];
+    llmpari_channel *channel = &q->channel[q->channel_of[llmpari_pipe_link_of(q->s, a)]];
+    const int d = channel->rank[0] == r ? 0 : 1, k = llmpari_action_is_send(a) ? 0 : 1;
+    llmpari_channel_side *side = &channel->side[d];
+    if (q->free_op < 0) {
+        const int32_t n = 2 * q->n_ops + 64;
+        llmpari_channel_op *more = (llmpari_channel_op *)llmpar_arena_alloc(q->arena, (size_t)n * sizeof *more);
+        if (!more) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d transfers under way", (int)n);
+        if (q->n_ops) memcpy(more, q->op, (size_t)q->n_ops * sizeof *more);
+        for (int32_t i = q->n_ops; i < n; i++) more[i].next = i + 1 < n ? i + 1 : -1;
+        q->free_op = q->n_ops, q->n_ops = n, q->op = more;
+    }
+    const int32_t i = q->free_op;
+    q->free_op = q->op[i].next;
+    q->op[i].action = (int32_t)j, q->op[i].group = q->group[r], q->op[i].next = -1;
+    if (side->head[k] >= 0) q->op[side->tail[k]].next = i;
+    else side->head[k] = i, llmpari_channel_turn(q, side);
+    side->tail[k] = i;
+    return channel->side[1 - d].head[1 - k] >= 0 ? llmpari_channel_move(q, channel, k ? 1 - d : d, err) : LLMPAR_OK;
 }
 
 // The number that says when the input of an action is there; NULL = it needs none.
@@ -9613,16 +9653,20 @@ LLMPARI_FN const double *llmpari_pipe_input(const llmpari_pipe_run *q, int64_t j
         if (a.stage > 0) return &q->arrive[0][c - M];
         return s->in_flight > 0 && a.micro >= s->in_flight ? &q->arrive[0][(int64_t)(s->n_stages - 1) * M + a.micro - s->in_flight] : NULL;
     case LLMPAR_ACTION_B: case LLMPAR_ACTION_I: return a.stage + 1 < s->n_stages ? &q->arrive[1][c + M] : NULL;
-    case LLMPAR_ACTION_SEND_F: case LLMPAR_ACTION_SEND_B: return q->transport == LLMPAR_PIPE_RENDEZVOUS ? &q->end[q->x->partner[j]] : NULL;
+    case LLMPAR_ACTION_SEND_F: case LLMPAR_ACTION_SEND_B: return q->posted[0] ? &q->posted[a.kind == LLMPAR_ACTION_SEND_B][llmpari_pipe_cell_of(s, llmpari_pipe_other_end(s, a))] : NULL;
     case LLMPAR_ACTION_REDUCE_GRAD: return &q->sum[a.micro].begin;
     default: return NULL;
     }
 }
 // With NCCL: the buffer that an action fills, its rank's number of it; it is free when the SEND before from there is over. -1 = none.
-LLMPARI_FN int32_t llmpari_pipe_fills(const llmpari_pipe_run *q, llmpar_action a) {
-    if (q->transport != LLMPAR_PIPE_NCCL || !q->s->lowered || !q->s->n_slots || a.kind == LLMPAR_ACTION_W || a.kind == LLMPAR_ACTION_REDUCE_GRAD || llmpari_action_is_send(a)) return -1;
+LLMPARI_FN int32_t llmpari_pipe_fills(const llmpari_pipe_run *q, int64_t j) {
+    const llmpar_action a = q->s->action[j];
+    if (!q->slot_free || a.kind == LLMPAR_ACTION_W || a.kind == LLMPAR_ACTION_REDUCE_GRAD || llmpari_action_is_send(a)) return -1;
     if (llmpari_action_is_transfer(a)) return a.slot;
-    const int32_t send = q->x->at[a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B][(int64_t)a.stage * q->s->n_micro + a.micro];
+    const int kind = a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B;
+    int64_t send = j + 1;                                                                  // where lowering puts it
+    if (send == q->s->first[q->s->n_ranks] || q->s->action[send].kind != kind || q->s->action[send].stage != a.stage || q->s->action[send].micro != a.micro)
+        send = q->x->at[kind][llmpari_pipe_cell_of(q->s, a)];
     return send >= 0 ? q->s->action[send].slot : -1;
 }
 
@@ -9646,15 +9690,16 @@ LLMPARI_FN llmpar_status llmpari_pipe_advance(llmpari_pipe_run *q, int32_t r, ll
         const double *need = llmpari_pipe_input(q, j);
         if (need && *need < 0) { q->wait[r] = need; return LLMPAR_OK; }
         if (need && *need > clock) clock = *need;
-        const int32_t slot = llmpari_pipe_fills(q, a);
+        const int32_t slot = llmpari_pipe_fills(q, j);
         need = slot >= 0 ? &q->slot_free[q->slot_first[r] + slot] : NULL;
         if (need && *need < 0) { q->wait[r] = need; return LLMPAR_OK; }
         if (need && *need > clock) clock = *need;
-        q->begin[j] = clock;
+        if (q->begin) q->begin[j] = clock;
         if (q->order) q->order[j] = q->n_done++;
         if (a.kind <= LLMPAR_ACTION_W) {
             clock += q->c->time[a.kind][a.stage];
             q->end[j] = clock;
+            if (q->group) q->group[r] = (int32_t)j;
             if (a.kind == LLMPAR_ACTION_W) continue;
             const int d = a.kind != LLMPAR_ACTION_F;
             const bool crosses = d ? llmpari_pipe_sends_b(s, a.stage) : llmpari_pipe_sends_f(s, a.stage, a.micro);
@@ -9662,19 +9707,23 @@ LLMPARI_FN llmpar_status llmpari_pipe_advance(llmpari_pipe_run *q, int32_t r, ll
             continue;
         }
         q->end[j] = a.kind == LLMPAR_ACTION_REDUCE_GRAD ? clock += q->c->reduce[a.micro] : clock;
+        if (a.kind == LLMPAR_ACTION_REDUCE_GRAD && q->group) q->group[r] = (int32_t)j;
         if (a.kind == LLMPAR_ACTION_REDUCE_GRAD) continue;
         if (q->transport == LLMPAR_PIPE_NCCL) {
-            if (llmpari_action_is_send(a) && a.slot >= 0) q->slot_free[q->slot_first[r] + a.slot] = -1;
-            if (q->end[q->x->partner[j]] >= 0) LLMPARI_TRY(llmpari_channel_move(q, &q->channel[q->channel_of[llmpari_pipe_link_of(s, a)]], err));
+            if (q->slot_free && llmpari_action_is_send(a)) q->slot_free[q->slot_first[r] + a.slot] = -1;
+            LLMPARI_TRY(llmpari_channel_issue(q, r, j, err));
         } else if (llmpari_action_is_send(a)) {
             llmpari_pipe_arrive(q, a.kind == LLMPAR_ACTION_SEND_B, a.stage, a.micro, clock + q->c->link[llmpari_pipe_link_of(s, a)]);
-        } else if (q->transport == LLMPAR_PIPE_RENDEZVOUS) {
-            llmpari_pipe_wake(q, s->rank_of[s->action[q->x->partner[j]].stage], &q->end[j]);
+        } else if (q->posted[0]) {
+            double *posted = &q->posted[a.kind == LLMPAR_ACTION_RECV_B][llmpari_pipe_cell_of(s, a)];
+            *posted = clock;
+            llmpari_pipe_wake(q, s->rank_of[llmpari_pipe_other_end(s, a).stage], posted);
         }
     }
     return LLMPAR_OK;
 }
 
+LLMPARI_FN bool llmpari_pipe_done(const llmpari_pipe_run *q, int32_t j) { return j < q->at[q->s->rank_of[q->s->action[j].stage]]; }
 // Transfer `out`, issued at both ends, cannot move (NCCL): the SEND of the one that stands before it; *rank = where.
 LLMPARI_FN int32_t llmpari_channel_before(const llmpari_pipe_run *q, int32_t out, int32_t *rank) {
     const llmpar_schedule *s = q->s;
@@ -9682,12 +9731,12 @@ LLMPARI_FN int32_t llmpari_channel_before(const llmpari_pipe_run *q, int32_t out
     const int from = channel->rank[0] == s->rank_of[s->action[out].stage] ? 0 : 1;
     for (int d = 0; d < 2; d++) {
         const llmpari_channel_side *side = &channel->side[d ? 1 - from : from];
-        const int32_t own = d ? q->x->partner[out] : out;
-        const int32_t send = side->send >= 0 && q->op[side->send].epoch == side->epoch ? side->send : -1;
-        const int32_t recv = side->recv >= 0 && q->op[side->recv].epoch == side->epoch ? side->recv : -1;
-        if (own == send || own == recv) continue;
+        const int32_t own = d ? llmpari_pipe_partner(s, q->x, out) : out;
+        int32_t first[2];                                                                  // SEND and RECV in turn
+        for (int k = 0; k < 2; k++) first[k] = side->head[k] >= 0 && q->op[side->head[k]].group == side->group ? q->op[side->head[k]].action : -1;
+        if (own == first[0] || own == first[1]) continue;
         *rank = channel->rank[d ? 1 - from : from];
-        return send >= 0 ? send : q->x->partner[recv];
+        return first[0] >= 0 ? first[0] : llmpari_pipe_partner(s, q->x, first[1]);
     }
     return -1;
 }
@@ -9698,7 +9747,7 @@ LLMPARI_FN int32_t llmpari_pipe_blocker(const llmpari_pipe_run *q, int32_t rank,
     const llmpar_schedule *s = q->s;
     llmpar_action a = s->action[q->at[rank]];
     int32_t out, in;
-    if (llmpari_action_is_send(a)) return q->x->partner[q->at[rank]];
+    if (llmpari_action_is_send(a)) return llmpari_pipe_partner(s, q->x, q->at[rank]);
     const double *need = llmpari_pipe_input(q, q->at[rank]);
     if (need && *need < 0) {
         const int d = a.kind != LLMPAR_ACTION_F;
@@ -9707,18 +9756,18 @@ LLMPARI_FN int32_t llmpari_pipe_blocker(const llmpari_pipe_run *q, int32_t rank,
         made.stage = (int16_t)(cell / s->n_micro), made.micro = (int32_t)(cell % s->n_micro);
         if (!s->lowered || s->rank_of[made.stage] == rank) {
             made.kind = (uint8_t)(!d ? LLMPAR_ACTION_F : q->x->at[LLMPAR_ACTION_B][cell] >= 0 ? LLMPAR_ACTION_B : LLMPAR_ACTION_I);
-            return llmpari_pipe_at(q, made);
+            return llmpari_pipe_at(s, q->x, made);
         }
-        out = llmpari_pipe_at(q, made);
+        out = llmpari_pipe_at(s, q->x, made);
     } else {                                                                               // its buffer: the SEND before from there
-        const int32_t slot = llmpari_pipe_fills(q, a);
+        const int32_t slot = llmpari_pipe_fills(q, q->at[rank]);
         for (out = (int32_t)q->at[rank]; !llmpari_action_is_send(s->action[out]) || s->action[out].slot != slot; ) out--;
     }
     for (int64_t i = 0; ; i++) {                                                           // a transfer: which of those before it in the order of the two ranks is not issued?
         int32_t here = 0, there = 0;
-        in = q->x->partner[out];
-        if (q->end[out] < 0) return out;
-        if (q->end[in] < 0) return in;
+        in = llmpari_pipe_partner(s, q->x, out);
+        if (!llmpari_pipe_done(q, out)) return out;
+        if (!llmpari_pipe_done(q, in)) return in;
         const int32_t first = llmpari_channel_before(q, out, &here);
         if (first < 0) return in;                                                          // cannot be: it would have moved
         if (i > 2 * (int64_t)s->n_micro * s->n_stages) {
@@ -9795,13 +9844,14 @@ LLMPARI_FN llmpar_status llmpari_pipe_stuck(const llmpari_pipe_run *q, llmpar_ar
 LLMPARI_FN llmpar_status llmpari_pipe_channels(llmpari_pipe_run *q, llmpar_arena *arena, llmpar_error *err) {
     const llmpar_schedule *s = q->s;
     const int32_t S = s->n_stages;
-    q->op         = (llmpari_channel_op *)llmpar_arena_alloc(arena, (size_t)s->first[s->n_ranks] * sizeof(llmpari_channel_op));
+    q->group      = (int32_t *)llmpar_arena_alloc(arena, (size_t)s->n_ranks * sizeof(int32_t));
     q->channel_of = (int32_t *)llmpar_arena_alloc(arena, (size_t)S * sizeof(int32_t));
     q->channel    = (llmpari_channel *)llmpar_arena_alloc(arena, (size_t)S * sizeof(llmpari_channel));
     int32_t *first = (int32_t *)llmpar_arena_alloc(arena, (size_t)s->n_ranks * sizeof(int32_t));   // a channel of the rank as the lower one; next: one more of them
     int32_t *next  = (int32_t *)llmpar_arena_alloc(arena, (size_t)S * sizeof(int32_t));
-    if (!q->op || !q->channel_of || !q->channel || !first || !next) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d links", (int)S);
-    for (int32_t r = 0; r < s->n_ranks; r++) first[r] = -1;
+    if (!q->group || !q->channel_of || !q->channel || !first || !next) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d links", (int)S);
+    q->free_op = -1, q->arena = arena;
+    for (int32_t r = 0; r < s->n_ranks; r++) first[r] = q->group[r] = -1;
     for (int32_t st = 0; st < S; st++) {
         const int32_t a = s->rank_of[st], b = s->rank_of[(st + 1) % S], low = a < b ? a : b, high = a < b ? b : a;
         int32_t k = first[low];
@@ -9814,20 +9864,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_channels(llmpari_pipe_run *q, llmpar_arena
         q->channel_of[st] = k;
     }
     for (int32_t k = 0; k < q->n_channels; k++)
-        for (int d = 0; d < 2; d++) q->channel[k].side[d].send = q->channel[k].side[d].recv = -1;
-    for (int32_t r = 0; r < s->n_ranks; r++) {                                             // from the last action back, so that every row ends up at its first one
-        int32_t epoch = INT32_MAX - 1;
-        for (int64_t j = s->first[r + 1]; j-- > s->first[r]; ) {
-            const llmpar_action a = s->action[j];
-            if (!llmpari_action_is_transfer(a)) { epoch--; continue; }
-            llmpari_channel *channel = &q->channel[q->channel_of[llmpari_pipe_link_of(s, a)]];
-            llmpari_channel_side *side = &channel->side[channel->rank[0] == r ? 0 : 1];
-            int32_t *head = llmpari_action_is_send(a) ? &side->send : &side->recv;
-            q->op[j].next = *head, q->op[j].epoch = epoch;
-            *head = (int32_t)j;
-        }
-    }
-    for (int32_t k = 0; k < q->n_channels; k++) llmpari_channel_turn(q, &q->channel[k].side[0]), llmpari_channel_turn(q, &q->channel[k].side[1]);
+        for (int d = 0; d < 2; d++) q->channel[k].side[d].head[0] = q->channel[k].side[d].head[1] = -1;
     return LLMPAR_OK;
 }
 
@@ -9836,30 +9873,32 @@ LLMPARI_FN llmpar_status llmpari_pipe_times(llmpari_pipe_run *q, llmpar_arena *a
     const llmpar_schedule *s = q->s;
     const int64_t cells = (int64_t)s->n_stages * s->n_micro, n = s->first[s->n_ranks], R = s->n_ranks;
     int64_t slots = 0;
-    q->arrive[0]  = (double *)llmpar_arena_alloc(arena, (size_t)(2 * cells) * sizeof(double));
+    const bool rendezvous = s->lowered && q->transport == LLMPAR_PIPE_RENDEZVOUS, nccl = s->lowered && q->transport == LLMPAR_PIPE_NCCL;
+    const int64_t times = (rendezvous ? 4 : 2) * cells;
+    q->arrive[0]  = (double *)llmpari_arena_raw(arena, (size_t)times * sizeof(double));
     q->at         = (int64_t *)llmpar_arena_alloc(arena, (size_t)R * sizeof(int64_t));
     q->slot_first = (int64_t *)llmpar_arena_alloc(arena, (size_t)R * sizeof(int64_t));
     q->wait       = (const double **)llmpar_arena_alloc(arena, (size_t)R * sizeof(double *));
     q->ready      = (int32_t *)llmpar_arena_alloc(arena, (size_t)R * sizeof(int32_t));
     if (!q->arrive[0] || !q->at || !q->slot_first || !q->wait || !q->ready) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to time %lld actions", (long long)n);
     q->arrive[1] = q->arrive[0] + cells;
-    for (int64_t c = 0; c < 2 * cells; c++) q->arrive[0][c] = -1;
-    for (int64_t j = 0; j < n; j++) q->end[j] = -1;
+    if (rendezvous) q->posted[0] = q->arrive[0] + 2 * cells, q->posted[1] = q->arrive[0] + 3 * cells;
+    for (int64_t c = 0; c < times; c++) q->arrive[0][c] = -1;
     for (int32_t r = 0; r < R; r++) {
         q->at[r] = s->first[r];
         q->slot_first[r] = slots;
         if (s->n_slots) slots += s->n_slots[r];
         q->ready[q->n_ready++] = (int32_t)(R - 1 - r);
     }
-    q->slot_free = (double *)llmpar_arena_alloc(arena, (size_t)llmpari_max(slots, 1) * sizeof(double));
-    if (!q->slot_free) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %lld message buffers", (long long)slots);
+    if (nccl && s->n_slots) q->slot_free = (double *)llmpar_arena_alloc(arena, (size_t)llmpari_max(slots, 1) * sizeof(double));
+    if (nccl && s->n_slots && !q->slot_free) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %lld message buffers", (long long)slots);
     q->sum = s->n_shared ? (llmpari_pipe_sum_up *)llmpar_arena_alloc(arena, (size_t)s->n_shared * sizeof *q->sum) : NULL;
     if (s->n_shared && !q->sum) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to time %d shared parameters", (int)s->n_shared);
     for (int32_t k = 0; k < s->n_shared; k++) {
         q->sum[k].missing = 0, q->sum[k].last = 0, q->sum[k].begin = -1;
         for (int32_t r = 0; r < R; r++) q->sum[k].missing += q->x->reduce[k * R + r] >= 0;
     }
-    if (s->lowered && q->transport == LLMPAR_PIPE_NCCL) LLMPARI_TRY(llmpari_pipe_channels(q, arena, err));
+    if (nccl) LLMPARI_TRY(llmpari_pipe_channels(q, arena, err));
     while (q->n_ready) LLMPARI_TRY(llmpari_pipe_advance(q, q->ready[--q->n_ready], err));
     for (int32_t r = 0; r < R; r++)
         if (q->at[r] < s->first[r + 1]) return llmpari_pipe_stuck(q, arena, err);
@@ -9905,7 +9944,7 @@ LLMPARI_FN double llmpari_pipe_peak(const llmpar_schedule *s, const llmpari_pipe
     for (int64_t j = s->first[rank]; j < s->first[rank + 1] && !backward; j++) backward = s->action[j].kind >= LLMPAR_ACTION_B && s->action[j].kind <= LLMPAR_ACTION_W;
     if (!backward) return 0;
     for (int64_t j = s->first[rank]; j < s->first[rank + 1]; j++) {
-        held += llmpari_pipe_memory(c, s->action[j]);
+        if (!llmpari_action_is_transfer(s->action[j])) held += llmpari_pipe_memory(c, s->action[j]);
         if (held > peak) peak = held;
     }
     return peak;
@@ -9925,7 +9964,7 @@ LLMPARI_FN void llmpari_pipe_critical(const llmpar_schedule *s, const llmpari_pi
         else if (a.kind == LLMPAR_ACTION_F && s->in_flight > 0 && a.micro >= s->in_flight) input = x->at[LLMPAR_ACTION_F][(int64_t)(s->n_stages - 1) * M + a.micro - s->in_flight];
         else if ((a.kind == LLMPAR_ACTION_B || a.kind == LLMPAR_ACTION_I) && a.stage + 1 < s->n_stages)
             input = x->at[LLMPAR_ACTION_I][c + M] >= 0 ? x->at[LLMPAR_ACTION_I][c + M] : x->at[LLMPAR_ACTION_B][c + M];
-        else if (llmpari_action_is_send(a)) input = x->partner[j];
+        else if (llmpari_action_is_send(a)) input = llmpari_pipe_partner(s, x, j);
         else if (a.kind == LLMPAR_ACTION_REDUCE_GRAD)                                      // what the rank did before that came last
             for (int32_t r = 0; r < s->n_ranks; r++) {
                 const int64_t before = x->reduce[(int64_t)a.micro * s->n_ranks + r] - (int64_t)1;
@@ -9970,12 +10009,13 @@ LLMPARI_FN llmpar_status llmpari_pipe_prove(const llmpar_schedule *s, const llmp
     if (!(memory >= 0)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "memory limit %g; pass 0 for none", memory);
     const int64_t n = s->first[s->n_ranks], R = s->n_ranks;
     const llmpar_arena_mark all = llmpar_arena_save(arena);
-    double *numbers = (double *)llmpar_arena_alloc(arena, (size_t)(4 * R + 2 * n) * sizeof *numbers);
-    t.critical = timing ? (int32_t *)llmpar_arena_alloc(arena, (size_t)n * sizeof(int32_t)) : NULL;
+    double *numbers = (double *)llmpari_arena_raw(arena, (size_t)(4 * R + 2 * n) * sizeof *numbers);
+    t.critical = timing ? (int32_t *)llmpari_arena_raw(arena, (size_t)n * sizeof(int32_t)) : NULL;   // as far as it is not written it takes no memory, mostly
     if (!numbers || (timing && !t.critical)) {
         llmpar_arena_restore(arena, all);
         return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
     }
+    memset(numbers, 0, (size_t)(4 * R) * sizeof *numbers);
     t.busy = numbers, t.begin = numbers + R, t.end = numbers + 2 * R, t.peak = numbers + 3 * R;
     t.action_begin = numbers + 4 * R, t.action_end = t.action_begin + n;
     const llmpar_arena_mark mark = llmpar_arena_save(arena);
@@ -10008,21 +10048,25 @@ LLMPAR_DEF llmpar_status llmpar_pipe_simulate(const llmpar_schedule *schedule, c
 
 LLMPAR_DEF int32_t llmpar_slots(const int64_t *begin, const int64_t *end, int64_t n, int32_t *slot, llmpar_arena *scratch) {
     const llmpar_arena_mark mark = llmpar_arena_save(scratch);
-    int64_t *until = (int64_t *)llmpar_arena_alloc(scratch, (size_t)llmpari_max(n, 1) * sizeof *until);
-    int32_t slots = 0;
-    for (int64_t i = 0; until && i < n; i++) {
-        int32_t k = 0;
-        while (k < slots && until[k] > begin[i]) k++;
-        if (k == slots) slots++;
-        until[k] = end[i];
-        slot[i]  = k;
+    int64_t *least = NULL, room = 0, slots = 0;                                            // a tree of minima, its top at 1; least[room + k]: when slot k is free again
+    for (int64_t i = 0; i < n; i++) {
+        if (!least || least[1] > begin[i]) {                                               // none is free: twice the room
+            const int64_t wide = llmpari_max(2 * room, 1);
+            int64_t *wider = (int64_t *)llmpar_arena_alloc(scratch, 2 * (size_t)wide * sizeof *wider);
+            if (!wider) { slots = -1; break; }
+            for (int64_t k = 2 * wide - 1; k > 0; k--)
+                wider[k] = k < wide ? llmpari_min(wider[2 * k], wider[2 * k + 1]) : k - wide < room ? least[room + k - wide] : INT64_MIN;
+            least = wider, room = wide;
+        }
+        int64_t k = 1;
+        while (k < room) k = 2 * k + (least[2 * k] > begin[i]);
+        slot[i] = (int32_t)(k - room);
+        slots   = llmpari_max(slots, k - room + 1);
+        for (least[k] = end[i]; k > 1 && least[k / 2] != llmpari_min(least[k], least[k ^ 1]); k /= 2) least[k / 2] = llmpari_min(least[k], least[k ^ 1]);
     }
     llmpar_arena_restore(scratch, mark);
-    return until ? slots : -1;
+    return (int32_t)slots;
 }
-
-// A message: made by action `made` (index in the schedule), posted on the other rank just before the action `before`.
-typedef struct llmpari_message { int32_t made, before; } llmpari_message;
 
 // Which action of the schedule takes what `a` makes, -1 = none does; *stays: on the same rank.
 LLMPARI_FN int32_t llmpari_pipe_taker(const llmpar_schedule *s, const llmpari_pipe_index *x, llmpar_action a, bool *stays) {
@@ -10047,31 +10091,6 @@ LLMPARI_FN int32_t llmpari_pipe_consumer(const llmpar_schedule *s, const llmpari
 
 // Does action i end after action j? Of two that end at the same time, for all that rounding tells, the one that was done later does.
 LLMPARI_FN bool llmpari_pipe_later(const double *end, const int32_t *order, int64_t i, int64_t j) { return end[i] > end[j] || (end[i] >= end[j] && order[i] > order[j]); }
-
-// Where every message is posted: before the first action of the receiver that ends later than the message is made. In the schedule's own times nobody waits for a
-// post then; and the order of posts and sends of two ranks follows the times at which messages are made, on both alike, so that no transfer can wait for a later one.
-// Only messages that are made at the same time in both directions need care: in NCCL's order both are posted beside the sends, in one group.
-LLMPARI_FN void llmpari_pipe_post(const llmpar_schedule *s, const llmpari_pipe_index *x, const double *end, const int32_t *order, llmpar_transport transport, int32_t *cursor,
-                                  llmpari_message *message, int64_t *n_messages) {
-    int64_t n = 0;
-    for (int32_t i = 0; i < 2 * s->n_stages; i++) cursor[i] = -1;
-    for (int64_t j = 0; j < s->first[s->n_ranks]; j++) {
-        const llmpar_action a = s->action[j];
-        const int32_t to = llmpari_pipe_consumer(s, x, a);
-        if (to < 0) continue;
-        int32_t *k = &cursor[2 * a.stage + (a.kind != LLMPAR_ACTION_F)];                   // the messages of a stage in one direction are made in the order of time
-        if (*k < 0) *k = (int32_t)s->first[s->rank_of[s->action[to].stage]];
-        while (*k < to && !llmpari_pipe_later(end, order, *k, j)) ++*k;
-        message[n].made   = (int32_t)j;
-        message[n].before = *k;
-        if (transport == LLMPAR_PIPE_NCCL && *k < to && end[*k] <= end[j]) {
-            const int32_t back = llmpari_pipe_consumer(s, x, s->action[*k]);
-            if (back >= 0 && s->rank_of[s->action[back].stage] == s->rank_of[a.stage]) message[n].before++;
-        }
-        n++;
-    }
-    *n_messages = n;
-}
 
 // Numbers the buffers of one rank's messages: those received live from the post to the action that takes them, those sent from the action that makes them until the SEND
 // is over: with NCCL, until it is expected to be.
@@ -10099,42 +10118,85 @@ LLMPARI_FN llmpar_status llmpari_pipe_life_number(llmpari_pipe_life *life, llmpa
     return LLMPAR_OK;
 }
 
+// Messages by stream: number 2 stage + 1 has the gradients that this stage makes, number 2 stage the outputs.
 typedef struct llmpari_lowering {
     const llmpar_schedule    *s;
     const llmpari_pipe_cost  *c;
     const llmpari_pipe_index *x;
     llmpar_transport transport;
-    const double *begin, *end;
-    int32_t *gap, *posted;         // posted[gap[k]] .. posted[gap[k + 1] - 1]: the actions that make the messages posted before action k, by time
-    int32_t *recv_at;              // [actions of the schedule] where the program posts what an action takes
+    const double  *begin, *end;    // of the schedule's actions; begin: NCCL, where a transfer takes time, else NULL
+    const int32_t *order;
+    int32_t *next;                 // [actions] the next one that makes a message of the same stream, -1 = none
+    int32_t *made;                 // [streams] the action that makes the first message that is not posted yet, -1 = none
+    int32_t *incoming, *after;     // [n_ranks] first of the streams that a rank receives, by `made`; [streams] the next one of these; -1 = none
 } llmpari_lowering;
 
+// Puts a stream among those that its rank receives, not before *at; one that is at its end is left out.
+LLMPARI_FN void llmpari_stream_put(const llmpari_lowering *l, int32_t *at, int32_t stream) {
+    if (l->made[stream] < 0) return;
+    while (*at >= 0 && llmpari_pipe_later(l->end, l->order, l->made[stream], l->made[*at])) at = &l->after[*at];
+    l->after[stream] = *at, *at = stream;
+}
+LLMPARI_FN llmpar_status llmpari_streams_fill(llmpari_lowering *l, llmpar_arena *scratch, llmpar_error *err) {
+    const llmpar_schedule *s = l->s;
+    const int64_t n = s->first[s->n_ranks], streams = 2 * (int64_t)s->n_stages;
+    l->next     = (int32_t *)llmpari_arena_raw(scratch, (size_t)n * sizeof(int32_t));
+    l->made     = (int32_t *)llmpar_arena_alloc(scratch, (size_t)(2 * streams + s->n_ranks) * sizeof(int32_t));
+    if (!l->next || !l->made) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the messages of %lld actions", (long long)n);
+    l->after    = l->made + streams;
+    l->incoming = l->after + streams;
+    for (int64_t i = 0; i < 2 * streams + s->n_ranks; i++) l->made[i] = -1;
+    for (int64_t j = n; j-- > 0; ) {
+        const llmpar_action a = s->action[j];
+        if (!llmpari_pipe_sends(s, a)) continue;
+        int32_t *first = &l->made[2 * a.stage + (a.kind != LLMPAR_ACTION_F)];
+        l->next[j] = *first, *first = (int32_t)j;
+    }
+    for (int32_t i = 0; i < streams; i++)
+        if (l->made[i] >= 0) llmpari_stream_put(l, &l->incoming[llmpari_pipe_takes(s, s->action[l->made[i]])], i);
+    return LLMPAR_OK;
+}
+
+// Posts what is received in front of action k: every message before the first action that ends later than the message is made. In the schedule's own times nobody waits for
+// a post then; and the order of posts and sends of two ranks follows the times at which messages are made, on both alike, so that no transfer can wait for a later one.
+// Only messages that are made at the same time in both directions need care: in NCCL's order both are posted beside the sends, in one group.
+LLMPARI_FN void llmpari_pipe_post(const llmpari_lowering *l, int32_t r, int64_t k, llmpar_schedule *program, int64_t *at, llmpari_pipe_life *in) {
+    const llmpar_schedule *s = l->s;
+    for (int32_t *stream = &l->incoming[r]; *stream >= 0 && llmpari_pipe_later(l->end, l->order, k, l->made[*stream]); ) {
+        const int32_t i = *stream, made = l->made[i], to = llmpari_pipe_consumer(s, l->x, s->action[made]);
+        if (l->transport == LLMPAR_PIPE_NCCL && l->end[k] <= l->end[made] && k < to) {
+            const llmpar_action back = s->action[k];
+            if (llmpari_pipe_sends(s, back) && llmpari_pipe_takes(s, back) == s->rank_of[i / 2]) { stream = &l->after[i]; continue; }
+        }
+        llmpari_pipe_live(in, k, to + 1, *at);
+        program->action[(*at)++] = llmpari_action(i % 2 ? LLMPAR_ACTION_RECV_B : LLMPAR_ACTION_RECV_F, s->action[to].stage, s->action[to].micro);
+        *stream = l->after[i], l->made[i] = l->next[made];
+        llmpari_stream_put(l, stream, i);
+    }
+}
+// The first action of a rank after j that begins at time t or later; `end` when none does.
+LLMPARI_FN int64_t llmpari_pipe_begins(const double *begin, int64_t j, int64_t end, double t) {
+    int64_t low = j, high = j + 1;
+    while (high < end && begin[high] < t) low = high, high = llmpari_min(end, 2 * high - j);
+    while (high - low > 1) {
+        const int64_t mid = low + (high - low) / 2;
+        if (begin[mid] < t) low = mid;
+        else high = mid;
+    }
+    return high;
+}
 LLMPARI_FN llmpar_status llmpari_pipe_lower_rank(const llmpari_lowering *l, int32_t r, llmpar_schedule *program, int64_t *at, llmpari_pipe_life *in, llmpari_pipe_life *out,
                                                  llmpar_arena *scratch, llmpar_error *err) {
     const llmpar_schedule *s = l->s;
-    const int64_t first = *at;
     in->n = out->n = 0;
     for (int64_t j = s->first[r]; j < s->first[r + 1]; j++) {
         const llmpar_action a = s->action[j];
-        for (int32_t i = l->gap[j]; i < l->gap[j + 1]; i++) {
-            llmpar_action send = s->action[l->posted[i]];
-            const int32_t to = llmpari_pipe_consumer(s, l->x, send);
-            send.kind = (uint8_t)(send.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B);
-            l->recv_at[to] = (int32_t)in->n;
-            llmpari_pipe_live(in, *at - first, 0, *at);
-            program->action[(*at)++] = llmpari_pipe_other_end(s, send);
-        }
-        if (l->recv_at[j] >= 0) in->end[l->recv_at[j]] = *at - first + 1;
+        llmpari_pipe_post(l, r, j, program, at, in);
         program->action[(*at)++] = a;
-        if (llmpari_pipe_consumer(s, l->x, a) < 0) continue;
-        llmpar_action send = llmpari_action(a.kind == LLMPAR_ACTION_F ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B, a.stage, a.micro);
-        int64_t until = j + 1;                                                             // first action of the schedule that may use the buffer again
-        if (l->transport == LLMPAR_PIPE_NCCL) {
-            const double done = l->end[j] + l->c->link[llmpari_pipe_link_of(s, send)];
-            while (until < s->first[r + 1] && l->begin[until] < done) until++;
-        }
-        llmpari_pipe_live(out, j - s->first[r], until - s->first[r], *at);
-        program->action[(*at)++] = send;
+        if (!llmpari_pipe_sends(s, a)) continue;
+        const bool f = a.kind == LLMPAR_ACTION_F;
+        llmpari_pipe_live(out, j, l->begin ? llmpari_pipe_begins(l->begin, j, s->first[r + 1], l->end[j] + l->c->link[f ? a.stage : a.stage - 1]) : j + 1, *at);
+        program->action[(*at)++] = llmpari_action(f ? LLMPAR_ACTION_SEND_F : LLMPAR_ACTION_SEND_B, a.stage, a.micro);
     }
     LLMPARI_TRY(llmpari_pipe_life_number(in, program, r, scratch, err));
     return llmpari_pipe_life_number(out, program, r, scratch, err);
@@ -10170,8 +10232,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_lower_into(const llmpar_schedule *s, const
     llmpari_pipe_run   run = LLMPAR_ZERO;
     llmpari_lowering   l = LLMPAR_ZERO;
     llmpari_pipe_life  in, out;
-    double *times = (double *)llmpar_arena_alloc(scratch, 2 * (size_t)n * sizeof *times), longest = 0;
-    if (!times) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
+    double longest = 0, slowest = 0;
     LLMPARI_TRY(llmpari_pipe_cost_fill(costs, s, scratch, &c, err));
     LLMPARI_TRY(llmpari_pipe_index_fill(s, scratch, &x, err));
     LLMPARI_TRY(llmpari_pipe_complete(s, &x, err));
@@ -10179,39 +10240,23 @@ LLMPARI_FN llmpar_status llmpari_pipe_lower_into(const llmpar_schedule *s, const
     if (!(longest > 0)) longest = 1;
     for (int k = 0; k < 4; k++)                                                            // what takes no time still comes after what it needs
         for (int32_t i = 0; i < s->n_stages; i++) if (c.time[k][i] < 1e-6 * longest) c.time[k][i] = 1e-6 * longest;
-    run.s = s, run.c = &c, run.x = &x, run.begin = times, run.end = times + n;
-    run.order = (int32_t *)llmpar_arena_alloc(scratch, (size_t)n * sizeof(int32_t));
-    if (!run.order) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the order of %lld actions", (long long)n);
+    run.s = s, run.c = &c, run.x = &x;
+    run.end   = (double *)llmpari_arena_raw(scratch, (size_t)n * sizeof(double));
+    for (int32_t i = 0; i < s->n_stages; i++) slowest = fmax(slowest, c.link[i]);
+    const bool lasting = transport == LLMPAR_PIPE_NCCL && slowest > 0;                     // may a SEND be under way when the next action begins?
+    run.begin = lasting ? (double *)llmpari_arena_raw(scratch, (size_t)n * sizeof(double)) : NULL;
+    run.order = (int32_t *)llmpari_arena_raw(scratch, (size_t)n * sizeof(int32_t));
+    if (!run.end || !run.order || (lasting && !run.begin)) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
+    const llmpar_arena_mark timed = llmpar_arena_save(scratch);
     LLMPARI_TRY(llmpari_pipe_times(&run, scratch, err));
+    llmpar_arena_restore(scratch, timed);
 
-    int64_t n_messages = 0;
-    l.s = s, l.c = &c, l.x = &x, l.transport = transport, l.begin = times, l.end = times + n;
-    llmpari_message *message = (llmpari_message *)llmpar_arena_alloc(scratch, (size_t)n * sizeof *message);
-    int32_t *cursor = (int32_t *)llmpar_arena_alloc(scratch, 2 * (size_t)s->n_stages * sizeof *cursor);
-    l.gap     = (int32_t *)llmpar_arena_alloc(scratch, (size_t)(n + 2) * sizeof(int32_t));
-    l.posted  = (int32_t *)llmpar_arena_alloc(scratch, (size_t)n * sizeof(int32_t));
-    l.recv_at = (int32_t *)llmpar_arena_alloc(scratch, (size_t)n * sizeof(int32_t));
-    if (!message || !cursor || !l.gap || !l.posted || !l.recv_at) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the messages of %lld actions", (long long)n);
-    llmpari_pipe_post(s, &x, l.end, run.order, transport, cursor, message, &n_messages);
-    for (int64_t i = 0; i < n_messages; i++) l.gap[message[i].before + 2]++;               // counting sort by gap, then by time within a gap, of which there are few
-    for (int64_t k = 0; k < n; k++) l.gap[k + 2] += l.gap[k + 1];
-    for (int64_t i = 0; i < n_messages; i++) l.posted[l.gap[message[i].before + 1]++] = message[i].made;
-    for (int64_t k = 0; k < n; k++)
-        for (int32_t i = l.gap[k] + 1; i < l.gap[k + 1]; i++) {
-            const int32_t made = l.posted[i];
-            int32_t p = i;
-            for (; p > l.gap[k] && llmpari_pipe_later(l.end, run.order, l.posted[p - 1], made); p--) l.posted[p] = l.posted[p - 1];
-            l.posted[p] = made;
-        }
-    for (int64_t k = 0; k < n; k++) l.recv_at[k] = -1;
-
+    l.s = s, l.c = &c, l.x = &x, l.transport = transport, l.begin = run.begin, l.end = run.end, l.order = run.order;
+    LLMPARI_TRY(llmpari_streams_fill(&l, scratch, err));
     int32_t *sum, n_sums;
     LLMPARI_TRY(llmpari_pipe_lower_sums(&l, scratch, &sum, &n_sums, err));
     int64_t at = 0, most = 0;
-    for (int32_t r = 0; r < s->n_ranks; r++) {
-        const int64_t received = l.gap[s->first[r + 1]] - l.gap[s->first[r]], own = s->first[r + 1] - s->first[r];
-        most = llmpari_max(most, llmpari_max(received, own));
-    }
+    for (int32_t r = 0; r < s->n_ranks; r++) most = llmpari_max(most, s->first[r + 1] - s->first[r]);
     LLMPARI_TRY(llmpari_pipe_life_new(&in, most, scratch, err));
     LLMPARI_TRY(llmpari_pipe_life_new(&out, most, scratch, err));
     for (int32_t r = 0; r < s->n_ranks; r++) {
@@ -10231,7 +10276,7 @@ LLMPARI_FN llmpar_status llmpari_pipe_new(llmpar_schedule *s, int32_t n_ranks, i
     s->n_ranks = n_ranks, s->n_stages = n_stages, s->n_micro = n_micro;
     s->rank_of = (int32_t *)llmpar_arena_alloc(arena, (size_t)n_stages * sizeof(int32_t));
     s->first   = (int64_t *)llmpar_arena_alloc(arena, ((size_t)n_ranks + 1) * sizeof(int64_t));
-    s->action  = (llmpar_action *)llmpar_arena_alloc(arena, (size_t)llmpari_max(n_actions, 1) * sizeof(llmpar_action));
+    s->action  = (llmpar_action *)llmpari_arena_raw(arena, (size_t)llmpari_max(n_actions, 1) * sizeof(llmpar_action));
     if (s->rank_of && s->first && s->action) return LLMPAR_OK;
     return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a schedule of %lld actions", (long long)n_actions);
 }
@@ -10267,7 +10312,7 @@ LLMPAR_DEF llmpar_status llmpar_pipe_lower(const llmpar_schedule *schedule, cons
     for (int64_t j = 0; j < schedule->first[schedule->n_ranks]; j++) {
         const llmpar_action a = schedule->action[j];
         if (a.stage < 0 || a.stage >= schedule->n_stages) continue;                        // an error that the index finds
-        transfers += a.kind == LLMPAR_ACTION_F ? llmpari_pipe_sends_f(schedule, a.stage, a.micro) : a.kind != LLMPAR_ACTION_W && llmpari_pipe_sends_b(schedule, a.stage);
+        transfers += llmpari_pipe_sends(schedule, a);
     }
     for (int32_t k = 0; k < schedule->n_shared; k++) sums += llmpari_pipe_holders(schedule, &schedule->shared[k], NULL);
     llmpar_schedule made;
@@ -20397,9 +20442,10 @@ LLMPAR_DEF llmpar_status llmpar_exec_run(llmpar_exec *x, const int32_t *position
 // ============================================================================================================
 
 #define LLMPARI_STAGE_COPIES    16     // messages of a rank under way with BUFFERED
-#define LLMPARI_STAGE_UNDER_WAY 48     // from so many on those that are over are looked for: comm takes 64
+#define LLMPARI_STAGE_UNDER_WAY 48     // from so many on those that are over are looked for
+#define LLMPARI_STAGE_MOST      64     // that comm takes
 
-typedef struct llmpari_stage_buffer { char *memory; llmpar_request request; } llmpari_stage_buffer;
+typedef struct llmpari_stage_buffer { char *memory; llmpar_request request; int64_t turn; } llmpari_stage_buffer;   // turn: number of the last transfer, of all
 typedef struct llmpari_stage_links { int32_t in, out; } llmpari_stage_links;   // buffers of an action, -1 = none; SEND: in, RECV: out
 
 struct llmpar_stages {
@@ -20409,6 +20455,7 @@ struct llmpar_stages {
     llmpari_stage_links  *links;   // [n]
     llmpari_stage_buffer *buffer;  // message buffers, then those between stages of this rank, then copies
     int32_t n_messages, n_local, n_copies, next_copy, under_way;
+    int64_t turns;
     double *begin, *end;           // [n] of the last run, or NULL
     llmpar_comm **holders;         // [n_shared of the program]; NULL where this rank has nothing to sum
 };
@@ -20580,17 +20627,34 @@ LLMPAR_DEF void llmpar_stages_free(llmpar_stages *stages) {
 }
 LLMPAR_DEF size_t llmpar_stages_bytes(const llmpar_stages *stages) { return stages->arena.used_bytes + sizeof *stages; }
 
+// The memory of one rank's timing: what stays, to *mark, and what the call itself needs.
+LLMPARI_FN llmpar_status llmpari_stage_timing_new(const llmpar_stages *stages, const llmpar_pipe_costs *costs, llmpar_arena *arena, double **numbers, llmpar_arena_mark *mark,
+                                                  int64_t **counts, llmpari_pipe_cost *c, llmpar_error *err) {
+    const llmpar_schedule *s = stages->desc.program;
+    const int64_t n = s->first[s->n_ranks], R = s->n_ranks;
+    if (!stages->begin) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "nothing was recorded; set llmpar_stages_desc.record");
+    *numbers = (double *)llmpar_arena_alloc(arena, (size_t)(4 * R + 2 * n) * sizeof **numbers);
+    *mark    = llmpar_arena_save(arena);
+    *counts  = (int64_t *)llmpar_arena_alloc(arena, (size_t)R * sizeof **counts);
+    if (!*numbers || !*counts) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
+    return llmpari_pipe_cost_fill(costs, s, arena, c, err);
+}
 LLMPAR_DEF llmpar_status llmpar_stages_timing(const llmpar_stages *stages, const llmpar_pipe_costs *costs, llmpar_arena *arena, llmpar_pipe_timing *timing, llmpar_error *err) {
     const llmpar_schedule *s = stages->desc.program;
     const int64_t n = s->first[s->n_ranks], R = s->n_ranks;
+    const llmpar_arena_mark all = llmpar_arena_save(arena);
+    llmpar_arena_mark mark;
     llmpari_pipe_cost c;
-    double start = INFINITY;
-    if (!stages->begin) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "nothing was recorded; set llmpar_stages_desc.record");
-    double *numbers = (double *)llmpar_arena_alloc(arena, (size_t)(4 * R + 2 * n) * sizeof *numbers);
-    const llmpar_arena_mark mark = llmpar_arena_save(arena);
-    int64_t *counts = (int64_t *)llmpar_arena_alloc(arena, (size_t)R * sizeof *counts);
-    if (!numbers || !counts) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %lld actions", (long long)n);
-    LLMPARI_TRY(llmpari_pipe_cost_fill(costs, s, arena, &c, err));
+    double *numbers, start = INFINITY;
+    int64_t *counts;
+    const llmpar_status status = llmpari_stage_timing_new(stages, costs, arena, &numbers, &mark, &counts, &c, err);
+    float failed = status ? (float)(1 + stages->desc.comm->rank) : 0;                      // nobody may wait for a rank that gives up
+    const llmpar_status met = llmpar_all_reduce(stages->desc.comm, &failed, &failed, 1, LLMPAR_F32, LLMPAR_MAX, status ? NULL : err);
+    if (status || met || failed > 0) {
+        llmpar_arena_restore(arena, all);
+        if (status || met) return status ? status : met;
+        return LLMPARI_FAIL(err, LLMPAR_ABORTED, "rank %d cannot take the times, its own error says why", (int)failed - 1);
+    }
     memset(timing, 0, sizeof *timing);
     timing->busy = numbers, timing->begin = numbers + R, timing->end = numbers + 2 * R, timing->peak = numbers + 3 * R;
     timing->action_begin = numbers + 4 * R, timing->action_end = timing->action_begin + n;
@@ -20635,13 +20699,20 @@ LLMPARI_FN llmpar_status llmpari_stage_transfer(llmpar_stages *q, llmpar_action 
     }
     LLMPARI_TRY(llmpari_stage_settle(q, buffer, err));
     if (++q->under_way > LLMPARI_STAGE_UNDER_WAY) {
+        int32_t oldest = -1;
         q->under_way = 1;
         for (int32_t i = 0; i < q->n_messages + q->n_local + q->n_copies; i++) {
             bool done = true;
             if (q->buffer[i].request.comm) LLMPARI_TRY(llmpar_test(&q->buffer[i].request, &done, err));
             q->under_way += !done;
+            if (!done && (oldest < 0 || q->buffer[i].turn < q->buffer[oldest].turn)) oldest = i;
+        }
+        if (q->under_way > LLMPARI_STAGE_MOST) {
+            LLMPARI_TRY(llmpari_stage_settle(q, oldest, err));
+            q->under_way--;
         }
     }
+    q->buffer[buffer].turn = q->turns++;
     if (send) call.send = q->buffer[buffer].memory;
     else call.recv = q->buffer[buffer].memory;
     LLMPARI_TRY(llmpar_start(q->desc.comm, &call, &q->buffer[buffer].request, err));

@@ -132,6 +132,21 @@ static void test_published(void) {
         CHECK_EQ(llmpar_slots(begin, end, 6, slot, &arena), 3);
         for (int i = 0; i < 6; i++) CHECK_EQ(slot[i], want[i]);
         CHECK_EQ(llmpar_slots(NULL, NULL, 0, NULL, &arena), 0);
+        for (int k = 0; k < 300; k++) {                                                    // the lowest free number, looked for one after the other
+            int64_t from[200], until[200], alive[200];
+            int32_t number[200], slots = 0;
+            const int n = 1 + (int)test_below(200), longest = 1 + (int)test_below(k % 3 ? 12 : 400);
+            for (int i = 0; i < n; i++) from[i] = (i ? from[i - 1] : 0) + test_below(3), until[i] = from[i] + 1 + test_below(longest);
+            const int32_t found = llmpar_slots(from, until, n, number, &arena);
+            for (int i = 0; i < n; i++) {
+                int32_t lowest = 0;
+                while (lowest < slots && alive[lowest] > from[i]) lowest++;
+                if (lowest == slots) slots++;
+                alive[lowest] = until[i];
+                CHECK_EQ(number[i], lowest);
+            }
+            CHECK_EQ(found, slots);
+        }
     }
     TEST("C11: few micro-batches: zero bubble (m + p - 1)(F + I) + W; p8 m4: 23, 1F1B 33") {
         for (int P = 1; P <= 16; P++)

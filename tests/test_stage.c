@@ -26,6 +26,7 @@ typedef struct job {
     int runs;
     double timeout_s;
     llmpar_pipe_timing *timing;    // rank 0's
+    bool starved;                  // the last rank has no memory for it
     const llmpar_pipe_costs *costs;
     llmpar_status status[MAX_RANKS];
 } job;
@@ -46,7 +47,9 @@ static llmpar_status rank_main(llmpar_comm *comm, void *user, llmpar_error *erro
     if (!status && j->timing) {
         llmpar_arena own = LLMPAR_ZERO;
         llmpar_pipe_timing timing;
+        if (j->starved && comm->rank + 1 == comm->size) own.limit_bytes = 64;
         status = llmpar_stages_timing(stages, j->costs, comm->rank ? &own : &arena, comm->rank ? &timing : j->timing, error);
+        if (j->starved && llmpar_barrier(comm, NULL)) status = LLMPAR_MISMATCH;            // all ranks still speak of the same thing
         llmpar_arena_free(&own);
     }
     llmpar_stages_free(stages);
@@ -683,6 +686,41 @@ static void test_times(void) {
         }
         printf("worst ratio of %d: %.4f\n", n, worst);
         if (test_stress()) CHECK(worst < 1.5);
+    }
+    TEST("one rank without memory for the times: the others do not wait for it") {
+        llmpar_pipe_costs costs = random_costs(0, 0);
+        llmpar_pipe_timing measured;
+        llmpar_schedule program, schedule = random_schedule(3, 3, 2, true);
+        job j = LLMPAR_ZERO;
+        costs.link = NULL;
+        llmpar_arena_free(&arena);
+        CHECK_OK(llmpar_pipe_lower(&schedule, &costs, LLMPAR_PIPE_NCCL, &arena, &program, &err), err);
+        j.program = &program, j.transport = LLMPAR_PIPE_NCCL, j.bytes = 8, j.forward = number_f, j.backward = number_b, j.record = true, j.timing = &measured, j.costs = &costs;
+        j.starved = true, j.timeout_s = 5;
+        CHECK(run(&j) != LLMPAR_OK);
+        CHECK_EQ(j.status[0], LLMPAR_ABORTED);
+        CHECK_EQ(j.status[1], LLMPAR_ABORTED);
+        CHECK_EQ(j.status[2], LLMPAR_NO_MEMORY);
+    }
+    TEST("links much slower than the stages: more than 64 messages of a rank want to be under way") {
+        static const double link[2] = { 100, 100 };
+        for (int t = 0; t < 3; t++)
+            for (int slow = 0; slow < 2; slow++) {
+                llmpar_pipe_desc desc = LLMPAR_ZERO;
+                llmpar_schedule schedule, program;
+                job j = LLMPAR_ZERO;
+                double f[2] = { 0, 0 };
+                int64_t ahead = 0;
+                desc.kind = LLMPAR_PIPE_FORWARD, desc.n_ranks = 2, desc.n_micro = 150, desc.costs.link = link;
+                llmpar_arena_free(&arena);
+                CHECK_OK(llmpar_pipe_make(&desc, &arena, &schedule, &err), err);
+                CHECK_OK(llmpar_pipe_lower(&schedule, &desc.costs, (llmpar_transport)t, &arena, &program, &err), err);
+                for (int64_t k = program.first[1]; program.action[k].kind == LLMPAR_ACTION_RECV_F; k++) ahead++;
+                CHECK(ahead > 64);
+                f[slow] = 1e-3, desc.costs.f = f;
+                j.program = &program, j.transport = (llmpar_transport)t, j.bytes = 4104, j.forward = nap_f, j.costs = &desc.costs, j.timeout_s = 20;
+                CHECK_OK(run(&j), err);
+            }
     }
     TEST("decode over 4 ranks: sequences in flight fill the pipeline") {
         static const int flights[] = { 1, 4, 8 };
