@@ -10551,7 +10551,7 @@ typedef struct llmpari_find {
     double  *start;                // [P * n] begin of every token
     int32_t *place[2];             // [S * M] index of F's, of I's token
     int32_t *path, n_path;         // [P * n] tokens of the critical path
-    int32_t *block, n_blocks;      // [P * n] of it, first and last token of every run of two or more on one rank
+    int32_t *block, n_blocks;      // [P * n] first and last token of each of its blocks: two tokens or more on one rank, one right after the other
     double   span, makespan, mean; // mean: of the ranks' spans
     int32_t  worst;                // rank that makes the span
     // of the list scheduler
@@ -10915,7 +10915,9 @@ LLMPARI_FN bool llmpari_find_breaks(const llmpari_find *q, const uint16_t *order
 }
 LLMPARI_FN double llmpari_find_cost(const llmpari_find *q) { return q->span + 1e-3 * q->makespan + 0.02 * q->mean; }
 
-// Moves tokens of the critical path, seldom others, to and fro; what is worse by less than a threshold that falls from `heat` to 0 is taken too. Keeps the best orders.
+// Moves tokens to and fro; what is worse by less than a threshold that falls from `heat` to 0 is taken too. Keeps the best orders. Mostly at the ends of blocks: inside, a
+// rank works without a gap between an input that it waits for and an output that another one waits for, and any order of that takes as long. Else on the critical path,
+// seldom elsewhere.
 LLMPARI_FN void llmpari_find_anneal(llmpari_find *q, int32_t seed, int64_t steps, int64_t evals, double heat) {
     uint16_t *order = q->work;
     memcpy(order, q->seed[seed], (size_t)(q->P * q->n) * sizeof *order);
@@ -10925,11 +10927,10 @@ LLMPARI_FN void llmpari_find_anneal(llmpari_find *q, int32_t seed, int64_t steps
     const int64_t end_steps = q->steps - steps;
     for (int64_t e = 0, tries = 0; e < evals && tries < 8 * evals && q->steps > end_steps && q->seed_span[0] > q->goal * (1 + 1e-12); tries++) {
         int64_t far = llmpari_find_random(q, 2) ? 1 : 1 + llmpari_find_random(q, llmpari_find_random(q, 4) ? 4 : 24), from, to, step;
-        if (q->n_blocks && llmpari_find_random(q, 1000) < (uint32_t)(getenv("BLK") ? atoi(getenv("BLK")) : 500)) {
+        if (q->n_blocks && llmpari_find_random(q, 4)) {
             const int32_t *block = q->block + 2 * llmpari_find_random(q, (uint32_t)q->n_blocks), way = (int32_t)llmpari_find_random(q, 4), end = way & 1;
             if (far > block[1] - block[0]) far = block[1] - block[0];
-            step = end ? -1 : 1;
-            from = block[end];
+            from = block[end], step = end ? -1 : 1;                                        // an end goes inwards, or one from inside goes past the end
             if (way & 2) from += step * far, step = -step;
         } else {
             from = llmpari_find_random(q, 8) ? q->path[llmpari_find_random(q, (uint32_t)q->n_path)] : (int64_t)llmpari_find_random(q, (uint32_t)(q->P * q->n));

@@ -31,29 +31,28 @@ static llmpar_pipe_costs even(double f, double i, double w, double link) {
 }
 
 // ---- spans of other schedulers at equal memory; V-shapes: a rank has two chunks with half the times each, and memory counts chunks
-// missed: how far the span is known to be above the reference.
-typedef struct line { const char *name; llmpar_pipe_kind kind; int P, M, V; double f, i, w, link, limit, reference; bool bubble, large; double missed; } line;
+typedef struct line { const char *name; llmpar_pipe_kind kind; int P, M, V; double f, i, w, link, limit, reference; bool bubble, large; } line;
 static const line lines[] = {
-    { "C10.1 zb-1p",    LLMPAR_PIPE_ZB_1P,  8,   24, 1, 18.522, 18.086,  9.337, .601,   8, .1585, true, false, 0 },
-    { "C10.2 zb-1p",    LLMPAR_PIPE_ZB_1P,  8,   32, 1, 18.513, 18.086,  9.331, .626,   8, .1242, true, false, 0 },
-    { "C10.3 zb-1p",    LLMPAR_PIPE_ZB_1P,  8,   64, 1, 29.935, 29.621, 19.388, .535,   8, .0554, true, false, 0 },
-    { "C10.4 zb-1p",    LLMPAR_PIPE_ZB_1P, 32,   96, 1, 10.419, 10.207,  7.715, .408,  32, .1421, true, false, 0 },
-    { "C10.1 zb-2p",    LLMPAR_PIPE_ZB_2P,  8,   24, 1, 18.522, 18.086,  9.337, .601,  16, .0433, true, false, 0 },
-    { "C10.2 zb-2p",    LLMPAR_PIPE_ZB_2P,  8,   32, 1, 18.513, 18.086,  9.331, .626,  16, .0039, true, false, 0 },
-    { "C10.3 zb-2p",    LLMPAR_PIPE_ZB_2P,  8,   64, 1, 29.935, 29.621, 19.388, .535,  16, .0010, true, false, 0 },
-    { "C10.4 zb-2p",    LLMPAR_PIPE_ZB_2P, 32,   96, 1, 10.419, 10.207,  7.715, .408,  64, .0038, true, false, 0 },
-    { "C12 v-half",     LLMPAR_PIPE_V_HALF, 8,   32, 2, .5, .5, .5,  0,  10,  104.5, false, false, 0 },
-    { "C12 v-min",      LLMPAR_PIPE_V_MIN,  8,   32, 2, .5, .5, .5,  0,   8,  109.5, false, false, 0 },
-    { "C15 zb-1p",      LLMPAR_PIPE_ZB_1P,  8,   32, 1,  2,  2,  2, .1,   8,  208.8, false, false, 0 },
-    { "C15 zb-2p",      LLMPAR_PIPE_ZB_2P,  8,   32, 1,  2,  2,  2, .1,  16,  193.4, false, false, 0 },
-    { "C15 zb-v",       LLMPAR_PIPE_AUTO,   8,   32, 2,  1,  1,  1, .1,  16,  196.0, false, false, 0 },
-    { "C15 v-half",     LLMPAR_PIPE_V_HALF, 8,   32, 2,  1,  1,  1, .1,  10,  213.8, false, false, 0 },
-    { "C15 v-min",      LLMPAR_PIPE_V_MIN,  8,   32, 2,  1,  1,  1, .1,   8,  237.8, false, false, 0 },
-    { "C15 zb-1p P64",  LLMPAR_PIPE_ZB_1P, 64, 1024, 1,  2,  2,  2, .1,  64, 6295.2, false, true, 0 },
-    { "C15 zb-2p P64",  LLMPAR_PIPE_ZB_2P, 64, 1024, 1,  2,  2,  2, .1, 128, 6155.4, false, true, 0 },
-    { "C15 zb-v P64",   LLMPAR_PIPE_AUTO,  64, 1024, 2,  1,  1,  1, .1, 128, 6181.4, false, true, .2 },
-    { "C15 v-half P64", LLMPAR_PIPE_V_HALF,64, 1024, 2,  1,  1,  1, .1,  66, 6372.6, false, true, 0 },
-    { "C15 v-min P64",  LLMPAR_PIPE_V_MIN, 64, 1024, 2,  1,  1,  1, .1,  44, 7024.2, false, true, 0 },
+    { "C10.1 zb-1p",    LLMPAR_PIPE_ZB_1P,  8,   24, 1, 18.522, 18.086,  9.337, .601,   8, .1585, true, false },
+    { "C10.2 zb-1p",    LLMPAR_PIPE_ZB_1P,  8,   32, 1, 18.513, 18.086,  9.331, .626,   8, .1242, true, false },
+    { "C10.3 zb-1p",    LLMPAR_PIPE_ZB_1P,  8,   64, 1, 29.935, 29.621, 19.388, .535,   8, .0554, true, false },
+    { "C10.4 zb-1p",    LLMPAR_PIPE_ZB_1P, 32,   96, 1, 10.419, 10.207,  7.715, .408,  32, .1421, true, false },
+    { "C10.1 zb-2p",    LLMPAR_PIPE_ZB_2P,  8,   24, 1, 18.522, 18.086,  9.337, .601,  16, .0433, true, false },
+    { "C10.2 zb-2p",    LLMPAR_PIPE_ZB_2P,  8,   32, 1, 18.513, 18.086,  9.331, .626,  16, .0039, true, false },
+    { "C10.3 zb-2p",    LLMPAR_PIPE_ZB_2P,  8,   64, 1, 29.935, 29.621, 19.388, .535,  16, .0010, true, false },
+    { "C10.4 zb-2p",    LLMPAR_PIPE_ZB_2P, 32,   96, 1, 10.419, 10.207,  7.715, .408,  64, .0038, true, false },
+    { "C12 v-half",     LLMPAR_PIPE_V_HALF, 8,   32, 2, .5, .5, .5,  0,  10,  104.5, false, false },
+    { "C12 v-min",      LLMPAR_PIPE_V_MIN,  8,   32, 2, .5, .5, .5,  0,   8,  109.5, false, false },
+    { "C15 zb-1p",      LLMPAR_PIPE_ZB_1P,  8,   32, 1,  2,  2,  2, .1,   8,  208.8, false, false },
+    { "C15 zb-2p",      LLMPAR_PIPE_ZB_2P,  8,   32, 1,  2,  2,  2, .1,  16,  193.4, false, false },
+    { "C15 zb-v",       LLMPAR_PIPE_AUTO,   8,   32, 2,  1,  1,  1, .1,  16,  196.0, false, false },
+    { "C15 v-half",     LLMPAR_PIPE_V_HALF, 8,   32, 2,  1,  1,  1, .1,  10,  213.8, false, false },
+    { "C15 v-min",      LLMPAR_PIPE_V_MIN,  8,   32, 2,  1,  1,  1, .1,   8,  237.8, false, false },
+    { "C15 zb-1p P64",  LLMPAR_PIPE_ZB_1P, 64, 1024, 1,  2,  2,  2, .1,  64, 6295.2, false, true },
+    { "C15 zb-2p P64",  LLMPAR_PIPE_ZB_2P, 64, 1024, 1,  2,  2,  2, .1, 128, 6155.4, false, true },
+    { "C15 zb-v P64",   LLMPAR_PIPE_AUTO,  64, 1024, 2,  1,  1,  1, .1, 128, 6181.4, false, true },
+    { "C15 v-half P64", LLMPAR_PIPE_V_HALF,64, 1024, 2,  1,  1,  1, .1,  66, 6372.6, false, true },
+    { "C15 v-min P64",  LLMPAR_PIPE_V_MIN, 64, 1024, 2,  1,  1,  1, .1,  44, 7024.2, false, true },
 };
 
 static void test_lines(void) {
@@ -70,8 +69,7 @@ static void test_lines(void) {
             const double seconds = (double)(clock() - begin) / CLOCKS_PER_SEC, work = l->V * l->M * (l->f + l->i + l->w), digit = l->bubble ? 5e-5 : 1e-9;
             const double got = l->bubble ? 1 - work / timing.span : timing.span, least = l->bubble ? 1 - work / bound.span : bound.span;   // digit: how far a figure may be rounded
             printf("  %-15s P%d M%d: reference %.7g, ours %.7g, lower bound %.7g; makespan %.7g; %.2f s with proof\n", l->name, l->P, l->M, l->reference, got, least, timing.makespan, seconds);
-            CHECK(got <= l->reference + l->missed + digit);
-            if (got > l->reference + digit) printf("  %s: MISSED by %g\n", l->name, got - l->reference);
+            CHECK(got <= l->reference + digit);
             CHECK(timing.span >= bound.span * (1 - 1e-9) && timing.makespan >= bound.makespan * (1 - 1e-9));
             if (l->reference > least + digit) above++, below += got < l->reference - digit;
         }
