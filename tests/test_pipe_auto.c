@@ -1,5 +1,17 @@
 // Pipeline schedules that are searched: auto, zb-1p, zb-2p, v-half, v-min; lower bounds; the least memory. C10, C12, C15 are spans of other schedulers for the same times and
 // memory; the optimum of small cases is found here by a search of its own.
+#define _POSIX_C_SOURCE 200809L
+#include <stdint.h>
+#include <stdlib.h>
+static int64_t heap_left = -1, heap_held;                                                  // the call of malloc numbered heap_left fails; blocks that are out
+static void *heap_alloc(size_t bytes) {
+    if (heap_left-- == 0) return NULL;
+    heap_held++;
+    return malloc(bytes);
+}
+static void heap_free(void *memory) { heap_held -= memory != NULL, free(memory); }
+#define LLMPAR_MALLOC(bytes) heap_alloc(bytes)
+#define LLMPAR_FREE(memory)  heap_free(memory)
 #define LLMPAR_IMPLEMENTATION
 #include "llmpar.h"
 #include "test.h"
@@ -386,7 +398,7 @@ static void test_maps(void) {
     }
     TEST("auto is as good as the V's own kinds and as each map alone") {
         static const struct { int P, M; double f, i, w, memory; } c[] = { { 8, 16, 3, 4, 1.5, 10 }, { 6, 15, 1.5, 4, 1.5, 6 }, { 4, 20, 2, 4, 2, 6 } };
-        for (int k = 0; k < 3; k++) {
+        for (int k = 0; k < (test_stress() ? 3 : 1); k++) {
             llmpar_pipe_desc desc = LLMPAR_ZERO;
             double span[4];
             desc.n_ranks = c[k].P, desc.n_virtual = 2, desc.n_micro = c[k].M, desc.memory = c[k].memory, desc.costs = even(c[k].f, c[k].i, c[k].w, 0);
@@ -440,12 +452,66 @@ static void test_bounds(void) {
     }
 }
 
+static void test_allocation(void) {
+    llmpar_pipe_desc desc = LLMPAR_ZERO;
+    TEST("every allocation of a search fails once: NO_MEMORY, the schedule and the arena as before, nothing lost") {
+        static const llmpar_pipe_kind kinds[] = { LLMPAR_PIPE_AUTO, LLMPAR_PIPE_ZB_2P, LLMPAR_PIPE_V_HALF };
+        for (int i = 0; i < 3; i++) {
+            llmpar_status status = LLMPAR_NO_MEMORY;
+            int failed = 0;
+            desc.kind = kinds[i], desc.n_ranks = 2, desc.n_virtual = i == 1 ? 1 : 2, desc.n_micro = 2;
+            for (int64_t k = 0; status && k < 1000; k++) {
+                test_budget b = { -1, 0 };
+                llmpar_arena own = LLMPAR_ZERO;
+                own.allocator.alloc = test_budget_alloc, own.allocator.free = test_budget_free, own.allocator.user = &b, own.block_bytes = 1;
+                char *mine = (char *)llmpar_arena_alloc(&own, 100);
+                memset(mine, 7, 100);
+                const int64_t held = b.held;
+                const size_t used = own.used_bytes;
+                llmpar_schedule s, before;
+                memset(&s, 0x55, sizeof s), before = s;
+                b.left = k, err.text[0] = 0;
+                status = llmpar_pipe_make(&desc, &own, &s, &err);
+                if (status) {
+                    failed++;
+                    CHECK_EQ(status, LLMPAR_NO_MEMORY);
+                    CHECK(strstr(err.text, "no memory") != NULL);
+                    CHECK(b.held == held && own.used_bytes == used && memcmp(&s, &before, sizeof s) == 0);
+                } else {
+                    b.left = -1;
+                    CHECK_OK(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &own, &err), err);
+                }
+                for (int c = 0; c < 100; c++) CHECK(mine[c] == 7);
+                llmpar_arena_free(&own);
+                CHECK_EQ(b.held, 0);
+            }
+            CHECK(status == LLMPAR_OK && failed >= 20);
+        }
+    }
+    TEST("every allocation of the bounds fails once: NO_MEMORY, nothing lost") {
+        llmpar_status status = LLMPAR_NO_MEMORY;
+        int failed = 0;
+        CHECK_OK(make(&desc, 0), err);
+        const int64_t held = heap_held;
+        for (int64_t k = 0; status && k < 100; k++) {
+            heap_left = k, err.text[0] = 0;
+            status = llmpar_pipe_bounds(&made, NULL, 0, &bound, &err);
+            heap_left = -1;
+            CHECK(status == LLMPAR_OK || (status == LLMPAR_NO_MEMORY && strstr(err.text, "no memory") != NULL));
+            CHECK_EQ(heap_held, held);
+            failed += status != LLMPAR_OK;
+        }
+        CHECK(status == LLMPAR_OK && failed >= 1);
+    }
+}
+
 int main(void) {
     test_lines();
     test_kinds();
     test_memory();
     test_maps();
     test_bounds();
+    test_allocation();
     TEST("the optimum, P <= 3, M <= 4, v <= 2") compare("exhaustive", test_stress() ? 500 : 30, 3, 4, 2, test_stress() ? 20000000 : 300000, 1);
     TEST("the optimum, P <= 4, M <= 8") compare("branch and bound", test_stress() ? 100 : 8, 4, 8, 1, test_stress() ? 20000000 : 300000, 2);
     llmpar_arena_free(&arena);
