@@ -10487,7 +10487,7 @@ LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, con
     const int32_t S = schedule->n_stages;
     for (int64_t j = 0; j < schedule->first[schedule->n_ranks]; j++) if (schedule->action[j].kind < LLMPAR_ACTION_COUNT) kind[schedule->action[j].kind] = true;
     const bool whole = kind[LLMPAR_ACTION_B], parts = kind[LLMPAR_ACTION_I];
-    double *time = (double *)llmpar_arena_alloc(&arena, 9 * (size_t)S * sizeof *time), *add = time + 3 * (int64_t)S;
+    double *time = (double *)llmpar_arena_alloc(&arena, 9 * (size_t)S * sizeof *time), *add = time ? time + 3 * (int64_t)S : NULL;
     status = time ? llmpari_pipe_cost_fill(costs, schedule, &arena, &c, err) : LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %d stages", (int)S);
     for (int32_t s = 0; !status && s < S; s++) {
         const double b = c.time[LLMPAR_ACTION_B][s], i = c.time[LLMPAR_ACTION_I][s], both = i + c.time[LLMPAR_ACTION_W][s];
