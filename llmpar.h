@@ -10510,7 +10510,7 @@ LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, con
 // The effort is counted in actions timed, never by a clock: all ranks find the same.
 
 #define LLMPARI_FIND_STEPS  30000000   // actions timed in all, one to two seconds
-#define LLMPARI_FIND_EVALS  60000      // orders timed, at most
+#define LLMPARI_FIND_EVALS  120000     // orders timed, at most
 #define LLMPARI_FIND_SMALL  4096       // actions of all ranks; from there on a case is large
 #define LLMPARI_FIND_LOOK   8          // this part of both limits for a look at each of two maps of a large case
 #define LLMPARI_FIND_SEEDS  4          // orders that are annealed
@@ -10915,7 +10915,7 @@ LLMPARI_FN bool llmpari_find_breaks(const llmpari_find *q, const uint16_t *order
 }
 LLMPARI_FN double llmpari_find_cost(const llmpari_find *q) { return q->span + 1e-3 * q->makespan + 0.02 * q->mean; }
 
-// Moves tokens to and fro; what is worse by less than a threshold that falls from `heat` to 0 is taken too. Keeps the best orders. Mostly at the ends of blocks: inside, a
+// Moves tokens to and fro; what is worse by less than a threshold that falls from `heat` to 0 is taken too. Keeps the best orders. Half of them at the ends of blocks: inside, a
 // rank works without a gap between an input that it waits for and an output that another one waits for, and any order of that takes as long. Else on the critical path,
 // seldom elsewhere.
 LLMPARI_FN void llmpari_find_anneal(llmpari_find *q, int32_t seed, int64_t steps, int64_t evals, double heat) {
@@ -10927,7 +10927,7 @@ LLMPARI_FN void llmpari_find_anneal(llmpari_find *q, int32_t seed, int64_t steps
     const int64_t end_steps = q->steps - steps;
     for (int64_t e = 0, tries = 0; e < evals && tries < 8 * evals && q->steps > end_steps && q->seed_span[0] > q->goal * (1 + 1e-12); tries++) {
         int64_t far = llmpari_find_random(q, 2) ? 1 : 1 + llmpari_find_random(q, llmpari_find_random(q, 4) ? 4 : 24), from, to, step;
-        if (q->n_blocks && llmpari_find_random(q, 4)) {
+        if (q->n_blocks && llmpari_find_random(q, 2)) {
             const int32_t *block = q->block + 2 * llmpari_find_random(q, (uint32_t)q->n_blocks), way = (int32_t)llmpari_find_random(q, 4), end = way & 1;
             if (far > block[1] - block[0]) far = block[1] - block[0];
             from = block[end], step = end ? -1 : 1;                                        // an end goes inwards, or one from inside goes past the end
