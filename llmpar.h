@@ -10810,7 +10810,7 @@ LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, con
     const int32_t S = schedule->n_stages;
     for (int64_t j = 0; j < schedule->first[schedule->n_ranks]; j++) if (schedule->action[j].kind < LLMPAR_ACTION_COUNT) kind[schedule->action[j].kind] = true;
     const bool whole = kind[LLMPAR_ACTION_B], parts = kind[LLMPAR_ACTION_I];
-    double *time = (double *)llmpar_arena_alloc(&arena, 9 * (size_t)S * sizeof *time), *add = time + 3 * (int64_t)S;
+    double *time = (double *)llmpar_arena_alloc(&arena, 9 * (size_t)S * sizeof *time), *add = time ? time + 3 * (int64_t)S : NULL;
     status = time ? llmpari_pipe_cost_fill(costs, schedule, &arena, &c, err) : LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the times of %d stages", (int)S);
     for (int32_t s = 0; !status && s < S; s++) {
         const double b = c.time[LLMPAR_ACTION_B][s], i = c.time[LLMPAR_ACTION_I][s], both = i + c.time[LLMPAR_ACTION_W][s];
@@ -10833,7 +10833,7 @@ LLMPAR_DEF llmpar_status llmpar_pipe_bounds(const llmpar_schedule *schedule, con
 // The effort is counted in actions timed, never by a clock: all ranks find the same.
 
 #define LLMPARI_FIND_STEPS  30000000   // actions timed in all, one to two seconds
-#define LLMPARI_FIND_EVALS  60000      // orders timed, at most
+#define LLMPARI_FIND_EVALS  120000     // orders timed, at most
 #define LLMPARI_FIND_SMALL  4096       // actions of all ranks; from there on a case is large
 #define LLMPARI_FIND_LOOK   8          // this part of both limits for a look at each of two maps of a large case
 #define LLMPARI_FIND_SEEDS  4          // orders that are annealed
@@ -10874,6 +10874,7 @@ typedef struct llmpari_find {
     double  *start;                // [P * n] begin of every token
     int32_t *place[2];             // [S * M] index of F's, of I's token
     int32_t *path, n_path;         // [P * n] tokens of the critical path
+    int32_t *block, n_blocks;      // [P * n] first and last token of each of its blocks: two tokens or more on one rank, one right after the other
     double   span, makespan, mean; // mean: of the ranks' spans
     int32_t  worst;                // rank that makes the span
     // of the list scheduler
@@ -10955,10 +10956,11 @@ LLMPARI_FN bool llmpari_find_time(llmpari_find *q, const uint16_t *order) {
             q->start[j] = t;
             if (kind < 2) q->place[kind][(int64_t)s * q->M + q->count[kind * q->S + s]] = (int32_t)j;
             const int32_t to = llmpari_find_do(q, r, token, t);
-            if (q->held[r] > q->limit) return false;
+            if (q->held[r] > q->limit) { q->steps += left; return false; }
             if (to >= 0 && !q->stacked[to]) q->stacked[to] = true, q->stack[n++] = to;
         }
     }
+    q->steps += left;
     llmpari_find_end(q);
     return left == 0;
 }
@@ -11195,11 +11197,13 @@ LLMPARI_FN void llmpari_find_repeat(const llmpari_find *q, double period, int32_
 // The tokens that make the span of the order just timed, from the last one back.
 LLMPARI_FN void llmpari_find_path(llmpari_find *q, const uint16_t *order) {
     int64_t j = q->worst * q->n + q->n - 1;
-    q->n_path = 0;
+    int32_t last = (int32_t)j;
+    q->n_path = q->n_blocks = 0;
     for (;;) {
         const int32_t r = (int32_t)(j / q->n), cell = llmpari_find_cell(q, r, order[j]), kind = cell / q->S, s = cell % q->S;
         q->path[q->n_path++] = (int32_t)j;
         if (j > r * q->n && q->start[j - 1] + q->time[llmpari_find_cell(q, r, order[j - 1])] >= q->start[j]) { j--; continue; }
+        if (j < last) q->block[2 * q->n_blocks] = (int32_t)j, q->block[2 * q->n_blocks++ + 1] = last;
         if (kind == 2 || (kind == 0 && s == 0) || (kind == 1 && s == q->S - 1)) return;
         const int32_t *place = q->place[kind] + (int64_t)s * q->M;                         // which micro-batch is it?
         int32_t low = 0, high = q->M - 1;
@@ -11208,6 +11212,7 @@ LLMPARI_FN void llmpari_find_path(llmpari_find *q, const uint16_t *order) {
             if (place[mid] < j) low = mid + 1; else high = mid;
         }
         j = q->place[kind][(int64_t)(kind ? s + 1 : s - 1) * q->M + low];
+        last = (int32_t)j;
     }
 }
 LLMPARI_FN void llmpari_find_move(uint16_t *order, int64_t from, int64_t to) {
@@ -11216,27 +11221,55 @@ LLMPARI_FN void llmpari_find_move(uint16_t *order, int64_t from, int64_t to) {
     else memmove(order + to + 1, order + to, (size_t)(from - to) * sizeof *order);
     order[to] = token;
 }
+// Would the move take a token past one on its rank that needs it, or that it needs?
+LLMPARI_FN bool llmpari_find_breaks(const llmpari_find *q, const uint16_t *order, int64_t from, int64_t to) {
+    const int32_t r = (int32_t)(from / q->n), moved = llmpari_find_cell(q, r, order[from]), step = from < to ? 1 : -1;
+    int32_t m = 0;
+    for (int64_t j = r * q->n; j < from; j++) m += order[j] == order[from];
+    for (int64_t j = from + step; j != to + step; j += step) {
+        if (order[j] == order[from]) { m += step; continue; }                               // they are alike: that one goes on in its place
+        const int32_t passed = llmpari_find_cell(q, r, order[j]), a = step > 0 ? moved : passed, b = step > 0 ? passed : moved, kind = a / q->S;
+        if (b != a + q->S && !(kind == 0 && b < q->S && b == a + 1) && !(kind == 1 && b == a - 1 && b >= q->S)) continue;
+        int32_t micro = 0;
+        for (int64_t i = r * q->n; i < j; i++) micro += order[i] == order[j];
+        if (micro == m) return true;
+    }
+    return false;
+}
 LLMPARI_FN double llmpari_find_cost(const llmpari_find *q) { return q->span + 1e-3 * q->makespan + 0.02 * q->mean; }
 
-// Moves tokens of the critical path, seldom others, to and fro; what is worse by less than a threshold that falls from `heat` to 0 is taken too. Keeps the best orders.
-LLMPARI_FN void llmpari_find_anneal(llmpari_find *q, int32_t seed, int64_t evals, double heat) {
+// Moves tokens to and fro; what is worse by less than a threshold that falls from `heat` to 0 is taken too. Keeps the best orders. Half of them at the ends of blocks: inside, a
+// rank works without a gap between an input that it waits for and an output that another one waits for, and any order of that takes as long. Else on the critical path,
+// seldom elsewhere.
+LLMPARI_FN void llmpari_find_anneal(llmpari_find *q, int32_t seed, int64_t steps, int64_t evals, double heat) {
     uint16_t *order = q->work;
     memcpy(order, q->seed[seed], (size_t)(q->P * q->n) * sizeof *order);
     if (!llmpari_find_time(q, order)) return;
     double cost = llmpari_find_cost(q);
     llmpari_find_path(q, order);
-    for (int64_t e = 0, tries = 0; e < evals && tries < 4 * evals && q->seed_span[0] > q->goal * (1 + 1e-12); tries++) {
-        const int64_t from = llmpari_find_random(q, 8) ? q->path[llmpari_find_random(q, (uint32_t)q->n_path)] : (int64_t)llmpari_find_random(q, (uint32_t)(q->P * q->n));
-        const int64_t first = from / q->n * q->n, last = first + q->n - 1, step = llmpari_find_random(q, 2) ? 1 : -1;
-        int64_t far = llmpari_find_random(q, 2) ? 1 : 1 + llmpari_find_random(q, llmpari_find_random(q, 4) ? 4 : 24), to = from;
+    const int64_t end_steps = q->steps - steps;
+    for (int64_t e = 0, tries = 0; e < evals && tries < 8 * evals && q->steps > end_steps && q->seed_span[0] > q->goal * (1 + 1e-12); tries++) {
+        int64_t far = llmpari_find_random(q, 2) ? 1 : 1 + llmpari_find_random(q, llmpari_find_random(q, 4) ? 4 : 24), from, to, step;
+        if (q->n_blocks && llmpari_find_random(q, 2)) {
+            const int32_t *block = q->block + 2 * llmpari_find_random(q, (uint32_t)q->n_blocks), way = (int32_t)llmpari_find_random(q, 4), end = way & 1;
+            if (far > block[1] - block[0]) far = block[1] - block[0];
+            from = block[end], step = end ? -1 : 1;                                        // an end goes inwards, or one from inside goes past the end
+            if (way & 2) from += step * far, step = -step;
+        } else {
+            from = llmpari_find_random(q, 8) ? q->path[llmpari_find_random(q, (uint32_t)q->n_path)] : (int64_t)llmpari_find_random(q, (uint32_t)(q->P * q->n));
+            step = llmpari_find_random(q, 2) ? 1 : -1;
+        }
+        const int64_t first = from / q->n * q->n, last = first + q->n - 1;
+        to = from;
         while (far-- > 0 && to + step >= first && to + step <= last) to += step;
         while (order[to] == order[from] && to + step >= first && to + step <= last) to += step;
-        if (order[to] == order[from]) continue;
+        if (order[to] == order[from] || llmpari_find_breaks(q, order, from, to)) continue;
         llmpari_find_move(order, from, to);
         e++;
         if (llmpari_find_time(q, order)) {
             const double u = llmpari_find_random(q, 1 << 20) / (double)(1 << 20), new_cost = llmpari_find_cost(q);
-            if (new_cost <= cost + heat * (1 - (double)e / (double)evals) * u * u * u) {
+            const double left = fmin((double)(evals - e) / (double)evals, (double)llmpari_max(q->steps - end_steps, 0) / (double)steps);
+            if (new_cost <= cost + heat * left * u * u * u) {
                 cost = new_cost;
                 llmpari_find_path(q, order);
                 if (llmpari_find_better(q->span, q->makespan, q->seed_span[0], q->seed_makespan[0])) llmpari_find_keep(q, order);
@@ -11345,8 +11378,7 @@ LLMPARI_FN llmpar_status llmpari_find_all(llmpari_find *q, llmpar_arena *arena, 
     }
     const int rounds = q->n * q->P < 256 ? 32 : q->n * q->P < LLMPARI_FIND_SMALL ? 8 : 1;   // each long enough to get anywhere
     for (int i = 0; i < rounds && q->n_seeds && llmpari_find_more(q, steps, evals, 0.02); i++) {
-        const double each = (double)q->steps / (double)(q->n * q->P) / (rounds - i), most = (double)q->evals / (rounds - i);
-        llmpari_find_anneal(q, i % 2 ? 0 : (int32_t)llmpari_min(i / 2 % LLMPARI_FIND_SEEDS, q->n_seeds - 1), (int64_t)(each < most ? each : most), rounds > 1 ? heat[i % 16] * period : 0);
+        llmpari_find_anneal(q, i % 2 ? 0 : (int32_t)llmpari_min(i / 2 % LLMPARI_FIND_SEEDS, q->n_seeds - 1), q->steps / (rounds - i), q->evals / (rounds - i), rounds > 1 ? heat[i % 16] * period : 0);
     }
     llmpar_arena_restore(arena, mark);
     return LLMPAR_OK;
@@ -11372,9 +11404,10 @@ LLMPARI_FN llmpar_status llmpari_find_new(llmpari_find *q, const llmpar_pipe_des
     q->start     = (double *)llmpar_arena_alloc(arena, all * sizeof(double));
     q->future    = (double *)llmpar_arena_alloc(arena, (all + (size_t)P) * sizeof(double));
     q->path      = (int32_t *)llmpar_arena_alloc(arena, all * sizeof(int32_t));
+    q->block     = (int32_t *)llmpar_arena_alloc(arena, all * sizeof(int32_t));
     q->pick      = (llmpari_find_pick *)llmpar_arena_alloc(arena, (size_t)P * sizeof(llmpari_find_pick));
     q->work      = (uint16_t *)llmpar_arena_alloc(arena, (2 + LLMPARI_FIND_SEEDS) * all * sizeof(uint16_t));
-    if (!d || !q->arrive[0] || !q->place[0] || !q->stage || !q->at || !q->stack || !q->stacked || !q->start || !q->future || !q->path || !q->pick || !q->work)
+    if (!d || !q->arrive[0] || !q->place[0] || !q->stage || !q->at || !q->stack || !q->stacked || !q->start || !q->future || !q->path || !q->block || !q->pick || !q->work)
         return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to search an order of %lld actions", (long long)all);
     q->time = d, q->add = d + 3 * (int64_t)S, q->offset = d + 6 * (int64_t)S, q->later = d + 9 * (int64_t)S, d += 10 * (int64_t)S;
     q->begin = d, q->clock = d + P, q->held = d + 2 * (int64_t)P, q->guided = d + 3 * (int64_t)P;

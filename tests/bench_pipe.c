@@ -1,4 +1,4 @@
-// Planning a pipeline of 64 ranks, 1024 micro-batches, 2 stages a rank: made, lowered, proven, timed; auto searched. Milliseconds (median of 5) and peak of the arena.
+// Planning a pipeline of 64 ranks, 1024 micro-batches, 2 stages a rank: made, lowered, proven, timed (milliseconds, median of 5, and peak of the arena); auto searched.
 #define LLMPAR_IMPLEMENTATION
 #include "llmpar.h"
 #include <stdio.h>
@@ -41,5 +41,25 @@ int main(void) {
             for (int p = 0; p < 4; p++) qsort(part[p], 5, sizeof(double), ascending);
             printf("%-12s %-12s %9.1f %7.1f %13.1f %10.1f %7.1f\n", llmpar_pipe_kind_name(kinds[k]), over[t], 1e3 * part[0][2], 1e3 * part[1][2], 1e3 * part[2][2], 1e3 * part[3][2], bytes / 1e6);
         }
+    printf("auto, links of 0.1, memory 128   seconds      MB      span   bound\n");
+    for (int map = 0; map < 3; map++) {
+        static const char *const names[] = { "the better map", "loop", "V" };
+        static double link[128];
+        llmpar_arena arena = LLMPAR_ZERO;
+        llmpar_pipe_desc desc = LLMPAR_ZERO;
+        llmpar_schedule schedule;
+        llmpar_pipe_timing timing;
+        llmpar_pipe_bound bound;
+        llmpar_error err;
+        for (int s = 0; s < 128; s++) link[s] = 0.1;
+        desc.kind = LLMPAR_PIPE_AUTO, desc.n_ranks = 64, desc.n_virtual = 2, desc.n_micro = 1024, desc.memory = 128, desc.map = (llmpar_pipe_map)map, desc.costs.link = link;
+        const double t0 = now();
+        if (llmpar_pipe_make(&desc, &arena, &schedule, &err)) return printf("%s\n", err.text), 1;
+        const double seconds = now() - t0, bytes = (double)arena.peak_bytes;
+        if (llmpar_pipe_simulate(&schedule, &desc.costs, LLMPAR_PIPE_BUFFERED, &arena, &timing, &err)) return printf("%s\n", err.text), 1;
+        if (llmpar_pipe_bounds(&schedule, &desc.costs, desc.memory, &bound, &err)) return printf("%s\n", err.text), 1;
+        printf("%-28s %11.2f %7.1f %9.1f %7.1f\n", names[map], seconds, bytes / 1e6, timing.span, bound.span);
+        llmpar_arena_free(&arena);
+    }
     return 0;
 }

@@ -1,5 +1,17 @@
 // Pipeline schedules that are searched: auto, zb-1p, zb-2p, v-half, v-min; lower bounds; the least memory. C10, C12, C15 are spans of other schedulers for the same times and
 // memory; the optimum of small cases is found here by a search of its own.
+#define _POSIX_C_SOURCE 200809L
+#include <stdint.h>
+#include <stdlib.h>
+static int64_t heap_left = -1, heap_held;                                                  // the call of malloc numbered heap_left fails; blocks that are out
+static void *heap_alloc(size_t bytes) {
+    if (heap_left-- == 0) return NULL;
+    heap_held++;
+    return malloc(bytes);
+}
+static void heap_free(void *memory) { heap_held -= memory != NULL, free(memory); }
+#define LLMPAR_MALLOC(bytes) heap_alloc(bytes)
+#define LLMPAR_FREE(memory)  heap_free(memory)
 #define LLMPAR_IMPLEMENTATION
 #include "llmpar.h"
 #include "test.h"
@@ -31,29 +43,28 @@ static llmpar_pipe_costs even(double f, double i, double w, double link) {
 }
 
 // ---- spans of other schedulers at equal memory; V-shapes: a rank has two chunks with half the times each, and memory counts chunks
-// missed: how far the span is known to be above the reference.
-typedef struct line { const char *name; llmpar_pipe_kind kind; int P, M, V; double f, i, w, link, limit, reference; bool bubble, large; double missed; } line;
+typedef struct line { const char *name; llmpar_pipe_kind kind; int P, M, V; double f, i, w, link, limit, reference; bool bubble, large; } line;
 static const line lines[] = {
-    { "C10.1 zb-1p",    LLMPAR_PIPE_ZB_1P,  8,   24, 1, 18.522, 18.086,  9.337, .601,   8, .1585, true, false, 0 },
-    { "C10.2 zb-1p",    LLMPAR_PIPE_ZB_1P,  8,   32, 1, 18.513, 18.086,  9.331, .626,   8, .1242, true, false, 0 },
-    { "C10.3 zb-1p",    LLMPAR_PIPE_ZB_1P,  8,   64, 1, 29.935, 29.621, 19.388, .535,   8, .0554, true, false, 0 },
-    { "C10.4 zb-1p",    LLMPAR_PIPE_ZB_1P, 32,   96, 1, 10.419, 10.207,  7.715, .408,  32, .1421, true, false, 0 },
-    { "C10.1 zb-2p",    LLMPAR_PIPE_ZB_2P,  8,   24, 1, 18.522, 18.086,  9.337, .601,  16, .0433, true, false, 0 },
-    { "C10.2 zb-2p",    LLMPAR_PIPE_ZB_2P,  8,   32, 1, 18.513, 18.086,  9.331, .626,  16, .0039, true, false, 0 },
-    { "C10.3 zb-2p",    LLMPAR_PIPE_ZB_2P,  8,   64, 1, 29.935, 29.621, 19.388, .535,  16, .0010, true, false, 0 },
-    { "C10.4 zb-2p",    LLMPAR_PIPE_ZB_2P, 32,   96, 1, 10.419, 10.207,  7.715, .408,  64, .0038, true, false, 0 },
-    { "C12 v-half",     LLMPAR_PIPE_V_HALF, 8,   32, 2, .5, .5, .5,  0,  10,  104.5, false, false, 0 },
-    { "C12 v-min",      LLMPAR_PIPE_V_MIN,  8,   32, 2, .5, .5, .5,  0,   8,  109.5, false, false, 0 },
-    { "C15 zb-1p",      LLMPAR_PIPE_ZB_1P,  8,   32, 1,  2,  2,  2, .1,   8,  208.8, false, false, 0 },
-    { "C15 zb-2p",      LLMPAR_PIPE_ZB_2P,  8,   32, 1,  2,  2,  2, .1,  16,  193.4, false, false, 0 },
-    { "C15 zb-v",       LLMPAR_PIPE_AUTO,   8,   32, 2,  1,  1,  1, .1,  16,  196.0, false, false, 0 },
-    { "C15 v-half",     LLMPAR_PIPE_V_HALF, 8,   32, 2,  1,  1,  1, .1,  10,  213.8, false, false, 0 },
-    { "C15 v-min",      LLMPAR_PIPE_V_MIN,  8,   32, 2,  1,  1,  1, .1,   8,  237.8, false, false, 0 },
-    { "C15 zb-1p P64",  LLMPAR_PIPE_ZB_1P, 64, 1024, 1,  2,  2,  2, .1,  64, 6295.2, false, true, 0 },
-    { "C15 zb-2p P64",  LLMPAR_PIPE_ZB_2P, 64, 1024, 1,  2,  2,  2, .1, 128, 6155.4, false, true, 0 },
-    { "C15 zb-v P64",   LLMPAR_PIPE_AUTO,  64, 1024, 2,  1,  1,  1, .1, 128, 6181.4, false, true, .2 },
-    { "C15 v-half P64", LLMPAR_PIPE_V_HALF,64, 1024, 2,  1,  1,  1, .1,  66, 6372.6, false, true, 0 },
-    { "C15 v-min P64",  LLMPAR_PIPE_V_MIN, 64, 1024, 2,  1,  1,  1, .1,  44, 7024.2, false, true, 0 },
+    { "C10.1 zb-1p",    LLMPAR_PIPE_ZB_1P,  8,   24, 1, 18.522, 18.086,  9.337, .601,   8, .1585, true, false },
+    { "C10.2 zb-1p",    LLMPAR_PIPE_ZB_1P,  8,   32, 1, 18.513, 18.086,  9.331, .626,   8, .1242, true, false },
+    { "C10.3 zb-1p",    LLMPAR_PIPE_ZB_1P,  8,   64, 1, 29.935, 29.621, 19.388, .535,   8, .0554, true, false },
+    { "C10.4 zb-1p",    LLMPAR_PIPE_ZB_1P, 32,   96, 1, 10.419, 10.207,  7.715, .408,  32, .1421, true, false },
+    { "C10.1 zb-2p",    LLMPAR_PIPE_ZB_2P,  8,   24, 1, 18.522, 18.086,  9.337, .601,  16, .0433, true, false },
+    { "C10.2 zb-2p",    LLMPAR_PIPE_ZB_2P,  8,   32, 1, 18.513, 18.086,  9.331, .626,  16, .0039, true, false },
+    { "C10.3 zb-2p",    LLMPAR_PIPE_ZB_2P,  8,   64, 1, 29.935, 29.621, 19.388, .535,  16, .0010, true, false },
+    { "C10.4 zb-2p",    LLMPAR_PIPE_ZB_2P, 32,   96, 1, 10.419, 10.207,  7.715, .408,  64, .0038, true, false },
+    { "C12 v-half",     LLMPAR_PIPE_V_HALF, 8,   32, 2, .5, .5, .5,  0,  10,  104.5, false, false },
+    { "C12 v-min",      LLMPAR_PIPE_V_MIN,  8,   32, 2, .5, .5, .5,  0,   8,  109.5, false, false },
+    { "C15 zb-1p",      LLMPAR_PIPE_ZB_1P,  8,   32, 1,  2,  2,  2, .1,   8,  208.8, false, false },
+    { "C15 zb-2p",      LLMPAR_PIPE_ZB_2P,  8,   32, 1,  2,  2,  2, .1,  16,  193.4, false, false },
+    { "C15 zb-v",       LLMPAR_PIPE_AUTO,   8,   32, 2,  1,  1,  1, .1,  16,  196.0, false, false },
+    { "C15 v-half",     LLMPAR_PIPE_V_HALF, 8,   32, 2,  1,  1,  1, .1,  10,  213.8, false, false },
+    { "C15 v-min",      LLMPAR_PIPE_V_MIN,  8,   32, 2,  1,  1,  1, .1,   8,  237.8, false, false },
+    { "C15 zb-1p P64",  LLMPAR_PIPE_ZB_1P, 64, 1024, 1,  2,  2,  2, .1,  64, 6295.2, false, true },
+    { "C15 zb-2p P64",  LLMPAR_PIPE_ZB_2P, 64, 1024, 1,  2,  2,  2, .1, 128, 6155.4, false, true },
+    { "C15 zb-v P64",   LLMPAR_PIPE_AUTO,  64, 1024, 2,  1,  1,  1, .1, 128, 6181.4, false, true },
+    { "C15 v-half P64", LLMPAR_PIPE_V_HALF,64, 1024, 2,  1,  1,  1, .1,  66, 6372.6, false, true },
+    { "C15 v-min P64",  LLMPAR_PIPE_V_MIN, 64, 1024, 2,  1,  1,  1, .1,  44, 7024.2, false, true },
 };
 
 static void test_lines(void) {
@@ -70,8 +81,7 @@ static void test_lines(void) {
             const double seconds = (double)(clock() - begin) / CLOCKS_PER_SEC, work = l->V * l->M * (l->f + l->i + l->w), digit = l->bubble ? 5e-5 : 1e-9;
             const double got = l->bubble ? 1 - work / timing.span : timing.span, least = l->bubble ? 1 - work / bound.span : bound.span;   // digit: how far a figure may be rounded
             printf("  %-15s P%d M%d: reference %.7g, ours %.7g, lower bound %.7g; makespan %.7g; %.2f s with proof\n", l->name, l->P, l->M, l->reference, got, least, timing.makespan, seconds);
-            CHECK(got <= l->reference + l->missed + digit);
-            if (got > l->reference + digit) printf("  %s: MISSED by %g\n", l->name, got - l->reference);
+            CHECK(got <= l->reference + digit);
             CHECK(timing.span >= bound.span * (1 - 1e-9) && timing.makespan >= bound.makespan * (1 - 1e-9));
             if (l->reference > least + digit) above++, below += got < l->reference - digit;
         }
@@ -299,7 +309,7 @@ static void test_kinds(void) {
     TEST("zb-1p, zb-2p, v-half, v-min hold their limits for any P and M") {
         static const llmpar_pipe_kind kinds[] = { LLMPAR_PIPE_ZB_1P, LLMPAR_PIPE_ZB_2P, LLMPAR_PIPE_V_HALF, LLMPAR_PIPE_V_MIN };
         for (int k = 0; k < 4; k++)
-            for (int P = 1; P <= 7; P += 2)
+            for (int P = 1; P <= 7; P += test_stress() ? 2 : 3)
                 for (int M = 1; M <= 9; M += test_stress() ? 1 : 4) {
                     const int limit[] = { P, 2 * P, 2 * ((P + 2) / 2), 2 * ((P + 4) / 3) };
                     memset(&desc, 0, sizeof desc);
@@ -388,7 +398,7 @@ static void test_maps(void) {
     }
     TEST("auto is as good as the V's own kinds and as each map alone") {
         static const struct { int P, M; double f, i, w, memory; } c[] = { { 8, 16, 3, 4, 1.5, 10 }, { 6, 15, 1.5, 4, 1.5, 6 }, { 4, 20, 2, 4, 2, 6 } };
-        for (int k = 0; k < 3; k++) {
+        for (int k = 0; k < (test_stress() ? 3 : 1); k++) {
             llmpar_pipe_desc desc = LLMPAR_ZERO;
             double span[4];
             desc.n_ranks = c[k].P, desc.n_virtual = 2, desc.n_micro = c[k].M, desc.memory = c[k].memory, desc.costs = even(c[k].f, c[k].i, c[k].w, 0);
@@ -442,12 +452,68 @@ static void test_bounds(void) {
     }
 }
 
+static void test_allocation(void) {
+    llmpar_pipe_desc desc = LLMPAR_ZERO;
+    TEST("every allocation of a search fails once: NO_MEMORY, the schedule and the arena as before, nothing lost") {
+        static const llmpar_pipe_kind kinds[] = { LLMPAR_PIPE_AUTO, LLMPAR_PIPE_ZB_2P, LLMPAR_PIPE_V_HALF };
+        for (int i = 0; i < 3; i++) {
+            llmpar_status status = LLMPAR_NO_MEMORY;
+            int failed = 0;
+            desc.kind = kinds[i], desc.n_ranks = 2, desc.n_virtual = i == 1 ? 1 : 2, desc.n_micro = 2;
+            for (int64_t k = 0; status && k < 1000; k++) {
+                test_budget b = { -1, 0 };
+                llmpar_arena own = LLMPAR_ZERO;
+                own.allocator.alloc = test_budget_alloc, own.allocator.free = test_budget_free, own.allocator.user = &b, own.block_bytes = 1;
+                char *mine = (char *)llmpar_arena_alloc(&own, 100);
+                memset(mine, 7, 100);
+                const int64_t held = b.held;
+                const size_t used = own.used_bytes;
+                llmpar_schedule s, before;
+                memset(&s, 0x55, sizeof s), before = s;
+                b.left = k, err.text[0] = 0;
+                status = llmpar_pipe_make(&desc, &own, &s, &err);
+                if (status) {
+                    failed++;
+                    CHECK_EQ(status, LLMPAR_NO_MEMORY);
+                    CHECK(strstr(err.text, "no memory") != NULL);
+                    CHECK(b.held == held && own.used_bytes == used && memcmp(&s, &before, sizeof s) == 0);
+                } else {
+                    b.left = -1;
+                    CHECK_OK(llmpar_pipe_verify(&s, NULL, LLMPAR_PIPE_BUFFERED, 0, &own, &err), err);
+                }
+                for (int c = 0; c < 100; c++) CHECK(mine[c] == 7);
+                llmpar_arena_free(&own);
+                CHECK_EQ(b.held, 0);
+            }
+            CHECK(status == LLMPAR_OK && failed >= 20);
+        }
+    }
+    TEST("every allocation of the bounds fails once: NO_MEMORY, nothing lost") {
+        llmpar_status status = LLMPAR_NO_MEMORY;
+        int failed = 0;
+        memset(&desc, 0, sizeof desc);
+        desc.kind = LLMPAR_PIPE_1F1B, desc.n_ranks = 2000, desc.n_micro = 1;               // stages that need more than one block of an arena
+        CHECK_OK(make(&desc, 0), err);
+        const int64_t held = heap_held;
+        for (int64_t k = 0; status && k < 100; k++) {
+            heap_left = k, err.text[0] = 0;
+            status = llmpar_pipe_bounds(&made, NULL, 0, &bound, &err);
+            heap_left = -1;
+            CHECK(status == LLMPAR_OK || (status == LLMPAR_NO_MEMORY && strstr(err.text, "no memory") != NULL));
+            CHECK_EQ(heap_held, held);
+            failed += status != LLMPAR_OK;
+        }
+        CHECK(status == LLMPAR_OK && failed >= 2);
+    }
+}
+
 int main(void) {
     test_lines();
     test_kinds();
     test_memory();
     test_maps();
     test_bounds();
+    test_allocation();
     TEST("the optimum, P <= 3, M <= 4, v <= 2") compare("exhaustive", test_stress() ? 500 : 30, 3, 4, 2, test_stress() ? 20000000 : 300000, 1);
     TEST("the optimum, P <= 4, M <= 8") compare("branch and bound", test_stress() ? 100 : 8, 4, 8, 1, test_stress() ? 20000000 : 300000, 2);
     llmpar_arena_free(&arena);
