@@ -56,6 +56,7 @@
 //   mesh      named axes, outermost first, "dp=2,tp=4"; the last varies fastest over ranks: neighbours. A group: the ranks that differ along some axes only.
 //   inner     a dim that is contracted; outer: the others. partial sums {U_tp}: what a rank has after a contraction over a split inner dim.
 //   B batch  S sequence  T tokens  H hidden  I intermediate  N query heads  K kv heads  G = N/K  D head dim  V vocabulary  L layers  C cache slots
+//   E experts  J intermediate of an expert  Js of the shared expert, which every token goes through
 
 #ifndef LLMPAR_H
 #define LLMPAR_H
@@ -482,7 +483,7 @@ typedef struct llmpar_node {       // one tensor of a graph
     int32_t tag;                   // for the caller (llmpar_weight_kind); -1 = none
 } llmpar_node;
 
-typedef enum llmpar_activation { LLMPAR_SILU = 0, LLMPAR_GELU, LLMPAR_GELU_TANH, LLMPAR_RELU, LLMPAR_EXP, LLMPAR_SQUARE, LLMPAR_NEGATE } llmpar_activation;
+typedef enum llmpar_activation { LLMPAR_SILU = 0, LLMPAR_GELU, LLMPAR_GELU_TANH, LLMPAR_RELU, LLMPAR_EXP, LLMPAR_SQUARE, LLMPAR_NEGATE, LLMPAR_SIGMOID } llmpar_activation;
 
 typedef struct llmpar_op {
     int32_t kind;                  // llmpar_op_kind
@@ -687,7 +688,7 @@ LLMPAR_DEF llmpar_status llmpar_explain(const llmpar_plan *plan, llmpar_sink sin
 // >>model   a transformer's description, from config.json or by name           (uses: base, shard)
 // ============================================================================================================
 // One struct describes a model to the planner, the graph builder, the weight loader and the examples. Letters: B batch, S sequence, H hidden,
-// I intermediate, N query heads, K kv heads, D head dim, V vocabulary, L layers.
+// I intermediate, N query heads, K kv heads, D head dim, V vocabulary, L layers; E experts, J and Js intermediate of an expert and of the shared one.
 
 typedef enum llmpar_rope_kind { LLMPAR_ROPE_DEFAULT = 0, LLMPAR_ROPE_LINEAR, LLMPAR_ROPE_LLAMA3 } llmpar_rope_kind;
 
@@ -700,6 +701,7 @@ typedef struct llmpar_rope_scaling {
 } llmpar_rope_scaling;
 
 #define LLMPAR_MAX_EOS 8
+#define LLMPAR_MAX_DENSE 1024      // layers that mlp_only_layers can name
 typedef struct llmpar_model {
     char    architecture[64];      // as in config.json: "LlamaForCausalLM"
     int64_t layers, hidden, intermediate, n_heads, n_kv_heads, head_dim, vocabulary, positions;
@@ -711,16 +713,27 @@ typedef struct llmpar_model {
     llmpar_dtype dtype;            // of the checkpoint, as config.json says; files may differ tensor by tensor
     int32_t n_eos;
     int64_t eos[LLMPAR_MAX_EOS];   // tokens that end a sequence
+    // Mixture of experts: a sparse layer has a router and experts in the place of the MLP. See llmpar_model_sparse.
+    int64_t n_experts;             // 0 = every layer is dense
+    llmpar_route_desc route;       // how a token chooses its experts, and their weights
+    int64_t expert_intermediate;   // of each expert
+    int64_t shared_intermediate;   // of the expert that every token goes through; 0 = there is none
+    bool    shared_gate;           // its result is scaled by sigmoid(x . w)
+    int64_t sparse_step;           // every sparse_step-th layer is sparse: layer l when sparse_step divides l + 1, unless its bit is set in dense[]; 0 = 1
+    uint64_t dense[LLMPAR_MAX_DENSE / 64];
 } llmpar_model;
 
 // text[bytes] = config.json (no terminating 0 needed); allocates nothing. Keys that are absent get the defaults of Hugging Face's config class;
-// absent num_key_value_heads = n_heads; layers, hidden, intermediate, heads and vocabulary must be there. Members that are not read are checked for
-// syntax and skipped. Errors name line, column, key, what was found and what is expected; an unknown architecture, rope type or activation gets the
+// absent num_key_value_heads = n_heads (with experts: the class's); layers, hidden, intermediate, heads and vocabulary must be there. intermediate_size of Mixtral is
+// its experts': intermediate and expert_intermediate get it. Members that are not read are checked for syntax and skipped. Errors name line, column, key, what was found and what is expected; an unknown architecture, rope type or activation gets the
 // list of known ones.
 LLMPAR_DEF llmpar_status llmpar_model_parse(const char *text, size_t bytes, llmpar_model *model, llmpar_error *err);
-// "llama-3-8b", "llama-3-70b", "llama-3-405b".
+// "llama-3-8b", "llama-3-70b", "llama-3-405b"; "mixtral-8x7b", "qwen3-30b-a3b", "qwen2-57b-a14b": the figures of their published config.json (huggingface.co:
+// mistralai/Mixtral-8x7B-v0.1, Qwen/Qwen3-30B-A3B, Qwen/Qwen2-57B-A14B).
 LLMPAR_DEF llmpar_status llmpar_model_preset(const char *name, llmpar_model *model, llmpar_error *err);
 LLMPAR_DEF llmpar_status llmpar_model_check(const llmpar_model *model, llmpar_error *err);    // sizes > 0, n_kv divides n_heads, products fit, ...
+LLMPAR_DEF bool    llmpar_model_sparse(const llmpar_model *model, int64_t layer);             // does layer (from 0) have experts?
+LLMPAR_DEF int64_t llmpar_model_sparse_layers(const llmpar_model *model);                     // how many do
 // Inverse frequencies [head_dim / 2] of the rotary embedding, scaling applied (what Hugging Face's modeling_rope_utils computes, in f64, then rounded
 // to f32: within 1e-6, relative, of its f32 arithmetic).
 LLMPAR_DEF void llmpar_rope_frequencies(const llmpar_rope_scaling *rope, int64_t head_dim, float *frequencies);
@@ -734,23 +747,30 @@ typedef enum llmpar_weight_kind {
     LLMPAR_W_Q_NORM, LLMPAR_W_K_NORM,                                      // [D]
     LLMPAR_W_GATE, LLMPAR_W_UP, LLMPAR_W_DOWN,                             // wgate[I, H], wup[I, H], wdown[H, I]
     LLMPAR_W_GATE_BIAS, LLMPAR_W_UP_BIAS, LLMPAR_W_DOWN_BIAS,              // bgate[I], bup[I], bdown[H]
+    LLMPAR_W_ROUTER,               // wr[E, H]
+    LLMPAR_W_EXPERT_GATE, LLMPAR_W_EXPERT_UP, LLMPAR_W_EXPERT_DOWN,        // egate[E, J, H], eup[E, J, H], edown[E, H, J]
+    LLMPAR_W_SHARED_GATE, LLMPAR_W_SHARED_UP, LLMPAR_W_SHARED_DOWN,        // sgate[Js, H], sup[Js, H], sdown[H, Js]
+    LLMPAR_W_SHARED_SCALE,         // sscale[H]: the shared expert's result is scaled by sigmoid(x . sscale)
     LLMPAR_W_HEAD,                 // head[V, H]
     LLMPAR_W_COUNT
 } llmpar_weight_kind;
 LLMPAR_DEF const char *llmpar_weight_name(llmpar_weight_kind kind);                           // "wq": the name in graphs and pins
-// Does this model have such a weight? (a tied head has no head of its own)
+// Does this model have such a weight, in any layer? (a tied head has no head of its own; dense layers have W_GATE and so on, sparse ones W_ROUTER and so on)
 LLMPAR_DEF bool llmpar_model_has(const llmpar_model *model, llmpar_weight_kind kind);
 // The weight as a tensor with sizes, dim names and split rules, replicated: N is cut by QUERY_HEADS, K by KV_HEADS (group = N/K), the others balanced.
 LLMPAR_DEF void llmpar_model_weight(const llmpar_model *model, llmpar_weight_kind kind, llmpar_tensor *weight);
 // Where the weight is in a checkpoint: candidate `choice` = 0, 1, ...: its own tensor, the same without the prefix "model.", then rows of a fused one
 // (qkv_proj: q, k, v; gate_up_proj: gate, up). name[] gets the file tensor's name, *row_offset the first row that belongs to the weight and
 // *file_rows the rows that the file tensor must have; a row is one index of the file tensor's dim 0. The head of a tied model is found in the
-// embedding. false: no more candidates.
+// embedding. Of egate, eup and edown one expert's part is named: a tensor of its own, or rows of one that holds all experts', newer transformers'
+// experts.gate_up_proj[E, 2 J, H] and experts.down_proj[E, H, J], where a row is an index of the first two dims. `expert` is ignored elsewhere.
+// false: no more candidates.
 #define LLMPAR_TENSOR_NAME 160
-LLMPAR_DEF bool llmpar_model_tensor_name(const llmpar_model *model, llmpar_weight_kind kind, int64_t layer, int choice,
+LLMPAR_DEF bool llmpar_model_tensor_name(const llmpar_model *model, llmpar_weight_kind kind, int64_t layer, int64_t expert, int choice,
                                          char name[LLMPAR_TENSOR_NAME], int64_t *row_offset, int64_t *file_rows);
 // Parameters of the whole model (weights counted once; a tied head adds none).
 LLMPAR_DEF int64_t llmpar_model_parameters(const llmpar_model *model);
+LLMPAR_DEF int64_t llmpar_model_active_parameters(const llmpar_model *model);                 // those that one token goes through: route.k of the experts
 
 // ============================================================================================================
 // >>build   the graph of a model                                               (uses: graph, heads, model)
@@ -4650,7 +4670,7 @@ LLMPAR_DEF int llmpar_add(llmpar_graph *g, int a, int b) { return llmpari_binary
 LLMPAR_DEF int llmpar_mul(llmpar_graph *g, int a, int b) { return llmpari_binary(g, LLMPAR_OP_MUL, a, b); }
 
 LLMPAR_DEF int llmpar_unary(llmpar_graph *g, llmpar_activation function, int x) {
-    if ((int)function < 0 || function > LLMPAR_NEGATE) return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "there is no activation %d", (int)function);
+    if ((int)function < 0 || function > LLMPAR_SIGMOID) return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "there is no activation %d", (int)function);
     llmpar_op op = llmpari_op_new(g, LLMPAR_OP_UNARY, 1, x, -1, -1);
     llmpari_op_dims(g, &op, 0);
     op.function = function;
@@ -8372,7 +8392,9 @@ LLMPARI_FN llmpar_status llmpari_json_wrong(const llmpari_json *json, const char
     X(ATTENTION_BIAS, "attention_bias") X(MLP_BIAS, "mlp_bias") X(WINDOW, "sliding_window") X(USE_WINDOW, "use_sliding_window") \
     X(MAX_WINDOW_LAYERS, "max_window_layers") X(LAYER_TYPES, "layer_types") X(EOS, "eos_token_id") X(DTYPE, "dtype") X(TORCH_DTYPE, "torch_dtype") \
     X(THETA, "rope_theta") X(ROPE_SCALING, "rope_scaling") X(ROPE_PARAMETERS, "rope_parameters") X(PARTIAL, "partial_rotary_factor") \
-    X(QUANTIZATION, "quantization_config")
+    X(QUANTIZATION, "quantization_config") X(QKV_BIAS, "qkv_bias") X(EXPERTS, "num_experts") X(LOCAL_EXPERTS, "num_local_experts") \
+    X(PER_TOKEN, "num_experts_per_tok") X(EXPERT_INTERMEDIATE, "moe_intermediate_size") X(SHARED_INTERMEDIATE, "shared_expert_intermediate_size") \
+    X(NORM_TOPK, "norm_topk_prob") X(SPARSE_STEP, "decoder_sparse_step") X(DENSE_LAYERS, "mlp_only_layers")
 typedef enum llmpari_config_key {
 #define LLMPARI_X(name, key) LLMPARI_C_##name,
     LLMPARI_CONFIG_LIST(LLMPARI_X)
@@ -8385,53 +8407,90 @@ static const char *const llmpari_config_keys[LLMPARI_C_COUNT] = {
 #undef LLMPARI_X
 };
 
-// Where a weight is in a checkpoint. '#' stands for the layer's number; a leading "model." may be absent in the file.
+// Where a weight is in a checkpoint. '#' stands for the layer's number, '@' for the expert's; a leading "model." may be absent in the file.
 typedef struct llmpari_weight_names {
-    const char *own;               // tensor of its own
-    const char *fused;             // rows of a shared tensor, NULL = none: q, then k, then v; gate, then up
+    const char *own;               // tensor of its own, NULL = none: the architecture has no such weight
+    const char *fused;             // rows of a shared tensor, NULL = none: q, then k, then v; gate, then up; experts one after the other. Of a router, another name
 } llmpari_weight_names;
-static const llmpari_weight_names llmpari_names_llama[LLMPAR_W_COUNT] = {                  // in the order of llmpar_weight_kind
-    { "model.embed_tokens.weight", NULL },
-    { "model.layers.#.input_layernorm.weight", NULL }, { "model.layers.#.post_attention_layernorm.weight", NULL }, { "model.norm.weight", NULL },
-    { "model.layers.#.self_attn.q_proj.weight", "model.layers.#.self_attn.qkv_proj.weight" },
-    { "model.layers.#.self_attn.k_proj.weight", "model.layers.#.self_attn.qkv_proj.weight" },
-    { "model.layers.#.self_attn.v_proj.weight", "model.layers.#.self_attn.qkv_proj.weight" },
-    { "model.layers.#.self_attn.o_proj.weight", NULL },
-    { "model.layers.#.self_attn.q_proj.bias", "model.layers.#.self_attn.qkv_proj.bias" },
-    { "model.layers.#.self_attn.k_proj.bias", "model.layers.#.self_attn.qkv_proj.bias" },
-    { "model.layers.#.self_attn.v_proj.bias", "model.layers.#.self_attn.qkv_proj.bias" },
-    { "model.layers.#.self_attn.o_proj.bias", NULL },
+// Lists in the order of llmpar_weight_kind.
+#define LLMPARI_NAMES_ATTENTION \
+    { "model.embed_tokens.weight", NULL }, \
+    { "model.layers.#.input_layernorm.weight", NULL }, { "model.layers.#.post_attention_layernorm.weight", NULL }, { "model.norm.weight", NULL }, \
+    { "model.layers.#.self_attn.q_proj.weight", "model.layers.#.self_attn.qkv_proj.weight" }, \
+    { "model.layers.#.self_attn.k_proj.weight", "model.layers.#.self_attn.qkv_proj.weight" }, \
+    { "model.layers.#.self_attn.v_proj.weight", "model.layers.#.self_attn.qkv_proj.weight" }, \
+    { "model.layers.#.self_attn.o_proj.weight", NULL }, \
+    { "model.layers.#.self_attn.q_proj.bias", "model.layers.#.self_attn.qkv_proj.bias" }, \
+    { "model.layers.#.self_attn.k_proj.bias", "model.layers.#.self_attn.qkv_proj.bias" }, \
+    { "model.layers.#.self_attn.v_proj.bias", "model.layers.#.self_attn.qkv_proj.bias" }, \
+    { "model.layers.#.self_attn.o_proj.bias", NULL }, \
     { "model.layers.#.self_attn.q_norm.weight", NULL }, { "model.layers.#.self_attn.k_norm.weight", NULL },
-    { "model.layers.#.mlp.gate_proj.weight", "model.layers.#.mlp.gate_up_proj.weight" },
-    { "model.layers.#.mlp.up_proj.weight", "model.layers.#.mlp.gate_up_proj.weight" },
-    { "model.layers.#.mlp.down_proj.weight", NULL },
-    { "model.layers.#.mlp.gate_proj.bias", "model.layers.#.mlp.gate_up_proj.bias" },
-    { "model.layers.#.mlp.up_proj.bias", "model.layers.#.mlp.gate_up_proj.bias" },
+#define LLMPARI_NAMES_MLP \
+    { "model.layers.#.mlp.gate_proj.weight", "model.layers.#.mlp.gate_up_proj.weight" }, \
+    { "model.layers.#.mlp.up_proj.weight", "model.layers.#.mlp.gate_up_proj.weight" }, \
+    { "model.layers.#.mlp.down_proj.weight", NULL }, \
+    { "model.layers.#.mlp.gate_proj.bias", "model.layers.#.mlp.gate_up_proj.bias" }, \
+    { "model.layers.#.mlp.up_proj.bias", "model.layers.#.mlp.gate_up_proj.bias" }, \
     { "model.layers.#.mlp.down_proj.bias", NULL },
-    { "lm_head.weight", NULL },
-};
+#define LLMPARI_NAMES_QWEN_EXPERTS \
+    { "model.layers.#.mlp.gate.weight", NULL }, \
+    { "model.layers.#.mlp.experts.@.gate_proj.weight", "model.layers.#.mlp.experts.gate_up_proj" }, \
+    { "model.layers.#.mlp.experts.@.up_proj.weight", "model.layers.#.mlp.experts.gate_up_proj" }, \
+    { "model.layers.#.mlp.experts.@.down_proj.weight", "model.layers.#.mlp.experts.down_proj" }, \
+    { "model.layers.#.mlp.shared_expert.gate_proj.weight", NULL }, { "model.layers.#.mlp.shared_expert.up_proj.weight", NULL }, \
+    { "model.layers.#.mlp.shared_expert.down_proj.weight", NULL }, { "model.layers.#.mlp.shared_expert_gate.weight", NULL },
+#define LLMPARI_NAMES_MIXTRAL_EXPERTS \
+    { "model.layers.#.block_sparse_moe.gate.weight", "model.layers.#.mlp.gate.weight" }, \
+    { "model.layers.#.block_sparse_moe.experts.@.w1.weight", "model.layers.#.mlp.experts.gate_up_proj" }, \
+    { "model.layers.#.block_sparse_moe.experts.@.w3.weight", "model.layers.#.mlp.experts.gate_up_proj" }, \
+    { "model.layers.#.block_sparse_moe.experts.@.w2.weight", "model.layers.#.mlp.experts.down_proj" }, \
+    { NULL, NULL }, { NULL, NULL }, { NULL, NULL }, { NULL, NULL },
+#define LLMPARI_NAMES_NONE { NULL, NULL }, { NULL, NULL }, { NULL, NULL }, { NULL, NULL }, { NULL, NULL }, { NULL, NULL }, { NULL, NULL }, { NULL, NULL },
+static const llmpari_weight_names llmpari_names_llama  [LLMPAR_W_COUNT] = { LLMPARI_NAMES_ATTENTION LLMPARI_NAMES_MLP LLMPARI_NAMES_NONE            { "lm_head.weight", NULL } };
+static const llmpari_weight_names llmpari_names_qwen   [LLMPAR_W_COUNT] = { LLMPARI_NAMES_ATTENTION LLMPARI_NAMES_MLP LLMPARI_NAMES_QWEN_EXPERTS    { "lm_head.weight", NULL } };
+static const llmpari_weight_names llmpari_names_mixtral[LLMPAR_W_COUNT] = { LLMPARI_NAMES_ATTENTION LLMPARI_NAMES_MLP LLMPARI_NAMES_MIXTRAL_EXPERTS { "lm_head.weight", NULL } };
+#undef LLMPARI_NAMES_ATTENTION
+#undef LLMPARI_NAMES_MLP
+#undef LLMPARI_NAMES_QWEN_EXPERTS
+#undef LLMPARI_NAMES_MIXTRAL_EXPERTS
+#undef LLMPARI_NAMES_NONE
 
 // One row per architecture. To add one: write its row; give it a names table of its own when its tensors are called differently (same order as
 // llmpar_weight_kind); a weight or switch that no architecture had so far becomes a kind in llmpar_weight_kind, with its dims in llmpar_model_weight and a
 // field in llmpar_model. The defaults are those of Hugging Face's config class, for keys that config.json leaves out; the sizes have none: they must be there.
-typedef enum llmpari_switch { LLMPARI_OFF, LLMPARI_ON, LLMPARI_CONFIG } llmpari_switch;    // CONFIG: as attention_bias or mlp_bias says, default false
-typedef enum llmpari_window { LLMPARI_WINDOW_NONE, LLMPARI_WINDOW_ALL, LLMPARI_WINDOW_LAYERS } llmpari_window;
+typedef enum llmpari_switch { LLMPARI_OFF, LLMPARI_ON, LLMPARI_CONFIG, LLMPARI_CONFIG_ON } llmpari_switch;   // CONFIG: as attention_bias or mlp_bias says, default false;
+                                                                                           // CONFIG_ON: as qkv_bias says, default true
+typedef enum llmpari_window { LLMPARI_WINDOW_NONE, LLMPARI_WINDOW_ALL, LLMPARI_WINDOW_SWITCH, LLMPARI_WINDOW_LAYERS } llmpari_window;
+typedef struct llmpari_moe_defaults {      // of an architecture with experts
+    const char *route;             // llmpar_route_preset's name
+    bool    own_sizes;             // experts have moe_intermediate_size, and layers may be dense; else intermediate_size is theirs, and all layers are sparse
+    int64_t n_experts, per_token, intermediate, shared;
+    int64_t n_kv_heads;
+    double  eps, theta;
+} llmpari_moe_defaults;
+static const llmpari_moe_defaults llmpari_moe_mixtral = { "mixtral",   false,   8, 2,    0,    0,  8, 1e-5, 1e6 };
+static const llmpari_moe_defaults llmpari_moe_qwen2   = { "qwen2-moe", true,   60, 4, 1408, 5632, 16, 1e-6, 1e4 };
+static const llmpari_moe_defaults llmpari_moe_qwen3   = { "qwen3-moe", true,  128, 8,  768,    0,  4, 1e-6, 1e4 };
 typedef struct llmpari_architecture {
     const char *name, *model_type;
     const llmpari_weight_names *names;
     llmpari_switch qkv_bias, o_bias, mlp_bias;
     bool    qk_norm;
-    llmpari_window window;         // no layer has one; all have sliding_window's; those that use_sliding_window, max_window_layers and layer_types say
-    int64_t window_default;        // sliding_window when absent
+    llmpari_window window;         // no layer has one; all have sliding_window's; all, if use_sliding_window; those that it, max_window_layers and layer_types say
+    int64_t window_default;        // sliding_window when absent; -1 = none
     int64_t head_dim_default;      // head_dim when absent; 0 = hidden / n_heads, as for null
     int64_t positions_default;
     int64_t eos_default;           // -1 = none
+    const llmpari_moe_defaults *moe;   // NULL = dense
 } llmpari_architecture;
 static const llmpari_architecture llmpari_architectures[] = {
-    { "LlamaForCausalLM",   "llama",   llmpari_names_llama, LLMPARI_CONFIG, LLMPARI_CONFIG, LLMPARI_CONFIG, false, LLMPARI_WINDOW_NONE,      0,   0,   2048,  2 },
-    { "MistralForCausalLM", "mistral", llmpari_names_llama, LLMPARI_OFF,    LLMPARI_OFF,    LLMPARI_OFF,    false, LLMPARI_WINDOW_ALL,    4096,   0, 131072,  2 },
-    { "Qwen2ForCausalLM",   "qwen2",   llmpari_names_llama, LLMPARI_ON,     LLMPARI_OFF,    LLMPARI_OFF,    false, LLMPARI_WINDOW_LAYERS, 4096,   0,  32768, -1 },
-    { "Qwen3ForCausalLM",   "qwen3",   llmpari_names_llama, LLMPARI_CONFIG, LLMPARI_CONFIG, LLMPARI_OFF,    true,  LLMPARI_WINDOW_LAYERS, 4096, 128,  32768, -1 },
+    { "LlamaForCausalLM",   "llama",   llmpari_names_llama, LLMPARI_CONFIG, LLMPARI_CONFIG, LLMPARI_CONFIG, false, LLMPARI_WINDOW_NONE,      0,   0,   2048,  2, NULL },
+    { "MistralForCausalLM", "mistral", llmpari_names_llama, LLMPARI_OFF,    LLMPARI_OFF,    LLMPARI_OFF,    false, LLMPARI_WINDOW_ALL,    4096,   0, 131072,  2, NULL },
+    { "Qwen2ForCausalLM",   "qwen2",   llmpari_names_llama, LLMPARI_ON,     LLMPARI_OFF,    LLMPARI_OFF,    false, LLMPARI_WINDOW_LAYERS, 4096,   0,  32768, -1, NULL },
+    { "Qwen3ForCausalLM",   "qwen3",   llmpari_names_llama, LLMPARI_CONFIG, LLMPARI_CONFIG, LLMPARI_OFF,    true,  LLMPARI_WINDOW_LAYERS, 4096, 128,  32768, -1, NULL },
+    { "MixtralForCausalLM",  "mixtral",   llmpari_names_mixtral, LLMPARI_OFF, LLMPARI_OFF,    LLMPARI_OFF, false, LLMPARI_WINDOW_ALL,      -1, 0, 131072,  2, &llmpari_moe_mixtral },
+    { "Qwen2MoeForCausalLM", "qwen2_moe", llmpari_names_qwen, LLMPARI_CONFIG_ON, LLMPARI_OFF, LLMPARI_OFF, false, LLMPARI_WINDOW_LAYERS, 4096, 0,  32768, -1, &llmpari_moe_qwen2 },
+    { "Qwen3MoeForCausalLM", "qwen3_moe", llmpari_names_qwen, LLMPARI_CONFIG,  LLMPARI_CONFIG, LLMPARI_OFF, true,  LLMPARI_WINDOW_SWITCH, 4096, 0,  32768, -1, &llmpari_moe_qwen3 },
 };
 
 LLMPARI_FN const llmpari_architecture *llmpari_architecture_find(const char *name) {
@@ -8595,11 +8654,11 @@ LLMPARI_FN llmpar_status llmpari_config_rope_object(const llmpari_config *config
     return llmpari_config_int(&inner, LLMPARI_R_POSITIONS, 1, LLMPARI_REQUIRED, &rope->original_positions);
 }
 
-LLMPARI_FN llmpar_status llmpari_config_rope(const llmpari_config *config, llmpar_rope_scaling *rope) {
+LLMPARI_FN llmpar_status llmpari_config_rope(const llmpari_config *config, double theta, llmpar_rope_scaling *rope) {
     rope->kind   = LLMPAR_ROPE_DEFAULT;
     rope->factor = 1.0;
     LLMPARI_TRY(llmpari_config_whole_rotary(config, LLMPARI_C_PARTIAL));
-    LLMPARI_TRY(llmpari_config_real(config, LLMPARI_C_THETA, 10000.0, &rope->theta));
+    LLMPARI_TRY(llmpari_config_real(config, LLMPARI_C_THETA, theta, &rope->theta));
     return llmpari_config_rope_object(config, llmpari_config_given(config, LLMPARI_C_ROPE_SCALING) ? LLMPARI_C_ROPE_SCALING : LLMPARI_C_ROPE_PARAMETERS, rope);
 }
 
@@ -8630,10 +8689,10 @@ LLMPARI_FN llmpar_status llmpari_config_window(llmpari_config *config, const llm
     const llmpari_json_value *window = &config->value[LLMPARI_C_WINDOW];
     model->sliding_window = 0;
     if (architecture->window == LLMPARI_WINDOW_NONE) return LLMPAR_OK;
-    if (architecture->window == LLMPARI_WINDOW_LAYERS) LLMPARI_TRY(llmpari_config_bool(config, LLMPARI_C_USE_WINDOW, false, &use));
-    if (!use || window->kind == 'n') return LLMPAR_OK;
+    if (architecture->window > LLMPARI_WINDOW_ALL) LLMPARI_TRY(llmpari_config_bool(config, LLMPARI_C_USE_WINDOW, false, &use));
+    if (!use || window->kind == 'n' || (window->kind == 0 && architecture->window_default < 0)) return LLMPAR_OK;
     LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_WINDOW, 1, architecture->window_default, &model->sliding_window));
-    if (architecture->window == LLMPARI_WINDOW_ALL) return LLMPAR_OK;
+    if (architecture->window < LLMPARI_WINDOW_LAYERS) return LLMPAR_OK;
     if (llmpari_config_given(config, LLMPARI_C_LAYER_TYPES)) {
         LLMPARI_TRY(llmpari_config_layer_types(config, &full, &sliding));
         if (full + sliding != model->layers)
@@ -8658,7 +8717,8 @@ LLMPARI_FN llmpar_status llmpari_config_sizes(const llmpari_config *config, cons
     LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_HIDDEN,       1, LLMPARI_REQUIRED, &model->hidden));
     LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_INTERMEDIATE, 1, LLMPARI_REQUIRED, &model->intermediate));
     LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_HEADS,        1, LLMPARI_REQUIRED, &model->n_heads));
-    LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_KV_HEADS,     1, model->n_heads, &model->n_kv_heads));
+    bool absent = config->value[LLMPARI_C_KV_HEADS].kind == 0 && architecture->moe;        // null is not: it means n_heads
+    LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_KV_HEADS,     1, absent ? architecture->moe->n_kv_heads : model->n_heads, &model->n_kv_heads));
     LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_VOCABULARY,   1, LLMPARI_REQUIRED, &model->vocabulary));
     LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_POSITIONS,    1, architecture->positions_default, &model->positions));
     if (config->value[LLMPARI_C_HEAD_DIM].kind == 0 && architecture->head_dim_default) {
@@ -8675,15 +8735,61 @@ LLMPARI_FN llmpar_status llmpari_config_sizes(const llmpari_config *config, cons
 }
 
 LLMPARI_FN llmpar_status llmpari_config_switches(const llmpari_config *config, const llmpari_architecture *architecture, llmpar_model *model) {
-    bool attention = false, mlp = false;
+    bool attention = false, mlp = false, qkv = true;
     LLMPARI_TRY(llmpari_config_bool(config, LLMPARI_C_ATTENTION_BIAS, false, &attention));
     LLMPARI_TRY(llmpari_config_bool(config, LLMPARI_C_MLP_BIAS, false, &mlp));
     LLMPARI_TRY(llmpari_config_bool(config, LLMPARI_C_TIED, false, &model->tied_head));
-    model->qkv_bias = architecture->qkv_bias == LLMPARI_CONFIG ? attention : architecture->qkv_bias == LLMPARI_ON;
+    LLMPARI_TRY(llmpari_config_bool(config, LLMPARI_C_QKV_BIAS, true, &qkv));
+    model->qkv_bias = architecture->qkv_bias == LLMPARI_CONFIG ? attention : architecture->qkv_bias == LLMPARI_CONFIG_ON ? qkv : architecture->qkv_bias == LLMPARI_ON;
     model->o_bias   = architecture->o_bias   == LLMPARI_CONFIG ? attention : architecture->o_bias   == LLMPARI_ON;
     model->mlp_bias = architecture->mlp_bias == LLMPARI_CONFIG ? mlp       : architecture->mlp_bias == LLMPARI_ON;
     model->qk_norm  = architecture->qk_norm;
     return LLMPAR_OK;
+}
+
+// "mlp_only_layers": a list of layers, from 0. Those that the model does not have say nothing, as in Hugging Face.
+LLMPARI_FN llmpar_status llmpari_config_dense_layers(llmpari_config *config, llmpar_model *model) {
+    llmpari_json *json = &config->json;
+    const llmpari_json_value *value = &config->value[LLMPARI_C_DENSE_LAYERS];
+    llmpari_json_value layer;
+    bool first = true, more;
+    if (!llmpari_config_given(config, LLMPARI_C_DENSE_LAYERS)) return LLMPAR_OK;
+    if (value->kind != '[') return llmpari_json_wrong(json, "mlp_only_layers", value, "null or a list of layers, from 0");
+    for (json->at = value->at + 1;;) {
+        LLMPARI_TRY(llmpari_json_next(json, ']', &first, &more));
+        if (!more) return LLMPAR_OK;
+        LLMPARI_TRY(llmpari_json_any(json, &layer));
+        if (layer.kind != 'i' || layer.i < 0) return llmpari_json_wrong(json, "mlp_only_layers", &layer, "layers, from 0");
+        if (layer.i >= model->layers) continue;
+        if (layer.i >= LLMPAR_MAX_DENSE)
+            return LLMPARI_JSON_FAIL(json, layer.at, LLMPAR_UNSUPPORTED, "mlp_only_layers names layer %lld; layers up to %d can be named", (long long)layer.i, LLMPAR_MAX_DENSE - 1);
+        model->dense[layer.i / 64] |= (uint64_t)1 << (layer.i % 64);
+    }
+}
+
+// Number of experts, of those that a token chooses, and their sizes; which layers have them.
+LLMPARI_FN llmpar_status llmpari_config_moe(llmpari_config *config, const llmpari_moe_defaults *moe, llmpar_model *model) {
+    int key = moe->own_sizes ? LLMPARI_C_EXPERTS : LLMPARI_C_LOCAL_EXPERTS;                // either name is known to both, by Hugging Face's attribute_map
+    int64_t k = 0;
+    bool renormalise = !moe->own_sizes;
+    if (!llmpari_config_given(config, key)) key = moe->own_sizes ? LLMPARI_C_LOCAL_EXPERTS : LLMPARI_C_EXPERTS;
+    model->sparse_step         = 1;
+    model->expert_intermediate = model->intermediate;
+    LLMPARI_TRY(llmpari_config_int(config, key, moe->own_sizes ? 0 : 1, moe->n_experts, &model->n_experts));
+    if (model->n_experts == 0) { model->expert_intermediate = 0; return LLMPAR_OK; }       // every layer is dense
+    LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_PER_TOKEN, 1, moe->per_token, &k));
+    if (k > model->n_experts)
+        return LLMPARI_JSON_FAIL(&config->json, config->value[LLMPARI_C_PER_TOKEN].at, LLMPAR_BAD_FILE,
+                                 "num_experts_per_tok=%lld of %s=%lld experts; a token cannot choose more than there are", (long long)k, config->keys[key], (long long)model->n_experts);
+    if (moe->own_sizes) {
+        LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_EXPERT_INTERMEDIATE, 1, moe->intermediate, &model->expert_intermediate));
+        if (moe->shared) LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_SHARED_INTERMEDIATE, 1, moe->shared, &model->shared_intermediate));
+        model->shared_gate = model->shared_intermediate > 0;
+        LLMPARI_TRY(llmpari_config_bool(config, LLMPARI_C_NORM_TOPK, false, &renormalise));
+        LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_SPARSE_STEP, 1, 1, &model->sparse_step));
+        LLMPARI_TRY(llmpari_config_dense_layers(config, model));
+    }
+    return llmpari_model_route(model, moe, k, renormalise, config->json.err);
 }
 
 // The same with a name for the messages: a path.
@@ -8705,12 +8811,13 @@ LLMPARI_FN llmpar_status llmpari_model_parse_file(const char *what, const char *
         return LLMPARI_JSON_FAIL(&config.json, config.value[LLMPARI_C_QUANTIZATION].at, LLMPAR_UNSUPPORTED,
                                  "\"quantization_config\" is given; only float32, bfloat16 and float16 checkpoints are supported");
     LLMPARI_TRY(llmpari_config_sizes(&config, architecture, model));
-    LLMPARI_TRY(llmpari_config_real(&config, LLMPARI_C_EPS, 1e-6, &model->norm_eps));
+    LLMPARI_TRY(llmpari_config_real(&config, LLMPARI_C_EPS, architecture->moe ? architecture->moe->eps : 1e-6, &model->norm_eps));
     LLMPARI_TRY(llmpari_config_switches(&config, architecture, model));
     LLMPARI_TRY(llmpari_config_activation(&config, &model->activation));
     LLMPARI_TRY(llmpari_config_dtype(&config, &model->dtype));
     LLMPARI_TRY(llmpari_config_eos(&config, architecture->eos_default, model));
-    LLMPARI_TRY(llmpari_config_rope(&config, &model->rope));
+    LLMPARI_TRY(llmpari_config_rope(&config, architecture->moe ? architecture->moe->theta : 1e4, &model->rope));
+    if (architecture->moe) LLMPARI_TRY(llmpari_config_moe(&config, architecture->moe, model));
     LLMPARI_TRY(llmpari_config_window(&config, architecture, model));
     llmpar_error found;
     if (llmpar_model_check(model, &found)) return LLMPARI_FAIL(err, found.status == LLMPAR_BAD_ARGUMENT ? LLMPAR_BAD_FILE : found.status,
@@ -8723,6 +8830,18 @@ LLMPAR_DEF llmpar_status llmpar_model_parse(const char *text, size_t bytes, llmp
     return llmpari_model_parse_file("config.json", text, bytes, model, err);
 }
 
+// What their config.json says, but for members that change nothing here.
+static const struct { const char *name, *config; } llmpari_moe_presets[] = {
+    { "mixtral-8x7b", "{\"architectures\": [\"MixtralForCausalLM\"], \"hidden_size\": 4096, \"intermediate_size\": 14336, \"num_hidden_layers\": 32, \"num_attention_heads\": 32,"
+      "\"num_key_value_heads\": 8, \"num_local_experts\": 8, \"num_experts_per_tok\": 2, \"vocab_size\": 32000, \"max_position_embeddings\": 32768, \"rms_norm_eps\": 1e-05,"
+      "\"rope_theta\": 1000000.0, \"sliding_window\": null, \"eos_token_id\": 2, \"torch_dtype\": \"bfloat16\"}" },
+    { "qwen3-30b-a3b", "{\"architectures\": [\"Qwen3MoeForCausalLM\"], \"hidden_size\": 2048, \"intermediate_size\": 6144, \"num_hidden_layers\": 48, \"num_attention_heads\": 32,"
+      "\"num_key_value_heads\": 4, \"head_dim\": 128, \"num_experts\": 128, \"num_experts_per_tok\": 8, \"moe_intermediate_size\": 768, \"norm_topk_prob\": true, \"vocab_size\": 151936,"
+      "\"max_position_embeddings\": 40960, \"rms_norm_eps\": 1e-06, \"rope_theta\": 1000000.0, \"eos_token_id\": 151645, \"torch_dtype\": \"bfloat16\"}" },
+    { "qwen2-57b-a14b", "{\"architectures\": [\"Qwen2MoeForCausalLM\"], \"hidden_size\": 3584, \"intermediate_size\": 18944, \"num_hidden_layers\": 28, \"num_attention_heads\": 28,"
+      "\"num_key_value_heads\": 4, \"num_experts\": 64, \"num_experts_per_tok\": 8, \"moe_intermediate_size\": 2560, \"shared_expert_intermediate_size\": 20480, \"norm_topk_prob\": false,"
+      "\"vocab_size\": 151936, \"max_position_embeddings\": 131072, \"rms_norm_eps\": 1e-06, \"rope_theta\": 1000000.0, \"eos_token_id\": 151643, \"torch_dtype\": \"bfloat16\"}" },
+};
 LLMPAR_DEF llmpar_status llmpar_model_preset(const char *name, llmpar_model *model, llmpar_error *err) {
     static const struct { const char *name; int64_t layers, hidden, intermediate, n_heads, positions; llmpar_rope_kind rope; } known[] = {
         { "llama-3-8b",    32,  4096, 14336,  32,   8192, LLMPAR_ROPE_DEFAULT },
@@ -8732,8 +8851,10 @@ LLMPAR_DEF llmpar_status llmpar_model_preset(const char *name, llmpar_model *mod
     int i = 0;
     if (!name || !model) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "name or model is NULL");
     while (i < LLMPARI_COUNT(known) && strcmp(known[i].name, name) != 0) i++;
-    if (i == LLMPARI_COUNT(known)) return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED,
-                                                       "model \"%.60s\" is not known; known: llama-3-8b, llama-3-70b, llama-3-405b", name);
+    for (int m = 0; m < LLMPARI_COUNT(llmpari_moe_presets); m++)
+        if (strcmp(llmpari_moe_presets[m].name, name) == 0) return llmpari_model_parse_file(name, llmpari_moe_presets[m].config, strlen(llmpari_moe_presets[m].config), model, err);
+    if (i == LLMPARI_COUNT(known))
+        return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "model \"%.60s\" is not known; known: llama-3-8b, llama-3-70b, llama-3-405b, mixtral-8x7b, qwen3-30b-a3b, qwen2-57b-a14b", name);
     memset(model, 0, sizeof *model);
     snprintf(model->architecture, sizeof model->architecture, "LlamaForCausalLM");
     model->layers       = known[i].layers;
@@ -8761,21 +8882,55 @@ LLMPAR_DEF llmpar_status llmpar_model_preset(const char *name, llmpar_model *mod
     return llmpar_model_check(model, err);
 }
 
-// Parameters of one layer, and of the whole model; false when they do not fit in int64_t.
-LLMPARI_FN bool llmpari_model_count(const llmpar_model *model, int64_t *parameters) {
+LLMPAR_DEF bool llmpar_model_sparse(const llmpar_model *model, int64_t layer) {
+    const int64_t step = model->sparse_step > 0 ? model->sparse_step : 1;
+    if (model->n_experts < 1 || (layer + 1) % step != 0) return false;
+    return layer >= LLMPAR_MAX_DENSE || !(model->dense[layer / 64] >> (layer % 64) & 1);
+}
+
+LLMPAR_DEF int64_t llmpar_model_sparse_layers(const llmpar_model *model) {
+    const int64_t named = llmpari_min(model->layers, LLMPAR_MAX_DENSE), step = model->sparse_step > 0 ? model->sparse_step : 1;
+    int64_t sparse = model->n_experts > 0 ? model->layers / step - named / step : 0;       // layers past those that dense[] knows
+    for (int64_t layer = 0; layer < named; layer++) sparse += llmpar_model_sparse(model, layer);
+    return sparse;
+}
+
+// What a layer has instead of the dense MLP; one expert's part of it.
+LLMPARI_FN bool llmpari_weight_is_sparse(int kind) { return kind >= LLMPAR_W_ROUTER && kind <= LLMPAR_W_SHARED_SCALE; }
+LLMPARI_FN bool llmpari_weight_is_expert(int kind) { return kind >= LLMPAR_W_EXPERT_GATE && kind <= LLMPAR_W_EXPERT_DOWN; }
+LLMPARI_FN bool llmpari_weight_is_dense (int kind) { return kind >= LLMPAR_W_GATE && kind <= LLMPAR_W_DOWN_BIAS; }
+
+// Parameters of the whole model, with `experts` of a sparse layer's; false when they do not fit in int64_t.
+LLMPARI_FN bool llmpari_model_count(const llmpar_model *model, int64_t experts, int64_t *parameters) {
+    const int64_t sparse = llmpar_model_sparse_layers(model);
     int64_t total = 0;
     for (int kind = 0; kind < LLMPAR_W_COUNT; kind++) {
         llmpar_tensor weight;
         bool per_layer = kind != LLMPAR_W_EMBED && kind != LLMPAR_W_FINAL_NORM && kind != LLMPAR_W_HEAD;
-        int64_t elements = per_layer ? model->layers : 1;
+        int64_t elements = !per_layer ? 1 : llmpari_weight_is_sparse(kind) ? sparse : llmpari_weight_is_dense(kind) ? model->layers - sparse : model->layers;
         if (!llmpar_model_has(model, (llmpar_weight_kind)kind)) continue;
         llmpar_model_weight(model, (llmpar_weight_kind)kind, &weight);
+        if (llmpari_weight_is_expert(kind)) weight.dim[0].size = experts;
         for (int d = 0; d < weight.n_dims; d++) if (!llmpari_mul(elements, weight.dim[d].size, &elements)) return false;
         if (elements > INT64_MAX - total) return false;
         total += elements;
     }
     *parameters = total;
     return true;
+}
+
+// The numbers of the experts, where there are some.
+LLMPARI_FN llmpar_status llmpari_model_check_experts(const llmpar_model *model, llmpar_error *err) {
+    if (model->n_experts < 0 || model->n_experts > INT32_MAX)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "model: n_experts=%lld; expected 0 (dense) to %lld", (long long)model->n_experts, (long long)INT32_MAX);
+    if (model->n_experts == 0) return LLMPAR_OK;
+    if (model->expert_intermediate < 1 || model->expert_intermediate > INT32_MAX || model->shared_intermediate < 0 || model->shared_intermediate > INT32_MAX || model->sparse_step < 0)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "model: expert_intermediate=%lld, shared_intermediate=%lld, sparse_step=%lld; expected 1 and more, 0 and more, 0 and more",
+                            (long long)model->expert_intermediate, (long long)model->shared_intermediate, (long long)model->sparse_step);
+    if (model->route.n_experts != model->n_experts || model->route.k < 1 || model->route.k > model->n_experts)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "model: route.k=%d of route.n_experts=%d experts, n_experts=%lld; expected 1 to n_experts of as many", (int)model->route.k,
+                            (int)model->route.n_experts, (long long)model->n_experts);
+    return LLMPAR_OK;
 }
 
 LLMPAR_DEF llmpar_status llmpar_model_check(const llmpar_model *model, llmpar_error *err) {
@@ -8816,7 +8971,8 @@ LLMPAR_DEF llmpar_status llmpar_model_check(const llmpar_model *model, llmpar_er
         return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "model: dtype %s; weights are f32, bf16 or f16", llmpar_dtype_name(model->dtype));
     if (model->n_eos < 0 || model->n_eos > LLMPAR_MAX_EOS)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "model: n_eos=%d; expected 0 to %d", (int)model->n_eos, LLMPAR_MAX_EOS);
-    if (!llmpari_model_count(model, &parameters) || !llmpari_mul(parameters, 4, &bytes))
+    LLMPARI_TRY(llmpari_model_check_experts(model, err));
+    if (!llmpari_model_count(model, model->n_experts, &parameters) || !llmpari_mul(parameters, 4, &bytes))
         return LLMPARI_FAIL(err, LLMPAR_OVERFLOW,
                             "model: layers=%lld, hidden=%lld, intermediate=%lld, vocabulary=%lld make more weights than 64 bits can count",
                             (long long)model->layers, (long long)model->hidden, (long long)model->intermediate, (long long)model->vocabulary);
@@ -8842,12 +8998,13 @@ LLMPAR_DEF void llmpar_rope_frequencies(const llmpar_rope_scaling *rope, int64_t
 
 // ---- weights of a model
 
-// One row per llmpar_weight_kind: the name in graphs, and a letter per dim.
+// One row per llmpar_weight_kind: the name in graphs, and its dims: a capital letter each, with what follows in lower case.
 static const struct { const char *name, *dims; } llmpari_weights[LLMPAR_W_COUNT] = {
     { "embed", "VH" }, { "attn_norm", "H" }, { "mlp_norm", "H" }, { "final_norm", "H" },
     { "wq", "NDH" }, { "wk", "KDH" }, { "wv", "KDH" }, { "wo", "HND" }, { "bq", "ND" }, { "bk", "KD" }, { "bv", "KD" }, { "bo", "H" },
     { "q_norm", "D" }, { "k_norm", "D" },
     { "wgate", "IH" }, { "wup", "IH" }, { "wdown", "HI" }, { "bgate", "I" }, { "bup", "I" }, { "bdown", "H" },
+    { "wr", "EH" }, { "egate", "EJH" }, { "eup", "EJH" }, { "edown", "EHJ" }, { "sgate", "JsH" }, { "sup", "JsH" }, { "sdown", "HJs" }, { "sscale", "H" },
     { "head", "VH" },
 };
 
@@ -8860,7 +9017,11 @@ LLMPAR_DEF bool llmpar_model_has(const llmpar_model *model, llmpar_weight_kind k
     case LLMPAR_W_Q_BIAS: case LLMPAR_W_K_BIAS: case LLMPAR_W_V_BIAS: return model->qkv_bias;
     case LLMPAR_W_O_BIAS: return model->o_bias;
     case LLMPAR_W_Q_NORM: case LLMPAR_W_K_NORM: return model->qk_norm;
-    case LLMPAR_W_GATE_BIAS: case LLMPAR_W_UP_BIAS: case LLMPAR_W_DOWN_BIAS: return model->mlp_bias;
+    case LLMPAR_W_GATE: case LLMPAR_W_UP: case LLMPAR_W_DOWN: return llmpar_model_sparse_layers(model) < model->layers;
+    case LLMPAR_W_GATE_BIAS: case LLMPAR_W_UP_BIAS: case LLMPAR_W_DOWN_BIAS: return model->mlp_bias && llmpar_model_sparse_layers(model) < model->layers;
+    case LLMPAR_W_ROUTER: case LLMPAR_W_EXPERT_GATE: case LLMPAR_W_EXPERT_UP: case LLMPAR_W_EXPERT_DOWN: return llmpar_model_sparse_layers(model) > 0;
+    case LLMPAR_W_SHARED_GATE: case LLMPAR_W_SHARED_UP: case LLMPAR_W_SHARED_DOWN: return model->shared_intermediate > 0 && llmpar_model_sparse_layers(model) > 0;
+    case LLMPAR_W_SHARED_SCALE: return model->shared_gate && model->shared_intermediate > 0 && llmpar_model_sparse_layers(model) > 0;
     case LLMPAR_W_HEAD: return !model->tied_head;
     default: return (int)kind >= 0 && kind < LLMPAR_W_COUNT;
     }
@@ -8872,14 +9033,17 @@ LLMPAR_DEF void llmpar_model_weight(const llmpar_model *model, llmpar_weight_kin
     weight->dtype    = model->dtype;
     if ((int)kind < 0 || kind >= LLMPAR_W_COUNT) return;
     llmpari_name_set(weight->name, llmpari_weights[kind].name, strlen(llmpari_weights[kind].name));
-    for (const char *letter = llmpari_weights[kind].dims; *letter; letter++) {
+    for (const char *letter = llmpari_weights[kind].dims, *next; *letter; letter = next) {
         llmpar_dim *dim = &weight->dim[weight->n_dims++];
-        llmpari_name_set(dim->name, letter, 1);
+        next = letter + (letter[1] == 's' ? 2 : 1);
+        llmpari_name_set(dim->name, letter, (size_t)(next - letter));
         switch (*letter) {
         case 'V': dim->size = model->vocabulary;   break;
         case 'H': dim->size = model->hidden;       break;
         case 'I': dim->size = model->intermediate; break;
         case 'D': dim->size = model->head_dim;     break;
+        case 'E': dim->size = model->n_experts;    break;
+        case 'J': dim->size = letter[1] == 's' ? model->shared_intermediate : model->expert_intermediate; break;
         case 'N': dim->size = model->n_heads;    dim->split.kind = LLMPAR_SPLIT_QUERY_HEADS; break;
         case 'K': dim->size = model->n_kv_heads; dim->split.kind = LLMPAR_SPLIT_KV_HEADS;    break;
         default: break;
@@ -8888,21 +9052,22 @@ LLMPAR_DEF void llmpar_model_weight(const llmpar_model *model, llmpar_weight_kin
     }
 }
 
-// Copies a pattern with '#' replaced by the layer; `drop` bytes are left out at its start. false: name is too small.
-LLMPARI_FN bool llmpari_expand_name(const char *pattern, size_t drop, int64_t layer, char name[LLMPAR_TENSOR_NAME]) {
+// Copies a pattern with '#' replaced by the layer and '@' by the expert; `drop` bytes are left out at its start. false: name is too small.
+LLMPARI_FN bool llmpari_expand_name(const char *pattern, size_t drop, int64_t layer, int64_t expert, char name[LLMPAR_TENSOR_NAME]) {
     int at = 0;
     name[0] = 0;
     for (pattern += drop; *pattern; pattern++) {
-        if (*pattern == '#') llmpari_append(name, LLMPAR_TENSOR_NAME, &at, "%lld", (long long)layer);
+        if (*pattern == '#' || *pattern == '@') llmpari_append(name, LLMPAR_TENSOR_NAME, &at, "%lld", (long long)(*pattern == '#' ? layer : expert));
         else llmpari_append(name, LLMPAR_TENSOR_NAME, &at, "%c", *pattern);
     }
     return at < LLMPAR_TENSOR_NAME;
 }
 
-LLMPAR_DEF bool llmpar_model_tensor_name(const llmpar_model *model, llmpar_weight_kind kind, int64_t layer, int choice,
+LLMPAR_DEF bool llmpar_model_tensor_name(const llmpar_model *model, llmpar_weight_kind kind, int64_t layer, int64_t expert, int choice,
                                          char name[LLMPAR_TENSOR_NAME], int64_t *row_offset, int64_t *file_rows) {
     const llmpari_architecture *architecture = llmpari_architecture_find(model->architecture);
     const int64_t q = model->n_heads * model->head_dim, kv = model->n_kv_heads * model->head_dim, gate = model->intermediate;
+    const int64_t e = model->n_experts, j = model->expert_intermediate;
     const char *pattern = NULL;
     size_t drop = 0;
     bool fused = false;
@@ -8916,26 +9081,36 @@ LLMPAR_DEF bool llmpar_model_tensor_name(const llmpar_model *model, llmpar_weigh
         drop    = i % 2 == 1 ? 6 : 0;
         fused   = i >= 2;
     }
-    if (choice < 0 || !pattern || !llmpari_expand_name(pattern, drop, layer, name)) return false;
-    *row_offset = 0;
+    if (choice < 0 || !pattern || !llmpari_expand_name(pattern, drop, layer, expert, name)) return false;
+    int64_t rows = model->hidden, offset = 0, all = 0;                                     // of its own tensor; in a fused one
     switch (kind) {
-    case LLMPAR_W_Q: case LLMPAR_W_Q_BIAS: *file_rows = q; break;
-    case LLMPAR_W_K: case LLMPAR_W_K_BIAS: *file_rows = kv; *row_offset = q; break;
-    case LLMPAR_W_V: case LLMPAR_W_V_BIAS: *file_rows = kv; *row_offset = q + kv; break;
-    case LLMPAR_W_GATE: case LLMPAR_W_GATE_BIAS: *file_rows = gate; break;
-    case LLMPAR_W_UP: case LLMPAR_W_UP_BIAS: *file_rows = gate; *row_offset = gate; break;
-    case LLMPAR_W_EMBED: case LLMPAR_W_HEAD: *file_rows = model->vocabulary; break;
-    case LLMPAR_W_Q_NORM: case LLMPAR_W_K_NORM: *file_rows = model->head_dim; break;
-    default: *file_rows = model->hidden; break;
+    case LLMPAR_W_Q: case LLMPAR_W_Q_BIAS: rows = q; all = q + 2 * kv; break;
+    case LLMPAR_W_K: case LLMPAR_W_K_BIAS: rows = kv; offset = q; all = q + 2 * kv; break;
+    case LLMPAR_W_V: case LLMPAR_W_V_BIAS: rows = kv; offset = q + kv; all = q + 2 * kv; break;
+    case LLMPAR_W_GATE: case LLMPAR_W_GATE_BIAS: rows = gate; all = 2 * gate; break;
+    case LLMPAR_W_UP: case LLMPAR_W_UP_BIAS: rows = offset = gate; all = 2 * gate; break;
+    case LLMPAR_W_EMBED: case LLMPAR_W_HEAD: rows = model->vocabulary; break;
+    case LLMPAR_W_Q_NORM: case LLMPAR_W_K_NORM: rows = model->head_dim; break;
+    case LLMPAR_W_ROUTER: rows = all = e; break;
+    case LLMPAR_W_EXPERT_GATE: rows = j; offset = 2 * expert * j; all = 2 * e * j; break;
+    case LLMPAR_W_EXPERT_UP:   rows = j; offset = 2 * expert * j + j; all = 2 * e * j; break;
+    case LLMPAR_W_EXPERT_DOWN: offset = expert * rows; all = e * rows; break;
+    case LLMPAR_W_SHARED_GATE: case LLMPAR_W_SHARED_UP: rows = model->shared_intermediate; break;
+    case LLMPAR_W_SHARED_SCALE: rows = 1; break;                                           // [1, H]
+    default: break;
     }
-    if (fused) *file_rows = kind == LLMPAR_W_GATE || kind == LLMPAR_W_UP || kind == LLMPAR_W_GATE_BIAS || kind == LLMPAR_W_UP_BIAS ? 2 * gate : q + 2 * kv;
-    else *row_offset = 0;
+    *row_offset = fused ? offset : 0;
+    *file_rows  = fused ? all : rows;
     return true;
 }
 
 LLMPAR_DEF int64_t llmpar_model_parameters(const llmpar_model *model) {
     int64_t parameters = INT64_MAX;
-    return llmpari_model_count(model, &parameters) ? parameters : INT64_MAX;
+    return llmpari_model_count(model, model->n_experts, &parameters) ? parameters : INT64_MAX;
+}
+LLMPAR_DEF int64_t llmpar_model_active_parameters(const llmpar_model *model) {
+    int64_t parameters = INT64_MAX;
+    return llmpari_model_count(model, model->n_experts > 0 ? model->route.k : 0, &parameters) ? parameters : INT64_MAX;
 }
 
 // ============================================================================================================
@@ -17810,6 +17985,7 @@ LLMPARI_FN void llmpari_op_rope(void *user, const llmpar_rope_args *g) {
 }
 
 LLMPARI_INLINE float llmpari_silu(float x) { return x / (1.0f + llmpari_exp(-x)); }
+LLMPARI_INLINE float llmpari_sigmoid(float x) { return 1.0f / (1.0f + llmpari_exp(-x)); }
 LLMPARI_INLINE float llmpari_gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
 // x / 2 * (1 + tanh(u)) = x / (1 + e^-2u) with u = sqrt(2 / pi) * (x + 0.044715 x^3)
 LLMPARI_INLINE float llmpari_gelu_tanh(float x) { return x / (1.0f + llmpari_exp(-1.59576912160573071f * (x + 0.044715f * x * x * x))); }
@@ -17825,6 +18001,7 @@ LLMPARI_FN void llmpari_activate(llmpar_activation kind, int64_t n, const float 
     case LLMPAR_EXP:       LLMPARI_EACH(llmpari_exp(x[i]));       break;
     case LLMPAR_SQUARE:    LLMPARI_EACH(x[i] * x[i]);             break;
     case LLMPAR_NEGATE:    LLMPARI_EACH(-x[i]);                   break;
+    case LLMPAR_SIGMOID:   LLMPARI_EACH(llmpari_sigmoid(x[i]));   break;
     }
 #undef LLMPARI_EACH
 }
