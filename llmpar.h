@@ -748,7 +748,7 @@ LLMPAR_DEF int llmpar_plan_traffic(const llmpar_plan *plan, int32_t rank, llmpar
 LLMPAR_DEF llmpar_status llmpar_explain(const llmpar_plan *plan, llmpar_sink sink, llmpar_error *err);
 
 // ============================================================================================================
-// >>model   a transformer's description, from config.json or by name           (uses: base, shard)
+// >>model   a transformer's description, from config.json or by name           (uses: base, shard, route)
 // ============================================================================================================
 // One struct describes a model to the planner, the graph builder, the weight loader and the examples. Letters: B batch, S sequence, H hidden,
 // I intermediate, N query heads, K kv heads, D head dim, V vocabulary, L layers; E experts, J and Js intermediate of an expert and of the shared one.
@@ -788,8 +788,8 @@ typedef struct llmpar_model {
 
 // text[bytes] = config.json (no terminating 0 needed); allocates nothing. Keys that are absent get the defaults of Hugging Face's config class;
 // absent num_key_value_heads = n_heads (with experts: the class's); layers, hidden, intermediate, heads and vocabulary must be there. intermediate_size of Mixtral is
-// its experts': intermediate and expert_intermediate get it. Members that are not read are checked for syntax and skipped. Errors name line, column, key, what was found and what is expected; an unknown architecture, rope type or activation gets the
-// list of known ones.
+// its experts': intermediate and expert_intermediate get it. Members that are not read are checked for syntax and skipped. Errors name line, column, key, what was found and
+// what is expected; an unknown architecture, rope type or activation gets the list of known ones.
 LLMPAR_DEF llmpar_status llmpar_model_parse(const char *text, size_t bytes, llmpar_model *model, llmpar_error *err);
 // "llama-3-8b", "llama-3-70b", "llama-3-405b"; "mixtral-8x7b", "qwen3-30b-a3b", "qwen2-57b-a14b": the figures of their published config.json (huggingface.co:
 // mistralai/Mixtral-8x7B-v0.1, Qwen/Qwen3-30B-A3B, Qwen/Qwen2-57B-A14B).
@@ -1338,13 +1338,13 @@ LLMPAR_DEF const char   *llmpar_checkpoint_file(const llmpar_checkpoint *checkpo
 LLMPAR_DEF int64_t       llmpar_checkpoint_bytes_read(const llmpar_checkpoint *checkpoint);   // by pread so far; headers, config and index included
 
 // Reads rank's block of `weight` from file tensor `name` into dst, converting between f32, bf16 and f16. The file tensor must have file_rows rows
-// (its dim 0), of which the weight's begin at row_offset; its dims are products of the weight's in order: wq[N, D, H] in [N*D, H], wo[H, N, D] in [H,
+// (its dim 0, or its first dims together), of which the weight's begin at row_offset; its dims are products of the weight's in order: wq[N, D, H] in [N*D, H], wo[H, N, D] in [H,
 // N*D]. dst holds llmpar_tensor_local_elements(weight, mesh, rank) elements of dtype, row-major; nothing is written for an empty block. A failed read
 // leaves dst undefined. Blocks. Not thread-safe on one checkpoint: each rank opens its own.
 LLMPAR_DEF llmpar_status llmpar_checkpoint_read(llmpar_checkpoint *checkpoint, const char *name, int64_t row_offset, int64_t file_rows, const llmpar_tensor *weight,
                                                 const llmpar_mesh *mesh, int32_t rank, void *dst, llmpar_dtype dtype, llmpar_error *err);
 // The same for a weight of the model, found by the architecture's table (own tensor or part of a fused one). layer is ignored for embed, final norm
-// and head.
+// and head. Of experts' weights [E, ..] only the experts in rank's block are looked for and read, each from its own tensor or from its rows of the one of all.
 LLMPAR_DEF llmpar_status llmpar_checkpoint_read_weight(llmpar_checkpoint *checkpoint, llmpar_weight_kind kind, int64_t layer, const llmpar_tensor *weight,
                                                        const llmpar_mesh *mesh, int32_t rank, void *dst, llmpar_dtype dtype, llmpar_error *err);
 
@@ -8822,15 +8822,14 @@ typedef enum llmpari_switch { LLMPARI_OFF, LLMPARI_ON, LLMPARI_CONFIG, LLMPARI_C
                                                                                            // CONFIG_ON: as qkv_bias says, default true
 typedef enum llmpari_window { LLMPARI_WINDOW_NONE, LLMPARI_WINDOW_ALL, LLMPARI_WINDOW_SWITCH, LLMPARI_WINDOW_LAYERS } llmpari_window;
 typedef struct llmpari_moe_defaults {      // of an architecture with experts
-    const char *route;             // llmpar_route_preset's name
     bool    own_sizes;             // experts have moe_intermediate_size, and layers may be dense; else intermediate_size is theirs, and all layers are sparse
-    int64_t n_experts, per_token, intermediate, shared;
+    int64_t n_experts, intermediate, shared;
     int64_t n_kv_heads;
     double  eps, theta;
 } llmpari_moe_defaults;
-static const llmpari_moe_defaults llmpari_moe_mixtral = { "mixtral",   false,   8, 2,    0,    0,  8, 1e-5, 1e6 };
-static const llmpari_moe_defaults llmpari_moe_qwen2   = { "qwen2-moe", true,   60, 4, 1408, 5632, 16, 1e-6, 1e4 };
-static const llmpari_moe_defaults llmpari_moe_qwen3   = { "qwen3-moe", true,  128, 8,  768,    0,  4, 1e-6, 1e4 };
+static const llmpari_moe_defaults llmpari_moe_mixtral = { false,   8,    0,    0,  8, 1e-5, 1e6 };
+static const llmpari_moe_defaults llmpari_moe_qwen2   = { true,   60, 1408, 5632, 16, 1e-6, 1e4 };
+static const llmpari_moe_defaults llmpari_moe_qwen3   = { true,  128,  768,    0,  4, 1e-6, 1e4 };
 typedef struct llmpari_architecture {
     const char *name, *model_type;
     const llmpari_weight_names *names;
@@ -9130,26 +9129,31 @@ LLMPARI_FN llmpar_status llmpari_config_dense_layers(llmpari_config *config, llm
 // Number of experts, of those that a token chooses, and their sizes; which layers have them.
 LLMPARI_FN llmpar_status llmpari_config_moe(llmpari_config *config, const llmpari_moe_defaults *moe, llmpar_model *model) {
     int key = moe->own_sizes ? LLMPARI_C_EXPERTS : LLMPARI_C_LOCAL_EXPERTS;                // either name is known to both, by Hugging Face's attribute_map
-    int64_t k = 0;
-    bool renormalise = !moe->own_sizes;
+    llmpar_route_config route;
+    llmpar_error found;
+    bool renormalise = false;
     if (!llmpari_config_given(config, key)) key = moe->own_sizes ? LLMPARI_C_LOCAL_EXPERTS : LLMPARI_C_EXPERTS;
+    memset(&route, 0, sizeof route);
     model->sparse_step         = 1;
     model->expert_intermediate = model->intermediate;
     LLMPARI_TRY(llmpari_config_int(config, key, moe->own_sizes ? 0 : 1, moe->n_experts, &model->n_experts));
     if (model->n_experts == 0) { model->expert_intermediate = 0; return LLMPAR_OK; }       // every layer is dense
-    LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_PER_TOKEN, 1, moe->per_token, &k));
-    if (k > model->n_experts)
-        return LLMPARI_JSON_FAIL(&config->json, config->value[LLMPARI_C_PER_TOKEN].at, LLMPAR_BAD_FILE,
-                                 "num_experts_per_tok=%lld of %s=%lld experts; a token cannot choose more than there are", (long long)k, config->keys[key], (long long)model->n_experts);
+    if (llmpari_config_given(config, LLMPARI_C_PER_TOKEN)) LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_PER_TOKEN, 1, LLMPARI_REQUIRED, &route.k));
     if (moe->own_sizes) {
         LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_EXPERT_INTERMEDIATE, 1, moe->intermediate, &model->expert_intermediate));
         if (moe->shared) LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_SHARED_INTERMEDIATE, 1, moe->shared, &model->shared_intermediate));
         model->shared_gate = model->shared_intermediate > 0;
         LLMPARI_TRY(llmpari_config_bool(config, LLMPARI_C_NORM_TOPK, false, &renormalise));
+        if (llmpari_config_given(config, LLMPARI_C_NORM_TOPK)) route.norm_topk_prob = renormalise ? 1 : -1;
         LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_SPARSE_STEP, 1, 1, &model->sparse_step));
         LLMPARI_TRY(llmpari_config_dense_layers(config, model));
     }
-    return llmpari_model_route(model, moe, k, renormalise, config->json.err);
+    route.architecture = model->architecture;
+    route.n_experts    = model->n_experts;
+    if (llmpar_route_configure(&route, &model->route, &found))
+        return LLMPARI_JSON_FAIL(&config->json, config->value[LLMPARI_C_PER_TOKEN].at, found.status == LLMPAR_BAD_ARGUMENT ? LLMPAR_BAD_FILE : found.status,
+                                 "%.400s", found.text);
+    return LLMPAR_OK;
 }
 
 // The same with a name for the messages: a path.
@@ -9287,9 +9291,9 @@ LLMPARI_FN llmpar_status llmpari_model_check_experts(const llmpar_model *model, 
     if (model->expert_intermediate < 1 || model->expert_intermediate > INT32_MAX || model->shared_intermediate < 0 || model->shared_intermediate > INT32_MAX || model->sparse_step < 0)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "model: expert_intermediate=%lld, shared_intermediate=%lld, sparse_step=%lld; expected 1 and more, 0 and more, 0 and more",
                             (long long)model->expert_intermediate, (long long)model->shared_intermediate, (long long)model->sparse_step);
-    if (model->route.n_experts != model->n_experts || model->route.k < 1 || model->route.k > model->n_experts)
-        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "model: route.k=%d of route.n_experts=%d experts, n_experts=%lld; expected 1 to n_experts of as many", (int)model->route.k,
-                            (int)model->route.n_experts, (long long)model->n_experts);
+    if (model->route.n_experts != model->n_experts)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "model: route.n_experts=%d, n_experts=%lld; both must say the same", (int)model->route.n_experts, (long long)model->n_experts);
+    LLMPARI_TRY(llmpar_route_check(&model->route, err));
     return LLMPAR_OK;
 }
 
@@ -9470,7 +9474,7 @@ LLMPAR_DEF int64_t llmpar_model_parameters(const llmpar_model *model) {
 }
 LLMPAR_DEF int64_t llmpar_model_active_parameters(const llmpar_model *model) {
     int64_t parameters = INT64_MAX;
-    return llmpari_model_count(model, model->n_experts > 0 ? model->route.k : 0, &parameters) ? parameters : INT64_MAX;
+    return llmpari_model_count(model, model->n_experts > 0 ? llmpari_max(model->route.k, 1) : 0, &parameters) ? parameters : INT64_MAX;
 }
 
 // ============================================================================================================
@@ -17427,17 +17431,17 @@ LLMPAR_DEF const llmpar_file_tensor *llmpar_checkpoint_find(const llmpar_checkpo
 LLMPARI_FN llmpar_status llmpari_weight_fits(const llmpar_checkpoint *checkpoint, const llmpar_file_tensor *tensor, int64_t row_offset,
                                              int64_t file_rows,
                                              const llmpar_tensor *weight, int64_t *base, llmpar_error *err) {
-    int64_t row = 1, elements = llmpar_tensor_elements(weight), sizes[LLMPAR_MAX_DIMS], need[LLMPAR_MAX_DIMS] = { 0 };
+    int64_t row = 1, rows = 1, elements = llmpar_tensor_elements(weight), sizes[LLMPAR_MAX_DIMS];
     char found[200], expected[200], wanted[200];
-    int d = 0;
-    for (int i = 1; i < tensor->n_dims; i++) { row *= tensor->dim[i]; need[i] = tensor->dim[i]; }   // fits: the header's check multiplied them all
-    int64_t rows = tensor->n_dims ? tensor->dim[0] : 1, own = row > 0 && elements % row == 0 ? elements / row : -1;
+    int d = 0, lead = 0;
+    do rows *= tensor->n_dims ? tensor->dim[lead] : 1; while (++lead < tensor->n_dims && rows < file_rows && rows > 0);   // the first dims that make file_rows together
+    for (int i = lead; i < tensor->n_dims; i++) row *= tensor->dim[i];                     // fits: the header's check multiplied them all
+    const int64_t own = row > 0 && elements % row == 0 ? elements / row : -1;
     bool ok = own > 0 && rows == file_rows && row_offset >= 0 && row_offset <= rows - own;
-    need[0] = own;
-    for (int i = 0; i < tensor->n_dims && ok; i++) {
-        int64_t product = 1;
-        while (product < need[i] && d < weight->n_dims) product *= weight->dim[d++].size;
-        ok = product == need[i];
+    for (int i = lead - 1; i < tensor->n_dims && ok; i++) {
+        int64_t product = 1, need = i < lead ? own : tensor->dim[i];
+        while (product < need && d < weight->n_dims) product *= weight->dim[d++].size;
+        ok = product == need;
     }
     for (; d < weight->n_dims && ok; d++) ok = weight->dim[d].size == 1;
     *base = row_offset * row;
@@ -17540,22 +17544,53 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_read(llmpar_checkpoint *checkpoint, c
     return status;
 }
 
-LLMPAR_DEF llmpar_status llmpar_checkpoint_read_weight(llmpar_checkpoint *checkpoint, llmpar_weight_kind kind, int64_t layer,
-                                                       const llmpar_tensor *weight,
-                                                       const llmpar_mesh *mesh, int32_t rank, void *dst, llmpar_dtype dtype, llmpar_error *err) {
-    char name[LLMPAR_TENSOR_NAME], tried[500] = "";
+// One expert's part of a weight [E, ..]: the other dims, sharded as they are.
+LLMPARI_FN llmpar_tensor llmpari_weight_of_expert(const llmpar_tensor *weight) {
+    llmpar_tensor part = *weight;
+    part.n_dims--;
+    for (int d = 0; d < part.n_dims; d++) part.dim[d] = weight->dim[d + 1];
+    for (int a = 0; a < LLMPAR_MAX_AXES; a++) {
+        if (part.sharding.dim[a] == 0) part.sharding.dim[a] = LLMPAR_REPLICATED, part.sharding.order[a] = 0;
+        else if (part.sharding.dim[a] > 0) part.sharding.dim[a]--;
+    }
+    return part;
+}
+
+// Of an expert's weight the part of expert `expert`; of another one the whole, with -1.
+LLMPARI_FN llmpar_status llmpari_read_named(llmpar_checkpoint *checkpoint, llmpar_weight_kind kind, int64_t layer, int64_t expert, const llmpar_tensor *weight,
+                                            const llmpar_mesh *mesh, int32_t rank, void *dst, llmpar_dtype dtype, llmpar_error *err) {
+    char name[LLMPAR_TENSOR_NAME], tried[500] = "", which[40] = "";
     int64_t row_offset, file_rows;
     int at = 0;
-    for (int choice = 0; llmpar_model_tensor_name(&checkpoint->model, kind, layer, choice, name, &row_offset, &file_rows); choice++) {
+    for (int choice = 0; llmpar_model_tensor_name(&checkpoint->model, kind, layer, expert, choice, name, &row_offset, &file_rows); choice++) {
         if (llmpar_checkpoint_find(checkpoint, name))
             return llmpar_checkpoint_read(checkpoint, name, row_offset, file_rows, weight, mesh, rank, dst, dtype, err);
         llmpari_append(tried, sizeof tried, &at, "%s\"%s\"", choice ? ", " : "", name);
     }
     const char *remedy = !at ? "no name: the architecture has no such weight"
         : kind == LLMPAR_W_HEAD ? "; is \"tie_word_embeddings\": true missing in config.json?" : "";
-    return LLMPARI_FAIL(err, LLMPAR_BAD_FILE, "weight %s (layer %lld) is not in the checkpoint (%.250s); expected one of %s%s",
-                        llmpar_weight_name(kind), (long long)layer,
+    if (expert >= 0) snprintf(which, sizeof which, ", expert %lld", (long long)expert);
+    return LLMPARI_FAIL(err, LLMPAR_BAD_FILE, "weight %s (layer %lld%s) is not in the checkpoint (%.250s); expected one of %s%s",
+                        llmpar_weight_name(kind), (long long)layer, which,
                         checkpoint->n_files ? checkpoint->file[0].path : "no file", tried, remedy);
+}
+
+LLMPAR_DEF llmpar_status llmpar_checkpoint_read_weight(llmpar_checkpoint *checkpoint, llmpar_weight_kind kind, int64_t layer,
+                                                       const llmpar_tensor *weight,
+                                                       const llmpar_mesh *mesh, int32_t rank, void *dst, llmpar_dtype dtype, llmpar_error *err) {
+    if (!llmpari_weight_is_expert((int)kind)) return llmpari_read_named(checkpoint, kind, layer, -1, weight, mesh, rank, dst, dtype, err);
+    LLMPARI_TRY(llmpar_tensor_check(weight, mesh, err));
+    if (weight->n_dims < 1 || weight->dim[0].size != checkpoint->model.n_experts)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "weight %s begins with a dim of %lld; expected the model's %lld experts", weight->name,
+                            (long long)(weight->n_dims ? weight->dim[0].size : 0), (long long)checkpoint->model.n_experts);
+    if (llmpar_sharding_partial(&weight->sharding))
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "weight %s holds partial sums; a file holds values: make it replicated or sharded", weight->name);
+    const llmpar_tensor part = llmpari_weight_of_expert(weight);
+    const llmpar_range experts = llmpar_tensor_local(weight, mesh, rank, 0);
+    const int64_t bytes = llmpar_tensor_local_elements(&part, mesh, rank) * llmpar_dtype_bytes(dtype);
+    for (int64_t e = 0; e < experts.count && bytes > 0; e++)
+        LLMPARI_TRY(llmpari_read_named(checkpoint, kind, layer, experts.first + e, &part, mesh, rank, dst ? (char *)dst + e * bytes : NULL, dtype, err));
+    return LLMPAR_OK;
 }
 LLMPARI_ONCE_END
 // ============================================================================================================
@@ -21143,7 +21178,7 @@ LLMPARI_FN llmpar_dtype llmpari_engine_file_dtype(const llmpar_engine *e, const 
         const llmpar_file_tensor *found = NULL;
         char name[LLMPAR_TENSOR_NAME];
         int64_t offset, rows;
-        for (int choice = 0; !found && llmpar_model_tensor_name(&e->model, kind, layer, choice, name, &offset, &rows); choice++)
+        for (int choice = 0; !found && llmpar_model_tensor_name(&e->model, kind, layer, 0, choice, name, &offset, &rows); choice++)
             found = llmpar_checkpoint_find(checkpoint, name);
         if (!found || found->dtype > LLMPAR_F16 || (layer > first && found->dtype != dtype)) return LLMPAR_F32;
         dtype = found->dtype;

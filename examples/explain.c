@@ -111,7 +111,7 @@ static void model(const char *name, bool names) {
         llmpar_pin(&g, llmpar_find(&g, tensor), form);
     }
     for (const llmpar_node *n = g.node; n < g.node + g.n_nodes && names; n++)
-        if (n->tag >= 0 && llmpar_model_tensor_name(&m, (llmpar_weight_kind)n->tag, 0, 0, text, &row, &rows)) printf("  %-10s %s\n", n->tensor.name, text);
+        if (n->tag >= 0 && llmpar_model_tensor_name(&m, (llmpar_weight_kind)n->tag, 0, 0, 0, text, &row, &rows)) printf("  %-10s %s\n", n->tensor.name, text);
 }
 int main(int argc, char **argv) {
     llmpar_arena arena = LLMPAR_ZERO; llmpar_mesh mesh; llmpar_plan plan; char *text = NULL, spaced[64];

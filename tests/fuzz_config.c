@@ -37,7 +37,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         int64_t row, rows;
         llmpar_model_weight(&model, (llmpar_weight_kind)kind, &weight);
         FUZZ_CHECK(weight.n_dims > 0 && llmpar_tensor_elements(&weight) > 0);
-        for (int choice = 0; llmpar_model_tensor_name(&model, (llmpar_weight_kind)kind, model.layers - 1, choice, name, &row, &rows); choice++)
+        for (int choice = 0; llmpar_model_tensor_name(&model, (llmpar_weight_kind)kind, model.layers - 1, model.n_experts - 1, choice, name, &row, &rows); choice++)
             FUZZ_CHECK(choice < 4 && row >= 0 && row < rows && strlen(name) < sizeof name);
     }
     if (model.head_dim <= 512) {

@@ -144,7 +144,7 @@ static void pin(llmpar_tensor *w, const llmpar_mesh *mesh) {
 }
 static const char *own_name(const llmpar_model *m, int kind, int64_t layer, char *name) {
     int64_t row, rows;
-    return llmpar_model_tensor_name(m, (llmpar_weight_kind)kind, layer, 0, name, &row, &rows) ? name : "";
+    return llmpar_model_tensor_name(m, (llmpar_weight_kind)kind, layer, 0, 0, name, &row, &rows) ? name : "";
 }
 
 // Reads every weight of one rank as f32 from `path` and compares with the independent reader of `whole`. Returns the bytes of the slices.
