@@ -25,6 +25,7 @@
 //          >>cost     bytes and seconds of collectives and of local work
 //          >>reshard  the cheapest way from one sharding of a tensor to another
 //          >>tree     sums whose bits do not depend on the number of ranks
+//          >>route    expert choice of tokens: router, capacity, losses
 //          >>graph    a transformer written once, on named dims
 //          >>heads    attention heads over any number of ranks
 //          >>solve    which collectives where, exactly; explain
@@ -444,6 +445,68 @@ LLMPAR_DEF int32_t llmpar_tree_pieces(int64_t granules, llmpar_range range, llmp
 // node[n]: nodes next to each other, in order (single granules, or the pieces of one or more ranks). Writes merges[n]; node[] gets what is left on the stack; returns how
 // many those are: one when all granules are there. -1 when something is not a node of the tree or not next to the one before; node[] and merges[] are undefined then.
 LLMPAR_DEF int32_t llmpar_tree_fold(int64_t granules, llmpar_range *node, int32_t n, uint8_t *merges);
+
+// ============================================================================================================
+// >>route   expert choice of tokens: router, capacity, losses                   (uses: base)
+// ============================================================================================================
+// A router turns the logits of a token over E experts into the ids of its k experts and their weights. One desc covers what the published models do.
+//   score     what a logit is worth: p = softmax over all experts, or s = sigmoid(logit), or (CHOSEN) the logit itself, with a softmax over the k chosen as weights
+//   choice    score + correction_bias; with groups only the topk_groups best groups keep theirs; the k largest, ties to the lower id. NaN ranks lowest, behind -infinity
+//   weight    the score without the correction bias, divided by the sum over the chosen if `renormalise`, times scale
+// Ids are always distinct and in [0, E). Weights are never NaN: a NaN logit weighs 0, logits of +infinity share the probability, rows that are all -infinity share it too, and
+// a sum of 0 gives weights of 0. A row's result depends on the row alone, not on the batch it comes in. Scores are f64 (exp within 1e-14); those that agree in 41 bits are ties.
+
+#define LLMPAR_MAX_EXPERTS 2048
+
+typedef enum llmpar_score {
+    LLMPAR_SCORE_SOFTMAX = 0,      // over all experts
+    LLMPAR_SCORE_CHOSEN,           // top-k of the logits, softmax over those (gpt-oss)
+    LLMPAR_SCORE_SIGMOID
+} llmpar_score;
+
+typedef struct llmpar_route_desc {
+    int32_t n_experts;             // E, 1 to LLMPAR_MAX_EXPERTS
+    int32_t k;                     // experts of a token; 0 = 1
+    llmpar_score score;
+    bool    renormalise;
+    int32_t n_groups;              // equal runs of experts; 0 = 1
+    int32_t topk_groups;           // groups that a token may use; 0 = all
+    int32_t group_top;             // a group's score is the sum of so many of its largest choice scores; 0 = 2 with a correction bias, 1 without (DeepSeek's rule)
+    bool    fill_zero;             // experts of the other groups compete with a score of 0 (Hugging Face's DeepSeek), not of -infinity: 0 beats a negative score
+    double  scale;                 // of the weights; 0 = 1
+    double  eps;                   // added to the sum that renormalises, where there is a correction bias
+    bool    scale_input;           // the weight multiplies what goes into the expert (Llama 4), not what comes out: for whoever runs the experts
+    bool    expert_choice;         // experts choose tokens: llmpar_route_experts
+    bool    has_logit_bias;        // the architecture's checkpoints have such biases: for whoever loads them
+    bool    has_correction_bias;
+    const float *logit_bias;       // [E], added to the logits; NULL = none. The desc does not own it
+    const float *correction_bias;  // [E], counts for the choice only; NULL = none
+} llmpar_route_desc;
+
+// The conventions of an architecture, by short name ("mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2", "deepseek-v3", "llama4", "gpt-oss", "switch", "expert-choice") or
+// by Hugging Face's class ("MixtralForCausalLM"), with the published k, groups and scale; n_experts and the biases are left to the caller.
+LLMPAR_DEF llmpar_status llmpar_route_preset(const char *architecture, llmpar_route_desc *desc, llmpar_error *err);
+
+// What config.json says about routing. Zeroed = nothing is said; then Hugging Face's defaults for the class hold.
+typedef struct llmpar_route_config {
+    const char *architecture;      // as for llmpar_route_preset
+    int64_t n_experts;             // num_local_experts, num_experts, n_routed_experts; must be there
+    int64_t k;                     // num_experts_per_tok
+    int64_t n_group, topk_group;
+    double  routed_scaling_factor;
+    int32_t norm_topk_prob;        // 0 = not given, 1 = true, -1 = false
+    const char *scoring_func;      // NULL = not given; "softmax", "sigmoid"
+    const char *topk_method;       // NULL = not given; "greedy", "group_limited_greedy", "noaux_tc"
+} llmpar_route_config;
+LLMPAR_DEF llmpar_status llmpar_route_configure(const llmpar_route_config *config, llmpar_route_desc *desc, llmpar_error *err);
+
+// Errors: sizes out of range, k > E, groups that do not divide E, more groups kept than there are, group_top beyond a group, scale or eps that are negative or not finite.
+LLMPAR_DEF llmpar_status llmpar_route_check(const llmpar_route_desc *desc, llmpar_error *err);
+
+// logits[rows, E] of f32, bf16 or f16 -> ids[rows, k] by falling choice score, weights[rows, k]. pad[rows]: 1 = a padding row, which gets ids of -1 and weights of 0;
+// NULL = none. Allocates nothing; about 64 KiB of stack. Thread-safe.
+LLMPAR_DEF llmpar_status llmpar_route(const llmpar_route_desc *desc, const void *logits, llmpar_dtype dtype, int64_t rows, const uint8_t *pad,
+                                      int32_t *ids, float *weights, llmpar_error *err);
 
 // ============================================================================================================
 // >>graph   a transformer written once; which collectives where, solved exactly (uses: base, mesh, shard, cost, reshard, tree)
@@ -4368,6 +4431,303 @@ LLMPAR_DEF int32_t llmpar_tree_fold(int64_t granules, llmpar_range *node, int32_
         }
     }
     return depth;
+}
+
+// ============================================================================================================
+// >>route (impl)
+// ============================================================================================================
+
+// ---- scores of a row: arrays of doubles whose length is a multiple of 16, so that every element goes through the same vector code and equal logits have equal scores
+
+#define LLMPARI_EXPERT_BITS 11     // of a key: see llmpari_key
+#define LLMPARI_EXPERT_MASK (((int64_t)1 << LLMPARI_EXPERT_BITS) - 1)
+
+typedef struct llmpari_router {    // a checked desc with its defaults filled in
+    llmpar_route_desc desc;
+    int32_t padded;                // n_experts up to a multiple of 16
+    bool    by_logit;              // scores grow with the logits and nothing is added to them: the logits themselves are compared, exactly
+} llmpari_router;
+
+typedef struct llmpari_row {        // arrays are used up to `padded`
+    double  x[LLMPAR_MAX_EXPERTS]; // logits with their bias; NaN behind the last
+    double  p[LLMPAR_MAX_EXPERTS]; // scores, where they are needed
+    double  c[LLMPAR_MAX_EXPERTS]; // what is compared; then the chosen experts' weights
+    int64_t key[LLMPAR_MAX_EXPERTS];
+} llmpari_row;
+
+LLMPARI_FN int64_t llmpari_pad16(int64_t n) { return (n + 15) / 16 * 16; }
+LLMPARI_FN double llmpari_double_of_bits(uint64_t bits) {
+    double d;
+    memcpy(&d, &bits, 8);
+    return d;
+}
+
+// e^x for x <= 0 without branches: x = n ln 2 + r, a polynomial for e^r, 2^n. 0 below -708 and for NaN.
+LLMPARI_FN double llmpari_exp64(double x) {
+    const double t = x > -708.0 ? x : -708.0, shifted = t * 1.4426950408889634 + 6755399441055744.0;   // 1.5 * 2^52: the sum's low bits are the rounded integer
+    const double n = shifted - 6755399441055744.0;
+    const double r = (t - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;            // ln 2 in two parts
+    uint64_t bits;
+    double p = 1.0 / 479001600.0;
+    memcpy(&bits, &shifted, 8);
+    p = p * r + 1.0 / 39916800.0;
+    p = p * r + 1.0 / 3628800.0;
+    p = p * r + 1.0 / 362880.0;
+    p = p * r + 1.0 / 40320.0;
+    p = p * r + 1.0 / 5040.0;
+    p = p * r + 1.0 / 720.0;
+    p = p * r + 1.0 / 120.0;
+    p = p * r + 1.0 / 24.0;
+    p = p * r + 1.0 / 6.0;
+    p = p * r + 0.5;
+    p = p * r + 1.0;
+    p = p * r + 1.0;
+    return x > -708.0 ? p * llmpari_double_of_bits((bits + 1023u) << 52) : 0.0;
+}
+
+LLMPARI_FN void llmpari_sigmoids(double *s, const double *x, int32_t n) {
+    for (int32_t i = 0; i < n; i++) {
+        const double e = llmpari_exp64(-fabs(x[i]));
+        s[i] = (x[i] >= 0.0 ? 1.0 : e) / (1.0 + e);
+    }
+}
+
+// t[i] is proportional to softmax(x)[i], and the return value is the factor's inverse, 0 when every x is NaN. The largest share when they are infinite.
+LLMPARI_FN double llmpari_softmax_terms(double *t, const double *x, int32_t n) {
+    double largest = -INFINITY, sum[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
+    for (int32_t i = 0; i < n; i++) largest = x[i] > largest ? x[i] : largest;
+    if (largest == INFINITY || largest == -INFINITY) for (int32_t i = 0; i < n; i++) t[i] = x[i] == largest ? 1.0 : 0.0;
+    else for (int32_t i = 0; i < n; i++) t[i] = llmpari_exp64(x[i] - largest);
+    for (int32_t i = 0; i < n; i += 8) for (int32_t j = 0; j < 8; j++) sum[j] += t[i + j];
+    return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+}
+
+// x = the row's logits as doubles.
+LLMPARI_FN void llmpari_row_load(const llmpari_router *router, const void *logits, llmpar_dtype dtype, int64_t row, double *x) {
+    const int32_t n = router->desc.n_experts;
+    const float *bias = router->desc.logit_bias;
+    if (dtype == LLMPAR_F32) {
+        const float *from = (const float *)logits + row * n;
+        for (int32_t i = 0; i < n; i++) x[i] = (double)from[i];
+    } else {
+        const uint16_t *from = (const uint16_t *)logits + row * n;
+        if (dtype == LLMPAR_BF16) for (int32_t i = 0; i < n; i++) x[i] = (double)llmpari_bf16_to_f32(from[i]);
+        else                      for (int32_t i = 0; i < n; i++) x[i] = (double)llmpari_f16_to_f32(from[i]);
+    }
+    if (bias) for (int32_t i = 0; i < n; i++) x[i] += (double)bias[i];
+    for (int32_t i = n; i < router->padded; i++) x[i] = NAN;
+}
+
+// ---- choice: every score becomes an integer that sorts like (score, then lower id first)
+
+// The sortable bits of a score without the last 11, which hold the inverted id. NaN is lowest; -0 is 0.
+LLMPARI_FN int64_t llmpari_key(double score, int64_t id) {
+    const double zeroed = score + 0.0;
+    int64_t bits;
+    memcpy(&bits, &zeroed, 8);
+    bits ^= (int64_t)((uint64_t)(bits >> 63) >> 1);
+    bits = score == score ? bits & ~LLMPARI_EXPERT_MASK : INT64_MIN;
+    return bits | (LLMPARI_EXPERT_MASK - id);
+}
+LLMPARI_FN int32_t llmpari_key_id(int64_t key) { return (int32_t)(LLMPARI_EXPERT_MASK - (key & LLMPARI_EXPERT_MASK)); }
+
+// The largest key below `below`; INT64_MIN when there is none. Keys differ, so this walks through them in order.
+LLMPARI_FN int64_t llmpari_key_next(const int64_t *key, int32_t n, int64_t below) {
+    int64_t best = INT64_MIN;
+    for (int32_t i = 0; i < n; i++) {
+        const int64_t it = key[i] < below ? key[i] : INT64_MIN;
+        best = it > best ? it : best;
+    }
+    return best;
+}
+
+// Experts of groups that are not among the best get the key of the fill.
+LLMPARI_FN void llmpari_mask_groups(const llmpari_router *router, llmpari_row *row) {
+    const llmpar_route_desc *d = &router->desc;
+    const int32_t size = d->n_experts / d->n_groups;
+    const bool fill_lowest = router->by_logit && d->score != LLMPAR_SCORE_CHOSEN && !d->fill_zero;         // below a score of 0, whose logit is -infinity
+    const double fill = d->fill_zero && !(router->by_logit && d->score != LLMPAR_SCORE_CHOSEN) ? 0.0 : -INFINITY;
+    int64_t group[LLMPAR_MAX_EXPERTS], last = INT64_MAX;
+    bool kept[LLMPAR_MAX_EXPERTS];
+    for (int32_t g = 0; g < d->n_groups; g++) {
+        double sum = 0;
+        int64_t below = INT64_MAX;
+        for (int32_t i = 0; i < d->group_top; i++) {
+            below = llmpari_key_next(row->key + g * size, size, below);
+            sum += row->c[llmpari_key_id(below)];
+        }
+        group[g] = llmpari_key(sum, g);
+        kept[g] = false;
+    }
+    for (int32_t i = 0; i < d->topk_groups; i++) {
+        last = llmpari_key_next(group, d->n_groups, last);
+        kept[llmpari_key_id(last)] = true;
+    }
+    for (int32_t g = 0; g < d->n_groups; g++)
+        for (int32_t i = g * size; !kept[g] && i < (g + 1) * size; i++)
+            row->key[i] = fill_lowest ? (INT64_MIN + LLMPARI_EXPERT_MASK + 1) | (LLMPARI_EXPERT_MASK - i) : llmpari_key(fill, i);
+}
+
+// Scores of all experts, where `needed`, into p; what is compared into c.
+LLMPARI_FN void llmpari_row_score(const llmpari_router *router, llmpari_row *row, bool needed) {
+    const llmpar_route_desc *d = &router->desc;
+    const int32_t n = router->padded;
+    const double *from = row->p;
+    if (needed && d->score == LLMPAR_SCORE_SIGMOID) llmpari_sigmoids(row->p, row->x, n);
+    else if (needed && d->score == LLMPAR_SCORE_SOFTMAX) {
+        const double total = llmpari_softmax_terms(row->p, row->x, n), scale = total > 0 ? 1 / total : 0;
+        for (int32_t i = 0; i < n; i++) row->p[i] *= scale;
+    }
+    if (router->by_logit || d->score == LLMPAR_SCORE_CHOSEN) from = row->x;
+    for (int32_t i = 0; i < n; i++) row->c[i] = row->x[i] == row->x[i] ? from[i] : row->x[i];              // the score of a NaN is 0, but it ranks lowest
+    if (d->correction_bias) for (int32_t i = 0; i < d->n_experts; i++) row->c[i] += (double)d->correction_bias[i];
+}
+
+// Weights of the k chosen.
+LLMPARI_FN void llmpari_row_weights(const llmpari_router *router, llmpari_row *row, const int32_t *ids, float *weights) {
+    const llmpar_route_desc *d = &router->desc;
+    const int32_t padded = (int32_t)llmpari_pad16(d->k);
+    double *w = row->c, sum = d->correction_bias ? d->eps : 0;
+    const bool among_chosen = d->score == LLMPAR_SCORE_CHOSEN || (d->score == LLMPAR_SCORE_SOFTMAX && d->renormalise && sum == 0);     // p / sum p without p
+    if (among_chosen || (d->score == LLMPAR_SCORE_SIGMOID && router->by_logit)) {
+        for (int32_t i = 0; i < padded; i++) w[i] = i < d->k ? row->x[ids[i]] : NAN;
+        if (among_chosen) sum = llmpari_softmax_terms(w, w, padded);
+        else llmpari_sigmoids(w, w, padded);
+    } else for (int32_t i = 0; i < d->k; i++) w[i] = row->p[ids[i]];
+    if (!among_chosen && d->renormalise) for (int32_t i = 0; i < d->k; i++) sum += w[i];
+    const double scale = !among_chosen && !d->renormalise ? d->scale : sum > 0 ? d->scale / sum : 0;
+    for (int32_t i = 0; i < d->k; i++) weights[i] = (float)(w[i] * scale);
+}
+
+LLMPARI_FN void llmpari_route_row(const llmpari_router *router, llmpari_row *row, int32_t *ids, float *weights) {
+    const llmpar_route_desc *d = &router->desc;
+    int64_t last = INT64_MAX;
+    llmpari_row_score(router, row, !router->by_logit || (d->score == LLMPAR_SCORE_SOFTMAX && !d->renormalise));
+    for (int32_t i = 0; i < router->padded; i++) row->key[i] = i < d->n_experts ? llmpari_key(row->c[i], i) : INT64_MIN;
+    if (d->topk_groups < d->n_groups) llmpari_mask_groups(router, row);
+    for (int32_t i = 0; i < d->k; i++) {
+        last = llmpari_key_next(row->key, router->padded, last);
+        ids[i] = llmpari_key_id(last);
+    }
+    llmpari_row_weights(router, row, ids, weights);
+}
+
+LLMPARI_ONCE_BEGIN
+LLMPAR_DEF llmpar_status llmpar_route_check(const llmpar_route_desc *desc, llmpar_error *err) {
+    const int32_t k = desc->k ? desc->k : 1, groups = desc->n_groups ? desc->n_groups : 1, n = desc->n_experts;
+    if (n < 1 || n > LLMPAR_MAX_EXPERTS) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_experts=%d; 1 to %d", (int)n, LLMPAR_MAX_EXPERTS);
+    if (desc->score < LLMPAR_SCORE_SOFTMAX || desc->score > LLMPAR_SCORE_SIGMOID)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "score=%d is none of LLMPAR_SCORE_SOFTMAX, _CHOSEN, _SIGMOID", (int)desc->score);
+    if (k < 1 || k > n) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "k=%d experts of a token out of n_experts=%d; k may be 1 to %d", (int)k, (int)n, (int)n);
+    if (groups < 1 || n % groups) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_groups=%d does not divide n_experts=%d; take a divisor of %d", (int)groups, (int)n, (int)n);
+    if (desc->topk_groups < 0 || desc->topk_groups > groups)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "topk_groups=%d of n_groups=%d; 1 to %d, or 0 for all", (int)desc->topk_groups, (int)groups, (int)groups);
+    if (desc->group_top < 0 || desc->group_top > n / groups)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "group_top=%d of groups of %d experts; 1 to %d, or 0 for DeepSeek's rule", (int)desc->group_top, (int)(n / groups), (int)(n / groups));
+    if (!(desc->scale >= 0 && desc->scale < INFINITY)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "scale=%g; a finite number above 0, or 0 for 1", desc->scale);
+    if (!(desc->eps >= 0 && desc->eps < INFINITY)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "eps=%g; a finite number of 0 or more", desc->eps);
+    return LLMPAR_OK;
+}
+
+// Checks and fills in what 0 stands for.
+LLMPARI_FN llmpar_status llmpari_router_init(const llmpar_route_desc *desc, llmpar_dtype dtype, int64_t rows, const void *logits, llmpari_router *router, llmpar_error *err) {
+    llmpar_route_desc *d = &router->desc;
+    LLMPARI_TRY(llmpar_route_check(desc, err));
+    if (dtype > LLMPAR_F16) return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "logits of %s; f32, bf16 and f16 can be routed", llmpar_dtype_name(dtype));
+    if (rows < 0 || (rows > 0 && !logits)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "cannot route %lld rows at %p", (long long)rows, logits);
+    *d = *desc;
+    if (!d->k) d->k = 1;
+    if (!d->n_groups) d->n_groups = 1;
+    if (!d->topk_groups) d->topk_groups = d->n_groups;
+    if (!d->group_top) d->group_top = d->correction_bias && d->n_experts / d->n_groups > 1 ? 2 : 1;
+    if (!(d->scale > 0)) d->scale = 1;
+    router->padded   = (int32_t)llmpari_pad16(d->n_experts);
+    router->by_logit = !d->correction_bias && (d->group_top == 1 || d->topk_groups == d->n_groups);
+    return LLMPAR_OK;
+}
+
+// The published conventions. Sources: the modelling code of Hugging Face transformers, DeepSeek-V2's and V3's own code and inference code, Fedus et al. 2021 (Switch),
+// Zhou et al. 2022 (expert choice).
+LLMPARI_FN llmpar_status llmpari_route_known(const char *architecture, llmpar_route_desc *desc, bool *config_renormalises, llmpar_error *err) {
+    static const struct {
+        const char *name, *hf;
+        llmpar_score score;
+        bool   renormalise, hf_renormalise;                // of the published checkpoints; Hugging Face's default where config.json has no norm_topk_prob
+        int8_t k, groups, topk_groups;
+        double scale, eps;
+        bool   scale_input, expert_choice, logit_bias, correction_bias;
+    } known[] = {
+        { "mixtral",       "MixtralForCausalLM",      LLMPAR_SCORE_SOFTMAX, true,  true,  2, 0, 0, 1,   0,     false, false, false, false },
+        { "qwen2-moe",     "Qwen2MoeForCausalLM",     LLMPAR_SCORE_SOFTMAX, false, false, 4, 0, 0, 1,   0,     false, false, false, false },
+        { "qwen3-moe",     "Qwen3MoeForCausalLM",     LLMPAR_SCORE_SOFTMAX, true,  false, 8, 0, 0, 1,   0,     false, false, false, false },
+        { "deepseek-v2",   "DeepseekV2ForCausalLM",   LLMPAR_SCORE_SOFTMAX, false, false, 6, 8, 3, 16,  0,     false, false, false, false },
+        { "deepseek-v3",   "DeepseekV3ForCausalLM",   LLMPAR_SCORE_SIGMOID, true,  true,  8, 8, 4, 2.5, 1e-20, false, false, false, true  },
+        { "llama4",        "Llama4ForCausalLM",       LLMPAR_SCORE_SIGMOID, false, false, 1, 0, 0, 1,   0,     true,  false, false, false },
+        { "gpt-oss",       "GptOssForCausalLM",       LLMPAR_SCORE_CHOSEN,  false, false, 4, 0, 0, 1,   0,     false, false, true,  false },
+        { "switch",        "SwitchTransformersForConditionalGeneration", LLMPAR_SCORE_SOFTMAX, false, false, 1, 0, 0, 1, 0, false, false, false, false },
+        { "expert-choice", NULL,                      LLMPAR_SCORE_SOFTMAX, false, false, 2, 0, 0, 1,   0,     false, true,  false, false },
+    };
+    char list[600] = "";
+    int at = 0;
+    memset(desc, 0, sizeof *desc);
+    for (int i = 0; architecture && i < LLMPARI_COUNT(known); i++) {
+        if (strcmp(architecture, known[i].name) && (!known[i].hf || strcmp(architecture, known[i].hf))) continue;
+        desc->k = known[i].k, desc->score = known[i].score, desc->renormalise = known[i].renormalise, desc->n_groups = known[i].groups;
+        desc->topk_groups = known[i].topk_groups, desc->scale = known[i].scale, desc->eps = known[i].eps, desc->scale_input = known[i].scale_input;
+        desc->expert_choice = known[i].expert_choice, desc->has_logit_bias = known[i].logit_bias, desc->has_correction_bias = known[i].correction_bias;
+        if (config_renormalises) *config_renormalises = known[i].hf_renormalise;
+        return LLMPAR_OK;
+    }
+    for (int i = 0; i < LLMPARI_COUNT(known); i++) llmpari_append(list, sizeof list, &at, "%s%s%s%s", i ? ", " : "", known[i].name, known[i].hf ? " " : "", known[i].hf ? known[i].hf : "");
+    return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "no routing conventions for \"%.64s\"; known: %s", architecture ? architecture : "NULL", list);
+}
+
+LLMPAR_DEF llmpar_status llmpar_route_preset(const char *architecture, llmpar_route_desc *desc, llmpar_error *err) { return llmpari_route_known(architecture, desc, NULL, err); }
+
+LLMPAR_DEF llmpar_status llmpar_route_configure(const llmpar_route_config *config, llmpar_route_desc *desc, llmpar_error *err) {
+    const char *scoring = config->scoring_func, *method = config->topk_method;
+    const int64_t groups = config->n_group, kept = config->topk_group;
+    llmpar_route_desc d;
+    bool renormalise;
+    LLMPARI_TRY(llmpari_route_known(config->architecture, &d, &renormalise, err));
+    if (config->n_experts < 1 || config->n_experts > LLMPAR_MAX_EXPERTS) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%lld experts; 1 to %d", (long long)config->n_experts, LLMPAR_MAX_EXPERTS);
+    if (config->k < 0 || config->k > config->n_experts) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "num_experts_per_tok=%lld of %lld experts", (long long)config->k, (long long)config->n_experts);
+    if (groups < 0 || groups > config->n_experts || kept < 0 || kept > config->n_experts)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_group=%lld, topk_group=%lld with %lld experts", (long long)groups, (long long)kept, (long long)config->n_experts);
+    d.n_experts = (int32_t)config->n_experts;
+    if (config->k) d.k = (int32_t)config->k;
+    d.renormalise = config->norm_topk_prob ? config->norm_topk_prob > 0 : renormalise;
+    if (config->routed_scaling_factor != 0) d.scale = config->routed_scaling_factor;
+    if (scoring && strcmp(scoring, "softmax") == 0) d.score = LLMPAR_SCORE_SOFTMAX;
+    else if (scoring && strcmp(scoring, "sigmoid") == 0) d.score = LLMPAR_SCORE_SIGMOID;
+    else if (scoring) return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "scoring_func \"%.40s\" is not known; known: softmax, sigmoid", scoring);
+    if (groups) d.n_groups = (int32_t)groups;
+    if (kept) d.topk_groups = (int32_t)kept;
+    if (method && strcmp(method, "greedy") == 0) d.n_groups = d.topk_groups = 0, d.has_correction_bias = false;
+    else if (method && strcmp(method, "group_limited_greedy") == 0) d.has_correction_bias = false;
+    else if (method && strcmp(method, "noaux_tc") == 0) d.has_correction_bias = true;
+    else if (method) return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "topk_method \"%.40s\" is not known; known: greedy, group_limited_greedy, noaux_tc", method);
+    LLMPARI_TRY(llmpar_route_check(&d, err));
+    *desc = d;
+    return LLMPAR_OK;
+}
+LLMPARI_ONCE_END
+
+LLMPAR_DEF llmpar_status llmpar_route(const llmpar_route_desc *desc, const void *logits, llmpar_dtype dtype, int64_t rows, const uint8_t *pad,
+                                      int32_t *ids, float *weights, llmpar_error *err) {
+    llmpari_router router;
+    llmpari_row row;
+    LLMPARI_TRY(llmpari_router_init(desc, dtype, rows, logits, &router, err));
+    if (desc->expert_choice) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "expert_choice: experts choose their tokens; call llmpar_route_experts");
+    for (int64_t t = 0; t < rows; t++, ids += router.desc.k, weights += router.desc.k) {
+        if (pad && pad[t]) {
+            for (int32_t i = 0; i < router.desc.k; i++) ids[i] = -1, weights[i] = 0;
+            continue;
+        }
+        llmpari_row_load(&router, logits, dtype, t, row.x);
+        llmpari_route_row(&router, &row, ids, weights);
+    }
+    return LLMPAR_OK;
 }
 
 // ============================================================================================================
