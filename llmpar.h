@@ -26,6 +26,7 @@
 //          >>reshard  the cheapest way from one sharding of a tensor to another
 //          >>tree     sums whose bits do not depend on the number of ranks
 //          >>route    expert choice of tokens: router, capacity, losses
+//          >>dispatch which token rows go to which expert and rank
 //          >>graph    a transformer written once, on named dims
 //          >>heads    attention heads over any number of ranks
 //          >>solve    which collectives where, exactly; explain
@@ -56,7 +57,7 @@
 // Words and letters
 //   mesh      named axes, outermost first, "dp=2,tp=4"; the last varies fastest over ranks: neighbours. A group: the ranks that differ along some axes only.
 //   inner     a dim that is contracted; outer: the others. partial sums {U_tp}: what a rank has after a contraction over a split inner dim.
-//   B batch  S sequence  T tokens  H hidden  I intermediate  N query heads  K kv heads  G = N/K  D head dim  V vocabulary  L layers  C cache slots
+//   B batch  S sequence  T tokens  H hidden  I intermediate  N query heads  K kv heads  G = N/K  D head dim  V vocabulary  L layers  C cache slots  E experts
 
 #ifndef LLMPAR_H
 #define LLMPAR_H
@@ -507,6 +508,73 @@ LLMPAR_DEF llmpar_status llmpar_route_check(const llmpar_route_desc *desc, llmpa
 // NULL = none. Allocates nothing; about 64 KiB of stack. Thread-safe.
 LLMPAR_DEF llmpar_status llmpar_route(const llmpar_route_desc *desc, const void *logits, llmpar_dtype dtype, int64_t rows, const uint8_t *pad,
                                       int32_t *ids, float *weights, llmpar_error *err);
+
+// ============================================================================================================
+// >>dispatch   which token rows go to which expert and rank                     (uses: base, shard)
+// ============================================================================================================
+// ids[t * k + j] is the j-th expert of token t; -1 = none (padding, dropped). A token's rows, one per expert that it chose, are sorted by expert and, within an expert,
+// by t * k + j: a counting sort, linear in T k + E, whose result is the same whoever runs it. A rank's experts are next to each other: where they are not,
+// llmpar_dispatch_slots renumbers them (sums keep the experts' own ids).
+//
+// Tokens that are sharded over the ranks go to their experts and back like this, on every rank:
+//   llmpar_dispatch_sort      ids -> offsets, order, inverse
+//   ops.permute               x[T, H] -> rows[offsets[E], H], to = inverse
+//   llmpar_dispatch_send      offsets -> the rows for each rank: AllToAll's send counts
+//   AllToAll of the counts    offsets[e + 1] - offsets[e] goes to the rank of expert e; what comes is counts[ranks, its experts]
+//   llmpar_dispatch_receive   counts -> the rows from each rank: AllToAll's receive counts; and the places that bring an expert's rows next to each other
+//   AllToAll of the rows, ops.permute with to = inverse, ops.grouped (the experts' products), ops.permute with to = order, AllToAll with the counts exchanged
+//   ops.combine               rows -> y[T, H]
+
+// Sorts. ids[tokens * k] -> offsets[n_experts + 1]: expert e has the sorted positions [offsets[e], offsets[e + 1]); order[tokens * k]: at position p the flat index
+// t * k + j, only offsets[n_experts] of them are written; inverse[tokens * k]: the position of flat index t * k + j, -1 = none. order and inverse may be NULL. tokens = 0
+// is legal. Errors: an id outside [-1, n_experts) (with its place), tokens * k above INT32_MAX; offsets, order and inverse are undefined then.
+LLMPAR_DEF llmpar_status llmpar_dispatch_sort(const int32_t *ids, int64_t tokens, int64_t k, int64_t n_experts, int64_t *offsets, int32_t *order, int32_t *inverse,
+                                              llmpar_error *err);
+
+// For kernels that work on blocks of rows of one expert: padded[n_experts + 1], the offsets with every expert's count rounded up to a multiple of `block`
+// (padded[1..] are MegaBlocks' inclusive offsets).
+LLMPAR_DEF llmpar_status llmpar_dispatch_align(const int64_t *offsets, int64_t n_experts, int64_t block, int64_t *padded, llmpar_error *err);
+// And then, as vLLM's moe_align_block_size: slots[padded[n_experts]], order with `pad` between the experts (vLLM: tokens * k), and the expert of each block,
+// block_expert[padded[n_experts] / block]. Either may be NULL.
+LLMPAR_DEF llmpar_status llmpar_dispatch_blocks(const int64_t *offsets, const int64_t *padded, const int32_t *order, int64_t n_experts, int64_t block, int32_t pad,
+                                                int32_t *slots, int32_t *block_expert, llmpar_error *err);
+
+// Who owns which expert. Contiguous: parts as llmpar_split_part cuts them, balanced; round robin: expert e is rank e % ranks'. Any other owner[n_experts] will do too.
+typedef enum llmpar_experts_kind { LLMPAR_EXPERTS_CONTIGUOUS = 0, LLMPAR_EXPERTS_ROUND_ROBIN } llmpar_experts_kind;
+LLMPAR_DEF llmpar_status llmpar_dispatch_owners(llmpar_experts_kind kind, int64_t n_experts, int32_t ranks, int32_t *owner, llmpar_error *err);
+// local[n_experts]: the number of an expert among those of `rank`, in order of ids; -1 = another rank's (vLLM's expert map).
+LLMPAR_DEF llmpar_status llmpar_dispatch_local(const int32_t *owner, int64_t n_experts, int32_t ranks, int32_t rank, int32_t *local, llmpar_error *err);
+// Numbers the experts rank after rank, a rank's in order of ids: slot[n_experts], may be NULL, and first[ranks + 1]: rank r has slots [first[r], first[r + 1]).
+// owner NULL = contiguous (slot[e] = e).
+LLMPAR_DEF llmpar_status llmpar_dispatch_slots(const int32_t *owner, int64_t n_experts, int32_t ranks, int32_t *slot, int64_t *first, llmpar_error *err);
+
+// send[ranks]: rows that go to each rank, itself too, of positions sorted by slot. first[ranks + 1] as above.
+LLMPAR_DEF llmpar_status llmpar_dispatch_send(const int64_t *offsets, const int64_t *first, int32_t ranks, int64_t *send, llmpar_error *err);
+// counts[ranks, experts]: rows that come from each rank for each expert of this one. receive[ranks]: rows from each rank; offsets[experts + 1]: the experts' rows once
+// sorted, those of lower ranks first; order: at sorted position p the place in what came; inverse: the other way round; both have room for `capacity` rows, and
+// offsets[experts] are written (more: DOES_NOT_FIT, with the number). They may be NULL; capacity is not looked at when both are.
+// An expert's rows are in the order of (rank, t, j): that of one rank with all tokens.
+LLMPAR_DEF llmpar_status llmpar_dispatch_receive(const int64_t *counts, int32_t ranks, int64_t experts, int64_t *receive, int64_t *offsets, int32_t *order, int32_t *inverse,
+                                                 int64_t capacity, llmpar_error *err);
+
+// The load of a whole dispatch. Ratios are 1 when there are no rows.
+typedef struct llmpar_dispatch_load {
+    int64_t rows;                  // all (token, expert) pairs
+    int64_t moved;                 // those whose expert is on another rank
+    int64_t most_rank_rows, most_expert_rows;      // of the busiest rank, as owner, and of the busiest expert
+    int32_t rank, expert;          // which these are; the lowest on a tie
+    double  rank_imbalance, expert_imbalance;      // max / mean over ranks and over experts
+} llmpar_dispatch_load;
+// counts[ranks, n_experts]: rows of each rank's tokens for each expert. table[ranks, ranks]: rows that rank s (row) sends to rank d (column), itself too: row r holds what
+// r sends, column r what it receives. per_expert[n_experts]. Exact; OVERFLOW when a sum does not fit. owner NULL = contiguous. table, per_expert and load may be NULL.
+LLMPAR_DEF llmpar_status llmpar_dispatch_counts(const int64_t *counts, int32_t ranks, int64_t n_experts, const int32_t *owner, int64_t *table, int64_t *per_expert,
+                                                llmpar_dispatch_load *load, llmpar_error *err);
+
+// How the results of one token are added: along section tree's tree over the expert ids, in which a node with one half is that half. Of ids[k] those inside `experts`, in
+// ascending order: at[i] = their j, and merges[i] as in section tree, at most LLMPAR_DISPATCH_DEPTH values on the stack; one is left. Returns how many those are.
+// An id that occurs twice is added in order of j. O(k^2).
+#define LLMPAR_DISPATCH_DEPTH 33
+LLMPAR_DEF int32_t llmpar_dispatch_tree(const int32_t *ids, int32_t k, llmpar_range experts, int32_t *at, uint8_t *merges);
 
 // ============================================================================================================
 // >>graph   a transformer written once; which collectives where, solved exactly (uses: base, mesh, shard, cost, reshard, tree)
@@ -1352,7 +1420,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_read_weight(llmpar_checkpoint *checkp
 LLMPAR_DEF llmpar_status llmpar_safetensors_check(const char *image, size_t image_bytes, int64_t file_bytes, const llmpar_allocator *allocator, llmpar_error *err);
 
 // ============================================================================================================
-// >>ops   kernels behind a table that an engine replaces one by one            (uses: base, tree, model's activation enum)
+// >>ops   kernels behind a table that an engine replaces one by one            (uses: base, tree, dispatch, model's activation enum)
 // ============================================================================================================
 // Activations are f32. Weights are f32, bf16 or f16 as stored; products accumulate in f32. Kernels allocate nothing, start no threads and keep no
 // state, so ranks may share a table. Sizes of 0 are legal everywhere: such a call does nothing.
@@ -1397,6 +1465,26 @@ typedef struct llmpar_binary_args { int64_t n; const float *a, *b; float *y; boo
 typedef struct llmpar_gated_args  { int64_t n; const float *gate, *up; float *y; llmpar_activation kind; } llmpar_gated_args;     // y = act(gate) * up; y may equal either
 typedef struct llmpar_bias_args   { int64_t rows, n; const float *x, *bias; float *y; } llmpar_bias_args;                         // y[r, i] = x[r, i] + bias[i]; y may equal x
 typedef struct llmpar_softmax_args { int64_t rows, n; const float *x; float *y; } llmpar_softmax_args;                            // over the last dim; y may equal x
+// Rows go where section dispatch sends them: y[to[r * k + j] - first] = x[r] for j < k, where that lies inside [0, count); rows of `bytes` bytes, of any dtype. x and y do not overlap.
+typedef struct llmpar_permute_args { int64_t rows, k, bytes, first, count; const void *x; const int32_t *to; void *y; } llmpar_permute_args;
+// Rows p in [offsets[e], offsets[e + 1]) of c[., n] (+)= a's rows p * the b of expert e, which is at b + e * b_stride elements. Rows are counted from offsets[0]: row p is at
+// a + (p - offsets[0]) * lda, and so in c. gemm.m is not looked at; its scratch is for the most rows of one expert. A row's bits do not depend on how many rows its expert has.
+typedef struct llmpar_grouped_args { llmpar_gemm gemm; int64_t experts, b_stride; const int64_t *offsets; } llmpar_grouped_args;
+// The sum of what a token's experts say: of weights[t * k + j] * y[from[t * k + j] - first] (weights NULL = 1) over those j whose ids[t * k + j] is inside `experts`, as
+// llmpar_dispatch_tree adds them: a token's bits do not depend on where its experts are. from: the sorted positions (inverse).
+// out[tokens, n] if not `pieces`; else out[p, tokens, n] for the llmpar_tree_pieces of `experts` in [0, n_experts), piece after piece, stride elements apart. A sum of
+// nothing is -0.0, which adds nothing to any number: the pieces of all ranks, added by section tree's stack machine, have the bits of one rank with all experts.
+typedef struct llmpar_combine_args {
+    int64_t        tokens, k, n, n_experts;
+    llmpar_range   experts;
+    bool           pieces;
+    const int32_t *ids, *from;     // [tokens, k]; -1 in ids = none
+    const float   *weights;        // [tokens, k]
+    const float   *y;              // [rows, n]: sorted rows from position `first` on
+    int64_t        first, stride;
+    float         *out;
+    int32_t       *scratch;        // [2 * k]
+} llmpar_combine_args;
 // Rows [first, first + count) of a table[., n]: y[r] = table[ids[r] - first], or zeros when ids[r] lies outside.
 typedef struct llmpar_embed_args  { int64_t rows, n, first, count; const int32_t *ids; const void *table; llmpar_dtype dtype; float *y; } llmpar_embed_args;
 
@@ -1412,6 +1500,9 @@ typedef struct llmpar_ops {
     void (*bias)     (void *user, const llmpar_bias_args      *args);
     void (*softmax)  (void *user, const llmpar_softmax_args   *args);
     void (*embed)    (void *user, const llmpar_embed_args     *args);
+    void (*permute)  (void *user, const llmpar_permute_args   *args);
+    void (*grouped)  (void *user, const llmpar_grouped_args   *args);
+    void (*combine)  (void *user, const llmpar_combine_args   *args);
     bool invariant;                // every kernel gives a row, a column or a head the same bits whatever rows, columns and heads else are in the call. Needed to run an
                                    //   invariant graph with a table of one's own. llmpar_ops_cpu leaves it false: who replaces a kernel would inherit the promise
 } llmpar_ops;
@@ -1714,6 +1805,21 @@ LLMPARI_FN bool llmpari_mul(int64_t a, int64_t b, int64_t *product) {
     *product = a * b;
     return true;
 }
+
+// A copy past the caches, for what nobody reads soon; llmpari_streamed ends a series of them.
+#if defined(__SSE2__) && defined(__GNUC__)
+LLMPARI_FN void llmpari_stream(char *to, const char *from, int64_t bytes) {
+    int64_t head = llmpari_min(bytes, (int64_t)((64 - (uintptr_t)to % 64) % 64)), at = head;
+    memcpy(to, from, (size_t)head);
+    for (; at + 64 <= bytes; at += 64)
+        for (int i = 0; i < 64; i += 16) _mm_stream_si128((__m128i *)(void *)(to + at + i), _mm_loadu_si128((const __m128i *)(const void *)(from + at + i)));
+    memcpy(to + at, from + at, (size_t)(bytes - at));
+}
+LLMPARI_FN void llmpari_streamed(void) { _mm_sfence(); }
+#else
+LLMPARI_FN void llmpari_stream(char *to, const char *from, int64_t bytes) { memcpy(to, from, (size_t)bytes); }
+LLMPARI_FN void llmpari_streamed(void) { }
+#endif
 
 // Copies a name of `length` bytes into a fixed field and terminates it; false when it is too long.
 LLMPARI_FN bool llmpari_name_set(char name[LLMPAR_NAME], const char *text, size_t length) {
@@ -4728,6 +4834,226 @@ LLMPAR_DEF llmpar_status llmpar_route(const llmpar_route_desc *desc, const void 
         llmpari_route_row(&router, &row, ids, weights);
     }
     return LLMPAR_OK;
+}
+
+// ============================================================================================================
+// >>dispatch (impl)
+// ============================================================================================================
+
+LLMPARI_FN llmpar_status llmpari_dispatch_sizes(int64_t n_experts, int32_t ranks, llmpar_error *err) {
+    if (n_experts >= 0 && n_experts < INT32_MAX && ranks >= 1) return LLMPAR_OK;
+    return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%lld experts on %d ranks: there must be 0 to %d experts and 1 rank or more", (long long)n_experts, (int)ranks, (int)(INT32_MAX - 1));
+}
+
+LLMPAR_DEF llmpar_status llmpar_dispatch_sort(const int32_t *ids, int64_t tokens, int64_t k, int64_t n_experts, int64_t *offsets, int32_t *order, int32_t *inverse,
+                                              llmpar_error *err) {
+    int64_t n;
+    LLMPARI_TRY(llmpari_dispatch_sizes(n_experts, 1, err));
+    if (!offsets || tokens < 0 || k < 0)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%lld tokens with %lld experts each: neither may be below 0, and offsets not NULL", (long long)tokens, (long long)k);
+    if (!llmpari_mul(tokens, k, &n) || n > INT32_MAX)
+        return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%lld tokens with %lld experts each are more than %d rows; dispatch fewer tokens at a time", (long long)tokens, (long long)k, (int)INT32_MAX);
+    if (n > 0 && !ids) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "ids is NULL, but there are %lld tokens with %lld experts each", (long long)tokens, (long long)k);
+    memset(offsets, 0, (size_t)(n_experts + 1) * sizeof *offsets);
+    for (int64_t i = 0; i < n; i++) {                          // offsets[e + 1] counts expert e, offsets[0] those that go nowhere
+        if (ids[i] < -1 || ids[i] >= n_experts)
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "expert %d of token %lld has the id %d; ids are 0 to %lld, or -1 for none", (int)(i % k), (long long)(i / k), (int)ids[i],
+                                (long long)(n_experts - 1));
+        offsets[ids[i] + 1]++;
+    }
+    offsets[0] = 0;
+    for (int64_t e = 0; e < n_experts; e++) offsets[e + 1] += offsets[e];
+    if (!order && !inverse) return LLMPAR_OK;
+    for (int64_t i = 0; i < n; i++) {                          // offsets[e] runs from the begin of expert e to its end
+        const int64_t at = ids[i] < 0 ? -1 : offsets[ids[i]]++;
+        if (inverse) inverse[i] = (int32_t)at;
+        if (order && at >= 0) order[at] = (int32_t)i;
+    }
+    if (n_experts) memmove(offsets + 1, offsets, (size_t)n_experts * sizeof *offsets);
+    offsets[0] = 0;
+    return LLMPAR_OK;
+}
+
+LLMPARI_ONCE_BEGIN
+// Offsets that come from outside: none below the one before, the first at 0.
+LLMPARI_FN llmpar_status llmpari_dispatch_offsets(const int64_t *offsets, int64_t n, const char *what, llmpar_error *err) {
+    if (!offsets || offsets[0] != 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s must begin with 0", what);
+    for (int64_t e = 0; e < n; e++)
+        if (offsets[e + 1] < offsets[e])
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s[%lld] is %lld, below the %lld before it", what, (long long)(e + 1), (long long)offsets[e + 1], (long long)offsets[e]);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_dispatch_align(const int64_t *offsets, int64_t n_experts, int64_t block, int64_t *padded, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_dispatch_sizes(n_experts, 1, err));
+    LLMPARI_TRY(llmpari_dispatch_offsets(offsets, n_experts, "offsets", err));
+    if (block < 1 || !padded) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "blocks of %lld rows: there must be 1 or more, and padded not NULL", (long long)block);
+    int64_t end = 0;
+    for (int64_t e = 0; e < n_experts; e++) {
+        const int64_t count = offsets[e + 1] - offsets[e], fill = count % block ? block - count % block : 0;
+        padded[e] = end;
+        if (count > INT64_MAX - fill || count + fill > INT64_MAX - end)
+            return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "expert %lld's %lld rows in blocks of %lld, behind %lld others, do not fit into 64 bits", (long long)e, (long long)count,
+                                (long long)block, (long long)end);
+        end += count + fill;
+    }
+    padded[n_experts] = end;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_dispatch_blocks(const int64_t *offsets, const int64_t *padded, const int32_t *order, int64_t n_experts, int64_t block, int32_t pad,
+                                                int32_t *slots, int32_t *block_expert, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_dispatch_sizes(n_experts, 1, err));
+    LLMPARI_TRY(llmpari_dispatch_offsets(offsets, n_experts, "offsets", err));
+    LLMPARI_TRY(llmpari_dispatch_offsets(padded, n_experts, "padded", err));
+    for (int64_t e = 0; e < n_experts; e++) {
+        const int64_t count = offsets[e + 1] - offsets[e], room = padded[e + 1] - padded[e];
+        if (block < 1 || room % block || room < count)
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "expert %lld has %lld rows and room for %lld in blocks of %lld; padded comes from llmpar_dispatch_align with the same block", (long long)e,
+                                (long long)count, (long long)room, (long long)block);
+        for (int64_t i = 0; slots && i < room; i++) slots[padded[e] + i] = i < count ? order[offsets[e] + i] : pad;
+        for (int64_t i = padded[e] / block; block_expert && i < padded[e + 1] / block; i++) block_expert[i] = (int32_t)e;
+    }
+    return LLMPAR_OK;
+}
+
+// The rank that owns expert e of n.
+LLMPARI_FN int32_t llmpari_dispatch_owner(const int32_t *owner, int64_t n, int32_t ranks, int64_t e) {
+    const int64_t small = n / ranks, large = n % ranks * (small + 1);          // llmpar_split_part's balanced parts: the larger ones come first
+    return owner ? owner[e] : (int32_t)(e < large ? e / (small + 1) : n % ranks + (e - large) / small);
+}
+LLMPARI_FN llmpar_status llmpari_dispatch_owners_check(const int32_t *owner, int64_t n_experts, int32_t ranks, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_dispatch_sizes(n_experts, ranks, err));
+    for (int64_t e = 0; owner && e < n_experts; e++)
+        if (owner[e] < 0 || owner[e] >= ranks) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "expert %lld is on rank %d; ranks are 0 to %d", (long long)e, (int)owner[e], (int)ranks - 1);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_dispatch_owners(llmpar_experts_kind kind, int64_t n_experts, int32_t ranks, int32_t *owner, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_dispatch_sizes(n_experts, ranks, err));
+    if (kind != LLMPAR_EXPERTS_CONTIGUOUS && kind != LLMPAR_EXPERTS_ROUND_ROBIN)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "placement %d of experts is not known; LLMPAR_EXPERTS_CONTIGUOUS and LLMPAR_EXPERTS_ROUND_ROBIN are", (int)kind);
+    for (int64_t e = 0; e < n_experts; e++) owner[e] = kind == LLMPAR_EXPERTS_ROUND_ROBIN ? (int32_t)(e % ranks) : llmpari_dispatch_owner(NULL, n_experts, ranks, e);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_dispatch_local(const int32_t *owner, int64_t n_experts, int32_t ranks, int32_t rank, int32_t *local, llmpar_error *err) {
+    int32_t n = 0;
+    LLMPARI_TRY(llmpari_dispatch_owners_check(owner, n_experts, ranks, err));
+    if (rank < 0 || rank >= ranks) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d is none of %d", (int)rank, (int)ranks);
+    for (int64_t e = 0; e < n_experts; e++) local[e] = llmpari_dispatch_owner(owner, n_experts, ranks, e) == rank ? n++ : -1;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_dispatch_slots(const int32_t *owner, int64_t n_experts, int32_t ranks, int32_t *slot, int64_t *first, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_dispatch_owners_check(owner, n_experts, ranks, err));
+    memset(first, 0, (size_t)(ranks + (int64_t)1) * sizeof *first);
+    for (int64_t e = 0; e < n_experts; e++) first[llmpari_dispatch_owner(owner, n_experts, ranks, e) + 1]++;
+    for (int32_t r = 0; r < ranks; r++) first[r + 1] += first[r];
+    if (!slot) return LLMPAR_OK;
+    for (int64_t e = 0; e < n_experts; e++) slot[e] = (int32_t)first[llmpari_dispatch_owner(owner, n_experts, ranks, e)]++;
+    memmove(first + 1, first, (size_t)ranks * sizeof *first);
+    first[0] = 0;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_dispatch_send(const int64_t *offsets, const int64_t *first, int32_t ranks, int64_t *send, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_dispatch_sizes(0, ranks, err));
+    LLMPARI_TRY(llmpari_dispatch_offsets(first, ranks, "first", err));
+    for (int32_t r = 0; r < ranks; r++) send[r] = offsets[first[r + 1]] - offsets[first[r]];
+    return LLMPAR_OK;
+}
+
+// *sum += n, n not below 0. What: a count of rows of rank r for expert e.
+LLMPARI_FN llmpar_status llmpari_dispatch_add(int64_t *sum, int64_t n, int64_t r, int64_t e, llmpar_error *err) {
+    if (n < 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %lld has %lld rows for expert %lld; counts are 0 or more", (long long)r, (long long)n, (long long)e);
+    if (n > INT64_MAX - *sum)
+        return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%lld rows and the %lld of rank %lld for expert %lld do not fit into 64 bits", (long long)*sum, (long long)n, (long long)r, (long long)e);
+    *sum += n;
+    return LLMPAR_OK;
+}
+LLMPARI_ONCE_END
+
+LLMPAR_DEF llmpar_status llmpar_dispatch_receive(const int64_t *counts, int32_t ranks, int64_t experts, int64_t *receive, int64_t *offsets, int32_t *order, int32_t *inverse,
+                                                 int64_t capacity, llmpar_error *err) {
+    int64_t rows = 0;
+    LLMPARI_TRY(llmpari_dispatch_sizes(experts, ranks, err));
+    memset(offsets, 0, (size_t)(experts + 1) * sizeof *offsets);
+    for (int32_t r = 0; r < ranks; r++) {
+        const int64_t before = rows;
+        for (int64_t e = 0; e < experts; e++) {
+            LLMPARI_TRY(llmpari_dispatch_add(&rows, counts[r * experts + e], r, e, err));
+            offsets[e + 1] += counts[r * experts + e];
+        }
+        receive[r] = rows - before;
+    }
+    for (int64_t e = 0; e < experts; e++) offsets[e + 1] += offsets[e];
+    if (!order && !inverse) return LLMPAR_OK;
+    if (rows > capacity || rows > INT32_MAX)
+        return LLMPARI_FAIL(err, rows > INT32_MAX ? LLMPAR_OVERFLOW : LLMPAR_DOES_NOT_FIT, "%lld rows come, but there is room for %lld, and at most for %d", (long long)rows,
+                            (long long)capacity, (int)INT32_MAX);
+    int64_t from = 0;
+    for (int32_t r = 0; r < ranks; r++)
+        for (int64_t e = 0; e < experts; e++)
+            for (int64_t i = 0; i < counts[r * experts + e]; i++, from++) {    // offsets[e] runs from the begin of expert e to its end
+                const int64_t at = offsets[e]++;
+                if (order)   order[at]     = (int32_t)from;
+                if (inverse) inverse[from] = (int32_t)at;
+            }
+    if (experts) memmove(offsets + 1, offsets, (size_t)experts * sizeof *offsets);
+    offsets[0] = 0;
+    return LLMPAR_OK;
+}
+
+LLMPARI_ONCE_BEGIN
+LLMPAR_DEF llmpar_status llmpar_dispatch_counts(const int64_t *counts, int32_t ranks, int64_t n_experts, const int32_t *owner, int64_t *table, int64_t *per_expert,
+                                                llmpar_dispatch_load *load, llmpar_error *err) {
+    llmpar_dispatch_load sum = LLMPAR_ZERO;
+    LLMPARI_TRY(llmpari_dispatch_owners_check(owner, n_experts, ranks, err));
+    if (table) memset(table, 0, (size_t)ranks * (size_t)ranks * sizeof *table);
+    for (int64_t e = 0; e < n_experts; e++) {                  // every sum is part of sum.rows, so none overflows before that does
+        const int32_t to = llmpari_dispatch_owner(owner, n_experts, ranks, e);
+        int64_t rows = 0;
+        for (int32_t r = 0; r < ranks; r++) {
+            const int64_t n = counts[r * n_experts + e];
+            LLMPARI_TRY(llmpari_dispatch_add(&sum.rows, n, r, e, err));
+            rows += n;
+            if (r != to) sum.moved += n;
+            if (table) table[(int64_t)r * ranks + to] += n;
+        }
+        if (per_expert) per_expert[e] = rows;
+        if (rows > sum.most_expert_rows) { sum.most_expert_rows = rows; sum.expert = (int32_t)e; }
+    }
+    if (!load) return LLMPAR_OK;
+    for (int32_t to = 0; to < ranks; to++) {
+        int64_t rows = 0;
+        for (int64_t e = 0; e < n_experts; e++)
+            if (llmpari_dispatch_owner(owner, n_experts, ranks, e) == to) for (int32_t r = 0; r < ranks; r++) rows += counts[r * n_experts + e];
+        if (rows > sum.most_rank_rows) { sum.most_rank_rows = rows; sum.rank = to; }
+    }
+    sum.rank_imbalance   = sum.rows ? (double)sum.most_rank_rows   * (double)ranks     / (double)sum.rows : 1;
+    sum.expert_imbalance = sum.rows ? (double)sum.most_expert_rows * (double)n_experts / (double)sum.rows : 1;
+    *load = sum;
+    return LLMPAR_OK;
+}
+LLMPARI_ONCE_END
+
+LLMPAR_DEF int32_t llmpar_dispatch_tree(const int32_t *ids, int32_t k, llmpar_range experts, int32_t *at, uint8_t *merges) {
+    int level[LLMPAR_DISPATCH_DEPTH], depth = 0;               // of the nodes on the stack that wait for their right half: they fall, from 31 on
+    int32_t n = 0;
+    for (int32_t j = 0; j < k; j++) {
+        if (ids[j] < experts.first || ids[j] - experts.first >= experts.count || ids[j] < 0) continue;
+        int32_t i = n++;
+        for (; i > 0 && ids[at[i - 1]] > ids[j]; i--) at[i] = at[i - 1];
+        at[i] = j;
+    }
+    for (int32_t i = 0; i < n; i++) {
+        int next = 32;                                         // the level of the smallest node that has this id and the next; the last one closes all
+        if (i + 1 < n) for (uint32_t differ = (uint32_t)(ids[at[i]] ^ ids[at[i + 1]]); next > 0 && !(differ >> (next - 1)); next--) { }
+        for (merges[i] = 0; depth > 0 && level[depth - 1] <= next; depth--) merges[i]++;
+        level[depth++] = next;
+    }
+    return n;
 }
 
 // ============================================================================================================
@@ -12445,21 +12771,6 @@ LLMPARI_FN void llmpari_narrow_int(int32_t *to, const int64_t *from, int m) {
     for (int j = 0; j < m; j++) to[j] = (int32_t)(uint32_t)(uint64_t)from[j];             // sums wrap around
 }
 
-// A copy past the caches, for what nobody reads soon; llmpari_streamed ends a series of them.
-#if defined(__SSE2__) && defined(__GNUC__)
-LLMPARI_FN void llmpari_stream(char *to, const char *from, int64_t bytes) {
-    int64_t head = llmpari_min(bytes, (int64_t)((64 - (uintptr_t)to % 64) % 64)), at = head;
-    memcpy(to, from, (size_t)head);
-    for (; at + 64 <= bytes; at += 64)
-        for (int i = 0; i < 64; i += 16) _mm_stream_si128((__m128i *)(void *)(to + at + i), _mm_loadu_si128((const __m128i *)(const void *)(from + at + i)));
-    memcpy(to + at, from + at, (size_t)(bytes - at));
-}
-LLMPARI_FN void llmpari_streamed(void) { _mm_sfence(); }
-#else
-LLMPARI_FN void llmpari_stream(char *to, const char *from, int64_t bytes) { memcpy(to, from, (size_t)bytes); }
-LLMPARI_FN void llmpari_streamed(void) { }
-#endif
-
 // A short copy that the caller's loop runs through with vectors.
 LLMPARI_FN void llmpari_copy_block(char *to, const char *from, int64_t bytes) {
     int64_t at = 0;
@@ -17649,6 +17960,7 @@ typedef int32_t  llmpari_ivec;
 #define LLMPARI_AHEAD  8192        // bytes ahead of which b is fetched where granules' sums take time between the loads (measured: f32 0.75 of the plain rate without, 0.95 with)
 #define LLMPARI_CONVERT 32         // CBLAS: from so many rows of a on, 16-bit b is converted for it (below, the blocked loops convert while packing)
 #define LLMPARI_COLUMNS 2048       // b[k, n] and few rows of a: columns x rows of a that are summed at a time
+#define LLMPARI_PAST (8 << 20)     // from so many bytes on, rows are permuted past the caches
 
 LLMPARI_INLINE llmpari_vec llmpari_load(const float *p) {
     llmpari_vec v;
@@ -18370,6 +18682,83 @@ LLMPARI_FN void llmpari_op_embed(void *user, const llmpar_embed_args *g) {
     }
 }
 
+// ---- experts --------------------------------------------------------------------------------------------------------------------------------------
+
+LLMPARI_FN void llmpari_op_permute(void *user, const llmpar_permute_args *g) {
+    (void)user;
+    const bool past = g->count * g->bytes >= LLMPARI_PAST;
+    for (int64_t r = 0; r < g->rows; r++) {
+        const char *x = (const char *)g->x + r * g->bytes;
+        for (int64_t i = r * g->k; i < (r + 1) * g->k; i++) {
+            const int64_t at = g->to[i] - g->first;
+            if (at < 0 || at >= g->count) continue;
+            char *y = (char *)g->y + at * g->bytes;
+            if (past) llmpari_stream(y, x, g->bytes);
+            else memcpy(y, x, (size_t)g->bytes);
+        }
+    }
+    if (past) llmpari_streamed();
+}
+
+LLMPARI_FN void llmpari_op_grouped(void *user, const llmpar_grouped_args *g) {
+    llmpar_gemm one = g->gemm;
+    for (int64_t e = 0; e < g->experts; e++) {
+        const int64_t row = g->offsets[e] - g->offsets[0];
+        one.m = g->offsets[e + 1] - g->offsets[e];
+        one.a = g->gemm.a + row * one.lda;
+        one.b = llmpari_at(g->gemm.b, one.b_dtype, e * g->b_stride);
+        one.c = g->gemm.c + row * one.ldc;
+        if (one.m > 0) llmpari_op_gemm(user, &one);
+    }
+}
+
+// Two loops, with memory in between: a product is rounded before it is added, whether its sum is made here or on another rank.
+LLMPARI_FN void llmpari_scale_row(float *to, float w, const float *from, int64_t n) {
+    int64_t e = 0;
+    for (; e + LLMPARI_LANES <= n; e += LLMPARI_LANES) llmpari_store(to + e, w * llmpari_load(from + e));
+    for (; e < n; e++) to[e] = w * from[e];
+}
+LLMPARI_FN void llmpari_add_row(float *to, const float *from, int64_t n) {
+    int64_t e = 0;
+    for (; e + LLMPARI_LANES <= n; e += LLMPARI_LANES) llmpari_store(to + e, llmpari_load(to + e) + llmpari_load(from + e));
+    for (; e < n; e++) to[e] += from[e];
+}
+
+// Token t's sum over the experts of a range.
+LLMPARI_FN void llmpari_combine_token(const llmpar_combine_args *g, int64_t t, llmpar_range experts, float *out) {
+    enum { BLOCK = 256 };          // the stack stays in the first-level cache
+    float memory[LLMPAR_DISPATCH_DEPTH][BLOCK];
+    int32_t *at = g->scratch;
+    uint8_t *merges = (uint8_t *)(at + g->k);
+    const int32_t chosen = llmpar_dispatch_tree(g->ids + t * g->k, (int32_t)g->k, experts, at, merges);
+    if (!chosen) for (int64_t e = 0; e < g->n; e++) out[e] = -0.0f;
+    for (int64_t e = 0; chosen && e < g->n; e += BLOCK) {
+        const int64_t n = llmpari_min(BLOCK, g->n - e);
+        int depth = 0;
+        for (int32_t i = 0; i < chosen; i++) {
+            const int64_t from = t * g->k + at[i];
+            const float *y = g->y + (g->from[from] - g->first) * g->n + e;
+            float *to = depth ? memory[depth] : out + e;
+            depth++;
+            if (g->weights) llmpari_scale_row(to, g->weights[from], y, n);
+            else memcpy(to, y, (size_t)n * 4);
+            for (int merge = merges[i]; merge > 0; merge--) {
+                depth--;
+                llmpari_add_row(depth > 1 ? memory[depth - 1] : out + e, memory[depth], n);
+            }
+        }
+    }
+}
+
+LLMPARI_FN void llmpari_op_combine(void *user, const llmpar_combine_args *g) {
+    llmpar_range piece[LLMPAR_TREE_PIECES];
+    (void)user;
+    const int32_t pieces = g->pieces ? llmpar_tree_pieces(g->n_experts, g->experts, piece) : 1;
+    if (!g->pieces) piece[0] = g->experts;
+    for (int32_t p = 0; p < pieces; p++)
+        for (int64_t t = 0; t < g->tokens; t++) llmpari_combine_token(g, t, piece[p], g->out + p * g->stride + t * g->n);
+}
+
 // ---- attention ------------------------------------------------------------------------------------------------------------------------------------
 // Query rows are taken in blocks of (query, head) pairs that share a kv head, keys in blocks that start at multiples of LLMPARI_KEYS. Per pair of blocks:
 // scores by the GEMM, softmax with a running maximum and sum (Milakov & Gimelshein 2018, "Online normalizer calculation for softmax"), weighted sum of v.
@@ -18550,6 +18939,9 @@ LLMPAR_DEF llmpar_ops llmpar_ops_cpu(void) {
     ops.bias      = llmpari_op_bias;
     ops.softmax   = llmpari_op_softmax;
     ops.embed     = llmpari_op_embed;
+    ops.permute   = llmpari_op_permute;
+    ops.grouped   = llmpari_op_grouped;
+    ops.combine   = llmpari_op_combine;
     ops.invariant = false;
     return ops;
 }
