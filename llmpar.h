@@ -26,6 +26,7 @@
 //          >>reshard  the cheapest way from one sharding of a tensor to another
 //          >>tree     sums whose bits do not depend on the number of ranks
 //          >>route    expert choice of tokens: router, capacity, losses
+//          >>dispatch which token rows go to which expert and rank
 //          >>graph    a transformer written once, on named dims
 //          >>heads    attention heads over any number of ranks
 //          >>solve    which collectives where, exactly; explain
@@ -510,6 +511,73 @@ LLMPAR_DEF llmpar_status llmpar_route(const llmpar_route_desc *desc, const void 
                                       int32_t *ids, float *weights, llmpar_error *err);
 
 // ============================================================================================================
+// >>dispatch   which token rows go to which expert and rank                     (uses: base, shard)
+// ============================================================================================================
+// ids[t * k + j] is the j-th expert of token t; -1 = none (padding, dropped). A token's rows, one per expert that it chose, are sorted by expert and, within an expert,
+// by t * k + j: a counting sort, linear in T k + E, whose result is the same whoever runs it. A rank's experts are next to each other: where they are not,
+// llmpar_dispatch_slots renumbers them (sums keep the experts' own ids).
+//
+// Tokens that are sharded over the ranks go to their experts and back like this, on every rank:
+//   llmpar_dispatch_sort      ids -> offsets, order, inverse
+//   ops.permute               x[T, H] -> rows[offsets[E], H], to = inverse
+//   llmpar_dispatch_send      offsets -> the rows for each rank: AllToAll's send counts
+//   AllToAll of the counts    offsets[e + 1] - offsets[e] goes to the rank of expert e; what comes is counts[ranks, its experts]
+//   llmpar_dispatch_receive   counts -> the rows from each rank: AllToAll's receive counts; and the places that bring an expert's rows next to each other
+//   AllToAll of the rows, ops.permute with to = inverse, ops.grouped (the experts' products), ops.permute with to = order, AllToAll with the counts exchanged
+//   ops.combine               rows -> y[T, H]
+
+// Sorts. ids[tokens * k] -> offsets[n_experts + 1]: expert e has the sorted positions [offsets[e], offsets[e + 1]); order[tokens * k]: at position p the flat index
+// t * k + j, only offsets[n_experts] of them are written; inverse[tokens * k]: the position of flat index t * k + j, -1 = none. order and inverse may be NULL. tokens = 0
+// is legal. Errors: an id outside [-1, n_experts) (with its place), tokens * k above INT32_MAX; offsets, order and inverse are undefined then.
+LLMPAR_DEF llmpar_status llmpar_dispatch_sort(const int32_t *ids, int64_t tokens, int64_t k, int64_t n_experts, int64_t *offsets, int32_t *order, int32_t *inverse,
+                                              llmpar_error *err);
+
+// For kernels that work on blocks of rows of one expert: padded[n_experts + 1], the offsets with every expert's count rounded up to a multiple of `block`
+// (padded[1..] are MegaBlocks' inclusive offsets).
+LLMPAR_DEF llmpar_status llmpar_dispatch_align(const int64_t *offsets, int64_t n_experts, int64_t block, int64_t *padded, llmpar_error *err);
+// And then, as vLLM's moe_align_block_size: slots[padded[n_experts]], order with `pad` between the experts (vLLM: tokens * k), and the expert of each block,
+// block_expert[padded[n_experts] / block]. Either may be NULL.
+LLMPAR_DEF llmpar_status llmpar_dispatch_blocks(const int64_t *offsets, const int64_t *padded, const int32_t *order, int64_t n_experts, int64_t block, int32_t pad,
+                                                int32_t *slots, int32_t *block_expert, llmpar_error *err);
+
+// Who owns which expert. Contiguous: parts as llmpar_split_part cuts them, balanced; round robin: expert e is rank e % ranks'. Any other owner[n_experts] will do too.
+typedef enum llmpar_experts_kind { LLMPAR_EXPERTS_CONTIGUOUS = 0, LLMPAR_EXPERTS_ROUND_ROBIN } llmpar_experts_kind;
+LLMPAR_DEF llmpar_status llmpar_dispatch_owners(llmpar_experts_kind kind, int64_t n_experts, int32_t ranks, int32_t *owner, llmpar_error *err);
+// local[n_experts]: the number of an expert among those of `rank`, in order of ids; -1 = another rank's (vLLM's expert map).
+LLMPAR_DEF llmpar_status llmpar_dispatch_local(const int32_t *owner, int64_t n_experts, int32_t ranks, int32_t rank, int32_t *local, llmpar_error *err);
+// Numbers the experts rank after rank, a rank's in order of ids: slot[n_experts], may be NULL, and first[ranks + 1]: rank r has slots [first[r], first[r + 1]).
+// owner NULL = contiguous (slot[e] = e).
+LLMPAR_DEF llmpar_status llmpar_dispatch_slots(const int32_t *owner, int64_t n_experts, int32_t ranks, int32_t *slot, int64_t *first, llmpar_error *err);
+
+// send[ranks]: rows that go to each rank, itself too, of positions sorted by slot. first[ranks + 1] as above.
+LLMPAR_DEF llmpar_status llmpar_dispatch_send(const int64_t *offsets, const int64_t *first, int32_t ranks, int64_t *send, llmpar_error *err);
+// counts[ranks, experts]: rows that come from each rank for each expert of this one. receive[ranks]: rows from each rank; offsets[experts + 1]: the experts' rows once
+// sorted, those of lower ranks first; order: at sorted position p the place in what came; inverse: the other way round; both have room for `capacity` rows, and
+// offsets[experts] are written (more: DOES_NOT_FIT, with the number). They may be NULL; capacity is not looked at when both are.
+// An expert's rows are in the order of (rank, t, j): that of one rank with all tokens.
+LLMPAR_DEF llmpar_status llmpar_dispatch_receive(const int64_t *counts, int32_t ranks, int64_t experts, int64_t *receive, int64_t *offsets, int32_t *order, int32_t *inverse,
+                                                 int64_t capacity, llmpar_error *err);
+
+// The load of a whole dispatch. Ratios are 1 when there are no rows.
+typedef struct llmpar_dispatch_load {
+    int64_t rows;                  // all (token, expert) pairs
+    int64_t moved;                 // those whose expert is on another rank
+    int64_t most_rank_rows, most_expert_rows;      // of the busiest rank, as owner, and of the busiest expert
+    int32_t rank, expert;          // which these are; the lowest on a tie
+    double  rank_imbalance, expert_imbalance;      // max / mean over ranks and over experts
+} llmpar_dispatch_load;
+// counts[ranks, n_experts]: rows of each rank's tokens for each expert. table[ranks, ranks]: rows that rank s (row) sends to rank d (column), itself too: row r holds what
+// r sends, column r what it receives. per_expert[n_experts]. Exact; OVERFLOW when a sum does not fit. owner NULL = contiguous. table, per_expert and load may be NULL.
+LLMPAR_DEF llmpar_status llmpar_dispatch_counts(const int64_t *counts, int32_t ranks, int64_t n_experts, const int32_t *owner, int64_t *table, int64_t *per_expert,
+                                                llmpar_dispatch_load *load, llmpar_error *err);
+
+// How the results of one token are added: along section tree's tree over the expert ids, in which a node with one half is that half. Of ids[k] those inside `experts`, in
+// ascending order: at[i] = their j, and merges[i] as in section tree, at most LLMPAR_DISPATCH_DEPTH values on the stack; one is left. Returns how many those are.
+// An id that occurs twice is added in order of j. O(k^2).
+#define LLMPAR_DISPATCH_DEPTH 33
+LLMPAR_DEF int32_t llmpar_dispatch_tree(const int32_t *ids, int32_t k, llmpar_range experts, int32_t *at, uint8_t *merges);
+
+// ============================================================================================================
 // >>graph   a transformer written once; which collectives where, solved exactly (uses: base, mesh, shard, cost, reshard, tree)
 // ============================================================================================================
 // A graph is written as if for one device: named tensors and ops on named dims. The solver gives every tensor a sharding and every op a strategy and
@@ -527,12 +595,12 @@ LLMPAR_DEF llmpar_status llmpar_route(const llmpar_route_desc *desc, const void 
 // calls may be nested unchecked (C does not say which argument comes first: give sizes with llmpar_size then, not in the text of one of them). Everything is allocated
 // from the arena.
 
-#define LLMPAR_MAX_OPERANDS 4
+#define LLMPAR_MAX_OPERANDS 5
 #define LLMPAR_MAX_INDICES  12     // different dims in one op
 
 typedef enum llmpar_op_kind {
     LLMPAR_OP_EINSUM = 0, LLMPAR_OP_ADD, LLMPAR_OP_MUL, LLMPAR_OP_UNARY, LLMPAR_OP_NORM, LLMPAR_OP_SOFTMAX, LLMPAR_OP_ROPE, LLMPAR_OP_ATTENTION,
-    LLMPAR_OP_EMBED, LLMPAR_OP_TAKE, LLMPAR_OP_CROSS_ENTROPY, LLMPAR_OP_OUTPUT, LLMPAR_OP_KIND_COUNT
+    LLMPAR_OP_EMBED, LLMPAR_OP_TAKE, LLMPAR_OP_CROSS_ENTROPY, LLMPAR_OP_EXPERTS, LLMPAR_OP_OUTPUT, LLMPAR_OP_KIND_COUNT
 } llmpar_op_kind;
 
 typedef enum llmpar_tensor_role { LLMPAR_ROLE_ACTIVATION = 0, LLMPAR_ROLE_INPUT, LLMPAR_ROLE_WEIGHT, LLMPAR_ROLE_CACHE } llmpar_tensor_role;
@@ -548,10 +616,24 @@ typedef struct llmpar_node {       // one tensor of a graph
 
 typedef enum llmpar_activation { LLMPAR_SILU = 0, LLMPAR_GELU, LLMPAR_GELU_TANH, LLMPAR_RELU, LLMPAR_EXP, LLMPAR_SQUARE, LLMPAR_NEGATE, LLMPAR_SIGMOID } llmpar_activation;
 
+// How the experts that several ranks hold together get their tokens.
+typedef enum llmpar_experts_way {
+    LLMPAR_EXPERTS_AUTO = 0,       // the cheaper one
+    LLMPAR_EXPERTS_PARTIAL,        // every rank has all tokens and computes its experts' share of each: partial sums
+    LLMPAR_EXPERTS_ALLTOALL        // tokens are split over the same ranks: each is sent to the ranks of its experts, and their results come back
+} llmpar_experts_way;
+
+typedef struct llmpar_experts_desc {
+    llmpar_route_desc  route;      // n_experts: that of the router logits; no biases (NULL)
+    llmpar_activation  function;   // of the gate
+    llmpar_experts_way way;
+} llmpar_experts_desc;
+
 typedef struct llmpar_op {
     int32_t kind;                  // llmpar_op_kind
     int32_t n_in;
-    int32_t in[LLMPAR_MAX_OPERANDS];   // nodes. Attention: q, k, v. Norm: x[, weight[, bias]]. Embed: ids, table. Take: x, ids. Cross entropy: logits, labels
+    int32_t in[LLMPAR_MAX_OPERANDS];   // nodes. Attention: q, k, v. Norm: x[, weight[, bias]]. Embed: ids, table. Take: x, ids. Cross entropy: logits, labels.
+                                       // Experts: x, router logits, gate, up, down
     int32_t out;                   // node
     int32_t cache[2];              // attention: k and v cache nodes [B, K, C, D], or -1
     int32_t block;
@@ -565,6 +647,7 @@ typedef struct llmpar_op {
     int64_t window, context;       // attention: sliding window (0 = none); keys that a query meets in all, for the cost (0 = size of k's sequence dim)
     double  eps, scale;            // norm; attention: factor of the scores (0 = 1/sqrt(D))
     bool    decode_rows;           // attention: the new keys are appended to the cache and the queries read the cache
+    llmpar_experts_desc experts;
 } llmpar_op;
 
 typedef struct llmpar_block {      // ops [first_op, end_op) run `repeats` times; node carry_in is fed by carry_out of the round before
@@ -624,6 +707,9 @@ LLMPAR_DEF int llmpar_attention(llmpar_graph *g, int q, int k, int v, const llmp
 LLMPAR_DEF int llmpar_embed(llmpar_graph *g, int ids, int table);                             // ids[B, S], table[V, H] -> [B, S, H]
 LLMPAR_DEF int llmpar_take(llmpar_graph *g, int x, const char *dim, int ids);                 // x[B, S, H], ids[B] -> [B, H]: one row of each batch item
 LLMPAR_DEF int llmpar_cross_entropy(llmpar_graph *g, int logits, int labels);                 // logits[B, S, V], labels[B, S] -> loss[B, S]; 3 AllReduce inside where V is split
+// x[.., H], router logits [.., E], gate[E, J, H], up[E, J, H], down[E, H, J] -> [.., H]: the sum over a token's experts e of w_e * down_e(f(gate_e x) * up_e x), w_e and the choice by
+// the router, added along section tree's tree over all E experts. Ranks that share the experts hold different ones (E split) or parts of each (J split).
+LLMPAR_DEF int llmpar_experts(llmpar_graph *g, int x, int router, int gate, int up, int down, const llmpar_experts_desc *desc);
 LLMPAR_DEF void llmpar_output(llmpar_graph *g, int node, const char *text);                   // "y[B_dp, S, H]": that layout; dims in any order, the storage stays. "y": the solver chooses
 
 // The ops between begin and end run `repeats` times. begin returns the node to use inside; end takes what the next round gets and returns the node to use after.
@@ -631,7 +717,8 @@ LLMPAR_DEF int llmpar_repeat_begin(llmpar_graph *g, int repeats, int start);
 LLMPAR_DEF int llmpar_repeat_end  (llmpar_graph *g, int carry_out);
 
 // What each mesh axis does in an op: splits index `index`, or nothing (index -1), or passes partial sums of operand `partial` through (linear ops; a mask of operands).
-typedef struct llmpar_choice { int8_t index; uint8_t partial; } llmpar_choice;
+// With an owner, an operand that lacks `index` is split on index `owner`: tokens and experts over the same ranks, and the op sends tokens to their experts' ranks.
+typedef struct llmpar_choice { int8_t index; uint8_t partial; int8_t owner; } llmpar_choice;   // owner -1 = none
 // The legal choices of one op for one axis; at most `capacity`; returns how many there are. Without `linear`, or in an invariant graph, partial operands are left out.
 #define LLMPAR_MAX_CHOICES 32
 LLMPAR_DEF int llmpar_op_choices(const llmpar_graph *g, int op, bool linear, llmpar_choice *choices, int capacity);
@@ -711,7 +798,7 @@ typedef struct llmpar_step {       // a move (op < 0) or an op
     int32_t out;                   // value; -1 for an output op
     int32_t cache[2];              // values of an attention's caches, or -1
     llmpar_move move;              // when op < 0
-    llmpar_axes inner;             // op: axes of the collectives inside it (cross entropy over a split vocabulary)
+    llmpar_axes inner;             // op: axes of the collectives inside it (cross entropy over a split vocabulary; experts that tokens are sent to)
     double  seconds;
 } llmpar_step;
 
@@ -740,7 +827,7 @@ LLMPAR_DEF llmpar_status llmpar_solve(llmpar_graph *g, const llmpar_solve_desc *
 LLMPAR_DEF llmpar_tensor llmpar_plan_tensor(const llmpar_plan *plan, int value);              // dims, sizes and sharding of a value
 // Collectives that the plan makes on one rank: calls and payload bytes per kind and axes, what comm will count. At most `capacity` rows; returns how many there are.
 // In an invariant graph the AllReduce of a sum is an AllGather of the ranks' pieces, or, where that costs more, an AllToAll of them by slices and an AllGather of the
-// slices' sums; plan.seconds counts a plain AllReduce.
+// slices' sums; plan.seconds counts a plain AllReduce. Experts that send tokens: the AllGather of how many go where is counted here, the AllToAll depend on the router (llmpar_exec_routed).
 typedef struct llmpar_traffic { llmpar_collective kind; llmpar_axes axes; int64_t calls, payload_bytes; } llmpar_traffic;
 LLMPAR_DEF int llmpar_plan_traffic(const llmpar_plan *plan, int32_t rank, llmpar_traffic *rows, int capacity);
 
@@ -1353,7 +1440,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_read_weight(llmpar_checkpoint *checkp
 LLMPAR_DEF llmpar_status llmpar_safetensors_check(const char *image, size_t image_bytes, int64_t file_bytes, const llmpar_allocator *allocator, llmpar_error *err);
 
 // ============================================================================================================
-// >>ops   kernels behind a table that an engine replaces one by one            (uses: base, tree, model's activation enum)
+// >>ops   kernels behind a table that an engine replaces one by one            (uses: base, tree, dispatch, model's activation enum)
 // ============================================================================================================
 // Activations are f32. Weights are f32, bf16 or f16 as stored; products accumulate in f32. Kernels allocate nothing, start no threads and keep no
 // state, so ranks may share a table. Sizes of 0 are legal everywhere: such a call does nothing.
@@ -1398,6 +1485,26 @@ typedef struct llmpar_binary_args { int64_t n; const float *a, *b; float *y; boo
 typedef struct llmpar_gated_args  { int64_t n; const float *gate, *up; float *y; llmpar_activation kind; } llmpar_gated_args;     // y = act(gate) * up; y may equal either
 typedef struct llmpar_bias_args   { int64_t rows, n; const float *x, *bias; float *y; } llmpar_bias_args;                         // y[r, i] = x[r, i] + bias[i]; y may equal x
 typedef struct llmpar_softmax_args { int64_t rows, n; const float *x; float *y; } llmpar_softmax_args;                            // over the last dim; y may equal x
+// Rows go where section dispatch sends them: y[to[r * k + j] - first] = x[r] for j < k, where that lies inside [0, count); rows of `bytes` bytes, of any dtype. x and y do not overlap.
+typedef struct llmpar_permute_args { int64_t rows, k, bytes, first, count; const void *x; const int32_t *to; void *y; } llmpar_permute_args;
+// Rows p in [offsets[e], offsets[e + 1]) of c[., n] (+)= a's rows p * the b of expert e, which is at b + e * b_stride elements. Rows are counted from offsets[0]: row p is at
+// a + (p - offsets[0]) * lda, and so in c. gemm.m is not looked at; its scratch is for the most rows of one expert. A row's bits do not depend on how many rows its expert has.
+typedef struct llmpar_grouped_args { llmpar_gemm gemm; int64_t experts, b_stride; const int64_t *offsets; } llmpar_grouped_args;
+// The sum of what a token's experts say: of weights[t * k + j] * y[from[t * k + j] - first] (weights NULL = 1) over those j whose ids[t * k + j] is inside `experts`, as
+// llmpar_dispatch_tree adds them: a token's bits do not depend on where its experts are. from: the sorted positions (inverse).
+// out[tokens, n] if not `pieces`; else out[p, tokens, n] for the llmpar_tree_pieces of `experts` in [0, n_experts), piece after piece, stride elements apart. A sum of
+// nothing is -0.0, which adds nothing to any number: the pieces of all ranks, added by section tree's stack machine, have the bits of one rank with all experts.
+typedef struct llmpar_combine_args {
+    int64_t        tokens, k, n, n_experts;
+    llmpar_range   experts;
+    bool           pieces;
+    const int32_t *ids, *from;     // [tokens, k]; -1 in ids = none
+    const float   *weights;        // [tokens, k]
+    const float   *y;              // [rows, n]: sorted rows from position `first` on
+    int64_t        first, stride;
+    float         *out;
+    int32_t       *scratch;        // [2 * k]
+} llmpar_combine_args;
 // Rows [first, first + count) of a table[., n]: y[r] = table[ids[r] - first], or zeros when ids[r] lies outside.
 typedef struct llmpar_embed_args  { int64_t rows, n, first, count; const int32_t *ids; const void *table; llmpar_dtype dtype; float *y; } llmpar_embed_args;
 
@@ -1413,6 +1520,9 @@ typedef struct llmpar_ops {
     void (*bias)     (void *user, const llmpar_bias_args      *args);
     void (*softmax)  (void *user, const llmpar_softmax_args   *args);
     void (*embed)    (void *user, const llmpar_embed_args     *args);
+    void (*permute)  (void *user, const llmpar_permute_args   *args);
+    void (*grouped)  (void *user, const llmpar_grouped_args   *args);
+    void (*combine)  (void *user, const llmpar_combine_args   *args);
     bool invariant;                // every kernel gives a row, a column or a head the same bits whatever rows, columns and heads else are in the call. Needed to run an
                                    //   invariant graph with a table of one's own. llmpar_ops_cpu leaves it false: who replaces a kernel would inherit the promise
 } llmpar_ops;
@@ -1458,6 +1568,13 @@ LLMPAR_DEF const float *llmpar_exec_output(llmpar_exec *exec, const char *name, 
 LLMPAR_DEF size_t       llmpar_exec_bytes(const llmpar_exec *exec);                            // all its buffers
 // What this rank's communicators counted in all runs since creation, in llmpar_plan_traffic's rows.
 LLMPAR_DEF int          llmpar_exec_traffic(const llmpar_exec *exec, llmpar_traffic *rows, int capacity);
+// What the AllToAll of this rank's experts moved in all runs, told from the router's choices alone: with llmpar_plan_traffic's rows these are what the communicators count.
+typedef struct llmpar_routed {
+    llmpar_axes axes;
+    int64_t     calls, payload_bytes;
+    int64_t     most_tokens;       // the most tokens that this rank held in one step, its own and those that others sent at a time
+} llmpar_routed;
+LLMPAR_DEF int          llmpar_exec_routed(const llmpar_exec *exec, llmpar_routed *rows, int capacity);   // a row per set of axes; returns how many there are
 // Called after every step with this rank's values, for tests and tracing; NULL = none. Of a sum along the tree, before it is exchanged: this rank's pieces, if any.
 LLMPAR_DEF void         llmpar_exec_watch(llmpar_exec *exec, void (*fn)(int step, int round, const llmpar_tensor *out, const void *data, void *user), void *user);
 
@@ -1708,6 +1825,21 @@ LLMPARI_FN bool llmpari_mul(int64_t a, int64_t b, int64_t *product) {
     *product = a * b;
     return true;
 }
+
+// A copy past the caches, for what nobody reads soon; llmpari_streamed ends a series of them.
+#if defined(__SSE2__) && defined(__GNUC__)
+LLMPARI_FN void llmpari_stream(char *to, const char *from, int64_t bytes) {
+    int64_t head = llmpari_min(bytes, (int64_t)((64 - (uintptr_t)to % 64) % 64)), at = head;
+    memcpy(to, from, (size_t)head);
+    for (; at + 64 <= bytes; at += 64)
+        for (int i = 0; i < 64; i += 16) _mm_stream_si128((__m128i *)(void *)(to + at + i), _mm_loadu_si128((const __m128i *)(const void *)(from + at + i)));
+    memcpy(to + at, from + at, (size_t)(bytes - at));
+}
+LLMPARI_FN void llmpari_streamed(void) { _mm_sfence(); }
+#else
+LLMPARI_FN void llmpari_stream(char *to, const char *from, int64_t bytes) { memcpy(to, from, (size_t)bytes); }
+LLMPARI_FN void llmpari_streamed(void) { }
+#endif
 
 // Copies a name of `length` bytes into a fixed field and terminates it; false when it is too long.
 LLMPARI_FN bool llmpari_name_set(char name[LLMPAR_NAME], const char *text, size_t length) {
@@ -4725,6 +4857,226 @@ LLMPAR_DEF llmpar_status llmpar_route(const llmpar_route_desc *desc, const void 
 }
 
 // ============================================================================================================
+// >>dispatch (impl)
+// ============================================================================================================
+
+LLMPARI_FN llmpar_status llmpari_dispatch_sizes(int64_t n_experts, int32_t ranks, llmpar_error *err) {
+    if (n_experts >= 0 && n_experts < INT32_MAX && ranks >= 1) return LLMPAR_OK;
+    return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%lld experts on %d ranks: there must be 0 to %d experts and 1 rank or more", (long long)n_experts, (int)ranks, (int)(INT32_MAX - 1));
+}
+
+LLMPAR_DEF llmpar_status llmpar_dispatch_sort(const int32_t *ids, int64_t tokens, int64_t k, int64_t n_experts, int64_t *offsets, int32_t *order, int32_t *inverse,
+                                              llmpar_error *err) {
+    int64_t n;
+    LLMPARI_TRY(llmpari_dispatch_sizes(n_experts, 1, err));
+    if (!offsets || tokens < 0 || k < 0)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%lld tokens with %lld experts each: neither may be below 0, and offsets not NULL", (long long)tokens, (long long)k);
+    if (!llmpari_mul(tokens, k, &n) || n > INT32_MAX)
+        return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%lld tokens with %lld experts each are more than %d rows; dispatch fewer tokens at a time", (long long)tokens, (long long)k, (int)INT32_MAX);
+    if (n > 0 && !ids) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "ids is NULL, but there are %lld tokens with %lld experts each", (long long)tokens, (long long)k);
+    memset(offsets, 0, (size_t)(n_experts + 1) * sizeof *offsets);
+    for (int64_t i = 0; i < n; i++) {                          // offsets[e + 1] counts expert e, offsets[0] those that go nowhere
+        if (ids[i] < -1 || ids[i] >= n_experts)
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "expert %d of token %lld has the id %d; ids are 0 to %lld, or -1 for none", (int)(i % k), (long long)(i / k), (int)ids[i],
+                                (long long)(n_experts - 1));
+        offsets[ids[i] + 1]++;
+    }
+    offsets[0] = 0;
+    for (int64_t e = 0; e < n_experts; e++) offsets[e + 1] += offsets[e];
+    if (!order && !inverse) return LLMPAR_OK;
+    for (int64_t i = 0; i < n; i++) {                          // offsets[e] runs from the begin of expert e to its end
+        const int64_t at = ids[i] < 0 ? -1 : offsets[ids[i]]++;
+        if (inverse) inverse[i] = (int32_t)at;
+        if (order && at >= 0) order[at] = (int32_t)i;
+    }
+    if (n_experts) memmove(offsets + 1, offsets, (size_t)n_experts * sizeof *offsets);
+    offsets[0] = 0;
+    return LLMPAR_OK;
+}
+
+LLMPARI_ONCE_BEGIN
+// Offsets that come from outside: none below the one before, the first at 0.
+LLMPARI_FN llmpar_status llmpari_dispatch_offsets(const int64_t *offsets, int64_t n, const char *what, llmpar_error *err) {
+    if (!offsets || offsets[0] != 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s must begin with 0", what);
+    for (int64_t e = 0; e < n; e++)
+        if (offsets[e + 1] < offsets[e])
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s[%lld] is %lld, below the %lld before it", what, (long long)(e + 1), (long long)offsets[e + 1], (long long)offsets[e]);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_dispatch_align(const int64_t *offsets, int64_t n_experts, int64_t block, int64_t *padded, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_dispatch_sizes(n_experts, 1, err));
+    LLMPARI_TRY(llmpari_dispatch_offsets(offsets, n_experts, "offsets", err));
+    if (block < 1 || !padded) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "blocks of %lld rows: there must be 1 or more, and padded not NULL", (long long)block);
+    int64_t end = 0;
+    for (int64_t e = 0; e < n_experts; e++) {
+        const int64_t count = offsets[e + 1] - offsets[e], fill = count % block ? block - count % block : 0;
+        padded[e] = end;
+        if (count > INT64_MAX - fill || count + fill > INT64_MAX - end)
+            return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "expert %lld's %lld rows in blocks of %lld, behind %lld others, do not fit into 64 bits", (long long)e, (long long)count,
+                                (long long)block, (long long)end);
+        end += count + fill;
+    }
+    padded[n_experts] = end;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_dispatch_blocks(const int64_t *offsets, const int64_t *padded, const int32_t *order, int64_t n_experts, int64_t block, int32_t pad,
+                                                int32_t *slots, int32_t *block_expert, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_dispatch_sizes(n_experts, 1, err));
+    LLMPARI_TRY(llmpari_dispatch_offsets(offsets, n_experts, "offsets", err));
+    LLMPARI_TRY(llmpari_dispatch_offsets(padded, n_experts, "padded", err));
+    for (int64_t e = 0; e < n_experts; e++) {
+        const int64_t count = offsets[e + 1] - offsets[e], room = padded[e + 1] - padded[e];
+        if (block < 1 || room % block || room < count)
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "expert %lld has %lld rows and room for %lld in blocks of %lld; padded comes from llmpar_dispatch_align with the same block", (long long)e,
+                                (long long)count, (long long)room, (long long)block);
+        for (int64_t i = 0; slots && i < room; i++) slots[padded[e] + i] = i < count ? order[offsets[e] + i] : pad;
+        for (int64_t i = padded[e] / block; block_expert && i < padded[e + 1] / block; i++) block_expert[i] = (int32_t)e;
+    }
+    return LLMPAR_OK;
+}
+
+// The rank that owns expert e of n.
+LLMPARI_FN int32_t llmpari_dispatch_owner(const int32_t *owner, int64_t n, int32_t ranks, int64_t e) {
+    const int64_t small = n / ranks, large = n % ranks * (small + 1);          // llmpar_split_part's balanced parts: the larger ones come first
+    return owner ? owner[e] : (int32_t)(e < large ? e / (small + 1) : n % ranks + (e - large) / small);
+}
+LLMPARI_FN llmpar_status llmpari_dispatch_owners_check(const int32_t *owner, int64_t n_experts, int32_t ranks, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_dispatch_sizes(n_experts, ranks, err));
+    for (int64_t e = 0; owner && e < n_experts; e++)
+        if (owner[e] < 0 || owner[e] >= ranks) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "expert %lld is on rank %d; ranks are 0 to %d", (long long)e, (int)owner[e], (int)ranks - 1);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_dispatch_owners(llmpar_experts_kind kind, int64_t n_experts, int32_t ranks, int32_t *owner, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_dispatch_sizes(n_experts, ranks, err));
+    if (kind != LLMPAR_EXPERTS_CONTIGUOUS && kind != LLMPAR_EXPERTS_ROUND_ROBIN)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "placement %d of experts is not known; LLMPAR_EXPERTS_CONTIGUOUS and LLMPAR_EXPERTS_ROUND_ROBIN are", (int)kind);
+    for (int64_t e = 0; e < n_experts; e++) owner[e] = kind == LLMPAR_EXPERTS_ROUND_ROBIN ? (int32_t)(e % ranks) : llmpari_dispatch_owner(NULL, n_experts, ranks, e);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_dispatch_local(const int32_t *owner, int64_t n_experts, int32_t ranks, int32_t rank, int32_t *local, llmpar_error *err) {
+    int32_t n = 0;
+    LLMPARI_TRY(llmpari_dispatch_owners_check(owner, n_experts, ranks, err));
+    if (rank < 0 || rank >= ranks) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d is none of %d", (int)rank, (int)ranks);
+    for (int64_t e = 0; e < n_experts; e++) local[e] = llmpari_dispatch_owner(owner, n_experts, ranks, e) == rank ? n++ : -1;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_dispatch_slots(const int32_t *owner, int64_t n_experts, int32_t ranks, int32_t *slot, int64_t *first, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_dispatch_owners_check(owner, n_experts, ranks, err));
+    memset(first, 0, (size_t)(ranks + (int64_t)1) * sizeof *first);
+    for (int64_t e = 0; e < n_experts; e++) first[llmpari_dispatch_owner(owner, n_experts, ranks, e) + 1]++;
+    for (int32_t r = 0; r < ranks; r++) first[r + 1] += first[r];
+    if (!slot) return LLMPAR_OK;
+    for (int64_t e = 0; e < n_experts; e++) slot[e] = (int32_t)first[llmpari_dispatch_owner(owner, n_experts, ranks, e)]++;
+    memmove(first + 1, first, (size_t)ranks * sizeof *first);
+    first[0] = 0;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_dispatch_send(const int64_t *offsets, const int64_t *first, int32_t ranks, int64_t *send, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_dispatch_sizes(0, ranks, err));
+    LLMPARI_TRY(llmpari_dispatch_offsets(first, ranks, "first", err));
+    for (int32_t r = 0; r < ranks; r++) send[r] = offsets[first[r + 1]] - offsets[first[r]];
+    return LLMPAR_OK;
+}
+
+// *sum += n, n not below 0. What: a count of rows of rank r for expert e.
+LLMPARI_FN llmpar_status llmpari_dispatch_add(int64_t *sum, int64_t n, int64_t r, int64_t e, llmpar_error *err) {
+    if (n < 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %lld has %lld rows for expert %lld; counts are 0 or more", (long long)r, (long long)n, (long long)e);
+    if (n > INT64_MAX - *sum)
+        return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%lld rows and the %lld of rank %lld for expert %lld do not fit into 64 bits", (long long)*sum, (long long)n, (long long)r, (long long)e);
+    *sum += n;
+    return LLMPAR_OK;
+}
+LLMPARI_ONCE_END
+
+LLMPAR_DEF llmpar_status llmpar_dispatch_receive(const int64_t *counts, int32_t ranks, int64_t experts, int64_t *receive, int64_t *offsets, int32_t *order, int32_t *inverse,
+                                                 int64_t capacity, llmpar_error *err) {
+    int64_t rows = 0;
+    LLMPARI_TRY(llmpari_dispatch_sizes(experts, ranks, err));
+    memset(offsets, 0, (size_t)(experts + 1) * sizeof *offsets);
+    for (int32_t r = 0; r < ranks; r++) {
+        const int64_t before = rows;
+        for (int64_t e = 0; e < experts; e++) {
+            LLMPARI_TRY(llmpari_dispatch_add(&rows, counts[r * experts + e], r, e, err));
+            offsets[e + 1] += counts[r * experts + e];
+        }
+        receive[r] = rows - before;
+    }
+    for (int64_t e = 0; e < experts; e++) offsets[e + 1] += offsets[e];
+    if (!order && !inverse) return LLMPAR_OK;
+    if (rows > capacity || rows > INT32_MAX)
+        return LLMPARI_FAIL(err, rows > INT32_MAX ? LLMPAR_OVERFLOW : LLMPAR_DOES_NOT_FIT, "%lld rows come, but there is room for %lld, and at most for %d", (long long)rows,
+                            (long long)capacity, (int)INT32_MAX);
+    int64_t from = 0;
+    for (int32_t r = 0; r < ranks; r++)
+        for (int64_t e = 0; e < experts; e++)
+            for (int64_t i = 0; i < counts[r * experts + e]; i++, from++) {    // offsets[e] runs from the begin of expert e to its end
+                const int64_t at = offsets[e]++;
+                if (order)   order[at]     = (int32_t)from;
+                if (inverse) inverse[from] = (int32_t)at;
+            }
+    if (experts) memmove(offsets + 1, offsets, (size_t)experts * sizeof *offsets);
+    offsets[0] = 0;
+    return LLMPAR_OK;
+}
+
+LLMPARI_ONCE_BEGIN
+LLMPAR_DEF llmpar_status llmpar_dispatch_counts(const int64_t *counts, int32_t ranks, int64_t n_experts, const int32_t *owner, int64_t *table, int64_t *per_expert,
+                                                llmpar_dispatch_load *load, llmpar_error *err) {
+    llmpar_dispatch_load sum = LLMPAR_ZERO;
+    LLMPARI_TRY(llmpari_dispatch_owners_check(owner, n_experts, ranks, err));
+    if (table) memset(table, 0, (size_t)ranks * (size_t)ranks * sizeof *table);
+    for (int64_t e = 0; e < n_experts; e++) {                  // every sum is part of sum.rows, so none overflows before that does
+        const int32_t to = llmpari_dispatch_owner(owner, n_experts, ranks, e);
+        int64_t rows = 0;
+        for (int32_t r = 0; r < ranks; r++) {
+            const int64_t n = counts[r * n_experts + e];
+            LLMPARI_TRY(llmpari_dispatch_add(&sum.rows, n, r, e, err));
+            rows += n;
+            if (r != to) sum.moved += n;
+            if (table) table[(int64_t)r * ranks + to] += n;
+        }
+        if (per_expert) per_expert[e] = rows;
+        if (rows > sum.most_expert_rows) { sum.most_expert_rows = rows; sum.expert = (int32_t)e; }
+    }
+    if (!load) return LLMPAR_OK;
+    for (int32_t to = 0; to < ranks; to++) {
+        int64_t rows = 0;
+        for (int64_t e = 0; e < n_experts; e++)
+            if (llmpari_dispatch_owner(owner, n_experts, ranks, e) == to) for (int32_t r = 0; r < ranks; r++) rows += counts[r * n_experts + e];
+        if (rows > sum.most_rank_rows) { sum.most_rank_rows = rows; sum.rank = to; }
+    }
+    sum.rank_imbalance   = sum.rows ? (double)sum.most_rank_rows   * (double)ranks     / (double)sum.rows : 1;
+    sum.expert_imbalance = sum.rows ? (double)sum.most_expert_rows * (double)n_experts / (double)sum.rows : 1;
+    *load = sum;
+    return LLMPAR_OK;
+}
+LLMPARI_ONCE_END
+
+LLMPAR_DEF int32_t llmpar_dispatch_tree(const int32_t *ids, int32_t k, llmpar_range experts, int32_t *at, uint8_t *merges) {
+    int level[LLMPAR_DISPATCH_DEPTH], depth = 0;               // of the nodes on the stack that wait for their right half: they fall, from 31 on
+    int32_t n = 0;
+    for (int32_t j = 0; j < k; j++) {
+        if (ids[j] < experts.first || ids[j] - experts.first >= experts.count || ids[j] < 0) continue;
+        int32_t i = n++;
+        for (; i > 0 && ids[at[i - 1]] > ids[j]; i--) at[i] = at[i - 1];
+        at[i] = j;
+    }
+    for (int32_t i = 0; i < n; i++) {
+        int next = 32;                                         // the level of the smallest node that has this id and the next; the last one closes all
+        if (i + 1 < n) for (uint32_t differ = (uint32_t)(ids[at[i]] ^ ids[at[i + 1]]); next > 0 && !(differ >> (next - 1)); next--) { }
+        for (merges[i] = 0; depth > 0 && level[depth - 1] <= next; depth--) merges[i]++;
+        level[depth++] = next;
+    }
+    return n;
+}
+
+// ============================================================================================================
 // >>graph (impl)
 // ============================================================================================================
 
@@ -5219,6 +5571,43 @@ LLMPAR_DEF int llmpar_cross_entropy(llmpar_graph *g, int logits, int labels) {
     return llmpari_op_add(g, &op, op.index_of[1], op.dim);
 }
 
+// The indices are the token dims, E and J, and three that are never split: H, the router's experts, the result's H.
+LLMPAR_DEF int llmpar_experts(llmpar_graph *g, int x, int router, int gate, int up, int down, const llmpar_experts_desc *desc) {
+    llmpar_op op = llmpari_op_new(g, LLMPAR_OP_EXPERTS, 3, x, router, gate);
+    if (!llmpari_graph_has(g, up) || !llmpari_graph_has(g, down)) return -1;
+    const llmpar_tensor *t[LLMPAR_MAX_OPERANDS];
+    op.n_in  = LLMPAR_MAX_OPERANDS;
+    op.in[3] = up; op.in[4] = down;
+    for (int i = 0; i < op.n_in; i++) t[i] = &g->node[op.in[i]].tensor;
+    const int n = t[0]->n_dims - 1;
+    bool fits = n >= 1 && t[1]->n_dims == n + 1 && t[2]->n_dims == 3 && t[3]->n_dims == 3 && t[4]->n_dims == 3;
+    for (int d = 0; fits && d < n; d++) fits = t[1]->dim[d].size == t[0]->dim[d].size && strcmp(t[1]->dim[d].name, t[0]->dim[d].name) == 0;
+    for (int i = 2; fits && i < 5; i++)
+        fits = g->node[op.in[i]].role == LLMPAR_ROLE_WEIGHT && t[i]->dim[0].size == t[1]->dim[n].size && t[i]->dim[i < 4 ? 2 : 1].size == t[0]->dim[n].size &&
+            t[i]->dim[i < 4 ? 1 : 2].size == t[2]->dim[1].size && t[i]->dtype == t[2]->dtype;
+    if (!fits)
+        return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "experts: x[.., H], router logits [.., E] with the same dims in front, and weights gate[E, J, H], up[E, J, H] and down[E, H, J] of "
+                                  "one dtype are expected; %s, %s, %s, %s and %s are not such", t[0]->name, t[1]->name, t[2]->name, t[3]->name, t[4]->name);
+    op.experts = *desc;
+    if (!op.experts.route.n_experts) op.experts.route.n_experts = (int32_t)t[1]->dim[n].size;
+    if (op.experts.route.n_experts != t[1]->dim[n].size)
+        return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "experts: the router's convention is for %lld experts, %s has logits of %lld", (long long)op.experts.route.n_experts,
+                                  t[1]->name, (long long)t[1]->dim[n].size);
+    if (llmpar_route_check(&op.experts.route, &g->error)) return -1;
+    for (int d = 0; d < n; d++) op.index_of[0][d] = op.index_of[1][d] = (int8_t)llmpari_op_index(g, &op, t[0]->dim[d].name, t[0]->dim[d].size, t[0]->name);
+    const int8_t e = (int8_t)llmpari_op_index(g, &op, t[2]->dim[0].name, t[2]->dim[0].size, t[2]->name), j = (int8_t)llmpari_op_index(g, &op, t[2]->dim[1].name, t[2]->dim[1].size, t[2]->name);
+    const int8_t h = (int8_t)llmpari_op_index(g, &op, t[2]->dim[2].name, t[2]->dim[2].size, t[2]->name);
+    const int8_t logit = (int8_t)llmpari_op_index(g, &op, "of the router", t[2]->dim[0].size, t[1]->name), result = (int8_t)llmpari_op_index(g, &op, "of the result", t[0]->dim[n].size, t[4]->name);
+    if (g->error.status) return -1;
+    if (op.n_indices != n + 5) return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "experts: %s must name its dims [E, J, H] unlike each other and unlike the token dims of %s", t[2]->name, t[0]->name);
+    op.index_of[0][n] = h; op.index_of[1][n] = logit;
+    for (int i = 2; i < 5; i++) { op.index_of[i][0] = e; op.index_of[i][1] = i < 4 ? j : result; op.index_of[i][2] = i < 4 ? h : j; }
+    op.dim = n;
+    const int made = llmpari_op_add_like(g, &op);               // named like x's dims; but its last is not summed over
+    if (made >= 0) g->op[g->n_ops - 1].index_of[op.n_in][n] = result;
+    return made;
+}
+
 LLMPAR_DEF void llmpar_output(llmpar_graph *g, int x, const char *text) {
     llmpar_op op = llmpari_op_new(g, LLMPAR_OP_OUTPUT, 1, x, -1, -1);
     llmpari_op_dims(g, &op, 0);
@@ -5318,6 +5707,8 @@ LLMPARI_FN bool llmpari_index_splits(const llmpar_graph *g, const llmpar_op *op,
     case LLMPAR_OP_NORM: case LLMPAR_OP_SOFTMAX: return index != op->index_of[0][op->dim];
     case LLMPAR_OP_ROPE:      return index != op->index_of[0][3];
     case LLMPAR_OP_ATTENTION: return index == op->index_of[0][0] || index == op->index_of[0][1] || index == op->index_of[0][2];
+    case LLMPAR_OP_EXPERTS:                                     // tokens; experts; what is between gate and down, whose sum has no tree
+        return index < op->dim || index == op->index_of[2][0] || (index == op->index_of[2][1] && !g->invariant);
     default: {
         const llmpar_split *rule = NULL;                        // operands that are cut by different rules do not meet block by block
         for (int s = 0; s < op->n_in; s++)
@@ -5348,12 +5739,16 @@ LLMPAR_DEF int llmpar_op_choices(const llmpar_graph *g, int id, bool linear, llm
     }
     for (int i = -1; i < op->n_indices; i++)
         if (i < 0 || llmpari_index_splits(g, op, i)) {
-            if (n < capacity) { choices[n].index = (int8_t)i; choices[n].partial = 0; }
+            if (n < capacity) { choices[n].index = (int8_t)i; choices[n].partial = 0; choices[n].owner = -1; }
             n++;
         }
+    for (int i = 0; op->kind == LLMPAR_OP_EXPERTS && op->experts.way != LLMPAR_EXPERTS_PARTIAL && i < op->dim; i++) {
+        if (n < capacity) { choices[n].index = (int8_t)i; choices[n].partial = 0; choices[n].owner = op->index_of[2][0]; }
+        n++;
+    }
     for (unsigned m = 1; m < 8 && linear && !g->invariant; m++)
         if (masks >> m & 1u) {
-            if (n < capacity) { choices[n].index = -1; choices[n].partial = (uint8_t)m; }
+            if (n < capacity) { choices[n].index = -1; choices[n].partial = (uint8_t)m; choices[n].owner = -1; }
             n++;
         }
     return n;
@@ -5683,10 +6078,10 @@ typedef struct llmpari_strategy {
     double  gathered;              // bytes of the copies of its own weights while it runs
     int16_t state[LLMPAR_MAX_OPERANDS + 1];   // operands on a bus, then the output; for weights of its own the state they are stored in
     int8_t  choice[LLMPAR_MAX_AXES];          // per axis, into the op's choices
-    int8_t  order[LLMPAR_MAX_AXES];
+    int8_t  order[LLMPAR_MAX_AXES], owner_order[LLMPAR_MAX_AXES];
 } llmpari_strategy;
 
-// Variables of an op: the state wanted of operand k (0 .. 3), the state of its result, its whole strategy. Ascending by op.
+// Variables of an op: the state wanted of operand k (0 .. 4), the state of its result, its whole strategy. Ascending by op.
 #define LLMPARI_VAR(op, kind) ((op) * 8 + (kind))
 #define LLMPARI_OUT      LLMPAR_MAX_OPERANDS
 #define LLMPARI_STRATEGY (LLMPAR_MAX_OPERANDS + 1)
@@ -5884,6 +6279,7 @@ LLMPARI_FN llmpar_sharding llmpari_operand_sharding(const llmpari_enumeration *e
     llmpar_sharding sharding = llmpar_sharding_replicated();
     for (int i = 0; i < e->n_axes; i++) {
         int a = e->axis[i], index = info->choice[e->choice[a]].index, partial = info->choice[e->choice[a]].partial;
+        if (info->choice[e->choice[a]].owner >= 0 && slot <= op->n_in && !llmpari_index_in(op, slot, index)) index = info->choice[e->choice[a]].owner;
         if (slot > op->n_in) {                       // cache [B, K, C, D]: batch and heads as q's
             int d = index < 0 ? -1 : index == op->index_of[0][0] ? 0 : index == op->index_of[0][2] ? 1 : -1;
             if (d == 1 && op->cache[0] >= 0 && !(llmpari_class_of(e->s, op->cache[0])->split_dims >> 1 & 1u)) d = -1;   // one kv head: whole
@@ -5928,6 +6324,39 @@ LLMPARI_FN int64_t llmpari_most_items(const llmpari_enumeration *e, int index) {
     return op->index_size[index];
 }
 
+// The axes over which an op of experts sends tokens to their experts' ranks.
+LLMPARI_FN llmpar_axes llmpari_owner_axes(const llmpari_enumeration *e) {
+    llmpar_axes axes = 0;
+    for (int i = 0; i < e->n_axes; i++)
+        if (e->s->info[e->op].choice[e->choice[e->axis[i]]].owner >= 0) axes |= 1u << e->axis[i];
+    return axes;
+}
+
+// An op of experts on the rank that has most of them, when tokens choose experts evenly: `tokens` it gets to see, of which `rows` (token, expert) pairs are for its experts, `met` experts of
+// its own that some token chooses, and `away`: ranks that a token is sent to.
+typedef struct llmpari_experts_load { double tokens, rows, met, away; } llmpari_experts_load;
+LLMPARI_FN llmpari_experts_load llmpari_experts_load_of(const llmpari_enumeration *e) {
+    const llmpar_op *op = &e->s->g->op[e->op];
+    const double experts = (double)op->index_size[op->index_of[2][0]], k = (double)op->experts.route.k, held = (double)llmpari_most_items(e, op->index_of[2][0]);
+    const int32_t ranks = llmpar_mesh_group_size(&e->s->g->mesh, llmpari_owner_axes(e));
+    llmpari_experts_load load;
+    load.tokens = ranks;
+    for (int d = 0; d < op->dim; d++) load.tokens *= (double)llmpari_most_items(e, op->index_of[0][d]);
+    load.rows = load.tokens * k * held / experts;
+    load.met  = held * (1 - pow(1 - k / experts, load.tokens));
+    load.away = ranks * (1 - pow(1 - held / experts, k));
+    return load;
+}
+
+LLMPARI_FN double llmpari_experts_seconds(const llmpari_enumeration *e) {
+    const llmpar_op *op = &e->s->g->op[e->op];
+    const llmpar_tensor *x = &e->s->g->node[op->in[0]].tensor, *gate = &e->s->g->node[op->in[2]].tensor;
+    const double h = (double)x->dim[op->dim].size, j = (double)llmpari_most_items(e, op->index_of[2][1]);
+    const llmpari_experts_load load = llmpari_experts_load_of(e);
+    const double bytes = load.met * 3 * h * j * (double)llmpar_dtype_bytes(gate->dtype) + (load.rows * (3 * h + 3 * j) + load.tokens * 2 * h) * (double)llmpar_dtype_bytes(x->dtype);
+    return llmpar_local_seconds(&e->s->hardware, load.rows * 6 * h * j, bytes);
+}
+
 // Seconds of one op on the rank with most work; operand_bytes and out_bytes are that rank's blocks.
 LLMPARI_FN double llmpari_op_seconds(const llmpari_enumeration *e, double operand_bytes, double out_bytes) {
     const llmpar_op *op = &e->s->g->op[e->op];
@@ -5948,17 +6377,34 @@ LLMPARI_FN double llmpari_op_seconds(const llmpari_enumeration *e, double operan
         break;
     }
     case LLMPAR_OP_EMBED: case LLMPAR_OP_TAKE: bytes = 2 * out_bytes; break;
+    case LLMPAR_OP_EXPERTS: return llmpari_experts_seconds(e);
     case LLMPAR_OP_OUTPUT: return 0;
     default: flops = 4 * points; break;
     }
     return llmpar_local_seconds(&e->s->hardware, flops, bytes);
 }
 
-// The collectives inside an op: cross entropy over a split vocabulary does 3 AllReduces of one f32 per token.
+// Tokens to their experts' ranks and results back: how many go where, then two AllToAll of a row of H for every rank that a token is sent to.
+LLMPARI_FN llmpar_axes llmpari_experts_inner(const llmpari_enumeration *e, double *seconds) {
+    const llmpar_op *op = &e->s->g->op[e->op];
+    const llmpar_mesh *mesh = &e->s->g->mesh;
+    const llmpar_axes axes = llmpari_owner_axes(e);
+    if (!axes) return 0;
+    const llmpari_experts_load load = llmpari_experts_load_of(e);
+    const int32_t ranks = llmpar_mesh_group_size(mesh, axes);
+    const llmpar_tensor *x = &e->s->g->node[op->in[0]].tensor;
+    const double bytes = load.tokens / ranks * load.away * (double)(x->dim[op->dim].size * llmpar_dtype_bytes(x->dtype));
+    *seconds += llmpar_collective_cost(mesh, &e->s->hardware, LLMPAR_ALL_GATHER, axes, 4 * (int64_t)ranks * ranks).seconds;
+    *seconds += 2 * llmpar_collective_cost(mesh, &e->s->hardware, LLMPAR_ALL_TO_ALL, axes, bytes < 1e18 ? (int64_t)bytes : INT64_MAX / 2).seconds;
+    return axes;
+}
+
+// The collectives inside an op: cross entropy over a split vocabulary does 3 AllReduces of one f32 per token; experts see above.
 LLMPARI_FN llmpar_axes llmpari_inner_axes(const llmpari_enumeration *e, double *seconds) {
     const llmpar_op *op = &e->s->g->op[e->op];
     llmpar_axes axes = 0;
     int64_t tokens = 4;
+    if (op->kind == LLMPAR_OP_EXPERTS) return llmpari_experts_inner(e, seconds);
     if (op->kind != LLMPAR_OP_CROSS_ENTROPY) return 0;
     for (int i = 0; i < op->n_indices; i++) {
         if (i != op->index_of[0][op->dim]) { tokens *= llmpari_most_items(e, i); continue; }
@@ -6027,6 +6473,16 @@ LLMPARI_FN void llmpari_strategy_store(llmpari_enumeration *e, llmpari_strategy 
     }
 }
 
+// All axes that split the experts do it in one way; where tokens are to be sent and there are any to split, none splits the experts in the other.
+LLMPARI_FN bool llmpari_experts_legal(const llmpari_enumeration *e) {
+    const llmpar_op *op = &e->s->g->op[e->op];
+    const llmpar_axes sent = llmpari_owner_axes(e);
+    bool plain = false, tokens = false;
+    for (int i = 0; i < e->n_axes; i++) plain = plain || e->s->info[e->op].choice[e->choice[e->axis[i]]].index == op->index_of[2][0];
+    for (int d = 0; d < op->dim; d++) tokens = tokens || llmpari_splittable(e->s->g, &e->s->g->node[op->in[0]].tensor.dim[d]);
+    return !plain || (!sent && (op->experts.way != LLMPAR_EXPERTS_ALLTOALL || !tokens));
+}
+
 // One joint strategy is complete: prices it and keeps it unless it is impossible.
 LLMPARI_FN void llmpari_strategy_add(llmpari_enumeration *e) {
     llmpari_solver *s = e->s;
@@ -6034,6 +6490,7 @@ LLMPARI_FN void llmpari_strategy_add(llmpari_enumeration *e) {
     llmpari_op_info *info = &s->info[e->op];
     llmpari_strategy fresh;
     double moved = 0, bytes = 0, out_bytes = 0;
+    if (op->kind == LLMPAR_OP_EXPERTS && !llmpari_experts_legal(e)) return;
     memset(&fresh, 0, sizeof fresh);
     for (int slot = 0; slot <= op->n_in; slot++) {
         bool out = slot == op->n_in, own = !out && !info->bus[slot];
@@ -6063,31 +6520,39 @@ LLMPARI_FN void llmpari_strategy_add(llmpari_enumeration *e) {
     llmpari_inner_axes(e, &fresh.seconds);
     fresh.seconds += moved;
     for (int i = 0; i < e->n_axes; i++) {
-        int a = e->axis[i], index = info->choice[e->choice[a]].index;
+        int a = e->axis[i], index = info->choice[e->choice[a]].index, owner = info->choice[e->choice[a]].owner;
         fresh.choice[a] = e->choice[a];
         for (int k = 0; index >= 0 && k < e->on_index[index]; k++)
             if (e->list[index][k] == a) fresh.order[a] = (int8_t)k;
+        for (int k = 0; owner >= 0 && k < e->on_index[owner]; k++)
+            if (e->list[owner][k] == a) fresh.owner_order[a] = (int8_t)k;
     }
     llmpari_strategy_store(e, &fresh, 0);
 }
 
-// Gives axis number `i` and all after it every choice; an axis enters an index's list at every place.
+LLMPARI_FN void llmpari_enumerate(llmpari_enumeration *e, int i);
+
+// Axis number `i` enters the list of `index` at every place, and then that of `owner`.
+LLMPARI_FN void llmpari_enumerate_place(llmpari_enumeration *e, int i, int index, int owner) {
+    if (index < 0) { llmpari_enumerate(e, i + 1); return; }
+    int32_t *list = e->list[index], n = e->on_index[index]++;
+    for (int at = n; at >= 0; at--) {
+        for (int k = n; k > at; k--) list[k] = list[k - 1];
+        list[at] = e->axis[i];
+        llmpari_enumerate_place(e, i, owner, -1);
+        for (int k = at; k < n; k++) list[k] = list[k + 1];
+    }
+    e->on_index[index]--;
+}
+
+// Gives axis number `i` and all after it every choice.
 LLMPARI_FN void llmpari_enumerate(llmpari_enumeration *e, int i) {
     if (e->status) return;
     if (i == e->n_axes) { llmpari_strategy_add(e); return; }
-    int a = e->axis[i];
     for (int c = 0; c < e->n_choices; c++) {
-        int index = e->s->info[e->op].choice[e->choices[c]].index;
-        e->choice[a] = (int8_t)e->choices[c];
-        if (index < 0) { llmpari_enumerate(e, i + 1); continue; }
-        int32_t *list = e->list[index], n = e->on_index[index]++;
-        for (int at = n; at >= 0; at--) {
-            for (int k = n; k > at; k--) list[k] = list[k - 1];
-            list[at] = a;
-            llmpari_enumerate(e, i + 1);
-            for (int k = at; k < n; k++) list[k] = list[k + 1];
-        }
-        e->on_index[index]--;
+        const llmpar_choice *choice = &e->s->info[e->op].choice[e->choices[c]];
+        e->choice[e->axis[i]] = (int8_t)e->choices[c];
+        llmpari_enumerate_place(e, i, choice->index, choice->owner);
     }
 }
 
@@ -6235,7 +6700,7 @@ LLMPARI_FN bool llmpari_same_node(const llmpari_solver *s, int a, int b) {
 LLMPARI_FN bool llmpari_same_op(const llmpari_solver *s, int first, int second) {
     const llmpar_op *a = &s->g->op[first], *b = &s->g->op[second];
     if (a->kind != b->kind || a->n_in != b->n_in || a->block != b->block || a->dim != b->dim || a->function != b->function || a->causal != b->causal ||
-        a->context != b->context || a->decode_rows != b->decode_rows || memcmp(a->index_of, b->index_of, sizeof a->index_of) != 0) return false;
+        a->context != b->context || a->decode_rows != b->decode_rows || memcmp(&a->experts, &b->experts, sizeof a->experts) != 0 || memcmp(a->index_of, b->index_of, sizeof a->index_of) != 0) return false;
     for (int i = 0; i < a->n_in; i++)
         if (!llmpari_same_node(s, a->in[i], b->in[i])) return false;
     return llmpari_same_node(s, a->out, b->out) && llmpari_same_node(s, a->cache[0], b->cache[0]) && llmpari_same_node(s, a->cache[1], b->cache[1]) && !s->ban.what && s->extra < 0;
@@ -6250,7 +6715,8 @@ LLMPARI_FN llmpar_status llmpari_op_strategies(llmpari_solver *s, int id) {
     llmpari_enumeration_init(s, id, &e);
     info->n_choices = llmpar_op_choices(s->g, id, true, info->choice, LLMPAR_MAX_CHOICES);
     for (int c = 0; c < info->n_choices; c++)
-        if (info->choice[c].index < 0 || llmpari_index_allowed(s, op, info->choice[c].index)) e.choices[e.n_choices++] = c;
+        if ((info->choice[c].index < 0 || llmpari_index_allowed(s, op, info->choice[c].index)) && (info->choice[c].owner < 0 || llmpari_index_allowed(s, op, info->choice[c].owner)))
+            e.choices[e.n_choices++] = c;
     for (int slot = 0; slot < op->n_in; slot++) {
         const llmpar_node *node = &s->g->node[op->in[slot]];
         info->bus[slot] = node->role != LLMPAR_ROLE_WEIGHT || s->n_uses[op->in[slot]] > 1;
@@ -7095,9 +7561,13 @@ LLMPARI_FN void llmpari_strategy_view(llmpari_solver *s, int id, const llmpari_s
     for (int i = 0; i < e->n_axes; i++) {
         int a = e->axis[i], index = s->info[id].choice[strategy->choice[a]].index;
         e->choice[a] = strategy->choice[a];
+        const int owner = s->info[id].choice[strategy->choice[a]].owner;
         if (index < 0) continue;
         e->list[index][strategy->order[a]] = a;
         e->on_index[index]++;
+        if (owner < 0) continue;
+        e->list[owner][strategy->owner_order[a]] = a;
+        e->on_index[owner]++;
     }
 }
 
@@ -8203,7 +8673,7 @@ LLMPAR_DEF llmpar_tensor llmpar_plan_tensor(const llmpar_plan *plan, int value) 
 
 // ---- sums that follow the tree (invariant graphs)
 
-typedef struct llmpari_tree_sum {   // an einsum's operand 0, its dim that is summed over, and that dim's granules
+typedef struct llmpari_tree_sum {   // an einsum's operand 0, its dim that is summed over, and that dim's granules; or experts: the gate's, each a granule
     llmpar_tensor operand;
     int     dim;
     int64_t granule, granules;
@@ -8214,10 +8684,12 @@ LLMPARI_FN bool llmpari_tree_sum_of(const llmpar_plan *plan, int32_t value, llmp
     for (int32_t i = 0; i < plan->n_steps; i++) {
         const llmpar_step *step = &plan->step[i];
         if (step->out != value || step->op < 0) continue;
-        sum->dim = llmpari_tree_dim(plan->graph, &plan->graph->op[step->op]);
+        const llmpar_op *op = &plan->graph->op[step->op];
+        const bool experts = plan->graph->invariant && op->kind == LLMPAR_OP_EXPERTS;
+        sum->dim = experts ? 0 : llmpari_tree_dim(plan->graph, op);
         if (sum->dim < 0) return false;
-        sum->operand  = llmpar_plan_tensor(plan, step->in[0]);
-        sum->granule  = llmpari_tree_granule(&sum->operand.dim[sum->dim]);
+        sum->operand  = llmpar_plan_tensor(plan, step->in[experts ? 2 : 0]);
+        sum->granule  = experts ? 1 : llmpari_tree_granule(&sum->operand.dim[sum->dim]);
         sum->granules = (sum->operand.dim[sum->dim].size + sum->granule - 1) / sum->granule;
         return true;
     }
@@ -8281,7 +8753,10 @@ LLMPAR_DEF int llmpar_plan_traffic(const llmpar_plan *plan, int32_t rank, llmpar
             const llmpar_step *step = &plan->step[i];
             const int64_t times = plan->segment[k].repeats;
             llmpari_tree_sum sum;
-            if (step->op >= 0 && step->inner) {
+            if (step->op >= 0 && step->inner && plan->graph->op[step->op].kind == LLMPAR_OP_EXPERTS) {
+                const int64_t ranks = llmpar_mesh_group_size(&plan->graph->mesh, step->inner);
+                n = llmpari_traffic_add(rows, n, capacity, LLMPAR_ALL_GATHER, step->inner, times, times * 4 * ranks * ranks);
+            } else if (step->op >= 0 && step->inner) {
                 llmpar_tensor loss = llmpar_plan_tensor(plan, step->out);
                 n = llmpari_traffic_add(rows, n, capacity, LLMPAR_ALL_REDUCE, step->inner, times * 3,
                                         times * 3 * 4 * llmpar_tensor_local_elements(&loss, &plan->graph->mesh, rank));
@@ -8326,7 +8801,7 @@ LLMPARI_FN void llmpari_move_text(const llmpar_plan *plan, const llmpar_step *st
 }
 
 LLMPARI_FN const char *llmpari_op_name(const llmpar_op *op) {
-    static const char *const name[] = { ".", "+", "*", "unary", "norm", "softmax", "rope", "attention", "embed", "take", "cross entropy", "output" };
+    static const char *const name[] = { ".", "+", "*", "unary", "norm", "softmax", "rope", "attention", "embed", "take", "cross entropy", "experts", "output" };
     static const char *const function[] = { "silu", "gelu", "gelu_tanh", "relu", "exp", "square", "negate" };
     return op->kind == LLMPAR_OP_UNARY ? function[op->function] : name[op->kind];
 }
@@ -8365,7 +8840,7 @@ LLMPARI_FN void llmpari_explain_step(const llmpar_plan *plan, const llmpar_step 
     llmpari_print(sink, "%-88s  %s", line, seconds);
     if (step->inner) {
         llmpari_axes_text(&plan->graph->mesh, step->inner, text);
-        llmpari_print(sink, ", 3 AllReduce_%s inside", text);
+        llmpari_print(sink, op->kind == LLMPAR_OP_EXPERTS ? ", tokens sent and results back by AllToAll_%s" : ", 3 AllReduce_%s inside", text);
     }
     if (op->kind == LLMPAR_OP_ADD)
         for (int i = 0; i < 2; i++) {               // a whole operand of a partial sum
@@ -12474,21 +12949,6 @@ LLMPARI_FN void llmpari_widen_int(int64_t *to, const char *from, int m, int32_t 
 LLMPARI_FN void llmpari_narrow_int(int32_t *to, const int64_t *from, int m) {
     for (int j = 0; j < m; j++) to[j] = (int32_t)(uint32_t)(uint64_t)from[j];             // sums wrap around
 }
-
-// A copy past the caches, for what nobody reads soon; llmpari_streamed ends a series of them.
-#if defined(__SSE2__) && defined(__GNUC__)
-LLMPARI_FN void llmpari_stream(char *to, const char *from, int64_t bytes) {
-    int64_t head = llmpari_min(bytes, (int64_t)((64 - (uintptr_t)to % 64) % 64)), at = head;
-    memcpy(to, from, (size_t)head);
-    for (; at + 64 <= bytes; at += 64)
-        for (int i = 0; i < 64; i += 16) _mm_stream_si128((__m128i *)(void *)(to + at + i), _mm_loadu_si128((const __m128i *)(const void *)(from + at + i)));
-    memcpy(to + at, from + at, (size_t)(bytes - at));
-}
-LLMPARI_FN void llmpari_streamed(void) { _mm_sfence(); }
-#else
-LLMPARI_FN void llmpari_stream(char *to, const char *from, int64_t bytes) { memcpy(to, from, (size_t)bytes); }
-LLMPARI_FN void llmpari_streamed(void) { }
-#endif
 
 // A short copy that the caller's loop runs through with vectors.
 LLMPARI_FN void llmpari_copy_block(char *to, const char *from, int64_t bytes) {
@@ -17710,6 +18170,7 @@ typedef int32_t  llmpari_ivec;
 #define LLMPARI_AHEAD  8192        // bytes ahead of which b is fetched where granules' sums take time between the loads (measured: f32 0.75 of the plain rate without, 0.95 with)
 #define LLMPARI_CONVERT 32         // CBLAS: from so many rows of a on, 16-bit b is converted for it (below, the blocked loops convert while packing)
 #define LLMPARI_COLUMNS 2048       // b[k, n] and few rows of a: columns x rows of a that are summed at a time
+#define LLMPARI_PAST (8 << 20)     // from so many bytes on, rows are permuted past the caches
 
 LLMPARI_INLINE llmpari_vec llmpari_load(const float *p) {
     llmpari_vec v;
@@ -18433,6 +18894,83 @@ LLMPARI_FN void llmpari_op_embed(void *user, const llmpar_embed_args *g) {
     }
 }
 
+// ---- experts --------------------------------------------------------------------------------------------------------------------------------------
+
+LLMPARI_FN void llmpari_op_permute(void *user, const llmpar_permute_args *g) {
+    (void)user;
+    const bool past = g->count * g->bytes >= LLMPARI_PAST;
+    for (int64_t r = 0; r < g->rows; r++) {
+        const char *x = (const char *)g->x + r * g->bytes;
+        for (int64_t i = r * g->k; i < (r + 1) * g->k; i++) {
+            const int64_t at = g->to[i] - g->first;
+            if (at < 0 || at >= g->count) continue;
+            char *y = (char *)g->y + at * g->bytes;
+            if (past) llmpari_stream(y, x, g->bytes);
+            else memcpy(y, x, (size_t)g->bytes);
+        }
+    }
+    if (past) llmpari_streamed();
+}
+
+LLMPARI_FN void llmpari_op_grouped(void *user, const llmpar_grouped_args *g) {
+    llmpar_gemm one = g->gemm;
+    for (int64_t e = 0; e < g->experts; e++) {
+        const int64_t row = g->offsets[e] - g->offsets[0];
+        one.m = g->offsets[e + 1] - g->offsets[e];
+        one.a = g->gemm.a + row * one.lda;
+        one.b = llmpari_at(g->gemm.b, one.b_dtype, e * g->b_stride);
+        one.c = g->gemm.c + row * one.ldc;
+        if (one.m > 0) llmpari_op_gemm(user, &one);
+    }
+}
+
+// Two loops, with memory in between: a product is rounded before it is added, whether its sum is made here or on another rank.
+LLMPARI_FN void llmpari_scale_row(float *to, float w, const float *from, int64_t n) {
+    int64_t e = 0;
+    for (; e + LLMPARI_LANES <= n; e += LLMPARI_LANES) llmpari_store(to + e, w * llmpari_load(from + e));
+    for (; e < n; e++) to[e] = w * from[e];
+}
+LLMPARI_FN void llmpari_add_row(float *to, const float *from, int64_t n) {
+    int64_t e = 0;
+    for (; e + LLMPARI_LANES <= n; e += LLMPARI_LANES) llmpari_store(to + e, llmpari_load(to + e) + llmpari_load(from + e));
+    for (; e < n; e++) to[e] += from[e];
+}
+
+// Token t's sum over the experts of a range.
+LLMPARI_FN void llmpari_combine_token(const llmpar_combine_args *g, int64_t t, llmpar_range experts, float *out) {
+    enum { BLOCK = 256 };          // the stack stays in the first-level cache
+    float memory[LLMPAR_DISPATCH_DEPTH][BLOCK];
+    int32_t *at = g->scratch;
+    uint8_t *merges = (uint8_t *)(at + g->k);
+    const int32_t chosen = llmpar_dispatch_tree(g->ids + t * g->k, (int32_t)g->k, experts, at, merges);
+    if (!chosen) for (int64_t e = 0; e < g->n; e++) out[e] = -0.0f;
+    for (int64_t e = 0; chosen && e < g->n; e += BLOCK) {
+        const int64_t n = llmpari_min(BLOCK, g->n - e);
+        int depth = 0;
+        for (int32_t i = 0; i < chosen; i++) {
+            const int64_t from = t * g->k + at[i];
+            const float *y = g->y + (g->from[from] - g->first) * g->n + e;
+            float *to = depth ? memory[depth] : out + e;
+            depth++;
+            if (g->weights) llmpari_scale_row(to, g->weights[from], y, n);
+            else memcpy(to, y, (size_t)n * 4);
+            for (int merge = merges[i]; merge > 0; merge--) {
+                depth--;
+                llmpari_add_row(depth > 1 ? memory[depth - 1] : out + e, memory[depth], n);
+            }
+        }
+    }
+}
+
+LLMPARI_FN void llmpari_op_combine(void *user, const llmpar_combine_args *g) {
+    llmpar_range piece[LLMPAR_TREE_PIECES];
+    (void)user;
+    const int32_t pieces = g->pieces ? llmpar_tree_pieces(g->n_experts, g->experts, piece) : 1;
+    if (!g->pieces) piece[0] = g->experts;
+    for (int32_t p = 0; p < pieces; p++)
+        for (int64_t t = 0; t < g->tokens; t++) llmpari_combine_token(g, t, piece[p], g->out + p * g->stride + t * g->n);
+}
+
 // ---- attention ------------------------------------------------------------------------------------------------------------------------------------
 // Query rows are taken in blocks of (query, head) pairs that share a kv head, keys in blocks that start at multiples of LLMPARI_KEYS. Per pair of blocks:
 // scores by the GEMM, softmax with a running maximum and sum (Milakov & Gimelshein 2018, "Online normalizer calculation for softmax"), weighted sum of v.
@@ -18613,6 +19151,9 @@ LLMPAR_DEF llmpar_ops llmpar_ops_cpu(void) {
     ops.bias      = llmpari_op_bias;
     ops.softmax   = llmpari_op_softmax;
     ops.embed     = llmpari_op_embed;
+    ops.permute   = llmpari_op_permute;
+    ops.grouped   = llmpari_op_grouped;
+    ops.combine   = llmpari_op_combine;
     ops.invariant = false;
     return ops;
 }
@@ -18864,6 +19405,7 @@ struct llmpar_exec {
     char         *scratch;
     void         *state, *work;    // weights and caches; all else. As allocated
     size_t        state_bytes, work_bytes;
+    llmpar_routed *routed;         // [n_comms]
     void        (*watch)(int step, int round, const llmpar_tensor *out, const void *data, void *user);
     void         *watch_user;
 };
@@ -18911,19 +19453,20 @@ LLMPARI_FN void llmpari_exec_use_comm(llmpar_exec *x, llmpar_axes axes) {
     x->comm_axes[at] = axes;
     x->n_comms++;
 }
-LLMPARI_FN llmpar_comm *llmpari_exec_comm(const llmpar_exec *x, llmpar_axes axes) {
+LLMPARI_FN int llmpari_exec_comm_at(const llmpar_exec *x, llmpar_axes axes) {
     int low = 0, high = x->n_comms - 1;
     while (low < high) {
         int middle = (low + high) / 2;
         if (x->comm_axes[middle] < axes) low = middle + 1; else high = middle;
     }
-    return x->comm[low];
+    return low;
 }
+LLMPARI_FN llmpar_comm *llmpari_exec_comm(const llmpar_exec *x, llmpar_axes axes) { return x->comm[llmpari_exec_comm_at(x, axes)]; }
 
 LLMPARI_ONCE_BEGIN
 LLMPARI_FN const char *llmpari_exec_op_text(int kind) {
     static const char *const text[] = { "einsum", "add", "mul", "unary", "norm", "softmax", "rope", "attention", "embed", "take", "cross entropy",
-                                       "output" };
+                                       "experts", "output" };
     return kind >= 0 && kind < LLMPARI_COUNT(text) ? text[kind] : "unknown op";
 }
 
@@ -18952,6 +19495,7 @@ LLMPARI_FN bool llmpari_exec_partial_legal(const llmpari_exec_prep *p, int axis)
     case LLMPAR_OP_EINSUM: case LLMPAR_OP_MUL: case LLMPAR_OP_EMBED: case LLMPAR_OP_TAKE: return operands + lost == out;
     case LLMPAR_OP_ADD:       return (operands > 0) == (out > 0);
     case LLMPAR_OP_CROSS_ENTROPY: return operands + out == 0 && lost == (int)(p->step->inner >> axis & 1u);
+    case LLMPAR_OP_EXPERTS:   return operands == 0 && out == (lost && !(p->step->inner >> axis & 1u));
     case LLMPAR_OP_ROPE:      linear = 1u; break;
     case LLMPAR_OP_UNARY:     linear = op->function == LLMPAR_NEGATE ? 1u : 0; break;
     case LLMPAR_OP_ATTENTION: linear = op->decode_rows ? 0 : 4u; break;
@@ -19664,6 +20208,327 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_rope(llmpari_exec_prep *p) {
     return LLMPAR_OK;
 }
 
+// ---- experts
+// A step routes this rank's tokens. Where it holds all tokens of its experts, it computes its experts' rows and adds them up: the whole sum, or partial sums. Else (axes `sent`) every token
+// goes once to each rank that holds experts of its choice, with the ids and weights, and comes back as the sum over that rank's experts, or as its pieces.
+
+typedef struct llmpari_exec_experts {
+    llmpar_route_desc  route;
+    llmpar_activation  function;
+    llmpar_dtype       dtype;      // of the weights
+    int64_t      tokens, h, j, k;  // on this rank
+    int32_t      table;            // positions of the tokens, -1 = none is padding
+    llmpar_range mine;             // experts
+    bool         pieces;           // results of this rank's experts leave it piece by piece
+    int32_t      n_pieces;
+    // working on rows of tokens
+    int64_t      most, chunk;      // tokens at a time; sorted rows of experts whose products are made at a time
+    int64_t      pad_at, ids_at, weights_at, own_at, offsets_at, clipped_at, inverse_at, combine_at;   // scratch ...
+    int64_t      x_at, gate_at, up_at, y_at, gemm_at;
+    // tokens that are sent
+    llmpar_axes  sent;
+    int32_t      n, me;            // members, and this one
+    llmpar_range *range;           // [n]: whose experts
+    int32_t     *pieces_of;        // [n]: pieces that come back from a member for each token; of all members at most
+    int32_t     *first_piece;      // [n]: into piece[]
+    llmpar_range *piece;
+    int32_t     *member_of;        // [experts]
+    int64_t     *send, *recv, *gather, *place;   // [n]: counts of the calls; rows of a member that came before this round's
+    int64_t      wide, fewest, items;   // floats of a token that is sent; tokens that come in a round at most; what a token's sum is made of
+    int64_t      to_at, order_at, counts_at, pack_at, take_at, sum_at, back_at, from_at, item_at;
+} llmpari_exec_experts;
+
+#define LLMPARI_EXEC_SCRATCH(type, args, at) ((type *)(void *)((args)->scratch + (at)))
+
+// y (or its pieces, `stride` apart) = this rank's experts' share of `tokens` rows x, `width` floats apart, with their choices.
+LLMPARI_FN llmpar_status llmpari_exec_experts_compute(llmpar_exec *x, const llmpari_exec_experts *how, const llmpari_exec_args *args, const float *rows, int64_t width, int64_t tokens,
+                                                      const int32_t *ids, const float *weights, float *out, llmpar_error *err) {
+    int32_t *own = LLMPARI_EXEC_SCRATCH(int32_t, args, how->own_at), *inverse = LLMPARI_EXEC_SCRATCH(int32_t, args, how->inverse_at);
+    int64_t *offsets = LLMPARI_EXEC_SCRATCH(int64_t, args, how->offsets_at), *clipped = LLMPARI_EXEC_SCRATCH(int64_t, args, how->clipped_at);
+    float *from = LLMPARI_EXEC_SCRATCH(float, args, how->x_at), *gate = LLMPARI_EXEC_SCRATCH(float, args, how->gate_at), *up = LLMPARI_EXEC_SCRATCH(float, args, how->up_at);
+    float *y = LLMPARI_EXEC_SCRATCH(float, args, how->y_at);
+    for (int64_t i = 0; i < tokens * how->k; i++) {
+        const int64_t e = ids[i] - how->mine.first;
+        own[i] = ids[i] >= 0 && e >= 0 && e < how->mine.count ? (int32_t)e : -1;
+    }
+    LLMPARI_TRY(llmpar_dispatch_sort(own, tokens, how->k, how->mine.count, offsets, NULL, inverse, err));
+    for (int64_t first = 0, total = offsets[how->mine.count]; first < total; first += how->chunk) {
+        const int64_t count = llmpari_min(how->chunk, total - first);
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t c = 0; c < how->k; c++) {
+                const int64_t at = inverse[t * how->k + c] - first;
+                if (inverse[t * how->k + c] < 0 || at < 0 || at >= count) continue;
+                memcpy(from + at * how->h, rows + t * width, (size_t)how->h * 4);
+                for (int64_t i = 0; how->route.scale_input && i < how->h; i++) from[at * how->h + i] *= weights[t * how->k + c];
+            }
+        for (int64_t e = 0; e <= how->mine.count; e++) clipped[e] = llmpari_min(llmpari_max(offsets[e], first), first + count);
+        llmpar_grouped_args g;
+        memset(&g, 0, sizeof g);
+        g.experts = how->mine.count;
+        g.offsets = clipped;
+        g.b_stride = how->h * how->j;
+        g.gemm.n = how->j; g.gemm.k = how->h; g.gemm.lda = g.gemm.ldb = how->h; g.gemm.ldc = how->j;
+        g.gemm.a = from;
+        g.gemm.b_dtype = how->dtype;
+        g.gemm.b_transposed = true;
+        g.gemm.scratch = how->gemm_at < 0 ? NULL : LLMPARI_EXEC_SCRATCH(float, args, how->gemm_at);
+        g.gemm.b = args->in[2]; g.gemm.c = gate;
+        x->ops.grouped(x->ops.user, &g);
+        g.gemm.b = args->in[3]; g.gemm.c = up;
+        x->ops.grouped(x->ops.user, &g);
+        llmpar_gated_args gated;
+        gated.n = count * how->j; gated.gate = gate; gated.up = up; gated.y = gate; gated.kind = how->function;
+        x->ops.gated(x->ops.user, &gated);
+        g.gemm.n = how->h; g.gemm.k = how->j; g.gemm.lda = g.gemm.ldb = how->j; g.gemm.ldc = how->h;
+        g.gemm.a = gate; g.gemm.b = args->in[4]; g.gemm.c = y + first * how->h;
+        x->ops.grouped(x->ops.user, &g);
+    }
+    llmpar_combine_args sum;
+    memset(&sum, 0, sizeof sum);
+    sum.tokens = tokens; sum.k = how->k; sum.n = how->h; sum.n_experts = how->route.n_experts;
+    sum.experts = how->mine;
+    sum.pieces  = how->pieces;
+    sum.ids = ids; sum.from = inverse; sum.weights = how->route.scale_input ? NULL : weights;
+    sum.y = y; sum.out = out;
+    sum.stride  = tokens * how->h;
+    sum.scratch = LLMPARI_EXEC_SCRATCH(int32_t, args, how->combine_at);
+    x->ops.combine(x->ops.user, &sum);
+    return LLMPAR_OK;
+}
+
+// The router's choices of this rank's tokens.
+LLMPARI_FN llmpar_status llmpari_exec_experts_route(llmpar_exec *x, const llmpari_exec_experts *how, const llmpari_exec_args *args, llmpar_error *err) {
+    uint8_t *pad = how->table < 0 ? NULL : LLMPARI_EXEC_SCRATCH(uint8_t, args, how->pad_at);
+    for (int64_t t = 0; pad && t < how->tokens; t++) pad[t] = x->table[how->table].position[t] < 0;
+    return llmpar_route(&how->route, args->in[1], LLMPAR_F32, how->tokens, pad, LLMPARI_EXEC_SCRATCH(int32_t, args, how->ids_at), LLMPARI_EXEC_SCRATCH(float, args, how->weights_at), err);
+}
+
+LLMPARI_FN llmpar_status llmpari_exec_run_experts(llmpar_exec *x, const llmpari_exec_task *task, const llmpari_exec_args *args, llmpar_error *err) {
+    const llmpari_exec_experts *how = (const llmpari_exec_experts *)task->how;
+    LLMPARI_TRY(llmpari_exec_experts_route(x, how, args, err));
+    return llmpari_exec_experts_compute(x, how, args, (const float *)args->in[0], how->h, how->tokens, LLMPARI_EXEC_SCRATCH(int32_t, args, how->ids_at),
+                                        LLMPARI_EXEC_SCRATCH(float, args, how->weights_at), (float *)args->out, err);
+}
+
+// Where each token goes: offsets and order of its rows by member, one row however many of the member's experts it chose.
+LLMPARI_FN llmpar_status llmpari_exec_experts_sort(const llmpari_exec_experts *how, const llmpari_exec_args *args, int64_t *offsets, llmpar_error *err) {
+    const int32_t *ids = LLMPARI_EXEC_SCRATCH(int32_t, args, how->ids_at);
+    int32_t *to = LLMPARI_EXEC_SCRATCH(int32_t, args, how->to_at);
+    for (int64_t i = 0; i < how->tokens * how->k; i++) {
+        to[i] = ids[i] < 0 ? -1 : how->member_of[ids[i]];
+        for (int64_t c = i - i % how->k; c < i && to[i] >= 0; c++) if (to[c] == to[i]) to[i] = -1;
+    }
+    return llmpar_dispatch_sort(to, how->tokens, how->k, how->n, offsets, LLMPARI_EXEC_SCRATCH(int32_t, args, how->order_at), LLMPARI_EXEC_SCRATCH(int32_t, args, how->from_at), err);
+}
+
+// This round's tokens for the members, with their choices among the member's experts, one after another.
+LLMPARI_FN void llmpari_exec_experts_pack(const llmpari_exec_experts *how, const llmpari_exec_args *args, const int64_t *offsets, int32_t rounds, int32_t round) {
+    const int32_t *ids = LLMPARI_EXEC_SCRATCH(int32_t, args, how->ids_at), *order = LLMPARI_EXEC_SCRATCH(int32_t, args, how->order_at);
+    const float *weights = LLMPARI_EXEC_SCRATCH(float, args, how->weights_at), *in = (const float *)args->in[0];
+    float *to = LLMPARI_EXEC_SCRATCH(float, args, how->pack_at);
+    for (int32_t m = 0; m < how->n; m++) {
+        const llmpar_range part = llmpar_split_part(offsets[m + 1] - offsets[m], NULL, rounds, round);
+        how->send[m] = part.count * how->wide;
+        for (int64_t p = offsets[m] + part.first; p < offsets[m] + part.first + part.count; p++, to += how->wide) {
+            const int64_t t = order[p] / how->k;
+            memcpy(to, in + t * how->h, (size_t)how->h * 4);
+            memcpy(to + how->h, ids + t * how->k, (size_t)how->k * 4);                     // bits of int32
+            memcpy(to + how->h + how->k, weights + t * how->k, (size_t)how->k * 4);
+        }
+    }
+}
+
+// A round: tokens out, their share computed, results back into their places in back_at.
+LLMPARI_FN llmpar_status llmpari_exec_experts_round(llmpar_exec *x, const llmpari_exec_experts *how, const llmpari_exec_args *args, const int64_t *offsets, const int32_t *counts,
+                                                    int32_t rounds, int32_t round, llmpar_error *err) {
+    const int c = llmpari_exec_comm_at(x, how->sent);
+    float *take = LLMPARI_EXEC_SCRATCH(float, args, how->take_at), *pack = LLMPARI_EXEC_SCRATCH(float, args, how->pack_at), *sum = LLMPARI_EXEC_SCRATCH(float, args, how->sum_at);
+    float *back = LLMPARI_EXEC_SCRATCH(float, args, how->back_at);
+    int32_t *ids = LLMPARI_EXEC_SCRATCH(int32_t, args, how->item_at);
+    float *weights = (float *)(void *)(ids + how->fewest * how->k);
+    int64_t tokens = 0, held = how->tokens;
+    llmpari_exec_experts_pack(how, args, offsets, rounds, round);
+    for (int32_t m = 0; m < how->n; m++) {
+        const int64_t come = llmpar_split_part(counts[m * how->n + how->me], NULL, rounds, round).count;
+        how->recv[m] = come * how->wide;
+        tokens += come;
+        if (m != how->me) held += come;
+        x->routed[c].payload_bytes += 4 * (how->send[m] + come * how->n_pieces * how->h);
+    }
+    x->routed[c].calls += 2;
+    x->routed[c].most_tokens = llmpari_max(x->routed[c].most_tokens, held);
+    LLMPARI_TRY(llmpar_all_to_all(x->comm[c], pack, how->send, take, how->recv, LLMPAR_F32, err));
+    for (int64_t t = 0; t < tokens; t++) {
+        memcpy(ids + t * how->k, take + t * how->wide + how->h, (size_t)how->k * 4);
+        memcpy(weights + t * how->k, take + t * how->wide + how->h + how->k, (size_t)how->k * 4);
+    }
+    LLMPARI_TRY(llmpari_exec_experts_compute(x, how, args, take, how->wide, tokens, ids, weights, sum, err));
+    if (how->n_pieces > 1)                                                                 // [piece][token] -> [token][piece]
+        for (int64_t t = 0; t < tokens; t++)
+            for (int32_t p = 0; p < how->n_pieces; p++) memcpy(take + (t * how->n_pieces + p) * how->h, sum + (p * tokens + t) * how->h, (size_t)how->h * 4);
+    int64_t at = 0;
+    for (int32_t m = 0; m < how->n; m++) {
+        how->recv[m] = how->recv[m] / how->wide * how->n_pieces * how->h;
+        how->send[m] = how->send[m] / how->wide * how->pieces_of[m] * how->h;
+    }
+    LLMPARI_TRY(llmpar_all_to_all(x->comm[c], how->n_pieces > 1 ? take : sum, how->recv, pack, how->send, LLMPAR_F32, err));
+    for (int32_t m = 0; m < how->n; m++) {
+        memcpy(back + how->place[m], pack + at, (size_t)how->send[m] * 4);
+        how->place[m] += how->send[m];
+        at += how->send[m];
+    }
+    return LLMPAR_OK;
+}
+
+// What came back for every token, added along the tree.
+LLMPARI_FN void llmpari_exec_experts_finish(llmpar_exec *x, const llmpari_exec_experts *how, const llmpari_exec_args *args, const int64_t *offsets) {
+    const int32_t *to = LLMPARI_EXEC_SCRATCH(int32_t, args, how->to_at), *at = LLMPARI_EXEC_SCRATCH(int32_t, args, how->from_at);
+    int32_t *ids = LLMPARI_EXEC_SCRATCH(int32_t, args, how->item_at), *from = ids + how->tokens * how->items;
+    for (int64_t i = 0; i < how->tokens * how->items; i++) ids[i] = -1;
+    int64_t base = 0;
+    for (int32_t m = 0; m < how->n; m++) { how->gather[m] = base; base += (offsets[m + 1] - offsets[m]) * how->pieces_of[m]; }
+    for (int64_t t = 0; t < how->tokens; t++) {
+        int64_t n = t * how->items;
+        for (int64_t c = t * how->k; c < (t + 1) * how->k; c++)
+            for (int32_t p = 0; to[c] >= 0 && p < how->pieces_of[to[c]]; p++, n++) {
+                ids[n]  = (int32_t)how->piece[how->first_piece[to[c]] + p].first;
+                from[n] = (int32_t)(how->gather[to[c]] + (at[c] - offsets[to[c]]) * how->pieces_of[to[c]] + p);
+            }
+    }
+    llmpar_combine_args sum;
+    memset(&sum, 0, sizeof sum);
+    sum.tokens = how->tokens; sum.k = how->items; sum.n = how->h; sum.n_experts = how->route.n_experts;
+    sum.experts.count = how->route.n_experts;
+    sum.ids = ids; sum.from = from;
+    sum.y = LLMPARI_EXEC_SCRATCH(float, args, how->back_at);
+    sum.out = (float *)args->out;
+    sum.scratch = LLMPARI_EXEC_SCRATCH(int32_t, args, how->combine_at);
+    x->ops.combine(x->ops.user, &sum);
+}
+
+LLMPARI_FN llmpar_status llmpari_exec_run_experts_sent(llmpar_exec *x, const llmpari_exec_task *task, const llmpari_exec_args *args, llmpar_error *err) {
+    const llmpari_exec_experts *how = (const llmpari_exec_experts *)task->how;
+    int64_t *offsets = LLMPARI_EXEC_SCRATCH(int64_t, args, how->counts_at), rounds = 1, at = 0;
+    int32_t *counts = (int32_t *)(void *)(offsets + how->n + 1);                           // [from][to]
+    LLMPARI_TRY(llmpari_exec_experts_route(x, how, args, err));
+    LLMPARI_TRY(llmpari_exec_experts_sort(how, args, offsets, err));
+    for (int32_t m = 0; m < how->n; m++) counts[how->me * how->n + m] = (int32_t)(offsets[m + 1] - offsets[m]);
+    for (int32_t m = 0; m < how->n; m++) how->gather[m] = how->n;
+    LLMPARI_TRY(llmpar_all_gather(llmpari_exec_comm(x, how->sent), counts + how->me * how->n, counts, how->gather, LLMPAR_I32, err));
+    for (int32_t m = 0; m < how->n; m++) {
+        int64_t come = 0;
+        for (int32_t from = 0; from < how->n; from++) come += counts[from * how->n + m];
+        rounds = llmpari_max(rounds, (come + how->most - 1) / how->most);
+        how->place[m] = at;
+        at += (offsets[m + 1] - offsets[m]) * how->pieces_of[m] * how->h;
+    }
+    for (int32_t round = 0; round < rounds; round++) LLMPARI_TRY(llmpari_exec_experts_round(x, how, args, offsets, counts, (int32_t)rounds, round, err));
+    llmpari_exec_experts_finish(x, how, args, offsets);
+    return LLMPAR_OK;
+}
+
+LLMPARI_ONCE_BEGIN
+// Which experts the members of the group have, and how the tokens come to them in rounds.
+LLMPARI_FN llmpar_status llmpari_exec_prep_sent(llmpari_exec_prep *p, llmpari_exec_experts *how) {
+    llmpar_exec *x = p->exec;
+    const llmpar_tensor *gate = &p->in[2]->tensor;
+    const int64_t experts = how->route.n_experts;
+    llmpar_range piece[LLMPAR_TREE_PIECES];
+    int32_t n = llmpar_mesh_group_size(x->mesh, how->sent), pieces = 0;
+    int32_t *members = (int32_t *)llmpar_arena_alloc(&x->arena, 3 * (size_t)n * sizeof *members);
+    how->n = n;
+    how->range     = (llmpar_range *)llmpar_arena_alloc(&x->arena, (size_t)n * sizeof *how->range);
+    how->piece     = (llmpar_range *)llmpar_arena_alloc(&x->arena, (size_t)(experts + 1) * sizeof *how->piece);
+    how->member_of = (int32_t *)llmpar_arena_alloc(&x->arena, (size_t)experts * sizeof *how->member_of);
+    how->send      = (int64_t *)llmpar_arena_alloc(&x->arena, 4 * (size_t)n * sizeof *how->send);
+    if (!members || !how->range || !how->piece || !how->member_of || !how->send) return llmpari_exec_prep_memory(p);
+    how->pieces_of = members + n; how->first_piece = members + 2 * n;
+    how->recv = how->send + n; how->gather = how->send + 2 * n; how->place = how->send + 3 * n;
+    llmpar_mesh_group(x->mesh, how->sent, x->rank, members, n, &how->me);
+    int64_t all = 0, longest = 0;
+    for (int32_t e = 0; e < experts; e++) how->member_of[e] = -1;
+    for (int32_t m = 0; m < n; m++) {
+        const llmpari_exec_part in = llmpari_exec_part_of(&p->in[0]->tensor, &p->in[0]->tensor.sharding, x->mesh, members[m]);
+        const llmpar_range range = how->range[m] = llmpar_tensor_local(gate, x->mesh, members[m], 0);
+        const int64_t theirs = in.elements / how->h;
+        for (int64_t e = range.first; e < range.first + range.count; e++) how->member_of[e] = m;
+        how->first_piece[m] = pieces;
+        how->pieces_of[m]   = how->pieces ? llmpar_tree_pieces(experts, range, piece) : range.count > 0;
+        for (int32_t i = 0; i < how->pieces_of[m]; i++) how->piece[pieces + i] = how->pieces ? piece[i] : range;
+        pieces  += how->pieces_of[m];
+        longest  = llmpari_max(longest, how->pieces_of[m]);
+        all     += theirs;
+    }
+    for (int32_t e = 0; e < experts; e++)
+        if (how->member_of[e] < 0) return llmpari_exec_prep_wrong(p, "no rank that tokens are sent to has an expert", gate->name);
+    how->n_pieces = how->pieces_of[how->me];
+    how->most   = llmpari_max(2 * ((all + n - 1) / n), 1);    // twice an even share in a round; more takes more rounds
+    how->fewest = llmpari_min(how->most + n, llmpari_max(all, 1));
+    how->wide   = how->h + 2 * how->k;
+    how->items  = llmpari_min(how->k, n) * longest;
+    llmpari_exec_use_comm(x, how->sent);
+    const int64_t rows = llmpari_min(how->k, n) * how->tokens;                             // that this rank sends at most
+    how->to_at     = llmpari_exec_prep_scratch(p, 4 * how->tokens * how->k);
+    how->from_at   = llmpari_exec_prep_scratch(p, 4 * how->tokens * how->k);
+    how->order_at  = llmpari_exec_prep_scratch(p, 4 * how->tokens * how->k);
+    how->counts_at = llmpari_exec_prep_scratch(p, 8 * (n + 1) + 4 * (int64_t)n * n);
+    how->item_at   = llmpari_exec_prep_scratch(p, llmpari_max(8 * how->fewest * how->k, 8 * how->tokens * how->items));
+    how->pack_at   = llmpari_exec_prep_scratch(p, 4 * rows * llmpari_max(how->wide, longest * how->h));
+    how->take_at   = llmpari_exec_prep_scratch(p, 4 * how->fewest * llmpari_max(how->wide, how->n_pieces * how->h));
+    how->sum_at    = llmpari_exec_prep_scratch(p, 4 * how->fewest * how->n_pieces * how->h);
+    how->back_at   = llmpari_exec_prep_scratch(p, 4 * rows * longest * how->h);
+    p->task->run   = llmpari_exec_run_experts_sent;
+    return LLMPAR_OK;
+}
+
+LLMPARI_FN llmpar_status llmpari_exec_prep_experts(llmpari_exec_prep *p) {
+    enum { CHUNK = 512 };
+    llmpar_exec *x = p->exec;
+    const llmpari_exec_part *in = &p->in[0]->part, *gate = &p->in[2]->part;
+    llmpari_exec_experts *how = (llmpari_exec_experts *)llmpari_exec_prep_how(p, sizeof *how);
+    llmpar_range piece[LLMPAR_TREE_PIECES];
+    if (!how) return llmpari_exec_prep_memory(p);
+    how->route    = p->op->experts.route;
+    how->function = p->op->experts.function;
+    how->dtype    = p->in[2]->tensor.dtype;
+    how->h        = in->range[p->op->dim].count;
+    how->j        = gate->range[1].count;
+    how->k        = how->route.k;
+    how->tokens   = in->elements / how->h;
+    how->mine     = gate->range[0];
+    how->sent     = p->step->inner;
+    how->pieces   = x->graph->invariant;
+    how->table    = -1;
+    for (int s = 0; s < 5; s++)
+        if (s != 2 && p->in[s]->part.range[s < 2 ? p->op->dim : s == 3 ? 2 : 1].count != p->in[s]->tensor.dim[s < 2 ? p->op->dim : s == 3 ? 2 : 1].size)
+            return llmpari_exec_prep_wrong(p, "only tokens, experts and what is between gate and down can be split", p->in[s]->tensor.name);
+    if (in->n == 3) LLMPARI_TRY(llmpari_exec_prep_table(p, p->in[0], false, &how->table));
+    how->n_pieces = how->pieces ? llmpar_tree_pieces(how->route.n_experts, how->mine, piece) : 1;
+    how->most = how->tokens;
+    p->task->run = llmpari_exec_run_experts;
+    how->pad_at     = llmpari_exec_prep_scratch(p, how->tokens);
+    how->ids_at     = llmpari_exec_prep_scratch(p, 4 * how->tokens * how->k);
+    how->weights_at = llmpari_exec_prep_scratch(p, 4 * how->tokens * how->k);
+    if (how->sent) LLMPARI_TRY(llmpari_exec_prep_sent(p, how));
+    else x->value[p->step->out].copies = how->n_pieces;
+    const int64_t tokens = how->sent ? how->fewest : how->tokens, rows = tokens * llmpari_min(how->k, how->mine.count);
+    how->chunk      = llmpari_max(llmpari_min(rows, CHUNK), 1);
+    how->own_at     = llmpari_exec_prep_scratch(p, 4 * tokens * how->k);
+    how->inverse_at = llmpari_exec_prep_scratch(p, 4 * tokens * how->k);
+    how->offsets_at = llmpari_exec_prep_scratch(p, 8 * (how->mine.count + 1));
+    how->clipped_at = llmpari_exec_prep_scratch(p, 8 * (how->mine.count + 1));
+    how->combine_at = llmpari_exec_prep_scratch(p, 8 * llmpari_max(how->k, how->items));
+    how->x_at       = llmpari_exec_prep_scratch(p, 4 * how->chunk * how->h);
+    how->gate_at    = llmpari_exec_prep_scratch(p, 4 * how->chunk * how->j);
+    how->up_at      = llmpari_exec_prep_scratch(p, 4 * how->chunk * how->j);
+    how->y_at       = llmpari_exec_prep_scratch(p, 4 * rows * how->h);
+    const int64_t floats = llmpari_max(llmpar_gemm_scratch(how->chunk, how->j, how->h, how->dtype), llmpar_gemm_scratch(how->chunk, how->h, how->j, how->dtype));
+    how->gemm_at    = floats ? llmpari_exec_prep_scratch(p, 4 * floats) : -1;
+    if (!how->sent && (!p->out->part.elements || !p->out->copies)) p->task->run = NULL;
+    return LLMPAR_OK;
+}
+LLMPARI_ONCE_END
+
 typedef struct llmpari_exec_attend {
     llmpar_attention_args attention;
     int32_t queries, keys;         // tables of positions
@@ -20075,6 +20940,7 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_op(llmpari_exec_prep *p) {
     case LLMPAR_OP_EMBED:         return llmpari_exec_prep_embed(p);
     case LLMPAR_OP_TAKE:          return llmpari_exec_prep_take(p);
     case LLMPAR_OP_CROSS_ENTROPY: return llmpari_exec_prep_entropy(p);
+    case LLMPAR_OP_EXPERTS:       return llmpari_exec_prep_experts(p);
     default: return LLMPARI_FAIL(p->err, LLMPAR_UNSUPPORTED, "step %d of the plan has op kind %d, which the executor does not know", (int)p->index,
                                  (int)p->op->kind);
     }
@@ -20499,8 +21365,9 @@ LLMPARI_FN llmpar_status llmpari_exec_build(const llmpar_exec_desc *desc, llmpar
     LLMPARI_TRY(llmpari_exec_add_turns(x, err));
     LLMPARI_TRY(llmpari_exec_lay_out(x, err));
     LLMPARI_TRY(llmpari_exec_allocate(x, err));
-    x->comm = (llmpar_comm **)llmpar_arena_alloc(&x->arena, (size_t)(x->n_comms + 1) * sizeof *x->comm);
-    return x->comm ? LLMPAR_OK : llmpari_exec_memory(err);
+    x->comm   = (llmpar_comm **)llmpar_arena_alloc(&x->arena, (size_t)(x->n_comms + 1) * sizeof *x->comm);
+    x->routed = (llmpar_routed *)llmpar_arena_alloc(&x->arena, (size_t)(x->n_comms + 1) * sizeof *x->routed);
+    return x->comm && x->routed ? LLMPAR_OK : llmpari_exec_memory(err);
 }
 
 LLMPARI_FN llmpar_status llmpari_exec_connect(llmpar_exec *x, llmpar_error *err) {
@@ -20585,6 +21452,16 @@ LLMPAR_DEF int llmpar_exec_traffic(const llmpar_exec *x, llmpar_traffic *rows, i
                 rows[n].calls = x->comm[i]->stats.calls[kind];
                 rows[n].payload_bytes = x->comm[i]->stats.payload_bytes[kind];
             }
+            n++;
+        }
+    return n;
+}
+
+LLMPAR_DEF int llmpar_exec_routed(const llmpar_exec *x, llmpar_routed *rows, int capacity) {
+    int n = 0;
+    for (int32_t i = 0; i < x->n_comms; i++)
+        if (x->routed[i].calls) {
+            if (n < capacity) { rows[n] = x->routed[i]; rows[n].axes = x->comm_axes[i]; }
             n++;
         }
     return n;
