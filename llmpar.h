@@ -944,13 +944,19 @@ typedef struct llmpar_build_desc {
     bool    no_embed, no_end;      // a stage of a pipeline. It begins with input "h_in"[B, S, H], what the stage before ends with, instead of ids and the embedding; it ends
                                    //   after its last layer: output "h_out", laid out like h_in
     bool    invariant;             // an invariant graph: I gets 32 to 64 granules, of 128 items and more from I = 4096 on; heads are granules
-    int64_t layers;                // 0 = the model's
+    int64_t first_layer, layers;   // those that are built; layers 0 = all from first_layer on
+    const char *experts;           // the experts' own mesh over the same ranks, outermost first: "ep=4", "edp=2,ep=2", "ep=2,etp=2". ep: different experts; etp: each expert's
+                                   //   intermediate; edp, or what is left of the ranks: the same. Each is one of the mesh's axes, or neighbouring ones together.
+                                   //   NULL: the mesh's axis ep, and tp as etp
+    llmpar_experts_way experts_way;
 } llmpar_build_desc;
 // Writes the graph into g (fresh from llmpar_graph_init): input "ids"[B, S] i32, weights named as llmpar_weight_name says with tag = kind, caches
 // "k_cache", "v_cache" [B, K, C, D], layers as one repeat block. Node names: h0 (embeddings), h (the block's carry), x, q, k (after rope), v, o,
-// h1 (h + o), x1, h2 (what leaves a layer), hidden (after the last norm), logits. Weights and caches have the same node numbers in every graph of a
+// h1 (h + o), x1, router (f32 logits over the experts), h2 (what leaves a layer), hidden (after the last norm), logits. Where dense and sparse layers alternate, each run
+// of equal layers is a block with weights and caches of its own: names in block b > 0 end in ".b" ("wq.1", "k_cache.1", "h2.1"). Weights and caches have the same node numbers in every graph of a
 // model that has a head and a cache, whatever batch, seq and the flags are (but for no_embed and no_end): llmpar_exec can share them.
-// Errors: the model's, sizes below 0, context below seq, loss together with last_only, no_head or no_end; then the graph's.
+// With pin_weights experts' weights are egate[E_ep, J_tp, H] and so on; the router is whole, the shared expert split like a dense MLP. In an invariant graph J stays whole.
+// Errors: the model's, an experts' mesh that does not fit, sizes below 0, context below seq, loss together with last_only, no_head or no_end; then the graph's.
 LLMPAR_DEF llmpar_status llmpar_build(const llmpar_model *model, const llmpar_build_desc *desc, llmpar_graph *g, llmpar_error *err);
 
 // ============================================================================================================
@@ -9739,23 +9745,39 @@ LLMPARI_FN bool llmpari_weight_is_sparse(int kind) { return kind >= LLMPAR_W_ROU
 LLMPARI_FN bool llmpari_weight_is_expert(int kind) { return kind >= LLMPAR_W_EXPERT_GATE && kind <= LLMPAR_W_EXPERT_DOWN; }
 LLMPARI_FN bool llmpari_weight_is_dense (int kind) { return kind >= LLMPAR_W_GATE && kind <= LLMPAR_W_DOWN_BIAS; }
 
+// Adds the parameters of `times` weights of a kind, experts' with so many experts; false when they do not fit in int64_t.
+LLMPARI_FN bool llmpari_weight_count(const llmpar_model *model, int kind, int64_t times, int64_t experts, int64_t *total) {
+    llmpar_tensor weight;
+    if (!llmpar_model_has(model, (llmpar_weight_kind)kind)) return true;
+    llmpar_model_weight(model, (llmpar_weight_kind)kind, &weight);
+    if (llmpari_weight_is_expert(kind)) weight.dim[0].size = experts;
+    for (int d = 0; d < weight.n_dims; d++) if (!llmpari_mul(times, weight.dim[d].size, &times)) return false;
+    if (times > INT64_MAX - *total) return false;
+    *total += times;
+    return true;
+}
+
 // Parameters of the whole model, with `experts` of a sparse layer's; false when they do not fit in int64_t.
 LLMPARI_FN bool llmpari_model_count(const llmpar_model *model, int64_t experts, int64_t *parameters) {
     const int64_t sparse = llmpar_model_sparse_layers(model);
     int64_t total = 0;
     for (int kind = 0; kind < LLMPAR_W_COUNT; kind++) {
-        llmpar_tensor weight;
         bool per_layer = kind != LLMPAR_W_EMBED && kind != LLMPAR_W_FINAL_NORM && kind != LLMPAR_W_HEAD;
-        int64_t elements = !per_layer ? 1 : llmpari_weight_is_sparse(kind) ? sparse : llmpari_weight_is_dense(kind) ? model->layers - sparse : model->layers;
-        if (!llmpar_model_has(model, (llmpar_weight_kind)kind)) continue;
-        llmpar_model_weight(model, (llmpar_weight_kind)kind, &weight);
-        if (llmpari_weight_is_expert(kind)) weight.dim[0].size = experts;
-        for (int d = 0; d < weight.n_dims; d++) if (!llmpari_mul(elements, weight.dim[d].size, &elements)) return false;
-        if (elements > INT64_MAX - total) return false;
-        total += elements;
+        int64_t layers = !per_layer ? 1 : llmpari_weight_is_sparse(kind) ? sparse : llmpari_weight_is_dense(kind) ? model->layers - sparse : model->layers;
+        if (!llmpari_weight_count(model, kind, layers, experts, &total)) return false;
     }
     *parameters = total;
     return true;
+}
+
+// Those of a layer that one token goes through.
+LLMPARI_FN int64_t llmpari_layer_active(const llmpar_model *model, bool sparse) {
+    int64_t total = 0;
+    for (int kind = 0; kind < LLMPAR_W_COUNT; kind++) {
+        if (kind == LLMPAR_W_EMBED || kind == LLMPAR_W_FINAL_NORM || kind == LLMPAR_W_HEAD || (sparse ? llmpari_weight_is_dense(kind) : llmpari_weight_is_sparse(kind))) continue;
+        (void)llmpari_weight_count(model, kind, 1, llmpari_max(model->route.k, 1), &total);   // fits: the model's check added all
+    }
+    return total;
 }
 
 // The numbers of the experts, where there are some.
@@ -9961,29 +9983,55 @@ typedef struct llmpari_builder {
     const llmpar_build_desc *desc;
     llmpar_graph            *g;
     bool has_dp, has_tp;           // does the mesh have these axes?
+    llmpar_axes experts, expert_tp;   // the axes that pin_weights splits E and J over
 } llmpari_builder;
 
-// Norm weights and biases stay f32 whatever the matrices are: they are small, and their kernels read floats.
+// Norm weights, biases and routers stay f32 whatever the matrices are: they are small, and their kernels read floats, or many tokens depend on their last bits.
 LLMPARI_FN bool llmpari_weight_is_matrix(int32_t kind) {
     switch (kind) {
     case LLMPAR_W_EMBED: case LLMPAR_W_Q: case LLMPAR_W_K: case LLMPAR_W_V: case LLMPAR_W_O:
-    case LLMPAR_W_GATE: case LLMPAR_W_UP: case LLMPAR_W_DOWN: case LLMPAR_W_HEAD: return true;
+    case LLMPAR_W_GATE: case LLMPAR_W_UP: case LLMPAR_W_DOWN: case LLMPAR_W_HEAD:
+    case LLMPAR_W_EXPERT_GATE: case LLMPAR_W_EXPERT_UP: case LLMPAR_W_EXPERT_DOWN:
+    case LLMPAR_W_SHARED_GATE: case LLMPAR_W_SHARED_UP: case LLMPAR_W_SHARED_DOWN: return true;
     default: return false;
     }
 }
 
-// Megatron's layout in one rule: heads, intermediate and vocabulary are split over tp wherever they occur, biases of split rows with them.
-LLMPARI_FN bool llmpari_build_splits(const char *dim) { return dim[0] && !dim[1] && strchr("NKIV", dim[0]) != NULL; }
+// Megatron's layout in one rule: heads, intermediate and vocabulary are split over tp wherever they occur, biases of split rows with them; experts over their own axes.
+LLMPARI_FN llmpar_axes llmpari_build_splits(const llmpari_builder *b, llmpar_weight_kind kind, const char *dim) {
+    if (!b->desc->pin_weights) return 0;
+    if (llmpari_weight_is_expert((int)kind)) return dim[0] == 'E' ? b->experts : dim[0] == 'J' ? b->expert_tp : 0;
+    if (!b->has_tp || kind == LLMPAR_W_ROUTER) return 0;
+    return strchr("NKIVJ", dim[0]) != NULL ? 1u << llmpar_mesh_find(&b->g->mesh, "tp") : 0;
+}
+
+// A name inside of a block: blocks after the first one add their number.
+LLMPARI_FN const char *llmpari_build_named(const llmpari_builder *b, const char *name, char text[LLMPAR_NAME]) {
+    if (b->g->open_block <= 0) return name;
+    snprintf(text, LLMPAR_NAME, "%s.%d", name, (int)b->g->open_block);
+    return text;
+}
+LLMPARI_FN int llmpari_build_name(const llmpari_builder *b, int node, const char *name) {
+    char text[LLMPAR_NAME];
+    return llmpar_name(b->g, node, llmpari_build_named(b, name, text));
+}
 
 LLMPARI_FN int llmpari_build_weight(const llmpari_builder *b, llmpar_weight_kind kind) {
     llmpar_tensor weight;
-    char text[LLMPAR_MAX_DIMS * (LLMPAR_NAME + 8) + LLMPAR_NAME];
+    const llmpar_mesh *mesh = &b->g->mesh;
+    char text[LLMPAR_MAX_DIMS * (LLMPAR_NAME + 8) + (LLMPAR_MAX_AXES + 1) * LLMPAR_NAME], name[LLMPAR_NAME];
     int at = 0;
     llmpar_model_weight(b->model, kind, &weight);
-    llmpari_append(text, sizeof text, &at, "%s[", llmpar_weight_name(kind));
+    llmpari_append(text, sizeof text, &at, "%s[", llmpari_build_named(b, llmpar_weight_name(kind), name));
     for (int d = 0; d < weight.n_dims; d++) {
-        bool split = b->desc->pin_weights && b->has_tp && llmpari_build_splits(weight.dim[d].name);
-        llmpari_append(text, sizeof text, &at, "%s%s%s", d ? ", " : "", weight.dim[d].name, split ? "_tp" : "");
+        const llmpar_axes axes = llmpari_build_splits(b, kind, weight.dim[d].name);
+        llmpari_append(text, sizeof text, &at, "%s%s%s", d ? ", " : "", weight.dim[d].name, axes ? "_{" : "");
+        for (int a = 0, first = 1; a < mesh->n_axes; a++) {
+            if (!(axes >> a & 1u)) continue;
+            llmpari_append(text, sizeof text, &at, "%s%s", first ? "" : ",", mesh->axis[a].name);
+            first = 0;
+        }
+        if (axes) llmpari_append(text, sizeof text, &at, "}");
     }
     llmpari_append(text, sizeof text, &at, b->desc->pin_weights ? "]" : "]?");
     b->g->weight_dtype = llmpari_weight_is_matrix((int32_t)kind) ? b->desc->weight_dtype : LLMPAR_F32;
@@ -10020,19 +10068,19 @@ LLMPARI_FN int llmpari_build_attention(const llmpari_builder *b, int x) {
     int v = llmpari_build_linear(b, "B S H, K D H -> B S K D", x, llmpari_build_weight(b, LLMPAR_W_V), LLMPAR_W_V_BIAS);
     if (llmpar_model_has(m, LLMPAR_W_Q_NORM)) q = llmpar_norm(g, q, llmpari_build_weight(b, LLMPAR_W_Q_NORM), "D", m->norm_eps);
     if (llmpar_model_has(m, LLMPAR_W_K_NORM)) k = llmpar_norm(g, k, llmpari_build_weight(b, LLMPAR_W_K_NORM), "D", m->norm_eps);
-    q = llmpar_name(g, llmpar_rope(g, q, "S"), "q");
-    k = llmpar_name(g, llmpar_rope(g, k, "S"), "k");
-    v = llmpar_name(g, v, "v");
+    q = llmpari_build_name(b, llmpar_rope(g, q, "S"), "q");
+    k = llmpari_build_name(b, llmpar_rope(g, k, "S"), "k");
+    v = llmpari_build_name(b, v, "v");
     memset(&attention, 0, sizeof attention);
     attention.causal  = true;
     attention.window  = m->sliding_window;
     attention.context = b->desc->context_used ? b->desc->context_used : b->desc->context;
     if (b->desc->context) {
-        attention.k_cache = llmpar_cache(g, llmpari_build_text(b, "k_cache[B_dp, K_tp, C, D]", b->desc->pin_batch, text));
-        attention.v_cache = llmpar_cache(g, llmpari_build_text(b, "v_cache[B_dp, K_tp, C, D]", b->desc->pin_batch, text));
+        attention.k_cache = llmpari_build_name(b, llmpar_cache(g, llmpari_build_text(b, "[B_dp, K_tp, C, D]", b->desc->pin_batch, text)), "k_cache");
+        attention.v_cache = llmpari_build_name(b, llmpar_cache(g, llmpari_build_text(b, "[B_dp, K_tp, C, D]", b->desc->pin_batch, text)), "v_cache");
     }
     int a = llmpar_attention(g, q, k, v, &attention);
-    return llmpar_name(g, llmpari_build_linear(b, "B S N D, H N D -> B S H", a, llmpari_build_weight(b, LLMPAR_W_O), LLMPAR_W_O_BIAS), "o");
+    return llmpari_build_name(b, llmpari_build_linear(b, "B S N D, H N D -> B S H", a, llmpari_build_weight(b, LLMPAR_W_O), LLMPAR_W_O_BIAS), "o");
 }
 
 LLMPARI_FN int llmpari_build_mlp(const llmpari_builder *b, int x) {
@@ -10042,25 +10090,64 @@ LLMPARI_FN int llmpari_build_mlp(const llmpari_builder *b, int x) {
     return llmpari_build_linear(b, "B S I, H I -> B S H", a, llmpari_build_weight(b, LLMPAR_W_DOWN), LLMPAR_W_DOWN_BIAS);
 }
 
+// Router and experts, and the shared expert where the model has one.
+LLMPARI_FN int llmpari_build_experts(const llmpari_builder *b, int x) {
+    const llmpar_model *m = b->model;
+    llmpar_graph *g = b->g;
+    llmpar_experts_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.route    = m->route;
+    desc.function = m->activation;
+    desc.way      = b->desc->experts_way;
+    g->activation_dtype = LLMPAR_F32;
+    int router = llmpari_build_name(b, llmpar_einsum(g, "B S H, E H -> B S E", x, llmpari_build_weight(b, LLMPAR_W_ROUTER)), "router");
+    g->activation_dtype = b->desc->activation_dtype;
+    int gate = llmpari_build_weight(b, LLMPAR_W_EXPERT_GATE), up = llmpari_build_weight(b, LLMPAR_W_EXPERT_UP), down = llmpari_build_weight(b, LLMPAR_W_EXPERT_DOWN);
+    int y = llmpar_experts(g, x, router, gate, up, down, &desc);
+    if (!llmpar_model_has(m, LLMPAR_W_SHARED_GATE)) return y;
+    int open   = llmpar_unary(g, m->activation, llmpar_einsum(g, "B S H, Js H -> B S Js", x, llmpari_build_weight(b, LLMPAR_W_SHARED_GATE)));
+    int a      = llmpar_mul(g, open, llmpar_einsum(g, "B S H, Js H -> B S Js", x, llmpari_build_weight(b, LLMPAR_W_SHARED_UP)));
+    int shared = llmpar_einsum(g, "B S Js, H Js -> B S H", a, llmpari_build_weight(b, LLMPAR_W_SHARED_DOWN));
+    if (llmpar_model_has(m, LLMPAR_W_SHARED_SCALE))
+        shared = llmpar_mul(g, shared, llmpar_unary(g, LLMPAR_SIGMOID, llmpar_einsum(g, "B S H, H -> B S", x, llmpari_build_weight(b, LLMPAR_W_SHARED_SCALE))));
+    return llmpar_add(g, y, shared);
+}
+
 // Pins a tensor of the residual stream with sequence_parallel; returns it.
 LLMPARI_FN int llmpari_build_residual(const llmpari_builder *b, int node, const char *name) {
     char text[128];
-    llmpar_name(b->g, node, name);
+    llmpari_build_name(b, node, name);
     if (b->desc->sequence_parallel) llmpar_pin(b->g, node, llmpari_build_text(b, "[B_dp, S_tp, H]", true, text));
     return node;
 }
 
-LLMPARI_FN int llmpari_build_layers(const llmpari_builder *b, int h0) {
+// `layers` equal ones, with experts or without.
+LLMPARI_FN int llmpari_build_block(const llmpari_builder *b, int start, int64_t layers, bool sparse) {
     llmpar_graph *g = b->g;
-    int64_t layers = b->desc->layers ? b->desc->layers : b->model->layers;
-    int h = llmpari_build_residual(b, llmpar_repeat_begin(g, (int)layers, h0), "h");
-    int x = llmpar_name(g, llmpar_norm(g, h, llmpari_build_weight(b, LLMPAR_W_ATTN_NORM), "H", b->model->norm_eps), "x");
+    int h = llmpari_build_residual(b, llmpar_repeat_begin(g, (int)layers, start), "h");
+    int x = llmpari_build_name(b, llmpar_norm(g, h, llmpari_build_weight(b, LLMPAR_W_ATTN_NORM), "H", b->model->norm_eps), "x");
     int o = llmpari_build_attention(b, x);
-    if (b->desc->parallel_block)
-        return llmpar_repeat_end(g, llmpari_build_residual(b, llmpar_add(g, h, llmpar_add(g, o, llmpari_build_mlp(b, x))), "h2"));
+    if (b->desc->parallel_block) {
+        int y = sparse ? llmpari_build_experts(b, x) : llmpari_build_mlp(b, x);
+        return llmpar_repeat_end(g, llmpari_build_residual(b, llmpar_add(g, h, llmpar_add(g, o, y)), "h2"));
+    }
     int h1 = llmpari_build_residual(b, llmpar_add(g, h, o), "h1");
-    int x1 = llmpar_name(g, llmpar_norm(g, h1, llmpari_build_weight(b, LLMPAR_W_MLP_NORM), "H", b->model->norm_eps), "x1");
-    return llmpar_repeat_end(g, llmpari_build_residual(b, llmpar_add(g, h1, llmpari_build_mlp(b, x1)), "h2"));
+    int x1 = llmpari_build_name(b, llmpar_norm(g, h1, llmpari_build_weight(b, LLMPAR_W_MLP_NORM), "H", b->model->norm_eps), "x1");
+    int y  = sparse ? llmpari_build_experts(b, x1) : llmpari_build_mlp(b, x1);
+    return llmpar_repeat_end(g, llmpari_build_residual(b, llmpar_add(g, h1, y), "h2"));
+}
+
+// A block for each run of equal layers.
+LLMPARI_FN int llmpari_build_layers(const llmpari_builder *b, int h) {
+    const llmpar_model *m = b->model;
+    const int64_t first = b->desc->first_layer, end = b->desc->layers ? first + b->desc->layers : m->layers;
+    for (int64_t layer = first, n; layer < end; layer += n) {
+        const bool sparse = llmpar_model_sparse(m, layer);
+        n = m->n_experts ? 1 : end - layer;
+        while (layer + n < end && llmpar_model_sparse(m, layer + n) == sparse) n++;
+        h = llmpari_build_block(b, h, n, sparse);
+    }
+    return h;
 }
 
 // Names the result and makes it the graph's output: pinned as `pattern` says, or bare.
@@ -10113,18 +10200,68 @@ LLMPARI_FN void llmpari_build_sizes(const llmpari_builder *b) {
     llmpar_split_rule(b->g, "N", &split);
     split.kind  = LLMPAR_SPLIT_KV_HEADS;
     llmpar_split_rule(b->g, "K", &split);
+    if (m->n_experts) { llmpar_size(b->g, "E", m->n_experts); llmpar_size(b->g, "J", m->expert_intermediate); }
+    if (m->n_experts && m->shared_intermediate) llmpar_size(b->g, "Js", m->shared_intermediate);
     if (!d->invariant) return;
     b->g->invariant = true;
-    memset(&split, 0, sizeof split);
-    split.granule = llmpari_max((m->intermediate + 63) / 64, llmpari_min(128, m->intermediate / 32));      // few granules cost less, many balance better
-    if (m->intermediate >= 1024) split.granule = llmpar_round_up(split.granule, 32);       // a whole number of the dot product's steps
-    llmpar_split_rule(b->g, "I", &split);
+    for (int shared = 0; shared < (m->n_experts && m->shared_intermediate ? 2 : 1); shared++) {
+        const int64_t n = shared ? m->shared_intermediate : m->intermediate;
+        memset(&split, 0, sizeof split);
+        split.granule = llmpari_max((n + 63) / 64, llmpari_min(128, n / 32));              // few granules cost less, many balance better
+        if (n >= 1024) split.granule = llmpar_round_up(split.granule, 32);                 // a whole number of the dot product's steps
+        llmpar_split_rule(b->g, shared ? "Js" : "I", &split);
+    }
 }
 
-LLMPARI_FN llmpar_status llmpari_build_check(const llmpar_build_desc *d, llmpar_error *err) {
-    if (d->batch < 0 || d->seq < 0 || d->context < 0 || d->context_used < 0 || d->layers < 0 || d->layers > INT32_MAX)
-        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "batch=%lld seq=%lld context=%lld context_used=%lld layers=%lld; all must be 0 (the default) "
-                            "or more", (long long)d->batch, (long long)d->seq, (long long)d->context, (long long)d->context_used, (long long)d->layers);
+// The next axes of the mesh, from *inner inwards excluded, that make `size` ranks together; *inner gets the outermost of them.
+LLMPARI_FN llmpar_status llmpari_build_run(const llmpar_mesh *mesh, const llmpar_axis *want, int *inner, llmpar_axes *axes, llmpar_error *err) {
+    char text[200], sizes[100] = "1";
+    int at = 1;
+    int64_t product = 1;
+    *axes = 0;
+    for (int a = *inner; a-- > 0 && product < want->size; *inner = a) {
+        product *= mesh->axis[a].size;
+        if (mesh->axis[a].size == 1) continue;
+        *axes |= 1u << a;
+        llmpari_append(sizes, sizeof sizes, &at, " %lld", (long long)product);
+    }
+    if (product == want->size) return LLMPAR_OK;
+    for (int a = *inner; a-- > 0; ) if (mesh->axis[a].size > 1) llmpari_append(sizes, sizeof sizes, &at, " %lld", (long long)(product *= mesh->axis[a].size));
+    llmpar_mesh_print(mesh, text, sizeof text);
+    return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s=%d of the experts' mesh is no run of whole axes of %s; possible here: %s, or give the mesh an axis more", want->name, (int)want->size,
+                        text, sizes);
+}
+
+// Over which axes the experts lie. The experts' mesh is fitted to the mesh from the innermost axes on.
+LLMPARI_FN llmpar_status llmpari_build_expert_axes(llmpari_builder *b, llmpar_error *err) {
+    const llmpar_mesh *mesh = &b->g->mesh;
+    const int ep = llmpar_mesh_find(mesh, "ep");
+    llmpar_mesh own;
+    int inner = mesh->n_axes;
+    b->experts = b->expert_tp = 0;
+    if (b->desc->experts && !b->model->n_experts) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "experts=%.60s: the model has none", b->desc->experts);
+    if (!b->desc->experts) {
+        b->experts   = ep < 0 ? 0 : 1u << ep;
+        b->expert_tp = b->has_tp ? 1u << llmpar_mesh_find(mesh, "tp") : 0;
+    } else LLMPARI_TRY(llmpar_mesh_parse(b->desc->experts, &own, err));
+    for (int a = b->desc->experts ? own.n_axes : 0; a-- > 0; ) {
+        const char *name = own.axis[a].name;
+        llmpar_axes axes;
+        if (strcmp(name, "ep") != 0 && strcmp(name, "etp") != 0 && strcmp(name, "edp") != 0)
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the experts' mesh \"%.60s\" has an axis \"%s\"; its axes are edp, ep and etp", b->desc->experts, name);
+        LLMPARI_TRY(llmpari_build_run(mesh, &own.axis[a], &inner, &axes, err));
+        if (strcmp(name, "edp") != 0) *(name[1] == 'p' ? &b->experts : &b->expert_tp) = axes;
+    }
+    if (b->desc->invariant) b->expert_tp = 0;                                              // J has no granules: one rank sums over all of it
+    return LLMPAR_OK;
+}
+
+LLMPARI_FN llmpar_status llmpari_build_check(const llmpar_model *m, const llmpar_build_desc *d, llmpar_error *err) {
+    if (d->batch < 0 || d->seq < 0 || d->context < 0 || d->context_used < 0 || d->first_layer < 0 || d->layers < 0 || d->layers > INT32_MAX)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "batch=%lld seq=%lld context=%lld context_used=%lld first_layer=%lld layers=%lld; all must be 0 (the default) "
+                            "or more", (long long)d->batch, (long long)d->seq, (long long)d->context, (long long)d->context_used, (long long)d->first_layer, (long long)d->layers);
+    if (d->first_layer >= m->layers || d->layers > m->layers - d->first_layer)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "first_layer=%lld layers=%lld; the model has %lld layers", (long long)d->first_layer, (long long)d->layers, (long long)m->layers);
     if (d->context && d->context < d->seq)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "context=%lld slots cannot take seq=%lld new tokens; pass a context of at least seq, or 0 for "
                             "no cache", (long long)d->context, (long long)d->seq);
@@ -10140,12 +10277,13 @@ LLMPAR_DEF llmpar_status llmpar_build(const llmpar_model *model, const llmpar_bu
     llmpari_builder b;
     char text[128], layout[144];
     LLMPARI_TRY(llmpar_model_check(model, err));
-    LLMPARI_TRY(llmpari_build_check(desc, err));
+    LLMPARI_TRY(llmpari_build_check(model, desc, err));
     b.model  = model;
     b.desc   = desc;
     b.g      = g;
     b.has_dp = llmpar_mesh_find(&g->mesh, "dp") >= 0;
     b.has_tp = llmpar_mesh_find(&g->mesh, "tp") >= 0;
+    LLMPARI_TRY(llmpari_build_expert_axes(&b, err));
     g->activation_dtype = desc->activation_dtype;
     llmpari_build_sizes(&b);
     // Weights and caches get the same node numbers whatever batch, seq, last_only, ... are: two graphs of one model can share their memory.
