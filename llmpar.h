@@ -1646,7 +1646,7 @@ LLMPAR_DEF llmpar_status llmpar_stages_timing(const llmpar_stages *stages, const
 typedef struct llmpar_engine llmpar_engine;
 typedef struct llmpar_engine_desc {
     const char       *folder;      // checkpoint
-    const llmpar_mesh *mesh;       // axes pp (layers), dp (rows) and tp (heads, intermediate, vocabulary); others are an error until they are implemented
+    const llmpar_mesh *mesh;       // axes pp (layers), dp (rows), tp (heads, intermediate, vocabulary) and ep (experts); others are an error until they are implemented
     llmpar_comm      *world;       // mesh rank = comm rank; must outlive the engine
     int64_t           max_batch;   // rows; 0 = 1. Split over dp; more dp ranks than rows is legal
     int64_t           max_prompt;  // tokens per row of one prefill run; 0 = max_context. Shorter prompts are padded to it, longer ones run in pieces:
@@ -1657,13 +1657,15 @@ typedef struct llmpar_engine_desc {
     bool              keep_dtype;  // matrices stay bf16 / f16 in memory when the file has them so in all layers; default: f32
     bool              round_weights;   // round all weights to weight_dtype on load; matrices are kept in it, which halves what decode reads
     llmpar_dtype      weight_dtype;    // with round_weights
-    bool              invariant;   // the same bits of the logits at every tp and pp, uneven ones too (prefill as at tp=1, decode as at tp=1; the two need not agree with
-                                   //   each other), see llmpar_graph. Refused: a table of ops that does not promise it, CBLAS, axes other than pp, dp and tp
+    bool              invariant;   // the same bits of the logits at every tp, ep and pp, uneven ones too (prefill as at tp=1, decode as at tp=1; the two need not agree with
+                                   //   each other), see llmpar_graph. Refused: a table of ops that does not promise it, CBLAS, axes other than pp, dp, tp and ep
     int32_t           n_virtual;   // stages of a rank of axis pp; 0 = 1, or as many as the schedule has
     int32_t           n_micro;     // groups that the rows are cut into; 0 = size of pp. At most max_batch; every group gets the same number of rows, the last one fewer
     int64_t           chunk;       // tokens of a row that go through a stage at a time in prefill; 0 = max_prompt
     const char       *schedule;    // order of a rank's work in prefill: that of F in one of llmpar_pipe_kind's schedules, by name; NULL = "forward". Matters with several
                                    //   stages a rank; those in the shape of a V place them so
+    const char       *experts;     // the experts' own mesh over the ranks of a stage, see llmpar_build_desc: "ep=4" on tp=4; NULL: axis ep. Needed during creation only
+    llmpar_experts_way experts_way;
     bool              record;      // for llmpar_engine_timing: the clock is read around everything a stage does
     const llmpar_ops *ops;         // NULL = llmpar_ops_cpu(); copied
     llmpar_hardware   hardware;    // for the plans' costs and, with memory_bytes, their limit; zeroed = llmpar_hardware_threads
@@ -1671,7 +1673,7 @@ typedef struct llmpar_engine_desc {
     llmpar_log        log;         // progress of loading
 } llmpar_engine_desc;
 // Collective; blocks until every rank has loaded. When one rank fails all fail, with its error ("rank 2: ..."). Where ranks load for very different
-// times the world's timeout_s must be longer than that. Errors: the checkpoint's, the plan's, an axis of size > 1 other than pp, dp and tp, fewer layers
+// times the world's timeout_s must be longer than that. Errors: the checkpoint's, the plan's, an axis of size > 1 other than pp, dp, tp and ep, ep without experts, fewer layers
 // than stages, max_context past the model's positions, no memory. hardware.memory_bytes limits each plan: of one stage, with the caches of one
 // group of rows; further stages and groups of the rank, an exec's scratch, inputs and outputs, and messages come on top: llmpar_engine_stats.memory_bytes.
 LLMPAR_DEF llmpar_status llmpar_engine_create(const llmpar_engine_desc *desc, llmpar_engine **engine, llmpar_error *err);
@@ -22000,7 +22002,7 @@ typedef struct llmpari_flow {
 } llmpari_flow;
 
 struct llmpar_engine {
-    llmpar_engine_desc desc;       // sizes filled in; folder and mesh are not kept
+    llmpar_engine_desc desc;       // sizes filled in; folder, mesh and experts are not kept
     llmpar_mesh   mesh;            // without pp: of the ranks that have the same stages
     llmpar_comm  *comm, *pipe;     // those ranks, in the mesh's order; the ranks that have the other stages of the same block, in the order of pp
     llmpar_model  model;
@@ -22045,8 +22047,8 @@ LLMPARI_FN llmpar_status llmpari_engine_check(const llmpar_engine_desc *desc, ll
     LLMPARI_TRY(llmpar_mesh_check(desc->mesh, desc->world->size, err));
     for (int a = 0; a < desc->mesh->n_axes; a++) {
         const llmpar_axis *axis = &desc->mesh->axis[a];
-        if (axis->size > 1 && strcmp(axis->name, "dp") != 0 && strcmp(axis->name, "tp") != 0 && strcmp(axis->name, "pp") != 0)
-            return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "axis \"%s\" is not implemented yet; use pp, dp and tp", axis->name);
+        if (axis->size > 1 && strcmp(axis->name, "dp") != 0 && strcmp(axis->name, "tp") != 0 && strcmp(axis->name, "pp") != 0 && strcmp(axis->name, "ep") != 0)
+            return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "axis \"%s\" is not implemented yet; use pp, dp, tp and ep", axis->name);
     }
     if (desc->max_batch < 0 || desc->max_batch > INT32_MAX || desc->max_prompt < 0 || desc->max_context < 0)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "max_batch=%lld max_prompt=%lld max_context=%lld; all must be 0 (the default) or more",
@@ -22062,6 +22064,9 @@ LLMPARI_FN llmpar_status llmpari_engine_check(const llmpar_engine_desc *desc, ll
 // Fills in the defaults that the model decides.
 LLMPARI_FN llmpar_status llmpari_engine_sizes(llmpar_engine *e, llmpar_error *err) {
     llmpar_engine_desc *d = &e->desc;
+    const int ep = llmpar_mesh_find(&e->mesh, "ep");
+    if (ep >= 0 && e->mesh.axis[ep].size > 1 && !e->model.n_experts)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "ep=%d: %s has no experts; use pp, dp and tp", (int)e->mesh.axis[ep].size, e->model.architecture);
     if (!d->max_batch)   d->max_batch   = 1;
     if (!d->max_context) d->max_context = e->model.positions;
     if (!d->max_prompt)  d->max_prompt  = d->max_context;
@@ -22139,7 +22144,7 @@ LLMPARI_FN llmpar_status llmpari_engine_program(llmpar_engine *e, int which, llm
     return LLMPAR_OK;
 }
 
-// Layers to stages, at least one each: the head comes on top of the last layer, an embedded token costs nothing.
+// Layers to stages, at least one each, by the parameters that a token goes through: the head comes on top of the last layer, an embedded token costs nothing.
 LLMPARI_FN llmpar_status llmpari_engine_layers(llmpar_engine *e, llmpar_error *err) {
     const int32_t n = e->n_stages;
     const int64_t layers = e->model.layers;
@@ -22152,7 +22157,8 @@ LLMPARI_FN llmpar_status llmpari_engine_layers(llmpar_engine *e, llmpar_error *e
     if (layers < n)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%lld layers do not fill the %d stages of pp=%d, %d a rank; use at most %lld stages", (long long)layers, (int)n, (int)e->pipe->size,
                             (int)e->n_parts, (long long)layers);
-    for (int64_t l = 0; l < layers; l++) cost[l] = ((double)llmpar_model_parameters(&e->model) - head * (e->model.tied_head ? 1 : 2)) / (double)layers + (l + 1 == layers ? head : 0);
+    const double dense = (double)llmpari_layer_active(&e->model, false), sparse = (double)llmpari_layer_active(&e->model, true);
+    for (int64_t l = 0; l < layers; l++) cost[l] = (llmpar_model_sparse(&e->model, l) ? sparse : dense) + (l + 1 == layers ? head : 0);
     cut.cost = cost, cut.n_items = (int32_t)layers, cut.n_ranks = e->pipe->size, cut.n_virtual = e->n_parts, cut.allocator = e->desc.allocator;
     cut.map  = e->n_parts > 1 && e->stage_rank[e->pipe->size] != 0 ? LLMPAR_PIPE_MAP_V : LLMPAR_PIPE_MAP_LOOP;
     LLMPARI_TRY(llmpar_pipe_partition(&cut, first, NULL, err));
@@ -22185,17 +22191,20 @@ LLMPARI_FN llmpar_status llmpari_engine_stages(llmpar_engine *e, llmpar_error *e
     return LLMPAR_OK;
 }
 
-// The dtype that all files have for a weight, f32 when layers differ (one node of the graph stands for all layers of a stage) or it is missing.
+// The dtype that all files have for a weight, f32 when layers differ (one node of the graph stands for all layers of a block) or it is missing. Experts' three weights have one.
 LLMPARI_FN llmpar_dtype llmpari_engine_file_dtype(const llmpar_engine *e, const llmpar_checkpoint *checkpoint, llmpar_weight_kind kind, int64_t first,
                                                   int64_t layers) {
+    const bool expert = llmpari_weight_is_expert((int)kind);
+    const int64_t each = expert ? 3 * e->model.n_experts : 1;
     llmpar_dtype dtype = LLMPAR_F32;
-    for (int64_t layer = first; layer < first + layers; layer++) {
+    for (int64_t i = 0; i < layers * each; i++) {
         const llmpar_file_tensor *found = NULL;
+        const llmpar_weight_kind which = expert ? (llmpar_weight_kind)(LLMPAR_W_EXPERT_GATE + i % 3) : kind;
         char name[LLMPAR_TENSOR_NAME];
         int64_t offset, rows;
-        for (int choice = 0; !found && llmpar_model_tensor_name(&e->model, kind, layer, 0, choice, name, &offset, &rows); choice++)
+        for (int choice = 0; !found && llmpar_model_tensor_name(&e->model, which, first + i / each, i % each / 3, choice, name, &offset, &rows); choice++)
             found = llmpar_checkpoint_find(checkpoint, name);
-        if (!found || found->dtype > LLMPAR_F16 || (layer > first && found->dtype != dtype)) return LLMPAR_F32;
+        if (!found || found->dtype > LLMPAR_F16 || (i > 0 && found->dtype != dtype)) return LLMPAR_F32;
         dtype = found->dtype;
     }
     return dtype;
@@ -22203,6 +22212,12 @@ LLMPARI_FN llmpar_dtype llmpari_engine_file_dtype(const llmpar_engine *e, const 
 
 LLMPARI_FN int64_t llmpari_engine_rounds(const llmpar_graph *g, int node) {
     return g->node[node].block < 0 ? 1 : g->block[g->node[node].block].repeats;
+}
+// The layer of a stage, from 0, that the first round of a node's block is.
+LLMPARI_FN int64_t llmpari_engine_first(const llmpar_graph *g, int node) {
+    int64_t layer = 0;
+    for (int b = 0; b < g->node[node].block; b++) layer += g->block[b].repeats;
+    return layer;
 }
 
 // Builds and solves one plan of one stage.
@@ -22218,7 +22233,10 @@ LLMPARI_FN llmpar_status llmpari_engine_solve(llmpar_engine *e, const llmpar_che
     build.batch   = e->group_rows;
     build.seq     = phase->seq;
     build.context = d->max_context;
+    build.first_layer = part->about.first_layer;
     build.layers  = part->about.layers;
+    build.experts     = d->experts;
+    build.experts_way = d->experts_way;
     build.no_embed = part->about.stage > 0;
     build.no_end   = part->about.stage + 1 < e->n_stages;
     build.weight_dtype = d->round_weights ? d->weight_dtype : LLMPAR_F32;
@@ -22230,7 +22248,8 @@ LLMPARI_FN llmpar_status llmpari_engine_solve(llmpar_engine *e, const llmpar_che
     LLMPARI_TRY(llmpar_build(&e->model, &build, g, err));
     for (int i = 0; i < g->n_nodes && d->keep_dtype && !d->round_weights; i++)
         if (g->node[i].role == LLMPAR_ROLE_WEIGHT && llmpari_weight_is_matrix(g->node[i].tag))
-            g->node[i].tensor.dtype = llmpari_engine_file_dtype(e, checkpoint, (llmpar_weight_kind)g->node[i].tag, part->about.first_layer, llmpari_engine_rounds(g, i));
+            g->node[i].tensor.dtype = llmpari_engine_file_dtype(e, checkpoint, (llmpar_weight_kind)g->node[i].tag, part->about.first_layer + llmpari_engine_first(g, i),
+                                                                llmpari_engine_rounds(g, i));
     solve.hardware = llmpari_hardware_or(&d->hardware, llmpar_hardware_threads());
     LLMPARI_TRY(llmpar_solve(g, &solve, &phase->plan, err));
     part->about.plan[which] = &phase->plan;
@@ -22347,8 +22366,8 @@ LLMPARI_FN llmpar_status llmpari_engine_load_part(llmpar_engine *e, llmpar_check
         for (int64_t round = 0; round < llmpari_engine_rounds(g, i); round++) {
             llmpar_tensor layout;
             void *memory = llmpar_exec_data(part->about.exec[0], i, (int)round, &layout);
-            LLMPARI_TRY(llmpar_checkpoint_read_weight(checkpoint, (llmpar_weight_kind)g->node[i].tag, part->about.first_layer + round, &layout, &e->mesh, rank, memory,
-                                                      layout.dtype, err));
+            LLMPARI_TRY(llmpar_checkpoint_read_weight(checkpoint, (llmpar_weight_kind)g->node[i].tag, part->about.first_layer + llmpari_engine_first(g, i) + round, &layout,
+                                                      &e->mesh, rank, memory, layout.dtype, err));
             if (e->desc.round_weights && e->desc.weight_dtype != LLMPAR_F32 && layout.dtype == LLMPAR_F32)
                 LLMPARI_TRY(llmpari_engine_round((float *)memory, llmpar_tensor_local_elements(&layout, &e->mesh, rank), e->desc.weight_dtype, err));
             ++*done;
@@ -22394,7 +22413,7 @@ LLMPAR_DEF llmpar_status llmpar_engine_create(const llmpar_engine_desc *desc, ll
         if (err) *err = mine;
         return status;
     }
-    e->desc.folder = NULL;
+    e->desc.folder = e->desc.experts = NULL;
     e->desc.mesh   = &e->mesh;
     *engine = e;
     return LLMPAR_OK;
