@@ -20461,13 +20461,20 @@ LLMPARI_FN llmpar_status llmpari_exec_experts_sort(const llmpari_exec_experts *h
     return llmpar_dispatch_sort(to, how->tokens, how->k, how->n, offsets, LLMPARI_EXEC_SCRATCH(int32_t, args, how->order_at), LLMPARI_EXEC_SCRATCH(int32_t, args, how->from_at), err);
 }
 
+// Of n tokens for a member those that go in this round.
+LLMPARI_FN llmpar_range llmpari_exec_experts_share(int64_t n, int32_t rounds, int32_t round) {
+    llmpar_split even;
+    memset(&even, 0, sizeof even);
+    return llmpar_split_part(n, &even, rounds, round);
+}
+
 // This round's tokens for the members, with their choices among the member's experts, one after another.
 LLMPARI_FN void llmpari_exec_experts_pack(const llmpari_exec_experts *how, const llmpari_exec_args *args, const int64_t *offsets, int32_t rounds, int32_t round) {
     const int32_t *ids = LLMPARI_EXEC_SCRATCH(int32_t, args, how->ids_at), *order = LLMPARI_EXEC_SCRATCH(int32_t, args, how->order_at);
     const float *weights = LLMPARI_EXEC_SCRATCH(float, args, how->weights_at), *in = (const float *)args->in[0];
     float *to = LLMPARI_EXEC_SCRATCH(float, args, how->pack_at);
     for (int32_t m = 0; m < how->n; m++) {
-        const llmpar_range part = llmpar_split_part(offsets[m + 1] - offsets[m], NULL, rounds, round);
+        const llmpar_range part = llmpari_exec_experts_share(offsets[m + 1] - offsets[m], rounds, round);
         how->send[m] = part.count * how->wide;
         for (int64_t p = offsets[m] + part.first; p < offsets[m] + part.first + part.count; p++, to += how->wide) {
             const int64_t t = order[p] / how->k;
@@ -20489,7 +20496,7 @@ LLMPARI_FN llmpar_status llmpari_exec_experts_round(llmpar_exec *x, const llmpar
     int64_t tokens = 0, held = how->tokens;
     llmpari_exec_experts_pack(how, args, offsets, rounds, round);
     for (int32_t m = 0; m < how->n; m++) {
-        const int64_t come = llmpar_split_part(counts[m * how->n + how->me], NULL, rounds, round).count;
+        const int64_t come = llmpari_exec_experts_share(counts[m * how->n + how->me], rounds, round).count;
         how->recv[m] = come * how->wide;
         tokens += come;
         if (m != how->me) held += come;
