@@ -10230,7 +10230,7 @@ LLMPARI_FN llmpar_status llmpari_build_run(const llmpar_mesh *mesh, const llmpar
     if (product == want->size) return LLMPAR_OK;
     for (int a = *inner; a-- > 0; ) if (mesh->axis[a].size > 1) llmpari_append(sizes, sizeof sizes, &at, " %lld", (long long)(product *= mesh->axis[a].size));
     llmpar_mesh_print(mesh, text, sizeof text);
-    return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s=%d of the experts' mesh is no run of whole axes of %s; possible here: %s, or give the mesh an axis more", want->name, (int)want->size,
+    return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s=%d of the experts' mesh is no run of whole axes of %s; possible here: %s", want->name, (int)want->size,
                         text, sizes);
 }
 

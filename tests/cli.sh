@@ -104,7 +104,16 @@ golden_tests() {
     good "golden_check --dtype bf16"   "$line" $g $G/llama tp=2 --dtype bf16
     good "golden_check --dtype f32"    "$line" $g $G/llama dp=2 --dtype f32
     good "the order of axes is free"   "$line" $g $G/llama tp=2,dp=2
-    for axis in cp ep; do fails "axis $axis is not implemented" "\"$axis\"" $g $G/llama $axis=2; done
+    fails "axis cp is not implemented" '"cp"' $g $G/llama cp=2
+    fails "ep without experts"         'ep=2: LlamaForCausalLM has no experts' $g $G/llama ep=2
+    fails "--experts without experts"  'ep=2: the model has none' $g $G/llama tp=2 --experts ep=2
+    moe='^max \|dlogits\| [0-9.e+-]+  hidden [0-9.e+-]+  greedy 48/48  router [0-9.e+-]+$'
+    for mesh in "ep=3" "tp=4 --experts ep=4 --ep-way alltoall" "dp=2,tp=2 --experts edp=2,ep=2" "dp=2,tp=2 --experts ep=2,etp=2 --ep-way partial"; do good "$mesh" "$moe" $g $G/mixtral $mesh; done
+    fails "--experts that cut an axis" 'ep=2 of the experts. mesh is no run of whole axes of tp=4; possible here: 1 4' $g $G/mixtral tp=4 --experts ep=2
+    fails "--experts with too many"    'ep=8 of the experts. mesh .* of dp=2,tp=2; possible here: 1 2 4' $g $G/mixtral dp=2,tp=2 --experts ep=8
+    fails "--experts with axis tp"     'its axes are edp, ep and etp' $g $G/mixtral tp=2 --experts tp=2
+    fails "--experts that is no mesh"  'ep' $g $G/mixtral tp=2 --experts ep
+    fails "another way"                'usage' $g $G/mixtral ep=2 --ep-way both
     fails "unknown axis"               '"zz"'           $g $G/llama zz=2
     fails "axis twice"                 'tp.*twice'      $g $G/llama tp=2,tp=2
     fails "size 0"                     'size 0'         $g $G/llama tp=0
