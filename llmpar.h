@@ -8810,7 +8810,7 @@ LLMPARI_FN void llmpari_move_text(const llmpar_plan *plan, const llmpar_step *st
 
 LLMPARI_FN const char *llmpari_op_name(const llmpar_op *op) {
     static const char *const name[] = { ".", "+", "*", "unary", "norm", "softmax", "rope", "attention", "embed", "take", "cross entropy", "experts", "output" };
-    static const char *const function[] = { "silu", "gelu", "gelu_tanh", "relu", "exp", "square", "negate" };
+    static const char *const function[] = { "silu", "gelu", "gelu_tanh", "relu", "exp", "square", "negate", "sigmoid" };
     return op->kind == LLMPAR_OP_UNARY ? function[op->function] : name[op->kind];
 }
 

@@ -190,6 +190,16 @@ static void test_same_numbers(void) {
 
 // ---- experts
 
+// What is written, cut off where the memory ends.
+typedef struct page { char text[40000]; size_t n; } page;
+static void to_page(const char *text, size_t bytes, void *user) {
+    page *p = (page *)user;
+    if (bytes > sizeof p->text - 1 - p->n) bytes = sizeof p->text - 1 - p->n;
+    memcpy(p->text + p->n, text, bytes);
+    p->n += bytes;
+    p->text[p->n] = 0;
+}
+
 static void test_expert_pins(void) {
     static const struct { const char *mesh, *experts, *name, *want; bool invariant; } pinned[] = {
         { "tp=2,ep=2", NULL, "wr", "wr[E, H]", false },                    { "tp=2,ep=2", NULL, "egate", "egate[E_ep, J_tp, H]", false },
@@ -270,6 +280,12 @@ static void test_mixed_layers(void) {
             CHECK_OK(llmpar_solve(&g, &solve, &plan, &err), err);
             for (int s = 0; s < plan.n_segments && !err.status; s++) if (plan.segment[s].block >= 0) rounds -= plan.segment[s].repeats;
             CHECK_EQ(rounds, 0);
+            static page p;
+            llmpar_sink sink = { to_page, &p };
+            p.n = 0;
+            CHECK_OK(llmpar_explain(&plan, sink, &err), err);
+            CHECK_EQ(strstr(p.text, "experts(") != NULL, strchr(cases[i].blocks, 's') != NULL);
+            CHECK_EQ(strstr(p.text, "sigmoid(") != NULL, strchr(cases[i].blocks, 's') != NULL);
             llmpar_arena_free(&arena);
         }
     }

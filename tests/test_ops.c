@@ -343,13 +343,14 @@ static double act(llmpar_activation kind, double x) {
     case LLMPAR_EXP:       return exp(x);
     case LLMPAR_SQUARE:    return x * x;
     case LLMPAR_NEGATE:    return -x;
+    case LLMPAR_SIGMOID:   return 1 / (1 + exp(-x));
     }
     return NAN;
 }
 // Bounds, in eps of the result: what e^x and a few roundings give; the negative tails of gelu lose bits in 1 + erf and in e^u; below 1e-36 silu and gelu_tanh may be 0, since the e^-x that they divide by overflows.
 static double act_bound(llmpar_activation kind, double x, double y) {
     switch (kind) {
-    case LLMPAR_SILU:      return eps * 8 * fabs(y) + 1e-36;
+    case LLMPAR_SILU: case LLMPAR_SIGMOID: return eps * 8 * fabs(y) + 1e-36;
     case LLMPAR_GELU:      return eps * (8 * fabs(y) + 4 * fabs(x));
     case LLMPAR_GELU_TANH: return eps * (8 + 8 * fabs(x * x * x) + 4 * fabs(x)) * fabs(y) + 1e-36;
     case LLMPAR_EXP:       return eps * 4 * fabs(y) + 2e-45;
@@ -358,10 +359,10 @@ static double act_bound(llmpar_activation kind, double x, double y) {
 }
 static void test_elementwise(void) {
     static const char *names[] = { "unary and gated: silu", "unary and gated: gelu", "unary and gated: gelu_tanh", "unary and gated: relu", "unary and gated: exp",
-                                   "unary and gated: square", "unary and gated: negate" };
+                                   "unary and gated: square", "unary and gated: negate", "unary and gated: sigmoid" };
     enum { N = 1003 };
     float x[N], y[N], up[N], copy[N], limits[3] = { NAN, INFINITY, -INFINITY };
-    for (int kind = 0; kind < 7; kind++) {
+    for (int kind = 0; kind < 8; kind++) {
         TEST(names[kind]) {
             llmpar_unary_args u = LLMPAR_ZERO;
             llmpar_gated_args g = LLMPAR_ZERO;
@@ -392,6 +393,7 @@ static void test_elementwise(void) {
             CHECK(isnan(y[0]));
             if (u.kind == LLMPAR_EXP) CHECK(y[1] == INFINITY && y[2] == 0.0f);
             if (u.kind == LLMPAR_RELU) CHECK(y[1] == INFINITY && y[2] == 0.0f);
+            if (u.kind == LLMPAR_SIGMOID) CHECK(y[1] == 1.0f && y[2] == 0.0f);
             if (u.kind == LLMPAR_SILU || u.kind == LLMPAR_GELU) CHECK(y[1] == INFINITY);
             u.n = 0; u.x = NULL; u.y = NULL;
             ops.unary(ops.user, &u);
@@ -678,7 +680,7 @@ static void test_attention(void) {
     TEST("activations: an element's bits do not depend on its place in the call") {
         float x[300], up[300], whole[300], part[300];
         for (int i = 0; i < 300; i++) { x[i] = (float)(20 * test_uniform() - 10); up[i] = (float)(2 * test_uniform() - 1); }
-        for (int kind = LLMPAR_SILU; kind <= LLMPAR_NEGATE; kind++)
+        for (int kind = LLMPAR_SILU; kind <= LLMPAR_SIGMOID; kind++)
             for (int i = 0; i < 60; i++) {
                 const int64_t first = test_below(300), n = 1 + test_below(300 - first);
                 llmpar_gated_args gated = { 300, x, up, whole, (llmpar_activation)kind };
