@@ -9985,6 +9985,7 @@ typedef struct llmpari_builder {
     const llmpar_build_desc *desc;
     llmpar_graph            *g;
     bool has_dp, has_tp;           // does the mesh have these axes?
+    bool dense, sparse;            // are there such layers among those that are built?
     llmpar_axes experts, expert_tp;   // the axes that pin_weights splits E and J over
 } llmpari_builder;
 
@@ -10190,7 +10191,7 @@ LLMPARI_FN void llmpari_build_sizes(const llmpari_builder *b) {
     llmpar_size(b->g, "B", d->batch ? d->batch : 1);
     llmpar_size(b->g, "S", d->seq ? d->seq : 1);
     llmpar_size(b->g, "H", m->hidden);
-    llmpar_size(b->g, "I", m->intermediate);
+    if (b->dense) llmpar_size(b->g, "I", m->intermediate);
     llmpar_size(b->g, "N", m->n_heads);
     llmpar_size(b->g, "K", m->n_kv_heads);
     llmpar_size(b->g, "D", m->head_dim);
@@ -10202,16 +10203,18 @@ LLMPARI_FN void llmpari_build_sizes(const llmpari_builder *b) {
     llmpar_split_rule(b->g, "N", &split);
     split.kind  = LLMPAR_SPLIT_KV_HEADS;
     llmpar_split_rule(b->g, "K", &split);
-    if (m->n_experts) { llmpar_size(b->g, "E", m->n_experts); llmpar_size(b->g, "J", m->expert_intermediate); }
-    if (m->n_experts && m->shared_intermediate) llmpar_size(b->g, "Js", m->shared_intermediate);
+    const bool shared = b->sparse && m->shared_intermediate > 0;
+    if (b->sparse) { llmpar_size(b->g, "E", m->n_experts); llmpar_size(b->g, "J", m->expert_intermediate); }
+    if (shared) llmpar_size(b->g, "Js", m->shared_intermediate);
     if (!d->invariant) return;
     b->g->invariant = true;
-    for (int shared = 0; shared < (m->n_experts && m->shared_intermediate ? 2 : 1); shared++) {
-        const int64_t n = shared ? m->shared_intermediate : m->intermediate;
+    for (int i = 0; i < 2; i++) {
+        const int64_t n = i ? m->shared_intermediate : m->intermediate;
+        if (!(i ? shared : b->dense)) continue;
         memset(&split, 0, sizeof split);
         split.granule = llmpari_max((n + 63) / 64, llmpari_min(128, n / 32));              // few granules cost less, many balance better
         if (n >= 1024) split.granule = llmpar_round_up(split.granule, 32);                 // a whole number of the dot product's steps
-        llmpar_split_rule(b->g, shared ? "Js" : "I", &split);
+        llmpar_split_rule(b->g, i ? "Js" : "I", &split);
     }
 }
 
@@ -10285,6 +10288,9 @@ LLMPAR_DEF llmpar_status llmpar_build(const llmpar_model *model, const llmpar_bu
     b.g      = g;
     b.has_dp = llmpar_mesh_find(&g->mesh, "dp") >= 0;
     b.has_tp = llmpar_mesh_find(&g->mesh, "tp") >= 0;
+    b.dense = b.sparse = false;
+    for (int64_t l = desc->first_layer, end = desc->layers ? l + desc->layers : model->layers; l < end && !(b.dense && (b.sparse || !model->n_experts)); l++)
+        *(llmpar_model_sparse(model, l) ? &b.sparse : &b.dense) = true;
     LLMPARI_TRY(llmpari_build_expert_axes(&b, err));
     g->activation_dtype = desc->activation_dtype;
     llmpari_build_sizes(&b);

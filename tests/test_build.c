@@ -307,6 +307,7 @@ static void test_mixed_layers(void) {
             CHECK_EQ(g.node[g.op[i].out].tensor.dtype, LLMPAR_BF16);
         }
         CHECK_EQ(found, 1);
+        for (int i = 0; i < g.n_sizes; i++) CHECK(strcmp(g.size[i].name, "I") != 0);       // no dim that no tensor has
         CHECK_EQ(g.node[llmpar_find(&g, "router")].tensor.dtype, LLMPAR_F32);
         CHECK_EQ(g.node[llmpar_find(&g, "wr")].tensor.dtype, LLMPAR_F32);
         CHECK_EQ(g.node[llmpar_find(&g, "egate")].tensor.dtype, LLMPAR_BF16);
