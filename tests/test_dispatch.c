@@ -134,7 +134,7 @@ static void experts(const layer *l, int64_t first, int64_t count, const int64_t 
 }
 static void combine(const layer *l, int64_t from_token, int64_t tokens, llmpar_range of, bool pieces, const int32_t *inverse, const float *y, int64_t first, float *out) {
     const llmpar_ops ops = llmpar_ops_cpu();
-    int32_t *scratch = (int32_t *)need(2 * l->k * 4);
+    void *scratch = need(llmpar_combine_scratch(l->k, WIDTH));
     llmpar_combine_args g = LLMPAR_ZERO;
     g.tokens = tokens; g.k = l->k; g.n = WIDTH; g.n_experts = l->n_experts; g.experts = of; g.pieces = pieces;
     g.ids = l->ids + from_token * l->k; g.from = inverse; g.weights = l->weights + from_token * l->k; g.y = y; g.first = first; g.stride = tokens * WIDTH;
@@ -452,7 +452,7 @@ static void complaints(void) {
         const int32_t from[] = { 1, 0 };
         const float y[] = { 10, 20, 1, 2 }, weights[] = { 0.25f, 0.5f };
         float out[2];
-        int32_t scratch[4];
+        void *scratch = need(llmpar_combine_scratch(2, 2));
         llmpar_combine_args g = LLMPAR_ZERO;
         g.tokens = 1; g.k = 2; g.n = 2; g.n_experts = 3; g.experts.count = 3; g.ids = ids; g.from = from; g.y = y; g.out = out; g.scratch = scratch;
         ops.combine(ops.user, &g);
@@ -463,6 +463,7 @@ static void complaints(void) {
         g.experts.first = 1; g.experts.count = 2;              // those of a rank alone
         ops.combine(ops.user, &g);
         CHECK(out[0] == 0.25f && out[1] == 0.5f);
+        free(scratch);
     }
     TEST("vllm PR46428: padding tokens go nowhere, and leave nothing in the counts") {
         static const int32_t ids[] = { 1, 2, -1, -1, 0, 2, -1, -1 }, back[] = { 1, 2, -1, -1, 0, 3, -1, -1 };
