@@ -4497,6 +4497,7 @@ LLMPAR_DEF int32_t llmpar_tree_fold(int64_t granules, llmpar_range *node, int32_
 // ============================================================================================================
 // >>route (impl)
 // ============================================================================================================
+LLMPARI_ONCE_END      // runs per token
 
 // ---- scores of a row: arrays of doubles whose length is a multiple of 16, so that every element goes through the same vector code and equal logits have equal scores
 
@@ -4553,10 +4554,28 @@ LLMPARI_FN void llmpari_sigmoids(double *s, const double *x, int32_t n) {
     }
 }
 
+// The bits of a double as an integer that sorts like it; back again. NaN is lowest, -0 is 0.
+LLMPARI_FN int64_t llmpari_sortable(double d) {
+    const double zeroed = d + 0.0;
+    int64_t bits;
+    memcpy(&bits, &zeroed, 8);
+    bits ^= (int64_t)((uint64_t)(bits >> 63) >> 1);
+    return d == d ? bits : INT64_MIN;
+}
+// The largest element, -infinity when all are NaN. Of integers: their maximum is the same in any order, so the loop vectorises.
+LLMPARI_FN double llmpari_largest64(const double *x, int32_t n) {
+    int64_t best = llmpari_sortable(-INFINITY);
+    for (int32_t i = 0; i < n; i++) {
+        const int64_t it = llmpari_sortable(x[i]);
+        best = it > best ? it : best;
+    }
+    return llmpari_double_of_bits((uint64_t)best ^ (uint64_t)(best >> 63) >> 1);
+}
+
 // t[i] is proportional to softmax(x)[i], and the return value is the factor's inverse, 0 when every x is NaN. The largest share when they are infinite.
 LLMPARI_FN double llmpari_softmax_terms(double *t, const double *x, int32_t n) {
-    double largest = -INFINITY, sum[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
-    for (int32_t i = 0; i < n; i++) largest = x[i] > largest ? x[i] : largest;
+    const double largest = llmpari_largest64(x, n);
+    double sum[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
     if (largest == INFINITY || largest == -INFINITY) for (int32_t i = 0; i < n; i++) t[i] = x[i] == largest ? 1.0 : 0.0;
     else for (int32_t i = 0; i < n; i++) t[i] = llmpari_exp64(x[i] - largest);
     for (int32_t i = 0; i < n; i += 8) for (int32_t j = 0; j < 8; j++) sum[j] += t[i + j];
@@ -4581,25 +4600,22 @@ LLMPARI_FN void llmpari_row_load(const llmpari_router *router, const void *logit
 
 // ---- choice: every score becomes an integer that sorts like (score, then lower id first)
 
-// The sortable bits of a score without the last 11, which hold the inverted id. NaN is lowest; -0 is 0.
-LLMPARI_FN int64_t llmpari_key(double score, int64_t id) {
-    const double zeroed = score + 0.0;
-    int64_t bits;
-    memcpy(&bits, &zeroed, 8);
-    bits ^= (int64_t)((uint64_t)(bits >> 63) >> 1);
-    bits = score == score ? bits & ~LLMPARI_EXPERT_MASK : INT64_MIN;
-    return bits | (LLMPARI_EXPERT_MASK - id);
-}
+// The order of a score without its last 11 bits, which hold the inverted id.
+LLMPARI_FN int64_t llmpari_key(double score, int64_t id) { return (llmpari_sortable(score) & ~LLMPARI_EXPERT_MASK) | (LLMPARI_EXPERT_MASK - id); }
 LLMPARI_FN int32_t llmpari_key_id(int64_t key) { return (int32_t)(LLMPARI_EXPERT_MASK - (key & LLMPARI_EXPERT_MASK)); }
 
-// The largest key below `below`; INT64_MIN when there is none. Keys differ, so this walks through them in order.
+// The largest key below `below`, that is, the least distance from there down as unsigned numbers; there is one. Keys differ, so this walks through them in order.
+// Two minima side by side: one alone would wait for itself.
 LLMPARI_FN int64_t llmpari_key_next(const int64_t *key, int32_t n, int64_t below) {
-    int64_t best = INT64_MIN;
-    for (int32_t i = 0; i < n; i++) {
-        const int64_t it = key[i] < below ? key[i] : INT64_MIN;
-        best = it > best ? it : best;
+    const uint64_t from = (uint64_t)below - 1;
+    const int64_t *half = key + n / 2;
+    uint64_t least = n % 2 ? from - (uint64_t)key[n - 1] : UINT64_MAX, least2 = UINT64_MAX;
+    for (int32_t i = 0; i < n / 2; i++) {
+        const uint64_t down = from - (uint64_t)key[i], down2 = from - (uint64_t)half[i];
+        least  = down  < least  ? down  : least;
+        least2 = down2 < least2 ? down2 : least2;
     }
-    return best;
+    return (int64_t)(from - (least < least2 ? least : least2));
 }
 
 // Experts of groups that are not among the best get the key of the fill.
@@ -5019,7 +5035,8 @@ LLMPAR_DEF llmpar_status llmpar_load_measure(const llmpar_load_desc *desc, int64
         const int64_t count = desc->counts[e], lost = desc->dropped ? desc->dropped[e] : 0;
         if (count < 0 || lost < 0 || count > INT64_MAX - load->tokens || lost > INT64_MAX - load->tokens - count - load->dropped)
             return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "expert %d has %lld tokens and %lld dropped; 0 or more, and all together at most 2^63 - 1", (int)e, (long long)count, (long long)lost);
-        if (desc->rank_of && (desc->rank_of[e] < 0 || desc->rank_of[e] >= ranks)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank_of[%d]=%d of n_ranks=%d", (int)e, (int)desc->rank_of[e], (int)ranks);
+        if (desc->rank_of && (desc->rank_of[e] < 0 || desc->rank_of[e] >= ranks))
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank_of[%d]=%d of n_ranks=%d", (int)e, (int)desc->rank_of[e], (int)ranks);
         load->tokens += count;
         load->dropped += lost;
         if (count > load->max_expert) { load->max_expert = count; load->busiest_expert = e; }
@@ -5159,6 +5176,8 @@ LLMPAR_DEF llmpar_status llmpar_bias_update(const int64_t *counts, int32_t n_exp
     }
     return LLMPAR_OK;
 }
+
+LLMPARI_ONCE_BEGIN
 
 // ============================================================================================================
 // >>graph (impl)
