@@ -4631,8 +4631,9 @@ LLMPARI_FN int64_t llmpari_key_next(const int64_t *key, int32_t n, int64_t below
 LLMPARI_FN void llmpari_mask_groups(const llmpari_router *router, llmpari_row *row) {
     const llmpar_route_desc *d = &router->desc;
     const int32_t size = d->n_experts / d->n_groups;
-    const bool fill_lowest = router->by_logit && d->score != LLMPAR_SCORE_CHOSEN && !d->fill_zero;         // below a score of 0, whose logit is -infinity
-    const double fill = d->fill_zero && !(router->by_logit && d->score != LLMPAR_SCORE_CHOSEN) ? 0.0 : -INFINITY;
+    const bool logits = router->by_logit && d->score != LLMPAR_SCORE_CHOSEN;       // compared instead of scores: where a score is 0, the logit is -infinity
+    const double fill = d->fill_zero && !logits ? 0.0 : -INFINITY;
+    bool lowest = logits && !d->fill_zero;                                         // a fill below that
     int64_t group[LLMPAR_MAX_EXPERTS], last = INT64_MAX;
     bool kept[LLMPAR_MAX_EXPERTS];
     for (int32_t g = 0; g < d->n_groups; g++) {
@@ -4648,10 +4649,12 @@ LLMPARI_FN void llmpari_mask_groups(const llmpari_router *router, llmpari_row *r
     for (int32_t i = 0; i < d->topk_groups; i++) {
         last = llmpari_key_next(group, d->n_groups, last);
         kept[llmpari_key_id(last)] = true;
+        // A row of nothing but -infinity shares the probability: a fill of 0 is less.
+        if (i == 0 && logits && d->score == LLMPAR_SCORE_SOFTMAX && (last & ~LLMPARI_EXPERT_MASK) == (llmpari_sortable(-INFINITY) & ~LLMPARI_EXPERT_MASK)) lowest = true;
     }
     for (int32_t g = 0; g < d->n_groups; g++)
         for (int32_t i = g * size; !kept[g] && i < (g + 1) * size; i++)
-            row->key[i] = fill_lowest ? (INT64_MIN + LLMPARI_EXPERT_MASK + 1) | (LLMPARI_EXPERT_MASK - i) : llmpari_key(fill, i);
+            row->key[i] = lowest ? (INT64_MIN + LLMPARI_EXPERT_MASK + 1) | (LLMPARI_EXPERT_MASK - i) : llmpari_key(fill, i);
 }
 
 // Scores of all experts: softmax or sigmoid.
