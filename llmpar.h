@@ -20575,7 +20575,7 @@ LLMPARI_FN llmpar_status llmpari_exec_experts_compute(llmpar_exec *x, const llmp
     sum.ids = ids; sum.from = inverse; sum.weights = how->route.scale_input ? NULL : weights;
     sum.y = y; sum.out = out;
     sum.stride  = tokens * how->h;
-    sum.scratch = LLMPARI_EXEC_SCRATCH(int32_t, args, how->combine_at);
+    sum.scratch = args->scratch + how->combine_at;
     x->ops.combine(x->ops.user, &sum);
     return LLMPAR_OK;
 }
@@ -20693,7 +20693,7 @@ LLMPARI_FN void llmpari_exec_experts_finish(llmpar_exec *x, const llmpari_exec_e
     sum.ids = ids; sum.from = from;
     sum.y = LLMPARI_EXEC_SCRATCH(float, args, how->back_at);
     sum.out = (float *)args->out;
-    sum.scratch = LLMPARI_EXEC_SCRATCH(int32_t, args, how->combine_at);
+    sum.scratch = args->scratch + how->combine_at;
     x->ops.combine(x->ops.user, &sum);
 }
 
@@ -20808,7 +20808,7 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_experts(llmpari_exec_prep *p) {
     how->inverse_at = llmpari_exec_prep_scratch(p, 4 * tokens * how->k);
     how->offsets_at = llmpari_exec_prep_scratch(p, 8 * (how->mine.count + 1));
     how->clipped_at = llmpari_exec_prep_scratch(p, 8 * (how->mine.count + 1));
-    how->combine_at = llmpari_exec_prep_scratch(p, 8 * llmpari_max(how->k, how->items));
+    how->combine_at = llmpari_exec_prep_scratch(p, llmpar_combine_scratch(llmpari_max(how->k, how->items), how->h));
     how->x_at       = llmpari_exec_prep_scratch(p, 4 * how->chunk * how->h);
     how->gate_at    = llmpari_exec_prep_scratch(p, 4 * how->chunk * how->j);
     how->up_at      = llmpari_exec_prep_scratch(p, 4 * how->chunk * how->j);
