@@ -6063,6 +6063,8 @@ LLMPAR_DEF int llmpar_experts(llmpar_graph *g, int x, int router, int gate, int 
         return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "experts: the router's convention is for %lld experts, %s has logits of %lld", (long long)op.experts.route.n_experts,
                                   t[1]->name, (long long)t[1]->dim[n].size);
     if (llmpar_route_check(&op.experts.route, &g->error)) return -1;
+    if (op.experts.route.expert_choice) return LLMPARI_GRAPH_FAIL(g, LLMPAR_UNSUPPORTED, "experts: with expert choice a token's experts depend on all tokens; the op takes tokens' choices only");
+    if ((int)desc->way < 0 || desc->way > LLMPAR_EXPERTS_ALLTOALL) return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "experts: way %d is not known", (int)desc->way);
     for (int d = 0; d < n; d++) op.index_of[0][d] = op.index_of[1][d] = (int8_t)llmpari_op_index(g, &op, t[0]->dim[d].name, t[0]->dim[d].size, t[0]->name);
     const int8_t e = (int8_t)llmpari_op_index(g, &op, t[2]->dim[0].name, t[2]->dim[0].size, t[2]->name), j = (int8_t)llmpari_op_index(g, &op, t[2]->dim[1].name, t[2]->dim[1].size, t[2]->name);
     const int8_t h = (int8_t)llmpari_op_index(g, &op, t[2]->dim[2].name, t[2]->dim[2].size, t[2]->name);
