@@ -449,7 +449,7 @@ LLMPAR_DEF int32_t llmpar_tree_pieces(int64_t granules, llmpar_range range, llmp
 LLMPAR_DEF int32_t llmpar_tree_fold(int64_t granules, llmpar_range *node, int32_t n, uint8_t *merges);
 
 // ============================================================================================================
-// >>route   expert choice of tokens: router, capacity, losses                   (uses: base)
+// >>route   expert choice of tokens: router, capacity, losses                   (uses: base, shard)
 // ============================================================================================================
 // A router turns the logits of a token over E experts into the ids of its k experts and their weights. One desc covers what the published models do.
 //   score     what a logit is worth: p = softmax over all experts, or s = sigmoid(logit), or (CHOSEN) the logit itself, with a softmax over the k chosen as weights
@@ -509,6 +509,93 @@ LLMPAR_DEF llmpar_status llmpar_route_check(const llmpar_route_desc *desc, llmpa
 // NULL = none. Allocates nothing; about 64 KiB of stack. Thread-safe.
 LLMPAR_DEF llmpar_status llmpar_route(const llmpar_route_desc *desc, const void *logits, llmpar_dtype dtype, int64_t rows, const uint8_t *pad,
                                       int32_t *ids, float *weights, llmpar_error *err);
+
+// scores[rows, E] of all experts, f32: softmax (CHOSEN too) or sigmoid, without correction bias and scale; 0 for NaN logits and in padding rows. For losses and llmpar_route_experts.
+LLMPAR_DEF llmpar_status llmpar_route_scores(const llmpar_route_desc *desc, const void *logits, llmpar_dtype dtype, int64_t rows, const uint8_t *pad, float *scores, llmpar_error *err);
+// d_logits[rows, E] = the gradient that d_scores[rows, E] has with respect to the logits; may equal d_scores.
+LLMPAR_DEF llmpar_status llmpar_route_scores_backward(const llmpar_route_desc *desc, const float *scores, const float *d_scores, int64_t rows, float *d_logits, llmpar_error *err);
+// Expert choice (Zhou et al. 2022): every expert takes the `capacity` tokens with its largest scores (ties: the lower token; NaN lowest): tokens[E, capacity] by falling score and
+// weights[E, capacity] = scores times scale. Padding rows are never taken; where there are too few tokens the rest is -1 with weight 0. capacity = rows * k / E is usual.
+LLMPAR_DEF llmpar_status llmpar_route_experts(const llmpar_route_desc *desc, const float *scores, int64_t rows, const uint8_t *pad, int64_t capacity,
+                                              int32_t *tokens, float *weights, llmpar_error *err);
+// counts[E] = how often each expert occurs in ids[n]; -1 is skipped. An id that is no expert is an error.
+LLMPAR_DEF llmpar_status llmpar_route_counts(const int32_t *ids, int64_t n, int32_t n_experts, int64_t *counts, llmpar_error *err);
+
+// ---- Capacity: tokens that an expert takes at most. In exact integers: a factor of 1.1 is 11/10.
+typedef struct llmpar_ratio { int64_t num, den; } llmpar_ratio;
+// "1.25", "5/4", "2"; no sign, no exponent; reduced. Errors: syntax, 0 below the line, more than int64_t holds.
+LLMPAR_DEF llmpar_status llmpar_ratio_parse(const char *text, llmpar_ratio *ratio, llmpar_error *err);
+
+typedef enum llmpar_capacity_kind {
+    LLMPAR_CAPACITY_MEGATRON = 0,  // ceil(T * k / E * factor)
+    LLMPAR_CAPACITY_DEEPSPEED,     // the same
+    LLMPAR_CAPACITY_TUTEL,         // k * floor(factor * ceil(T / E))
+    LLMPAR_CAPACITY_MEGABLOCKS     // floor(factor * k * T * ep / E)
+} llmpar_capacity_kind;
+typedef struct llmpar_capacity_desc {
+    llmpar_capacity_kind kind;
+    int64_t tokens, k, n_experts;  // T; 0 = 1; E
+    llmpar_ratio factor;           // 0 = 1
+    int64_t min_capacity;          // the result is at least this (DeepSpeed's default is 4 there)
+    int64_t ep;                    // MegaBlocks: ranks that the experts are spread over, each with T tokens; 0 = 1
+} llmpar_capacity_desc;
+LLMPAR_DEF llmpar_status llmpar_capacity(const llmpar_capacity_desc *desc, int64_t *capacity, llmpar_error *err);
+
+typedef enum llmpar_drop_policy { LLMPAR_DROP_PROBS = 0 /* the smallest scores go; ties: the later token */, LLMPAR_DROP_POSITION /* the last tokens go */ } llmpar_drop_policy;
+#define LLMPAR_NO_CAPACITY (-1)
+typedef struct llmpar_drop_desc {
+    int64_t rows;
+    int32_t k, n_experts;
+    int64_t capacity;              // of an expert, 0 or more and above rows too; LLMPAR_NO_CAPACITY: nothing is dropped
+    llmpar_drop_policy policy;
+    bool    pad;                   // every expert has `capacity` rows in the buffer (without one: as many as the fullest), not just those that it keeps
+} llmpar_drop_desc;
+// ids[rows, k] (-1 = none) and scores[rows, k] (PROBS only: what llmpar_route returns without renormalising, as DeepSpeed does, or with it, as Megatron does) ->
+// slot[rows, k] = place among the tokens that the expert keeps, in token order, or -1; kept[E], dropped[E] = tokens; offset[E + 1] = first row of each expert in the buffer of all
+// (rows of an expert follow each other; a kept token lies in row offset[id] + slot). scratch: rows * k int32, PROBS only. Steps: rows * k, times the log of an expert's load for PROBS.
+LLMPAR_DEF llmpar_status llmpar_capacity_drop(const llmpar_drop_desc *desc, const int32_t *ids, const float *scores, int32_t *slot, int64_t *kept, int64_t *dropped,
+                                              int64_t *offset, int32_t *scratch, llmpar_error *err);
+
+typedef struct llmpar_load_desc {
+    int32_t n_experts, n_ranks;    // n_ranks 0 = 1
+    const int64_t *counts;         // [E] tokens that each expert computes
+    const int64_t *dropped;        // [E] tokens that it was given beyond those; NULL = none
+    const int32_t *rank_of;        // [E]; NULL = experts are cut into n_ranks runs that differ by at most one
+    double  seconds_per_token;     // of one expert
+} llmpar_load_desc;
+typedef struct llmpar_load {
+    int64_t tokens, dropped;       // computed; dropped
+    double  dropped_share;         // of both together
+    int32_t busiest_expert, busiest_rank;
+    int64_t max_expert, max_rank;  // their tokens
+    double  expert_imbalance, rank_imbalance;   // max / mean; 1 when there are no tokens
+    double  slowest_s, mean_s;     // of the busiest rank; of a rank if all had the same
+    double  lost_s;                // slowest_s - mean_s: what imbalance costs, since all wait for the slowest
+} llmpar_load;
+// rank_load[n_ranks] gets the ranks' tokens.
+LLMPAR_DEF llmpar_status llmpar_load_measure(const llmpar_load_desc *desc, int64_t *rank_load, llmpar_load *load, llmpar_error *err);
+
+// ---- Losses, summed in f64 in the order of tokens. T counts the tokens that are not padding; without any the loss is 0.
+typedef enum llmpar_aux_kind {
+    LLMPAR_AUX_MEGATRON = 0,       // coeff * E / (k T^2) * sum_e count_e * sum_t score[t, e] (also DeepSpeed's for k > 2)
+    LLMPAR_AUX_HF,                 // k times that
+    LLMPAR_AUX_DEEPSPEED,          // top-1 and top-2 gating: coeff * E / T^2 * ..., where count_e counts first choices only
+    LLMPAR_AUX_SEQUENCE            // MEGATRON's for every run of `sequence` rows, then the mean over runs with tokens: DeepSeek-V3's complementary loss (eq. 17 to 20)
+} llmpar_aux_kind;
+typedef struct llmpar_aux_desc {
+    llmpar_aux_kind kind;
+    int64_t rows, sequence;        // SEQUENCE: divides rows; 0 = rows
+    int32_t n_experts, k;
+    double  coeff;                 // 0 = 1
+    bool    normalise;             // scores are divided by their row's sum first: for sigmoid scores (DeepSeek-V3, Megatron)
+    const uint8_t *pad;            // [rows], 1 = padding; NULL = none
+} llmpar_aux_desc;
+// scores[rows, E] from llmpar_route_scores, ids[rows, k] from llmpar_route (ids of padding rows are not looked at). d_scores[rows, E] = gradient, counts held fixed; NULL = not wanted.
+LLMPAR_DEF llmpar_status llmpar_loss_aux(const llmpar_aux_desc *desc, const float *scores, const int32_t *ids, double *loss, float *d_scores, llmpar_error *err);
+// coeff * mean over tokens of logsumexp(logits)^2; NaN logits are left out. d_logits[rows, E] = gradient, or NULL. A row whose logsumexp is infinite makes the loss infinite and gets gradient 0.
+LLMPAR_DEF llmpar_status llmpar_loss_z(const void *logits, llmpar_dtype dtype, int64_t rows, int32_t n_experts, const uint8_t *pad, double coeff, double *loss, float *d_logits, llmpar_error *err);
+// Loss-free balancing (Wang et al. 2024): bias[e] += rate for experts with fewer tokens than the mean, -= rate for those with more.
+LLMPAR_DEF llmpar_status llmpar_bias_update(const int64_t *counts, int32_t n_experts, double rate, float *bias, llmpar_error *err);
 
 // ============================================================================================================
 // >>dispatch   which token rows go to which expert and rank                     (uses: base, shard)
@@ -1509,7 +1596,7 @@ typedef struct llmpar_combine_args {
     const float   *y;              // [rows, n]: sorted rows from position `first` on
     int64_t        first, stride;
     float         *out;
-    int32_t       *scratch;        // [2 * k]
+    void          *scratch;        // llmpar_combine_scratch bytes, aligned as malloc does it
 } llmpar_combine_args;
 // Rows [first, first + count) of a table[., n]: y[r] = table[ids[r] - first], or zeros when ids[r] lies outside.
 typedef struct llmpar_embed_args  { int64_t rows, n, first, count; const int32_t *ids; const void *table; llmpar_dtype dtype; float *y; } llmpar_embed_args;
@@ -1537,6 +1624,7 @@ typedef struct llmpar_ops {
 LLMPAR_DEF llmpar_ops llmpar_ops_cpu(void);
 LLMPAR_DEF int64_t    llmpar_gemm_scratch(int64_t m, int64_t n, int64_t k, llmpar_dtype b_dtype);            // floats
 LLMPAR_DEF int64_t    llmpar_attention_scratch(int64_t queries, int64_t n_keys, int64_t q_heads, int64_t d); // floats
+LLMPAR_DEF int64_t    llmpar_combine_scratch(int64_t k, int64_t n);                                          // bytes
 
 // Picks the next token from logits[n] on the CPU: temperature 0 = the largest (ties: the lowest id), else softmax(logits / temperature) cut to the
 // smallest set whose probability reaches top_p (0 or 1 = all), drawn with *state (splitmix64, advanced once). scratch: n floats and n int32. NaN logits: -1.
@@ -1782,6 +1870,14 @@ LLMPAR_DEF llmpar_exec       *llmpar_engine_exec(llmpar_engine *engine, int phas
 #else
 #define LLMPARI_ONCE_BEGIN
 #define LLMPARI_ONCE_END
+#endif
+// Plain loops that are to become vectors at -O2 too, where gcc takes none whose length it does not know (measured: the router takes a quarter of the time).
+#if defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__) && !defined(__CUDACC__) && defined(__GNUC__) && !defined(__clang__)
+#define LLMPARI_LOOPS_BEGIN _Pragma("GCC push_options") _Pragma("GCC optimize(\"O3\")")
+#define LLMPARI_LOOPS_END   _Pragma("GCC pop_options")
+#else
+#define LLMPARI_LOOPS_BEGIN
+#define LLMPARI_LOOPS_END
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)
@@ -4570,6 +4666,8 @@ LLMPAR_DEF int32_t llmpar_tree_fold(int64_t granules, llmpar_range *node, int32_
 // ============================================================================================================
 // >>route (impl)
 // ============================================================================================================
+LLMPARI_ONCE_END      // runs per token
+LLMPARI_LOOPS_BEGIN
 
 // ---- scores of a row: arrays of doubles whose length is a multiple of 16, so that every element goes through the same vector code and equal logits have equal scores
 
@@ -4626,10 +4724,28 @@ LLMPARI_FN void llmpari_sigmoids(double *s, const double *x, int32_t n) {
     }
 }
 
+// The bits of a double as an integer that sorts like it; back again. NaN is lowest, -0 is 0.
+LLMPARI_FN int64_t llmpari_sortable(double d) {
+    const double zeroed = d + 0.0;
+    int64_t bits;
+    memcpy(&bits, &zeroed, 8);
+    bits ^= (int64_t)((uint64_t)(bits >> 63) >> 1);
+    return d == d ? bits : INT64_MIN;
+}
+// The largest element, -infinity when all are NaN. Of integers: their maximum is the same in any order, so the loop vectorises.
+LLMPARI_FN double llmpari_largest64(const double *x, int32_t n) {
+    int64_t best = llmpari_sortable(-INFINITY);
+    for (int32_t i = 0; i < n; i++) {
+        const int64_t it = llmpari_sortable(x[i]);
+        best = it > best ? it : best;
+    }
+    return llmpari_double_of_bits((uint64_t)best ^ (uint64_t)(best >> 63) >> 1);
+}
+
 // t[i] is proportional to softmax(x)[i], and the return value is the factor's inverse, 0 when every x is NaN. The largest share when they are infinite.
 LLMPARI_FN double llmpari_softmax_terms(double *t, const double *x, int32_t n) {
-    double largest = -INFINITY, sum[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
-    for (int32_t i = 0; i < n; i++) largest = x[i] > largest ? x[i] : largest;
+    const double largest = llmpari_largest64(x, n);
+    double sum[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
     if (largest == INFINITY || largest == -INFINITY) for (int32_t i = 0; i < n; i++) t[i] = x[i] == largest ? 1.0 : 0.0;
     else for (int32_t i = 0; i < n; i++) t[i] = llmpari_exp64(x[i] - largest);
     for (int32_t i = 0; i < n; i += 8) for (int32_t j = 0; j < 8; j++) sum[j] += t[i + j];
@@ -4654,33 +4770,31 @@ LLMPARI_FN void llmpari_row_load(const llmpari_router *router, const void *logit
 
 // ---- choice: every score becomes an integer that sorts like (score, then lower id first)
 
-// The sortable bits of a score without the last 11, which hold the inverted id. NaN is lowest; -0 is 0.
-LLMPARI_FN int64_t llmpari_key(double score, int64_t id) {
-    const double zeroed = score + 0.0;
-    int64_t bits;
-    memcpy(&bits, &zeroed, 8);
-    bits ^= (int64_t)((uint64_t)(bits >> 63) >> 1);
-    bits = score == score ? bits & ~LLMPARI_EXPERT_MASK : INT64_MIN;
-    return bits | (LLMPARI_EXPERT_MASK - id);
-}
+// The order of a score without its last 11 bits, which hold the inverted id.
+LLMPARI_FN int64_t llmpari_key(double score, int64_t id) { return (llmpari_sortable(score) & ~LLMPARI_EXPERT_MASK) | (LLMPARI_EXPERT_MASK - id); }
 LLMPARI_FN int32_t llmpari_key_id(int64_t key) { return (int32_t)(LLMPARI_EXPERT_MASK - (key & LLMPARI_EXPERT_MASK)); }
 
-// The largest key below `below`; INT64_MIN when there is none. Keys differ, so this walks through them in order.
+// The largest key below `below`, that is, the least distance from there down as unsigned numbers; there is one. Keys differ, so this walks through them in order.
+// Two minima side by side: one alone would wait for itself.
 LLMPARI_FN int64_t llmpari_key_next(const int64_t *key, int32_t n, int64_t below) {
-    int64_t best = INT64_MIN;
-    for (int32_t i = 0; i < n; i++) {
-        const int64_t it = key[i] < below ? key[i] : INT64_MIN;
-        best = it > best ? it : best;
+    const uint64_t from = (uint64_t)below - 1;
+    const int64_t *half = key + n / 2;
+    uint64_t least = n % 2 ? from - (uint64_t)key[n - 1] : UINT64_MAX, least2 = UINT64_MAX;
+    for (int32_t i = 0; i < n / 2; i++) {
+        const uint64_t down = from - (uint64_t)key[i], down2 = from - (uint64_t)half[i];
+        least  = down  < least  ? down  : least;
+        least2 = down2 < least2 ? down2 : least2;
     }
-    return best;
+    return (int64_t)(from - (least < least2 ? least : least2));
 }
 
 // Experts of groups that are not among the best get the key of the fill.
 LLMPARI_FN void llmpari_mask_groups(const llmpari_router *router, llmpari_row *row) {
     const llmpar_route_desc *d = &router->desc;
     const int32_t size = d->n_experts / d->n_groups;
-    const bool fill_lowest = router->by_logit && d->score != LLMPAR_SCORE_CHOSEN && !d->fill_zero;         // below a score of 0, whose logit is -infinity
-    const double fill = d->fill_zero && !(router->by_logit && d->score != LLMPAR_SCORE_CHOSEN) ? 0.0 : -INFINITY;
+    const bool logits = router->by_logit && d->score != LLMPAR_SCORE_CHOSEN;       // compared instead of scores: where a score is 0, the logit is -infinity
+    const double fill = d->fill_zero && !logits ? 0.0 : -INFINITY;
+    bool lowest = logits && !d->fill_zero;                                         // a fill below that
     int64_t group[LLMPAR_MAX_EXPERTS], last = INT64_MAX;
     bool kept[LLMPAR_MAX_EXPERTS];
     for (int32_t g = 0; g < d->n_groups; g++) {
@@ -4696,25 +4810,29 @@ LLMPARI_FN void llmpari_mask_groups(const llmpari_router *router, llmpari_row *r
     for (int32_t i = 0; i < d->topk_groups; i++) {
         last = llmpari_key_next(group, d->n_groups, last);
         kept[llmpari_key_id(last)] = true;
+        // A row of nothing but -infinity shares the probability: a fill of 0 is less.
+        if (i == 0 && logits && d->score == LLMPAR_SCORE_SOFTMAX && (last & ~LLMPARI_EXPERT_MASK) == (llmpari_sortable(-INFINITY) & ~LLMPARI_EXPERT_MASK)) lowest = true;
     }
     for (int32_t g = 0; g < d->n_groups; g++)
         for (int32_t i = g * size; !kept[g] && i < (g + 1) * size; i++)
-            row->key[i] = fill_lowest ? (INT64_MIN + LLMPARI_EXPERT_MASK + 1) | (LLMPARI_EXPERT_MASK - i) : llmpari_key(fill, i);
+            row->key[i] = lowest ? (INT64_MIN + LLMPARI_EXPERT_MASK + 1) | (LLMPARI_EXPERT_MASK - i) : llmpari_key(fill, i);
 }
 
-// Scores of all experts, where `needed`, into p; what is compared into c.
-LLMPARI_FN void llmpari_row_score(const llmpari_router *router, llmpari_row *row, bool needed) {
-    const llmpar_route_desc *d = &router->desc;
+// Scores of all experts: softmax or sigmoid.
+LLMPARI_FN void llmpari_row_scores(const llmpari_router *router, llmpari_row *row) {
     const int32_t n = router->padded;
-    const double *from = row->p;
-    if (needed && d->score == LLMPAR_SCORE_SIGMOID) llmpari_sigmoids(row->p, row->x, n);
-    else if (needed && d->score == LLMPAR_SCORE_SOFTMAX) {
-        const double total = llmpari_softmax_terms(row->p, row->x, n), scale = total > 0 ? 1 / total : 0;
-        for (int32_t i = 0; i < n; i++) row->p[i] *= scale;
-    }
-    if (router->by_logit || d->score == LLMPAR_SCORE_CHOSEN) from = row->x;
-    for (int32_t i = 0; i < n; i++) row->c[i] = row->x[i] == row->x[i] ? from[i] : row->x[i];              // the score of a NaN is 0, but it ranks lowest
+    if (router->desc.score == LLMPAR_SCORE_SIGMOID) { llmpari_sigmoids(row->p, row->x, n); return; }
+    const double total = llmpari_softmax_terms(row->p, row->x, n), scale = total > 0 ? 1 / total : 0;
+    for (int32_t i = 0; i < n; i++) row->p[i] *= scale;
+}
+
+// The key of every expert's choice score.
+LLMPARI_FN void llmpari_row_keys(const llmpari_router *router, llmpari_row *row) {
+    const llmpar_route_desc *d = &router->desc;
+    const double *from = router->by_logit || d->score == LLMPAR_SCORE_CHOSEN ? row->x : row->p;
+    for (int32_t i = 0; i < router->padded; i++) row->c[i] = row->x[i] == row->x[i] ? from[i] : row->x[i];                        // the score of a NaN is 0, but it ranks lowest
     if (d->correction_bias) for (int32_t i = 0; i < d->n_experts; i++) row->c[i] += (double)d->correction_bias[i];
+    for (int32_t i = 0; i < router->padded; i++) row->key[i] = i < d->n_experts ? llmpari_key(row->c[i], i) : INT64_MIN;
 }
 
 // Weights of the k chosen.
@@ -4736,8 +4854,8 @@ LLMPARI_FN void llmpari_row_weights(const llmpari_router *router, llmpari_row *r
 LLMPARI_FN void llmpari_route_row(const llmpari_router *router, llmpari_row *row, int32_t *ids, float *weights) {
     const llmpar_route_desc *d = &router->desc;
     int64_t last = INT64_MAX;
-    llmpari_row_score(router, row, !router->by_logit || (d->score == LLMPAR_SCORE_SOFTMAX && !d->renormalise));
-    for (int32_t i = 0; i < router->padded; i++) row->key[i] = i < d->n_experts ? llmpari_key(row->c[i], i) : INT64_MIN;
+    if (router->by_logit ? d->score == LLMPAR_SCORE_SOFTMAX && !d->renormalise : d->score != LLMPAR_SCORE_CHOSEN) llmpari_row_scores(router, row);
+    llmpari_row_keys(router, row);
     if (d->topk_groups < d->n_groups) llmpari_mask_groups(router, row);
     for (int32_t i = 0; i < d->k; i++) {
         last = llmpari_key_next(row->key, router->padded, last);
@@ -4863,6 +4981,377 @@ LLMPAR_DEF llmpar_status llmpar_route(const llmpar_route_desc *desc, const void 
     }
     return LLMPAR_OK;
 }
+
+LLMPAR_DEF llmpar_status llmpar_route_scores(const llmpar_route_desc *desc, const void *logits, llmpar_dtype dtype, int64_t rows, const uint8_t *pad, float *scores, llmpar_error *err) {
+    llmpari_router router;
+    llmpari_row row;
+    LLMPARI_TRY(llmpari_router_init(desc, dtype, rows, logits, &router, err));
+    if (router.desc.score == LLMPAR_SCORE_CHOSEN) router.desc.score = LLMPAR_SCORE_SOFTMAX;
+    const int32_t n = router.desc.n_experts;
+    for (int64_t t = 0; t < rows; t++, scores += n) {
+        if (pad && pad[t]) { memset(scores, 0, (size_t)n * sizeof *scores); continue; }
+        llmpari_row_load(&router, logits, dtype, t, row.x);
+        llmpari_row_scores(&router, &row);
+        for (int32_t i = 0; i < n; i++) scores[i] = (float)row.p[i];
+    }
+    return LLMPAR_OK;
+}
+
+// softmax: dl = p (dp - sum p dp); sigmoid: ds s (1 - s).
+LLMPAR_DEF llmpar_status llmpar_route_scores_backward(const llmpar_route_desc *desc, const float *scores, const float *d_scores, int64_t rows, float *d_logits, llmpar_error *err) {
+    llmpari_router router;
+    LLMPARI_TRY(llmpari_router_init(desc, LLMPAR_F32, rows, scores, &router, err));
+    const int32_t n = router.desc.n_experts;
+    for (int64_t t = 0; t < rows; t++, scores += n, d_scores += n, d_logits += n) {
+        double sum = 0;
+        if (router.desc.score == LLMPAR_SCORE_SIGMOID) {
+            for (int32_t i = 0; i < n; i++) d_logits[i] = (float)((double)d_scores[i] * (double)scores[i] * (1 - (double)scores[i]));
+            continue;
+        }
+        for (int32_t i = 0; i < n; i++) sum += (double)scores[i] * (double)d_scores[i];
+        for (int32_t i = 0; i < n; i++) d_logits[i] = (float)((double)scores[i] * ((double)d_scores[i] - sum));
+    }
+    return LLMPAR_OK;
+}
+
+// ---- the best items of many: a heap of item numbers whose root is the worst. Better = the larger score (NaN lowest), then the lower number.
+
+typedef struct llmpari_best { const float *score; int64_t stride; int32_t *item; } llmpari_best;        // score of item i: score[i * stride]
+
+LLMPARI_FN bool llmpari_best_before(const llmpari_best *b, int32_t i, int32_t j) {
+    const float x = b->score[i * b->stride], y = b->score[j * b->stride];
+    if (x > y || y > x) return x > y;
+    if ((x == x) != (y == y)) return x == x;
+    return i < j;
+}
+// Lets the item at `at` sink to where every child is better than its parent; the heap is item[0 .. n).
+LLMPARI_FN void llmpari_best_sink(const llmpari_best *b, int64_t n, int64_t at) {
+    const int32_t it = b->item[at];
+    for (int64_t child; (child = 2 * at + 1) < n; at = child) {
+        if (child + 1 < n && llmpari_best_before(b, b->item[child], b->item[child + 1])) child++;          // the worse of the two
+        if (!llmpari_best_before(b, it, b->item[child])) break;
+        b->item[at] = b->item[child];
+    }
+    b->item[at] = it;
+}
+LLMPARI_FN void llmpari_best_make(const llmpari_best *b, int64_t n) { for (int64_t at = n / 2; at-- > 0;) llmpari_best_sink(b, n, at); }
+// A heap becomes a list, the best first.
+LLMPARI_FN void llmpari_best_sort(const llmpari_best *b, int64_t n) {
+    for (int64_t left = n - 1; left > 0; left--) {
+        const int32_t worst = b->item[0];
+        b->item[0] = b->item[left];
+        b->item[left] = worst;
+        llmpari_best_sink(b, left, 0);
+    }
+}
+
+LLMPAR_DEF llmpar_status llmpar_route_experts(const llmpar_route_desc *desc, const float *scores, int64_t rows, const uint8_t *pad, int64_t capacity,
+                                              int32_t *tokens, float *weights, llmpar_error *err) {
+    enum { BLOCK = 16 };                                                                               // experts at a time: a cache line of a row of scores
+    llmpari_router router;
+    LLMPARI_TRY(llmpari_router_init(desc, LLMPAR_F32, rows, scores, &router, err));
+    if (rows > INT32_MAX) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%lld tokens; at most %d", (long long)rows, INT32_MAX);
+    if (capacity < 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "capacity=%lld tokens of an expert; 0 or more", (long long)capacity);
+    const int32_t n = router.desc.n_experts;
+    for (int32_t e0 = 0; e0 < n && capacity > 0; e0 += BLOCK) {
+        const int32_t end = (int32_t)llmpari_min(e0 + BLOCK, n);
+        int64_t held = 0;
+        llmpari_best best[BLOCK];
+        for (int32_t e = e0; e < end; e++) best[e - e0].score = scores + e, best[e - e0].stride = n, best[e - e0].item = tokens + e * capacity;
+        for (int64_t t = 0; t < rows; t++) {
+            if (pad && pad[t]) continue;
+            for (int32_t e = 0; e < end - e0; e++) {
+                llmpari_best *b = &best[e];
+                if (held < capacity) b->item[held] = (int32_t)t;
+                else if (llmpari_best_before(b, (int32_t)t, b->item[0])) { b->item[0] = (int32_t)t; llmpari_best_sink(b, capacity, 0); }
+                if (held == capacity - 1) llmpari_best_make(b, capacity);                                  // full now
+            }
+            held += held < capacity;
+        }
+        for (int32_t e = e0; e < end; e++) {
+            const llmpari_best *b = &best[e - e0];
+            if (held < capacity) llmpari_best_make(b, held);
+            llmpari_best_sort(b, held);
+            for (int64_t i = 0; i < capacity; i++) {
+                const double score = i < held ? (double)scores[(int64_t)b->item[i] * n + e] : 0;
+                if (i >= held) b->item[i] = -1;
+                weights[e * capacity + i] = score == score ? (float)(score * router.desc.scale) : 0;
+            }
+        }
+    }
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_route_counts(const int32_t *ids, int64_t n, int32_t n_experts, int64_t *counts, llmpar_error *err) {
+    if (n_experts < 1 || n < 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "cannot count %lld ids of %d experts", (long long)n, (int)n_experts);
+    memset(counts, 0, (size_t)n_experts * sizeof *counts);
+    for (int64_t i = 0; i < n; i++) {
+        if (ids[i] >= 0 && ids[i] < n_experts) counts[ids[i]]++;
+        else if (ids[i] != -1) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "ids[%lld]=%d; 0 to %d, or -1 for none", (long long)i, (int)ids[i], (int)n_experts - 1);
+    }
+    return LLMPAR_OK;
+}
+LLMPARI_LOOPS_END
+
+// ---- capacity
+
+LLMPARI_ONCE_BEGIN
+LLMPARI_FN llmpar_ratio llmpari_ratio_reduce(int64_t num, int64_t den) {
+    llmpar_ratio ratio;
+    int64_t a = num, b = den;
+    while (b) { const int64_t rest = a % b; a = b; b = rest; }
+    ratio.num = num / a;
+    ratio.den = den / a;
+    return ratio;
+}
+
+LLMPAR_DEF llmpar_status llmpar_ratio_parse(const char *text, llmpar_ratio *ratio, llmpar_error *err) {
+    int64_t part[2] = { 0, 1 };                            // above and below the line
+    int digits = 0, below = 0, point = 0, line = 0;
+    const char *c = text ? text : "";
+    for (; *c; c++) {
+        int64_t *to = &part[line];
+        if (*c == '/' && digits && !point && !line) { line = 1; part[1] = 0; continue; }
+        if (*c == '.' && !point && !line) { point = 1; continue; }
+        if (!llmpari_is_digit(*c)) break;
+        if (line) below++; else digits++;
+        if (!llmpari_mul(*to, 10, to) || *to > INT64_MAX - (*c - '0') || (point && !llmpari_mul(part[1], 10, &part[1])))
+            return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "\"%.40s\" has more digits than 64 bits hold", text);
+        *to += *c - '0';
+    }
+    if (*c || !digits || (line && !below)) return LLMPARI_FAIL(err, LLMPAR_BAD_SYNTAX, "\"%.40s\" is no number like 1.25 or 5/4", text ? text : "NULL");
+    if (!part[1]) return LLMPARI_FAIL(err, LLMPAR_BAD_SYNTAX, "\"%.40s\" divides by 0", text);
+    *ratio = llmpari_ratio_reduce(part[0], part[1]);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_capacity(const llmpar_capacity_desc *desc, int64_t *capacity, llmpar_error *err) {
+    const int64_t k = desc->k ? desc->k : 1, ep = desc->ep ? desc->ep : 1, tokens = desc->tokens, n = desc->n_experts;
+    const bool given = desc->factor.num || desc->factor.den;
+    const int64_t num = given ? desc->factor.num : 1, den = given ? desc->factor.den : 1;
+    int64_t above, below, result;
+    bool fits;
+    if (n < 1 || tokens < 0 || k < 1 || k > n || ep < 1 || desc->min_capacity < 0)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "tokens=%lld n_experts=%lld k=%lld ep=%lld min_capacity=%lld; 0 or more tokens, 1 <= k <= n_experts, ep >= 1, min_capacity >= 0",
+                            (long long)tokens, (long long)n, (long long)k, (long long)ep, (long long)desc->min_capacity);
+    if (num < 0 || den < 1) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "factor=%lld/%lld; 0 or more over 1 or more", (long long)num, (long long)den);
+    switch (desc->kind) {
+    case LLMPAR_CAPACITY_MEGATRON: case LLMPAR_CAPACITY_DEEPSPEED: case LLMPAR_CAPACITY_MEGABLOCKS:
+        fits = llmpari_mul(tokens, k, &above) && llmpari_mul(above, num, &above) && llmpari_mul(n, den, &below);
+        if (desc->kind == LLMPAR_CAPACITY_MEGABLOCKS) fits = fits && llmpari_mul(above, ep, &above);
+        if (fits) result = above / below + (desc->kind != LLMPAR_CAPACITY_MEGABLOCKS && above % below != 0);
+        break;
+    case LLMPAR_CAPACITY_TUTEL:
+        fits = llmpari_mul(tokens / n + (tokens % n != 0), num, &above);
+        if (fits) fits = llmpari_mul(above / den, k, &result);
+        break;
+    default: return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "kind=%d is no kind of capacity", (int)desc->kind);
+    }
+    if (!fits) return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%lld tokens x %lld x %lld/%lld do not fit into 64 bits", (long long)tokens, (long long)k, (long long)num, (long long)den);
+    *capacity = llmpari_max(result, desc->min_capacity);
+    return LLMPAR_OK;
+}
+LLMPARI_ONCE_END
+
+// Marks with -2 the slots of what the full experts keep: the best `capacity` of each. scratch: the assignments, expert by expert, then a heap of the best in front of each run.
+// first[e] = where an expert's run ends.
+LLMPARI_FN void llmpari_drop_by_score(const llmpar_drop_desc *d, const int32_t *ids, const float *scores, const int64_t *counts, int64_t *first, int32_t *slot, int32_t *scratch) {
+    const int64_t n = d->rows * d->k;
+    int64_t at = 0;
+    llmpari_best best;
+    best.score = scores, best.stride = 1;
+    for (int32_t e = 0; e < d->n_experts; e++) { first[e] = at; at += counts[e]; }
+    for (int64_t i = 0; i < n; i++) if (ids[i] >= 0) scratch[first[ids[i]]++] = (int32_t)i;
+    for (int32_t e = 0; e < d->n_experts; e++) {
+        const int64_t held = llmpari_min(counts[e], d->capacity);
+        best.item = scratch + (first[e] - counts[e]);
+        if (held < counts[e] && held > 0) llmpari_best_make(&best, held);
+        for (int64_t i = held; i < counts[e] && held > 0; i++)
+            if (llmpari_best_before(&best, best.item[i], best.item[0])) { best.item[0] = best.item[i]; llmpari_best_sink(&best, held, 0); }
+        for (int64_t i = 0; i < held; i++) slot[best.item[i]] = -2;
+    }
+}
+
+LLMPAR_DEF llmpar_status llmpar_capacity_drop(const llmpar_drop_desc *desc, const int32_t *ids, const float *scores, int32_t *slot, int64_t *kept, int64_t *dropped,
+                                              int64_t *offset, int32_t *scratch, llmpar_error *err) {
+    const llmpar_drop_desc *d = desc;
+    const bool by_score = d->policy == LLMPAR_DROP_PROBS && d->capacity != LLMPAR_NO_CAPACITY;
+    int64_t n = 0, fullest = 0;
+    if (d->rows < 0 || d->k < 1 || d->n_experts < 1 || d->capacity < LLMPAR_NO_CAPACITY || !llmpari_mul(d->rows, d->k, &n) || n > INT32_MAX)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rows=%lld k=%d n_experts=%d capacity=%lld; rows * k at most %d, k and n_experts from 1, capacity from 0, or LLMPAR_NO_CAPACITY",
+                            (long long)d->rows, (int)d->k, (int)d->n_experts, (long long)d->capacity, INT32_MAX);
+    if (d->policy != LLMPAR_DROP_PROBS && d->policy != LLMPAR_DROP_POSITION) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "policy=%d is neither PROBS nor POSITION", (int)d->policy);
+    if (by_score && n > 0 && (!scores || !scratch)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "LLMPAR_DROP_PROBS needs scores and scratch");
+    if (d->pad && d->capacity > INT64_MAX / d->n_experts) return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%d experts x %lld padded rows do not fit into 64 bits", (int)d->n_experts, (long long)d->capacity);
+    LLMPARI_TRY(llmpar_route_counts(ids, n, d->n_experts, dropped, err));
+    for (int64_t i = 0; i < n; i++) slot[i] = -1;
+    if (by_score) llmpari_drop_by_score(d, ids, scores, dropped, kept, slot, scratch);
+    for (int32_t e = 0; e < d->n_experts; e++) kept[e] = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const int32_t e = ids[i];
+        if (e < 0 || (by_score ? slot[i] != -2 : d->capacity != LLMPAR_NO_CAPACITY && kept[e] >= d->capacity)) continue;
+        slot[i] = (int32_t)kept[e]++;
+    }
+    for (int32_t e = 0; e < d->n_experts; e++) { dropped[e] -= kept[e]; fullest = llmpari_max(fullest, kept[e]); }
+    offset[0] = 0;
+    for (int32_t e = 0; e < d->n_experts; e++) offset[e + 1] = offset[e] + (!d->pad ? kept[e] : d->capacity == LLMPAR_NO_CAPACITY ? fullest : d->capacity);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_load_measure(const llmpar_load_desc *desc, int64_t *rank_load, llmpar_load *load, llmpar_error *err) {
+    const int32_t ranks = desc->n_ranks ? desc->n_ranks : 1, n = desc->n_experts;
+    llmpar_split split = LLMPAR_ZERO;
+    if (n < 1 || ranks < 1) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_experts=%d n_ranks=%d; 1 or more of each", (int)n, (int)ranks);
+    if (!(desc->seconds_per_token >= 0 && desc->seconds_per_token < INFINITY)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "seconds_per_token=%g; finite, 0 or more", desc->seconds_per_token);
+    memset(load, 0, sizeof *load);
+    for (int32_t r = 0; r < ranks; r++) rank_load[r] = 0;
+    for (int32_t e = 0; e < n; e++) {
+        const int64_t count = desc->counts[e], lost = desc->dropped ? desc->dropped[e] : 0;
+        if (count < 0 || lost < 0 || count > INT64_MAX - load->tokens || lost > INT64_MAX - load->tokens - count - load->dropped)
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "expert %d has %lld tokens and %lld dropped; 0 or more, and all together at most 2^63 - 1", (int)e, (long long)count, (long long)lost);
+        if (desc->rank_of && (desc->rank_of[e] < 0 || desc->rank_of[e] >= ranks))
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank_of[%d]=%d of n_ranks=%d", (int)e, (int)desc->rank_of[e], (int)ranks);
+        load->tokens += count;
+        load->dropped += lost;
+        if (count > load->max_expert) { load->max_expert = count; load->busiest_expert = e; }
+        if (desc->rank_of) rank_load[desc->rank_of[e]] += count;
+    }
+    for (int32_t r = 0; r < ranks; r++) {
+        const llmpar_range own = llmpar_split_part(n, &split, ranks, r);
+        for (int64_t e = own.first; !desc->rank_of && e < own.first + own.count; e++) rank_load[r] += desc->counts[e];
+        if (rank_load[r] > load->max_rank) { load->max_rank = rank_load[r]; load->busiest_rank = r; }
+    }
+    const double tokens = (double)load->tokens, all = tokens + (double)load->dropped;
+    load->dropped_share    = all > 0 ? (double)load->dropped / all : 0;
+    load->expert_imbalance = tokens > 0 ? (double)load->max_expert * n / tokens : 1;
+    load->rank_imbalance   = tokens > 0 ? (double)load->max_rank * ranks / tokens : 1;
+    load->slowest_s        = (double)load->max_rank * desc->seconds_per_token;
+    load->mean_s           = tokens / ranks * desc->seconds_per_token;
+    load->lost_s           = load->slowest_s - load->mean_s;
+    return LLMPAR_OK;
+}
+
+// ---- losses
+
+// One run of rows as one batch: adds coeff * E / (k T^2) * sum_e count_e * sum_t s[t, e] times `factor` to *loss; false when it has no tokens. T = its tokens.
+typedef struct llmpari_aux {
+    const llmpar_aux_desc *d;
+    const float *scores;
+    const int32_t *ids;
+    int32_t choices;               // of a token that are counted
+    double  sum[LLMPAR_MAX_EXPERTS];
+    int64_t count[LLMPAR_MAX_EXPERTS], tokens;
+} llmpari_aux;
+
+LLMPARI_FN double llmpari_aux_total(const llmpari_aux *a, int64_t row) {                              // what a row's scores are divided by
+    double total = 0;
+    if (!a->d->normalise) return 1;
+    for (int32_t e = 0; e < a->d->n_experts; e++) total += (double)a->scores[row * a->d->n_experts + e];
+    return total > 0 ? total : 1;
+}
+LLMPARI_FN llmpar_status llmpari_aux_count(llmpari_aux *a, llmpar_range rows, llmpar_error *err) {
+    const int32_t n = a->d->n_experts, k = a->d->k;
+    memset(a->sum, 0, sizeof a->sum);
+    memset(a->count, 0, sizeof a->count);
+    a->tokens = 0;
+    for (int64_t t = rows.first; t < rows.first + rows.count; t++) {
+        if (a->d->pad && a->d->pad[t]) continue;
+        const double scale = 1 / llmpari_aux_total(a, t);
+        for (int32_t e = 0; e < n; e++) a->sum[e] += (double)a->scores[t * n + e] * scale;
+        for (int32_t i = 0; i < k; i++) {
+            const int32_t id = a->ids[t * k + i];
+            if (id < 0 || id >= n) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "row %lld chose expert %d; 0 to %d, or mark the row in pad", (long long)t, (int)id, (int)n - 1);
+            if (i < a->choices) a->count[id]++;
+        }
+        a->tokens++;
+    }
+    return LLMPAR_OK;
+}
+// d_scores of the rows of the last count: factor * count_e, through the division by the row's sum.
+LLMPARI_FN void llmpari_aux_gradient(const llmpari_aux *a, llmpar_range rows, double factor, float *d_scores) {
+    const int32_t n = a->d->n_experts;
+    for (int64_t t = rows.first; t < rows.first + rows.count; t++) {
+        const bool padding = a->d->pad && a->d->pad[t];
+        const double scale = 1 / llmpari_aux_total(a, t);
+        double mean = 0;
+        for (int32_t e = 0; e < n && a->d->normalise; e++) mean += (double)a->scores[t * n + e] * scale * (double)a->count[e];
+        for (int32_t e = 0; e < n; e++) d_scores[t * n + e] = padding ? 0 : (float)(factor * scale * ((double)a->count[e] - mean));
+    }
+}
+
+LLMPAR_DEF llmpar_status llmpar_loss_aux(const llmpar_aux_desc *desc, const float *scores, const int32_t *ids, double *loss, float *d_scores, llmpar_error *err) {
+    const llmpar_aux_desc *d = desc;
+    const int64_t length = d->kind == LLMPAR_AUX_SEQUENCE && d->sequence ? d->sequence : llmpari_max(d->rows, 1);
+    llmpari_aux a;
+    double total = 0;
+    int64_t runs = 0;
+    if (d->rows < 0 || d->n_experts < 1 || d->n_experts > LLMPAR_MAX_EXPERTS || d->k < 1 || d->k > d->n_experts)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rows=%lld n_experts=%d k=%d; 0 or more rows, 1 <= k <= n_experts <= %d", (long long)d->rows, (int)d->n_experts, (int)d->k, LLMPAR_MAX_EXPERTS);
+    if (d->kind < LLMPAR_AUX_MEGATRON || d->kind > LLMPAR_AUX_SEQUENCE) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "kind=%d is no auxiliary loss", (int)d->kind);
+    if (length < 1 || d->rows % length) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "sequence=%lld does not divide rows=%lld", (long long)d->sequence, (long long)d->rows);
+    a.d = d, a.scores = scores, a.ids = ids, a.choices = d->kind == LLMPAR_AUX_DEEPSPEED ? 1 : d->k;
+    for (int64_t first = 0; first < d->rows; first += length) {                                        // runs with tokens: the mean is over those
+        bool any = false;
+        for (int64_t t = first; t < first + length && !any; t++) any = !d->pad || !d->pad[t];
+        runs += any;
+    }
+    for (int64_t first = 0; first < d->rows; first += length) {
+        llmpar_range rows;
+        double run = 0;
+        rows.first = first, rows.count = length;
+        LLMPARI_TRY(llmpari_aux_count(&a, rows, err));
+        const double tokens = (double)a.tokens, per = d->kind == LLMPAR_AUX_MEGATRON || d->kind == LLMPAR_AUX_SEQUENCE ? d->k : 1;
+        const double factor = a.tokens ? (d->coeff != 0 ? d->coeff : 1) * d->n_experts / (per * tokens * tokens * (double)runs) : 0;
+        for (int32_t e = 0; e < d->n_experts; e++) run += (double)a.count[e] * a.sum[e];
+        total += factor * run;
+        if (d_scores) llmpari_aux_gradient(&a, rows, factor, d_scores);
+    }
+    *loss = total;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_loss_z(const void *logits, llmpar_dtype dtype, int64_t rows, int32_t n_experts, const uint8_t *pad, double coeff, double *loss, float *d_logits, llmpar_error *err) {
+    llmpar_route_desc desc = LLMPAR_ZERO;
+    llmpari_router router;
+    llmpari_row row;
+    int64_t tokens = 0;
+    double total = 0;
+    desc.n_experts = n_experts;
+    LLMPARI_TRY(llmpari_router_init(&desc, dtype, rows, logits, &router, err));
+    for (int64_t t = 0; t < rows; t++) tokens += !pad || !pad[t];
+    for (int64_t t = 0; t < rows; t++) {
+        const bool padding = pad && pad[t];
+        double largest = -INFINITY, sum = 1, lse = 0;
+        if (!padding) {
+            llmpari_row_load(&router, logits, dtype, t, row.x);
+            for (int32_t i = 0; i < n_experts; i++) largest = row.x[i] > largest ? row.x[i] : largest;
+            sum = llmpari_softmax_terms(row.p, row.x, router.padded);
+            lse = isinf(largest) ? largest : largest + log(sum);
+            total += lse * lse;
+        }
+        const double factor = padding || isinf(lse) ? 0 : 2 * coeff / (double)tokens * lse / sum;
+        for (int32_t i = 0; i < n_experts && d_logits; i++) d_logits[t * n_experts + i] = factor != 0 ? (float)(factor * row.p[i]) : 0;
+    }
+    *loss = tokens ? coeff * total / (double)tokens : 0;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_bias_update(const int64_t *counts, int32_t n_experts, double rate, float *bias, llmpar_error *err) {
+    int64_t total = 0, share;
+    if (n_experts < 1 || !(rate >= 0 && rate < INFINITY)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_experts=%d rate=%g; 1 or more experts, a finite rate of 0 or more", (int)n_experts, rate);
+    for (int32_t e = 0; e < n_experts; e++) {
+        if (counts[e] < 0 || !llmpari_mul(counts[e], n_experts, &share) || counts[e] > INT64_MAX - total)
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "counts[%d]=%lld; 0 or more, and n_experts times as much within 64 bits", (int)e, (long long)counts[e]);
+        total += counts[e];
+    }
+    for (int32_t e = 0; e < n_experts; e++) {
+        share = counts[e] * n_experts;                                                                 // against the mean, in integers
+        if (share != total) bias[e] = (float)((double)bias[e] + (share < total ? rate : -rate));
+    }
+    return LLMPAR_OK;
+}
+
+LLMPARI_ONCE_BEGIN
 
 // ============================================================================================================
 // >>dispatch (impl)
@@ -5602,6 +6091,8 @@ LLMPAR_DEF int llmpar_experts(llmpar_graph *g, int x, int router, int gate, int 
         return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "experts: the router's convention is for %lld experts, %s has logits of %lld", (long long)op.experts.route.n_experts,
                                   t[1]->name, (long long)t[1]->dim[n].size);
     if (llmpar_route_check(&op.experts.route, &g->error)) return -1;
+    if (op.experts.route.expert_choice) return LLMPARI_GRAPH_FAIL(g, LLMPAR_UNSUPPORTED, "experts: with expert choice a token's experts depend on all tokens; the op takes tokens' choices only");
+    if ((int)desc->way < 0 || desc->way > LLMPAR_EXPERTS_ALLTOALL) return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "experts: way %d is not known", (int)desc->way);
     for (int d = 0; d < n; d++) op.index_of[0][d] = op.index_of[1][d] = (int8_t)llmpari_op_index(g, &op, t[0]->dim[d].name, t[0]->dim[d].size, t[0]->name);
     const int8_t e = (int8_t)llmpari_op_index(g, &op, t[2]->dim[0].name, t[2]->dim[0].size, t[2]->name), j = (int8_t)llmpari_op_index(g, &op, t[2]->dim[1].name, t[2]->dim[1].size, t[2]->name);
     const int8_t h = (int8_t)llmpari_op_index(g, &op, t[2]->dim[2].name, t[2]->dim[2].size, t[2]->name);
@@ -18317,6 +18808,7 @@ typedef int32_t  llmpari_ivec;
 #define LLMPARI_CONVERT 32         // CBLAS: from so many rows of a on, 16-bit b is converted for it (below, the blocked loops convert while packing)
 #define LLMPARI_COLUMNS 2048       // b[k, n] and few rows of a: columns x rows of a that are summed at a time
 #define LLMPARI_PAST (8 << 20)     // from so many bytes on, rows are permuted past the caches
+#define LLMPARI_COMBINE 1024       // columns that are combined at a time (measured: 0.6 of memcpy's rate, 0.4 with 256, whose jumps from page to page cost more)
 
 LLMPARI_INLINE llmpari_vec llmpari_load(const float *p) {
     llmpari_vec v;
@@ -19070,10 +19562,14 @@ LLMPARI_FN void llmpari_op_grouped(void *user, const llmpar_grouped_args *g) {
     }
 }
 
-// Two loops, with memory in between: a product is rounded before it is added, whether its sum is made here or on another rank.
-LLMPARI_FN void llmpari_scale_row(float *to, float w, const float *from, int64_t n) {
+// Two loops, with memory in between: a product is rounded before it is added, whether its sum is made here or on another rank. What is at `next` is fetched meanwhile.
+LLMPARI_FN void llmpari_scale_row(float *to, float w, const float *from, int64_t n, const float *next) {
     int64_t e = 0;
-    for (; e + LLMPARI_LANES <= n; e += LLMPARI_LANES) llmpari_store(to + e, w * llmpari_load(from + e));
+    for (; e + LLMPARI_CHUNK <= n; e += LLMPARI_CHUNK) {
+        LLMPARI_PREFETCH(next + e);
+        LLMPARI_PREFETCH(next + e + 16);
+        LLMPARI_UNROLL for (int c = 0; c < LLMPARI_CHUNK; c += LLMPARI_LANES) llmpari_store(to + e + c, w * llmpari_load(from + e + c));
+    }
     for (; e < n; e++) to[e] = w * from[e];
 }
 LLMPARI_FN void llmpari_add_row(float *to, const float *from, int64_t n) {
@@ -19082,27 +19578,29 @@ LLMPARI_FN void llmpari_add_row(float *to, const float *from, int64_t n) {
     for (; e < n; e++) to[e] += from[e];
 }
 
-// Token t's sum over the experts of a range.
+LLMPAR_DEF int64_t llmpar_combine_scratch(int64_t k, int64_t n) {
+    return llmpari_max(0, llmpari_min(k, LLMPAR_DISPATCH_DEPTH) - 1) * llmpari_min(llmpari_round_up(n, LLMPARI_CHUNK), LLMPARI_COMBINE) * 4 + 5 * llmpari_max(k, 0) + 64;
+}
+
+// Token t's sum over the experts of a range. The lowest value on the stack is out itself.
 LLMPARI_FN void llmpari_combine_token(const llmpar_combine_args *g, int64_t t, llmpar_range experts, float *out) {
-    enum { BLOCK = 256 };          // the stack stays in the first-level cache
-    float memory[LLMPAR_DISPATCH_DEPTH][BLOCK];
-    int32_t *at = g->scratch;
+    const int64_t width = llmpari_min(llmpari_round_up(g->n, LLMPARI_CHUNK), LLMPARI_COMBINE);
+    float *memory = llmpari_aligned((float *)g->scratch);
+    int32_t *at = (int32_t *)(void *)(memory + llmpari_max(0, llmpari_min(g->k, LLMPAR_DISPATCH_DEPTH) - 1) * width);
     uint8_t *merges = (uint8_t *)(at + g->k);
+    const int32_t *from = g->from + t * g->k;
     const int32_t chosen = llmpar_dispatch_tree(g->ids + t * g->k, (int32_t)g->k, experts, at, merges);
     if (!chosen) for (int64_t e = 0; e < g->n; e++) out[e] = -0.0f;
-    for (int64_t e = 0; chosen && e < g->n; e += BLOCK) {
-        const int64_t n = llmpari_min(BLOCK, g->n - e);
+    for (int64_t e = 0; chosen && e < g->n; e += LLMPARI_COMBINE) {
+        const int64_t n = llmpari_min(LLMPARI_COMBINE, g->n - e);
         int depth = 0;
         for (int32_t i = 0; i < chosen; i++) {
-            const int64_t from = t * g->k + at[i];
-            const float *y = g->y + (g->from[from] - g->first) * g->n + e;
-            float *to = depth ? memory[depth] : out + e;
+            const float *y = g->y + (from[at[i]] - g->first) * g->n + e, *next = i + 1 < chosen ? g->y + (from[at[i + 1]] - g->first) * g->n + e : y;
+            llmpari_scale_row(depth ? memory + (depth - 1) * width : out + e, g->weights ? g->weights[t * g->k + at[i]] : 1.0f, y, n, next);
             depth++;
-            if (g->weights) llmpari_scale_row(to, g->weights[from], y, n);
-            else memcpy(to, y, (size_t)n * 4);
             for (int merge = merges[i]; merge > 0; merge--) {
                 depth--;
-                llmpari_add_row(depth > 1 ? memory[depth - 1] : out + e, memory[depth], n);
+                llmpari_add_row(depth > 1 ? memory + (depth - 2) * width : out + e, memory + (depth - 1) * width, n);
             }
         }
     }
@@ -20437,7 +20935,7 @@ LLMPARI_FN llmpar_status llmpari_exec_experts_compute(llmpar_exec *x, const llmp
     sum.ids = ids; sum.from = inverse; sum.weights = how->route.scale_input ? NULL : weights;
     sum.y = y; sum.out = out;
     sum.stride  = tokens * how->h;
-    sum.scratch = LLMPARI_EXEC_SCRATCH(int32_t, args, how->combine_at);
+    sum.scratch = args->scratch + how->combine_at;
     x->ops.combine(x->ops.user, &sum);
     return LLMPAR_OK;
 }
@@ -20555,7 +21053,7 @@ LLMPARI_FN void llmpari_exec_experts_finish(llmpar_exec *x, const llmpari_exec_e
     sum.ids = ids; sum.from = from;
     sum.y = LLMPARI_EXEC_SCRATCH(float, args, how->back_at);
     sum.out = (float *)args->out;
-    sum.scratch = LLMPARI_EXEC_SCRATCH(int32_t, args, how->combine_at);
+    sum.scratch = args->scratch + how->combine_at;
     x->ops.combine(x->ops.user, &sum);
 }
 
@@ -20670,7 +21168,7 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_experts(llmpari_exec_prep *p) {
     how->inverse_at = llmpari_exec_prep_scratch(p, 4 * tokens * how->k);
     how->offsets_at = llmpari_exec_prep_scratch(p, 8 * (how->mine.count + 1));
     how->clipped_at = llmpari_exec_prep_scratch(p, 8 * (how->mine.count + 1));
-    how->combine_at = llmpari_exec_prep_scratch(p, 8 * llmpari_max(how->k, how->items));
+    how->combine_at = llmpari_exec_prep_scratch(p, llmpar_combine_scratch(llmpari_max(how->k, how->items), how->h));
     how->x_at       = llmpari_exec_prep_scratch(p, 4 * how->chunk * how->h);
     how->gate_at    = llmpari_exec_prep_scratch(p, 4 * how->chunk * how->j);
     how->up_at      = llmpari_exec_prep_scratch(p, 4 * how->chunk * how->j);

@@ -472,6 +472,38 @@ X
 
 # ---- what an example's first comment says it prints, it prints: the lines indented by three that are no commands, each a line of the first command's output, or the beginning
 # of one where it ends with "...". Numbers like 4.1e-06 depend on the compiler: only their place is compared.
+# ---- dispatch --ranks P --experts E --counts FILE|- [--round-robin]
+dispatch_tests() {
+    d=$B/dispatch; c=examples/counts.csv; big=9223372036854775807
+    good "dispatch: what a rank sends and receives" '^rank 1: experts 3 4 5  send 3 10 6 \(9 away\)  receive 1 10 0 \(1 away\)  computes 11$' $d --ranks 3 --experts 8 --counts $c
+    good "dispatch: totals"              '^total 36 rows, 19 of them to another rank$'  $d --ranks 3 --experts 8 --counts $c
+    good "dispatch: imbalance"           '^ranks: max 15 \(rank 2\), max / mean 1.25$'  $d --ranks 3 --experts 8 --counts $c
+    good "dispatch: round robin"         '^rank 0: experts 0 3 6  send 15 0 2 '         $d --ranks 3 --experts 8 --counts $c --round-robin
+    good "dispatch: blanks, CRLF, stdin" '^total 10 rows, 5 of them'                    sh -c "printf ' 1  2\r\n\n3 ,\t4' | $d --ranks 2 --experts 2 --counts -"
+    good "dispatch: more ranks than experts" '^rank 2: experts none  send 5 6 0 '       sh -c "printf '1 2\n3 4\n5 6\n' | $d --ranks 3 --experts 2 --counts -"
+    good "dispatch: no rows at all"      '^experts: max 0 \(expert 0\), max / mean 1$'  sh -c "echo 0 0 | $d --ranks 1 --experts 2 --counts -"
+    good "dispatch: the largest sum"     "^total $big rows, 1 of"                       sh -c "printf '0 1\n0 9223372036854775806\n' | $d --ranks 2 --experts 2 --counts -"
+    fails "dispatch: a sum that overflows" '^dispatch: .*64 bits'                       sh -c "printf '0 1\n0 $big\n' | $d --ranks 2 --experts 2 --counts -"
+    for text in -1 x 1.5 1e3 nan 9223372036854775808 0x1 1_ + ; do fails "dispatch: count '$text'" "^dispatch: -, line 1, number 2: .*\"" sh -c "echo '1,$text' | $d --ranks 1 --experts 2 --counts -"; done
+    fails "dispatch: an empty count"     'line 1, number 2'                sh -c "echo '1,,2' | $d --ranks 1 --experts 3 --counts -"
+    fails "dispatch: a comma at the end" 'line 1 ends with a comma'        sh -c "echo '1,2,' | $d --ranks 1 --experts 2 --counts -"
+    fails "dispatch: too few counts"     'line 2 has 1 numbers; --experts 2'  sh -c "printf '1 2\n1\n  \n\n' | $d --ranks 2 --experts 2 --counts -"
+    fails "dispatch: too many counts"    'line 1 has 3 numbers; --experts 2'  sh -c "printf '1 2 3\n' | $d --ranks 1 --experts 2 --counts -"
+    fails "dispatch: too many rows"      'has 3 rows of counts; --ranks 2' $d --ranks 2 --experts 8 --counts $c
+    fails "dispatch: too few rows"       'has 3 rows of counts; --ranks 4' $d --ranks 4 --experts 8 --counts $c
+    fails "dispatch: a file far too short" 'too few for 4096 rows'         $d --ranks 4096 --experts 1000000 --counts $c
+    fails "dispatch: a byte 0"           'line 2 has a byte 0'             sh -c "printf '1 2\n3 4\0\n' | $d --ranks 2 --experts 2 --counts -"
+    fails "dispatch: no file"            'cannot open .*No such file'      $d --ranks 2 --experts 2 --counts "$T/none"
+    fails "dispatch: a folder"           'cannot be read'                  $d --ranks 2 --experts 2 --counts "$T"
+    for value in 0 -1 x 2x 1.5 '' ' 2' 4097; do fails "dispatch: --ranks '$value'" "^dispatch: --ranks: .*\"$value\"" $d --ranks "$value" --experts 2 --counts $c; done
+    fails "dispatch: --experts 0"        '^dispatch: --experts: .*"0"'     $d --ranks 2 --experts 0 --counts $c
+    fails "dispatch: no counts"          'counts is missing'               $d --ranks 2 --experts 2
+    fails "dispatch: no ranks"           'ranks is missing'                $d --counts $c --experts 2
+    fails "dispatch: no value"           'experts needs a value'           $d --ranks 2 --experts
+    fails "dispatch: an unknown option"  'bogus'                           $d --bogus
+    $d --bogus > /dev/null 2>&1; [ $? -eq 2 ] && ok || bad "dispatch --bogus: not exit 2"
+}
+
 header_tests() {
     for source in examples/*.c; do
         name=$(basename "$source" .c); here "$name" || continue
@@ -504,8 +536,9 @@ here trace        && trace_tests
 here explain      && explain_tests
 here hello        && good "hello" '.' "$B/hello"
 here pipeline     && pipeline_tests
+here dispatch     && dispatch_tests
 here bench_comm   && comm_tests
-for program in explain heads llama engine trace pipeline bench_comm; do
+for program in explain heads llama engine trace pipeline dispatch bench_comm; do
     here $program || continue
     good "$program --help" "^(usage: )?$program " "$B/$program" --help
     [ -s "$T/out" ] && [ ! -s "$T/err" ] && ok || bad "$program --help writes to stderr"

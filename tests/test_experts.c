@@ -12,6 +12,7 @@ typedef struct shape {
     llmpar_dtype dtype;
     int router, load;                      // 0 Mixtral, 1 no renormalisation, 2 sigmoid, 3 gpt-oss, 4 Llama 4; load: 0 as it comes, 1 all to one expert, 2 to the last two
     int pad;                               // 1: the second half of the last row is padding
+    int nan;                               // 1: the first token is NaN
     uint64_t seed;
 } shape;
 
@@ -27,6 +28,7 @@ static float element(const shape *sh, const char *name, int64_t a, int64_t b, in
     const uint64_t at = sh->seed * 131 + (uint64_t)(((name[0] * 7 + name[1]) * (int64_t)4096 + a) * 4096 + b) * 4096 + (uint64_t)c;
     float x = noise(at), rounded;
     uint16_t half;
+    if (strcmp(name, "x") == 0 && sh->nan && a == 0 && b == 0) return (float)NAN;
     if (strcmp(name, "x") == 0 && c == 0) x = 1;                                            // a constant, by which the router's weights favour experts
     if (strcmp(name, "wr") == 0 && b == 0 && sh->load) x = (sh->load == 1 ? a == sh->e / 2 : a >= sh->e - 2) ? 40.0f : -40.0f;
     if (dtype == LLMPAR_F32) return x;
@@ -95,6 +97,7 @@ typedef struct job {
     uint64_t hash[MOST];
     llmpar_routed routed[MOST];
     int      sent;                         // was any token sent?
+    double   seconds;                      // as planned
 } job;
 
 static llmpar_status run_rank(llmpar_comm *world, void *user, llmpar_error *err) {
@@ -192,6 +195,7 @@ static uint64_t run(const shape *sh, const char *mesh_text, const char *axes, co
     CHECK(inner == 0 || inner == split);                                                    // all axes that split the experts do it in one way
     if (way == LLMPAR_EXPERTS_ALLTOALL && sh->b * sh->s > 1 && axes[0]) CHECK(inner == several);
     if (way == LLMPAR_EXPERTS_PARTIAL) CHECK(inner == 0);
+    j->seconds = plan.seconds;
     if (!err.status) {
         llmpar_threads_desc threads = LLMPAR_ZERO;
         threads.n_ranks = llmpar_mesh_size(&mesh); threads.timeout_s = 20;
@@ -229,7 +233,8 @@ static void test_values(void) {
             random_shape(&sh);
             if (i == 0) { sh.b = 3; sh.s = 100; sh.h = 8; sh.j = 5; sh.e = 7; sh.k = 4; sh.load = 0; }    // more rows than the products take at a time
             reference(&sh, want);
-            for (int m = 0; m < (int)(sizeof meshes / sizeof *meshes); m++)
+            for (int m = 0; m < (int)(sizeof meshes / sizeof *meshes); m++) {
+                double planned = 0;
                 for (int way = LLMPAR_EXPERTS_AUTO; way <= LLMPAR_EXPERTS_ALLTOALL; way++) {
                     const uint64_t hash = run(&sh, meshes[m].mesh, meshes[m].axes, meshes[m].x, (llmpar_experts_way)way, 0, &j);
                     double worst = 0, largest = 0;
@@ -242,10 +247,13 @@ static void test_values(void) {
                         printf("  %s %s way %d: b=%d s=%d h=%d j=%d e=%d k=%d %s router %d load %d pad %d seed %llu\n", meshes[m].mesh, meshes[m].axes, way, (int)sh.b, (int)sh.s, (int)sh.h, (int)sh.j,
                                (int)sh.e, (int)sh.k, llmpar_dtype_name(sh.dtype), sh.router, sh.load, sh.pad, (unsigned long long)sh.seed);
                     if (way == LLMPAR_EXPERTS_PARTIAL) CHECK(!j.sent);
+                    if (way == LLMPAR_EXPERTS_AUTO) planned = j.seconds;
+                    CHECK(planned <= j.seconds * (1 + 1e-12));                              // the planner's own choice costs no more than either
                     sent += j.sent; runs++;
                     for (int r = 0; r < MOST && j.sent; r++)
                         if (j.routed[r].calls) { held++; whole += j.routed[r].most_tokens >= sh.b * sh.s; }
                 }
+            }
         }
         CHECK(sent > runs / 6);
         printf("  %d runs, %d with tokens sent; %d of %d ranks held all tokens\n", runs, sent, whole, held);
@@ -270,8 +278,72 @@ static void test_bits(void) {
     }
 }
 
+static void test_nan(void) {
+    static float y[VALUES];
+    static double want[VALUES];
+    job j;
+    j.y = y;
+    TEST("experts: a token of NaN does no harm to others (vllm PR39391)") {
+        for (int i = 0; i < 5; i++) {
+            shape sh;
+            random_shape(&sh);
+            sh.router = i; sh.nan = 1; sh.pad = 0; sh.load = 0;
+            reference(&sh, want);
+            for (int way = LLMPAR_EXPERTS_PARTIAL; way <= LLMPAR_EXPERTS_ALLTOALL; way++) {
+                CHECK(run(&sh, "ep=3", "_ep", "[B, S, H]", (llmpar_experts_way)way, 0, &j) != 0);
+                for (int64_t n = sh.h; n < sh.b * sh.s * sh.h; n++) CHECK_NEAR(y[n], want[n], 1e-5 * (1 + fabs(want[n])));
+            }
+        }
+    }
+}
+
+// What is built of `texts` (x, router logits, gate, up, down) and a convention, refused with `part`.
+static void refused(const char *const texts[5], const llmpar_experts_desc *desc, llmpar_status status, const char *part) {
+    llmpar_arena arena = LLMPAR_ZERO;
+    llmpar_mesh mesh;
+    llmpar_graph g;
+    int n[5];
+    llmpar_mesh_parse("ep=2", &mesh, NULL);
+    llmpar_graph_init(&g, &mesh, &arena);
+    llmpar_size(&g, "B", 2); llmpar_size(&g, "S", 3); llmpar_size(&g, "H", 4); llmpar_size(&g, "J", 5); llmpar_size(&g, "E", 6); llmpar_size(&g, "F", 7);
+    for (int i = 0; i < 5; i++) n[i] = i < 2 ? llmpar_input(&g, texts[i]) : llmpar_weight(&g, texts[i]);
+    CHECK(llmpar_experts(&g, n[0], n[1], n[2], n[3], n[4], desc) == -1);
+    CHECK_EQ(g.error.status, status);
+    CHECK(strstr(g.error.text, part) != NULL);
+    if (!strstr(g.error.text, part)) printf("  %s\n", g.error.text);
+    llmpar_arena_free(&arena);
+}
+
+static void test_refusals(void) {
+    static const char *const good[5] = { "x[B, S, H]", "r[B, S, E]", "gate[E, J, H]", "up[E, J, H]", "down[E, H, J]" };
+    static const struct { int at; const char *text; } cases[] = { { 0, "x[B, S, J]" }, { 0, "x[H]" }, { 1, "r[B, E]" }, { 1, "r[S, B, E]" }, { 1, "r[B, S, F]" }, { 2, "gate[J, E, H]" },
+        { 3, "up[E, F, H]" }, { 3, "up[E, J]" }, { 4, "down[E, J, H]" }, { 4, "down[F, H, J]" } };
+    TEST("experts: what cannot be built is refused with a reason") {
+        llmpar_experts_desc desc = LLMPAR_ZERO;
+        desc.route.k = 2;
+        for (int i = 0; i < (int)(sizeof cases / sizeof *cases); i++) {
+            const char *texts[5];
+            memcpy(texts, good, sizeof texts);
+            texts[cases[i].at] = cases[i].text;
+            refused(texts, &desc, LLMPAR_BAD_ARGUMENT, "gate[E, J, H], up[E, J, H] and down[E, H, J] of one dtype are expected");
+        }
+        const char *own[5] = { "x[B, S, H]", "r[B, S, E]", "gate[E, S=5, H]", "up[E, J, H]", "down[E, H, J]" };
+        refused(own, &desc, LLMPAR_BAD_ARGUMENT, "already");
+        desc.route.n_experts = 7;
+        refused(good, &desc, LLMPAR_BAD_ARGUMENT, "the router's convention is for 7 experts, r has logits of 6");
+        desc.route.n_experts = 0; desc.route.k = 9;
+        refused(good, &desc, LLMPAR_BAD_ARGUMENT, "k=9");
+        desc.route.k = 2; desc.route.expert_choice = true;
+        refused(good, &desc, LLMPAR_UNSUPPORTED, "expert choice");
+        desc.route.expert_choice = false; desc.way = (llmpar_experts_way)7;
+        refused(good, &desc, LLMPAR_BAD_ARGUMENT, "way 7");
+    }
+}
+
 int main(void) {
     test_seed(6);
+    test_nan();
+    test_refusals();
     test_values();
     test_bits();
     return test_done();
