@@ -10495,7 +10495,7 @@ LLMPARI_FN bool llmpari_weight_is_matrix(int32_t kind) {
 LLMPARI_FN llmpar_axes llmpari_build_splits(const llmpari_builder *b, llmpar_weight_kind kind, const char *dim) {
     if (!b->desc->pin_weights) return 0;
     if (llmpari_weight_is_expert((int)kind)) return dim[0] == 'E' ? b->experts : dim[0] == 'J' ? b->expert_tp : 0;
-    if (!b->has_tp || kind == LLMPAR_W_ROUTER) return 0;
+    if (!b->has_tp) return 0;
     return strchr("NKIVJ", dim[0]) != NULL ? 1u << llmpar_mesh_find(&b->g->mesh, "tp") : 0;
 }
 

@@ -470,6 +470,57 @@ X
     for run in "--schedule 1f1b --ranks 4 --micro 0" "--schedule 1f1b --ranks 4 --micro 4 --bogus"; do $p $run > /dev/null 2>&1; [ $? -eq 2 ] && ok || bad "pipeline $run: not exit 2"; done
 }
 
+# ---- route --preset NAME [--k N] .. --logits FILE.csv|- [--capacity KIND:F [--drop probs|position]]; the numbers are the cases of the mixture-of-experts reference
+route_tests() {
+    r="$B/route --preset"
+    printf '1,2,3,4\n.5,-1,.5,2\n' > "$T/l.csv"; printf '2,1,0,-1,3,-4,.5,.25\n' > "$T/d.csv"; printf '2,1,0,-1,3,-4,.5,.5\n' > "$T/d8.csv"; cat examples/route.csv > "$T/c.csv"
+    good "moe 1"  '^row 0: ids 3,2 w 0\.7310586,0\.2689414$'                $r mixtral --logits "$T/l.csv"
+    good "moe 1, row 1" '^row 1: ids 3,0 w 0\.8175745,0\.1824255$'          $r mixtral --logits "$T/l.csv"
+    good "moe 2"  '^row 0: ids 3,2 w 0\.6439143,0\.2368828$'                $r qwen3-moe --k 2 --renorm 0 --logits "$T/l.csv"
+    good "moe 3"  '^row 0: ids 3 w 1\.0000000$'                             $r mixtral --k 1 --logits "$T/l.csv"
+    good "moe 3, softmax first" '^row 1: ids 3 w 0\.6684280$'               $r switch --logits "$T/l.csv"
+    good "moe 4"  '^row 1: ids 3 w 0\.880797[01]$'                          $r llama4 --logits "$T/l.csv"
+    good "moe 5"  '^row 1: ids 0,2 w 0\.9525741,0\.0474259$'                $r gpt-oss --k 2 --logit-bias 3,0,0,-3 --logits "$T/l.csv"
+    v3="$r deepseek-v3 --k 3 --groups 4 --topk-groups 2"
+    good "moe 6"  '^row 0: ids 0,1,6 w 0\.9855337,0\.8179896,0\.696476[78]$' $v3 --scale 2.5 --correction-bias 0,0,0,0,0,0,0,0 --logits "$T/d.csv"
+    good "moe 7"  '^row 0: ids 6,7,0 w 0\.7534248,0\.6804584,1\.066116[78]$' $v3 --correction-bias 0,0,0,0,0,0,.4,.4 --logits "$T/d.csv"
+    good "moe 8"  '^row 0: ids 4,0,1 w 0\.9286413,0\.8586676,0\.7126912$'   $v3 --logits "$T/d8.csv"
+    nine="$r deepseek-v3 --k 2 --groups 4 --topk-groups 1 --correction-bias -1,-1.9,-2,-2,-2,-2,-2,-2"
+    good "moe 9"  '^row 0: ids 0,1 w 1\.3661227,1\.1338773$'                $nine --fill -inf --logits "$T/d.csv"
+    good "moe 9, filled with 0" '^row 0: ids 2,3 w 1\.625611[45],0\.8743885$'  $nine --fill 0 --logits "$T/d.csv"
+    good "moe 12, by probability" '^capacity 2: kept \(0,1,0\)\(1,0,0\)\(1,1,1\)\(2,2,0\)\(2,3,0\)\(3,2,1\)\(3,3,1\)$'          $r mixtral --capacity deepspeed:1 --drop probs --logits "$T/c.csv"
+    good "moe 12, by position"    '^capacity 2: kept \(0,1,0\)\(0,3,0\)\(1,0,0\)\(1,1,1\)\(2,2,0\)\(2,3,1\)\(3,2,1\)$'          $r mixtral --capacity deepspeed:1 --drop position --logits "$T/c.csv"
+    for i in 1 2 3 4 5 6 7 8 9 10; do echo '1,2,3,4'; done > "$T/t10.csv"
+    for kind in megatron:1.25=7 deepspeed:5/4=7 tutel:1.25=6 megablocks:1.25=6; do good "moe 14, $kind" "^capacity ${kind#*=}: " $r mixtral --capacity "${kind%=*}" --logits "$T/t10.csv"; done
+    good "more capacity than tokens" '^dropped 0 of 20; max 10, '           $r mixtral --capacity megatron:1000 --logits "$T/t10.csv"
+    good "padding rows"              '^row 1: ids -1,-1 w 0,0$'             $r mixtral --pad 1 --logits "$T/l.csv"
+    printf 'nan, inf,-inf,nan\r\n\n-1e-3,+2,3.,nan\n' > "$T/odd.csv"
+    good "nan and infinities"        '^row 0: ids 1,2,0 w 1\.0000000,0,0$'  $r mixtral --k 3 --logits "$T/odd.csv"
+    good "no tokens"                 '^$'                                   sh -c "$r mixtral --logits - < /dev/null && echo"
+    fails "route without options"    'usage: route'                         $B/route
+    fails "an unknown preset"        'known: mixtral MixtralForCausalLM'    $r gpt2 --logits "$T/l.csv"
+    fails "k above E"                'k=5 experts .* k may be 1 to 4'       $r mixtral --k 5 --logits "$T/l.csv"
+    fails "k 0"                      'not a whole number of 1 or more'      $r mixtral --k 0 --logits "$T/l.csv"
+    fails "k with a tail"            '"2x"'                                 $r mixtral --k 2x --logits "$T/l.csv"
+    fails "groups that do not divide" 'n_groups=3 does not divide n_experts=4' $r deepseek-v3 --k 1 --groups 3 --logits "$T/l.csv"
+    fails "more groups kept than there are" 'topk_groups=3 of n_groups=2'   $r deepseek-v3 --k 1 --groups 2 --topk-groups 3 --logits "$T/l.csv"
+    fails "renorm 2"                 '0 or 1, not "2"'                      $r mixtral --renorm 2 --logits "$T/l.csv"
+    fails "another fill"             '0 or -inf, not "1"'                   $r mixtral --fill 1 --logits "$T/l.csv"
+    fails "scale nan"                'above 0, not "nan"'                   $r mixtral --scale nan --logits "$T/l.csv"
+    fails "a bias of another length" 'a number for each expert'             $r gpt-oss --logit-bias 1,2,3 --logits "$T/l.csv"
+    fails "a bias that is no number" 'logit-bias'                           $r gpt-oss --logit-bias 1,2,x,4 --logits "$T/l.csv"
+    fails "a row that is not there"  'not each of these is a row'           $r mixtral --pad 2 --logits "$T/l.csv"
+    fails "an unknown capacity"      'megatron:F.*not "vllm:1"'             $r mixtral --capacity vllm:1 --logits "$T/l.csv"
+    fails "a factor that is none"    '"-1" is no number like 1.25'          $r mixtral --capacity tutel:-1 --logits "$T/l.csv"
+    fails "another drop"             'probs or position'                    $r mixtral --capacity tutel:1 --drop random --logits "$T/l.csv"
+    fails "no such file"             'cannot open "no-such.csv"'            $r mixtral --logits no-such.csv
+    for text in '1,2\n1,2,3' '1,,2' '1,2,' '1;2' 'NaN,1' 'infinity,1' '0x10,1' '1e400,1' '1,2 3' 'nan0,1'; do
+        printf "$text\n" > "$T/bad.csv"; fails "logits $text" 'line [12]'   $r switch --logits "$T/bad.csv"
+    done
+    fails "route, unknown option"    '\-\-bogus'                            $r mixtral --bogus 1 --logits "$T/l.csv"
+    fails "route, option without value" 'no value for "--pad"'              $r mixtral --logits "$T/l.csv" --pad
+}
+
 # ---- what an example's first comment says it prints, it prints: the lines indented by three that are no commands, each a line of the first command's output, or the beginning
 # of one where it ends with "...". Numbers like 4.1e-06 depend on the compiler: only their place is compared.
 # ---- dispatch --ranks P --experts E --counts FILE|- [--round-robin]
@@ -536,9 +587,15 @@ here trace        && trace_tests
 here explain      && explain_tests
 here hello        && good "hello" '.' "$B/hello"
 here pipeline     && pipeline_tests
+<<<<<<< HEAD
 here dispatch     && dispatch_tests
 here bench_comm   && comm_tests
 for program in explain heads llama engine trace pipeline dispatch bench_comm; do
+=======
+here route        && route_tests
+here bench_comm   && comm_tests
+for program in explain heads llama engine trace pipeline route bench_comm; do
+>>>>>>> w_route
     here $program || continue
     good "$program --help" "^(usage: )?$program " "$B/$program" --help
     [ -s "$T/out" ] && [ ! -s "$T/err" ] && ok || bad "$program --help writes to stderr"
