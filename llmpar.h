@@ -4651,9 +4651,9 @@ LLMPARI_FN void llmpari_mask_groups(const llmpari_router *router, llmpari_row *r
     }
 }
 
-// key[i] of from[i], but the lowest where the logit is NaN (whose score is 0).
+// Keys of logits or choice scores; those behind the last expert are NaN, and lower than any expert's.
 LLMPARI_FN void llmpari_row_keys(const llmpari_router *router, llmpari_row *row, const double *from) {
-    for (int32_t i = 0; i < router->padded; i++) row->key[i] = llmpari_key(row->x[i] == row->x[i] ? from[i] : row->x[i], i);
+    for (int32_t i = 0; i < router->padded; i++) row->key[i] = llmpari_key(from[i], i);
 }
 // The largest logit, NaN when there is none, from their keys.
 LLMPARI_FN double llmpari_row_largest(const llmpari_router *router, const llmpari_row *row) {
@@ -4693,7 +4693,8 @@ LLMPARI_FN void llmpari_route_row(const llmpari_router *router, llmpari_row *row
     if (softmax || (d->score == LLMPAR_SCORE_SIGMOID && !router->by_logit)) llmpari_row_scores(router, row);
     if (!router->by_logit) {
         const double *from = d->score == LLMPAR_SCORE_CHOSEN ? row->x : row->p;
-        for (int32_t i = 0; i < d->n_experts; i++) row->c[i] = d->correction_bias ? from[i] + (double)d->correction_bias[i] : from[i];
+        for (int32_t i = 0; i < router->padded; i++) row->c[i] = row->x[i] == row->x[i] ? from[i] : row->x[i];                    // the score of a NaN is 0, but it ranks lowest
+        for (int32_t i = 0; i < d->n_experts && d->correction_bias; i++) row->c[i] += (double)d->correction_bias[i];
         llmpari_row_keys(router, row, row->c);
     }
     if (d->topk_groups < d->n_groups) llmpari_mask_groups(router, row);
