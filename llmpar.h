@@ -1882,10 +1882,12 @@ LLMPAR_DEF llmpar_exec       *llmpar_engine_exec(llmpar_engine *engine, int phas
 
 #if defined(__GNUC__) || defined(__clang__)
 #define LLMPARI_FN static __attribute__((unused))
+#define LLMPARI_INLINE static inline __attribute__((unused, always_inline))
 #define LLMPARI_PRINTF(f, a) __attribute__((format(printf, f, a)))
 #define LLMPARI_RESTRICT __restrict
 #else
 #define LLMPARI_FN static
+#define LLMPARI_INLINE static inline
 #define LLMPARI_PRINTF(f, a)
 #define LLMPARI_RESTRICT
 #endif
@@ -4688,14 +4690,14 @@ typedef struct llmpari_row {        // arrays are used up to `padded`
 } llmpari_row;
 
 LLMPARI_FN int64_t llmpari_pad16(int64_t n) { return (n + 15) / 16 * 16; }
-LLMPARI_FN double llmpari_double_of_bits(uint64_t bits) {
+LLMPARI_INLINE double llmpari_double_of_bits(uint64_t bits) {
     double d;
     memcpy(&d, &bits, 8);
     return d;
 }
 
 // e^x for x <= 0 without branches: x = n ln 2 + r, a polynomial for e^r, 2^n. 0 below -708 and for NaN.
-LLMPARI_FN double llmpari_exp64(double x) {
+LLMPARI_INLINE double llmpari_exp64(double x) {
     const double t = x > -708.0 ? x : -708.0, shifted = t * 1.4426950408889634 + 6755399441055744.0;   // 1.5 * 2^52: the sum's low bits are the rounded integer
     const double n = shifted - 6755399441055744.0;
     const double r = (t - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;            // ln 2 in two parts
@@ -4724,29 +4726,18 @@ LLMPARI_FN void llmpari_sigmoids(double *s, const double *x, int32_t n) {
     }
 }
 
-// The bits of a double as an integer that sorts like it; back again. NaN is lowest, -0 is 0.
-LLMPARI_FN int64_t llmpari_sortable(double d) {
+// The bits of a double as an integer that sorts like it. NaN is lowest, -0 is 0.
+LLMPARI_INLINE int64_t llmpari_sortable(double d) {
     const double zeroed = d + 0.0;
     int64_t bits;
     memcpy(&bits, &zeroed, 8);
     bits ^= (int64_t)((uint64_t)(bits >> 63) >> 1);
     return d == d ? bits : INT64_MIN;
 }
-// The largest element, -infinity when all are NaN. Of integers: their maximum is the same in any order, so the loop vectorises.
-LLMPARI_FN double llmpari_largest64(const double *x, int32_t n) {
-    int64_t best = llmpari_sortable(-INFINITY);
-    for (int32_t i = 0; i < n; i++) {
-        const int64_t it = llmpari_sortable(x[i]);
-        best = it > best ? it : best;
-    }
-    return llmpari_double_of_bits((uint64_t)best ^ (uint64_t)(best >> 63) >> 1);
-}
-
-// t[i] is proportional to softmax(x)[i], and the return value is the factor's inverse, 0 when every x is NaN. The largest share when they are infinite.
-LLMPARI_FN double llmpari_softmax_terms(double *t, const double *x, int32_t n) {
-    const double largest = llmpari_largest64(x, n);
+// t[i] is proportional to softmax(x)[i], and the return value is the factor's inverse, 0 when every x is NaN. `largest` of x is NaN then; when it is infinite, the largest share.
+LLMPARI_FN double llmpari_softmax_terms(double *t, const double *x, int32_t n, double largest) {
     double sum[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
-    if (largest == INFINITY || largest == -INFINITY) for (int32_t i = 0; i < n; i++) t[i] = x[i] == largest ? 1.0 : 0.0;
+    if (!(largest - largest == 0)) for (int32_t i = 0; i < n; i++) t[i] = x[i] == largest ? 1.0 : 0.0;
     else for (int32_t i = 0; i < n; i++) t[i] = llmpari_exp64(x[i] - largest);
     for (int32_t i = 0; i < n; i += 8) for (int32_t j = 0; j < 8; j++) sum[j] += t[i + j];
     return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
@@ -4771,8 +4762,8 @@ LLMPARI_FN void llmpari_row_load(const llmpari_router *router, const void *logit
 // ---- choice: every score becomes an integer that sorts like (score, then lower id first)
 
 // The order of a score without its last 11 bits, which hold the inverted id.
-LLMPARI_FN int64_t llmpari_key(double score, int64_t id) { return (llmpari_sortable(score) & ~LLMPARI_EXPERT_MASK) | (LLMPARI_EXPERT_MASK - id); }
-LLMPARI_FN int32_t llmpari_key_id(int64_t key) { return (int32_t)(LLMPARI_EXPERT_MASK - (key & LLMPARI_EXPERT_MASK)); }
+LLMPARI_INLINE int64_t llmpari_key(double score, int64_t id) { return (llmpari_sortable(score) & ~LLMPARI_EXPERT_MASK) | (LLMPARI_EXPERT_MASK - id); }
+LLMPARI_INLINE int32_t llmpari_key_id(int64_t key) { return (int32_t)(LLMPARI_EXPERT_MASK - (key & LLMPARI_EXPERT_MASK)); }
 
 // The largest key below `below`, that is, the least distance from there down as unsigned numbers; there is one. Keys differ, so this walks through them in order.
 // Two minima side by side: one alone would wait for itself.
@@ -4792,6 +4783,7 @@ LLMPARI_FN int64_t llmpari_key_next(const int64_t *key, int32_t n, int64_t below
 LLMPARI_FN void llmpari_mask_groups(const llmpari_router *router, llmpari_row *row) {
     const llmpar_route_desc *d = &router->desc;
     const int32_t size = d->n_experts / d->n_groups;
+    const double *from = router->by_logit ? row->x : row->c;
     const bool logits = router->by_logit && d->score != LLMPAR_SCORE_CHOSEN;       // compared instead of scores: where a score is 0, the logit is -infinity
     const double fill = d->fill_zero && !logits ? 0.0 : -INFINITY;
     bool lowest = logits && !d->fill_zero;                                         // a fill below that
@@ -4802,7 +4794,7 @@ LLMPARI_FN void llmpari_mask_groups(const llmpari_router *router, llmpari_row *r
         int64_t below = INT64_MAX;
         for (int32_t i = 0; i < d->group_top; i++) {
             below = llmpari_key_next(row->key + g * size, size, below);
-            sum += row->c[llmpari_key_id(below)];
+            sum += from[llmpari_key_id(below)];
         }
         group[g] = llmpari_key(sum, g);
         kept[g] = false;
@@ -4813,37 +4805,40 @@ LLMPARI_FN void llmpari_mask_groups(const llmpari_router *router, llmpari_row *r
         // A row of nothing but -infinity shares the probability: a fill of 0 is less.
         if (i == 0 && logits && d->score == LLMPAR_SCORE_SOFTMAX && (last & ~LLMPARI_EXPERT_MASK) == (llmpari_sortable(-INFINITY) & ~LLMPARI_EXPERT_MASK)) lowest = true;
     }
-    for (int32_t g = 0; g < d->n_groups; g++)
-        for (int32_t i = g * size; !kept[g] && i < (g + 1) * size; i++)
-            row->key[i] = lowest ? (INT64_MIN + LLMPARI_EXPERT_MASK + 1) | (LLMPARI_EXPERT_MASK - i) : llmpari_key(fill, i);
+    const int64_t base = lowest ? INT64_MIN + LLMPARI_EXPERT_MASK + 1 : llmpari_key(fill, LLMPARI_EXPERT_MASK);
+    for (int32_t g = 0; g < d->n_groups; g++) {
+        if (kept[g]) continue;
+        for (int32_t i = g * size; i < (g + 1) * size; i++) row->key[i] = base | (LLMPARI_EXPERT_MASK - i);
+    }
 }
 
-// Scores of all experts: softmax or sigmoid.
+// Keys of logits or choice scores; those behind the last expert are NaN, and lower than any expert's.
+LLMPARI_FN void llmpari_row_keys(const llmpari_router *router, llmpari_row *row, const double *from) {
+    for (int32_t i = 0; i < router->padded; i++) row->key[i] = llmpari_key(from[i], i);
+}
+// The largest logit, NaN when there is none, from their keys.
+LLMPARI_FN double llmpari_row_largest(const llmpari_router *router, const llmpari_row *row) {
+    return row->x[llmpari_key_id(llmpari_key_next(row->key, router->padded, INT64_MAX))];
+}
+
+// Scores of all experts: softmax, for which the logits' keys must be there, or sigmoid.
 LLMPARI_FN void llmpari_row_scores(const llmpari_router *router, llmpari_row *row) {
     const int32_t n = router->padded;
     if (router->desc.score == LLMPAR_SCORE_SIGMOID) { llmpari_sigmoids(row->p, row->x, n); return; }
-    const double total = llmpari_softmax_terms(row->p, row->x, n), scale = total > 0 ? 1 / total : 0;
+    const double total = llmpari_softmax_terms(row->p, row->x, n, llmpari_row_largest(router, row)), scale = total > 0 ? 1 / total : 0;
     for (int32_t i = 0; i < n; i++) row->p[i] *= scale;
-}
-
-// The key of every expert's choice score.
-LLMPARI_FN void llmpari_row_keys(const llmpari_router *router, llmpari_row *row) {
-    const llmpar_route_desc *d = &router->desc;
-    const double *from = router->by_logit || d->score == LLMPAR_SCORE_CHOSEN ? row->x : row->p;
-    for (int32_t i = 0; i < router->padded; i++) row->c[i] = row->x[i] == row->x[i] ? from[i] : row->x[i];                        // the score of a NaN is 0, but it ranks lowest
-    if (d->correction_bias) for (int32_t i = 0; i < d->n_experts; i++) row->c[i] += (double)d->correction_bias[i];
-    for (int32_t i = 0; i < router->padded; i++) row->key[i] = i < d->n_experts ? llmpari_key(row->c[i], i) : INT64_MIN;
 }
 
 // Weights of the k chosen.
 LLMPARI_FN void llmpari_row_weights(const llmpari_router *router, llmpari_row *row, const int32_t *ids, float *weights) {
     const llmpar_route_desc *d = &router->desc;
     const int32_t padded = (int32_t)llmpari_pad16(d->k);
-    double *w = row->c, sum = d->correction_bias ? d->eps : 0;
+    double *w = row->c, sum = d->correction_bias ? d->eps : 0, largest = row->x[ids[0]];
     const bool among_chosen = d->score == LLMPAR_SCORE_CHOSEN || (d->score == LLMPAR_SCORE_SOFTMAX && d->renormalise && sum == 0);     // p / sum p without p
     if (among_chosen || (d->score == LLMPAR_SCORE_SIGMOID && router->by_logit)) {
         for (int32_t i = 0; i < padded; i++) w[i] = i < d->k ? row->x[ids[i]] : NAN;
-        if (among_chosen) sum = llmpari_softmax_terms(w, w, padded);
+        for (int32_t i = 0; i < d->k; i++) largest = largest >= w[i] ? largest : w[i] == w[i] ? w[i] : largest;
+        if (among_chosen) sum = llmpari_softmax_terms(w, w, padded, largest);
         else llmpari_sigmoids(w, w, padded);
     } else for (int32_t i = 0; i < d->k; i++) w[i] = row->p[ids[i]];
     if (!among_chosen && d->renormalise) for (int32_t i = 0; i < d->k; i++) sum += w[i];
@@ -4854,8 +4849,15 @@ LLMPARI_FN void llmpari_row_weights(const llmpari_router *router, llmpari_row *r
 LLMPARI_FN void llmpari_route_row(const llmpari_router *router, llmpari_row *row, int32_t *ids, float *weights) {
     const llmpar_route_desc *d = &router->desc;
     int64_t last = INT64_MAX;
-    if (router->by_logit ? d->score == LLMPAR_SCORE_SOFTMAX && !d->renormalise : d->score != LLMPAR_SCORE_CHOSEN) llmpari_row_scores(router, row);
-    llmpari_row_keys(router, row);
+    const bool softmax = d->score == LLMPAR_SCORE_SOFTMAX && (!router->by_logit || !d->renormalise);
+    if (router->by_logit || softmax) llmpari_row_keys(router, row, row->x);
+    if (softmax || (d->score == LLMPAR_SCORE_SIGMOID && !router->by_logit)) llmpari_row_scores(router, row);
+    if (!router->by_logit) {
+        const double *from = d->score == LLMPAR_SCORE_CHOSEN ? row->x : row->p;
+        for (int32_t i = 0; i < router->padded; i++) row->c[i] = row->x[i] == row->x[i] ? from[i] : row->x[i];                    // the score of a NaN is 0, but it ranks lowest
+        for (int32_t i = 0; i < d->n_experts && d->correction_bias; i++) row->c[i] += (double)d->correction_bias[i];
+        llmpari_row_keys(router, row, row->c);
+    }
     if (d->topk_groups < d->n_groups) llmpari_mask_groups(router, row);
     for (int32_t i = 0; i < d->k; i++) {
         last = llmpari_key_next(row->key, router->padded, last);
@@ -4991,6 +4993,7 @@ LLMPAR_DEF llmpar_status llmpar_route_scores(const llmpar_route_desc *desc, cons
     for (int64_t t = 0; t < rows; t++, scores += n) {
         if (pad && pad[t]) { memset(scores, 0, (size_t)n * sizeof *scores); continue; }
         llmpari_row_load(&router, logits, dtype, t, row.x);
+        llmpari_row_keys(&router, &row, row.x);
         llmpari_row_scores(&router, &row);
         for (int32_t i = 0; i < n; i++) scores[i] = (float)row.p[i];
     }
@@ -5321,12 +5324,13 @@ LLMPAR_DEF llmpar_status llmpar_loss_z(const void *logits, llmpar_dtype dtype, i
     for (int64_t t = 0; t < rows; t++) tokens += !pad || !pad[t];
     for (int64_t t = 0; t < rows; t++) {
         const bool padding = pad && pad[t];
-        double largest = -INFINITY, sum = 1, lse = 0;
+        double largest, sum = 1, lse = 0;
         if (!padding) {
             llmpari_row_load(&router, logits, dtype, t, row.x);
-            for (int32_t i = 0; i < n_experts; i++) largest = row.x[i] > largest ? row.x[i] : largest;
-            sum = llmpari_softmax_terms(row.p, row.x, router.padded);
-            lse = isinf(largest) ? largest : largest + log(sum);
+            llmpari_row_keys(&router, &row, row.x);
+            largest = llmpari_row_largest(&router, &row);
+            sum = llmpari_softmax_terms(row.p, row.x, router.padded, largest);
+            lse = !(largest - largest == 0) ? INFINITY : largest + log(sum);
             total += lse * lse;
         }
         const double factor = padding || isinf(lse) ? 0 : 2 * coeff / (double)tokens * lse / sum;
@@ -18766,10 +18770,8 @@ typedef int32_t  llmpari_ivec;
 #define LLMPARI_UNROLL
 #endif
 #if defined(__GNUC__) || defined(__clang__)
-#define LLMPARI_INLINE static inline __attribute__((unused, always_inline))
 #define LLMPARI_PREFETCH(address) __builtin_prefetch(address)
 #else
-#define LLMPARI_INLINE static inline
 #define LLMPARI_PREFETCH(address) ((void)0)
 #endif
 
