@@ -148,7 +148,7 @@ static bool partial_agrees(const layer *l, const int64_t *first, int32_t ranks) 
     const int64_t n = l->tokens * l->k, size = l->tokens * WIDTH;
     int64_t *offsets = (int64_t *)need((l->n_experts + 1) * 8);
     int32_t *inverse = (int32_t *)need(n * 4), nodes = 0;
-    float *piece = (float *)need(4 * (size + 1) * (2 * MAX_E)), *rows = (float *)need(n * WIDTH * 4), *y = (float *)need(n * WIDTH * 4), *stack[LLMPAR_TREE_PIECES];
+    float *piece = (float *)need(4 * (size + 1) * (2 * MAX_E)), *stack[LLMPAR_TREE_PIECES];
     llmpar_range node[2 * MAX_E];
     uint8_t merges[2 * MAX_E];
     bool good = !llmpar_dispatch_sort(l->ids, l->tokens, l->k, l->n_experts, offsets, NULL, inverse, &err);
@@ -157,10 +157,12 @@ static bool partial_agrees(const layer *l, const int64_t *first, int32_t ranks) 
         own.first = first[r]; own.count = first[r + 1] - first[r];
         const int64_t begin = offsets[own.first], count = offsets[own.first + own.count] - begin;
         const int32_t k = llmpar_tree_pieces(l->n_experts, own, its);
+        float *rows = (float *)need(count * WIDTH * 4), *y = (float *)need(count * WIDTH * 4);
         permute(l->x, l->tokens, l->k, WIDTH * 4, inverse, rows, begin, count);
         experts(l, own.first, own.count, offsets + own.first, rows, y);
         combine(l, 0, l->tokens, own, true, inverse, y, begin, piece + nodes * size);
         for (int32_t p = 0; p < k; p++) node[nodes++] = its[p];
+        free(rows); free(y);
     }
     const int32_t all = nodes;
     good = good && llmpar_tree_fold(l->n_experts, node, all, merges) == 1;
@@ -170,7 +172,7 @@ static bool partial_agrees(const layer *l, const int64_t *first, int32_t ranks) 
         for (int m = merges[i]; m > 0; m--, depth--) for (int64_t e = 0; e < size; e++) stack[depth - 2][e] += stack[depth - 1][e];
     }
     good = good && (size == 0 || memcmp(stack[0], l->want, (size_t)size * 4) == 0);
-    free(offsets); free(inverse); free(piece); free(rows); free(y);
+    free(offsets); free(inverse); free(piece);
     return good;
 }
 
@@ -580,6 +582,8 @@ static void refusals(void) {
         CHECK_FAIL(llmpar_dispatch_blocks(offsets, padded, NULL, 3, 4, -1, NULL, order, &err), LLMPAR_BAD_ARGUMENT, err, "room for 4");
         offsets[3] = INT64_MAX;
         CHECK_FAIL(llmpar_dispatch_align(offsets, 3, 4, padded, &err), LLMPAR_OVERFLOW, err, "64 bits");
+        offsets[1] = INT64_MAX;
+        CHECK_FAIL(llmpar_dispatch_align(offsets, 1, 4, padded, &err), LLMPAR_OVERFLOW, err, "64 bits");
         offsets[1] = offsets[2] = INT64_MAX - 1;
         CHECK_FAIL(llmpar_dispatch_align(offsets, 3, INT64_MAX, padded, &err), LLMPAR_OVERFLOW, err, "expert 2's 1 rows");
     }
