@@ -231,6 +231,46 @@ static bool all_to_all_agrees(const layer *l, const int64_t *at, int32_t ranks, 
     return good;
 }
 
+// The same on threads, as an engine writes it: one rank's part.
+typedef struct sharded { const layer *l; const int64_t *at; const int64_t *first; } sharded;
+
+static llmpar_status rank_layer(llmpar_comm *world, void *user, llmpar_error *error) {
+    const sharded *s = (const sharded *)user;
+    const layer *l = s->l;
+    const int32_t me = world->rank, ranks = world->size;
+    const int64_t at = s->at[me], tokens = s->at[me + 1] - at, n = tokens * l->k, own = s->first[me + 1] - s->first[me];
+    int64_t offsets[MAX_E + 1], count[MAX_E], theirs[MAX_R * MAX_E], send[MAX_R], receive[MAX_R], ours[MAX_R], mine[MAX_R], own_offsets[MAX_E + 1];
+    int32_t *inverse = (int32_t *)need(n * 4), *order = NULL, *back = NULL;
+    float *rows = (float *)need(n * WIDTH * 4), *out = (float *)need(tokens * WIDTH * 4), *came = NULL, *x = NULL;
+    llmpar_status status = llmpar_dispatch_sort(l->ids + at * l->k, tokens, l->k, l->n_experts, offsets, NULL, inverse, error);
+    if (!status) status = llmpar_dispatch_send(offsets, s->first, ranks, send, error);
+    for (int64_t e = 0; e < l->n_experts; e++) count[e] = offsets[e + 1] - offsets[e];
+    for (int32_t r = 0; r < ranks; r++) { ours[r] = s->first[r + 1] - s->first[r]; mine[r] = own; }
+    if (!status) status = llmpar_all_to_all(world, count, ours, theirs, mine, LLMPAR_I64, error);
+    if (!status) status = llmpar_dispatch_receive(theirs, ranks, own, receive, own_offsets, NULL, NULL, 0, error);
+    if (!status) {
+        const int64_t all = own_offsets[own];
+        order = (int32_t *)need(all * 4); back = (int32_t *)need(all * 4);
+        came = (float *)need(all * WIDTH * 4); x = (float *)need(all * WIDTH * 4);
+        status = llmpar_dispatch_receive(theirs, ranks, own, receive, own_offsets, order, back, all, error);
+        permute(l->x + at * WIDTH, tokens, l->k, WIDTH * 4, inverse, rows, 0, n);
+        for (int32_t r = 0; r < ranks; r++) { send[r] *= WIDTH; receive[r] *= WIDTH; }
+        if (!status) status = llmpar_all_to_all(world, rows, send, came, receive, LLMPAR_F32, error);
+        permute(came, all, 1, WIDTH * 4, back, x, 0, all);
+        experts(l, s->first[me], own, own_offsets, x, came);
+        permute(came, all, 1, WIDTH * 4, order, x, 0, all);
+        if (!status) status = llmpar_all_to_all(world, x, receive, rows, send, LLMPAR_F32, error);
+    }
+    if (!status) {
+        llmpar_range every;
+        every.first = 0; every.count = l->n_experts;
+        combine(l, at, tokens, every, false, inverse, rows, 0, out);
+        if (tokens && memcmp(out, l->want + at * WIDTH, (size_t)(tokens * WIDTH * 4))) status = LLMPAR_MISMATCH;
+    }
+    free(inverse); free(order); free(back); free(rows); free(out); free(came); free(x);
+    return status;
+}
+
 // Cuts n items into `parts` at random, empty parts too.
 static void random_cut(int64_t n, int32_t parts, int64_t *first) {
     first[0] = 0; first[parts] = n;
@@ -446,6 +486,25 @@ static void sums(void) {
     }
 }
 
+static void on_threads(void) {
+    TEST("all-to-all on threads: the same bits on 1 to 8 ranks, whatever cuts of tokens and experts; nobody waits for a rank without rows") {
+        for (int i = 0; i < (test_stress() ? 400 : 40); i++) {
+            const int64_t n = 1 + test_below(MAX_E), k = 1 + test_below(llmpari_min(MAX_K, n));
+            const int32_t ranks = 1 + i % MAX_R;
+            int64_t at[MAX_R + 1], first[MAX_R + 1];
+            layer l = layer_make(i % 9 ? test_below(MAX_T) : 0, k, n, i % 3, i & 1);
+            llmpar_threads_desc desc = LLMPAR_ZERO;
+            sharded s;
+            random_cut(l.tokens, ranks, at);
+            random_cut(n, ranks, first);
+            s.l = &l; s.at = at; s.first = first;
+            desc.n_ranks = ranks;
+            CHECK_OK(llmpar_threads_run(&desc, rank_layer, &s, &err), err);
+            layer_free(&l);
+        }
+    }
+}
+
 // What users of other libraries ran into, by what they reported.
 static void complaints(void) {
     TEST("vllm PR45037: a weight is applied once, and no weights means 1") {
@@ -619,6 +678,7 @@ int main(void) {
     cases();
     plans();
     sums();
+    on_threads();
     complaints();
     refusals();
     return test_done();
