@@ -648,7 +648,7 @@ typedef struct llmpar_place_desc {
     int32_t n_gpus;                // P
     int32_t mode;                  // llmpar_place_mode
     bool    global;                // groups and nodes bind nothing
-    int64_t work;                  // steps of some ns that the search may take, all modes but DeepSeek's; 0 = 400 * R, but 2^20 where a node, or all GPUs, has at most 32 slots
+    int64_t work;                  // steps of some ns that the search may take, all modes but DeepSeek's; 0 = 300 * R, but 2^20 where a node, or all GPUs, has at most 32 slots
 } llmpar_place_desc;
 
 typedef struct llmpar_placement {  // tables belong to the arena
@@ -682,9 +682,9 @@ typedef struct llmpar_migration {  // tables belong to the arena
 LLMPAR_DEF llmpar_status llmpar_place_migrate(const llmpar_placement *from, llmpar_placement *to, llmpar_arena *arena, llmpar_migration *migration, llmpar_error *err);
 
 // Which copy a token uses: slot[i] for ids[i], i < n. The next token of expert e goes to copy next[e] mod c of its c copies in slot order, and next[e] grows by one: next[n_experts], in and out.
-// node >= 0: of the copies on that node alone, where it has any. id -1 (padding): slot -1. Without a node the tokens of an expert on any two of its copies differ by at most 1 for one source; by 1
-// over all sources if next[e] begins at the number of e's tokens on the sources before; by at most the number of sources if it begins anywhere, such as at the source's rank. With a node: the same over
-// the node's copies and sources. Errors: an id or a node that is none; what was written before stays.
+// node >= 0: of the copies on that node alone, where it has any. id -1 (padding): slot -1. Balance, without a node: the tokens of an expert on any two of its copies differ by at most 1 for one
+// source; over all sources by at most 1 if next[e] begins at the number of e's tokens on the sources before, by at most the number of sources if it begins anywhere, such as at the source's rank.
+// With a node: the same over the node's copies and sources. Errors: an id or a node that is none; what was written before stays.
 LLMPAR_DEF llmpar_status llmpar_place_route(const llmpar_placement *placement, const int32_t *ids, int64_t n, int32_t node, int64_t *next, int32_t *slot, llmpar_error *err);
 
 // ============================================================================================================
@@ -5351,7 +5351,7 @@ typedef struct llmpari_placer {
     double  *group_load, *node_load;        // [groups], [nodes]
     int32_t *node_fill;                     // [nodes]
     llmpari_spread *now, *best, trial;      // [nodes], [nodes], one more to try with
-    double   max, slack;                    // of best[]; what is within this factor of a bound is as good as the bound
+    double   max, good;                     // of best[]; within this factor of a bound other numbers of copies and other nodes are not tried
 } llmpari_placer;
 
 // ---- DeepSeek's ----
@@ -5450,9 +5450,9 @@ LLMPARI_FN void llmpari_spread_trade(llmpari_spread *s, int32_t i, int32_t j) {
     llmpari_spread_gpu(s, i / s->each);
     llmpari_spread_gpu(s, j / s->each);
 }
-// The fuller of the two GPUs afterwards.
-LLMPARI_FN double llmpari_spread_after(const llmpari_spread *s, int32_t i, int32_t j) {
-    const double d = s->share[s->at[i]] - s->share[s->at[j]], a = s->sum[i / s->each] - d, b = s->sum[j / s->each] + d;
+// The fuller of GPUs g and h when their slots i and j have traded places.
+LLMPARI_FN double llmpari_spread_after(const llmpari_spread *s, int32_t g, int32_t i, int32_t h, int32_t j) {
+    const double d = s->share[s->at[i]] - s->share[s->at[j]], a = s->sum[g] - d, b = s->sum[h] + d;
     return a > b ? a : b;
 }
 
@@ -5468,7 +5468,7 @@ LLMPARI_FN void llmpari_spread_part(llmpari_placer *place, llmpari_spread *s) {
                 if (llmpari_spread_has(s, h, s->at[i], -1)) continue;
                 place->work -= s->each;
                 for (int32_t j = h * s->each; j < (h + 1) * s->each; j++) {
-                    const double max = llmpari_spread_after(s, i, j);
+                    const double max = llmpari_spread_after(s, g, i, h, j);
                     if (best >= 0 && max >= least) continue;
                     if (llmpari_spread_has(s, g, s->at[j], -1) && !llmpari_spread_has(s, h, s->at[j], j)) continue;
                     best = j, least = max;
@@ -5490,7 +5490,7 @@ LLMPARI_FN bool llmpari_spread_swap(llmpari_placer *place, llmpari_spread *s, in
         for (int32_t i = g * s->each; i < (g + 1) * s->each && place->work > 0; i++) {
             place->work -= s->each;
             for (int32_t j = h * s->each; j < (h + 1) * s->each; j++) {
-                const double max = llmpari_spread_after(s, i, j);
+                const double max = llmpari_spread_after(s, g, i, h, j);
                 if (max >= least) continue;
                 if (s->distinct) place->work -= s->each;
                 if (s->distinct && (llmpari_spread_has(s, h, s->at[i], -1) || llmpari_spread_has(s, g, s->at[j], -1))) continue;
@@ -5636,9 +5636,9 @@ LLMPARI_FN void llmpari_spread_solve(llmpari_placer *place, llmpari_spread *s, d
     memcpy(t->expert, s->expert, (size_t)s->n * sizeof *t->expert);
     memcpy(t->load,   s->load,   (size_t)s->n * sizeof *t->load);
     llmpari_spread_improve(place, s, enough);
-    for (bool first = !s->distinct; found; first = false) {
+    for (bool first = !s->distinct; found && s->max > enough * place->good; first = false) {
         found = false;
-        for (int32_t a = first ? -1 : 0; a < s->n && s->max > enough && place->work > 0; a++) {
+        for (int32_t a = first ? -1 : 0; a < s->n && s->max > enough * place->good && place->work > 0; a++) {
             if (a >= 0 && s->copies[a] == 1) continue;
             for (int32_t e = 0; e < s->n; e++) t->most[e] = e == a ? s->copies[a] - 1 : s->gpus;   // a = -1: no more than GPUs, nothing else
             if (!llmpari_spread_deepseek(place, t)) continue;
@@ -5674,7 +5674,7 @@ LLMPARI_FN void llmpari_placer_try(llmpari_placer *place) {
         llmpari_spread_deepseek(place, s);
         if (s->distinct) llmpari_spread_part(place, s);
     }
-    enough *= place->slack;                                                                // no placement of these groups is better than the fullest node's mean
+    enough *= 1 + 1e-13;                                                                   // no placement of these groups is better than the fullest node's mean
     for (int32_t k = 0; k < place->nodes; k++) {
         if (desc->mode != LLMPAR_PLACE_DEEPSEEK) llmpari_spread_solve(place, &place->now[k], enough);
         if (place->now[k].max > max) max = place->now[k].max;
@@ -5695,7 +5695,7 @@ LLMPARI_FN bool llmpari_placer_same(const llmpari_placer *place) {
 // those in front of it may follow.
 LLMPARI_FN void llmpari_placer_groups(llmpari_placer *place, int32_t k, int32_t from) {
     const int32_t gpus = place->desc->n_gpus / place->nodes;
-    if (place->work <= 0 || place->node_load[k] / gpus * place->slack >= place->max) return;
+    if (place->work <= 0 || place->node_load[k] / gpus * (1 + 1e-13) * place->good >= place->max) return;
     place->work -= place->groups;
     if (place->node_fill[k] == place->members) {
         if (++k == place->nodes) {
@@ -5865,8 +5865,8 @@ LLMPAR_DEF llmpar_status llmpar_place(const llmpar_place_desc *desc, const doubl
     frexp(most, &exponent);
     place.unit  = exponent > 60 || exponent < -60 ? ldexp(1, -exponent) : 1;
     place.small = slots <= LLMPARI_PLACE_SMALL;
-    place.slack = 1 + (place.small ? 1e-13 : 1e-5);
-    place.work  = desc->work ? desc->work : place.small ? 1 << 20 : 400 * (int64_t)desc->n_replicas;
+    place.good  = place.small ? 1 : 1.001;
+    place.work  = desc->work ? desc->work : place.small ? 1 << 20 : 300 * (int64_t)desc->n_replicas;
     place.max   = 1.7976931348623157e308;
     const llmpar_arena_mark before = llmpar_arena_save(arena);
     llmpar_status status = llmpari_placement_tables(desc, arena, placement, err);
