@@ -5863,7 +5863,7 @@ LLMPAR_DEF llmpar_status llmpar_place(const llmpar_place_desc *desc, const doubl
     int exponent;
     for (int32_t e = 0; e < desc->n_experts; e++) if (load[e] > most) most = load[e];
     frexp(most, &exponent);
-    place.unit  = exponent > 60 || exponent < -60 ? ldexp(1, -exponent) : 1;
+    place.unit  = exponent > 60 || exponent < -60 ? ldexp(1, exponent < -1000 ? 1000 : -exponent) : 1;
     place.small = slots <= LLMPARI_PLACE_SMALL;
     place.good  = place.small ? 1 : 1.001;
     place.work  = desc->work ? desc->work : place.small ? 1 << 20 : 300 * (int64_t)desc->n_replicas;

@@ -279,7 +279,7 @@ static void test_any(void) {
         }
     }
     TEST("all-zero loads, one GPU, one expert, huge and tiny loads, sizes left at 0") {
-        static const double zero[8] = { 0 }, huge[4] = { 1e308, 1e307, 3, 0 }, tiny[4] = { 5e-324, 1e-320, 0, 0 };
+        static const double zero[8] = { 0 }, huge[4] = { 1e308, 1e307, 3, 0 }, tiny[4] = { 5e-324, 1e-320, 0, 0 }, least[2] = { 7.4e-314, 7.4e-314 };
         for (int mode = 0; mode < 3; mode++) {
             llmpar_placement p;
             llmpar_place_desc d = sizes(8, 12, 4, 2, 4, mode);
@@ -289,6 +289,8 @@ static void test_any(void) {
             d = sizes(4, 6, 0, 0, 2, mode);
             CHECK(placed(&d, huge, &p) < (mode == LLMPAR_PLACE_DEEPSEEK ? 7e307 : 5.6e307));   // DeepSeek: 3 copies of the first, 2 of them on one GPU
             CHECK(placed(&d, tiny, &p) >= 0);
+            d = sizes(2, 4, 2, 2, 4, mode);
+            CHECK_NEAR(placed(&d, least, &p), 3.7e-314, 0);
             d = sizes(1, 4, 0, 0, 4, mode);
             CHECK_NEAR(placed(&d, huge, &p), 2.5e307, 1e294);
             llmpar_arena_free(&arena);
