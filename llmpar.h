@@ -668,7 +668,10 @@ LLMPAR_DEF llmpar_status llmpar_place(const llmpar_place_desc *desc, const doubl
 // A placement that is there already: expert[n_replicas] of each slot, every expert in at least one. load may be NULL: 0. Of desc the five sizes are used.
 LLMPAR_DEF llmpar_status llmpar_place_given(const llmpar_place_desc *desc, const int32_t *expert, const double *load, llmpar_arena *arena, llmpar_placement *placement, llmpar_error *err);
 
-// From one placement to another of the same sizes. A GPU gets each expert that it lacks once, which is the least there is, and copies it where it wants two.
+// From one placement to another of the same sizes. First, if you like: GPUs of a node, and whole nodes, are alike, so what they hold may trade places. `to` becomes that of all such placements for
+// which the fewest experts have to move (Hungarian method; time about P^2 * (R/P + P/N)). Errors: different sizes, more than 4096 nodes or GPUs of a node.
+LLMPAR_DEF llmpar_status llmpar_place_rename(const llmpar_placement *from, llmpar_placement *to, llmpar_arena *scratch, llmpar_error *err);
+// Then the moves. A GPU gets each expert that it lacks once, which is the least there is, and copies it where it wants two.
 typedef struct llmpar_place_move { int32_t expert, from_slot, to_slot; } llmpar_place_move;
 typedef struct llmpar_migration {  // tables belong to the arena
     int32_t n_moves, n_local;      // transfers, then copies within a GPU; bytes over links = n_moves * bytes of an expert
@@ -677,7 +680,7 @@ typedef struct llmpar_migration {  // tables belong to the arena
     llmpar_place_move *move;       // [n_moves + n_local] both ascending in to_slot. Transfers read the old placement: receive into spare memory, or write nothing that is still to be sent;
                                    //   copies come after them and read a slot of the new one
 } llmpar_migration;
-// First the slots of `to` trade places within each GPU, so that as many as can be keep the expert that they have in `from`. Senders are of the receiver's node where that has a copy; under this rule
+// The slots of `to` trade places within each GPU, so that as many as can be keep the expert that they have in `from`. Senders are of the receiver's node where that has a copy; under this rule
 // the most that a GPU sends is the least there is.
 LLMPAR_DEF llmpar_status llmpar_place_migrate(const llmpar_placement *from, llmpar_placement *to, llmpar_arena *arena, llmpar_migration *migration, llmpar_error *err);
 
@@ -5885,6 +5888,108 @@ LLMPAR_DEF llmpar_status llmpar_place(const llmpar_place_desc *desc, const doubl
 
 // ---- from one placement to another ----
 
+LLMPARI_FN llmpar_status llmpari_migrate_check(const llmpar_placement *from, const llmpar_placement *to, llmpar_error *err) {
+    if (from->n_experts != to->n_experts || from->n_slots != to->n_slots || from->n_gpus != to->n_gpus || from->n_nodes != to->n_nodes)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "from %d experts in %d slots on %d GPUs of %d nodes to %d in %d on %d of %d; both placements must have the same sizes", (int)from->n_experts,
+                            (int)from->n_slots, (int)from->n_gpus, (int)from->n_nodes, (int)to->n_experts, (int)to->n_slots, (int)to->n_gpus, (int)to->n_nodes);
+    return LLMPAR_OK;
+}
+
+// The cheapest way to give each of n rows a column of its own (Hungarian method with potentials, shortest augmenting paths; O(n^3)). row_of[1 .. n] of each column, counted from 1; returns the cost.
+// scratch: row_of[n + 1], way[n + 1]; u, v, least [n + 1].
+LLMPARI_FN int64_t llmpari_assign(const int32_t *cost, int32_t n, int32_t *row_of, int32_t *way, int64_t *u, int64_t *v, int64_t *least, bool *done) {
+    int64_t total = 0;
+    for (int32_t j = 0; j <= n; j++) row_of[j] = 0, u[j] = v[j] = 0;
+    for (int32_t i = 1; i <= n; i++) {
+        int32_t at = 0;
+        for (int32_t j = 0; j <= n; j++) least[j] = INT64_MAX, done[j] = false;
+        row_of[0] = i;
+        do {
+            const int32_t row = row_of[at];
+            int32_t next = 0;
+            int64_t step = INT64_MAX;
+            done[at] = true;
+            for (int32_t j = 1; j <= n; j++) {
+                if (done[j]) continue;
+                const int64_t c = cost[(int64_t)(row - 1) * n + j - 1] - u[row] - v[j];
+                if (c < least[j]) least[j] = c, way[j] = at;
+                if (least[j] < step) step = least[j], next = j;
+            }
+            for (int32_t j = 0; j <= n; j++) {
+                if (done[j]) u[row_of[j]] += step, v[j] -= step;
+                else least[j] -= step;
+            }
+            at = next;
+        } while (row_of[at]);
+        for (; at; at = way[at]) row_of[at] = row_of[way[at]];
+    }
+    for (int32_t j = 1; j <= n; j++) total += cost[(int64_t)(row_of[j] - 1) * n + j - 1];
+    return total;
+}
+
+// What names cost: rows are GPUs (nodes) as they are now, columns those of the new placement.
+typedef struct llmpari_rename {
+    const llmpar_placement *from, *to;
+    int32_t  each, gpus;                    // slots of a GPU, GPUs of a node
+    int32_t *cost, *node_cost;              // [gpus * gpus], [n_nodes * n_nodes] experts that have to come
+    int32_t *row_of, *way, *seen;           // [max(gpus, n_nodes) + 1], ditto, [n_experts] when an expert was last met
+    int64_t *u, *v, *least;                 // [max(gpus, n_nodes) + 1]
+    bool    *done;                          // ditto
+} llmpari_rename;
+
+// The fewest experts that have to come to node a if it takes over what is node b's in the new placement; row_of says which GPU which.
+LLMPARI_FN int64_t llmpari_rename_node(llmpari_rename *r, int32_t a, int32_t b) {
+    const int32_t slots = r->each * r->gpus;
+    for (int32_t e = 0; e < r->from->n_experts; e++) r->seen[e] = -1;
+    for (int32_t i = 0; i < r->gpus; i++) {
+        for (int32_t j = 0; j < r->gpus; j++) {
+            const int32_t *old = r->from->expert + a * slots + i * r->each, *now = r->to->expert + b * slots + j * r->each, stamp = i * r->gpus + j;
+            int32_t *cost = &r->cost[stamp];
+            *cost = 0;
+            for (int32_t k = 0; k < r->each; k++) r->seen[old[k]] = stamp;
+            for (int32_t k = 0; k < r->each; k++) if (r->seen[now[k]] != stamp) r->seen[now[k]] = stamp, ++*cost;
+        }
+    }
+    return llmpari_assign(r->cost, r->gpus, r->row_of, r->way, r->u, r->v, r->least, r->done);
+}
+
+LLMPAR_DEF llmpar_status llmpar_place_rename(const llmpar_placement *from, llmpar_placement *to, llmpar_arena *scratch, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_migrate_check(from, to, err));
+    llmpari_rename r;
+    r.from = from, r.to = to, r.each = from->n_slots / from->n_gpus, r.gpus = from->n_gpus / from->n_nodes;
+    const int32_t nodes = from->n_nodes, slots = r.each * r.gpus;
+    if (r.gpus > 4096 || nodes > 4096) return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "%d nodes of %d GPUs; names are sought for up to 4096 of each: migrate without", (int)nodes, (int)r.gpus);
+    const size_t most = (size_t)llmpari_max(r.gpus, nodes) + 1, pairs = (size_t)r.gpus * (size_t)r.gpus, node_pairs = (size_t)nodes * (size_t)nodes;
+    const llmpar_arena_mark mark = llmpar_arena_save(scratch);
+    int32_t *number = (int32_t *)llmpar_arena_alloc(scratch, (pairs + node_pairs + 2 * most + (size_t)nodes + (size_t)from->n_experts + (size_t)from->n_slots) * sizeof *number);
+    r.u    = (int64_t *)llmpar_arena_alloc(scratch, 3 * most * sizeof *r.u);
+    r.done = (bool *)llmpar_arena_alloc(scratch, most * sizeof *r.done);
+    double *load = (double *)llmpar_arena_alloc(scratch, (size_t)from->n_gpus * sizeof *load);
+    llmpar_status status = LLMPAR_OK;
+    if (!number || !r.u || !r.done || !load) status = LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to rename %d GPUs", (int)from->n_gpus);
+    if (!status) {
+        r.cost = number, r.node_cost = number + pairs, r.row_of = r.node_cost + node_pairs, r.way = r.row_of + most, r.v = r.u + most, r.least = r.v + most;
+        int32_t *node_of = r.way + most, *expert = node_of + nodes + from->n_experts;
+        r.seen = node_of + nodes;
+        for (int32_t a = 0; a < nodes; a++) for (int32_t b = 0; b < nodes; b++) r.node_cost[a * nodes + b] = (int32_t)llmpari_rename_node(&r, a, b);
+        llmpari_assign(r.node_cost, nodes, r.row_of, r.way, r.u, r.v, r.least, r.done);
+        for (int32_t b = 0; b < nodes; b++) node_of[b] = r.row_of[b + 1] - 1;
+        for (int32_t b = 0; b < nodes; b++) {
+            llmpari_rename_node(&r, node_of[b], b);
+            for (int32_t j = 0; j < r.gpus; j++) {
+                const int32_t g = node_of[b] * r.gpus + r.row_of[j + 1] - 1;
+                memcpy(expert + g * r.each, to->expert + b * slots + j * r.each, (size_t)r.each * sizeof *expert);
+                load[g] = to->load[b * r.gpus + j];
+            }
+        }
+        memcpy(to->expert, expert, (size_t)to->n_slots * sizeof *expert);
+        memcpy(to->load, load, (size_t)to->n_gpus * sizeof *load);
+        llmpari_placement_index(to);
+    }
+    llmpar_arena_restore(scratch, mark);
+    return status;
+}
+
 // The slots of a GPU trade places so that what it held stays where it was; the others keep their order. wanted[n_experts] is all 0 before and after.
 LLMPARI_FN void llmpari_migrate_settle(const int32_t *old, int32_t *now, int32_t each, int32_t *wanted, int32_t *rest) {
     int32_t n = 0;
@@ -5966,9 +6071,7 @@ LLMPARI_FN void llmpari_migrate_list(const llmpar_placement *from, const llmpar_
 
 LLMPAR_DEF llmpar_status llmpar_place_migrate(const llmpar_placement *from, llmpar_placement *to, llmpar_arena *arena, llmpar_migration *migration, llmpar_error *err) {
     memset(migration, 0, sizeof *migration);
-    if (from->n_experts != to->n_experts || from->n_slots != to->n_slots || from->n_gpus != to->n_gpus || from->n_nodes != to->n_nodes)
-        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "from %d experts in %d slots on %d GPUs of %d nodes to %d in %d on %d of %d; both placements must have the same sizes", (int)from->n_experts,
-                            (int)from->n_slots, (int)from->n_gpus, (int)from->n_nodes, (int)to->n_experts, (int)to->n_slots, (int)to->n_gpus, (int)to->n_nodes);
+    LLMPARI_TRY(llmpari_migrate_check(from, to, err));
     const size_t slots = (size_t)from->n_slots, gpus = (size_t)from->n_gpus;
     const llmpar_arena_mark before = llmpar_arena_save(arena);
     migration->move = (llmpar_place_move *)llmpar_arena_alloc(arena, slots * sizeof *migration->move);

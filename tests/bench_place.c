@@ -63,6 +63,9 @@ static void moves(const llmpar_place_desc *desc) {
     printf("migration between two layers' placements: %.0f us; %d transfers, %d between nodes, a GPU sends %d at most and receives %d\n", 1e6 * (now() - start), (int)m.n_moves,
            (int)m.n_between_nodes, (int)m.max_sent, (int)m.max_received);
     start = now();
+    if (llmpar_place_rename(&from, &to, &arena, &err) || llmpar_place_migrate(&from, &to, &arena, &m, &err)) { printf("%s\n", err.text); exit(1); }
+    printf("the same with the best names for GPUs: %.0f us; %d transfers, %d between nodes\n", 1e6 * (now() - start), (int)m.n_moves, (int)m.n_between_nodes);
+    start = now();
     for (int r = 0; r < 10; r++) if (llmpar_place_route(&to, ids, TOKENS, r % 5 - 1, next, slot, &err)) { printf("%s\n", err.text); exit(1); }
     printf("route to copies: %.1f ns a token and expert\n", 1e9 * (now() - start) / 10 / TOKENS);
     llmpar_arena_free(&arena);

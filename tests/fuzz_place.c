@@ -39,6 +39,7 @@ static void move(const llmpar_placement *from, llmpar_placement *to, llmpar_aren
     llmpar_error err = LLMPAR_ZERO;
     llmpar_migration m;
     const int32_t each = from->n_slots / from->n_gpus;
+    if (from->expert[0] % 2) FUZZ_CHECK(llmpar_place_rename(from, to, arena, &err) == LLMPAR_OK);
     FUZZ_CHECK(llmpar_place_migrate(from, to, arena, &m, &err) == LLMPAR_OK);
     memcpy(held, from->expert, (size_t)from->n_slots * sizeof *held);
     for (int32_t k = 0; k < m.n_moves + m.n_local; k++) {
