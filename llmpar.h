@@ -648,7 +648,7 @@ typedef struct llmpar_place_desc {
     int32_t n_gpus;                // P
     int32_t mode;                  // llmpar_place_mode
     bool    global;                // groups and nodes bind nothing
-    int64_t work;                  // steps of some ns that the search may take, all modes but DeepSeek's; 0 = 300 * R, but 2^20 where a node, or all GPUs, has at most 32 slots
+    int64_t work;                  // steps of some ns that the search may take, all modes but DeepSeek's; 0 = 300 * R, but 2^20 (up to 0.1 s) where a node, or all GPUs, has at most 32 slots
 } llmpar_place_desc;
 
 typedef struct llmpar_placement {  // tables belong to the arena
@@ -5584,8 +5584,12 @@ LLMPARI_FN void llmpari_exact_fill(llmpari_exact *x, int32_t k, int32_t c, int32
         return;
     }
     const int32_t e = x->by_share[k];
-    double share = t->share[e], room = 0;
-    for (int32_t g = 0; g < t->gpus; g++) if (x->used[g] < t->each) room += x->below - x->sum[g];
+    double share = t->share[e], small = t->share[x->by_share[t->n - 1]], room = 0, low = (x->rest[0] - (t->gpus - 1) * x->below) * (1 - 1e-9);
+    for (int32_t g = 0; g < t->gpus; g++) {
+        const int32_t open = t->each - x->used[g];
+        if (open > 0) room += x->below - x->sum[g];
+        if (x->sum[g] + open * share < low || (open > 0 && x->sum[g] + open * small >= x->below)) return;   // what may follow cannot fill it, or must overfill it
+    }
     if ((x->rest[k] - c * share) * (1 - 1e-9) > room) return;
     for (int32_t g = from; g < t->gpus; g++) {
         const double before = x->sum[g];
