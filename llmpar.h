@@ -639,7 +639,7 @@ LLMPAR_DEF int64_t llmpar_heads_kv_bytes_per_token(const llmpar_heads *heads, in
 typedef enum llmpar_place_mode {
     LLMPAR_PLACE_DEEPSEEK = 0,     // DeepSeek's EPLB: its order, its f32 arithmetic, stable sorts. May put two copies of an expert on one GPU
     LLMPAR_PLACE_NO_DUPLICATES,    // never two copies of an expert on one GPU; so an expert has no more copies than there are GPUs (of its node)
-    LLMPAR_PLACE_BETTER            // DeepSeek's, then improved: its max is never higher
+    LLMPAR_PLACE_BETTER            // DeepSeek's, then improved: its max is never higher. Two copies of an expert share a GPU only where that was found to be better
 } llmpar_place_mode;
 
 typedef struct llmpar_place_desc {
@@ -5593,7 +5593,7 @@ LLMPARI_FN void llmpari_exact_fill(llmpari_exact *x, int32_t k, int32_t c, int32
     if ((x->rest[k] - c * share) * (1 - 1e-9) > room) return;
     for (int32_t g = from; g < t->gpus; g++) {
         const double before = x->sum[g];
-        int32_t h = t->distinct || c == 0 ? from : from + 1;                               // GPU `from` has this expert already
+        int32_t h = from;
         if (x->used[g] == t->each || before + share >= x->below) continue;
         while (h < g && (x->used[h] != x->used[g] || x->sum[h] != before)) h++;
         if (h < g) continue;
@@ -5756,6 +5756,15 @@ LLMPARI_FN bool llmpari_placer_tables(llmpari_placer *place, llmpar_arena *arena
     return true;
 }
 
+// Two copies on one GPU that are good for nothing go apart.
+LLMPARI_FN void llmpari_placer_tidy(llmpari_placer *place, llmpari_spread *s) {
+    llmpari_spread *t = &place->trial;
+    for (int32_t e = 0; e < s->n; e++) if (s->copies[e] > s->gpus) return;
+    llmpari_spread_copy(t, s);
+    llmpari_spread_part(place, t);
+    if (t->max <= place->max) llmpari_spread_copy(s, t);
+}
+
 // Groups to nodes as DeepSeek does it, then every other way that could be better.
 LLMPARI_FN void llmpari_placer_run(llmpari_placer *place) {
     const int32_t size = place->desc->n_experts / place->groups;
@@ -5769,11 +5778,12 @@ LLMPARI_FN void llmpari_placer_run(llmpari_placer *place) {
     for (int32_t i = 0; i < place->groups; i++) place->initial[i] = place->slot[i] / place->members, place->chosen[i] = -1;
     llmpari_placer_deal(place);
     llmpari_placer_try(place);
-    if (place->desc->mode == LLMPAR_PLACE_DEEPSEEK || place->nodes == 1) return;
+    if (place->desc->mode == LLMPAR_PLACE_DEEPSEEK) return;
     for (int32_t i = 0; i < place->groups; i++) place->key[0][i] = -place->group_load[i];
     llmpari_place_heap(place->heap[0], place->groups, place->key[0]);
     for (int32_t i = 0, left = place->groups; left > 0; i++) place->order[i] = place->heap[0][0], llmpari_place_pop(place->heap[0], &left, place->key[0]);
     llmpari_placer_groups(place, 0, 0);
+    for (int32_t k = 0; k < place->nodes && place->desc->mode == LLMPAR_PLACE_BETTER; k++) llmpari_placer_tidy(place, &place->best[k]);
 }
 
 #define LLMPARI_PLACE_MOST 65536

@@ -91,6 +91,9 @@ static void test_cases(void) {
         deepseek_is(8, 12, 4, 2, 4, ten, a);
         CHECK_NEAR(placed(&d, ten, &p), 20, 1e-12);                                        // check() looks for duplicates
         CHECK(p.proven);
+        d.mode = LLMPAR_PLACE_BETTER;                                                      // DeepSeek's max is the least already; the duplicates go
+        CHECK_NEAR(placed(&d, ten, &p), 20, 1e-12);
+        for (int32_t i = 0; i < 12; i++) for (int32_t j = i / 3 * 3; j < i; j++) CHECK(p.expert[i] != p.expert[j]);
     }
 }
 
@@ -417,6 +420,15 @@ static void migrate(bool senders) {
         }
     }
     for (int32_t i = 0; i < d.n_replicas; i++) kept += from.expert[i] == to.expert[i];
+    for (int32_t g = 0; g < d.n_gpus; g++) {                                               // what comes is in the slots that are free, in the order in which it was wanted
+        int32_t comes[512] = { 0 };
+        for (int32_t i = g * each; i < (g + 1) * each; i++) comes[to.expert[i]] += from.expert[i] != to.expert[i];
+        for (int32_t i = g * each, at = i; i < (g + 1) * each; i++) {
+            if (comes[wanted.expert[i]]-- <= 0) continue;
+            while (from.expert[at] == to.expert[at]) at++;
+            CHECK_EQ(to.expert[at++], wanted.expert[i]);
+        }
+    }
     CHECK_EQ(kept, stays);
     CHECK_EQ(m.n_moves, lacks);                                                            // no fewer: what a GPU lacks must come
     CHECK_EQ(m.n_moves + m.n_local, d.n_replicas - stays);
