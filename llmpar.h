@@ -5765,7 +5765,8 @@ LLMPARI_FN void llmpari_placer_tidy(llmpari_placer *place, llmpari_spread *s) {
     if (t->max <= place->max) llmpari_spread_copy(s, t);
 }
 
-// Groups to nodes as DeepSeek does it, then every other way that could be better.
+// Groups to nodes as DeepSeek does it, then every other way that could be better (a search as deep as there are groups).
+#define LLMPARI_PLACE_GROUPS 1024
 LLMPARI_FN void llmpari_placer_run(llmpari_placer *place) {
     const int32_t size = place->desc->n_experts / place->groups;
     for (int32_t i = 0; i < place->groups; i++) {
@@ -5779,10 +5780,12 @@ LLMPARI_FN void llmpari_placer_run(llmpari_placer *place) {
     llmpari_placer_deal(place);
     llmpari_placer_try(place);
     if (place->desc->mode == LLMPAR_PLACE_DEEPSEEK) return;
-    for (int32_t i = 0; i < place->groups; i++) place->key[0][i] = -place->group_load[i];
-    llmpari_place_heap(place->heap[0], place->groups, place->key[0]);
-    for (int32_t i = 0, left = place->groups; left > 0; i++) place->order[i] = place->heap[0][0], llmpari_place_pop(place->heap[0], &left, place->key[0]);
-    llmpari_placer_groups(place, 0, 0);
+    if (place->groups <= LLMPARI_PLACE_GROUPS) {
+        for (int32_t i = 0; i < place->groups; i++) place->key[0][i] = -place->group_load[i];
+        llmpari_place_heap(place->heap[0], place->groups, place->key[0]);
+        for (int32_t i = 0, left = place->groups; left > 0; i++) place->order[i] = place->heap[0][0], llmpari_place_pop(place->heap[0], &left, place->key[0]);
+        llmpari_placer_groups(place, 0, 0);
+    }
     for (int32_t k = 0; k < place->nodes && place->desc->mode == LLMPAR_PLACE_BETTER; k++) llmpari_placer_tidy(place, &place->best[k]);
 }
 
@@ -5894,7 +5897,8 @@ LLMPAR_DEF llmpar_status llmpar_place(const llmpar_place_desc *desc, const doubl
         for (int32_t i = 0; i < desc->n_replicas; i++) placement->expert[i] = place.best[i / slots].expert[place.best[i / slots].at[i % slots]];
         llmpari_placement_index(placement);
         llmpari_placement_loads(placement, load);
-        placement->proven = placement->max <= placement->mean * (1 + 1e-12) || (desc->mode != LLMPAR_PLACE_DEEPSEEK && place.small && place.work > 0);
+        placement->proven = placement->max <= placement->mean * (1 + 1e-12) ||
+                            (desc->mode != LLMPAR_PLACE_DEEPSEEK && place.small && place.work > 0 && place.groups <= LLMPARI_PLACE_GROUPS);
     }
     llmpar_arena_restore(arena, status ? before : after);
     return status;
