@@ -5543,6 +5543,7 @@ LLMPARI_FN bool llmpari_spread_recopy(llmpari_placer *place, llmpari_spread *s, 
     llmpari_spread_sum(s);
     return true;
 }
+// One or the other, until the fullest GPU cannot be helped, is full enough, or the work is done.
 LLMPARI_FN void llmpari_spread_improve(llmpari_placer *place, llmpari_spread *s, double enough) {
     for (;;) {
         int32_t g = 0;
@@ -5636,7 +5637,7 @@ LLMPARI_FN void llmpari_spread_exact(llmpari_placer *place, llmpari_spread *s, d
 
 // ---- nodes ----
 
-// DeepSeek's numbers of copies (no more than GPUs where copies part), improved; then what remains after one expert may not have as many: less of one copied often leaves more for all others.
+// s, which holds DeepSeek's placement (without duplicates where they are forbidden), is improved; then the same is tried with one copy fewer of this or that expert, for the others' good.
 LLMPARI_FN void llmpari_spread_solve(llmpari_placer *place, llmpari_spread *s, double enough) {
     llmpari_spread *t = &place->trial;
     bool found = s->max > enough;
@@ -5765,8 +5766,8 @@ LLMPARI_FN void llmpari_placer_tidy(llmpari_placer *place, llmpari_spread *s) {
     if (t->max <= place->max) llmpari_spread_copy(s, t);
 }
 
-// Groups to nodes as DeepSeek does it, then every other way that could be better (a search as deep as there are groups).
-#define LLMPARI_PLACE_GROUPS 1024
+#define LLMPARI_PLACE_GROUPS 1024           // beyond, DeepSeek's way alone: the search is as deep as there are groups
+// Groups to nodes as DeepSeek does it, then every other way that could be better.
 LLMPARI_FN void llmpari_placer_run(llmpari_placer *place) {
     const int32_t size = place->desc->n_experts / place->groups;
     for (int32_t i = 0; i < place->groups; i++) {
@@ -5789,7 +5790,7 @@ LLMPARI_FN void llmpari_placer_run(llmpari_placer *place) {
     for (int32_t k = 0; k < place->nodes && place->desc->mode == LLMPAR_PLACE_BETTER; k++) llmpari_placer_tidy(place, &place->best[k]);
 }
 
-#define LLMPARI_PLACE_MOST 65536
+#define LLMPARI_PLACE_MOST 65536            // slots of a layer
 LLMPARI_FN llmpar_status llmpari_place_check(const llmpar_place_desc *desc, llmpar_error *err) {
     const int32_t groups = desc->n_groups ? desc->n_groups : 1, nodes = desc->n_nodes ? desc->n_nodes : 1;
     if (desc->n_experts < 1 || desc->n_replicas < 1 || desc->n_gpus < 1 || groups < 1 || nodes < 1)
