@@ -10,8 +10,7 @@
 #define STOP(...) (fprintf(stderr, "moe: "), fprintf(stderr, __VA_ARGS__), fputc('\n', stderr), exit(1))
 enum { H = 64, J = 96, MOST_RANKS = 16, MOST_EXPERTS = 64 };
 
-static int64_t tokens = 256, experts = 16, k = 2, ranks = 4;
-static double  skew = 1;
+static int64_t tokens = 256, experts = 16, k = 2, ranks = 4; static double skew = 1;
 static llmpar_route_desc route;
 
 // A number that depends on its name alone, in [-1, 1): every rank makes its own part of a tensor.
@@ -113,6 +112,7 @@ static void layer(int n, llmpar_experts_way way, float *y) {
 int main(int argc, char **argv) {
     const char *preset = "mixtral", *svg = NULL;
     llmpar_error err;
+    if (argc == 2 && !strcmp(argv[1], "--help")) return puts("moe [--preset NAME] [--tokens N] [--experts N] [--k N] [--ranks N] [--skew X] [--svg FILE]"), 0;
     for (int i = 1; i < argc; i += 2) {
         int64_t *whole = !strcmp(argv[i], "--tokens") ? &tokens : !strcmp(argv[i], "--experts") ? &experts : !strcmp(argv[i], "--k") ? &k : !strcmp(argv[i], "--ranks") ? &ranks : NULL;
         char *end = NULL;
