@@ -587,15 +587,10 @@ here trace        && trace_tests
 here explain      && explain_tests
 here hello        && good "hello" '.' "$B/hello"
 here pipeline     && pipeline_tests
-<<<<<<< HEAD
 here dispatch     && dispatch_tests
-here bench_comm   && comm_tests
-for program in explain heads llama engine trace pipeline dispatch bench_comm; do
-=======
 here route        && route_tests
 here bench_comm   && comm_tests
-for program in explain heads llama engine trace pipeline route bench_comm; do
->>>>>>> w_route
+for program in explain heads llama engine trace pipeline dispatch route bench_comm; do
     here $program || continue
     good "$program --help" "^(usage: )?$program " "$B/$program" --help
     [ -s "$T/out" ] && [ ! -s "$T/err" ] && ok || bad "$program --help writes to stderr"
