@@ -37,7 +37,7 @@ all: $(EXAMPLES) $(TOOLS) $(B)/bench_comm $(PEERS) $(if $(MPICCS),$(B)/llama_mpi
 
 help:
 	@echo "make            build every example and tool into build/"
-	@echo "make demo       the same readable text from a real checkpoint on 1, 2, 3 and 4 thread-ranks"
+	@echo "make demo       the same readable text from real checkpoints, dense and with experts, on 1 to 4 thread-ranks"
 	@echo "make test       all tests, seeded and short; last line: N passed, N failed"
 	@echo "make stress     the same tests with the full counts (minutes)"
 	@echo "make bench      speed of planner, pipeline schedules, kernels, collectives (beside MPI's), decode and prefill, with ratios to this machine's limits"

@@ -25,8 +25,11 @@
 //          >>cost     bytes and seconds of collectives and of local work
 //          >>reshard  the cheapest way from one sharding of a tensor to another
 //          >>tree     sums whose bits do not depend on the number of ranks
+//          >>route    expert choice of tokens: router, capacity, losses
+//          >>dispatch which token rows go to which expert and rank
 //          >>graph    a transformer written once, on named dims
 //          >>heads    attention heads over any number of ranks
+//          >>place    copies of experts on ranks: balance, migration
 //          >>solve    which collectives where, exactly; explain
 //          >>model    a transformer's description, from config.json or by name
 //          >>build    the graph of a model
@@ -56,6 +59,7 @@
 //   mesh      named axes, outermost first, "dp=2,tp=4"; the last varies fastest over ranks: neighbours. A group: the ranks that differ along some axes only.
 //   inner     a dim that is contracted; outer: the others. partial sums {U_tp}: what a rank has after a contraction over a split inner dim.
 //   B batch  S sequence  T tokens  H hidden  I intermediate  N query heads  K kv heads  G = N/K  D head dim  V vocabulary  L layers  C cache slots
+//   E experts  J intermediate of an expert  Js of the shared expert, which every token goes through
 
 #ifndef LLMPAR_H
 #define LLMPAR_H
@@ -446,6 +450,222 @@ LLMPAR_DEF int32_t llmpar_tree_pieces(int64_t granules, llmpar_range range, llmp
 LLMPAR_DEF int32_t llmpar_tree_fold(int64_t granules, llmpar_range *node, int32_t n, uint8_t *merges);
 
 // ============================================================================================================
+// >>route   expert choice of tokens: router, capacity, losses                   (uses: base, shard)
+// ============================================================================================================
+// A router turns the logits of a token over E experts into the ids of its k experts and their weights. One desc covers what the published models do.
+//   score     what a logit is worth: p = softmax over all experts, or s = sigmoid(logit), or (CHOSEN) the logit itself, with a softmax over the k chosen as weights
+//   choice    score + correction_bias; with groups only the topk_groups best groups keep theirs; the k largest, ties to the lower id. NaN ranks lowest, behind -infinity
+//   weight    the score without the correction bias, divided by the sum over the chosen if `renormalise`, times scale
+// Ids are always distinct and in [0, E). Weights are never NaN: a NaN logit weighs 0, logits of +infinity share the probability, rows that are all -infinity share it too, and
+// a sum of 0 gives weights of 0. A row's result depends on the row alone, not on the batch it comes in. Scores are f64 (exp within 1e-14); those that agree in 41 bits are ties.
+
+#define LLMPAR_MAX_EXPERTS 2048
+
+typedef enum llmpar_score {
+    LLMPAR_SCORE_SOFTMAX = 0,      // over all experts
+    LLMPAR_SCORE_CHOSEN,           // top-k of the logits, softmax over those (gpt-oss)
+    LLMPAR_SCORE_SIGMOID
+} llmpar_score;
+
+typedef struct llmpar_route_desc {
+    int32_t n_experts;             // E, 1 to LLMPAR_MAX_EXPERTS
+    int32_t k;                     // experts of a token; 0 = 1
+    llmpar_score score;
+    bool    renormalise;
+    int32_t n_groups;              // equal runs of experts; 0 = 1
+    int32_t topk_groups;           // groups that a token may use; 0 = all
+    int32_t group_top;             // a group's score is the sum of so many of its largest choice scores; 0 = 2 with a correction bias, 1 without (DeepSeek's rule)
+    bool    fill_zero;             // experts of the other groups compete with a score of 0 (Hugging Face's DeepSeek), not of -infinity: 0 beats a negative score
+    double  scale;                 // of the weights; 0 = 1
+    double  eps;                   // added to the sum that renormalises, where there is a correction bias
+    bool    scale_input;           // the weight multiplies what goes into the expert (Llama 4), not what comes out: for whoever runs the experts
+    bool    expert_choice;         // experts choose tokens: llmpar_route_experts
+    bool    has_logit_bias;        // the architecture's checkpoints have such biases: for whoever loads them
+    bool    has_correction_bias;
+    const float *logit_bias;       // [E], added to the logits; NULL = none. The desc does not own it
+    const float *correction_bias;  // [E], counts for the choice only; NULL = none
+} llmpar_route_desc;
+
+// The conventions of an architecture, by short name ("mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2", "deepseek-v3", "llama4", "gpt-oss", "switch", "expert-choice") or
+// by Hugging Face's class ("MixtralForCausalLM"), with the published k, groups and scale; n_experts and the biases are left to the caller.
+LLMPAR_DEF llmpar_status llmpar_route_preset(const char *architecture, llmpar_route_desc *desc, llmpar_error *err);
+
+// What config.json says about routing. Zeroed = nothing is said; then Hugging Face's defaults for the class hold.
+typedef struct llmpar_route_config {
+    const char *architecture;      // as for llmpar_route_preset
+    int64_t n_experts;             // num_local_experts, num_experts, n_routed_experts; must be there
+    int64_t k;                     // num_experts_per_tok
+    int64_t n_group, topk_group;
+    double  routed_scaling_factor;
+    int32_t norm_topk_prob;        // 0 = not given, 1 = true, -1 = false
+    const char *scoring_func;      // NULL = not given; "softmax", "sigmoid"
+    const char *topk_method;       // NULL = not given; "greedy", "group_limited_greedy", "noaux_tc"
+} llmpar_route_config;
+LLMPAR_DEF llmpar_status llmpar_route_configure(const llmpar_route_config *config, llmpar_route_desc *desc, llmpar_error *err);
+
+// Errors: sizes out of range, k > E, groups that do not divide E, more groups kept than there are, group_top beyond a group, scale or eps that are negative or not finite.
+LLMPAR_DEF llmpar_status llmpar_route_check(const llmpar_route_desc *desc, llmpar_error *err);
+
+// logits[rows, E] of f32, bf16 or f16 -> ids[rows, k] by falling choice score, weights[rows, k]. pad[rows]: 1 = a padding row, which gets ids of -1 and weights of 0;
+// NULL = none. Allocates nothing; about 64 KiB of stack. Thread-safe.
+LLMPAR_DEF llmpar_status llmpar_route(const llmpar_route_desc *desc, const void *logits, llmpar_dtype dtype, int64_t rows, const uint8_t *pad,
+                                      int32_t *ids, float *weights, llmpar_error *err);
+
+// scores[rows, E] of all experts, f32: softmax (CHOSEN too) or sigmoid, without correction bias and scale; 0 for NaN logits and in padding rows. For losses and llmpar_route_experts.
+LLMPAR_DEF llmpar_status llmpar_route_scores(const llmpar_route_desc *desc, const void *logits, llmpar_dtype dtype, int64_t rows, const uint8_t *pad, float *scores, llmpar_error *err);
+// d_logits[rows, E] = the gradient that d_scores[rows, E] has with respect to the logits; may equal d_scores.
+LLMPAR_DEF llmpar_status llmpar_route_scores_backward(const llmpar_route_desc *desc, const float *scores, const float *d_scores, int64_t rows, float *d_logits, llmpar_error *err);
+// Expert choice (Zhou et al. 2022): every expert takes the `capacity` tokens with its largest scores (ties: the lower token; NaN lowest): tokens[E, capacity] by falling score and
+// weights[E, capacity] = scores times scale. Padding rows are never taken; where there are too few tokens the rest is -1 with weight 0. capacity = rows * k / E is usual.
+LLMPAR_DEF llmpar_status llmpar_route_experts(const llmpar_route_desc *desc, const float *scores, int64_t rows, const uint8_t *pad, int64_t capacity,
+                                              int32_t *tokens, float *weights, llmpar_error *err);
+// counts[E] = how often each expert occurs in ids[n]; -1 is skipped. An id that is no expert is an error.
+LLMPAR_DEF llmpar_status llmpar_route_counts(const int32_t *ids, int64_t n, int32_t n_experts, int64_t *counts, llmpar_error *err);
+
+// ---- Capacity: tokens that an expert takes at most. In exact integers: a factor of 1.1 is 11/10.
+typedef struct llmpar_ratio { int64_t num, den; } llmpar_ratio;
+// "1.25", "5/4", "2"; no sign, no exponent; reduced. Errors: syntax, 0 below the line, more than int64_t holds.
+LLMPAR_DEF llmpar_status llmpar_ratio_parse(const char *text, llmpar_ratio *ratio, llmpar_error *err);
+
+typedef enum llmpar_capacity_kind {
+    LLMPAR_CAPACITY_MEGATRON = 0,  // ceil(T * k / E * factor)
+    LLMPAR_CAPACITY_DEEPSPEED,     // the same
+    LLMPAR_CAPACITY_TUTEL,         // k * floor(factor * ceil(T / E))
+    LLMPAR_CAPACITY_MEGABLOCKS     // floor(factor * k * T * ep / E)
+} llmpar_capacity_kind;
+typedef struct llmpar_capacity_desc {
+    llmpar_capacity_kind kind;
+    int64_t tokens, k, n_experts;  // T; 0 = 1; E
+    llmpar_ratio factor;           // 0 = 1
+    int64_t min_capacity;          // the result is at least this (DeepSpeed's default is 4 there)
+    int64_t ep;                    // MegaBlocks: ranks that the experts are spread over, each with T tokens; 0 = 1
+} llmpar_capacity_desc;
+LLMPAR_DEF llmpar_status llmpar_capacity(const llmpar_capacity_desc *desc, int64_t *capacity, llmpar_error *err);
+
+typedef enum llmpar_drop_policy { LLMPAR_DROP_PROBS = 0 /* the smallest scores go; ties: the later token */, LLMPAR_DROP_POSITION /* the last tokens go */ } llmpar_drop_policy;
+#define LLMPAR_NO_CAPACITY (-1)
+typedef struct llmpar_drop_desc {
+    int64_t rows;
+    int32_t k, n_experts;
+    int64_t capacity;              // of an expert, 0 or more and above rows too; LLMPAR_NO_CAPACITY: nothing is dropped
+    llmpar_drop_policy policy;
+    bool    pad;                   // every expert has `capacity` rows in the buffer (without one: as many as the fullest), not just those that it keeps
+} llmpar_drop_desc;
+// ids[rows, k] (-1 = none) and scores[rows, k] (PROBS only: what llmpar_route returns without renormalising, as DeepSpeed does, or with it, as Megatron does) ->
+// slot[rows, k] = place among the tokens that the expert keeps, in token order, or -1; kept[E], dropped[E] = tokens; offset[E + 1] = first row of each expert in the buffer of all
+// (rows of an expert follow each other; a kept token lies in row offset[id] + slot). scratch: rows * k int32, PROBS only. Steps: rows * k, times the log of an expert's load for PROBS.
+LLMPAR_DEF llmpar_status llmpar_capacity_drop(const llmpar_drop_desc *desc, const int32_t *ids, const float *scores, int32_t *slot, int64_t *kept, int64_t *dropped,
+                                              int64_t *offset, int32_t *scratch, llmpar_error *err);
+
+typedef struct llmpar_load_desc {
+    int32_t n_experts, n_ranks;    // n_ranks 0 = 1
+    const int64_t *counts;         // [E] tokens that each expert computes
+    const int64_t *dropped;        // [E] tokens that it was given beyond those; NULL = none
+    const int32_t *rank_of;        // [E]; NULL = experts are cut into n_ranks runs that differ by at most one
+    double  seconds_per_token;     // of one expert
+} llmpar_load_desc;
+typedef struct llmpar_load {
+    int64_t tokens, dropped;       // computed; dropped
+    double  dropped_share;         // of both together
+    int32_t busiest_expert, busiest_rank;
+    int64_t max_expert, max_rank;  // their tokens
+    double  expert_imbalance, rank_imbalance;   // max / mean; 1 when there are no tokens
+    double  slowest_s, mean_s;     // of the busiest rank; of a rank if all had the same
+    double  lost_s;                // slowest_s - mean_s: what imbalance costs, since all wait for the slowest
+} llmpar_load;
+// rank_load[n_ranks] gets the ranks' tokens.
+LLMPAR_DEF llmpar_status llmpar_load_measure(const llmpar_load_desc *desc, int64_t *rank_load, llmpar_load *load, llmpar_error *err);
+
+// ---- Losses, summed in f64 in the order of tokens. T counts the tokens that are not padding; without any the loss is 0.
+typedef enum llmpar_aux_kind {
+    LLMPAR_AUX_MEGATRON = 0,       // coeff * E / (k T^2) * sum_e count_e * sum_t score[t, e] (also DeepSpeed's for k > 2)
+    LLMPAR_AUX_HF,                 // k times that
+    LLMPAR_AUX_DEEPSPEED,          // top-1 and top-2 gating: coeff * E / T^2 * ..., where count_e counts first choices only
+    LLMPAR_AUX_SEQUENCE            // MEGATRON's for every run of `sequence` rows, then the mean over runs with tokens: DeepSeek-V3's complementary loss (eq. 17 to 20)
+} llmpar_aux_kind;
+typedef struct llmpar_aux_desc {
+    llmpar_aux_kind kind;
+    int64_t rows, sequence;        // SEQUENCE: divides rows; 0 = rows
+    int32_t n_experts, k;
+    double  coeff;                 // 0 = 1
+    bool    normalise;             // scores are divided by their row's sum first: for sigmoid scores (DeepSeek-V3, Megatron)
+    const uint8_t *pad;            // [rows], 1 = padding; NULL = none
+} llmpar_aux_desc;
+// scores[rows, E] from llmpar_route_scores, ids[rows, k] from llmpar_route (ids of padding rows are not looked at). d_scores[rows, E] = gradient, counts held fixed; NULL = not wanted.
+LLMPAR_DEF llmpar_status llmpar_loss_aux(const llmpar_aux_desc *desc, const float *scores, const int32_t *ids, double *loss, float *d_scores, llmpar_error *err);
+// coeff * mean over tokens of logsumexp(logits)^2; NaN logits are left out. d_logits[rows, E] = gradient, or NULL. A row whose logsumexp is infinite makes the loss infinite and gets gradient 0.
+LLMPAR_DEF llmpar_status llmpar_loss_z(const void *logits, llmpar_dtype dtype, int64_t rows, int32_t n_experts, const uint8_t *pad, double coeff, double *loss, float *d_logits, llmpar_error *err);
+// Loss-free balancing (Wang et al. 2024): bias[e] += rate for experts with fewer tokens than the mean, -= rate for those with more.
+LLMPAR_DEF llmpar_status llmpar_bias_update(const int64_t *counts, int32_t n_experts, double rate, float *bias, llmpar_error *err);
+
+// ============================================================================================================
+// >>dispatch   which token rows go to which expert and rank                     (uses: base, shard)
+// ============================================================================================================
+// ids[t * k + j] is the j-th expert of token t; -1 = none (padding, dropped). A token's rows, one per expert that it chose, are sorted by expert and, within an expert,
+// by t * k + j: a counting sort, linear in T k + E, whose result is the same whoever runs it. A rank's experts are next to each other: where they are not,
+// llmpar_dispatch_slots renumbers them (sums keep the experts' own ids).
+//
+// Tokens that are sharded over the ranks go to their experts and back like this, on every rank:
+//   llmpar_dispatch_sort      ids -> offsets, order, inverse
+//   ops.permute               x[T, H] -> rows[offsets[E], H], to = inverse
+//   llmpar_dispatch_send      offsets -> the rows for each rank: AllToAll's send counts
+//   AllToAll of the counts    offsets[e + 1] - offsets[e] goes to the rank of expert e; what comes is counts[ranks, its experts]
+//   llmpar_dispatch_receive   counts -> the rows from each rank: AllToAll's receive counts; and the places that bring an expert's rows next to each other
+//   AllToAll of the rows, ops.permute with to = inverse, ops.grouped (the experts' products), ops.permute with to = order, AllToAll with the counts exchanged
+//   ops.combine               rows -> y[T, H]
+
+// Sorts. ids[tokens * k] -> offsets[n_experts + 1]: expert e has the sorted positions [offsets[e], offsets[e + 1]); order[tokens * k]: at position p the flat index
+// t * k + j, only offsets[n_experts] of them are written; inverse[tokens * k]: the position of flat index t * k + j, -1 = none. order and inverse may be NULL. tokens = 0
+// is legal. Errors: an id outside [-1, n_experts) (with its place), tokens * k above INT32_MAX; offsets, order and inverse are undefined then.
+LLMPAR_DEF llmpar_status llmpar_dispatch_sort(const int32_t *ids, int64_t tokens, int64_t k, int64_t n_experts, int64_t *offsets, int32_t *order, int32_t *inverse,
+                                              llmpar_error *err);
+
+// For kernels that work on blocks of rows of one expert: padded[n_experts + 1], the offsets with every expert's count rounded up to a multiple of `block`
+// (padded[1..] are MegaBlocks' inclusive offsets).
+LLMPAR_DEF llmpar_status llmpar_dispatch_align(const int64_t *offsets, int64_t n_experts, int64_t block, int64_t *padded, llmpar_error *err);
+// And then, as vLLM's moe_align_block_size: slots[padded[n_experts]], order with `pad` between the experts (vLLM: tokens * k), and the expert of each block,
+// block_expert[padded[n_experts] / block]. Either may be NULL.
+LLMPAR_DEF llmpar_status llmpar_dispatch_blocks(const int64_t *offsets, const int64_t *padded, const int32_t *order, int64_t n_experts, int64_t block, int32_t pad,
+                                                int32_t *slots, int32_t *block_expert, llmpar_error *err);
+
+// Who owns which expert. Contiguous: parts as llmpar_split_part cuts them, balanced; round robin: expert e is rank e % ranks'. Any other owner[n_experts] will do too.
+typedef enum llmpar_experts_kind { LLMPAR_EXPERTS_CONTIGUOUS = 0, LLMPAR_EXPERTS_ROUND_ROBIN } llmpar_experts_kind;
+LLMPAR_DEF llmpar_status llmpar_dispatch_owners(llmpar_experts_kind kind, int64_t n_experts, int32_t ranks, int32_t *owner, llmpar_error *err);
+// local[n_experts]: the number of an expert among those of `rank`, in order of ids; -1 = another rank's (vLLM's expert map).
+LLMPAR_DEF llmpar_status llmpar_dispatch_local(const int32_t *owner, int64_t n_experts, int32_t ranks, int32_t rank, int32_t *local, llmpar_error *err);
+// Numbers the experts rank after rank, a rank's in order of ids: slot[n_experts], may be NULL, and first[ranks + 1]: rank r has slots [first[r], first[r + 1]).
+// owner NULL = contiguous (slot[e] = e).
+LLMPAR_DEF llmpar_status llmpar_dispatch_slots(const int32_t *owner, int64_t n_experts, int32_t ranks, int32_t *slot, int64_t *first, llmpar_error *err);
+
+// send[ranks]: rows that go to each rank, itself too, of positions sorted by slot. first[ranks + 1] as above.
+LLMPAR_DEF llmpar_status llmpar_dispatch_send(const int64_t *offsets, const int64_t *first, int32_t ranks, int64_t *send, llmpar_error *err);
+// counts[ranks, experts]: rows that come from each rank for each expert of this one. receive[ranks]: rows from each rank; offsets[experts + 1]: the experts' rows once
+// sorted, those of lower ranks first; order: at sorted position p the place in what came; inverse: the other way round; both have room for `capacity` rows, and
+// offsets[experts] are written (more: DOES_NOT_FIT, with the number). They may be NULL; capacity is not looked at when both are.
+// An expert's rows are in the order of (rank, t, j): that of one rank with all tokens.
+LLMPAR_DEF llmpar_status llmpar_dispatch_receive(const int64_t *counts, int32_t ranks, int64_t experts, int64_t *receive, int64_t *offsets, int32_t *order, int32_t *inverse,
+                                                 int64_t capacity, llmpar_error *err);
+
+// The load of a whole dispatch. Ratios are 1 when there are no rows.
+typedef struct llmpar_dispatch_load {
+    int64_t rows;                  // all (token, expert) pairs
+    int64_t moved;                 // those whose expert is on another rank
+    int64_t most_rank_rows, most_expert_rows;      // of the busiest rank, as owner, and of the busiest expert
+    int32_t rank, expert;          // which these are; the lowest on a tie
+    double  rank_imbalance, expert_imbalance;      // max / mean over ranks and over experts
+} llmpar_dispatch_load;
+// counts[ranks, n_experts]: rows of each rank's tokens for each expert. table[ranks, ranks]: rows that rank s (row) sends to rank d (column), itself too: row r holds what
+// r sends, column r what it receives. per_expert[n_experts]. Exact; OVERFLOW when a sum does not fit. owner NULL = contiguous. table, per_expert and load may be NULL.
+LLMPAR_DEF llmpar_status llmpar_dispatch_counts(const int64_t *counts, int32_t ranks, int64_t n_experts, const int32_t *owner, int64_t *table, int64_t *per_expert,
+                                                llmpar_dispatch_load *load, llmpar_error *err);
+
+// How the results of one token are added: along section tree's tree over the expert ids, in which a node with one half is that half. Of ids[k] those inside `experts`, in
+// ascending order: at[i] = their j, and merges[i] as in section tree, at most LLMPAR_DISPATCH_DEPTH values on the stack; one is left. Returns how many those are.
+// An id that occurs twice is added in order of j. O(k^2).
+#define LLMPAR_DISPATCH_DEPTH 33
+LLMPAR_DEF int32_t llmpar_dispatch_tree(const int32_t *ids, int32_t k, llmpar_range experts, int32_t *at, uint8_t *merges);
+
+// ============================================================================================================
 // >>graph   a transformer written once; which collectives where, solved exactly (uses: base, mesh, shard, cost, reshard, tree)
 // ============================================================================================================
 // A graph is written as if for one device: named tensors and ops on named dims. The solver gives every tensor a sharding and every op a strategy and
@@ -463,12 +683,12 @@ LLMPAR_DEF int32_t llmpar_tree_fold(int64_t granules, llmpar_range *node, int32_
 // calls may be nested unchecked (C does not say which argument comes first: give sizes with llmpar_size then, not in the text of one of them). Everything is allocated
 // from the arena.
 
-#define LLMPAR_MAX_OPERANDS 4
+#define LLMPAR_MAX_OPERANDS 5
 #define LLMPAR_MAX_INDICES  12     // different dims in one op
 
 typedef enum llmpar_op_kind {
     LLMPAR_OP_EINSUM = 0, LLMPAR_OP_ADD, LLMPAR_OP_MUL, LLMPAR_OP_UNARY, LLMPAR_OP_NORM, LLMPAR_OP_SOFTMAX, LLMPAR_OP_ROPE, LLMPAR_OP_ATTENTION,
-    LLMPAR_OP_EMBED, LLMPAR_OP_TAKE, LLMPAR_OP_CROSS_ENTROPY, LLMPAR_OP_OUTPUT, LLMPAR_OP_KIND_COUNT
+    LLMPAR_OP_EMBED, LLMPAR_OP_TAKE, LLMPAR_OP_CROSS_ENTROPY, LLMPAR_OP_EXPERTS, LLMPAR_OP_OUTPUT, LLMPAR_OP_KIND_COUNT
 } llmpar_op_kind;
 
 typedef enum llmpar_tensor_role { LLMPAR_ROLE_ACTIVATION = 0, LLMPAR_ROLE_INPUT, LLMPAR_ROLE_WEIGHT, LLMPAR_ROLE_CACHE } llmpar_tensor_role;
@@ -482,12 +702,26 @@ typedef struct llmpar_node {       // one tensor of a graph
     int32_t tag;                   // for the caller (llmpar_weight_kind); -1 = none
 } llmpar_node;
 
-typedef enum llmpar_activation { LLMPAR_SILU = 0, LLMPAR_GELU, LLMPAR_GELU_TANH, LLMPAR_RELU, LLMPAR_EXP, LLMPAR_SQUARE, LLMPAR_NEGATE } llmpar_activation;
+typedef enum llmpar_activation { LLMPAR_SILU = 0, LLMPAR_GELU, LLMPAR_GELU_TANH, LLMPAR_RELU, LLMPAR_EXP, LLMPAR_SQUARE, LLMPAR_NEGATE, LLMPAR_SIGMOID } llmpar_activation;
+
+// How the experts that several ranks hold together get their tokens. A way that is asked for also leaves pinned experts where they are: their weights are not gathered.
+typedef enum llmpar_experts_way {
+    LLMPAR_EXPERTS_AUTO = 0,       // the cheaper one
+    LLMPAR_EXPERTS_PARTIAL,        // every rank has all tokens and computes its experts' share of each: partial sums
+    LLMPAR_EXPERTS_ALLTOALL        // tokens are split over the same ranks: each is sent to the ranks of its experts, and their results come back
+} llmpar_experts_way;
+
+typedef struct llmpar_experts_desc {
+    llmpar_route_desc  route;      // n_experts: that of the router logits; no biases (NULL)
+    llmpar_activation  function;   // of the gate
+    llmpar_experts_way way;
+} llmpar_experts_desc;
 
 typedef struct llmpar_op {
     int32_t kind;                  // llmpar_op_kind
     int32_t n_in;
-    int32_t in[LLMPAR_MAX_OPERANDS];   // nodes. Attention: q, k, v. Norm: x[, weight[, bias]]. Embed: ids, table. Take: x, ids. Cross entropy: logits, labels
+    int32_t in[LLMPAR_MAX_OPERANDS];   // nodes. Attention: q, k, v. Norm: x[, weight[, bias]]. Embed: ids, table. Take: x, ids. Cross entropy: logits, labels.
+                                       // Experts: x, router logits, gate, up, down
     int32_t out;                   // node
     int32_t cache[2];              // attention: k and v cache nodes [B, K, C, D], or -1
     int32_t block;
@@ -501,6 +735,7 @@ typedef struct llmpar_op {
     int64_t window, context;       // attention: sliding window (0 = none); keys that a query meets in all, for the cost (0 = size of k's sequence dim)
     double  eps, scale;            // norm; attention: factor of the scores (0 = 1/sqrt(D))
     bool    decode_rows;           // attention: the new keys are appended to the cache and the queries read the cache
+    llmpar_experts_desc experts;
 } llmpar_op;
 
 typedef struct llmpar_block {      // ops [first_op, end_op) run `repeats` times; node carry_in is fed by carry_out of the round before
@@ -560,6 +795,9 @@ LLMPAR_DEF int llmpar_attention(llmpar_graph *g, int q, int k, int v, const llmp
 LLMPAR_DEF int llmpar_embed(llmpar_graph *g, int ids, int table);                             // ids[B, S], table[V, H] -> [B, S, H]
 LLMPAR_DEF int llmpar_take(llmpar_graph *g, int x, const char *dim, int ids);                 // x[B, S, H], ids[B] -> [B, H]: one row of each batch item
 LLMPAR_DEF int llmpar_cross_entropy(llmpar_graph *g, int logits, int labels);                 // logits[B, S, V], labels[B, S] -> loss[B, S]; 3 AllReduce inside where V is split
+// x[.., H], router logits [.., E], gate[E, J, H], up[E, J, H], down[E, H, J] -> [.., H]: the sum over a token's experts e of w_e * down_e(f(gate_e x) * up_e x), w_e and the choice by
+// the router, added along section tree's tree over all E experts. Ranks that share the experts hold different ones (E split) or parts of each (J split).
+LLMPAR_DEF int llmpar_experts(llmpar_graph *g, int x, int router, int gate, int up, int down, const llmpar_experts_desc *desc);
 LLMPAR_DEF void llmpar_output(llmpar_graph *g, int node, const char *text);                   // "y[B_dp, S, H]": that layout; dims in any order, the storage stays. "y": the solver chooses
 
 // The ops between begin and end run `repeats` times. begin returns the node to use inside; end takes what the next round gets and returns the node to use after.
@@ -567,7 +805,8 @@ LLMPAR_DEF int llmpar_repeat_begin(llmpar_graph *g, int repeats, int start);
 LLMPAR_DEF int llmpar_repeat_end  (llmpar_graph *g, int carry_out);
 
 // What each mesh axis does in an op: splits index `index`, or nothing (index -1), or passes partial sums of operand `partial` through (linear ops; a mask of operands).
-typedef struct llmpar_choice { int8_t index; uint8_t partial; } llmpar_choice;
+// With an owner, an operand that lacks `index` is split on index `owner`: tokens and experts over the same ranks, and the op sends tokens to their experts' ranks.
+typedef struct llmpar_choice { int8_t index; uint8_t partial; int8_t owner; } llmpar_choice;   // owner -1 = none
 // The legal choices of one op for one axis; at most `capacity`; returns how many there are. Without `linear`, or in an invariant graph, partial operands are left out.
 #define LLMPAR_MAX_CHOICES 32
 LLMPAR_DEF int llmpar_op_choices(const llmpar_graph *g, int op, bool linear, llmpar_choice *choices, int capacity);
@@ -628,6 +867,68 @@ LLMPAR_DEF llmpar_status llmpar_heads_pack(const llmpar_heads_desc *desc, int32_
 LLMPAR_DEF int64_t llmpar_heads_kv_bytes_per_token(const llmpar_heads *heads, int32_t head_dim, int32_t layers, llmpar_dtype dtype);
 
 // ============================================================================================================
+// >>place   copies of experts on ranks: balance, migration                     (uses: base)
+// ============================================================================================================
+// E experts have R copies in R slots on P GPUs, R/P slots each: slot s lies on GPU s / (R/P), GPU g on node g / (P/N). An expert's load is shared evenly by its copies. Every mode looks for a
+// small largest load of a GPU: max over GPUs of the sum over its slots of load / copies.
+// Expert e is of group e / (E/G). Where N divides G every node has G/N whole groups, all copies of their experts: a token that is routed to few groups goes to few nodes. Else, and with `global`,
+// any copy may lie anywhere.
+
+typedef enum llmpar_place_mode {
+    LLMPAR_PLACE_DEEPSEEK = 0,     // DeepSeek's EPLB: its order, its f32 arithmetic, stable sorts. May put two copies of an expert on one GPU
+    LLMPAR_PLACE_NO_DUPLICATES,    // never two copies of an expert on one GPU; so an expert has no more copies than there are GPUs (of its node)
+    LLMPAR_PLACE_BETTER            // DeepSeek's, then improved: its max is never higher. Two copies of an expert share a GPU only where that was found to be better
+} llmpar_place_mode;
+
+typedef struct llmpar_place_desc {
+    int32_t n_experts, n_replicas; // E; R >= E, a multiple of n_gpus
+    int32_t n_groups, n_nodes;     // G, divides E, 0 = 1; N, divides P, 0 = 1
+    int32_t n_gpus;                // P
+    int32_t mode;                  // llmpar_place_mode
+    bool    global;                // groups and nodes bind nothing
+    int64_t work;                  // steps of some ns that the search may take, all modes but DeepSeek's; 0 = 300 * R, but 2^20 (up to 0.1 s) where a node, or all GPUs, has at most 32 slots
+} llmpar_place_desc;
+
+typedef struct llmpar_placement {  // tables belong to the arena
+    int32_t  n_experts, n_slots, n_nodes, n_gpus;
+    int32_t *expert;               // [n_slots] of each slot
+    int32_t *first;                // [n_experts + 1] the copies of expert e are in the slots slot[first[e]] .. slot[first[e + 1] - 1], ascending
+    int32_t *slot;                 // [n_slots]
+    double  *load;                 // [n_gpus] in the unit of the loads
+    double   max, mean;            // of load[]
+    bool     proven;               // no placement that the mode allows has a smaller max (relative 1e-12)
+} llmpar_placement;
+
+// load[n_experts]: tokens, or any other measure >= 0; all zero is fine. The same on every rank. Up to 32 slots of a node (of all GPUs where groups bind nothing) the search of NO_DUPLICATES and
+// BETTER is exhaustive while `work` lasts (`proven`). Time about R log R for DeepSeek's, plus `work`. Memory: about 200 bytes a slot, most of it given back. Errors: sizes that do not divide, fewer
+// replicas than experts, loads below 0, NaN or infinite, no placement without duplicates.
+LLMPAR_DEF llmpar_status llmpar_place(const llmpar_place_desc *desc, const double *load, llmpar_arena *arena, llmpar_placement *placement, llmpar_error *err);
+// A placement that is there already: expert[n_replicas] of each slot, every expert in at least one. load may be NULL: 0. Of desc the five sizes are used.
+LLMPAR_DEF llmpar_status llmpar_place_given(const llmpar_place_desc *desc, const int32_t *expert, const double *load, llmpar_arena *arena, llmpar_placement *placement, llmpar_error *err);
+
+// From one placement to another of the same sizes. First, if you like: GPUs of a node, and whole nodes, are alike, so what they hold may trade places. `to` becomes that of all such placements for
+// which the fewest experts have to move (Hungarian method; time about P^2 * (R/P + P/N)). Errors: different sizes, more than 4096 nodes or GPUs of a node.
+LLMPAR_DEF llmpar_status llmpar_place_rename(const llmpar_placement *from, llmpar_placement *to, llmpar_arena *scratch, llmpar_error *err);
+// Then the moves. A GPU gets each expert that it lacks once, which is the least there is, and copies it where it wants two.
+typedef struct llmpar_place_move { int32_t expert, from_slot, to_slot; } llmpar_place_move;
+typedef struct llmpar_migration {  // tables belong to the arena
+    int32_t n_moves, n_local;      // transfers, then copies within a GPU; bytes over links = n_moves * bytes of an expert
+    int32_t n_between_nodes;       // of n_moves
+    int32_t max_sent, max_received;    // experts, of any GPU
+    llmpar_place_move *move;       // [n_moves + n_local] both ascending in to_slot. Transfers read the old placement: receive into spare memory, or write nothing that is still to be sent;
+                                   //   copies come after them and read a slot of the new one
+} llmpar_migration;
+// The slots of `to` trade places within each GPU, so that as many as can be keep the expert that they have in `from`. Senders are of the receiver's node where that has a copy; under this rule
+// the most that a GPU sends is the least there is.
+LLMPAR_DEF llmpar_status llmpar_place_migrate(const llmpar_placement *from, llmpar_placement *to, llmpar_arena *arena, llmpar_migration *migration, llmpar_error *err);
+
+// Which copy a token uses: slot[i] for ids[i], i < n. The next token of expert e goes to copy next[e] mod c of its c copies in slot order, and next[e] grows by one: next[n_experts], in and out.
+// node >= 0: of the copies on that node alone, where it has any. id -1 (padding): slot -1. Balance, without a node: the tokens of an expert on any two of its copies differ by at most 1 for one
+// source; over all sources by at most 1 if next[e] begins at the number of e's tokens on the sources before, by at most the number of sources if it begins anywhere, such as at the source's rank.
+// With a node: the same over the node's copies and sources. Errors: an id or a node that is none; what was written before stays.
+LLMPAR_DEF llmpar_status llmpar_place_route(const llmpar_placement *placement, const int32_t *ids, int64_t n, int32_t node, int64_t *next, int32_t *slot, llmpar_error *err);
+
+// ============================================================================================================
 // >>solve   the cheapest plan of a graph, exactly; explain                     (uses: base, mesh, shard, cost, reshard, graph)
 // ============================================================================================================
 // Per mesh axis an op splits one of its indices, or none, or passes partial sums through; a joint strategy gives every axis a choice and orders the axes that split
@@ -647,7 +948,7 @@ typedef struct llmpar_step {       // a move (op < 0) or an op
     int32_t out;                   // value; -1 for an output op
     int32_t cache[2];              // values of an attention's caches, or -1
     llmpar_move move;              // when op < 0
-    llmpar_axes inner;             // op: axes of the collectives inside it (cross entropy over a split vocabulary)
+    llmpar_axes inner;             // op: axes of the collectives inside it (cross entropy over a split vocabulary; experts that tokens are sent to)
     double  seconds;
 } llmpar_step;
 
@@ -676,7 +977,7 @@ LLMPAR_DEF llmpar_status llmpar_solve(llmpar_graph *g, const llmpar_solve_desc *
 LLMPAR_DEF llmpar_tensor llmpar_plan_tensor(const llmpar_plan *plan, int value);              // dims, sizes and sharding of a value
 // Collectives that the plan makes on one rank: calls and payload bytes per kind and axes, what comm will count. At most `capacity` rows; returns how many there are.
 // In an invariant graph the AllReduce of a sum is an AllGather of the ranks' pieces, or, where that costs more, an AllToAll of them by slices and an AllGather of the
-// slices' sums; plan.seconds counts a plain AllReduce.
+// slices' sums; plan.seconds counts a plain AllReduce. Experts that send tokens: the AllGather of how many go where is counted here, the AllToAll depend on the router (llmpar_exec_routed).
 typedef struct llmpar_traffic { llmpar_collective kind; llmpar_axes axes; int64_t calls, payload_bytes; } llmpar_traffic;
 LLMPAR_DEF int llmpar_plan_traffic(const llmpar_plan *plan, int32_t rank, llmpar_traffic *rows, int capacity);
 
@@ -684,10 +985,10 @@ LLMPAR_DEF int llmpar_plan_traffic(const llmpar_plan *plan, int32_t rank, llmpar
 LLMPAR_DEF llmpar_status llmpar_explain(const llmpar_plan *plan, llmpar_sink sink, llmpar_error *err);
 
 // ============================================================================================================
-// >>model   a transformer's description, from config.json or by name           (uses: base, shard)
+// >>model   a transformer's description, from config.json or by name           (uses: base, shard, route)
 // ============================================================================================================
 // One struct describes a model to the planner, the graph builder, the weight loader and the examples. Letters: B batch, S sequence, H hidden,
-// I intermediate, N query heads, K kv heads, D head dim, V vocabulary, L layers.
+// I intermediate, N query heads, K kv heads, D head dim, V vocabulary, L layers; E experts, J and Js intermediate of an expert and of the shared one.
 
 typedef enum llmpar_rope_kind { LLMPAR_ROPE_DEFAULT = 0, LLMPAR_ROPE_LINEAR, LLMPAR_ROPE_LLAMA3 } llmpar_rope_kind;
 
@@ -700,6 +1001,7 @@ typedef struct llmpar_rope_scaling {
 } llmpar_rope_scaling;
 
 #define LLMPAR_MAX_EOS 8
+#define LLMPAR_MAX_DENSE 1024      // layers that mlp_only_layers can name
 typedef struct llmpar_model {
     char    architecture[64];      // as in config.json: "LlamaForCausalLM"
     int64_t layers, hidden, intermediate, n_heads, n_kv_heads, head_dim, vocabulary, positions;
@@ -711,16 +1013,27 @@ typedef struct llmpar_model {
     llmpar_dtype dtype;            // of the checkpoint, as config.json says; files may differ tensor by tensor
     int32_t n_eos;
     int64_t eos[LLMPAR_MAX_EOS];   // tokens that end a sequence
+    // Mixture of experts: a sparse layer has a router and experts in the place of the MLP. See llmpar_model_sparse.
+    int64_t n_experts;             // 0 = every layer is dense
+    llmpar_route_desc route;       // how a token chooses its experts, and their weights
+    int64_t expert_intermediate;   // of each expert
+    int64_t shared_intermediate;   // of the expert that every token goes through; 0 = there is none
+    bool    shared_gate;           // its result is scaled by sigmoid(x . w)
+    int64_t sparse_step;           // every sparse_step-th layer is sparse: layer l when sparse_step divides l + 1, unless its bit is set in dense[]; 0 = 1
+    uint64_t dense[LLMPAR_MAX_DENSE / 64];
 } llmpar_model;
 
 // text[bytes] = config.json (no terminating 0 needed); allocates nothing. Keys that are absent get the defaults of Hugging Face's config class;
-// absent num_key_value_heads = n_heads; layers, hidden, intermediate, heads and vocabulary must be there. Members that are not read are checked for
-// syntax and skipped. Errors name line, column, key, what was found and what is expected; an unknown architecture, rope type or activation gets the
-// list of known ones.
+// absent num_key_value_heads = n_heads (with experts: the class's); layers, hidden, intermediate, heads and vocabulary must be there. intermediate_size of Mixtral is
+// its experts': intermediate and expert_intermediate get it. Members that are not read are checked for syntax and skipped. Errors name line, column, key, what was found and
+// what is expected; an unknown architecture, rope type or activation gets the list of known ones.
 LLMPAR_DEF llmpar_status llmpar_model_parse(const char *text, size_t bytes, llmpar_model *model, llmpar_error *err);
-// "llama-3-8b", "llama-3-70b", "llama-3-405b".
+// "llama-3-8b", "llama-3-70b", "llama-3-405b"; "mixtral-8x7b", "qwen3-30b-a3b", "qwen2-57b-a14b": the figures of their published config.json (huggingface.co:
+// mistralai/Mixtral-8x7B-v0.1, Qwen/Qwen3-30B-A3B, Qwen/Qwen2-57B-A14B).
 LLMPAR_DEF llmpar_status llmpar_model_preset(const char *name, llmpar_model *model, llmpar_error *err);
 LLMPAR_DEF llmpar_status llmpar_model_check(const llmpar_model *model, llmpar_error *err);    // sizes > 0, n_kv divides n_heads, products fit, ...
+LLMPAR_DEF bool    llmpar_model_sparse(const llmpar_model *model, int64_t layer);             // does layer (from 0) have experts?
+LLMPAR_DEF int64_t llmpar_model_sparse_layers(const llmpar_model *model);                     // how many do
 // Inverse frequencies [head_dim / 2] of the rotary embedding, scaling applied (what Hugging Face's modeling_rope_utils computes, in f64, then rounded
 // to f32: within 1e-6, relative, of its f32 arithmetic).
 LLMPAR_DEF void llmpar_rope_frequencies(const llmpar_rope_scaling *rope, int64_t head_dim, float *frequencies);
@@ -734,23 +1047,30 @@ typedef enum llmpar_weight_kind {
     LLMPAR_W_Q_NORM, LLMPAR_W_K_NORM,                                      // [D]
     LLMPAR_W_GATE, LLMPAR_W_UP, LLMPAR_W_DOWN,                             // wgate[I, H], wup[I, H], wdown[H, I]
     LLMPAR_W_GATE_BIAS, LLMPAR_W_UP_BIAS, LLMPAR_W_DOWN_BIAS,              // bgate[I], bup[I], bdown[H]
+    LLMPAR_W_ROUTER,               // wr[E, H]
+    LLMPAR_W_EXPERT_GATE, LLMPAR_W_EXPERT_UP, LLMPAR_W_EXPERT_DOWN,        // egate[E, J, H], eup[E, J, H], edown[E, H, J]
+    LLMPAR_W_SHARED_GATE, LLMPAR_W_SHARED_UP, LLMPAR_W_SHARED_DOWN,        // sgate[Js, H], sup[Js, H], sdown[H, Js]
+    LLMPAR_W_SHARED_SCALE,         // sscale[H]: the shared expert's result is scaled by sigmoid(x . sscale)
     LLMPAR_W_HEAD,                 // head[V, H]
     LLMPAR_W_COUNT
 } llmpar_weight_kind;
 LLMPAR_DEF const char *llmpar_weight_name(llmpar_weight_kind kind);                           // "wq": the name in graphs and pins
-// Does this model have such a weight? (a tied head has no head of its own)
+// Does this model have such a weight, in any layer? (a tied head has no head of its own; dense layers have W_GATE and so on, sparse ones W_ROUTER and so on)
 LLMPAR_DEF bool llmpar_model_has(const llmpar_model *model, llmpar_weight_kind kind);
 // The weight as a tensor with sizes, dim names and split rules, replicated: N is cut by QUERY_HEADS, K by KV_HEADS (group = N/K), the others balanced.
 LLMPAR_DEF void llmpar_model_weight(const llmpar_model *model, llmpar_weight_kind kind, llmpar_tensor *weight);
 // Where the weight is in a checkpoint: candidate `choice` = 0, 1, ...: its own tensor, the same without the prefix "model.", then rows of a fused one
 // (qkv_proj: q, k, v; gate_up_proj: gate, up). name[] gets the file tensor's name, *row_offset the first row that belongs to the weight and
 // *file_rows the rows that the file tensor must have; a row is one index of the file tensor's dim 0. The head of a tied model is found in the
-// embedding. false: no more candidates.
+// embedding. Of egate, eup and edown one expert's part is named: a tensor of its own, or rows of one that holds all experts', newer transformers'
+// experts.gate_up_proj[E, 2 J, H] and experts.down_proj[E, H, J], where a row is an index of the first two dims. `expert` is ignored elsewhere.
+// false: no more candidates.
 #define LLMPAR_TENSOR_NAME 160
-LLMPAR_DEF bool llmpar_model_tensor_name(const llmpar_model *model, llmpar_weight_kind kind, int64_t layer, int choice,
+LLMPAR_DEF bool llmpar_model_tensor_name(const llmpar_model *model, llmpar_weight_kind kind, int64_t layer, int64_t expert, int choice,
                                          char name[LLMPAR_TENSOR_NAME], int64_t *row_offset, int64_t *file_rows);
 // Parameters of the whole model (weights counted once; a tied head adds none).
 LLMPAR_DEF int64_t llmpar_model_parameters(const llmpar_model *model);
+LLMPAR_DEF int64_t llmpar_model_active_parameters(const llmpar_model *model);                 // those that one token goes through: route.k of the experts
 
 // ============================================================================================================
 // >>build   the graph of a model                                               (uses: graph, heads, model)
@@ -774,13 +1094,19 @@ typedef struct llmpar_build_desc {
     bool    no_embed, no_end;      // a stage of a pipeline. It begins with input "h_in"[B, S, H], what the stage before ends with, instead of ids and the embedding; it ends
                                    //   after its last layer: output "h_out", laid out like h_in
     bool    invariant;             // an invariant graph: I gets 32 to 64 granules, of 128 items and more from I = 4096 on; heads are granules
-    int64_t layers;                // 0 = the model's
+    int64_t first_layer, layers;   // those that are built; layers 0 = all from first_layer on
+    const char *experts;           // the experts' own mesh over the same ranks, outermost first: "ep=4", "edp=2,ep=2", "ep=2,etp=2". ep: different experts; etp: each expert's
+                                   //   intermediate; edp, or what is left of the ranks: the same. Each is one of the mesh's axes, or neighbouring ones together.
+                                   //   NULL: the mesh's axis ep, and tp as etp
+    llmpar_experts_way experts_way;
 } llmpar_build_desc;
 // Writes the graph into g (fresh from llmpar_graph_init): input "ids"[B, S] i32, weights named as llmpar_weight_name says with tag = kind, caches
 // "k_cache", "v_cache" [B, K, C, D], layers as one repeat block. Node names: h0 (embeddings), h (the block's carry), x, q, k (after rope), v, o,
-// h1 (h + o), x1, h2 (what leaves a layer), hidden (after the last norm), logits. Weights and caches have the same node numbers in every graph of a
+// h1 (h + o), x1, router (f32 logits over the experts), h2 (what leaves a layer), hidden (after the last norm), logits. Where dense and sparse layers alternate, each run
+// of equal layers is a block with weights and caches of its own: names in block b > 0 end in ".b" ("wq.1", "k_cache.1", "h2.1"). Weights and caches have the same node numbers in every graph of a
 // model that has a head and a cache, whatever batch, seq and the flags are (but for no_embed and no_end): llmpar_exec can share them.
-// Errors: the model's, sizes below 0, context below seq, loss together with last_only, no_head or no_end; then the graph's.
+// With pin_weights experts' weights are egate[E_ep, J_tp, H] and so on; the router is whole, the shared expert split like a dense MLP. In an invariant graph J stays whole.
+// Errors: the model's, an experts' mesh that does not fit, sizes below 0, context below seq, loss together with last_only, no_head or no_end; then the graph's.
 LLMPAR_DEF llmpar_status llmpar_build(const llmpar_model *model, const llmpar_build_desc *desc, llmpar_graph *g, llmpar_error *err);
 
 // ============================================================================================================
@@ -1275,13 +1601,13 @@ LLMPAR_DEF const char   *llmpar_checkpoint_file(const llmpar_checkpoint *checkpo
 LLMPAR_DEF int64_t       llmpar_checkpoint_bytes_read(const llmpar_checkpoint *checkpoint);   // by pread so far; headers, config and index included
 
 // Reads rank's block of `weight` from file tensor `name` into dst, converting between f32, bf16 and f16. The file tensor must have file_rows rows
-// (its dim 0), of which the weight's begin at row_offset; its dims are products of the weight's in order: wq[N, D, H] in [N*D, H], wo[H, N, D] in [H,
+// (its dim 0, or its first dims together), of which the weight's begin at row_offset; its dims are products of the weight's in order: wq[N, D, H] in [N*D, H], wo[H, N, D] in [H,
 // N*D]. dst holds llmpar_tensor_local_elements(weight, mesh, rank) elements of dtype, row-major; nothing is written for an empty block. A failed read
 // leaves dst undefined. Blocks. Not thread-safe on one checkpoint: each rank opens its own.
 LLMPAR_DEF llmpar_status llmpar_checkpoint_read(llmpar_checkpoint *checkpoint, const char *name, int64_t row_offset, int64_t file_rows, const llmpar_tensor *weight,
                                                 const llmpar_mesh *mesh, int32_t rank, void *dst, llmpar_dtype dtype, llmpar_error *err);
 // The same for a weight of the model, found by the architecture's table (own tensor or part of a fused one). layer is ignored for embed, final norm
-// and head.
+// and head. Of experts' weights [E, ..] only the experts in rank's block are looked for and read, each from its own tensor or from its rows of the one of all.
 LLMPAR_DEF llmpar_status llmpar_checkpoint_read_weight(llmpar_checkpoint *checkpoint, llmpar_weight_kind kind, int64_t layer, const llmpar_tensor *weight,
                                                        const llmpar_mesh *mesh, int32_t rank, void *dst, llmpar_dtype dtype, llmpar_error *err);
 
@@ -1290,7 +1616,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_read_weight(llmpar_checkpoint *checkp
 LLMPAR_DEF llmpar_status llmpar_safetensors_check(const char *image, size_t image_bytes, int64_t file_bytes, const llmpar_allocator *allocator, llmpar_error *err);
 
 // ============================================================================================================
-// >>ops   kernels behind a table that an engine replaces one by one            (uses: base, tree, model's activation enum)
+// >>ops   kernels behind a table that an engine replaces one by one            (uses: base, tree, dispatch, model's activation enum)
 // ============================================================================================================
 // Activations are f32. Weights are f32, bf16 or f16 as stored; products accumulate in f32. Kernels allocate nothing, start no threads and keep no
 // state, so ranks may share a table. Sizes of 0 are legal everywhere: such a call does nothing.
@@ -1335,6 +1661,26 @@ typedef struct llmpar_binary_args { int64_t n; const float *a, *b; float *y; boo
 typedef struct llmpar_gated_args  { int64_t n; const float *gate, *up; float *y; llmpar_activation kind; } llmpar_gated_args;     // y = act(gate) * up; y may equal either
 typedef struct llmpar_bias_args   { int64_t rows, n; const float *x, *bias; float *y; } llmpar_bias_args;                         // y[r, i] = x[r, i] + bias[i]; y may equal x
 typedef struct llmpar_softmax_args { int64_t rows, n; const float *x; float *y; } llmpar_softmax_args;                            // over the last dim; y may equal x
+// Rows go where section dispatch sends them: y[to[r * k + j] - first] = x[r] for j < k, where that lies inside [0, count); rows of `bytes` bytes, of any dtype. x and y do not overlap.
+typedef struct llmpar_permute_args { int64_t rows, k, bytes, first, count; const void *x; const int32_t *to; void *y; } llmpar_permute_args;
+// Rows p in [offsets[e], offsets[e + 1]) of c[., n] (+)= a's rows p * the b of expert e, which is at b + e * b_stride elements. Rows are counted from offsets[0]: row p is at
+// a + (p - offsets[0]) * lda, and so in c. gemm.m is not looked at; its scratch is for the most rows of one expert. A row's bits do not depend on how many rows its expert has.
+typedef struct llmpar_grouped_args { llmpar_gemm gemm; int64_t experts, b_stride; const int64_t *offsets; } llmpar_grouped_args;
+// The sum of what a token's experts say: of weights[t * k + j] * y[from[t * k + j] - first] (weights NULL = 1) over those j whose ids[t * k + j] is inside `experts`, as
+// llmpar_dispatch_tree adds them: a token's bits do not depend on where its experts are. from: the sorted positions (inverse).
+// out[tokens, n] if not `pieces`; else out[p, tokens, n] for the llmpar_tree_pieces of `experts` in [0, n_experts), piece after piece, stride elements apart. A sum of
+// nothing is -0.0, which adds nothing to any number: the pieces of all ranks, added by section tree's stack machine, have the bits of one rank with all experts.
+typedef struct llmpar_combine_args {
+    int64_t        tokens, k, n, n_experts;
+    llmpar_range   experts;
+    bool           pieces;
+    const int32_t *ids, *from;     // [tokens, k]; -1 in ids = none
+    const float   *weights;        // [tokens, k]
+    const float   *y;              // [rows, n]: sorted rows from position `first` on
+    int64_t        first, stride;
+    float         *out;
+    void          *scratch;        // llmpar_combine_scratch bytes, aligned as malloc does it
+} llmpar_combine_args;
 // Rows [first, first + count) of a table[., n]: y[r] = table[ids[r] - first], or zeros when ids[r] lies outside.
 typedef struct llmpar_embed_args  { int64_t rows, n, first, count; const int32_t *ids; const void *table; llmpar_dtype dtype; float *y; } llmpar_embed_args;
 
@@ -1350,6 +1696,9 @@ typedef struct llmpar_ops {
     void (*bias)     (void *user, const llmpar_bias_args      *args);
     void (*softmax)  (void *user, const llmpar_softmax_args   *args);
     void (*embed)    (void *user, const llmpar_embed_args     *args);
+    void (*permute)  (void *user, const llmpar_permute_args   *args);
+    void (*grouped)  (void *user, const llmpar_grouped_args   *args);
+    void (*combine)  (void *user, const llmpar_combine_args   *args);
     bool invariant;                // every kernel gives a row, a column or a head the same bits whatever rows, columns and heads else are in the call. Needed to run an
                                    //   invariant graph with a table of one's own. llmpar_ops_cpu leaves it false: who replaces a kernel would inherit the promise
 } llmpar_ops;
@@ -1358,6 +1707,7 @@ typedef struct llmpar_ops {
 LLMPAR_DEF llmpar_ops llmpar_ops_cpu(void);
 LLMPAR_DEF int64_t    llmpar_gemm_scratch(int64_t m, int64_t n, int64_t k, llmpar_dtype b_dtype);            // floats
 LLMPAR_DEF int64_t    llmpar_attention_scratch(int64_t queries, int64_t n_keys, int64_t q_heads, int64_t d); // floats
+LLMPAR_DEF int64_t    llmpar_combine_scratch(int64_t k, int64_t n);                                          // bytes
 
 // Picks the next token from logits[n] on the CPU: temperature 0 = the largest (ties: the lowest id), else softmax(logits / temperature) cut to the
 // smallest set whose probability reaches top_p (0 or 1 = all), drawn with *state (splitmix64, advanced once). scratch: n floats and n int32. NaN logits: -1.
@@ -1395,6 +1745,13 @@ LLMPAR_DEF const float *llmpar_exec_output(llmpar_exec *exec, const char *name, 
 LLMPAR_DEF size_t       llmpar_exec_bytes(const llmpar_exec *exec);                            // all its buffers
 // What this rank's communicators counted in all runs since creation, in llmpar_plan_traffic's rows.
 LLMPAR_DEF int          llmpar_exec_traffic(const llmpar_exec *exec, llmpar_traffic *rows, int capacity);
+// What the AllToAll of this rank's experts moved in all runs, told from the router's choices alone: with llmpar_plan_traffic's rows these are what the communicators count.
+typedef struct llmpar_routed {
+    llmpar_axes axes;
+    int64_t     calls, payload_bytes;
+    int64_t     most_tokens;       // the most tokens that this rank held in one step, its own and those that others sent at a time
+} llmpar_routed;
+LLMPAR_DEF int          llmpar_exec_routed(const llmpar_exec *exec, llmpar_routed *rows, int capacity);   // a row per set of axes; returns how many there are
 // Called after every step with this rank's values, for tests and tracing; NULL = none. Of a sum along the tree, before it is exchanged: this rank's pieces, if any.
 LLMPAR_DEF void         llmpar_exec_watch(llmpar_exec *exec, void (*fn)(int step, int round, const llmpar_tensor *out, const void *data, void *user), void *user);
 
@@ -1466,7 +1823,7 @@ LLMPAR_DEF llmpar_status llmpar_stages_timing(const llmpar_stages *stages, const
 typedef struct llmpar_engine llmpar_engine;
 typedef struct llmpar_engine_desc {
     const char       *folder;      // checkpoint
-    const llmpar_mesh *mesh;       // axes pp (layers), dp (rows) and tp (heads, intermediate, vocabulary); others are an error until they are implemented
+    const llmpar_mesh *mesh;       // axes pp (layers), dp (rows), tp (heads, intermediate, vocabulary) and ep (experts); others are an error until they are implemented
     llmpar_comm      *world;       // mesh rank = comm rank; must outlive the engine
     int64_t           max_batch;   // rows; 0 = 1. Split over dp; more dp ranks than rows is legal
     int64_t           max_prompt;  // tokens per row of one prefill run; 0 = max_context. Shorter prompts are padded to it, longer ones run in pieces:
@@ -1477,13 +1834,15 @@ typedef struct llmpar_engine_desc {
     bool              keep_dtype;  // matrices stay bf16 / f16 in memory when the file has them so in all layers; default: f32
     bool              round_weights;   // round all weights to weight_dtype on load; matrices are kept in it, which halves what decode reads
     llmpar_dtype      weight_dtype;    // with round_weights
-    bool              invariant;   // the same bits of the logits at every tp and pp, uneven ones too (prefill as at tp=1, decode as at tp=1; the two need not agree with
-                                   //   each other), see llmpar_graph. Refused: a table of ops that does not promise it, CBLAS, axes other than pp, dp and tp
+    bool              invariant;   // the same bits of the logits at every tp, ep and pp, uneven ones too (prefill as at tp=1, decode as at tp=1; the two need not agree with
+                                   //   each other), see llmpar_graph. Refused: a table of ops that does not promise it, CBLAS, axes other than pp, dp, tp and ep
     int32_t           n_virtual;   // stages of a rank of axis pp; 0 = 1, or as many as the schedule has
     int32_t           n_micro;     // groups that the rows are cut into; 0 = size of pp. At most max_batch; every group gets the same number of rows, the last one fewer
     int64_t           chunk;       // tokens of a row that go through a stage at a time in prefill; 0 = max_prompt
     const char       *schedule;    // order of a rank's work in prefill: that of F in one of llmpar_pipe_kind's schedules, by name; NULL = "forward". Matters with several
                                    //   stages a rank; those in the shape of a V place them so
+    const char       *experts;     // the experts' own mesh over the ranks of a stage, see llmpar_build_desc: "ep=4" on tp=4; NULL: axis ep. Needed during creation only
+    llmpar_experts_way experts_way;
     bool              record;      // for llmpar_engine_timing: the clock is read around everything a stage does
     const llmpar_ops *ops;         // NULL = llmpar_ops_cpu(); copied
     llmpar_hardware   hardware;    // for the plans' costs and, with memory_bytes, their limit; zeroed = llmpar_hardware_threads
@@ -1491,7 +1850,7 @@ typedef struct llmpar_engine_desc {
     llmpar_log        log;         // progress of loading
 } llmpar_engine_desc;
 // Collective; blocks until every rank has loaded. When one rank fails all fail, with its error ("rank 2: ..."). Where ranks load for very different
-// times the world's timeout_s must be longer than that. Errors: the checkpoint's, the plan's, an axis of size > 1 other than pp, dp and tp, fewer layers
+// times the world's timeout_s must be longer than that. Errors: the checkpoint's, the plan's, an axis of size > 1 other than pp, dp, tp and ep, ep without experts, fewer layers
 // than stages, max_context past the model's positions, no memory. hardware.memory_bytes limits each plan: of one stage, with the caches of one
 // group of rows; further stages and groups of the rank, an exec's scratch, inputs and outputs, and messages come on top: llmpar_engine_stats.memory_bytes.
 LLMPAR_DEF llmpar_status llmpar_engine_create(const llmpar_engine_desc *desc, llmpar_engine **engine, llmpar_error *err);
@@ -1601,13 +1960,23 @@ LLMPAR_DEF llmpar_exec       *llmpar_engine_exec(llmpar_engine *engine, int phas
 #define LLMPARI_ONCE_BEGIN
 #define LLMPARI_ONCE_END
 #endif
+// Plain loops that are to become vectors at -O2 too, where gcc takes none whose length it does not know (measured: the router takes a quarter of the time).
+#if defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__) && !defined(__CUDACC__) && defined(__GNUC__) && !defined(__clang__)
+#define LLMPARI_LOOPS_BEGIN _Pragma("GCC push_options") _Pragma("GCC optimize(\"O3\")")
+#define LLMPARI_LOOPS_END   _Pragma("GCC pop_options")
+#else
+#define LLMPARI_LOOPS_BEGIN
+#define LLMPARI_LOOPS_END
+#endif
 
 #if defined(__GNUC__) || defined(__clang__)
 #define LLMPARI_FN static __attribute__((unused))
+#define LLMPARI_INLINE static inline __attribute__((unused, always_inline))
 #define LLMPARI_PRINTF(f, a) __attribute__((format(printf, f, a)))
 #define LLMPARI_RESTRICT __restrict
 #else
 #define LLMPARI_FN static
+#define LLMPARI_INLINE static inline
 #define LLMPARI_PRINTF(f, a)
 #define LLMPARI_RESTRICT
 #endif
@@ -1651,6 +2020,21 @@ LLMPARI_FN bool llmpari_mul(int64_t a, int64_t b, int64_t *product) {
     *product = a * b;
     return true;
 }
+
+// A copy past the caches, for what nobody reads soon; llmpari_streamed ends a series of them.
+#if defined(__SSE2__) && defined(__GNUC__)
+LLMPARI_FN void llmpari_stream(char *to, const char *from, int64_t bytes) {
+    int64_t head = llmpari_min(bytes, (int64_t)((64 - (uintptr_t)to % 64) % 64)), at = head;
+    memcpy(to, from, (size_t)head);
+    for (; at + 64 <= bytes; at += 64)
+        for (int i = 0; i < 64; i += 16) _mm_stream_si128((__m128i *)(void *)(to + at + i), _mm_loadu_si128((const __m128i *)(const void *)(from + at + i)));
+    memcpy(to + at, from + at, (size_t)(bytes - at));
+}
+LLMPARI_FN void llmpari_streamed(void) { _mm_sfence(); }
+#else
+LLMPARI_FN void llmpari_stream(char *to, const char *from, int64_t bytes) { memcpy(to, from, (size_t)bytes); }
+LLMPARI_FN void llmpari_streamed(void) { }
+#endif
 
 // Copies a name of `length` bytes into a fixed field and terminates it; false when it is too long.
 LLMPARI_FN bool llmpari_name_set(char name[LLMPAR_NAME], const char *text, size_t length) {
@@ -4375,6 +4759,918 @@ LLMPAR_DEF int32_t llmpar_tree_fold(int64_t granules, llmpar_range *node, int32_
 }
 
 // ============================================================================================================
+// >>route (impl)
+// ============================================================================================================
+LLMPARI_ONCE_END      // runs per token
+LLMPARI_LOOPS_BEGIN
+
+// ---- scores of a row: arrays of doubles whose length is a multiple of 16, so that every element goes through the same vector code and equal logits have equal scores
+
+#define LLMPARI_EXPERT_BITS 11     // of a key: see llmpari_key
+#define LLMPARI_EXPERT_MASK (((int64_t)1 << LLMPARI_EXPERT_BITS) - 1)
+
+typedef struct llmpari_router {    // a checked desc with its defaults filled in
+    llmpar_route_desc desc;
+    int32_t padded;                // n_experts up to a multiple of 16
+    bool    by_logit;              // scores grow with the logits and nothing is added to them: the logits themselves are compared, exactly
+} llmpari_router;
+
+typedef struct llmpari_row {        // arrays are used up to `padded`
+    double  x[LLMPAR_MAX_EXPERTS]; // logits with their bias; NaN behind the last
+    double  p[LLMPAR_MAX_EXPERTS]; // scores, where they are needed
+    double  c[LLMPAR_MAX_EXPERTS]; // what is compared; then the chosen experts' weights
+    int64_t key[LLMPAR_MAX_EXPERTS];
+} llmpari_row;
+
+LLMPARI_FN int64_t llmpari_pad16(int64_t n) { return (n + 15) / 16 * 16; }
+LLMPARI_INLINE double llmpari_double_of_bits(uint64_t bits) {
+    double d;
+    memcpy(&d, &bits, 8);
+    return d;
+}
+
+// e^x for x <= 0 without branches: x = n ln 2 + r, a polynomial for e^r, 2^n. 0 below -708 and for NaN.
+LLMPARI_INLINE double llmpari_exp64(double x) {
+    const double t = x > -708.0 ? x : -708.0, shifted = t * 1.4426950408889634 + 6755399441055744.0;   // 1.5 * 2^52: the sum's low bits are the rounded integer
+    const double n = shifted - 6755399441055744.0;
+    const double r = (t - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;            // ln 2 in two parts
+    uint64_t bits;
+    double p = 1.0 / 479001600.0;
+    memcpy(&bits, &shifted, 8);
+    p = p * r + 1.0 / 39916800.0;
+    p = p * r + 1.0 / 3628800.0;
+    p = p * r + 1.0 / 362880.0;
+    p = p * r + 1.0 / 40320.0;
+    p = p * r + 1.0 / 5040.0;
+    p = p * r + 1.0 / 720.0;
+    p = p * r + 1.0 / 120.0;
+    p = p * r + 1.0 / 24.0;
+    p = p * r + 1.0 / 6.0;
+    p = p * r + 0.5;
+    p = p * r + 1.0;
+    p = p * r + 1.0;
+    return x > -708.0 ? p * llmpari_double_of_bits((bits + 1023u) << 52) : 0.0;
+}
+
+LLMPARI_FN void llmpari_sigmoids(double *s, const double *x, int32_t n) {
+    for (int32_t i = 0; i < n; i++) {
+        const double e = llmpari_exp64(-fabs(x[i]));
+        s[i] = (x[i] >= 0.0 ? 1.0 : e) / (1.0 + e);
+    }
+}
+
+// The bits of a double as an integer that sorts like it. NaN is lowest, -0 is 0.
+LLMPARI_INLINE int64_t llmpari_sortable(double d) {
+    const double zeroed = d + 0.0;
+    int64_t bits;
+    memcpy(&bits, &zeroed, 8);
+    bits ^= (int64_t)((uint64_t)(bits >> 63) >> 1);
+    return d == d ? bits : INT64_MIN;
+}
+// t[i] is proportional to softmax(x)[i], and the return value is the factor's inverse, 0 when every x is NaN. `largest` of x is NaN then; when it is infinite, the largest share.
+LLMPARI_FN double llmpari_softmax_terms(double *t, const double *x, int32_t n, double largest) {
+    double sum[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
+    if (!(largest - largest == 0)) for (int32_t i = 0; i < n; i++) t[i] = x[i] == largest ? 1.0 : 0.0;
+    else for (int32_t i = 0; i < n; i++) t[i] = llmpari_exp64(x[i] - largest);
+    for (int32_t i = 0; i < n; i += 8) for (int32_t j = 0; j < 8; j++) sum[j] += t[i + j];
+    return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+}
+
+// x = the row's logits as doubles.
+LLMPARI_FN void llmpari_row_load(const llmpari_router *router, const void *logits, llmpar_dtype dtype, int64_t row, double *x) {
+    const int32_t n = router->desc.n_experts;
+    const float *bias = router->desc.logit_bias;
+    if (dtype == LLMPAR_F32) {
+        const float *from = (const float *)logits + row * n;
+        for (int32_t i = 0; i < n; i++) x[i] = (double)from[i];
+    } else {
+        const uint16_t *from = (const uint16_t *)logits + row * n;
+        if (dtype == LLMPAR_BF16) for (int32_t i = 0; i < n; i++) x[i] = (double)llmpari_bf16_to_f32(from[i]);
+        else                      for (int32_t i = 0; i < n; i++) x[i] = (double)llmpari_f16_to_f32(from[i]);
+    }
+    if (bias) for (int32_t i = 0; i < n; i++) x[i] += (double)bias[i];
+    for (int32_t i = n; i < router->padded; i++) x[i] = NAN;
+}
+
+// ---- choice: every score becomes an integer that sorts like (score, then lower id first)
+
+// The order of a score without its last 11 bits, which hold the inverted id.
+LLMPARI_INLINE int64_t llmpari_key(double score, int64_t id) { return (llmpari_sortable(score) & ~LLMPARI_EXPERT_MASK) | (LLMPARI_EXPERT_MASK - id); }
+LLMPARI_INLINE int32_t llmpari_key_id(int64_t key) { return (int32_t)(LLMPARI_EXPERT_MASK - (key & LLMPARI_EXPERT_MASK)); }
+
+// The largest key below `below`, that is, the least distance from there down as unsigned numbers; there is one. Keys differ, so this walks through them in order.
+// Two minima side by side: one alone would wait for itself.
+LLMPARI_FN int64_t llmpari_key_next(const int64_t *key, int32_t n, int64_t below) {
+    const uint64_t from = (uint64_t)below - 1;
+    const int64_t *half = key + n / 2;
+    uint64_t least = n % 2 ? from - (uint64_t)key[n - 1] : UINT64_MAX, least2 = UINT64_MAX;
+    for (int32_t i = 0; i < n / 2; i++) {
+        const uint64_t down = from - (uint64_t)key[i], down2 = from - (uint64_t)half[i];
+        least  = down  < least  ? down  : least;
+        least2 = down2 < least2 ? down2 : least2;
+    }
+    return (int64_t)(from - (least < least2 ? least : least2));
+}
+
+// Experts of groups that are not among the best get the key of the fill.
+LLMPARI_FN void llmpari_mask_groups(const llmpari_router *router, llmpari_row *row) {
+    const llmpar_route_desc *d = &router->desc;
+    const int32_t size = d->n_experts / d->n_groups;
+    const double *from = router->by_logit ? row->x : row->c;
+    const bool logits = router->by_logit && d->score != LLMPAR_SCORE_CHOSEN;       // compared instead of scores: where a score is 0, the logit is -infinity
+    const double fill = d->fill_zero && !logits ? 0.0 : -INFINITY;
+    bool lowest = logits && !d->fill_zero;                                         // a fill below that
+    int64_t group[LLMPAR_MAX_EXPERTS], last = INT64_MAX;
+    bool kept[LLMPAR_MAX_EXPERTS];
+    for (int32_t g = 0; g < d->n_groups; g++) {
+        double sum = 0;
+        int64_t below = INT64_MAX;
+        for (int32_t i = 0; i < d->group_top; i++) {
+            below = llmpari_key_next(row->key + g * size, size, below);
+            sum += from[llmpari_key_id(below)];
+        }
+        group[g] = llmpari_key(sum, g);
+        kept[g] = false;
+    }
+    for (int32_t i = 0; i < d->topk_groups; i++) {
+        last = llmpari_key_next(group, d->n_groups, last);
+        kept[llmpari_key_id(last)] = true;
+        // A row of nothing but -infinity shares the probability: a fill of 0 is less.
+        if (i == 0 && logits && d->score == LLMPAR_SCORE_SOFTMAX && (last & ~LLMPARI_EXPERT_MASK) == (llmpari_sortable(-INFINITY) & ~LLMPARI_EXPERT_MASK)) lowest = true;
+    }
+    const int64_t base = lowest ? INT64_MIN + LLMPARI_EXPERT_MASK + 1 : llmpari_key(fill, LLMPARI_EXPERT_MASK);
+    for (int32_t g = 0; g < d->n_groups; g++) {
+        if (kept[g]) continue;
+        for (int32_t i = g * size; i < (g + 1) * size; i++) row->key[i] = base | (LLMPARI_EXPERT_MASK - i);
+    }
+}
+
+// Keys of logits or choice scores; those behind the last expert are NaN, and lower than any expert's.
+LLMPARI_FN void llmpari_row_keys(const llmpari_router *router, llmpari_row *row, const double *from) {
+    for (int32_t i = 0; i < router->padded; i++) row->key[i] = llmpari_key(from[i], i);
+}
+// The largest logit, NaN when there is none, from their keys.
+LLMPARI_FN double llmpari_row_largest(const llmpari_router *router, const llmpari_row *row) {
+    return row->x[llmpari_key_id(llmpari_key_next(row->key, router->padded, INT64_MAX))];
+}
+
+// Scores of all experts: softmax, for which the logits' keys must be there, or sigmoid.
+LLMPARI_FN void llmpari_row_scores(const llmpari_router *router, llmpari_row *row) {
+    const int32_t n = router->padded;
+    if (router->desc.score == LLMPAR_SCORE_SIGMOID) { llmpari_sigmoids(row->p, row->x, n); return; }
+    const double total = llmpari_softmax_terms(row->p, row->x, n, llmpari_row_largest(router, row)), scale = total > 0 ? 1 / total : 0;
+    for (int32_t i = 0; i < n; i++) row->p[i] *= scale;
+}
+
+// Weights of the k chosen.
+LLMPARI_FN void llmpari_row_weights(const llmpari_router *router, llmpari_row *row, const int32_t *ids, float *weights) {
+    const llmpar_route_desc *d = &router->desc;
+    const int32_t padded = (int32_t)llmpari_pad16(d->k);
+    double *w = row->c, sum = d->correction_bias ? d->eps : 0, largest = row->x[ids[0]];
+    const bool among_chosen = d->score == LLMPAR_SCORE_CHOSEN || (d->score == LLMPAR_SCORE_SOFTMAX && d->renormalise && sum == 0);     // p / sum p without p
+    if (among_chosen || (d->score == LLMPAR_SCORE_SIGMOID && router->by_logit)) {
+        for (int32_t i = 0; i < padded; i++) w[i] = i < d->k ? row->x[ids[i]] : NAN;
+        for (int32_t i = 0; i < d->k; i++) largest = largest >= w[i] ? largest : w[i] == w[i] ? w[i] : largest;
+        if (among_chosen) sum = llmpari_softmax_terms(w, w, padded, largest);
+        else llmpari_sigmoids(w, w, padded);
+    } else for (int32_t i = 0; i < d->k; i++) w[i] = row->p[ids[i]];
+    if (!among_chosen && d->renormalise) for (int32_t i = 0; i < d->k; i++) sum += w[i];
+    const double scale = !among_chosen && !d->renormalise ? d->scale : sum > 0 ? d->scale / sum : 0;
+    for (int32_t i = 0; i < d->k; i++) weights[i] = (float)(w[i] * scale);
+}
+
+LLMPARI_FN void llmpari_route_row(const llmpari_router *router, llmpari_row *row, int32_t *ids, float *weights) {
+    const llmpar_route_desc *d = &router->desc;
+    int64_t last = INT64_MAX;
+    const bool softmax = d->score == LLMPAR_SCORE_SOFTMAX && (!router->by_logit || !d->renormalise);
+    if (router->by_logit || softmax) llmpari_row_keys(router, row, row->x);
+    if (softmax || (d->score == LLMPAR_SCORE_SIGMOID && !router->by_logit)) llmpari_row_scores(router, row);
+    if (!router->by_logit) {
+        const double *from = d->score == LLMPAR_SCORE_CHOSEN ? row->x : row->p;
+        for (int32_t i = 0; i < router->padded; i++) row->c[i] = row->x[i] == row->x[i] ? from[i] : row->x[i];                    // the score of a NaN is 0, but it ranks lowest
+        for (int32_t i = 0; i < d->n_experts && d->correction_bias; i++) row->c[i] += (double)d->correction_bias[i];
+        llmpari_row_keys(router, row, row->c);
+    }
+    if (d->topk_groups < d->n_groups) llmpari_mask_groups(router, row);
+    for (int32_t i = 0; i < d->k; i++) {
+        last = llmpari_key_next(row->key, router->padded, last);
+        ids[i] = llmpari_key_id(last);
+    }
+    llmpari_row_weights(router, row, ids, weights);
+}
+
+LLMPARI_ONCE_BEGIN
+LLMPAR_DEF llmpar_status llmpar_route_check(const llmpar_route_desc *desc, llmpar_error *err) {
+    const int32_t k = desc->k ? desc->k : 1, groups = desc->n_groups ? desc->n_groups : 1, n = desc->n_experts;
+    if (n < 1 || n > LLMPAR_MAX_EXPERTS) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_experts=%d; 1 to %d", (int)n, LLMPAR_MAX_EXPERTS);
+    if (desc->score < LLMPAR_SCORE_SOFTMAX || desc->score > LLMPAR_SCORE_SIGMOID)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "score=%d is none of LLMPAR_SCORE_SOFTMAX, _CHOSEN, _SIGMOID", (int)desc->score);
+    if (k < 1 || k > n) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "k=%d experts of a token out of n_experts=%d; k may be 1 to %d", (int)k, (int)n, (int)n);
+    if (groups < 1 || n % groups) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_groups=%d does not divide n_experts=%d; take a divisor of %d", (int)groups, (int)n, (int)n);
+    if (desc->topk_groups < 0 || desc->topk_groups > groups)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "topk_groups=%d of n_groups=%d; 1 to %d, or 0 for all", (int)desc->topk_groups, (int)groups, (int)groups);
+    if (desc->group_top < 0 || desc->group_top > n / groups)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "group_top=%d of groups of %d experts; 1 to %d, or 0 for DeepSeek's rule", (int)desc->group_top, (int)(n / groups), (int)(n / groups));
+    if (!(desc->scale >= 0 && desc->scale < INFINITY)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "scale=%g; a finite number above 0, or 0 for 1", desc->scale);
+    if (!(desc->eps >= 0 && desc->eps < INFINITY)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "eps=%g; a finite number of 0 or more", desc->eps);
+    return LLMPAR_OK;
+}
+
+// Checks and fills in what 0 stands for.
+LLMPARI_FN llmpar_status llmpari_router_init(const llmpar_route_desc *desc, llmpar_dtype dtype, int64_t rows, const void *logits, llmpari_router *router, llmpar_error *err) {
+    llmpar_route_desc *d = &router->desc;
+    LLMPARI_TRY(llmpar_route_check(desc, err));
+    if (dtype > LLMPAR_F16) return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "logits of %s; f32, bf16 and f16 can be routed", llmpar_dtype_name(dtype));
+    if (rows < 0 || (rows > 0 && !logits)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "cannot route %lld rows at %p", (long long)rows, logits);
+    *d = *desc;
+    if (!d->k) d->k = 1;
+    if (!d->n_groups) d->n_groups = 1;
+    if (!d->topk_groups) d->topk_groups = d->n_groups;
+    if (!d->group_top) d->group_top = d->correction_bias && d->n_experts / d->n_groups > 1 ? 2 : 1;
+    if (!(d->scale > 0)) d->scale = 1;
+    router->padded   = (int32_t)llmpari_pad16(d->n_experts);
+    router->by_logit = !d->correction_bias && (d->group_top == 1 || d->topk_groups == d->n_groups);
+    return LLMPAR_OK;
+}
+
+// The published conventions. Sources: the modelling code of Hugging Face transformers, DeepSeek-V2's and V3's own code and inference code, Fedus et al. 2021 (Switch),
+// Zhou et al. 2022 (expert choice).
+LLMPARI_FN llmpar_status llmpari_route_known(const char *architecture, llmpar_route_desc *desc, bool *config_renormalises, llmpar_error *err) {
+    static const struct {
+        const char *name, *hf;
+        llmpar_score score;
+        bool   renormalise, hf_renormalise;                // of the published checkpoints; Hugging Face's default where config.json has no norm_topk_prob
+        int8_t k, groups, topk_groups;
+        double scale, eps;
+        bool   scale_input, expert_choice, logit_bias, correction_bias;
+    } known[] = {
+        { "mixtral",       "MixtralForCausalLM",      LLMPAR_SCORE_SOFTMAX, true,  true,  2, 0, 0, 1,   0,     false, false, false, false },
+        { "qwen2-moe",     "Qwen2MoeForCausalLM",     LLMPAR_SCORE_SOFTMAX, false, false, 4, 0, 0, 1,   0,     false, false, false, false },
+        { "qwen3-moe",     "Qwen3MoeForCausalLM",     LLMPAR_SCORE_SOFTMAX, true,  false, 8, 0, 0, 1,   0,     false, false, false, false },
+        { "deepseek-v2",   "DeepseekV2ForCausalLM",   LLMPAR_SCORE_SOFTMAX, false, false, 6, 8, 3, 16,  0,     false, false, false, false },
+        { "deepseek-v3",   "DeepseekV3ForCausalLM",   LLMPAR_SCORE_SIGMOID, true,  true,  8, 8, 4, 2.5, 1e-20, false, false, false, true  },
+        { "llama4",        "Llama4ForCausalLM",       LLMPAR_SCORE_SIGMOID, false, false, 1, 0, 0, 1,   0,     true,  false, false, false },
+        { "gpt-oss",       "GptOssForCausalLM",       LLMPAR_SCORE_CHOSEN,  false, false, 4, 0, 0, 1,   0,     false, false, true,  false },
+        { "switch",        "SwitchTransformersForConditionalGeneration", LLMPAR_SCORE_SOFTMAX, false, false, 1, 0, 0, 1, 0, false, false, false, false },
+        { "expert-choice", NULL,                      LLMPAR_SCORE_SOFTMAX, false, false, 2, 0, 0, 1,   0,     false, true,  false, false },
+    };
+    char list[600] = "";
+    int at = 0;
+    memset(desc, 0, sizeof *desc);
+    for (int i = 0; architecture && i < LLMPARI_COUNT(known); i++) {
+        if (strcmp(architecture, known[i].name) && (!known[i].hf || strcmp(architecture, known[i].hf))) continue;
+        desc->k = known[i].k, desc->score = known[i].score, desc->renormalise = known[i].renormalise, desc->n_groups = known[i].groups;
+        desc->topk_groups = known[i].topk_groups, desc->scale = known[i].scale, desc->eps = known[i].eps, desc->scale_input = known[i].scale_input;
+        desc->expert_choice = known[i].expert_choice, desc->has_logit_bias = known[i].logit_bias, desc->has_correction_bias = known[i].correction_bias;
+        if (config_renormalises) *config_renormalises = known[i].hf_renormalise;
+        return LLMPAR_OK;
+    }
+    for (int i = 0; i < LLMPARI_COUNT(known); i++) llmpari_append(list, sizeof list, &at, "%s%s%s%s", i ? ", " : "", known[i].name, known[i].hf ? " " : "", known[i].hf ? known[i].hf : "");
+    return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "no routing conventions for \"%.64s\"; known: %s", architecture ? architecture : "NULL", list);
+}
+
+LLMPAR_DEF llmpar_status llmpar_route_preset(const char *architecture, llmpar_route_desc *desc, llmpar_error *err) { return llmpari_route_known(architecture, desc, NULL, err); }
+
+LLMPAR_DEF llmpar_status llmpar_route_configure(const llmpar_route_config *config, llmpar_route_desc *desc, llmpar_error *err) {
+    const char *scoring = config->scoring_func, *method = config->topk_method;
+    const int64_t groups = config->n_group, kept = config->topk_group;
+    llmpar_route_desc d;
+    bool renormalise;
+    LLMPARI_TRY(llmpari_route_known(config->architecture, &d, &renormalise, err));
+    if (config->n_experts < 1 || config->n_experts > LLMPAR_MAX_EXPERTS) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%lld experts; 1 to %d", (long long)config->n_experts, LLMPAR_MAX_EXPERTS);
+    if (config->k < 0 || config->k > config->n_experts) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "num_experts_per_tok=%lld of %lld experts", (long long)config->k, (long long)config->n_experts);
+    if (groups < 0 || groups > config->n_experts || kept < 0 || kept > config->n_experts)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_group=%lld, topk_group=%lld with %lld experts", (long long)groups, (long long)kept, (long long)config->n_experts);
+    d.n_experts = (int32_t)config->n_experts;
+    if (config->k) d.k = (int32_t)config->k;
+    d.renormalise = config->norm_topk_prob ? config->norm_topk_prob > 0 : renormalise;
+    if (config->routed_scaling_factor != 0) d.scale = config->routed_scaling_factor;
+    if (scoring && strcmp(scoring, "softmax") == 0) d.score = LLMPAR_SCORE_SOFTMAX;
+    else if (scoring && strcmp(scoring, "sigmoid") == 0) d.score = LLMPAR_SCORE_SIGMOID;
+    else if (scoring) return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "scoring_func \"%.40s\" is not known; known: softmax, sigmoid", scoring);
+    if (groups) d.n_groups = (int32_t)groups;
+    if (kept) d.topk_groups = (int32_t)kept;
+    if (method && strcmp(method, "greedy") == 0) d.n_groups = d.topk_groups = 0, d.has_correction_bias = false;
+    else if (method && strcmp(method, "group_limited_greedy") == 0) d.has_correction_bias = false;
+    else if (method && strcmp(method, "noaux_tc") == 0) d.has_correction_bias = true;
+    else if (method) return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "topk_method \"%.40s\" is not known; known: greedy, group_limited_greedy, noaux_tc", method);
+    LLMPARI_TRY(llmpar_route_check(&d, err));
+    *desc = d;
+    return LLMPAR_OK;
+}
+LLMPARI_ONCE_END
+
+LLMPAR_DEF llmpar_status llmpar_route(const llmpar_route_desc *desc, const void *logits, llmpar_dtype dtype, int64_t rows, const uint8_t *pad,
+                                      int32_t *ids, float *weights, llmpar_error *err) {
+    llmpari_router router;
+    llmpari_row row;
+    LLMPARI_TRY(llmpari_router_init(desc, dtype, rows, logits, &router, err));
+    if (desc->expert_choice) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "expert_choice: experts choose their tokens; call llmpar_route_experts");
+    for (int64_t t = 0; t < rows; t++, ids += router.desc.k, weights += router.desc.k) {
+        if (pad && pad[t]) {
+            for (int32_t i = 0; i < router.desc.k; i++) ids[i] = -1, weights[i] = 0;
+            continue;
+        }
+        llmpari_row_load(&router, logits, dtype, t, row.x);
+        llmpari_route_row(&router, &row, ids, weights);
+    }
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_route_scores(const llmpar_route_desc *desc, const void *logits, llmpar_dtype dtype, int64_t rows, const uint8_t *pad, float *scores, llmpar_error *err) {
+    llmpari_router router;
+    llmpari_row row;
+    LLMPARI_TRY(llmpari_router_init(desc, dtype, rows, logits, &router, err));
+    if (router.desc.score == LLMPAR_SCORE_CHOSEN) router.desc.score = LLMPAR_SCORE_SOFTMAX;
+    const int32_t n = router.desc.n_experts;
+    for (int64_t t = 0; t < rows; t++, scores += n) {
+        if (pad && pad[t]) { memset(scores, 0, (size_t)n * sizeof *scores); continue; }
+        llmpari_row_load(&router, logits, dtype, t, row.x);
+        llmpari_row_keys(&router, &row, row.x);
+        llmpari_row_scores(&router, &row);
+        for (int32_t i = 0; i < n; i++) scores[i] = (float)row.p[i];
+    }
+    return LLMPAR_OK;
+}
+
+// softmax: dl = p (dp - sum p dp); sigmoid: ds s (1 - s).
+LLMPAR_DEF llmpar_status llmpar_route_scores_backward(const llmpar_route_desc *desc, const float *scores, const float *d_scores, int64_t rows, float *d_logits, llmpar_error *err) {
+    llmpari_router router;
+    LLMPARI_TRY(llmpari_router_init(desc, LLMPAR_F32, rows, scores, &router, err));
+    const int32_t n = router.desc.n_experts;
+    for (int64_t t = 0; t < rows; t++, scores += n, d_scores += n, d_logits += n) {
+        double sum = 0;
+        if (router.desc.score == LLMPAR_SCORE_SIGMOID) {
+            for (int32_t i = 0; i < n; i++) d_logits[i] = (float)((double)d_scores[i] * (double)scores[i] * (1 - (double)scores[i]));
+            continue;
+        }
+        for (int32_t i = 0; i < n; i++) sum += (double)scores[i] * (double)d_scores[i];
+        for (int32_t i = 0; i < n; i++) d_logits[i] = (float)((double)scores[i] * ((double)d_scores[i] - sum));
+    }
+    return LLMPAR_OK;
+}
+
+// ---- the best items of many: a heap of item numbers whose root is the worst. Better = the larger score (NaN lowest), then the lower number.
+
+typedef struct llmpari_best { const float *score; int64_t stride; int32_t *item; } llmpari_best;        // score of item i: score[i * stride]
+
+LLMPARI_FN bool llmpari_best_before(const llmpari_best *b, int32_t i, int32_t j) {
+    const float x = b->score[i * b->stride], y = b->score[j * b->stride];
+    if (x > y || y > x) return x > y;
+    if ((x == x) != (y == y)) return x == x;
+    return i < j;
+}
+// Lets the item at `at` sink to where every child is better than its parent; the heap is item[0 .. n).
+LLMPARI_FN void llmpari_best_sink(const llmpari_best *b, int64_t n, int64_t at) {
+    const int32_t it = b->item[at];
+    for (int64_t child; (child = 2 * at + 1) < n; at = child) {
+        if (child + 1 < n && llmpari_best_before(b, b->item[child], b->item[child + 1])) child++;          // the worse of the two
+        if (!llmpari_best_before(b, it, b->item[child])) break;
+        b->item[at] = b->item[child];
+    }
+    b->item[at] = it;
+}
+LLMPARI_FN void llmpari_best_make(const llmpari_best *b, int64_t n) { for (int64_t at = n / 2; at-- > 0;) llmpari_best_sink(b, n, at); }
+// A heap becomes a list, the best first.
+LLMPARI_FN void llmpari_best_sort(const llmpari_best *b, int64_t n) {
+    for (int64_t left = n - 1; left > 0; left--) {
+        const int32_t worst = b->item[0];
+        b->item[0] = b->item[left];
+        b->item[left] = worst;
+        llmpari_best_sink(b, left, 0);
+    }
+}
+
+LLMPAR_DEF llmpar_status llmpar_route_experts(const llmpar_route_desc *desc, const float *scores, int64_t rows, const uint8_t *pad, int64_t capacity,
+                                              int32_t *tokens, float *weights, llmpar_error *err) {
+    enum { BLOCK = 16 };                                                                               // experts at a time: a cache line of a row of scores
+    llmpari_router router;
+    LLMPARI_TRY(llmpari_router_init(desc, LLMPAR_F32, rows, scores, &router, err));
+    if (rows > INT32_MAX) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%lld tokens; at most %d", (long long)rows, INT32_MAX);
+    if (capacity < 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "capacity=%lld tokens of an expert; 0 or more", (long long)capacity);
+    const int32_t n = router.desc.n_experts;
+    for (int32_t e0 = 0; e0 < n && capacity > 0; e0 += BLOCK) {
+        const int32_t end = (int32_t)llmpari_min(e0 + BLOCK, n);
+        int64_t held = 0;
+        llmpari_best best[BLOCK];
+        for (int32_t e = e0; e < end; e++) best[e - e0].score = scores + e, best[e - e0].stride = n, best[e - e0].item = tokens + e * capacity;
+        for (int64_t t = 0; t < rows; t++) {
+            if (pad && pad[t]) continue;
+            for (int32_t e = 0; e < end - e0; e++) {
+                llmpari_best *b = &best[e];
+                if (held < capacity) b->item[held] = (int32_t)t;
+                else if (llmpari_best_before(b, (int32_t)t, b->item[0])) { b->item[0] = (int32_t)t; llmpari_best_sink(b, capacity, 0); }
+                if (held == capacity - 1) llmpari_best_make(b, capacity);                                  // full now
+            }
+            held += held < capacity;
+        }
+        for (int32_t e = e0; e < end; e++) {
+            const llmpari_best *b = &best[e - e0];
+            if (held < capacity) llmpari_best_make(b, held);
+            llmpari_best_sort(b, held);
+            for (int64_t i = 0; i < capacity; i++) {
+                const double score = i < held ? (double)scores[(int64_t)b->item[i] * n + e] : 0;
+                if (i >= held) b->item[i] = -1;
+                weights[e * capacity + i] = score == score ? (float)(score * router.desc.scale) : 0;
+            }
+        }
+    }
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_route_counts(const int32_t *ids, int64_t n, int32_t n_experts, int64_t *counts, llmpar_error *err) {
+    if (n_experts < 1 || n < 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "cannot count %lld ids of %d experts", (long long)n, (int)n_experts);
+    memset(counts, 0, (size_t)n_experts * sizeof *counts);
+    for (int64_t i = 0; i < n; i++) {
+        if (ids[i] >= 0 && ids[i] < n_experts) counts[ids[i]]++;
+        else if (ids[i] != -1) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "ids[%lld]=%d; 0 to %d, or -1 for none", (long long)i, (int)ids[i], (int)n_experts - 1);
+    }
+    return LLMPAR_OK;
+}
+LLMPARI_LOOPS_END
+
+// ---- capacity
+
+LLMPARI_ONCE_BEGIN
+LLMPARI_FN llmpar_ratio llmpari_ratio_reduce(int64_t num, int64_t den) {
+    llmpar_ratio ratio;
+    int64_t a = num, b = den;
+    while (b) { const int64_t rest = a % b; a = b; b = rest; }
+    ratio.num = num / a;
+    ratio.den = den / a;
+    return ratio;
+}
+
+LLMPAR_DEF llmpar_status llmpar_ratio_parse(const char *text, llmpar_ratio *ratio, llmpar_error *err) {
+    int64_t part[2] = { 0, 1 };                            // above and below the line
+    int digits = 0, below = 0, point = 0, line = 0;
+    const char *c = text ? text : "";
+    for (; *c; c++) {
+        int64_t *to = &part[line];
+        if (*c == '/' && digits && !point && !line) { line = 1; part[1] = 0; continue; }
+        if (*c == '.' && !point && !line) { point = 1; continue; }
+        if (!llmpari_is_digit(*c)) break;
+        if (line) below++; else digits++;
+        if (!llmpari_mul(*to, 10, to) || *to > INT64_MAX - (*c - '0') || (point && !llmpari_mul(part[1], 10, &part[1])))
+            return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "\"%.40s\" has more digits than 64 bits hold", text);
+        *to += *c - '0';
+    }
+    if (*c || !digits || (line && !below)) return LLMPARI_FAIL(err, LLMPAR_BAD_SYNTAX, "\"%.40s\" is no number like 1.25 or 5/4", text ? text : "NULL");
+    if (!part[1]) return LLMPARI_FAIL(err, LLMPAR_BAD_SYNTAX, "\"%.40s\" divides by 0", text);
+    *ratio = llmpari_ratio_reduce(part[0], part[1]);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_capacity(const llmpar_capacity_desc *desc, int64_t *capacity, llmpar_error *err) {
+    const int64_t k = desc->k ? desc->k : 1, ep = desc->ep ? desc->ep : 1, tokens = desc->tokens, n = desc->n_experts;
+    const bool given = desc->factor.num || desc->factor.den;
+    const int64_t num = given ? desc->factor.num : 1, den = given ? desc->factor.den : 1;
+    int64_t above, below, result;
+    bool fits;
+    if (n < 1 || tokens < 0 || k < 1 || k > n || ep < 1 || desc->min_capacity < 0)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "tokens=%lld n_experts=%lld k=%lld ep=%lld min_capacity=%lld; 0 or more tokens, 1 <= k <= n_experts, ep >= 1, min_capacity >= 0",
+                            (long long)tokens, (long long)n, (long long)k, (long long)ep, (long long)desc->min_capacity);
+    if (num < 0 || den < 1) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "factor=%lld/%lld; 0 or more over 1 or more", (long long)num, (long long)den);
+    switch (desc->kind) {
+    case LLMPAR_CAPACITY_MEGATRON: case LLMPAR_CAPACITY_DEEPSPEED: case LLMPAR_CAPACITY_MEGABLOCKS:
+        fits = llmpari_mul(tokens, k, &above) && llmpari_mul(above, num, &above) && llmpari_mul(n, den, &below);
+        if (desc->kind == LLMPAR_CAPACITY_MEGABLOCKS) fits = fits && llmpari_mul(above, ep, &above);
+        if (fits) result = above / below + (desc->kind != LLMPAR_CAPACITY_MEGABLOCKS && above % below != 0);
+        break;
+    case LLMPAR_CAPACITY_TUTEL:
+        fits = llmpari_mul(tokens / n + (tokens % n != 0), num, &above);
+        if (fits) fits = llmpari_mul(above / den, k, &result);
+        break;
+    default: return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "kind=%d is no kind of capacity", (int)desc->kind);
+    }
+    if (!fits) return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%lld tokens x %lld x %lld/%lld do not fit into 64 bits", (long long)tokens, (long long)k, (long long)num, (long long)den);
+    *capacity = llmpari_max(result, desc->min_capacity);
+    return LLMPAR_OK;
+}
+LLMPARI_ONCE_END
+
+// Marks with -2 the slots of what the full experts keep: the best `capacity` of each. scratch: the assignments, expert by expert, then a heap of the best in front of each run.
+// first[e] = where an expert's run ends.
+LLMPARI_FN void llmpari_drop_by_score(const llmpar_drop_desc *d, const int32_t *ids, const float *scores, const int64_t *counts, int64_t *first, int32_t *slot, int32_t *scratch) {
+    const int64_t n = d->rows * d->k;
+    int64_t at = 0;
+    llmpari_best best;
+    best.score = scores, best.stride = 1;
+    for (int32_t e = 0; e < d->n_experts; e++) { first[e] = at; at += counts[e]; }
+    for (int64_t i = 0; i < n; i++) if (ids[i] >= 0) scratch[first[ids[i]]++] = (int32_t)i;
+    for (int32_t e = 0; e < d->n_experts; e++) {
+        const int64_t held = llmpari_min(counts[e], d->capacity);
+        best.item = scratch + (first[e] - counts[e]);
+        if (held < counts[e] && held > 0) llmpari_best_make(&best, held);
+        for (int64_t i = held; i < counts[e] && held > 0; i++)
+            if (llmpari_best_before(&best, best.item[i], best.item[0])) { best.item[0] = best.item[i]; llmpari_best_sink(&best, held, 0); }
+        for (int64_t i = 0; i < held; i++) slot[best.item[i]] = -2;
+    }
+}
+
+LLMPAR_DEF llmpar_status llmpar_capacity_drop(const llmpar_drop_desc *desc, const int32_t *ids, const float *scores, int32_t *slot, int64_t *kept, int64_t *dropped,
+                                              int64_t *offset, int32_t *scratch, llmpar_error *err) {
+    const llmpar_drop_desc *d = desc;
+    const bool by_score = d->policy == LLMPAR_DROP_PROBS && d->capacity != LLMPAR_NO_CAPACITY;
+    int64_t n = 0, fullest = 0;
+    if (d->rows < 0 || d->k < 1 || d->n_experts < 1 || d->capacity < LLMPAR_NO_CAPACITY || !llmpari_mul(d->rows, d->k, &n) || n > INT32_MAX)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rows=%lld k=%d n_experts=%d capacity=%lld; rows * k at most %d, k and n_experts from 1, capacity from 0, or LLMPAR_NO_CAPACITY",
+                            (long long)d->rows, (int)d->k, (int)d->n_experts, (long long)d->capacity, INT32_MAX);
+    if (d->policy != LLMPAR_DROP_PROBS && d->policy != LLMPAR_DROP_POSITION) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "policy=%d is neither PROBS nor POSITION", (int)d->policy);
+    if (by_score && n > 0 && (!scores || !scratch)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "LLMPAR_DROP_PROBS needs scores and scratch");
+    if (d->pad && d->capacity > INT64_MAX / d->n_experts) return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%d experts x %lld padded rows do not fit into 64 bits", (int)d->n_experts, (long long)d->capacity);
+    LLMPARI_TRY(llmpar_route_counts(ids, n, d->n_experts, dropped, err));
+    for (int64_t i = 0; i < n; i++) slot[i] = -1;
+    if (by_score) llmpari_drop_by_score(d, ids, scores, dropped, kept, slot, scratch);
+    for (int32_t e = 0; e < d->n_experts; e++) kept[e] = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const int32_t e = ids[i];
+        if (e < 0 || (by_score ? slot[i] != -2 : d->capacity != LLMPAR_NO_CAPACITY && kept[e] >= d->capacity)) continue;
+        slot[i] = (int32_t)kept[e]++;
+    }
+    for (int32_t e = 0; e < d->n_experts; e++) { dropped[e] -= kept[e]; fullest = llmpari_max(fullest, kept[e]); }
+    offset[0] = 0;
+    for (int32_t e = 0; e < d->n_experts; e++) offset[e + 1] = offset[e] + (!d->pad ? kept[e] : d->capacity == LLMPAR_NO_CAPACITY ? fullest : d->capacity);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_load_measure(const llmpar_load_desc *desc, int64_t *rank_load, llmpar_load *load, llmpar_error *err) {
+    const int32_t ranks = desc->n_ranks ? desc->n_ranks : 1, n = desc->n_experts;
+    llmpar_split split = LLMPAR_ZERO;
+    if (n < 1 || ranks < 1) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_experts=%d n_ranks=%d; 1 or more of each", (int)n, (int)ranks);
+    if (!(desc->seconds_per_token >= 0 && desc->seconds_per_token < INFINITY)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "seconds_per_token=%g; finite, 0 or more", desc->seconds_per_token);
+    memset(load, 0, sizeof *load);
+    for (int32_t r = 0; r < ranks; r++) rank_load[r] = 0;
+    for (int32_t e = 0; e < n; e++) {
+        const int64_t count = desc->counts[e], lost = desc->dropped ? desc->dropped[e] : 0;
+        if (count < 0 || lost < 0 || count > INT64_MAX - load->tokens || lost > INT64_MAX - load->tokens - count - load->dropped)
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "expert %d has %lld tokens and %lld dropped; 0 or more, and all together at most 2^63 - 1", (int)e, (long long)count, (long long)lost);
+        if (desc->rank_of && (desc->rank_of[e] < 0 || desc->rank_of[e] >= ranks))
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank_of[%d]=%d of n_ranks=%d", (int)e, (int)desc->rank_of[e], (int)ranks);
+        load->tokens += count;
+        load->dropped += lost;
+        if (count > load->max_expert) { load->max_expert = count; load->busiest_expert = e; }
+        if (desc->rank_of) rank_load[desc->rank_of[e]] += count;
+    }
+    for (int32_t r = 0; r < ranks; r++) {
+        const llmpar_range own = llmpar_split_part(n, &split, ranks, r);
+        for (int64_t e = own.first; !desc->rank_of && e < own.first + own.count; e++) rank_load[r] += desc->counts[e];
+        if (rank_load[r] > load->max_rank) { load->max_rank = rank_load[r]; load->busiest_rank = r; }
+    }
+    const double tokens = (double)load->tokens, all = tokens + (double)load->dropped;
+    load->dropped_share    = all > 0 ? (double)load->dropped / all : 0;
+    load->expert_imbalance = tokens > 0 ? (double)load->max_expert * n / tokens : 1;
+    load->rank_imbalance   = tokens > 0 ? (double)load->max_rank * ranks / tokens : 1;
+    load->slowest_s        = (double)load->max_rank * desc->seconds_per_token;
+    load->mean_s           = tokens / ranks * desc->seconds_per_token;
+    load->lost_s           = load->slowest_s - load->mean_s;
+    return LLMPAR_OK;
+}
+
+// ---- losses
+
+// One run of rows as one batch: adds coeff * E / (k T^2) * sum_e count_e * sum_t s[t, e] times `factor` to *loss; false when it has no tokens. T = its tokens.
+typedef struct llmpari_aux {
+    const llmpar_aux_desc *d;
+    const float *scores;
+    const int32_t *ids;
+    int32_t choices;               // of a token that are counted
+    double  sum[LLMPAR_MAX_EXPERTS];
+    int64_t count[LLMPAR_MAX_EXPERTS], tokens;
+} llmpari_aux;
+
+LLMPARI_FN double llmpari_aux_total(const llmpari_aux *a, int64_t row) {                              // what a row's scores are divided by
+    double total = 0;
+    if (!a->d->normalise) return 1;
+    for (int32_t e = 0; e < a->d->n_experts; e++) total += (double)a->scores[row * a->d->n_experts + e];
+    return total > 0 ? total : 1;
+}
+LLMPARI_FN llmpar_status llmpari_aux_count(llmpari_aux *a, llmpar_range rows, llmpar_error *err) {
+    const int32_t n = a->d->n_experts, k = a->d->k;
+    memset(a->sum, 0, sizeof a->sum);
+    memset(a->count, 0, sizeof a->count);
+    a->tokens = 0;
+    for (int64_t t = rows.first; t < rows.first + rows.count; t++) {
+        if (a->d->pad && a->d->pad[t]) continue;
+        const double scale = 1 / llmpari_aux_total(a, t);
+        for (int32_t e = 0; e < n; e++) a->sum[e] += (double)a->scores[t * n + e] * scale;
+        for (int32_t i = 0; i < k; i++) {
+            const int32_t id = a->ids[t * k + i];
+            if (id < 0 || id >= n) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "row %lld chose expert %d; 0 to %d, or mark the row in pad", (long long)t, (int)id, (int)n - 1);
+            if (i < a->choices) a->count[id]++;
+        }
+        a->tokens++;
+    }
+    return LLMPAR_OK;
+}
+// d_scores of the rows of the last count: factor * count_e, through the division by the row's sum.
+LLMPARI_FN void llmpari_aux_gradient(const llmpari_aux *a, llmpar_range rows, double factor, float *d_scores) {
+    const int32_t n = a->d->n_experts;
+    for (int64_t t = rows.first; t < rows.first + rows.count; t++) {
+        const bool padding = a->d->pad && a->d->pad[t];
+        const double scale = 1 / llmpari_aux_total(a, t);
+        double mean = 0;
+        for (int32_t e = 0; e < n && a->d->normalise; e++) mean += (double)a->scores[t * n + e] * scale * (double)a->count[e];
+        for (int32_t e = 0; e < n; e++) d_scores[t * n + e] = padding ? 0 : (float)(factor * scale * ((double)a->count[e] - mean));
+    }
+}
+
+LLMPAR_DEF llmpar_status llmpar_loss_aux(const llmpar_aux_desc *desc, const float *scores, const int32_t *ids, double *loss, float *d_scores, llmpar_error *err) {
+    const llmpar_aux_desc *d = desc;
+    const int64_t length = d->kind == LLMPAR_AUX_SEQUENCE && d->sequence ? d->sequence : llmpari_max(d->rows, 1);
+    llmpari_aux a;
+    double total = 0;
+    int64_t runs = 0;
+    if (d->rows < 0 || d->n_experts < 1 || d->n_experts > LLMPAR_MAX_EXPERTS || d->k < 1 || d->k > d->n_experts)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rows=%lld n_experts=%d k=%d; 0 or more rows, 1 <= k <= n_experts <= %d", (long long)d->rows, (int)d->n_experts, (int)d->k, LLMPAR_MAX_EXPERTS);
+    if (d->kind < LLMPAR_AUX_MEGATRON || d->kind > LLMPAR_AUX_SEQUENCE) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "kind=%d is no auxiliary loss", (int)d->kind);
+    if (length < 1 || d->rows % length) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "sequence=%lld does not divide rows=%lld", (long long)d->sequence, (long long)d->rows);
+    a.d = d, a.scores = scores, a.ids = ids, a.choices = d->kind == LLMPAR_AUX_DEEPSPEED ? 1 : d->k;
+    for (int64_t first = 0; first < d->rows; first += length) {                                        // runs with tokens: the mean is over those
+        bool any = false;
+        for (int64_t t = first; t < first + length && !any; t++) any = !d->pad || !d->pad[t];
+        runs += any;
+    }
+    for (int64_t first = 0; first < d->rows; first += length) {
+        llmpar_range rows;
+        double run = 0;
+        rows.first = first, rows.count = length;
+        LLMPARI_TRY(llmpari_aux_count(&a, rows, err));
+        const double tokens = (double)a.tokens, per = d->kind == LLMPAR_AUX_MEGATRON || d->kind == LLMPAR_AUX_SEQUENCE ? d->k : 1;
+        const double factor = a.tokens ? (d->coeff != 0 ? d->coeff : 1) * d->n_experts / (per * tokens * tokens * (double)runs) : 0;
+        for (int32_t e = 0; e < d->n_experts; e++) run += (double)a.count[e] * a.sum[e];
+        total += factor * run;
+        if (d_scores) llmpari_aux_gradient(&a, rows, factor, d_scores);
+    }
+    *loss = total;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_loss_z(const void *logits, llmpar_dtype dtype, int64_t rows, int32_t n_experts, const uint8_t *pad, double coeff, double *loss, float *d_logits, llmpar_error *err) {
+    llmpar_route_desc desc = LLMPAR_ZERO;
+    llmpari_router router;
+    llmpari_row row;
+    int64_t tokens = 0;
+    double total = 0;
+    desc.n_experts = n_experts;
+    LLMPARI_TRY(llmpari_router_init(&desc, dtype, rows, logits, &router, err));
+    for (int64_t t = 0; t < rows; t++) tokens += !pad || !pad[t];
+    for (int64_t t = 0; t < rows; t++) {
+        const bool padding = pad && pad[t];
+        double largest, sum = 1, lse = 0;
+        if (!padding) {
+            llmpari_row_load(&router, logits, dtype, t, row.x);
+            llmpari_row_keys(&router, &row, row.x);
+            largest = llmpari_row_largest(&router, &row);
+            sum = llmpari_softmax_terms(row.p, row.x, router.padded, largest);
+            lse = !(largest - largest == 0) ? INFINITY : largest + log(sum);
+            total += lse * lse;
+        }
+        const double factor = padding || isinf(lse) ? 0 : 2 * coeff / (double)tokens * lse / sum;
+        for (int32_t i = 0; i < n_experts && d_logits; i++) d_logits[t * n_experts + i] = factor != 0 ? (float)(factor * row.p[i]) : 0;
+    }
+    *loss = tokens ? coeff * total / (double)tokens : 0;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_bias_update(const int64_t *counts, int32_t n_experts, double rate, float *bias, llmpar_error *err) {
+    int64_t total = 0, share;
+    if (n_experts < 1 || !(rate >= 0 && rate < INFINITY)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_experts=%d rate=%g; 1 or more experts, a finite rate of 0 or more", (int)n_experts, rate);
+    for (int32_t e = 0; e < n_experts; e++) {
+        if (counts[e] < 0 || !llmpari_mul(counts[e], n_experts, &share) || counts[e] > INT64_MAX - total)
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "counts[%d]=%lld; 0 or more, and n_experts times as much within 64 bits", (int)e, (long long)counts[e]);
+        total += counts[e];
+    }
+    for (int32_t e = 0; e < n_experts; e++) {
+        share = counts[e] * n_experts;                                                                 // against the mean, in integers
+        if (share != total) bias[e] = (float)((double)bias[e] + (share < total ? rate : -rate));
+    }
+    return LLMPAR_OK;
+}
+
+LLMPARI_ONCE_BEGIN
+
+// ============================================================================================================
+// >>dispatch (impl)
+// ============================================================================================================
+
+LLMPARI_FN llmpar_status llmpari_dispatch_sizes(int64_t n_experts, int32_t ranks, llmpar_error *err) {
+    if (n_experts >= 0 && n_experts < INT32_MAX && ranks >= 1) return LLMPAR_OK;
+    return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%lld experts on %d ranks: there must be 0 to %d experts and 1 rank or more", (long long)n_experts, (int)ranks, (int)(INT32_MAX - 1));
+}
+
+LLMPAR_DEF llmpar_status llmpar_dispatch_sort(const int32_t *ids, int64_t tokens, int64_t k, int64_t n_experts, int64_t *offsets, int32_t *order, int32_t *inverse,
+                                              llmpar_error *err) {
+    int64_t n;
+    LLMPARI_TRY(llmpari_dispatch_sizes(n_experts, 1, err));
+    if (!offsets || tokens < 0 || k < 0)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%lld tokens with %lld experts each: neither may be below 0, and offsets not NULL", (long long)tokens, (long long)k);
+    if (!llmpari_mul(tokens, k, &n) || n > INT32_MAX)
+        return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%lld tokens with %lld experts each are more than %d rows; dispatch fewer tokens at a time", (long long)tokens, (long long)k, (int)INT32_MAX);
+    if (n > 0 && !ids) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "ids is NULL, but there are %lld tokens with %lld experts each", (long long)tokens, (long long)k);
+    memset(offsets, 0, (size_t)(n_experts + 1) * sizeof *offsets);
+    for (int64_t i = 0; i < n; i++) {                          // offsets[e + 1] counts expert e, offsets[0] those that go nowhere
+        if (ids[i] < -1 || ids[i] >= n_experts)
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "expert %d of token %lld has the id %d; ids are 0 to %lld, or -1 for none", (int)(i % k), (long long)(i / k), (int)ids[i],
+                                (long long)(n_experts - 1));
+        offsets[ids[i] + 1]++;
+    }
+    offsets[0] = 0;
+    for (int64_t e = 0; e < n_experts; e++) offsets[e + 1] += offsets[e];
+    if (!order && !inverse) return LLMPAR_OK;
+    for (int64_t i = 0; i < n; i++) {                          // offsets[e] runs from the begin of expert e to its end
+        const int64_t at = ids[i] < 0 ? -1 : offsets[ids[i]]++;
+        if (inverse) inverse[i] = (int32_t)at;
+        if (order && at >= 0) order[at] = (int32_t)i;
+    }
+    if (n_experts) memmove(offsets + 1, offsets, (size_t)n_experts * sizeof *offsets);
+    offsets[0] = 0;
+    return LLMPAR_OK;
+}
+
+LLMPARI_ONCE_BEGIN
+// Offsets that come from outside: none below the one before, the first at 0.
+LLMPARI_FN llmpar_status llmpari_dispatch_offsets(const int64_t *offsets, int64_t n, const char *what, llmpar_error *err) {
+    if (!offsets || offsets[0] != 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s must begin with 0", what);
+    for (int64_t e = 0; e < n; e++)
+        if (offsets[e + 1] < offsets[e])
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s[%lld] is %lld, below the %lld before it", what, (long long)(e + 1), (long long)offsets[e + 1], (long long)offsets[e]);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_dispatch_align(const int64_t *offsets, int64_t n_experts, int64_t block, int64_t *padded, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_dispatch_sizes(n_experts, 1, err));
+    LLMPARI_TRY(llmpari_dispatch_offsets(offsets, n_experts, "offsets", err));
+    if (block < 1 || !padded) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "blocks of %lld rows: there must be 1 or more, and padded not NULL", (long long)block);
+    int64_t end = 0;
+    for (int64_t e = 0; e < n_experts; e++) {
+        const int64_t count = offsets[e + 1] - offsets[e], fill = count % block ? block - count % block : 0;
+        padded[e] = end;
+        if (count > INT64_MAX - fill || count + fill > INT64_MAX - end)
+            return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "expert %lld's %lld rows in blocks of %lld, behind %lld others, do not fit into 64 bits", (long long)e, (long long)count,
+                                (long long)block, (long long)end);
+        end += count + fill;
+    }
+    padded[n_experts] = end;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_dispatch_blocks(const int64_t *offsets, const int64_t *padded, const int32_t *order, int64_t n_experts, int64_t block, int32_t pad,
+                                                int32_t *slots, int32_t *block_expert, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_dispatch_sizes(n_experts, 1, err));
+    LLMPARI_TRY(llmpari_dispatch_offsets(offsets, n_experts, "offsets", err));
+    LLMPARI_TRY(llmpari_dispatch_offsets(padded, n_experts, "padded", err));
+    for (int64_t e = 0; e < n_experts; e++) {
+        const int64_t count = offsets[e + 1] - offsets[e], room = padded[e + 1] - padded[e];
+        if (block < 1 || room % block || room < count)
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "expert %lld has %lld rows and room for %lld in blocks of %lld; padded comes from llmpar_dispatch_align with the same block", (long long)e,
+                                (long long)count, (long long)room, (long long)block);
+        for (int64_t i = 0; slots && i < room; i++) slots[padded[e] + i] = i < count ? order[offsets[e] + i] : pad;
+        for (int64_t i = padded[e] / block; block_expert && i < padded[e + 1] / block; i++) block_expert[i] = (int32_t)e;
+    }
+    return LLMPAR_OK;
+}
+
+// The rank that owns expert e of n.
+LLMPARI_FN int32_t llmpari_dispatch_owner(const int32_t *owner, int64_t n, int32_t ranks, int64_t e) {
+    const int64_t small = n / ranks, large = n % ranks * (small + 1);          // llmpar_split_part's balanced parts: the larger ones come first
+    return owner ? owner[e] : (int32_t)(e < large ? e / (small + 1) : n % ranks + (e - large) / small);
+}
+LLMPARI_FN llmpar_status llmpari_dispatch_owners_check(const int32_t *owner, int64_t n_experts, int32_t ranks, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_dispatch_sizes(n_experts, ranks, err));
+    for (int64_t e = 0; owner && e < n_experts; e++)
+        if (owner[e] < 0 || owner[e] >= ranks) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "expert %lld is on rank %d; ranks are 0 to %d", (long long)e, (int)owner[e], (int)ranks - 1);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_dispatch_owners(llmpar_experts_kind kind, int64_t n_experts, int32_t ranks, int32_t *owner, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_dispatch_sizes(n_experts, ranks, err));
+    if (kind != LLMPAR_EXPERTS_CONTIGUOUS && kind != LLMPAR_EXPERTS_ROUND_ROBIN)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "placement %d of experts is not known; LLMPAR_EXPERTS_CONTIGUOUS and LLMPAR_EXPERTS_ROUND_ROBIN are", (int)kind);
+    for (int64_t e = 0; e < n_experts; e++) owner[e] = kind == LLMPAR_EXPERTS_ROUND_ROBIN ? (int32_t)(e % ranks) : llmpari_dispatch_owner(NULL, n_experts, ranks, e);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_dispatch_local(const int32_t *owner, int64_t n_experts, int32_t ranks, int32_t rank, int32_t *local, llmpar_error *err) {
+    int32_t n = 0;
+    LLMPARI_TRY(llmpari_dispatch_owners_check(owner, n_experts, ranks, err));
+    if (rank < 0 || rank >= ranks) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d is none of %d", (int)rank, (int)ranks);
+    for (int64_t e = 0; e < n_experts; e++) local[e] = llmpari_dispatch_owner(owner, n_experts, ranks, e) == rank ? n++ : -1;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_dispatch_slots(const int32_t *owner, int64_t n_experts, int32_t ranks, int32_t *slot, int64_t *first, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_dispatch_owners_check(owner, n_experts, ranks, err));
+    memset(first, 0, (size_t)(ranks + (int64_t)1) * sizeof *first);
+    for (int64_t e = 0; e < n_experts; e++) first[llmpari_dispatch_owner(owner, n_experts, ranks, e) + 1]++;
+    for (int32_t r = 0; r < ranks; r++) first[r + 1] += first[r];
+    if (!slot) return LLMPAR_OK;
+    for (int64_t e = 0; e < n_experts; e++) slot[e] = (int32_t)first[llmpari_dispatch_owner(owner, n_experts, ranks, e)]++;
+    memmove(first + 1, first, (size_t)ranks * sizeof *first);
+    first[0] = 0;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_dispatch_send(const int64_t *offsets, const int64_t *first, int32_t ranks, int64_t *send, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_dispatch_sizes(0, ranks, err));
+    LLMPARI_TRY(llmpari_dispatch_offsets(first, ranks, "first", err));
+    for (int32_t r = 0; r < ranks; r++) send[r] = offsets[first[r + 1]] - offsets[first[r]];
+    return LLMPAR_OK;
+}
+
+// *sum += n, n not below 0. What: a count of rows of rank r for expert e.
+LLMPARI_FN llmpar_status llmpari_dispatch_add(int64_t *sum, int64_t n, int64_t r, int64_t e, llmpar_error *err) {
+    if (n < 0) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %lld has %lld rows for expert %lld; counts are 0 or more", (long long)r, (long long)n, (long long)e);
+    if (n > INT64_MAX - *sum)
+        return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%lld rows and the %lld of rank %lld for expert %lld do not fit into 64 bits", (long long)*sum, (long long)n, (long long)r, (long long)e);
+    *sum += n;
+    return LLMPAR_OK;
+}
+LLMPARI_ONCE_END
+
+LLMPAR_DEF llmpar_status llmpar_dispatch_receive(const int64_t *counts, int32_t ranks, int64_t experts, int64_t *receive, int64_t *offsets, int32_t *order, int32_t *inverse,
+                                                 int64_t capacity, llmpar_error *err) {
+    int64_t rows = 0;
+    LLMPARI_TRY(llmpari_dispatch_sizes(experts, ranks, err));
+    memset(offsets, 0, (size_t)(experts + 1) * sizeof *offsets);
+    for (int32_t r = 0; r < ranks; r++) {
+        const int64_t before = rows;
+        for (int64_t e = 0; e < experts; e++) {
+            LLMPARI_TRY(llmpari_dispatch_add(&rows, counts[r * experts + e], r, e, err));
+            offsets[e + 1] += counts[r * experts + e];
+        }
+        receive[r] = rows - before;
+    }
+    for (int64_t e = 0; e < experts; e++) offsets[e + 1] += offsets[e];
+    if (!order && !inverse) return LLMPAR_OK;
+    if (rows > capacity || rows > INT32_MAX)
+        return LLMPARI_FAIL(err, rows > INT32_MAX ? LLMPAR_OVERFLOW : LLMPAR_DOES_NOT_FIT, "%lld rows come, but there is room for %lld, and at most for %d", (long long)rows,
+                            (long long)capacity, (int)INT32_MAX);
+    int64_t from = 0;
+    for (int32_t r = 0; r < ranks; r++)
+        for (int64_t e = 0; e < experts; e++)
+            for (int64_t i = 0; i < counts[r * experts + e]; i++, from++) {    // offsets[e] runs from the begin of expert e to its end
+                const int64_t at = offsets[e]++;
+                if (order)   order[at]     = (int32_t)from;
+                if (inverse) inverse[from] = (int32_t)at;
+            }
+    if (experts) memmove(offsets + 1, offsets, (size_t)experts * sizeof *offsets);
+    offsets[0] = 0;
+    return LLMPAR_OK;
+}
+
+LLMPARI_ONCE_BEGIN
+LLMPAR_DEF llmpar_status llmpar_dispatch_counts(const int64_t *counts, int32_t ranks, int64_t n_experts, const int32_t *owner, int64_t *table, int64_t *per_expert,
+                                                llmpar_dispatch_load *load, llmpar_error *err) {
+    llmpar_dispatch_load sum = LLMPAR_ZERO;
+    LLMPARI_TRY(llmpari_dispatch_owners_check(owner, n_experts, ranks, err));
+    if (table) memset(table, 0, (size_t)ranks * (size_t)ranks * sizeof *table);
+    for (int64_t e = 0; e < n_experts; e++) {                  // every sum is part of sum.rows, so none overflows before that does
+        const int32_t to = llmpari_dispatch_owner(owner, n_experts, ranks, e);
+        int64_t rows = 0;
+        for (int32_t r = 0; r < ranks; r++) {
+            const int64_t n = counts[r * n_experts + e];
+            LLMPARI_TRY(llmpari_dispatch_add(&sum.rows, n, r, e, err));
+            rows += n;
+            if (r != to) sum.moved += n;
+            if (table) table[(int64_t)r * ranks + to] += n;
+        }
+        if (per_expert) per_expert[e] = rows;
+        if (rows > sum.most_expert_rows) { sum.most_expert_rows = rows; sum.expert = (int32_t)e; }
+    }
+    if (!load) return LLMPAR_OK;
+    for (int32_t to = 0; to < ranks; to++) {
+        int64_t rows = 0;
+        for (int64_t e = 0; e < n_experts; e++)
+            if (llmpari_dispatch_owner(owner, n_experts, ranks, e) == to) for (int32_t r = 0; r < ranks; r++) rows += counts[r * n_experts + e];
+        if (rows > sum.most_rank_rows) { sum.most_rank_rows = rows; sum.rank = to; }
+    }
+    sum.rank_imbalance   = sum.rows ? (double)sum.most_rank_rows   * (double)ranks     / (double)sum.rows : 1;
+    sum.expert_imbalance = sum.rows ? (double)sum.most_expert_rows * (double)n_experts / (double)sum.rows : 1;
+    *load = sum;
+    return LLMPAR_OK;
+}
+LLMPARI_ONCE_END
+
+LLMPAR_DEF int32_t llmpar_dispatch_tree(const int32_t *ids, int32_t k, llmpar_range experts, int32_t *at, uint8_t *merges) {
+    int level[LLMPAR_DISPATCH_DEPTH], depth = 0;               // of the nodes on the stack that wait for their right half: they fall, from 31 on
+    int32_t n = 0;
+    for (int32_t j = 0; j < k; j++) {
+        if (ids[j] < experts.first || ids[j] - experts.first >= experts.count || ids[j] < 0) continue;
+        int32_t i = n++;
+        for (; i > 0 && ids[at[i - 1]] > ids[j]; i--) at[i] = at[i - 1];
+        at[i] = j;
+    }
+    for (int32_t i = 0; i < n; i++) {
+        int next = 32;                                         // the level of the smallest node that has this id and the next; the last one closes all
+        if (i + 1 < n) for (uint32_t differ = (uint32_t)(ids[at[i]] ^ ids[at[i + 1]]); next > 0 && !(differ >> (next - 1)); next--) { }
+        for (merges[i] = 0; depth > 0 && level[depth - 1] <= next; depth--) merges[i]++;
+        level[depth++] = next;
+    }
+    return n;
+}
+
+// ============================================================================================================
 // >>graph (impl)
 // ============================================================================================================
 
@@ -4680,7 +5976,7 @@ LLMPAR_DEF int llmpar_add(llmpar_graph *g, int a, int b) { return llmpari_binary
 LLMPAR_DEF int llmpar_mul(llmpar_graph *g, int a, int b) { return llmpari_binary(g, LLMPAR_OP_MUL, a, b); }
 
 LLMPAR_DEF int llmpar_unary(llmpar_graph *g, llmpar_activation function, int x) {
-    if ((int)function < 0 || function > LLMPAR_NEGATE) return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "there is no activation %d", (int)function);
+    if ((int)function < 0 || function > LLMPAR_SIGMOID) return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "there is no activation %d", (int)function);
     llmpar_op op = llmpari_op_new(g, LLMPAR_OP_UNARY, 1, x, -1, -1);
     llmpari_op_dims(g, &op, 0);
     op.function = function;
@@ -4869,6 +6165,45 @@ LLMPAR_DEF int llmpar_cross_entropy(llmpar_graph *g, int logits, int labels) {
     return llmpari_op_add(g, &op, op.index_of[1], op.dim);
 }
 
+// The indices are the token dims, E and J, and three that are never split: H, the router's experts, the result's H.
+LLMPAR_DEF int llmpar_experts(llmpar_graph *g, int x, int router, int gate, int up, int down, const llmpar_experts_desc *desc) {
+    llmpar_op op = llmpari_op_new(g, LLMPAR_OP_EXPERTS, 3, x, router, gate);
+    if (!llmpari_graph_has(g, up) || !llmpari_graph_has(g, down)) return -1;
+    const llmpar_tensor *t[LLMPAR_MAX_OPERANDS];
+    op.n_in  = LLMPAR_MAX_OPERANDS;
+    op.in[3] = up; op.in[4] = down;
+    for (int i = 0; i < op.n_in; i++) t[i] = &g->node[op.in[i]].tensor;
+    const int n = t[0]->n_dims - 1;
+    bool fits = n >= 1 && t[1]->n_dims == n + 1 && t[2]->n_dims == 3 && t[3]->n_dims == 3 && t[4]->n_dims == 3;
+    for (int d = 0; fits && d < n; d++) fits = t[1]->dim[d].size == t[0]->dim[d].size && strcmp(t[1]->dim[d].name, t[0]->dim[d].name) == 0;
+    for (int i = 2; fits && i < 5; i++)
+        fits = g->node[op.in[i]].role == LLMPAR_ROLE_WEIGHT && t[i]->dim[0].size == t[1]->dim[n].size && t[i]->dim[i < 4 ? 2 : 1].size == t[0]->dim[n].size &&
+            t[i]->dim[i < 4 ? 1 : 2].size == t[2]->dim[1].size && t[i]->dtype == t[2]->dtype;
+    if (!fits)
+        return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "experts: x[.., H], router logits [.., E] with the same dims in front, and weights gate[E, J, H], up[E, J, H] and down[E, H, J] of "
+                                  "one dtype are expected; %s, %s, %s, %s and %s are not such", t[0]->name, t[1]->name, t[2]->name, t[3]->name, t[4]->name);
+    op.experts = *desc;
+    if (!op.experts.route.n_experts) op.experts.route.n_experts = (int32_t)t[1]->dim[n].size;
+    if (op.experts.route.n_experts != t[1]->dim[n].size)
+        return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "experts: the router's convention is for %lld experts, %s has logits of %lld", (long long)op.experts.route.n_experts,
+                                  t[1]->name, (long long)t[1]->dim[n].size);
+    if (llmpar_route_check(&op.experts.route, &g->error)) return -1;
+    if (op.experts.route.expert_choice) return LLMPARI_GRAPH_FAIL(g, LLMPAR_UNSUPPORTED, "experts: with expert choice a token's experts depend on all tokens; the op takes tokens' choices only");
+    if ((int)desc->way < 0 || desc->way > LLMPAR_EXPERTS_ALLTOALL) return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "experts: way %d is not known", (int)desc->way);
+    for (int d = 0; d < n; d++) op.index_of[0][d] = op.index_of[1][d] = (int8_t)llmpari_op_index(g, &op, t[0]->dim[d].name, t[0]->dim[d].size, t[0]->name);
+    const int8_t e = (int8_t)llmpari_op_index(g, &op, t[2]->dim[0].name, t[2]->dim[0].size, t[2]->name), j = (int8_t)llmpari_op_index(g, &op, t[2]->dim[1].name, t[2]->dim[1].size, t[2]->name);
+    const int8_t h = (int8_t)llmpari_op_index(g, &op, t[2]->dim[2].name, t[2]->dim[2].size, t[2]->name);
+    const int8_t logit = (int8_t)llmpari_op_index(g, &op, "of the router", t[2]->dim[0].size, t[1]->name), result = (int8_t)llmpari_op_index(g, &op, "of the result", t[0]->dim[n].size, t[4]->name);
+    if (g->error.status) return -1;
+    if (op.n_indices != n + 5) return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "experts: %s must name its dims [E, J, H] unlike each other and unlike the token dims of %s", t[2]->name, t[0]->name);
+    op.index_of[0][n] = h; op.index_of[1][n] = logit;
+    for (int i = 2; i < 5; i++) { op.index_of[i][0] = e; op.index_of[i][1] = i < 4 ? j : result; op.index_of[i][2] = i < 4 ? h : j; }
+    op.dim = n;
+    const int made = llmpari_op_add_like(g, &op);               // named like x's dims; but its last is not summed over
+    if (made >= 0) g->op[g->n_ops - 1].index_of[op.n_in][n] = result;
+    return made;
+}
+
 LLMPAR_DEF void llmpar_output(llmpar_graph *g, int x, const char *text) {
     llmpar_op op = llmpari_op_new(g, LLMPAR_OP_OUTPUT, 1, x, -1, -1);
     llmpari_op_dims(g, &op, 0);
@@ -4968,6 +6303,8 @@ LLMPARI_FN bool llmpari_index_splits(const llmpar_graph *g, const llmpar_op *op,
     case LLMPAR_OP_NORM: case LLMPAR_OP_SOFTMAX: return index != op->index_of[0][op->dim];
     case LLMPAR_OP_ROPE:      return index != op->index_of[0][3];
     case LLMPAR_OP_ATTENTION: return index == op->index_of[0][0] || index == op->index_of[0][1] || index == op->index_of[0][2];
+    case LLMPAR_OP_EXPERTS:                                     // tokens; experts; what is between gate and down, whose sum has no tree
+        return index < op->dim || index == op->index_of[2][0] || (index == op->index_of[2][1] && !g->invariant);
     default: {
         const llmpar_split *rule = NULL;                        // operands that are cut by different rules do not meet block by block
         for (int s = 0; s < op->n_in; s++)
@@ -4998,12 +6335,16 @@ LLMPAR_DEF int llmpar_op_choices(const llmpar_graph *g, int id, bool linear, llm
     }
     for (int i = -1; i < op->n_indices; i++)
         if (i < 0 || llmpari_index_splits(g, op, i)) {
-            if (n < capacity) { choices[n].index = (int8_t)i; choices[n].partial = 0; }
+            if (n < capacity) { choices[n].index = (int8_t)i; choices[n].partial = 0; choices[n].owner = -1; }
             n++;
         }
+    for (int i = 0; op->kind == LLMPAR_OP_EXPERTS && op->experts.way != LLMPAR_EXPERTS_PARTIAL && i < op->dim; i++) {
+        if (n < capacity) { choices[n].index = (int8_t)i; choices[n].partial = 0; choices[n].owner = op->index_of[2][0]; }
+        n++;
+    }
     for (unsigned m = 1; m < 8 && linear && !g->invariant; m++)
         if (masks >> m & 1u) {
-            if (n < capacity) { choices[n].index = -1; choices[n].partial = (uint8_t)m; }
+            if (n < capacity) { choices[n].index = -1; choices[n].partial = (uint8_t)m; choices[n].owner = -1; }
             n++;
         }
     return n;
@@ -5293,6 +6634,833 @@ LLMPAR_DEF int64_t llmpar_heads_kv_bytes_per_token(const llmpar_heads *heads, in
                            (head_dim > 0 ? head_dim : 1) * llmpar_dtype_bytes(dtype));
 }
 // ============================================================================================================
+// >>place (impl)
+// ============================================================================================================
+
+// One problem: copies of n experts on some GPUs, those of a node or all.
+typedef struct llmpari_spread {
+    int32_t  n, gpus, each, slots;          // slots of a GPU, of all
+    bool     distinct;                      // no two copies of an expert on a GPU
+    int32_t *expert;                        // [n] their numbers outside
+    double  *load, *share;                  // [n] load, load / copies
+    int32_t *copies, *most;                 // [n] how many; how many an expert may have
+    int32_t *at;                            // [slots] which expert, 0 .. n-1, GPU by GPU
+    double  *sum;                           // [gpus] of the shares in its slots
+    double   max;                           // of sum
+} llmpari_spread;
+
+typedef struct llmpari_placer {
+    const llmpar_place_desc *desc;
+    const double *load;                     // [n_experts], the caller's
+    double   unit;                          // times this, loads neither over- nor underflow in f32; a power of two, so that no bit is lost
+    int32_t  nodes, groups, members;        // to which copies are bound (1, 1 where they are not); groups of a node
+    bool     small;                         // few enough slots for the exhaustive search
+    int64_t  work;                          // steps that are left
+    int32_t *heap[2], *slot, *item, *fill;  // scratch [max(n_replicas, n_groups)]
+    double  *key[2];                        // ditto
+    int32_t *order, *initial, *chosen;      // [groups] heaviest first; the node of each in DeepSeek's way; and while others are tried
+    double  *group_load, *node_load;        // [groups], [nodes]
+    int32_t *node_fill;                     // [nodes]
+    llmpari_spread *now, *best, trial;      // [nodes], [nodes], one more to try with
+    double   max, good;                     // of best[]; within this factor of a bound other numbers of copies and other nodes are not tried
+} llmpari_placer;
+
+// ---- DeepSeek's ----
+
+// A heap of numbers: the least key is on top, of equal keys the least number. Sinks heap[at] to its place.
+LLMPARI_FN void llmpari_place_sink(int32_t *heap, int32_t n, int32_t at, const double *key) {
+    const int32_t item = heap[at];
+    for (int32_t child; (child = 2 * at + 1) < n; at = child) {
+        if (child + 1 < n && (key[heap[child + 1]] < key[heap[child]] || (key[heap[child + 1]] == key[heap[child]] && heap[child + 1] < heap[child]))) child++;
+        if (key[heap[child]] > key[item] || (key[heap[child]] == key[item] && heap[child] > item)) break;
+        heap[at] = heap[child];
+    }
+    heap[at] = item;
+}
+LLMPARI_FN void llmpari_place_heap(int32_t *heap, int32_t n, const double *key) {
+    for (int32_t i = 0; i < n; i++) heap[i] = i;
+    for (int32_t i = n / 2 - 1; i >= 0; i--) llmpari_place_sink(heap, n, i, key);
+}
+LLMPARI_FN void llmpari_place_pop(int32_t *heap, int32_t *n, const double *key) {
+    heap[0] = heap[--*n];
+    if (*n > 0) llmpari_place_sink(heap, *n, 0, key);
+}
+
+// balanced_packing of n items of weight -key[0][item]: the heaviest first, each to the lightest pack that has room. slot[item] = pack * (n / packs) + order of arrival there.
+LLMPARI_FN void llmpari_place_pack(llmpari_placer *place, int32_t n, int32_t packs) {
+    const int32_t each = n / packs;
+    int32_t *items = place->heap[0], *pack = place->heap[1], left = n, open = packs;
+    double *key = place->key[0], *filled = place->key[1];
+    if (each == 1) {                                                                       // as they come, as upstream does
+        for (int32_t i = 0; i < n; i++) place->slot[i] = i;
+        return;
+    }
+    for (int32_t p = 0; p < packs; p++) filled[p] = 0, place->fill[p] = 0;
+    llmpari_place_heap(items, n, key);
+    llmpari_place_heap(pack, packs, filled);
+    while (left > 0) {
+        const int32_t item = items[0], p = pack[0];
+        llmpari_place_pop(items, &left, key);
+        place->slot[item] = p * each + place->fill[p]++;
+        filled[p] = (double)((float)filled[p] - (float)key[item]);
+        if (place->fill[p] == each) llmpari_place_pop(pack, &open, filled);
+        else llmpari_place_sink(pack, open, 0, filled);
+    }
+}
+
+LLMPARI_FN void llmpari_spread_gpu(llmpari_spread *s, int32_t g) {
+    s->sum[g] = 0;
+    for (int32_t i = g * s->each; i < (g + 1) * s->each; i++) s->sum[g] += s->share[s->at[i]];
+}
+LLMPARI_FN void llmpari_spread_sum(llmpari_spread *s) {
+    for (int32_t e = 0; e < s->n; e++) s->share[e] = s->load[e] / (double)s->copies[e];
+    s->max = 0;
+    for (int32_t g = 0; g < s->gpus; g++) {
+        llmpari_spread_gpu(s, g);
+        if (s->sum[g] > s->max) s->max = s->sum[g];
+    }
+}
+LLMPARI_FN void llmpari_spread_copy(llmpari_spread *to, const llmpari_spread *from) {
+    memcpy(to->expert, from->expert, (size_t)from->n * sizeof *to->expert);
+    memcpy(to->load,   from->load,   (size_t)from->n * sizeof *to->load);
+    memcpy(to->copies, from->copies, (size_t)from->n * sizeof *to->copies);
+    memcpy(to->at,     from->at,     (size_t)from->slots * sizeof *to->at);
+    llmpari_spread_sum(to);
+}
+
+// replicate_experts (the next copy goes to the expert whose copies have most, of those that may have more), then balanced_packing. False: too few copies are allowed.
+LLMPARI_FN bool llmpari_spread_deepseek(llmpari_placer *place, llmpari_spread *s) {
+    int32_t *heap = place->heap[0], *item = place->item, open = s->n;
+    double *key = place->key[0];
+    place->work -= 32 * (int64_t)s->slots;
+    for (int32_t e = 0; e < s->n; e++) item[e] = e, s->copies[e] = 1, key[e] = -(double)(float)s->load[e];
+    llmpari_place_heap(heap, s->n, key);
+    for (int32_t i = s->n; i < s->slots; i++) {
+        while (open > 0 && s->copies[heap[0]] == s->most[heap[0]]) llmpari_place_pop(heap, &open, key);
+        if (open == 0) return false;
+        const int32_t e = item[i] = heap[0];
+        key[e] = -(double)((float)s->load[e] / (float)++s->copies[e]);
+        llmpari_place_sink(heap, open, 0, key);
+    }
+    for (int32_t i = s->n; i < s->slots; i++) key[i] = key[item[i]];
+    llmpari_place_pack(place, s->slots, s->gpus);
+    for (int32_t i = 0; i < s->slots; i++) s->at[place->slot[i]] = item[i];
+    llmpari_spread_sum(s);
+    return true;
+}
+
+// ---- slots trade places ----
+
+LLMPARI_FN bool llmpari_spread_has(const llmpari_spread *s, int32_t gpu, int32_t e, int32_t but) {   // in another slot than `but`
+    for (int32_t i = gpu * s->each; i < (gpu + 1) * s->each; i++) if (s->at[i] == e && i != but) return true;
+    return false;
+}
+LLMPARI_FN void llmpari_spread_trade(llmpari_spread *s, int32_t i, int32_t j) {
+    const int32_t e = s->at[i];
+    s->at[i] = s->at[j], s->at[j] = e;
+    llmpari_spread_gpu(s, i / s->each);
+    llmpari_spread_gpu(s, j / s->each);
+}
+// The fuller of GPUs g and h when their slots i and j have traded places.
+LLMPARI_FN double llmpari_spread_after(const llmpari_spread *s, int32_t g, int32_t i, int32_t h, int32_t j) {
+    const double d = s->share[s->at[i]] - s->share[s->at[j]], a = s->sum[g] - d, b = s->sum[h] + d;
+    return a > b ? a : b;
+}
+
+// A second copy on a GPU trades places with a copy elsewhere, so that the GPUs have more different experts, all together. There is such a place while no expert has more copies than there are GPUs:
+// some GPU lacks this one, and of its slots one holds what this GPU lacks, or else, all being among the fewer experts of this GPU, two hold the same.
+LLMPARI_FN void llmpari_spread_part(llmpari_placer *place, llmpari_spread *s) {
+    for (int32_t i = 0; i < s->slots; i++) {
+        const int32_t g = i / s->each;
+        while (s->copies[s->at[i]] > 1 && llmpari_spread_has(s, g, s->at[i], i)) {
+            double least = 0;
+            int32_t best = -1;
+            for (int32_t h = 0; h < s->gpus && (best < 0 || place->work > 0); h++) {
+                if (llmpari_spread_has(s, h, s->at[i], -1)) continue;
+                place->work -= s->each;
+                for (int32_t j = h * s->each; j < (h + 1) * s->each; j++) {
+                    const double max = llmpari_spread_after(s, g, i, h, j);
+                    if (best >= 0 && max >= least) continue;
+                    if (llmpari_spread_has(s, g, s->at[j], -1) && !llmpari_spread_has(s, h, s->at[j], j)) continue;
+                    best = j, least = max;
+                }
+            }
+            LLMPAR_ASSERT(best >= 0);
+            llmpari_spread_trade(s, i, best);
+        }
+    }
+    llmpari_spread_sum(s);
+}
+
+// A slot of g, the fullest GPU, trades places with the one of another GPU that leaves the fuller of the two least full, if that is less than now.
+LLMPARI_FN bool llmpari_spread_swap(llmpari_placer *place, llmpari_spread *s, int32_t g) {
+    double least = s->sum[g] * (1 - 1e-12);
+    int32_t from = -1, to = -1;
+    for (int32_t h = 0; h < s->gpus; h++) {
+        if (h == g || (s->sum[g] + s->sum[h]) / 2 >= least) continue;                      // no trade is better than half of the difference
+        for (int32_t i = g * s->each; i < (g + 1) * s->each && place->work > 0; i++) {
+            place->work -= s->each;
+            for (int32_t j = h * s->each; j < (h + 1) * s->each; j++) {
+                const double max = llmpari_spread_after(s, g, i, h, j);
+                if (max >= least) continue;
+                if (s->distinct) place->work -= s->each;
+                if (s->distinct && (llmpari_spread_has(s, h, s->at[i], -1) || llmpari_spread_has(s, g, s->at[j], -1))) continue;
+                least = max, from = i, to = j;
+            }
+        }
+    }
+    if (from >= 0) llmpari_spread_trade(s, from, to);
+    return from >= 0;
+}
+
+// The best slot in which a copy of b can give way to one more of a: *least falls to the max that this leaves. -1: none is better.
+LLMPARI_FN int32_t llmpari_spread_instead(llmpari_placer *place, const llmpari_spread *s, int32_t a, int32_t b, double *least) {
+    const double more = s->load[a] / (s->copies[a] + 1), less = s->load[b] / (s->copies[b] - 1);
+    double *sum = place->key[0];
+    int32_t to = -1;
+    if (less >= *least) return -1;
+    place->work -= s->slots;
+    for (int32_t g = 0; g < s->gpus; g++) {
+        sum[g] = s->sum[g];
+        for (int32_t i = g * s->each; i < (g + 1) * s->each; i++) sum[g] += s->at[i] == a ? more - s->share[a] : s->at[i] == b ? less - s->share[b] : 0;
+    }
+    for (int32_t j = 0; j < s->slots; j++) {
+        const int32_t h = j / s->each;
+        double max = sum[h] + more - less;
+        if (s->at[j] != b || max >= *least || (s->distinct && llmpari_spread_has(s, h, a, -1))) continue;
+        for (int32_t g = 0; g < s->gpus; g++) if (g != h && sum[g] > max) max = sum[g];
+        if (max < *least) *least = max, to = j;
+    }
+    return to;
+}
+// An expert of g, the fullest GPU, that makes up a quarter of it or more, gets one copy more in place of another expert's.
+LLMPARI_FN bool llmpari_spread_recopy(llmpari_placer *place, llmpari_spread *s, int32_t g) {
+    double least = s->sum[g] * (1 - 1e-12);
+    int32_t to = -1, with = -1;
+    for (int32_t k = g * s->each; k < (g + 1) * s->each; k++) {
+        const int32_t a = s->at[k];
+        if (s->copies[a] == s->most[a] || 4 * s->share[a] < s->sum[g]) continue;
+        for (int32_t b = 0; b < s->n && place->work > 0; b++) {
+            const int32_t j = b == a || s->copies[b] == 1 ? -1 : llmpari_spread_instead(place, s, a, b, &least);
+            if (j >= 0) to = j, with = a;
+        }
+    }
+    if (to < 0) return false;
+    s->copies[with]++, s->copies[s->at[to]]--;
+    s->at[to] = with;
+    llmpari_spread_sum(s);
+    return true;
+}
+// One or the other, until the fullest GPU cannot be helped, is full enough, or the work is done.
+LLMPARI_FN void llmpari_spread_improve(llmpari_placer *place, llmpari_spread *s, double enough) {
+    for (;;) {
+        int32_t g = 0;
+        for (int32_t h = 1; h < s->gpus; h++) if (s->sum[h] > s->sum[g]) g = h;
+        s->max = s->sum[g];
+        if (s->max <= enough || place->work <= 0 || (!llmpari_spread_swap(place, s, g) && !llmpari_spread_recopy(place, s, g))) break;
+    }
+}
+
+// ---- exhaustive search ----
+
+#define LLMPARI_PLACE_SMALL 32              // slots
+typedef struct llmpari_exact {
+    llmpari_placer *place;
+    llmpari_spread *s, *trial;              // s: the best so far
+    double  below, enough;                  // only what is below counts; at or under enough the search ends
+    int32_t order[LLMPARI_PLACE_SMALL], by_share[LLMPARI_PLACE_SMALL], used[LLMPARI_PLACE_SMALL];   // experts by load, by share; filled slots of each GPU
+    double  sum[LLMPARI_PLACE_SMALL], rest[LLMPARI_PLACE_SMALL + 1];                                // load of each GPU; of by_share[k] and all behind it
+} llmpari_exact;
+
+LLMPARI_FN void llmpari_exact_sort(const double *key, int32_t n, int32_t *order) {         // largest first, stable
+    for (int32_t i = 0; i < n; i++) {
+        int32_t at = i;
+        for (; at > 0 && key[order[at - 1]] < key[i]; at--) order[at] = order[at - 1];
+        order[at] = i;
+    }
+}
+
+// Copies c, c + 1, .. of expert by_share[k], then the experts behind it, go to every GPU from `from` on that can take them. Of GPUs that look the same the first is tried alone.
+LLMPARI_FN void llmpari_exact_fill(llmpari_exact *x, int32_t k, int32_t c, int32_t from) {
+    llmpari_spread *t = x->trial;
+    if (c == t->copies[x->by_share[k]]) k++, c = 0, from = 0;
+    if (k == t->n) {
+        llmpari_spread_sum(t);
+        if (t->max < x->below) {
+            llmpari_spread_copy(x->s, t);
+            x->below = t->max * (1 - 1e-12);
+        }
+        return;
+    }
+    const int32_t e = x->by_share[k];
+    double share = t->share[e], small = t->share[x->by_share[t->n - 1]], room = 0, low = (x->rest[0] - (t->gpus - 1) * x->below) * (1 - 1e-9);
+    for (int32_t g = 0; g < t->gpus; g++) {
+        const int32_t open = t->each - x->used[g];
+        if (open > 0) room += x->below - x->sum[g];
+        if (x->sum[g] + open * share < low || (open > 0 && x->sum[g] + open * small >= x->below)) return;   // what may follow cannot fill it, or must overfill it
+    }
+    if ((x->rest[k] - c * share) * (1 - 1e-9) > room) return;
+    for (int32_t g = from; g < t->gpus; g++) {
+        const double before = x->sum[g];
+        int32_t h = from;
+        if (x->used[g] == t->each || before + share >= x->below) continue;
+        while (h < g && (x->used[h] != x->used[g] || x->sum[h] != before)) h++;
+        if (h < g) continue;
+        if (x->place->work-- <= 0 || x->s->max <= x->enough) return;
+        t->at[g * t->each + x->used[g]++] = e;
+        x->sum[g] += share;
+        llmpari_exact_fill(x, k, c + 1, t->distinct ? g + 1 : g);
+        x->sum[g] = before;
+        x->used[g]--;
+    }
+}
+// Every number of copies for the experts order[k] and behind; of experts with equal loads the first has most.
+LLMPARI_FN void llmpari_exact_copies(llmpari_exact *x, int32_t k, int32_t left) {
+    llmpari_spread *t = x->trial;
+    const int32_t rest = t->n - k - 1, e = k < t->n ? x->order[k] : 0, most = k < t->n ? t->most[e] : 0;
+    if (k == t->n) {
+        for (int32_t i = 0; i < t->n; i++) t->share[i] = t->load[i] / (double)t->copies[i];
+        llmpari_exact_sort(t->share, t->n, x->by_share);
+        x->rest[t->n] = 0;
+        for (int32_t i = t->n - 1; i >= 0; i--) x->rest[i] = x->rest[i + 1] + t->load[x->by_share[i]];
+        for (int32_t g = 0; g < t->gpus; g++) x->used[g] = 0, x->sum[g] = 0;
+        llmpari_exact_fill(x, 0, 0, 0);
+        return;
+    }
+    for (int32_t c = 1; c <= most && c <= left - rest && x->place->work-- > 0 && x->s->max > x->enough; c++) {
+        if (k > 0 && t->load[e] == t->load[x->order[k - 1]] && c > t->copies[x->order[k - 1]]) break;
+        if (t->load[e] / (double)c >= x->below || left - c > (int64_t)rest * most) continue;
+        t->copies[e] = c;
+        llmpari_exact_copies(x, k + 1, left - c);
+    }
+}
+// Finds the least max there is, if it is below s->max.
+LLMPARI_FN void llmpari_spread_exact(llmpari_placer *place, llmpari_spread *s, double enough) {
+    llmpari_exact x;
+    x.place = place, x.s = s, x.trial = &place->trial, x.below = (s->max < place->max ? s->max : place->max) * (1 - 1e-12), x.enough = enough;
+    llmpari_exact_sort(s->load, s->n, x.order);
+    for (int32_t e = 0; e < s->n; e++) x.trial->most[e] = s->most[e];
+    if (s->max > enough) llmpari_exact_copies(&x, 0, s->slots);
+}
+
+// ---- nodes ----
+
+// s, which holds DeepSeek's placement (without duplicates where they are forbidden), is improved; then the same is tried with one copy fewer of this or that expert, for the others' good.
+LLMPARI_FN void llmpari_spread_solve(llmpari_placer *place, llmpari_spread *s, double enough) {
+    llmpari_spread *t = &place->trial;
+    bool found = s->max > enough;
+    memcpy(t->expert, s->expert, (size_t)s->n * sizeof *t->expert);
+    memcpy(t->load,   s->load,   (size_t)s->n * sizeof *t->load);
+    llmpari_spread_improve(place, s, enough);
+    for (bool first = !s->distinct; found && s->max > enough * place->good; first = false) {
+        found = false;
+        for (int32_t a = first ? -1 : 0; a < s->n && s->max > enough * place->good && place->work > 0; a++) {
+            if (a >= 0 && s->copies[a] == 1) continue;
+            for (int32_t e = 0; e < s->n; e++) t->most[e] = e == a ? s->copies[a] - 1 : s->gpus;   // a = -1: no more than GPUs, nothing else
+            if (!llmpari_spread_deepseek(place, t)) continue;
+            if (s->distinct) llmpari_spread_part(place, t);
+            llmpari_spread_improve(place, t, enough);
+            if (t->max >= s->max * (1 - 1e-12)) continue;
+            llmpari_spread_copy(s, t);
+            found = true;
+        }
+    }
+    if (place->small) llmpari_spread_exact(place, s, enough);
+}
+
+// The problems now[] of the nodes: group i is number slot[i] % members on node slot[i] / members.
+LLMPARI_FN void llmpari_placer_deal(llmpari_placer *place) {
+    const int32_t *slot = place->slot;
+    const int32_t size = place->desc->n_experts / place->groups;
+    for (int32_t i = 0; i < place->groups; i++) {
+        llmpari_spread *s = &place->now[slot[i] / place->members];
+        const int32_t to = slot[i] % place->members * size;
+        for (int32_t e = 0; e < size; e++) s->expert[to + e] = i * size + e, s->load[to + e] = place->load[i * size + e] * place->unit;
+    }
+}
+// Solves now[] (all modes begin with DeepSeek's) and keeps it where it is better than best[].
+LLMPARI_FN void llmpari_placer_try(llmpari_placer *place) {
+    const llmpar_place_desc *desc = place->desc;
+    double enough = 0, max = 0;
+    for (int32_t k = 0; k < place->nodes; k++) {
+        llmpari_spread *s = &place->now[k];
+        double total = 0;
+        for (int32_t e = 0; e < s->n; e++) s->most[e] = s->distinct ? s->gpus : s->slots, total += s->load[e];
+        enough = total / s->gpus > enough ? total / s->gpus : enough;
+        llmpari_spread_deepseek(place, s);
+        if (s->distinct) llmpari_spread_part(place, s);
+    }
+    enough *= 1 + 1e-13;                                                                   // no placement of these groups is better than the fullest node's mean
+    for (int32_t k = 0; k < place->nodes; k++) {
+        if (desc->mode != LLMPAR_PLACE_DEEPSEEK) llmpari_spread_solve(place, &place->now[k], enough);
+        if (place->now[k].max > max) max = place->now[k].max;
+        if (max >= place->max * (1 - 1e-12)) return;
+    }
+    for (int32_t k = 0; k < place->nodes; k++) llmpari_spread_copy(&place->best[k], &place->now[k]);
+    place->max = max;
+}
+
+// Is chosen[] the partition that DeepSeek's way gave, whatever the nodes' numbers?
+LLMPARI_FN bool llmpari_placer_same(const llmpari_placer *place) {
+    for (int32_t i = 0; i < place->groups; i++) place->fill[place->chosen[i]] = place->initial[i];
+    for (int32_t i = 0; i < place->groups; i++) if (place->fill[place->chosen[i]] != place->initial[i]) return false;
+    return true;
+}
+
+// Every way to give groups to nodes that could be better: the heaviest group that is left begins a node, the lightest come to it first. Node k has node_fill[k] groups so far; order[from] and
+// those in front of it may follow.
+LLMPARI_FN void llmpari_placer_groups(llmpari_placer *place, int32_t k, int32_t from) {
+    const int32_t gpus = place->desc->n_gpus / place->nodes;
+    if (place->work <= 0 || place->node_load[k] / gpus * (1 + 1e-13) * place->good >= place->max) return;
+    place->work -= place->groups;
+    if (place->node_fill[k] == place->members) {
+        if (++k == place->nodes) {
+            if (llmpari_placer_same(place)) return;
+            for (int32_t n = 0; n < place->nodes; n++) place->fill[n] = 0;
+            for (int32_t i = 0; i < place->groups; i++) place->slot[i] = place->chosen[i] * place->members + place->fill[place->chosen[i]]++;
+            llmpari_placer_deal(place);
+            llmpari_placer_try(place);
+            return;
+        }
+        from = place->groups - 1;
+    }
+    const bool opens = place->node_fill[k] == 0;
+    if (opens) for (from = 0; place->chosen[place->order[from]] >= 0; from++) {}
+    for (int32_t i = from; i >= 0; i--) {
+        const int32_t group = place->order[i];
+        const double before = place->node_load[k];
+        if (place->chosen[group] >= 0) continue;
+        place->chosen[group] = k, place->node_fill[k]++, place->node_load[k] += place->group_load[group];
+        llmpari_placer_groups(place, k, opens ? place->groups - 1 : i - 1);
+        place->chosen[group] = -1, place->node_fill[k]--, place->node_load[k] = before;
+        if (opens) break;
+    }
+}
+
+LLMPARI_FN bool llmpari_spread_tables(llmpari_spread *s, const llmpari_placer *place, llmpar_arena *arena) {
+    const llmpar_place_desc *desc = place->desc;
+    s->n        = desc->n_experts / place->nodes;
+    s->gpus     = desc->n_gpus / place->nodes;
+    s->slots    = desc->n_replicas / place->nodes;
+    s->each     = s->slots / s->gpus;
+    s->distinct = desc->mode == LLMPAR_PLACE_NO_DUPLICATES;
+    double *of_expert = (double *)llmpar_arena_alloc(arena, (2 * (size_t)s->n + (size_t)s->gpus) * sizeof *of_expert);
+    int32_t *number = (int32_t *)llmpar_arena_alloc(arena, (3 * (size_t)s->n + (size_t)s->slots) * sizeof *number);
+    if (!of_expert || !number) return false;
+    s->load   = of_expert, s->share  = of_expert + s->n, s->sum = of_expert + 2 * s->n;
+    s->expert = number,    s->copies = number + s->n,    s->most = number + 2 * s->n, s->at = number + 3 * s->n;
+    return true;
+}
+LLMPARI_FN bool llmpari_placer_tables(llmpari_placer *place, llmpar_arena *arena) {
+    const size_t items = (size_t)llmpari_max(place->desc->n_replicas, place->groups), groups = (size_t)place->groups, nodes = (size_t)place->nodes;
+    int32_t *number = (int32_t *)llmpar_arena_alloc(arena, (5 * items + 3 * groups + nodes) * sizeof *number);
+    double *real = (double *)llmpar_arena_alloc(arena, (2 * items + groups + nodes) * sizeof *real);
+    place->now = (llmpari_spread *)llmpar_arena_alloc(arena, 2 * nodes * sizeof *place->now);
+    if (!number || !real || !place->now || !llmpari_spread_tables(&place->trial, place, arena)) return false;
+    place->heap[0] = number, place->heap[1] = number + items, place->slot = number + 2 * items, place->item = number + 3 * items, place->fill = number + 4 * items;
+    place->order   = number + 5 * items, place->initial = place->order + groups, place->chosen = place->initial + groups, place->node_fill = place->chosen + groups;
+    place->key[0]  = real, place->key[1] = real + items, place->group_load = real + 2 * items, place->node_load = place->group_load + groups;
+    place->best = place->now + nodes;
+    for (size_t k = 0; k < 2 * nodes; k++) if (!llmpari_spread_tables(&place->now[k], place, arena)) return false;
+    return true;
+}
+
+// Two copies on one GPU that are good for nothing go apart.
+LLMPARI_FN void llmpari_placer_tidy(llmpari_placer *place, llmpari_spread *s) {
+    llmpari_spread *t = &place->trial;
+    for (int32_t e = 0; e < s->n; e++) if (s->copies[e] > s->gpus) return;
+    llmpari_spread_copy(t, s);
+    llmpari_spread_part(place, t);
+    if (t->max <= place->max) llmpari_spread_copy(s, t);
+}
+
+#define LLMPARI_PLACE_GROUPS 1024           // beyond, DeepSeek's way alone: the search is as deep as there are groups
+// Groups to nodes as DeepSeek does it, then every other way that could be better.
+LLMPARI_FN void llmpari_placer_run(llmpari_placer *place) {
+    const int32_t size = place->desc->n_experts / place->groups;
+    for (int32_t i = 0; i < place->groups; i++) {
+        float sum = 0;
+        place->group_load[i] = 0;
+        for (int32_t e = i * size; e < (i + 1) * size; e++) sum += (float)(place->load[e] * place->unit), place->group_load[i] += place->load[e] * place->unit;
+        place->key[0][i] = -(double)sum;
+    }
+    llmpari_place_pack(place, place->groups, place->nodes);
+    for (int32_t i = 0; i < place->groups; i++) place->initial[i] = place->slot[i] / place->members, place->chosen[i] = -1;
+    llmpari_placer_deal(place);
+    llmpari_placer_try(place);
+    if (place->desc->mode == LLMPAR_PLACE_DEEPSEEK) return;
+    if (place->groups <= LLMPARI_PLACE_GROUPS) {
+        for (int32_t i = 0; i < place->groups; i++) place->key[0][i] = -place->group_load[i];
+        llmpari_place_heap(place->heap[0], place->groups, place->key[0]);
+        for (int32_t i = 0, left = place->groups; left > 0; i++) place->order[i] = place->heap[0][0], llmpari_place_pop(place->heap[0], &left, place->key[0]);
+        llmpari_placer_groups(place, 0, 0);
+    }
+    for (int32_t k = 0; k < place->nodes && place->desc->mode == LLMPAR_PLACE_BETTER; k++) llmpari_placer_tidy(place, &place->best[k]);
+}
+
+#define LLMPARI_PLACE_MOST 65536            // slots of a layer
+LLMPARI_FN llmpar_status llmpari_place_check(const llmpar_place_desc *desc, llmpar_error *err) {
+    const int32_t groups = desc->n_groups ? desc->n_groups : 1, nodes = desc->n_nodes ? desc->n_nodes : 1;
+    if (desc->n_experts < 1 || desc->n_replicas < 1 || desc->n_gpus < 1 || groups < 1 || nodes < 1)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_experts=%d, n_replicas=%d, n_gpus=%d must be 1 or more, n_groups=%d, n_nodes=%d 0 (= 1) or more", (int)desc->n_experts,
+                            (int)desc->n_replicas, (int)desc->n_gpus, (int)desc->n_groups, (int)desc->n_nodes);
+    if (desc->n_replicas > LLMPARI_PLACE_MOST)
+        return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "n_replicas=%d: a layer may have %d slots at most", (int)desc->n_replicas, LLMPARI_PLACE_MOST);
+    if (desc->n_replicas < desc->n_experts)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_replicas=%d is less than n_experts=%d; every expert needs a slot: give %d replicas or more", (int)desc->n_replicas,
+                            (int)desc->n_experts, (int)llmpari_min(INT32_MAX, ((int64_t)desc->n_experts + desc->n_gpus - 1) / desc->n_gpus * desc->n_gpus));
+    if (desc->n_replicas % desc->n_gpus)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_replicas=%d cannot be split evenly over n_gpus=%d; every GPU has as many slots: give %lld replicas", (int)desc->n_replicas, (int)desc->n_gpus,
+                            ((long long)desc->n_replicas / desc->n_gpus + 1) * desc->n_gpus);
+    if (desc->n_gpus % nodes)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_gpus=%d cannot be split evenly over n_nodes=%d; give a number of nodes that divides it", (int)desc->n_gpus, (int)nodes);
+    if (desc->n_experts % groups)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_experts=%d cannot be split evenly into n_groups=%d; give a number of groups that divides it, 1 for no groups", (int)desc->n_experts,
+                            (int)groups);
+    if (desc->mode < LLMPAR_PLACE_DEEPSEEK || desc->mode > LLMPAR_PLACE_BETTER || desc->work < 0)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "mode %d, work %lld; modes stand in llmpar_place_mode, work is 0 or more", (int)desc->mode, (long long)desc->work);
+    return LLMPAR_OK;
+}
+LLMPARI_FN llmpar_status llmpari_place_loads(const llmpar_place_desc *desc, const double *load, llmpar_error *err) {
+    double total = 0;
+    for (int32_t e = 0; e < desc->n_experts; e++) {
+        if (!(load[e] >= 0 && load[e] <= 1.7976931348623157e308))
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "load %g of expert %d; loads are finite and 0 or more: give counts of tokens, or shares of them", load[e], (int)e);
+        total += load[e];
+    }
+    if (total > 1.7976931348623157e308) return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "the loads' sum is past 1.8e308; divide all of them by the same number");
+    return LLMPAR_OK;
+}
+
+// first[] and slot[] from expert[].
+LLMPARI_FN void llmpari_placement_index(llmpar_placement *p) {
+    for (int32_t e = 0; e <= p->n_experts; e++) p->first[e] = 0;
+    for (int32_t i = 0; i < p->n_slots; i++) p->first[p->expert[i]]++;
+    for (int32_t e = 0; e < p->n_experts; e++) p->first[e + 1] += p->first[e];
+    for (int32_t i = p->n_slots - 1; i >= 0; i--) p->slot[--p->first[p->expert[i]]] = i;   // first[e] falls from the end of e's slots to their begin
+}
+LLMPARI_FN void llmpari_placement_loads(llmpar_placement *p, const double *load) {
+    const int32_t each = p->n_slots / p->n_gpus;
+    for (int32_t i = 0; i < p->n_slots; i++) p->load[i / each] += load[p->expert[i]] / (double)(p->first[p->expert[i] + 1] - p->first[p->expert[i]]);
+    for (int32_t g = 0; g < p->n_gpus; g++) if (p->load[g] > p->max) p->max = p->load[g];
+    for (int32_t e = 0; e < p->n_experts; e++) p->mean += load[e] / p->n_gpus;
+}
+LLMPARI_FN llmpar_status llmpari_placement_tables(const llmpar_place_desc *desc, llmpar_arena *arena, llmpar_placement *p, llmpar_error *err) {
+    memset(p, 0, sizeof *p);
+    const size_t slots = (size_t)desc->n_replicas;
+    int32_t *number = (int32_t *)llmpar_arena_alloc(arena, (2 * slots + (size_t)desc->n_experts + 1) * sizeof *number);
+    double *load = (double *)llmpar_arena_alloc(arena, (size_t)desc->n_gpus * sizeof *load);
+    if (!number || !load) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a placement of %d slots", (int)desc->n_replicas);
+    p->n_experts = desc->n_experts, p->n_slots = desc->n_replicas, p->n_gpus = desc->n_gpus, p->n_nodes = desc->n_nodes ? desc->n_nodes : 1;
+    p->expert = number, p->slot = number + slots, p->first = number + 2 * slots, p->load = load;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_place_given(const llmpar_place_desc *desc, const int32_t *expert, const double *load, llmpar_arena *arena, llmpar_placement *placement, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_place_check(desc, err));
+    if (load) LLMPARI_TRY(llmpari_place_loads(desc, load, err));
+    for (int32_t i = 0; i < desc->n_replicas; i++)
+        if (expert[i] < 0 || expert[i] >= desc->n_experts)
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "slot %d holds expert %d; experts are 0 .. %d", (int)i, (int)expert[i], (int)desc->n_experts - 1);
+    const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    llmpar_status status = llmpari_placement_tables(desc, arena, placement, err);
+    if (!status) {
+        for (int32_t i = 0; i < desc->n_replicas; i++) placement->expert[i] = expert[i];
+        llmpari_placement_index(placement);
+        if (load) llmpari_placement_loads(placement, load);
+        for (int32_t e = 0; e < desc->n_experts && !status; e++)
+            if (placement->first[e] == placement->first[e + 1]) status = LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "expert %d is in no slot; every expert needs one", (int)e);
+    }
+    if (status) llmpar_arena_restore(arena, mark);
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_place(const llmpar_place_desc *desc, const double *load, llmpar_arena *arena, llmpar_placement *placement, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_place_check(desc, err));
+    LLMPARI_TRY(llmpari_place_loads(desc, load, err));
+    llmpari_placer place;
+    memset(&place, 0, sizeof place);
+    const int32_t nodes = desc->n_nodes ? desc->n_nodes : 1, groups = desc->n_groups ? desc->n_groups : 1;
+    const bool bound = !desc->global && groups % nodes == 0;
+    place.desc = desc, place.load = load, place.nodes = bound ? nodes : 1, place.groups = bound ? groups : 1, place.members = place.groups / place.nodes;
+    const int32_t experts = desc->n_experts / place.nodes, gpus = desc->n_gpus / place.nodes, slots = desc->n_replicas / place.nodes;
+    if (desc->mode == LLMPAR_PLACE_NO_DUPLICATES && slots > (int64_t)experts * gpus)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_replicas=%d: with %d slots for %d experts some expert has more than %d replicas, but there are %d GPUs%s: two would share one; "
+                            "give %lld replicas or fewer, more GPUs, or allow duplicates", (int)desc->n_replicas, (int)slots, (int)experts, (int)gpus, (int)gpus, place.nodes > 1 ? " in a node" : "",
+                            (long long)experts * gpus * place.nodes);
+    double most = 0;
+    int exponent;
+    for (int32_t e = 0; e < desc->n_experts; e++) if (load[e] > most) most = load[e];
+    frexp(most, &exponent);
+    place.unit  = exponent > 60 || exponent < -60 ? ldexp(1, exponent < -1000 ? 1000 : -exponent) : 1;
+    place.small = slots <= LLMPARI_PLACE_SMALL;
+    place.good  = place.small ? 1 : 1.001;
+    place.work  = desc->work ? desc->work : place.small ? 1 << 20 : 300 * (int64_t)desc->n_replicas;
+    place.max   = 1.7976931348623157e308;
+    const llmpar_arena_mark before = llmpar_arena_save(arena);
+    llmpar_status status = llmpari_placement_tables(desc, arena, placement, err);
+    const llmpar_arena_mark after = llmpar_arena_save(arena);
+    if (!status && !llmpari_placer_tables(&place, arena)) status = LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to place %d copies of %d experts", (int)desc->n_replicas, (int)desc->n_experts);
+    if (!status) {
+        llmpari_placer_run(&place);
+        for (int32_t i = 0; i < desc->n_replicas; i++) placement->expert[i] = place.best[i / slots].expert[place.best[i / slots].at[i % slots]];
+        llmpari_placement_index(placement);
+        llmpari_placement_loads(placement, load);
+        placement->proven = placement->max <= placement->mean * (1 + 1e-12) ||
+                            (desc->mode != LLMPAR_PLACE_DEEPSEEK && place.small && place.work > 0 && place.groups <= LLMPARI_PLACE_GROUPS);
+    }
+    llmpar_arena_restore(arena, status ? before : after);
+    return status;
+}
+
+// ---- from one placement to another ----
+
+LLMPARI_FN llmpar_status llmpari_migrate_check(const llmpar_placement *from, const llmpar_placement *to, llmpar_error *err) {
+    if (from->n_experts != to->n_experts || from->n_slots != to->n_slots || from->n_gpus != to->n_gpus || from->n_nodes != to->n_nodes)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "from %d experts in %d slots on %d GPUs of %d nodes to %d in %d on %d of %d; both placements must have the same sizes", (int)from->n_experts,
+                            (int)from->n_slots, (int)from->n_gpus, (int)from->n_nodes, (int)to->n_experts, (int)to->n_slots, (int)to->n_gpus, (int)to->n_nodes);
+    return LLMPAR_OK;
+}
+
+// The cheapest way to give each of n rows a column of its own (Hungarian method with potentials, shortest augmenting paths; O(n^3)). row_of[1 .. n] of each column, counted from 1; returns the cost.
+// scratch: row_of[n + 1], way[n + 1]; u, v, least [n + 1].
+LLMPARI_FN int64_t llmpari_assign(const int32_t *cost, int32_t n, int32_t *row_of, int32_t *way, int64_t *u, int64_t *v, int64_t *least, bool *done) {
+    int64_t total = 0;
+    for (int32_t j = 0; j <= n; j++) row_of[j] = 0, u[j] = v[j] = 0;
+    for (int32_t i = 1; i <= n; i++) {
+        int32_t at = 0;
+        for (int32_t j = 0; j <= n; j++) least[j] = INT64_MAX, done[j] = false;
+        row_of[0] = i;
+        do {
+            const int32_t row = row_of[at];
+            int32_t next = 0;
+            int64_t step = INT64_MAX;
+            done[at] = true;
+            for (int32_t j = 1; j <= n; j++) {
+                if (done[j]) continue;
+                const int64_t c = cost[(int64_t)(row - 1) * n + j - 1] - u[row] - v[j];
+                if (c < least[j]) least[j] = c, way[j] = at;
+                if (least[j] < step) step = least[j], next = j;
+            }
+            for (int32_t j = 0; j <= n; j++) {
+                if (done[j]) u[row_of[j]] += step, v[j] -= step;
+                else least[j] -= step;
+            }
+            at = next;
+        } while (row_of[at]);
+        for (; at; at = way[at]) row_of[at] = row_of[way[at]];
+    }
+    for (int32_t j = 1; j <= n; j++) total += cost[(int64_t)(row_of[j] - 1) * n + j - 1];
+    return total;
+}
+
+// What names cost: rows are GPUs (nodes) as they are now, columns those of the new placement.
+typedef struct llmpari_rename {
+    const llmpar_placement *from, *to;
+    int32_t  each, gpus;                    // slots of a GPU, GPUs of a node
+    int32_t *cost, *node_cost;              // [gpus * gpus], [n_nodes * n_nodes] experts that have to come
+    int32_t *row_of, *way, *seen;           // [max(gpus, n_nodes) + 1], ditto, [n_experts] when an expert was last met
+    int64_t *u, *v, *least;                 // [max(gpus, n_nodes) + 1]
+    bool    *done;                          // ditto
+} llmpari_rename;
+
+// The fewest experts that have to come to node a if it takes over what is node b's in the new placement; row_of says which GPU which.
+LLMPARI_FN int64_t llmpari_rename_node(llmpari_rename *r, int32_t a, int32_t b) {
+    const int32_t slots = r->each * r->gpus;
+    for (int32_t e = 0; e < r->from->n_experts; e++) r->seen[e] = -1;
+    for (int32_t i = 0; i < r->gpus; i++) {
+        for (int32_t j = 0; j < r->gpus; j++) {
+            const int32_t *old = r->from->expert + a * slots + i * r->each, *now = r->to->expert + b * slots + j * r->each, stamp = i * r->gpus + j;
+            int32_t *cost = &r->cost[stamp];
+            *cost = 0;
+            for (int32_t k = 0; k < r->each; k++) r->seen[old[k]] = stamp;
+            for (int32_t k = 0; k < r->each; k++) if (r->seen[now[k]] != stamp) r->seen[now[k]] = stamp, ++*cost;
+        }
+    }
+    return llmpari_assign(r->cost, r->gpus, r->row_of, r->way, r->u, r->v, r->least, r->done);
+}
+
+LLMPAR_DEF llmpar_status llmpar_place_rename(const llmpar_placement *from, llmpar_placement *to, llmpar_arena *scratch, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_migrate_check(from, to, err));
+    llmpari_rename r;
+    r.from = from, r.to = to, r.each = from->n_slots / from->n_gpus, r.gpus = from->n_gpus / from->n_nodes;
+    const int32_t nodes = from->n_nodes, slots = r.each * r.gpus;
+    if (r.gpus > 4096 || nodes > 4096) return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "%d nodes of %d GPUs; names are sought for up to 4096 of each: migrate without", (int)nodes, (int)r.gpus);
+    const size_t most = (size_t)llmpari_max(r.gpus, nodes) + 1, pairs = (size_t)r.gpus * (size_t)r.gpus, node_pairs = (size_t)nodes * (size_t)nodes;
+    const llmpar_arena_mark mark = llmpar_arena_save(scratch);
+    int32_t *number = (int32_t *)llmpar_arena_alloc(scratch, (pairs + node_pairs + 2 * most + (size_t)nodes + (size_t)from->n_experts + (size_t)from->n_slots) * sizeof *number);
+    r.u    = (int64_t *)llmpar_arena_alloc(scratch, 3 * most * sizeof *r.u);
+    r.done = (bool *)llmpar_arena_alloc(scratch, most * sizeof *r.done);
+    double *load = (double *)llmpar_arena_alloc(scratch, (size_t)from->n_gpus * sizeof *load);
+    llmpar_status status = LLMPAR_OK;
+    if (!number || !r.u || !r.done || !load) status = LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to rename %d GPUs", (int)from->n_gpus);
+    if (!status) {
+        r.cost = number, r.node_cost = number + pairs, r.row_of = r.node_cost + node_pairs, r.way = r.row_of + most, r.v = r.u + most, r.least = r.v + most;
+        int32_t *node_of = r.way + most, *expert = node_of + nodes + from->n_experts;
+        r.seen = node_of + nodes;
+        for (int32_t a = 0; a < nodes; a++) for (int32_t b = 0; b < nodes; b++) r.node_cost[a * nodes + b] = (int32_t)llmpari_rename_node(&r, a, b);
+        llmpari_assign(r.node_cost, nodes, r.row_of, r.way, r.u, r.v, r.least, r.done);
+        for (int32_t b = 0; b < nodes; b++) node_of[b] = r.row_of[b + 1] - 1;
+        for (int32_t b = 0; b < nodes; b++) {
+            llmpari_rename_node(&r, node_of[b], b);
+            for (int32_t j = 0; j < r.gpus; j++) {
+                const int32_t g = node_of[b] * r.gpus + r.row_of[j + 1] - 1;
+                memcpy(expert + g * r.each, to->expert + b * slots + j * r.each, (size_t)r.each * sizeof *expert);
+                load[g] = to->load[b * r.gpus + j];
+            }
+        }
+        memcpy(to->expert, expert, (size_t)to->n_slots * sizeof *expert);
+        memcpy(to->load, load, (size_t)to->n_gpus * sizeof *load);
+        llmpari_placement_index(to);
+    }
+    llmpar_arena_restore(scratch, mark);
+    return status;
+}
+
+// The slots of a GPU trade places so that what it held stays where it was; the others keep their order. wanted[n_experts] is all 0 before and after.
+LLMPARI_FN void llmpari_migrate_settle(const int32_t *old, int32_t *now, int32_t each, int32_t *wanted, int32_t *rest) {
+    int32_t n = 0;
+    for (int32_t i = 0; i < each; i++) wanted[now[i]]++;
+    for (int32_t i = 0; i < each; i++) rest[i] = wanted[old[i]] > 0 ? (wanted[old[i]]--, -1) : 0;   // -1: stays
+    for (int32_t i = 0, k = 0; i < each; i++) {                                            // what comes, packed to the front of what is still to be read
+        const int32_t e = now[i];
+        if (wanted[e] > 0) wanted[e]--, now[k++] = e, n = k;
+    }
+    for (int32_t i = each - 1; i >= 0; i--) if (rest[i] == 0) rest[i] = now[--n];
+    LLMPAR_ASSERT(n == 0);
+    for (int32_t i = 0; i < each; i++) now[i] = rest[i] < 0 ? old[i] : rest[i];
+}
+
+// Transfers and their senders. A sender is of the receiver's node if that has a copy (near).
+typedef struct llmpari_match {
+    const llmpar_placement *from;
+    llmpar_migration *m;
+    int32_t each, gpus;                     // slots of a GPU, GPUs of a node
+    int32_t *source, *next, *near;          // [transfers] sender, the next transfer of the same sender, sender on the same node
+    int32_t *head, *sent, *via, *queue;     // [n_gpus] first transfer of a sender, how many, the transfer by which a path came to it
+} llmpari_match;
+
+LLMPARI_FN bool llmpari_match_may(const llmpari_match *x, int32_t transfer, int32_t gpu) {
+    return !x->near[transfer] || gpu / x->gpus == x->m->move[transfer].to_slot / x->each / x->gpus;
+}
+// A sender for one more transfer: the one with the fewest that can be reached by passing transfers on from sender to sender (an optimal semi-matching; Harvey, Ladner, Lovasz, Tamir 2003).
+LLMPARI_FN void llmpari_match_add(llmpari_match *x, int32_t transfer) {
+    const llmpar_placement *from = x->from;
+    int32_t n = 0, best = -1;
+    for (int32_t g = 0; g < from->n_gpus; g++) x->via[g] = -1;
+    for (int32_t at = -1; at < n; at++) {
+        for (int32_t t = at < 0 ? transfer : x->head[x->queue[at]]; t >= 0; t = at < 0 ? -1 : x->next[t]) {
+            const int32_t e = x->m->move[t].expert;
+            for (int32_t i = from->first[e]; i < from->first[e + 1]; i++) {
+                const int32_t g = from->slot[i] / x->each;
+                if (x->via[g] >= 0 || !llmpari_match_may(x, t, g)) continue;
+                x->via[g] = t;
+                x->queue[n++] = g;
+                if (best < 0 || x->sent[g] < x->sent[best]) best = g;
+            }
+        }
+    }
+    x->sent[best]++;
+    for (int32_t g = best, t = -1; t != transfer; ) {                                      // back along the path: each transfer goes one sender further
+        t = x->via[g];
+        const int32_t before = x->source[t];
+        if (before >= 0) {
+            int32_t *link = &x->head[before];
+            while (*link != t) link = &x->next[*link];
+            *link = x->next[t];
+        }
+        x->source[t] = g, x->next[t] = x->head[g], x->head[g] = t;
+        g = before;
+    }
+}
+
+// The first slot of GPU g in placement p that holds e, and, with `old`, held it there too; -1: none.
+LLMPARI_FN int32_t llmpari_migrate_slot(const llmpar_placement *p, const llmpar_placement *old, int32_t g, int32_t e) {
+    const int32_t each = p->n_slots / p->n_gpus;
+    for (int32_t i = p->first[e]; i < p->first[e + 1]; i++) if (p->slot[i] / each == g && (!old || old->expert[p->slot[i]] == e)) return p->slot[i];
+    return -1;
+}
+// Fills in expert and to_slot of all moves: transfers [0, n_moves), copies within a GPU behind them, with their from_slot.
+LLMPARI_FN void llmpari_migrate_list(const llmpar_placement *from, const llmpar_placement *to, llmpar_migration *m) {
+    const int32_t each = from->n_slots / from->n_gpus;
+    for (int pass = 0; pass < 2; pass++) {
+        for (int32_t i = 0; i < to->n_slots; i++) {
+            const int32_t e = to->expert[i], g = i / each, stays = llmpari_migrate_slot(to, from, g, e), first = stays >= 0 ? stays : llmpari_migrate_slot(to, NULL, g, e);
+            const bool local = stays >= 0 || first != i;
+            if (from->expert[i] == e || local != (pass == 1)) continue;
+            llmpar_place_move *move = &m->move[m->n_moves + m->n_local];
+            move->expert = e, move->to_slot = i, move->from_slot = local ? first : -1;
+            if (local) m->n_local++;
+            else m->n_moves++;
+        }
+    }
+}
+
+LLMPAR_DEF llmpar_status llmpar_place_migrate(const llmpar_placement *from, llmpar_placement *to, llmpar_arena *arena, llmpar_migration *migration, llmpar_error *err) {
+    memset(migration, 0, sizeof *migration);
+    LLMPARI_TRY(llmpari_migrate_check(from, to, err));
+    const size_t slots = (size_t)from->n_slots, gpus = (size_t)from->n_gpus;
+    const llmpar_arena_mark before = llmpar_arena_save(arena);
+    migration->move = (llmpar_place_move *)llmpar_arena_alloc(arena, slots * sizeof *migration->move);
+    const llmpar_arena_mark after = llmpar_arena_save(arena);
+    int32_t *number = (int32_t *)llmpar_arena_alloc(arena, (3 * slots + 5 * gpus + (size_t)from->n_experts) * sizeof *number);
+    if (!migration->move || !number) {
+        llmpar_arena_restore(arena, before);
+        memset(migration, 0, sizeof *migration);
+        return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the moves between placements of %d slots", (int)slots);
+    }
+    llmpari_match x;
+    x.from = from, x.m = migration, x.each = from->n_slots / from->n_gpus, x.gpus = from->n_gpus / from->n_nodes;
+    x.source = number, x.next = number + slots, x.near = number + 2 * slots;
+    x.head = number + 3 * slots, x.sent = x.head + gpus, x.via = x.sent + gpus, x.queue = x.via + gpus;
+    int32_t *received = x.queue + gpus, *wanted = received + gpus;
+    for (int32_t g = 0; g < from->n_gpus; g++) {
+        llmpari_migrate_settle(from->expert + g * x.each, to->expert + g * x.each, x.each, wanted, x.source);
+        x.head[g] = -1;
+    }
+    llmpari_placement_index(to);
+    llmpari_migrate_list(from, to, migration);
+    for (int32_t t = 0; t < migration->n_moves; t++) {
+        const int32_t e = migration->move[t].expert, g = migration->move[t].to_slot / x.each;
+        x.source[t] = -1, x.near[t] = 0;
+        for (int32_t i = from->first[e]; i < from->first[e + 1]; i++) if (from->slot[i] / x.each / x.gpus == g / x.gpus) x.near[t] = 1;
+        llmpari_match_add(&x, t);
+        received[g]++;
+        migration->n_between_nodes += !x.near[t];
+    }
+    for (int32_t t = 0; t < migration->n_moves; t++) migration->move[t].from_slot = llmpari_migrate_slot(from, NULL, x.source[t], migration->move[t].expert);
+    for (int32_t g = 0; g < from->n_gpus; g++) {
+        migration->max_sent     = (int32_t)llmpari_max(migration->max_sent, x.sent[g]);
+        migration->max_received = (int32_t)llmpari_max(migration->max_received, received[g]);
+    }
+    llmpar_arena_restore(arena, after);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_place_route(const llmpar_placement *placement, const int32_t *ids, int64_t n, int32_t node, int64_t *next, int32_t *slot, llmpar_error *err) {
+    const llmpar_placement *p = placement;
+    const int32_t slots = p->n_slots / p->n_nodes;                                         // of a node
+    if (node < -1 || node >= p->n_nodes) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "node %d of %d nodes; give 0 .. %d, or -1 for none", (int)node, (int)p->n_nodes, (int)p->n_nodes - 1);
+    for (int64_t i = 0; i < n; i++) {
+        const int32_t e = ids[i];
+        if (e < -1 || e >= p->n_experts)
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "ids[%lld] is expert %d; experts are 0 .. %d, and -1 means none", (long long)i, (int)e, (int)p->n_experts - 1);
+        slot[i] = -1;
+        if (e < 0) continue;
+        int32_t first = p->first[e], end = p->first[e + 1];
+        if (node >= 0) {
+            int32_t a = first, b;
+            while (a < end && p->slot[a] < node * slots) a++;
+            for (b = a; b < end && p->slot[b] < (node + 1) * slots; ) b++;
+            if (b > a) first = a, end = b;
+        }
+        slot[i] = p->slot[first + (int32_t)((uint64_t)next[e] % (uint64_t)(end - first))];
+        next[e] = (int64_t)((uint64_t)next[e] + 1);
+    }
+    return LLMPAR_OK;
+}
+
+// ============================================================================================================
 // >>solve (impl)
 // ============================================================================================================
 // How the optimum is found. The variables are the ops' strategies; a tensor ("bus") costs the cheapest tree of moves from the state it is made in to the states that its
@@ -5333,10 +7501,10 @@ typedef struct llmpari_strategy {
     double  gathered;              // bytes of the copies of its own weights while it runs
     int16_t state[LLMPAR_MAX_OPERANDS + 1];   // operands on a bus, then the output; for weights of its own the state they are stored in
     int8_t  choice[LLMPAR_MAX_AXES];          // per axis, into the op's choices
-    int8_t  order[LLMPAR_MAX_AXES];
+    int8_t  order[LLMPAR_MAX_AXES], owner_order[LLMPAR_MAX_AXES];
 } llmpari_strategy;
 
-// Variables of an op: the state wanted of operand k (0 .. 3), the state of its result, its whole strategy. Ascending by op.
+// Variables of an op: the state wanted of operand k (0 .. 4), the state of its result, its whole strategy. Ascending by op.
 #define LLMPARI_VAR(op, kind) ((op) * 8 + (kind))
 #define LLMPARI_OUT      LLMPAR_MAX_OPERANDS
 #define LLMPARI_STRATEGY (LLMPAR_MAX_OPERANDS + 1)
@@ -5534,6 +7702,7 @@ LLMPARI_FN llmpar_sharding llmpari_operand_sharding(const llmpari_enumeration *e
     llmpar_sharding sharding = llmpar_sharding_replicated();
     for (int i = 0; i < e->n_axes; i++) {
         int a = e->axis[i], index = info->choice[e->choice[a]].index, partial = info->choice[e->choice[a]].partial;
+        if (info->choice[e->choice[a]].owner >= 0 && slot <= op->n_in && !llmpari_index_in(op, slot, index)) index = info->choice[e->choice[a]].owner;
         if (slot > op->n_in) {                       // cache [B, K, C, D]: batch and heads as q's
             int d = index < 0 ? -1 : index == op->index_of[0][0] ? 0 : index == op->index_of[0][2] ? 1 : -1;
             if (d == 1 && op->cache[0] >= 0 && !(llmpari_class_of(e->s, op->cache[0])->split_dims >> 1 & 1u)) d = -1;   // one kv head: whole
@@ -5578,6 +7747,39 @@ LLMPARI_FN int64_t llmpari_most_items(const llmpari_enumeration *e, int index) {
     return op->index_size[index];
 }
 
+// The axes over which an op of experts sends tokens to their experts' ranks.
+LLMPARI_FN llmpar_axes llmpari_owner_axes(const llmpari_enumeration *e) {
+    llmpar_axes axes = 0;
+    for (int i = 0; i < e->n_axes; i++)
+        if (e->s->info[e->op].choice[e->choice[e->axis[i]]].owner >= 0) axes |= 1u << e->axis[i];
+    return axes;
+}
+
+// An op of experts on the rank that has most of them, when tokens choose experts evenly: `tokens` it gets to see, of which `rows` (token, expert) pairs are for its experts, `met` experts of
+// its own that some token chooses, and `away`: ranks that a token is sent to.
+typedef struct llmpari_experts_load { double tokens, rows, met, away; } llmpari_experts_load;
+LLMPARI_FN llmpari_experts_load llmpari_experts_load_of(const llmpari_enumeration *e) {
+    const llmpar_op *op = &e->s->g->op[e->op];
+    const double experts = (double)op->index_size[op->index_of[2][0]], k = (double)op->experts.route.k, held = (double)llmpari_most_items(e, op->index_of[2][0]);
+    const int32_t ranks = llmpar_mesh_group_size(&e->s->g->mesh, llmpari_owner_axes(e));
+    llmpari_experts_load load;
+    load.tokens = ranks;
+    for (int d = 0; d < op->dim; d++) load.tokens *= (double)llmpari_most_items(e, op->index_of[0][d]);
+    load.rows = load.tokens * k * held / experts;
+    load.met  = held * (1 - pow(1 - k / experts, load.tokens));
+    load.away = ranks * (1 - pow(1 - held / experts, k));
+    return load;
+}
+
+LLMPARI_FN double llmpari_experts_seconds(const llmpari_enumeration *e) {
+    const llmpar_op *op = &e->s->g->op[e->op];
+    const llmpar_tensor *x = &e->s->g->node[op->in[0]].tensor, *gate = &e->s->g->node[op->in[2]].tensor;
+    const double h = (double)x->dim[op->dim].size, j = (double)llmpari_most_items(e, op->index_of[2][1]);
+    const llmpari_experts_load load = llmpari_experts_load_of(e);
+    const double bytes = load.met * 3 * h * j * (double)llmpar_dtype_bytes(gate->dtype) + (load.rows * (3 * h + 3 * j) + load.tokens * 2 * h) * (double)llmpar_dtype_bytes(x->dtype);
+    return llmpar_local_seconds(&e->s->hardware, load.rows * 6 * h * j, bytes);
+}
+
 // Seconds of one op on the rank with most work; operand_bytes and out_bytes are that rank's blocks.
 LLMPARI_FN double llmpari_op_seconds(const llmpari_enumeration *e, double operand_bytes, double out_bytes) {
     const llmpar_op *op = &e->s->g->op[e->op];
@@ -5598,17 +7800,34 @@ LLMPARI_FN double llmpari_op_seconds(const llmpari_enumeration *e, double operan
         break;
     }
     case LLMPAR_OP_EMBED: case LLMPAR_OP_TAKE: bytes = 2 * out_bytes; break;
+    case LLMPAR_OP_EXPERTS: return llmpari_experts_seconds(e);
     case LLMPAR_OP_OUTPUT: return 0;
     default: flops = 4 * points; break;
     }
     return llmpar_local_seconds(&e->s->hardware, flops, bytes);
 }
 
-// The collectives inside an op: cross entropy over a split vocabulary does 3 AllReduces of one f32 per token.
+// Tokens to their experts' ranks and results back: how many go where, then two AllToAll of a row of H for every rank that a token is sent to.
+LLMPARI_FN llmpar_axes llmpari_experts_inner(const llmpari_enumeration *e, double *seconds) {
+    const llmpar_op *op = &e->s->g->op[e->op];
+    const llmpar_mesh *mesh = &e->s->g->mesh;
+    const llmpar_axes axes = llmpari_owner_axes(e);
+    if (!axes) return 0;
+    const llmpari_experts_load load = llmpari_experts_load_of(e);
+    const int32_t ranks = llmpar_mesh_group_size(mesh, axes);
+    const llmpar_tensor *x = &e->s->g->node[op->in[0]].tensor;
+    const double bytes = load.tokens / ranks * load.away * (double)(x->dim[op->dim].size * llmpar_dtype_bytes(x->dtype));
+    *seconds += llmpar_collective_cost(mesh, &e->s->hardware, LLMPAR_ALL_GATHER, axes, 4 * (int64_t)ranks * ranks).seconds;
+    *seconds += 2 * llmpar_collective_cost(mesh, &e->s->hardware, LLMPAR_ALL_TO_ALL, axes, bytes < 1e18 ? (int64_t)bytes : INT64_MAX / 2).seconds;
+    return axes;
+}
+
+// The collectives inside an op: cross entropy over a split vocabulary does 3 AllReduces of one f32 per token; experts see above.
 LLMPARI_FN llmpar_axes llmpari_inner_axes(const llmpari_enumeration *e, double *seconds) {
     const llmpar_op *op = &e->s->g->op[e->op];
     llmpar_axes axes = 0;
     int64_t tokens = 4;
+    if (op->kind == LLMPAR_OP_EXPERTS) return llmpari_experts_inner(e, seconds);
     if (op->kind != LLMPAR_OP_CROSS_ENTROPY) return 0;
     for (int i = 0; i < op->n_indices; i++) {
         if (i != op->index_of[0][op->dim]) { tokens *= llmpari_most_items(e, i); continue; }
@@ -5677,6 +7896,16 @@ LLMPARI_FN void llmpari_strategy_store(llmpari_enumeration *e, llmpari_strategy 
     }
 }
 
+// All axes that split the experts do it in one way; where tokens are to be sent and there are any to split, none splits the experts in the other.
+LLMPARI_FN bool llmpari_experts_legal(const llmpari_enumeration *e) {
+    const llmpar_op *op = &e->s->g->op[e->op];
+    const llmpar_axes sent = llmpari_owner_axes(e);
+    bool plain = false, tokens = false;
+    for (int i = 0; i < e->n_axes; i++) plain = plain || e->s->info[e->op].choice[e->choice[e->axis[i]]].index == op->index_of[2][0];
+    for (int d = 0; d < op->dim; d++) tokens = tokens || llmpari_splittable(e->s->g, &e->s->g->node[op->in[0]].tensor.dim[d]);
+    return !plain || (!sent && (op->experts.way != LLMPAR_EXPERTS_ALLTOALL || !tokens));
+}
+
 // One joint strategy is complete: prices it and keeps it unless it is impossible.
 LLMPARI_FN void llmpari_strategy_add(llmpari_enumeration *e) {
     llmpari_solver *s = e->s;
@@ -5684,6 +7913,7 @@ LLMPARI_FN void llmpari_strategy_add(llmpari_enumeration *e) {
     llmpari_op_info *info = &s->info[e->op];
     llmpari_strategy fresh;
     double moved = 0, bytes = 0, out_bytes = 0;
+    if (op->kind == LLMPAR_OP_EXPERTS && !llmpari_experts_legal(e)) return;
     memset(&fresh, 0, sizeof fresh);
     for (int slot = 0; slot <= op->n_in; slot++) {
         bool out = slot == op->n_in, own = !out && !info->bus[slot];
@@ -5698,7 +7928,7 @@ LLMPARI_FN void llmpari_strategy_add(llmpari_enumeration *e) {
         if (out && op->kind == LLMPAR_OP_OUTPUT &&
             (s->g->node[node].pinned ? !llmpari_is_pin(s, node, &sharding) : llmpar_sharding_partial(&sharding) != 0)) return;
     }
-    if (moved == INFINITY) return;
+    if (moved == INFINITY || (moved > 0 && op->kind == LLMPAR_OP_EXPERTS && op->experts.way != LLMPAR_EXPERTS_AUTO)) return;
     for (int i = 0; i < 2; i++)
         if (op->cache[i] >= 0) {
             llmpar_sharding sharding = llmpari_operand_sharding(e, op->n_in + 1);
@@ -5713,31 +7943,39 @@ LLMPARI_FN void llmpari_strategy_add(llmpari_enumeration *e) {
     llmpari_inner_axes(e, &fresh.seconds);
     fresh.seconds += moved;
     for (int i = 0; i < e->n_axes; i++) {
-        int a = e->axis[i], index = info->choice[e->choice[a]].index;
+        int a = e->axis[i], index = info->choice[e->choice[a]].index, owner = info->choice[e->choice[a]].owner;
         fresh.choice[a] = e->choice[a];
         for (int k = 0; index >= 0 && k < e->on_index[index]; k++)
             if (e->list[index][k] == a) fresh.order[a] = (int8_t)k;
+        for (int k = 0; owner >= 0 && k < e->on_index[owner]; k++)
+            if (e->list[owner][k] == a) fresh.owner_order[a] = (int8_t)k;
     }
     llmpari_strategy_store(e, &fresh, 0);
 }
 
-// Gives axis number `i` and all after it every choice; an axis enters an index's list at every place.
+LLMPARI_FN void llmpari_enumerate(llmpari_enumeration *e, int i);
+
+// Axis number `i` enters the list of `index` at every place, and then that of `owner`.
+LLMPARI_FN void llmpari_enumerate_place(llmpari_enumeration *e, int i, int index, int owner) {
+    if (index < 0) { llmpari_enumerate(e, i + 1); return; }
+    int32_t *list = e->list[index], n = e->on_index[index]++;
+    for (int at = n; at >= 0; at--) {
+        for (int k = n; k > at; k--) list[k] = list[k - 1];
+        list[at] = e->axis[i];
+        llmpari_enumerate_place(e, i, owner, -1);
+        for (int k = at; k < n; k++) list[k] = list[k + 1];
+    }
+    e->on_index[index]--;
+}
+
+// Gives axis number `i` and all after it every choice.
 LLMPARI_FN void llmpari_enumerate(llmpari_enumeration *e, int i) {
     if (e->status) return;
     if (i == e->n_axes) { llmpari_strategy_add(e); return; }
-    int a = e->axis[i];
     for (int c = 0; c < e->n_choices; c++) {
-        int index = e->s->info[e->op].choice[e->choices[c]].index;
-        e->choice[a] = (int8_t)e->choices[c];
-        if (index < 0) { llmpari_enumerate(e, i + 1); continue; }
-        int32_t *list = e->list[index], n = e->on_index[index]++;
-        for (int at = n; at >= 0; at--) {
-            for (int k = n; k > at; k--) list[k] = list[k - 1];
-            list[at] = a;
-            llmpari_enumerate(e, i + 1);
-            for (int k = at; k < n; k++) list[k] = list[k + 1];
-        }
-        e->on_index[index]--;
+        const llmpar_choice *choice = &e->s->info[e->op].choice[e->choices[c]];
+        e->choice[e->axis[i]] = (int8_t)e->choices[c];
+        llmpari_enumerate_place(e, i, choice->index, choice->owner);
     }
 }
 
@@ -5885,7 +8123,7 @@ LLMPARI_FN bool llmpari_same_node(const llmpari_solver *s, int a, int b) {
 LLMPARI_FN bool llmpari_same_op(const llmpari_solver *s, int first, int second) {
     const llmpar_op *a = &s->g->op[first], *b = &s->g->op[second];
     if (a->kind != b->kind || a->n_in != b->n_in || a->block != b->block || a->dim != b->dim || a->function != b->function || a->causal != b->causal ||
-        a->context != b->context || a->decode_rows != b->decode_rows || memcmp(a->index_of, b->index_of, sizeof a->index_of) != 0) return false;
+        a->context != b->context || a->decode_rows != b->decode_rows || memcmp(&a->experts, &b->experts, sizeof a->experts) != 0 || memcmp(a->index_of, b->index_of, sizeof a->index_of) != 0) return false;
     for (int i = 0; i < a->n_in; i++)
         if (!llmpari_same_node(s, a->in[i], b->in[i])) return false;
     return llmpari_same_node(s, a->out, b->out) && llmpari_same_node(s, a->cache[0], b->cache[0]) && llmpari_same_node(s, a->cache[1], b->cache[1]) && !s->ban.what && s->extra < 0;
@@ -5900,7 +8138,8 @@ LLMPARI_FN llmpar_status llmpari_op_strategies(llmpari_solver *s, int id) {
     llmpari_enumeration_init(s, id, &e);
     info->n_choices = llmpar_op_choices(s->g, id, true, info->choice, LLMPAR_MAX_CHOICES);
     for (int c = 0; c < info->n_choices; c++)
-        if (info->choice[c].index < 0 || llmpari_index_allowed(s, op, info->choice[c].index)) e.choices[e.n_choices++] = c;
+        if ((info->choice[c].index < 0 || llmpari_index_allowed(s, op, info->choice[c].index)) && (info->choice[c].owner < 0 || llmpari_index_allowed(s, op, info->choice[c].owner)))
+            e.choices[e.n_choices++] = c;
     for (int slot = 0; slot < op->n_in; slot++) {
         const llmpar_node *node = &s->g->node[op->in[slot]];
         info->bus[slot] = node->role != LLMPAR_ROLE_WEIGHT || s->n_uses[op->in[slot]] > 1;
@@ -6745,9 +8984,13 @@ LLMPARI_FN void llmpari_strategy_view(llmpari_solver *s, int id, const llmpari_s
     for (int i = 0; i < e->n_axes; i++) {
         int a = e->axis[i], index = s->info[id].choice[strategy->choice[a]].index;
         e->choice[a] = strategy->choice[a];
+        const int owner = s->info[id].choice[strategy->choice[a]].owner;
         if (index < 0) continue;
         e->list[index][strategy->order[a]] = a;
         e->on_index[index]++;
+        if (owner < 0) continue;
+        e->list[owner][strategy->owner_order[a]] = a;
+        e->on_index[owner]++;
     }
 }
 
@@ -7853,7 +10096,7 @@ LLMPAR_DEF llmpar_tensor llmpar_plan_tensor(const llmpar_plan *plan, int value) 
 
 // ---- sums that follow the tree (invariant graphs)
 
-typedef struct llmpari_tree_sum {   // an einsum's operand 0, its dim that is summed over, and that dim's granules
+typedef struct llmpari_tree_sum {   // an einsum's operand 0, its dim that is summed over, and that dim's granules; or experts: the gate's, each a granule
     llmpar_tensor operand;
     int     dim;
     int64_t granule, granules;
@@ -7864,10 +10107,12 @@ LLMPARI_FN bool llmpari_tree_sum_of(const llmpar_plan *plan, int32_t value, llmp
     for (int32_t i = 0; i < plan->n_steps; i++) {
         const llmpar_step *step = &plan->step[i];
         if (step->out != value || step->op < 0) continue;
-        sum->dim = llmpari_tree_dim(plan->graph, &plan->graph->op[step->op]);
+        const llmpar_op *op = &plan->graph->op[step->op];
+        const bool experts = plan->graph->invariant && op->kind == LLMPAR_OP_EXPERTS;
+        sum->dim = experts ? 0 : llmpari_tree_dim(plan->graph, op);
         if (sum->dim < 0) return false;
-        sum->operand  = llmpar_plan_tensor(plan, step->in[0]);
-        sum->granule  = llmpari_tree_granule(&sum->operand.dim[sum->dim]);
+        sum->operand  = llmpar_plan_tensor(plan, step->in[experts ? 2 : 0]);
+        sum->granule  = experts ? 1 : llmpari_tree_granule(&sum->operand.dim[sum->dim]);
         sum->granules = (sum->operand.dim[sum->dim].size + sum->granule - 1) / sum->granule;
         return true;
     }
@@ -7931,7 +10176,10 @@ LLMPAR_DEF int llmpar_plan_traffic(const llmpar_plan *plan, int32_t rank, llmpar
             const llmpar_step *step = &plan->step[i];
             const int64_t times = plan->segment[k].repeats;
             llmpari_tree_sum sum;
-            if (step->op >= 0 && step->inner) {
+            if (step->op >= 0 && step->inner && plan->graph->op[step->op].kind == LLMPAR_OP_EXPERTS) {
+                const int64_t ranks = llmpar_mesh_group_size(&plan->graph->mesh, step->inner);
+                n = llmpari_traffic_add(rows, n, capacity, LLMPAR_ALL_GATHER, step->inner, times, times * 4 * ranks * ranks);
+            } else if (step->op >= 0 && step->inner) {
                 llmpar_tensor loss = llmpar_plan_tensor(plan, step->out);
                 n = llmpari_traffic_add(rows, n, capacity, LLMPAR_ALL_REDUCE, step->inner, times * 3,
                                         times * 3 * 4 * llmpar_tensor_local_elements(&loss, &plan->graph->mesh, rank));
@@ -7976,8 +10224,8 @@ LLMPARI_FN void llmpari_move_text(const llmpar_plan *plan, const llmpar_step *st
 }
 
 LLMPARI_FN const char *llmpari_op_name(const llmpar_op *op) {
-    static const char *const name[] = { ".", "+", "*", "unary", "norm", "softmax", "rope", "attention", "embed", "take", "cross entropy", "output" };
-    static const char *const function[] = { "silu", "gelu", "gelu_tanh", "relu", "exp", "square", "negate" };
+    static const char *const name[] = { ".", "+", "*", "unary", "norm", "softmax", "rope", "attention", "embed", "take", "cross entropy", "experts", "output" };
+    static const char *const function[] = { "silu", "gelu", "gelu_tanh", "relu", "exp", "square", "negate", "sigmoid" };
     return op->kind == LLMPAR_OP_UNARY ? function[op->function] : name[op->kind];
 }
 
@@ -8015,7 +10263,7 @@ LLMPARI_FN void llmpari_explain_step(const llmpar_plan *plan, const llmpar_step 
     llmpari_print(sink, "%-88s  %s", line, seconds);
     if (step->inner) {
         llmpari_axes_text(&plan->graph->mesh, step->inner, text);
-        llmpari_print(sink, ", 3 AllReduce_%s inside", text);
+        llmpari_print(sink, op->kind == LLMPAR_OP_EXPERTS ? ", tokens sent and results back by AllToAll_%s" : ", 3 AllReduce_%s inside", text);
     }
     if (op->kind == LLMPAR_OP_ADD)
         for (int i = 0; i < 2; i++) {               // a whole operand of a partial sum
@@ -8402,7 +10650,9 @@ LLMPARI_FN llmpar_status llmpari_json_wrong(const llmpari_json *json, const char
     X(ATTENTION_BIAS, "attention_bias") X(MLP_BIAS, "mlp_bias") X(WINDOW, "sliding_window") X(USE_WINDOW, "use_sliding_window") \
     X(MAX_WINDOW_LAYERS, "max_window_layers") X(LAYER_TYPES, "layer_types") X(EOS, "eos_token_id") X(DTYPE, "dtype") X(TORCH_DTYPE, "torch_dtype") \
     X(THETA, "rope_theta") X(ROPE_SCALING, "rope_scaling") X(ROPE_PARAMETERS, "rope_parameters") X(PARTIAL, "partial_rotary_factor") \
-    X(QUANTIZATION, "quantization_config")
+    X(QUANTIZATION, "quantization_config") X(QKV_BIAS, "qkv_bias") X(EXPERTS, "num_experts") X(LOCAL_EXPERTS, "num_local_experts") \
+    X(PER_TOKEN, "num_experts_per_tok") X(EXPERT_INTERMEDIATE, "moe_intermediate_size") X(SHARED_INTERMEDIATE, "shared_expert_intermediate_size") \
+    X(NORM_TOPK, "norm_topk_prob") X(SPARSE_STEP, "decoder_sparse_step") X(DENSE_LAYERS, "mlp_only_layers")
 typedef enum llmpari_config_key {
 #define LLMPARI_X(name, key) LLMPARI_C_##name,
     LLMPARI_CONFIG_LIST(LLMPARI_X)
@@ -8415,53 +10665,89 @@ static const char *const llmpari_config_keys[LLMPARI_C_COUNT] = {
 #undef LLMPARI_X
 };
 
-// Where a weight is in a checkpoint. '#' stands for the layer's number; a leading "model." may be absent in the file.
+// Where a weight is in a checkpoint. '#' stands for the layer's number, '@' for the expert's; a leading "model." may be absent in the file.
 typedef struct llmpari_weight_names {
-    const char *own;               // tensor of its own
-    const char *fused;             // rows of a shared tensor, NULL = none: q, then k, then v; gate, then up
+    const char *own;               // tensor of its own, NULL = none: the architecture has no such weight
+    const char *fused;             // rows of a shared tensor, NULL = none: q, then k, then v; gate, then up; experts one after the other. Of a router, another name
 } llmpari_weight_names;
-static const llmpari_weight_names llmpari_names_llama[LLMPAR_W_COUNT] = {                  // in the order of llmpar_weight_kind
-    { "model.embed_tokens.weight", NULL },
-    { "model.layers.#.input_layernorm.weight", NULL }, { "model.layers.#.post_attention_layernorm.weight", NULL }, { "model.norm.weight", NULL },
-    { "model.layers.#.self_attn.q_proj.weight", "model.layers.#.self_attn.qkv_proj.weight" },
-    { "model.layers.#.self_attn.k_proj.weight", "model.layers.#.self_attn.qkv_proj.weight" },
-    { "model.layers.#.self_attn.v_proj.weight", "model.layers.#.self_attn.qkv_proj.weight" },
-    { "model.layers.#.self_attn.o_proj.weight", NULL },
-    { "model.layers.#.self_attn.q_proj.bias", "model.layers.#.self_attn.qkv_proj.bias" },
-    { "model.layers.#.self_attn.k_proj.bias", "model.layers.#.self_attn.qkv_proj.bias" },
-    { "model.layers.#.self_attn.v_proj.bias", "model.layers.#.self_attn.qkv_proj.bias" },
-    { "model.layers.#.self_attn.o_proj.bias", NULL },
+// Lists in the order of llmpar_weight_kind.
+#define LLMPARI_NAMES_ATTENTION \
+    { "model.embed_tokens.weight", NULL }, \
+    { "model.layers.#.input_layernorm.weight", NULL }, { "model.layers.#.post_attention_layernorm.weight", NULL }, { "model.norm.weight", NULL }, \
+    { "model.layers.#.self_attn.q_proj.weight", "model.layers.#.self_attn.qkv_proj.weight" }, \
+    { "model.layers.#.self_attn.k_proj.weight", "model.layers.#.self_attn.qkv_proj.weight" }, \
+    { "model.layers.#.self_attn.v_proj.weight", "model.layers.#.self_attn.qkv_proj.weight" }, \
+    { "model.layers.#.self_attn.o_proj.weight", NULL }, \
+    { "model.layers.#.self_attn.q_proj.bias", "model.layers.#.self_attn.qkv_proj.bias" }, \
+    { "model.layers.#.self_attn.k_proj.bias", "model.layers.#.self_attn.qkv_proj.bias" }, \
+    { "model.layers.#.self_attn.v_proj.bias", "model.layers.#.self_attn.qkv_proj.bias" }, \
+    { "model.layers.#.self_attn.o_proj.bias", NULL }, \
     { "model.layers.#.self_attn.q_norm.weight", NULL }, { "model.layers.#.self_attn.k_norm.weight", NULL },
-    { "model.layers.#.mlp.gate_proj.weight", "model.layers.#.mlp.gate_up_proj.weight" },
-    { "model.layers.#.mlp.up_proj.weight", "model.layers.#.mlp.gate_up_proj.weight" },
-    { "model.layers.#.mlp.down_proj.weight", NULL },
-    { "model.layers.#.mlp.gate_proj.bias", "model.layers.#.mlp.gate_up_proj.bias" },
-    { "model.layers.#.mlp.up_proj.bias", "model.layers.#.mlp.gate_up_proj.bias" },
+#define LLMPARI_NAMES_MLP \
+    { "model.layers.#.mlp.gate_proj.weight", "model.layers.#.mlp.gate_up_proj.weight" }, \
+    { "model.layers.#.mlp.up_proj.weight", "model.layers.#.mlp.gate_up_proj.weight" }, \
+    { "model.layers.#.mlp.down_proj.weight", NULL }, \
+    { "model.layers.#.mlp.gate_proj.bias", "model.layers.#.mlp.gate_up_proj.bias" }, \
+    { "model.layers.#.mlp.up_proj.bias", "model.layers.#.mlp.gate_up_proj.bias" }, \
     { "model.layers.#.mlp.down_proj.bias", NULL },
-    { "lm_head.weight", NULL },
-};
+#define LLMPARI_NAMES_QWEN_EXPERTS \
+    { "model.layers.#.mlp.gate.weight", NULL }, \
+    { "model.layers.#.mlp.experts.@.gate_proj.weight", "model.layers.#.mlp.experts.gate_up_proj" }, \
+    { "model.layers.#.mlp.experts.@.up_proj.weight", "model.layers.#.mlp.experts.gate_up_proj" }, \
+    { "model.layers.#.mlp.experts.@.down_proj.weight", "model.layers.#.mlp.experts.down_proj" }, \
+    { "model.layers.#.mlp.shared_expert.gate_proj.weight", NULL }, { "model.layers.#.mlp.shared_expert.up_proj.weight", NULL }, \
+    { "model.layers.#.mlp.shared_expert.down_proj.weight", NULL }, { "model.layers.#.mlp.shared_expert_gate.weight", NULL },
+#define LLMPARI_NAMES_MIXTRAL_EXPERTS \
+    { "model.layers.#.block_sparse_moe.gate.weight", "model.layers.#.mlp.gate.weight" }, \
+    { "model.layers.#.block_sparse_moe.experts.@.w1.weight", "model.layers.#.mlp.experts.gate_up_proj" }, \
+    { "model.layers.#.block_sparse_moe.experts.@.w3.weight", "model.layers.#.mlp.experts.gate_up_proj" }, \
+    { "model.layers.#.block_sparse_moe.experts.@.w2.weight", "model.layers.#.mlp.experts.down_proj" }, \
+    { NULL, NULL }, { NULL, NULL }, { NULL, NULL }, { NULL, NULL },
+#define LLMPARI_NAMES_NONE { NULL, NULL }, { NULL, NULL }, { NULL, NULL }, { NULL, NULL }, { NULL, NULL }, { NULL, NULL }, { NULL, NULL }, { NULL, NULL },
+static const llmpari_weight_names llmpari_names_llama  [LLMPAR_W_COUNT] = { LLMPARI_NAMES_ATTENTION LLMPARI_NAMES_MLP LLMPARI_NAMES_NONE            { "lm_head.weight", NULL } };
+static const llmpari_weight_names llmpari_names_qwen   [LLMPAR_W_COUNT] = { LLMPARI_NAMES_ATTENTION LLMPARI_NAMES_MLP LLMPARI_NAMES_QWEN_EXPERTS    { "lm_head.weight", NULL } };
+static const llmpari_weight_names llmpari_names_mixtral[LLMPAR_W_COUNT] = { LLMPARI_NAMES_ATTENTION LLMPARI_NAMES_MLP LLMPARI_NAMES_MIXTRAL_EXPERTS { "lm_head.weight", NULL } };
+#undef LLMPARI_NAMES_ATTENTION
+#undef LLMPARI_NAMES_MLP
+#undef LLMPARI_NAMES_QWEN_EXPERTS
+#undef LLMPARI_NAMES_MIXTRAL_EXPERTS
+#undef LLMPARI_NAMES_NONE
 
 // One row per architecture. To add one: write its row; give it a names table of its own when its tensors are called differently (same order as
 // llmpar_weight_kind); a weight or switch that no architecture had so far becomes a kind in llmpar_weight_kind, with its dims in llmpar_model_weight and a
 // field in llmpar_model. The defaults are those of Hugging Face's config class, for keys that config.json leaves out; the sizes have none: they must be there.
-typedef enum llmpari_switch { LLMPARI_OFF, LLMPARI_ON, LLMPARI_CONFIG } llmpari_switch;    // CONFIG: as attention_bias or mlp_bias says, default false
-typedef enum llmpari_window { LLMPARI_WINDOW_NONE, LLMPARI_WINDOW_ALL, LLMPARI_WINDOW_LAYERS } llmpari_window;
+typedef enum llmpari_switch { LLMPARI_OFF, LLMPARI_ON, LLMPARI_CONFIG, LLMPARI_CONFIG_ON } llmpari_switch;   // CONFIG: as attention_bias or mlp_bias says, default false;
+                                                                                           // CONFIG_ON: as qkv_bias says, default true
+typedef enum llmpari_window { LLMPARI_WINDOW_NONE, LLMPARI_WINDOW_ALL, LLMPARI_WINDOW_SWITCH, LLMPARI_WINDOW_LAYERS } llmpari_window;
+typedef struct llmpari_moe_defaults {      // of an architecture with experts
+    bool    own_sizes;             // experts have moe_intermediate_size, and layers may be dense; else intermediate_size is theirs, and all layers are sparse
+    int64_t n_experts, intermediate, shared;
+    int64_t n_kv_heads;
+    double  eps, theta;
+} llmpari_moe_defaults;
+static const llmpari_moe_defaults llmpari_moe_mixtral = { false,   8,    0,    0,  8, 1e-5, 1e6 };
+static const llmpari_moe_defaults llmpari_moe_qwen2   = { true,   60, 1408, 5632, 16, 1e-6, 1e4 };
+static const llmpari_moe_defaults llmpari_moe_qwen3   = { true,  128,  768,    0,  4, 1e-6, 1e4 };
 typedef struct llmpari_architecture {
     const char *name, *model_type;
     const llmpari_weight_names *names;
     llmpari_switch qkv_bias, o_bias, mlp_bias;
     bool    qk_norm;
-    llmpari_window window;         // no layer has one; all have sliding_window's; those that use_sliding_window, max_window_layers and layer_types say
-    int64_t window_default;        // sliding_window when absent
+    llmpari_window window;         // no layer has one; all have sliding_window's; all, if use_sliding_window; those that it, max_window_layers and layer_types say
+    int64_t window_default;        // sliding_window when absent; -1 = none
     int64_t head_dim_default;      // head_dim when absent; 0 = hidden / n_heads, as for null
     int64_t positions_default;
     int64_t eos_default;           // -1 = none
+    const llmpari_moe_defaults *moe;   // NULL = dense
 } llmpari_architecture;
 static const llmpari_architecture llmpari_architectures[] = {
-    { "LlamaForCausalLM",   "llama",   llmpari_names_llama, LLMPARI_CONFIG, LLMPARI_CONFIG, LLMPARI_CONFIG, false, LLMPARI_WINDOW_NONE,      0,   0,   2048,  2 },
-    { "MistralForCausalLM", "mistral", llmpari_names_llama, LLMPARI_OFF,    LLMPARI_OFF,    LLMPARI_OFF,    false, LLMPARI_WINDOW_ALL,    4096,   0, 131072,  2 },
-    { "Qwen2ForCausalLM",   "qwen2",   llmpari_names_llama, LLMPARI_ON,     LLMPARI_OFF,    LLMPARI_OFF,    false, LLMPARI_WINDOW_LAYERS, 4096,   0,  32768, -1 },
-    { "Qwen3ForCausalLM",   "qwen3",   llmpari_names_llama, LLMPARI_CONFIG, LLMPARI_CONFIG, LLMPARI_OFF,    true,  LLMPARI_WINDOW_LAYERS, 4096, 128,  32768, -1 },
+    { "LlamaForCausalLM",   "llama",   llmpari_names_llama, LLMPARI_CONFIG, LLMPARI_CONFIG, LLMPARI_CONFIG, false, LLMPARI_WINDOW_NONE,      0,   0,   2048,  2, NULL },
+    { "MistralForCausalLM", "mistral", llmpari_names_llama, LLMPARI_OFF,    LLMPARI_OFF,    LLMPARI_OFF,    false, LLMPARI_WINDOW_ALL,    4096,   0, 131072,  2, NULL },
+    { "Qwen2ForCausalLM",   "qwen2",   llmpari_names_llama, LLMPARI_ON,     LLMPARI_OFF,    LLMPARI_OFF,    false, LLMPARI_WINDOW_LAYERS, 4096,   0,  32768, -1, NULL },
+    { "Qwen3ForCausalLM",   "qwen3",   llmpari_names_llama, LLMPARI_CONFIG, LLMPARI_CONFIG, LLMPARI_OFF,    true,  LLMPARI_WINDOW_LAYERS, 4096, 128,  32768, -1, NULL },
+    { "MixtralForCausalLM",  "mixtral",   llmpari_names_mixtral, LLMPARI_OFF, LLMPARI_OFF,    LLMPARI_OFF, false, LLMPARI_WINDOW_ALL,      -1, 0, 131072,  2, &llmpari_moe_mixtral },
+    { "Qwen2MoeForCausalLM", "qwen2_moe", llmpari_names_qwen, LLMPARI_CONFIG_ON, LLMPARI_OFF, LLMPARI_OFF, false, LLMPARI_WINDOW_LAYERS, 4096, 0,  32768, -1, &llmpari_moe_qwen2 },
+    { "Qwen3MoeForCausalLM", "qwen3_moe", llmpari_names_qwen, LLMPARI_CONFIG,  LLMPARI_CONFIG, LLMPARI_OFF, true,  LLMPARI_WINDOW_SWITCH, 4096, 0,  32768, -1, &llmpari_moe_qwen3 },
 };
 
 LLMPARI_FN const llmpari_architecture *llmpari_architecture_find(const char *name) {
@@ -8625,11 +10911,11 @@ LLMPARI_FN llmpar_status llmpari_config_rope_object(const llmpari_config *config
     return llmpari_config_int(&inner, LLMPARI_R_POSITIONS, 1, LLMPARI_REQUIRED, &rope->original_positions);
 }
 
-LLMPARI_FN llmpar_status llmpari_config_rope(const llmpari_config *config, llmpar_rope_scaling *rope) {
+LLMPARI_FN llmpar_status llmpari_config_rope(const llmpari_config *config, double theta, llmpar_rope_scaling *rope) {
     rope->kind   = LLMPAR_ROPE_DEFAULT;
     rope->factor = 1.0;
     LLMPARI_TRY(llmpari_config_whole_rotary(config, LLMPARI_C_PARTIAL));
-    LLMPARI_TRY(llmpari_config_real(config, LLMPARI_C_THETA, 10000.0, &rope->theta));
+    LLMPARI_TRY(llmpari_config_real(config, LLMPARI_C_THETA, theta, &rope->theta));
     return llmpari_config_rope_object(config, llmpari_config_given(config, LLMPARI_C_ROPE_SCALING) ? LLMPARI_C_ROPE_SCALING : LLMPARI_C_ROPE_PARAMETERS, rope);
 }
 
@@ -8660,10 +10946,10 @@ LLMPARI_FN llmpar_status llmpari_config_window(llmpari_config *config, const llm
     const llmpari_json_value *window = &config->value[LLMPARI_C_WINDOW];
     model->sliding_window = 0;
     if (architecture->window == LLMPARI_WINDOW_NONE) return LLMPAR_OK;
-    if (architecture->window == LLMPARI_WINDOW_LAYERS) LLMPARI_TRY(llmpari_config_bool(config, LLMPARI_C_USE_WINDOW, false, &use));
-    if (!use || window->kind == 'n') return LLMPAR_OK;
+    if (architecture->window > LLMPARI_WINDOW_ALL) LLMPARI_TRY(llmpari_config_bool(config, LLMPARI_C_USE_WINDOW, false, &use));
+    if (!use || window->kind == 'n' || (window->kind == 0 && architecture->window_default < 0)) return LLMPAR_OK;
     LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_WINDOW, 1, architecture->window_default, &model->sliding_window));
-    if (architecture->window == LLMPARI_WINDOW_ALL) return LLMPAR_OK;
+    if (architecture->window < LLMPARI_WINDOW_LAYERS) return LLMPAR_OK;
     if (llmpari_config_given(config, LLMPARI_C_LAYER_TYPES)) {
         LLMPARI_TRY(llmpari_config_layer_types(config, &full, &sliding));
         if (full + sliding != model->layers)
@@ -8688,7 +10974,8 @@ LLMPARI_FN llmpar_status llmpari_config_sizes(const llmpari_config *config, cons
     LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_HIDDEN,       1, LLMPARI_REQUIRED, &model->hidden));
     LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_INTERMEDIATE, 1, LLMPARI_REQUIRED, &model->intermediate));
     LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_HEADS,        1, LLMPARI_REQUIRED, &model->n_heads));
-    LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_KV_HEADS,     1, model->n_heads, &model->n_kv_heads));
+    bool absent = config->value[LLMPARI_C_KV_HEADS].kind == 0 && architecture->moe;        // null is not: it means n_heads
+    LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_KV_HEADS,     1, absent ? architecture->moe->n_kv_heads : model->n_heads, &model->n_kv_heads));
     LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_VOCABULARY,   1, LLMPARI_REQUIRED, &model->vocabulary));
     LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_POSITIONS,    1, architecture->positions_default, &model->positions));
     if (config->value[LLMPARI_C_HEAD_DIM].kind == 0 && architecture->head_dim_default) {
@@ -8705,14 +10992,65 @@ LLMPARI_FN llmpar_status llmpari_config_sizes(const llmpari_config *config, cons
 }
 
 LLMPARI_FN llmpar_status llmpari_config_switches(const llmpari_config *config, const llmpari_architecture *architecture, llmpar_model *model) {
-    bool attention = false, mlp = false;
+    bool attention = false, mlp = false, qkv = true;
     LLMPARI_TRY(llmpari_config_bool(config, LLMPARI_C_ATTENTION_BIAS, false, &attention));
     LLMPARI_TRY(llmpari_config_bool(config, LLMPARI_C_MLP_BIAS, false, &mlp));
     LLMPARI_TRY(llmpari_config_bool(config, LLMPARI_C_TIED, false, &model->tied_head));
-    model->qkv_bias = architecture->qkv_bias == LLMPARI_CONFIG ? attention : architecture->qkv_bias == LLMPARI_ON;
+    LLMPARI_TRY(llmpari_config_bool(config, LLMPARI_C_QKV_BIAS, true, &qkv));
+    model->qkv_bias = architecture->qkv_bias == LLMPARI_CONFIG ? attention : architecture->qkv_bias == LLMPARI_CONFIG_ON ? qkv : architecture->qkv_bias == LLMPARI_ON;
     model->o_bias   = architecture->o_bias   == LLMPARI_CONFIG ? attention : architecture->o_bias   == LLMPARI_ON;
     model->mlp_bias = architecture->mlp_bias == LLMPARI_CONFIG ? mlp       : architecture->mlp_bias == LLMPARI_ON;
     model->qk_norm  = architecture->qk_norm;
+    return LLMPAR_OK;
+}
+
+// "mlp_only_layers": a list of layers, from 0. Those that the model does not have say nothing, as in Hugging Face.
+LLMPARI_FN llmpar_status llmpari_config_dense_layers(llmpari_config *config, llmpar_model *model) {
+    llmpari_json *json = &config->json;
+    const llmpari_json_value *value = &config->value[LLMPARI_C_DENSE_LAYERS];
+    llmpari_json_value layer;
+    bool first = true, more;
+    if (!llmpari_config_given(config, LLMPARI_C_DENSE_LAYERS)) return LLMPAR_OK;
+    if (value->kind != '[') return llmpari_json_wrong(json, "mlp_only_layers", value, "null or a list of layers, from 0");
+    for (json->at = value->at + 1;;) {
+        LLMPARI_TRY(llmpari_json_next(json, ']', &first, &more));
+        if (!more) return LLMPAR_OK;
+        LLMPARI_TRY(llmpari_json_any(json, &layer));
+        if (layer.kind != 'i' || layer.i < 0) return llmpari_json_wrong(json, "mlp_only_layers", &layer, "layers, from 0");
+        if (layer.i >= model->layers) continue;
+        if (layer.i >= LLMPAR_MAX_DENSE)
+            return LLMPARI_JSON_FAIL(json, layer.at, LLMPAR_UNSUPPORTED, "mlp_only_layers names layer %lld; layers up to %d can be named", (long long)layer.i, LLMPAR_MAX_DENSE - 1);
+        model->dense[layer.i / 64] |= (uint64_t)1 << (layer.i % 64);
+    }
+}
+
+// Number of experts, of those that a token chooses, and their sizes; which layers have them.
+LLMPARI_FN llmpar_status llmpari_config_moe(llmpari_config *config, const llmpari_moe_defaults *moe, llmpar_model *model) {
+    int key = moe->own_sizes ? LLMPARI_C_EXPERTS : LLMPARI_C_LOCAL_EXPERTS;                // either name is known to both, by Hugging Face's attribute_map
+    llmpar_route_config route;
+    llmpar_error found;
+    bool renormalise = false;
+    if (!llmpari_config_given(config, key)) key = moe->own_sizes ? LLMPARI_C_LOCAL_EXPERTS : LLMPARI_C_EXPERTS;
+    memset(&route, 0, sizeof route);
+    model->sparse_step         = 1;
+    model->expert_intermediate = model->intermediate;
+    LLMPARI_TRY(llmpari_config_int(config, key, moe->own_sizes ? 0 : 1, moe->n_experts, &model->n_experts));
+    if (model->n_experts == 0) { model->expert_intermediate = 0; return LLMPAR_OK; }       // every layer is dense
+    if (llmpari_config_given(config, LLMPARI_C_PER_TOKEN)) LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_PER_TOKEN, 1, LLMPARI_REQUIRED, &route.k));
+    if (moe->own_sizes) {
+        LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_EXPERT_INTERMEDIATE, 1, moe->intermediate, &model->expert_intermediate));
+        if (moe->shared) LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_SHARED_INTERMEDIATE, 1, moe->shared, &model->shared_intermediate));
+        model->shared_gate = model->shared_intermediate > 0;
+        LLMPARI_TRY(llmpari_config_bool(config, LLMPARI_C_NORM_TOPK, false, &renormalise));
+        if (llmpari_config_given(config, LLMPARI_C_NORM_TOPK)) route.norm_topk_prob = renormalise ? 1 : -1;
+        LLMPARI_TRY(llmpari_config_int(config, LLMPARI_C_SPARSE_STEP, 1, 1, &model->sparse_step));
+        LLMPARI_TRY(llmpari_config_dense_layers(config, model));
+    }
+    route.architecture = model->architecture;
+    route.n_experts    = model->n_experts;
+    if (llmpar_route_configure(&route, &model->route, &found))
+        return LLMPARI_JSON_FAIL(&config->json, config->value[LLMPARI_C_PER_TOKEN].at, found.status == LLMPAR_BAD_ARGUMENT ? LLMPAR_BAD_FILE : found.status,
+                                 "%.400s", found.text);
     return LLMPAR_OK;
 }
 
@@ -8735,12 +11073,13 @@ LLMPARI_FN llmpar_status llmpari_model_parse_file(const char *what, const char *
         return LLMPARI_JSON_FAIL(&config.json, config.value[LLMPARI_C_QUANTIZATION].at, LLMPAR_UNSUPPORTED,
                                  "\"quantization_config\" is given; only float32, bfloat16 and float16 checkpoints are supported");
     LLMPARI_TRY(llmpari_config_sizes(&config, architecture, model));
-    LLMPARI_TRY(llmpari_config_real(&config, LLMPARI_C_EPS, 1e-6, &model->norm_eps));
+    LLMPARI_TRY(llmpari_config_real(&config, LLMPARI_C_EPS, architecture->moe ? architecture->moe->eps : 1e-6, &model->norm_eps));
     LLMPARI_TRY(llmpari_config_switches(&config, architecture, model));
     LLMPARI_TRY(llmpari_config_activation(&config, &model->activation));
     LLMPARI_TRY(llmpari_config_dtype(&config, &model->dtype));
     LLMPARI_TRY(llmpari_config_eos(&config, architecture->eos_default, model));
-    LLMPARI_TRY(llmpari_config_rope(&config, &model->rope));
+    LLMPARI_TRY(llmpari_config_rope(&config, architecture->moe ? architecture->moe->theta : 1e4, &model->rope));
+    if (architecture->moe) LLMPARI_TRY(llmpari_config_moe(&config, architecture->moe, model));
     LLMPARI_TRY(llmpari_config_window(&config, architecture, model));
     llmpar_error found;
     if (llmpar_model_check(model, &found)) return LLMPARI_FAIL(err, found.status == LLMPAR_BAD_ARGUMENT ? LLMPAR_BAD_FILE : found.status,
@@ -8753,6 +11092,18 @@ LLMPAR_DEF llmpar_status llmpar_model_parse(const char *text, size_t bytes, llmp
     return llmpari_model_parse_file("config.json", text, bytes, model, err);
 }
 
+// What their config.json says, but for members that change nothing here.
+static const struct { const char *name, *config; } llmpari_moe_presets[] = {
+    { "mixtral-8x7b", "{\"architectures\": [\"MixtralForCausalLM\"], \"hidden_size\": 4096, \"intermediate_size\": 14336, \"num_hidden_layers\": 32, \"num_attention_heads\": 32,"
+      "\"num_key_value_heads\": 8, \"num_local_experts\": 8, \"num_experts_per_tok\": 2, \"vocab_size\": 32000, \"max_position_embeddings\": 32768, \"rms_norm_eps\": 1e-05,"
+      "\"rope_theta\": 1000000.0, \"sliding_window\": null, \"eos_token_id\": 2, \"torch_dtype\": \"bfloat16\"}" },
+    { "qwen3-30b-a3b", "{\"architectures\": [\"Qwen3MoeForCausalLM\"], \"hidden_size\": 2048, \"intermediate_size\": 6144, \"num_hidden_layers\": 48, \"num_attention_heads\": 32,"
+      "\"num_key_value_heads\": 4, \"head_dim\": 128, \"num_experts\": 128, \"num_experts_per_tok\": 8, \"moe_intermediate_size\": 768, \"norm_topk_prob\": true, \"vocab_size\": 151936,"
+      "\"max_position_embeddings\": 40960, \"rms_norm_eps\": 1e-06, \"rope_theta\": 1000000.0, \"eos_token_id\": 151645, \"torch_dtype\": \"bfloat16\"}" },
+    { "qwen2-57b-a14b", "{\"architectures\": [\"Qwen2MoeForCausalLM\"], \"hidden_size\": 3584, \"intermediate_size\": 18944, \"num_hidden_layers\": 28, \"num_attention_heads\": 28,"
+      "\"num_key_value_heads\": 4, \"num_experts\": 64, \"num_experts_per_tok\": 8, \"moe_intermediate_size\": 2560, \"shared_expert_intermediate_size\": 20480, \"norm_topk_prob\": false,"
+      "\"vocab_size\": 151936, \"max_position_embeddings\": 131072, \"rms_norm_eps\": 1e-06, \"rope_theta\": 1000000.0, \"eos_token_id\": 151643, \"torch_dtype\": \"bfloat16\"}" },
+};
 LLMPAR_DEF llmpar_status llmpar_model_preset(const char *name, llmpar_model *model, llmpar_error *err) {
     static const struct { const char *name; int64_t layers, hidden, intermediate, n_heads, positions; llmpar_rope_kind rope; } known[] = {
         { "llama-3-8b",    32,  4096, 14336,  32,   8192, LLMPAR_ROPE_DEFAULT },
@@ -8762,8 +11113,10 @@ LLMPAR_DEF llmpar_status llmpar_model_preset(const char *name, llmpar_model *mod
     int i = 0;
     if (!name || !model) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "name or model is NULL");
     while (i < LLMPARI_COUNT(known) && strcmp(known[i].name, name) != 0) i++;
-    if (i == LLMPARI_COUNT(known)) return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED,
-                                                       "model \"%.60s\" is not known; known: llama-3-8b, llama-3-70b, llama-3-405b", name);
+    for (int m = 0; m < LLMPARI_COUNT(llmpari_moe_presets); m++)
+        if (strcmp(llmpari_moe_presets[m].name, name) == 0) return llmpari_model_parse_file(name, llmpari_moe_presets[m].config, strlen(llmpari_moe_presets[m].config), model, err);
+    if (i == LLMPARI_COUNT(known))
+        return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "model \"%.60s\" is not known; known: llama-3-8b, llama-3-70b, llama-3-405b, mixtral-8x7b, qwen3-30b-a3b, qwen2-57b-a14b", name);
     memset(model, 0, sizeof *model);
     snprintf(model->architecture, sizeof model->architecture, "LlamaForCausalLM");
     model->layers       = known[i].layers;
@@ -8791,21 +11144,71 @@ LLMPAR_DEF llmpar_status llmpar_model_preset(const char *name, llmpar_model *mod
     return llmpar_model_check(model, err);
 }
 
-// Parameters of one layer, and of the whole model; false when they do not fit in int64_t.
-LLMPARI_FN bool llmpari_model_count(const llmpar_model *model, int64_t *parameters) {
+LLMPAR_DEF bool llmpar_model_sparse(const llmpar_model *model, int64_t layer) {
+    const int64_t step = model->sparse_step > 0 ? model->sparse_step : 1;
+    if (model->n_experts < 1 || (layer + 1) % step != 0) return false;
+    return layer >= LLMPAR_MAX_DENSE || !(model->dense[layer / 64] >> (layer % 64) & 1);
+}
+
+LLMPAR_DEF int64_t llmpar_model_sparse_layers(const llmpar_model *model) {
+    const int64_t named = llmpari_min(model->layers, LLMPAR_MAX_DENSE), step = model->sparse_step > 0 ? model->sparse_step : 1;
+    int64_t sparse = model->n_experts > 0 ? model->layers / step - named / step : 0;       // layers past those that dense[] knows
+    for (int64_t layer = 0; layer < named; layer++) sparse += llmpar_model_sparse(model, layer);
+    return sparse;
+}
+
+// What a layer has instead of the dense MLP; one expert's part of it.
+LLMPARI_FN bool llmpari_weight_is_sparse(int kind) { return kind >= LLMPAR_W_ROUTER && kind <= LLMPAR_W_SHARED_SCALE; }
+LLMPARI_FN bool llmpari_weight_is_expert(int kind) { return kind >= LLMPAR_W_EXPERT_GATE && kind <= LLMPAR_W_EXPERT_DOWN; }
+LLMPARI_FN bool llmpari_weight_is_dense (int kind) { return kind >= LLMPAR_W_GATE && kind <= LLMPAR_W_DOWN_BIAS; }
+
+// Adds the parameters of `times` weights of a kind, experts' with so many experts; false when they do not fit in int64_t.
+LLMPARI_FN bool llmpari_weight_count(const llmpar_model *model, int kind, int64_t times, int64_t experts, int64_t *total) {
+    llmpar_tensor weight;
+    if (!llmpar_model_has(model, (llmpar_weight_kind)kind)) return true;
+    llmpar_model_weight(model, (llmpar_weight_kind)kind, &weight);
+    if (llmpari_weight_is_expert(kind)) weight.dim[0].size = experts;
+    for (int d = 0; d < weight.n_dims; d++) if (!llmpari_mul(times, weight.dim[d].size, &times)) return false;
+    if (times > INT64_MAX - *total) return false;
+    *total += times;
+    return true;
+}
+
+// Parameters of the whole model, with `experts` of a sparse layer's; false when they do not fit in int64_t.
+LLMPARI_FN bool llmpari_model_count(const llmpar_model *model, int64_t experts, int64_t *parameters) {
+    const int64_t sparse = llmpar_model_sparse_layers(model);
     int64_t total = 0;
     for (int kind = 0; kind < LLMPAR_W_COUNT; kind++) {
-        llmpar_tensor weight;
         bool per_layer = kind != LLMPAR_W_EMBED && kind != LLMPAR_W_FINAL_NORM && kind != LLMPAR_W_HEAD;
-        int64_t elements = per_layer ? model->layers : 1;
-        if (!llmpar_model_has(model, (llmpar_weight_kind)kind)) continue;
-        llmpar_model_weight(model, (llmpar_weight_kind)kind, &weight);
-        for (int d = 0; d < weight.n_dims; d++) if (!llmpari_mul(elements, weight.dim[d].size, &elements)) return false;
-        if (elements > INT64_MAX - total) return false;
-        total += elements;
+        int64_t layers = !per_layer ? 1 : llmpari_weight_is_sparse(kind) ? sparse : llmpari_weight_is_dense(kind) ? model->layers - sparse : model->layers;
+        if (!llmpari_weight_count(model, kind, layers, experts, &total)) return false;
     }
     *parameters = total;
     return true;
+}
+
+// Those of a layer that one token goes through.
+LLMPARI_FN int64_t llmpari_layer_active(const llmpar_model *model, bool sparse) {
+    int64_t total = 0;
+    for (int kind = 0; kind < LLMPAR_W_COUNT; kind++) {
+        if (kind == LLMPAR_W_EMBED || kind == LLMPAR_W_FINAL_NORM || kind == LLMPAR_W_HEAD || (sparse ? llmpari_weight_is_dense(kind) : llmpari_weight_is_sparse(kind))) continue;
+        (void)llmpari_weight_count(model, kind, 1, llmpari_max(model->route.k, 1), &total);   // fits: the model's check added all
+    }
+    return total;
+}
+
+// The numbers of the experts, where there are some.
+LLMPARI_FN llmpar_status llmpari_model_check_experts(const llmpar_model *model, llmpar_error *err) {
+    if (model->n_experts < 0 || model->n_experts > INT32_MAX)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "model: n_experts=%lld; expected 0 (dense) to %lld", (long long)model->n_experts, (long long)INT32_MAX);
+    if (model->n_experts == 0) return LLMPAR_OK;
+    if (model->expert_intermediate < 1 || model->expert_intermediate > INT32_MAX || model->shared_intermediate < 0 || model->shared_intermediate > INT32_MAX || model->sparse_step < 0)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "model: expert_intermediate=%lld, shared_intermediate=%lld, sparse_step=%lld; expected 1 and more, 0 and more, 0 and more",
+                            (long long)model->expert_intermediate, (long long)model->shared_intermediate, (long long)model->sparse_step);
+    if (model->route.n_experts != model->n_experts)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "model: route.n_experts=%d, n_experts=%lld; both must say the same", (int)model->route.n_experts, (long long)model->n_experts);
+    LLMPARI_TRY(llmpar_route_check(&model->route, err));
+    return LLMPAR_OK;
 }
 
 LLMPAR_DEF llmpar_status llmpar_model_check(const llmpar_model *model, llmpar_error *err) {
@@ -8846,7 +11249,8 @@ LLMPAR_DEF llmpar_status llmpar_model_check(const llmpar_model *model, llmpar_er
         return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "model: dtype %s; weights are f32, bf16 or f16", llmpar_dtype_name(model->dtype));
     if (model->n_eos < 0 || model->n_eos > LLMPAR_MAX_EOS)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "model: n_eos=%d; expected 0 to %d", (int)model->n_eos, LLMPAR_MAX_EOS);
-    if (!llmpari_model_count(model, &parameters) || !llmpari_mul(parameters, 4, &bytes))
+    LLMPARI_TRY(llmpari_model_check_experts(model, err));
+    if (!llmpari_model_count(model, model->n_experts, &parameters) || !llmpari_mul(parameters, 4, &bytes))
         return LLMPARI_FAIL(err, LLMPAR_OVERFLOW,
                             "model: layers=%lld, hidden=%lld, intermediate=%lld, vocabulary=%lld make more weights than 64 bits can count",
                             (long long)model->layers, (long long)model->hidden, (long long)model->intermediate, (long long)model->vocabulary);
@@ -8872,12 +11276,13 @@ LLMPAR_DEF void llmpar_rope_frequencies(const llmpar_rope_scaling *rope, int64_t
 
 // ---- weights of a model
 
-// One row per llmpar_weight_kind: the name in graphs, and a letter per dim.
+// One row per llmpar_weight_kind: the name in graphs, and its dims: a capital letter each, with what follows in lower case.
 static const struct { const char *name, *dims; } llmpari_weights[LLMPAR_W_COUNT] = {
     { "embed", "VH" }, { "attn_norm", "H" }, { "mlp_norm", "H" }, { "final_norm", "H" },
     { "wq", "NDH" }, { "wk", "KDH" }, { "wv", "KDH" }, { "wo", "HND" }, { "bq", "ND" }, { "bk", "KD" }, { "bv", "KD" }, { "bo", "H" },
     { "q_norm", "D" }, { "k_norm", "D" },
     { "wgate", "IH" }, { "wup", "IH" }, { "wdown", "HI" }, { "bgate", "I" }, { "bup", "I" }, { "bdown", "H" },
+    { "wr", "EH" }, { "egate", "EJH" }, { "eup", "EJH" }, { "edown", "EHJ" }, { "sgate", "JsH" }, { "sup", "JsH" }, { "sdown", "HJs" }, { "sscale", "H" },
     { "head", "VH" },
 };
 
@@ -8890,7 +11295,11 @@ LLMPAR_DEF bool llmpar_model_has(const llmpar_model *model, llmpar_weight_kind k
     case LLMPAR_W_Q_BIAS: case LLMPAR_W_K_BIAS: case LLMPAR_W_V_BIAS: return model->qkv_bias;
     case LLMPAR_W_O_BIAS: return model->o_bias;
     case LLMPAR_W_Q_NORM: case LLMPAR_W_K_NORM: return model->qk_norm;
-    case LLMPAR_W_GATE_BIAS: case LLMPAR_W_UP_BIAS: case LLMPAR_W_DOWN_BIAS: return model->mlp_bias;
+    case LLMPAR_W_GATE: case LLMPAR_W_UP: case LLMPAR_W_DOWN: return llmpar_model_sparse_layers(model) < model->layers;
+    case LLMPAR_W_GATE_BIAS: case LLMPAR_W_UP_BIAS: case LLMPAR_W_DOWN_BIAS: return model->mlp_bias && llmpar_model_sparse_layers(model) < model->layers;
+    case LLMPAR_W_ROUTER: case LLMPAR_W_EXPERT_GATE: case LLMPAR_W_EXPERT_UP: case LLMPAR_W_EXPERT_DOWN: return llmpar_model_sparse_layers(model) > 0;
+    case LLMPAR_W_SHARED_GATE: case LLMPAR_W_SHARED_UP: case LLMPAR_W_SHARED_DOWN: return model->shared_intermediate > 0 && llmpar_model_sparse_layers(model) > 0;
+    case LLMPAR_W_SHARED_SCALE: return model->shared_gate && model->shared_intermediate > 0 && llmpar_model_sparse_layers(model) > 0;
     case LLMPAR_W_HEAD: return !model->tied_head;
     default: return (int)kind >= 0 && kind < LLMPAR_W_COUNT;
     }
@@ -8902,14 +11311,17 @@ LLMPAR_DEF void llmpar_model_weight(const llmpar_model *model, llmpar_weight_kin
     weight->dtype    = model->dtype;
     if ((int)kind < 0 || kind >= LLMPAR_W_COUNT) return;
     llmpari_name_set(weight->name, llmpari_weights[kind].name, strlen(llmpari_weights[kind].name));
-    for (const char *letter = llmpari_weights[kind].dims; *letter; letter++) {
+    for (const char *letter = llmpari_weights[kind].dims, *next; *letter; letter = next) {
         llmpar_dim *dim = &weight->dim[weight->n_dims++];
-        llmpari_name_set(dim->name, letter, 1);
+        next = letter + (letter[1] == 's' ? 2 : 1);
+        llmpari_name_set(dim->name, letter, (size_t)(next - letter));
         switch (*letter) {
         case 'V': dim->size = model->vocabulary;   break;
         case 'H': dim->size = model->hidden;       break;
         case 'I': dim->size = model->intermediate; break;
         case 'D': dim->size = model->head_dim;     break;
+        case 'E': dim->size = model->n_experts;    break;
+        case 'J': dim->size = letter[1] == 's' ? model->shared_intermediate : model->expert_intermediate; break;
         case 'N': dim->size = model->n_heads;    dim->split.kind = LLMPAR_SPLIT_QUERY_HEADS; break;
         case 'K': dim->size = model->n_kv_heads; dim->split.kind = LLMPAR_SPLIT_KV_HEADS;    break;
         default: break;
@@ -8918,21 +11330,22 @@ LLMPAR_DEF void llmpar_model_weight(const llmpar_model *model, llmpar_weight_kin
     }
 }
 
-// Copies a pattern with '#' replaced by the layer; `drop` bytes are left out at its start. false: name is too small.
-LLMPARI_FN bool llmpari_expand_name(const char *pattern, size_t drop, int64_t layer, char name[LLMPAR_TENSOR_NAME]) {
+// Copies a pattern with '#' replaced by the layer and '@' by the expert; `drop` bytes are left out at its start. false: name is too small.
+LLMPARI_FN bool llmpari_expand_name(const char *pattern, size_t drop, int64_t layer, int64_t expert, char name[LLMPAR_TENSOR_NAME]) {
     int at = 0;
     name[0] = 0;
     for (pattern += drop; *pattern; pattern++) {
-        if (*pattern == '#') llmpari_append(name, LLMPAR_TENSOR_NAME, &at, "%lld", (long long)layer);
+        if (*pattern == '#' || *pattern == '@') llmpari_append(name, LLMPAR_TENSOR_NAME, &at, "%lld", (long long)(*pattern == '#' ? layer : expert));
         else llmpari_append(name, LLMPAR_TENSOR_NAME, &at, "%c", *pattern);
     }
     return at < LLMPAR_TENSOR_NAME;
 }
 
-LLMPAR_DEF bool llmpar_model_tensor_name(const llmpar_model *model, llmpar_weight_kind kind, int64_t layer, int choice,
+LLMPAR_DEF bool llmpar_model_tensor_name(const llmpar_model *model, llmpar_weight_kind kind, int64_t layer, int64_t expert, int choice,
                                          char name[LLMPAR_TENSOR_NAME], int64_t *row_offset, int64_t *file_rows) {
     const llmpari_architecture *architecture = llmpari_architecture_find(model->architecture);
     const int64_t q = model->n_heads * model->head_dim, kv = model->n_kv_heads * model->head_dim, gate = model->intermediate;
+    const int64_t e = model->n_experts, j = model->expert_intermediate;
     const char *pattern = NULL;
     size_t drop = 0;
     bool fused = false;
@@ -8946,26 +11359,36 @@ LLMPAR_DEF bool llmpar_model_tensor_name(const llmpar_model *model, llmpar_weigh
         drop    = i % 2 == 1 ? 6 : 0;
         fused   = i >= 2;
     }
-    if (choice < 0 || !pattern || !llmpari_expand_name(pattern, drop, layer, name)) return false;
-    *row_offset = 0;
+    if (choice < 0 || !pattern || !llmpari_expand_name(pattern, drop, layer, expert, name)) return false;
+    int64_t rows = model->hidden, offset = 0, all = 0;                                     // of its own tensor; in a fused one
     switch (kind) {
-    case LLMPAR_W_Q: case LLMPAR_W_Q_BIAS: *file_rows = q; break;
-    case LLMPAR_W_K: case LLMPAR_W_K_BIAS: *file_rows = kv; *row_offset = q; break;
-    case LLMPAR_W_V: case LLMPAR_W_V_BIAS: *file_rows = kv; *row_offset = q + kv; break;
-    case LLMPAR_W_GATE: case LLMPAR_W_GATE_BIAS: *file_rows = gate; break;
-    case LLMPAR_W_UP: case LLMPAR_W_UP_BIAS: *file_rows = gate; *row_offset = gate; break;
-    case LLMPAR_W_EMBED: case LLMPAR_W_HEAD: *file_rows = model->vocabulary; break;
-    case LLMPAR_W_Q_NORM: case LLMPAR_W_K_NORM: *file_rows = model->head_dim; break;
-    default: *file_rows = model->hidden; break;
+    case LLMPAR_W_Q: case LLMPAR_W_Q_BIAS: rows = q; all = q + 2 * kv; break;
+    case LLMPAR_W_K: case LLMPAR_W_K_BIAS: rows = kv; offset = q; all = q + 2 * kv; break;
+    case LLMPAR_W_V: case LLMPAR_W_V_BIAS: rows = kv; offset = q + kv; all = q + 2 * kv; break;
+    case LLMPAR_W_GATE: case LLMPAR_W_GATE_BIAS: rows = gate; all = 2 * gate; break;
+    case LLMPAR_W_UP: case LLMPAR_W_UP_BIAS: rows = offset = gate; all = 2 * gate; break;
+    case LLMPAR_W_EMBED: case LLMPAR_W_HEAD: rows = model->vocabulary; break;
+    case LLMPAR_W_Q_NORM: case LLMPAR_W_K_NORM: rows = model->head_dim; break;
+    case LLMPAR_W_ROUTER: rows = all = e; break;
+    case LLMPAR_W_EXPERT_GATE: rows = j; offset = 2 * expert * j; all = 2 * e * j; break;
+    case LLMPAR_W_EXPERT_UP:   rows = j; offset = 2 * expert * j + j; all = 2 * e * j; break;
+    case LLMPAR_W_EXPERT_DOWN: offset = expert * rows; all = e * rows; break;
+    case LLMPAR_W_SHARED_GATE: case LLMPAR_W_SHARED_UP: rows = model->shared_intermediate; break;
+    case LLMPAR_W_SHARED_SCALE: rows = 1; break;                                           // [1, H]
+    default: break;
     }
-    if (fused) *file_rows = kind == LLMPAR_W_GATE || kind == LLMPAR_W_UP || kind == LLMPAR_W_GATE_BIAS || kind == LLMPAR_W_UP_BIAS ? 2 * gate : q + 2 * kv;
-    else *row_offset = 0;
+    *row_offset = fused ? offset : 0;
+    *file_rows  = fused ? all : rows;
     return true;
 }
 
 LLMPAR_DEF int64_t llmpar_model_parameters(const llmpar_model *model) {
     int64_t parameters = INT64_MAX;
-    return llmpari_model_count(model, &parameters) ? parameters : INT64_MAX;
+    return llmpari_model_count(model, model->n_experts, &parameters) ? parameters : INT64_MAX;
+}
+LLMPAR_DEF int64_t llmpar_model_active_parameters(const llmpar_model *model) {
+    int64_t parameters = INT64_MAX;
+    return llmpari_model_count(model, model->n_experts > 0 ? llmpari_max(model->route.k, 1) : 0, &parameters) ? parameters : INT64_MAX;
 }
 
 // ============================================================================================================
@@ -8977,29 +11400,56 @@ typedef struct llmpari_builder {
     const llmpar_build_desc *desc;
     llmpar_graph            *g;
     bool has_dp, has_tp;           // does the mesh have these axes?
+    bool dense, sparse;            // are there such layers among those that are built?
+    llmpar_axes experts, expert_tp;   // the axes that pin_weights splits E and J over
 } llmpari_builder;
 
-// Norm weights and biases stay f32 whatever the matrices are: they are small, and their kernels read floats.
+// Norm weights, biases and routers stay f32 whatever the matrices are: they are small, and their kernels read floats, or many tokens depend on their last bits.
 LLMPARI_FN bool llmpari_weight_is_matrix(int32_t kind) {
     switch (kind) {
     case LLMPAR_W_EMBED: case LLMPAR_W_Q: case LLMPAR_W_K: case LLMPAR_W_V: case LLMPAR_W_O:
-    case LLMPAR_W_GATE: case LLMPAR_W_UP: case LLMPAR_W_DOWN: case LLMPAR_W_HEAD: return true;
+    case LLMPAR_W_GATE: case LLMPAR_W_UP: case LLMPAR_W_DOWN: case LLMPAR_W_HEAD:
+    case LLMPAR_W_EXPERT_GATE: case LLMPAR_W_EXPERT_UP: case LLMPAR_W_EXPERT_DOWN:
+    case LLMPAR_W_SHARED_GATE: case LLMPAR_W_SHARED_UP: case LLMPAR_W_SHARED_DOWN: return true;
     default: return false;
     }
 }
 
-// Megatron's layout in one rule: heads, intermediate and vocabulary are split over tp wherever they occur, biases of split rows with them.
-LLMPARI_FN bool llmpari_build_splits(const char *dim) { return dim[0] && !dim[1] && strchr("NKIV", dim[0]) != NULL; }
+// Megatron's layout in one rule: heads, intermediate and vocabulary are split over tp wherever they occur, biases of split rows with them; experts over their own axes.
+LLMPARI_FN llmpar_axes llmpari_build_splits(const llmpari_builder *b, llmpar_weight_kind kind, const char *dim) {
+    if (!b->desc->pin_weights) return 0;
+    if (llmpari_weight_is_expert((int)kind)) return dim[0] == 'E' ? b->experts : dim[0] == 'J' ? b->expert_tp : 0;
+    if (!b->has_tp) return 0;
+    return strchr("NKIVJ", dim[0]) != NULL ? 1u << llmpar_mesh_find(&b->g->mesh, "tp") : 0;
+}
+
+// A name inside of a block: blocks after the first one add their number.
+LLMPARI_FN const char *llmpari_build_named(const llmpari_builder *b, const char *name, char text[LLMPAR_NAME]) {
+    if (b->g->open_block <= 0) return name;
+    snprintf(text, LLMPAR_NAME, "%s.%d", name, (int)b->g->open_block);
+    return text;
+}
+LLMPARI_FN int llmpari_build_name(const llmpari_builder *b, int node, const char *name) {
+    char text[LLMPAR_NAME];
+    return llmpar_name(b->g, node, llmpari_build_named(b, name, text));
+}
 
 LLMPARI_FN int llmpari_build_weight(const llmpari_builder *b, llmpar_weight_kind kind) {
     llmpar_tensor weight;
-    char text[LLMPAR_MAX_DIMS * (LLMPAR_NAME + 8) + LLMPAR_NAME];
+    const llmpar_mesh *mesh = &b->g->mesh;
+    char text[LLMPAR_MAX_DIMS * (LLMPAR_NAME + 8) + (LLMPAR_MAX_AXES + 1) * LLMPAR_NAME], name[LLMPAR_NAME];
     int at = 0;
     llmpar_model_weight(b->model, kind, &weight);
-    llmpari_append(text, sizeof text, &at, "%s[", llmpar_weight_name(kind));
+    llmpari_append(text, sizeof text, &at, "%s[", llmpari_build_named(b, llmpar_weight_name(kind), name));
     for (int d = 0; d < weight.n_dims; d++) {
-        bool split = b->desc->pin_weights && b->has_tp && llmpari_build_splits(weight.dim[d].name);
-        llmpari_append(text, sizeof text, &at, "%s%s%s", d ? ", " : "", weight.dim[d].name, split ? "_tp" : "");
+        const llmpar_axes axes = llmpari_build_splits(b, kind, weight.dim[d].name);
+        llmpari_append(text, sizeof text, &at, "%s%s%s", d ? ", " : "", weight.dim[d].name, axes ? "_{" : "");
+        for (int a = 0, first = 1; a < mesh->n_axes; a++) {
+            if (!(axes >> a & 1u)) continue;
+            llmpari_append(text, sizeof text, &at, "%s%s", first ? "" : ",", mesh->axis[a].name);
+            first = 0;
+        }
+        if (axes) llmpari_append(text, sizeof text, &at, "}");
     }
     llmpari_append(text, sizeof text, &at, b->desc->pin_weights ? "]" : "]?");
     b->g->weight_dtype = llmpari_weight_is_matrix((int32_t)kind) ? b->desc->weight_dtype : LLMPAR_F32;
@@ -9036,19 +11486,19 @@ LLMPARI_FN int llmpari_build_attention(const llmpari_builder *b, int x) {
     int v = llmpari_build_linear(b, "B S H, K D H -> B S K D", x, llmpari_build_weight(b, LLMPAR_W_V), LLMPAR_W_V_BIAS);
     if (llmpar_model_has(m, LLMPAR_W_Q_NORM)) q = llmpar_norm(g, q, llmpari_build_weight(b, LLMPAR_W_Q_NORM), "D", m->norm_eps);
     if (llmpar_model_has(m, LLMPAR_W_K_NORM)) k = llmpar_norm(g, k, llmpari_build_weight(b, LLMPAR_W_K_NORM), "D", m->norm_eps);
-    q = llmpar_name(g, llmpar_rope(g, q, "S"), "q");
-    k = llmpar_name(g, llmpar_rope(g, k, "S"), "k");
-    v = llmpar_name(g, v, "v");
+    q = llmpari_build_name(b, llmpar_rope(g, q, "S"), "q");
+    k = llmpari_build_name(b, llmpar_rope(g, k, "S"), "k");
+    v = llmpari_build_name(b, v, "v");
     memset(&attention, 0, sizeof attention);
     attention.causal  = true;
     attention.window  = m->sliding_window;
     attention.context = b->desc->context_used ? b->desc->context_used : b->desc->context;
     if (b->desc->context) {
-        attention.k_cache = llmpar_cache(g, llmpari_build_text(b, "k_cache[B_dp, K_tp, C, D]", b->desc->pin_batch, text));
-        attention.v_cache = llmpar_cache(g, llmpari_build_text(b, "v_cache[B_dp, K_tp, C, D]", b->desc->pin_batch, text));
+        attention.k_cache = llmpari_build_name(b, llmpar_cache(g, llmpari_build_text(b, "[B_dp, K_tp, C, D]", b->desc->pin_batch, text)), "k_cache");
+        attention.v_cache = llmpari_build_name(b, llmpar_cache(g, llmpari_build_text(b, "[B_dp, K_tp, C, D]", b->desc->pin_batch, text)), "v_cache");
     }
     int a = llmpar_attention(g, q, k, v, &attention);
-    return llmpar_name(g, llmpari_build_linear(b, "B S N D, H N D -> B S H", a, llmpari_build_weight(b, LLMPAR_W_O), LLMPAR_W_O_BIAS), "o");
+    return llmpari_build_name(b, llmpari_build_linear(b, "B S N D, H N D -> B S H", a, llmpari_build_weight(b, LLMPAR_W_O), LLMPAR_W_O_BIAS), "o");
 }
 
 LLMPARI_FN int llmpari_build_mlp(const llmpari_builder *b, int x) {
@@ -9058,25 +11508,64 @@ LLMPARI_FN int llmpari_build_mlp(const llmpari_builder *b, int x) {
     return llmpari_build_linear(b, "B S I, H I -> B S H", a, llmpari_build_weight(b, LLMPAR_W_DOWN), LLMPAR_W_DOWN_BIAS);
 }
 
+// Router and experts, and the shared expert where the model has one.
+LLMPARI_FN int llmpari_build_experts(const llmpari_builder *b, int x) {
+    const llmpar_model *m = b->model;
+    llmpar_graph *g = b->g;
+    llmpar_experts_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.route    = m->route;
+    desc.function = m->activation;
+    desc.way      = b->desc->experts_way;
+    g->activation_dtype = LLMPAR_F32;
+    int router = llmpari_build_name(b, llmpar_einsum(g, "B S H, E H -> B S E", x, llmpari_build_weight(b, LLMPAR_W_ROUTER)), "router");
+    g->activation_dtype = b->desc->activation_dtype;
+    int gate = llmpari_build_weight(b, LLMPAR_W_EXPERT_GATE), up = llmpari_build_weight(b, LLMPAR_W_EXPERT_UP), down = llmpari_build_weight(b, LLMPAR_W_EXPERT_DOWN);
+    int y = llmpar_experts(g, x, router, gate, up, down, &desc);
+    if (!llmpar_model_has(m, LLMPAR_W_SHARED_GATE)) return y;
+    int open   = llmpar_unary(g, m->activation, llmpar_einsum(g, "B S H, Js H -> B S Js", x, llmpari_build_weight(b, LLMPAR_W_SHARED_GATE)));
+    int a      = llmpar_mul(g, open, llmpar_einsum(g, "B S H, Js H -> B S Js", x, llmpari_build_weight(b, LLMPAR_W_SHARED_UP)));
+    int shared = llmpar_einsum(g, "B S Js, H Js -> B S H", a, llmpari_build_weight(b, LLMPAR_W_SHARED_DOWN));
+    if (llmpar_model_has(m, LLMPAR_W_SHARED_SCALE))
+        shared = llmpar_mul(g, shared, llmpar_unary(g, LLMPAR_SIGMOID, llmpar_einsum(g, "B S H, H -> B S", x, llmpari_build_weight(b, LLMPAR_W_SHARED_SCALE))));
+    return llmpar_add(g, y, shared);
+}
+
 // Pins a tensor of the residual stream with sequence_parallel; returns it.
 LLMPARI_FN int llmpari_build_residual(const llmpari_builder *b, int node, const char *name) {
     char text[128];
-    llmpar_name(b->g, node, name);
+    llmpari_build_name(b, node, name);
     if (b->desc->sequence_parallel) llmpar_pin(b->g, node, llmpari_build_text(b, "[B_dp, S_tp, H]", true, text));
     return node;
 }
 
-LLMPARI_FN int llmpari_build_layers(const llmpari_builder *b, int h0) {
+// `layers` equal ones, with experts or without.
+LLMPARI_FN int llmpari_build_block(const llmpari_builder *b, int start, int64_t layers, bool sparse) {
     llmpar_graph *g = b->g;
-    int64_t layers = b->desc->layers ? b->desc->layers : b->model->layers;
-    int h = llmpari_build_residual(b, llmpar_repeat_begin(g, (int)layers, h0), "h");
-    int x = llmpar_name(g, llmpar_norm(g, h, llmpari_build_weight(b, LLMPAR_W_ATTN_NORM), "H", b->model->norm_eps), "x");
+    int h = llmpari_build_residual(b, llmpar_repeat_begin(g, (int)layers, start), "h");
+    int x = llmpari_build_name(b, llmpar_norm(g, h, llmpari_build_weight(b, LLMPAR_W_ATTN_NORM), "H", b->model->norm_eps), "x");
     int o = llmpari_build_attention(b, x);
-    if (b->desc->parallel_block)
-        return llmpar_repeat_end(g, llmpari_build_residual(b, llmpar_add(g, h, llmpar_add(g, o, llmpari_build_mlp(b, x))), "h2"));
+    if (b->desc->parallel_block) {
+        int y = sparse ? llmpari_build_experts(b, x) : llmpari_build_mlp(b, x);
+        return llmpar_repeat_end(g, llmpari_build_residual(b, llmpar_add(g, h, llmpar_add(g, o, y)), "h2"));
+    }
     int h1 = llmpari_build_residual(b, llmpar_add(g, h, o), "h1");
-    int x1 = llmpar_name(g, llmpar_norm(g, h1, llmpari_build_weight(b, LLMPAR_W_MLP_NORM), "H", b->model->norm_eps), "x1");
-    return llmpar_repeat_end(g, llmpari_build_residual(b, llmpar_add(g, h1, llmpari_build_mlp(b, x1)), "h2"));
+    int x1 = llmpari_build_name(b, llmpar_norm(g, h1, llmpari_build_weight(b, LLMPAR_W_MLP_NORM), "H", b->model->norm_eps), "x1");
+    int y  = sparse ? llmpari_build_experts(b, x1) : llmpari_build_mlp(b, x1);
+    return llmpar_repeat_end(g, llmpari_build_residual(b, llmpar_add(g, h1, y), "h2"));
+}
+
+// A block for each run of equal layers.
+LLMPARI_FN int llmpari_build_layers(const llmpari_builder *b, int h) {
+    const llmpar_model *m = b->model;
+    const int64_t first = b->desc->first_layer, end = b->desc->layers ? first + b->desc->layers : m->layers;
+    for (int64_t layer = first, n; layer < end; layer += n) {
+        const bool sparse = llmpar_model_sparse(m, layer);
+        n = m->n_experts ? 1 : end - layer;
+        while (layer + n < end && llmpar_model_sparse(m, layer + n) == sparse) n++;
+        h = llmpari_build_block(b, h, n, sparse);
+    }
+    return h;
 }
 
 // Names the result and makes it the graph's output: pinned as `pattern` says, or bare.
@@ -9117,7 +11606,7 @@ LLMPARI_FN void llmpari_build_sizes(const llmpari_builder *b) {
     llmpar_size(b->g, "B", d->batch ? d->batch : 1);
     llmpar_size(b->g, "S", d->seq ? d->seq : 1);
     llmpar_size(b->g, "H", m->hidden);
-    llmpar_size(b->g, "I", m->intermediate);
+    if (b->dense) llmpar_size(b->g, "I", m->intermediate);
     llmpar_size(b->g, "N", m->n_heads);
     llmpar_size(b->g, "K", m->n_kv_heads);
     llmpar_size(b->g, "D", m->head_dim);
@@ -9129,18 +11618,70 @@ LLMPARI_FN void llmpari_build_sizes(const llmpari_builder *b) {
     llmpar_split_rule(b->g, "N", &split);
     split.kind  = LLMPAR_SPLIT_KV_HEADS;
     llmpar_split_rule(b->g, "K", &split);
+    const bool shared = b->sparse && m->shared_intermediate > 0;
+    if (b->sparse) { llmpar_size(b->g, "E", m->n_experts); llmpar_size(b->g, "J", m->expert_intermediate); }
+    if (shared) llmpar_size(b->g, "Js", m->shared_intermediate);
     if (!d->invariant) return;
     b->g->invariant = true;
-    memset(&split, 0, sizeof split);
-    split.granule = llmpari_max((m->intermediate + 63) / 64, llmpari_min(128, m->intermediate / 32));      // few granules cost less, many balance better
-    if (m->intermediate >= 1024) split.granule = llmpar_round_up(split.granule, 32);       // a whole number of the dot product's steps
-    llmpar_split_rule(b->g, "I", &split);
+    for (int i = 0; i < 2; i++) {
+        const int64_t n = i ? m->shared_intermediate : m->intermediate;
+        if (!(i ? shared : b->dense)) continue;
+        memset(&split, 0, sizeof split);
+        split.granule = llmpari_max((n + 63) / 64, llmpari_min(128, n / 32));              // few granules cost less, many balance better
+        if (n >= 1024) split.granule = llmpar_round_up(split.granule, 32);                 // a whole number of the dot product's steps
+        llmpar_split_rule(b->g, i ? "Js" : "I", &split);
+    }
 }
 
-LLMPARI_FN llmpar_status llmpari_build_check(const llmpar_build_desc *d, llmpar_error *err) {
-    if (d->batch < 0 || d->seq < 0 || d->context < 0 || d->context_used < 0 || d->layers < 0 || d->layers > INT32_MAX)
-        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "batch=%lld seq=%lld context=%lld context_used=%lld layers=%lld; all must be 0 (the default) "
-                            "or more", (long long)d->batch, (long long)d->seq, (long long)d->context, (long long)d->context_used, (long long)d->layers);
+// The next axes of the mesh, from *inner inwards excluded, that make `size` ranks together; *inner gets the outermost of them.
+LLMPARI_FN llmpar_status llmpari_build_run(const llmpar_mesh *mesh, const llmpar_axis *want, int *inner, llmpar_axes *axes, llmpar_error *err) {
+    char text[200], sizes[100] = "1";
+    int at = 1;
+    int64_t product = 1;
+    *axes = 0;
+    for (int a = *inner; a-- > 0 && product < want->size; *inner = a) {
+        product *= mesh->axis[a].size;
+        if (mesh->axis[a].size == 1) continue;
+        *axes |= 1u << a;
+        llmpari_append(sizes, sizeof sizes, &at, " %lld", (long long)product);
+    }
+    if (product == want->size) return LLMPAR_OK;
+    for (int a = *inner; a-- > 0; ) if (mesh->axis[a].size > 1) llmpari_append(sizes, sizeof sizes, &at, " %lld", (long long)(product *= mesh->axis[a].size));
+    llmpar_mesh_print(mesh, text, sizeof text);
+    return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s=%d of the experts' mesh is no run of whole axes of %s; possible here: %s", want->name, (int)want->size,
+                        text, sizes);
+}
+
+// Over which axes the experts lie. The experts' mesh is fitted to the mesh from the innermost axes on.
+LLMPARI_FN llmpar_status llmpari_build_expert_axes(llmpari_builder *b, llmpar_error *err) {
+    const llmpar_mesh *mesh = &b->g->mesh;
+    const int ep = llmpar_mesh_find(mesh, "ep");
+    llmpar_mesh own;
+    int inner = mesh->n_axes;
+    b->experts = b->expert_tp = 0;
+    if (b->desc->experts && !b->model->n_experts) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "experts=%.60s: the model has none", b->desc->experts);
+    if (!b->desc->experts) {
+        b->experts   = ep < 0 ? 0 : 1u << ep;
+        b->expert_tp = b->has_tp ? 1u << llmpar_mesh_find(mesh, "tp") : 0;
+    } else LLMPARI_TRY(llmpar_mesh_parse(b->desc->experts, &own, err));
+    for (int a = b->desc->experts ? own.n_axes : 0; a-- > 0; ) {
+        const char *name = own.axis[a].name;
+        llmpar_axes axes;
+        if (strcmp(name, "ep") != 0 && strcmp(name, "etp") != 0 && strcmp(name, "edp") != 0)
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the experts' mesh \"%.60s\" has an axis \"%s\"; its axes are edp, ep and etp", b->desc->experts, name);
+        LLMPARI_TRY(llmpari_build_run(mesh, &own.axis[a], &inner, &axes, err));
+        if (strcmp(name, "edp") != 0) *(name[1] == 'p' ? &b->experts : &b->expert_tp) = axes;
+    }
+    if (b->desc->invariant) b->expert_tp = 0;                                              // J has no granules: one rank sums over all of it
+    return LLMPAR_OK;
+}
+
+LLMPARI_FN llmpar_status llmpari_build_check(const llmpar_model *m, const llmpar_build_desc *d, llmpar_error *err) {
+    if (d->batch < 0 || d->seq < 0 || d->context < 0 || d->context_used < 0 || d->first_layer < 0 || d->layers < 0 || d->layers > INT32_MAX)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "batch=%lld seq=%lld context=%lld context_used=%lld first_layer=%lld layers=%lld; all must be 0 (the default) "
+                            "or more", (long long)d->batch, (long long)d->seq, (long long)d->context, (long long)d->context_used, (long long)d->first_layer, (long long)d->layers);
+    if (d->first_layer >= m->layers || d->layers > m->layers - d->first_layer)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "first_layer=%lld layers=%lld; the model has %lld layers", (long long)d->first_layer, (long long)d->layers, (long long)m->layers);
     if (d->context && d->context < d->seq)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "context=%lld slots cannot take seq=%lld new tokens; pass a context of at least seq, or 0 for "
                             "no cache", (long long)d->context, (long long)d->seq);
@@ -9156,12 +11697,16 @@ LLMPAR_DEF llmpar_status llmpar_build(const llmpar_model *model, const llmpar_bu
     llmpari_builder b;
     char text[128], layout[144];
     LLMPARI_TRY(llmpar_model_check(model, err));
-    LLMPARI_TRY(llmpari_build_check(desc, err));
+    LLMPARI_TRY(llmpari_build_check(model, desc, err));
     b.model  = model;
     b.desc   = desc;
     b.g      = g;
     b.has_dp = llmpar_mesh_find(&g->mesh, "dp") >= 0;
     b.has_tp = llmpar_mesh_find(&g->mesh, "tp") >= 0;
+    b.dense = b.sparse = false;
+    for (int64_t l = desc->first_layer, end = desc->layers ? l + desc->layers : model->layers; l < end && !(b.dense && (b.sparse || !model->n_experts)); l++)
+        *(llmpar_model_sparse(model, l) ? &b.sparse : &b.dense) = true;
+    LLMPARI_TRY(llmpari_build_expert_axes(&b, err));
     g->activation_dtype = desc->activation_dtype;
     llmpari_build_sizes(&b);
     // Weights and caches get the same node numbers whatever batch, seq, last_only, ... are: two graphs of one model can share their memory.
@@ -12308,21 +14853,6 @@ LLMPARI_FN void llmpari_widen_int(int64_t *to, const char *from, int m, int32_t 
 LLMPARI_FN void llmpari_narrow_int(int32_t *to, const int64_t *from, int m) {
     for (int j = 0; j < m; j++) to[j] = (int32_t)(uint32_t)(uint64_t)from[j];             // sums wrap around
 }
-
-// A copy past the caches, for what nobody reads soon; llmpari_streamed ends a series of them.
-#if defined(__SSE2__) && defined(__GNUC__)
-LLMPARI_FN void llmpari_stream(char *to, const char *from, int64_t bytes) {
-    int64_t head = llmpari_min(bytes, (int64_t)((64 - (uintptr_t)to % 64) % 64)), at = head;
-    memcpy(to, from, (size_t)head);
-    for (; at + 64 <= bytes; at += 64)
-        for (int i = 0; i < 64; i += 16) _mm_stream_si128((__m128i *)(void *)(to + at + i), _mm_loadu_si128((const __m128i *)(const void *)(from + at + i)));
-    memcpy(to + at, from + at, (size_t)(bytes - at));
-}
-LLMPARI_FN void llmpari_streamed(void) { _mm_sfence(); }
-#else
-LLMPARI_FN void llmpari_stream(char *to, const char *from, int64_t bytes) { memcpy(to, from, (size_t)bytes); }
-LLMPARI_FN void llmpari_streamed(void) { }
-#endif
 
 // A short copy that the caller's loop runs through with vectors.
 LLMPARI_FN void llmpari_copy_block(char *to, const char *from, int64_t bytes) {
@@ -17269,17 +19799,17 @@ LLMPAR_DEF const llmpar_file_tensor *llmpar_checkpoint_find(const llmpar_checkpo
 LLMPARI_FN llmpar_status llmpari_weight_fits(const llmpar_checkpoint *checkpoint, const llmpar_file_tensor *tensor, int64_t row_offset,
                                              int64_t file_rows,
                                              const llmpar_tensor *weight, int64_t *base, llmpar_error *err) {
-    int64_t row = 1, elements = llmpar_tensor_elements(weight), sizes[LLMPAR_MAX_DIMS], need[LLMPAR_MAX_DIMS] = { 0 };
+    int64_t row = 1, rows = 1, elements = llmpar_tensor_elements(weight), sizes[LLMPAR_MAX_DIMS];
     char found[200], expected[200], wanted[200];
-    int d = 0;
-    for (int i = 1; i < tensor->n_dims; i++) { row *= tensor->dim[i]; need[i] = tensor->dim[i]; }   // fits: the header's check multiplied them all
-    int64_t rows = tensor->n_dims ? tensor->dim[0] : 1, own = row > 0 && elements % row == 0 ? elements / row : -1;
+    int d = 0, lead = 0;
+    do rows *= tensor->n_dims ? tensor->dim[lead] : 1; while (++lead < tensor->n_dims && rows < file_rows && rows > 0);   // the first dims that make file_rows together
+    for (int i = lead; i < tensor->n_dims; i++) row *= tensor->dim[i];                     // fits: the header's check multiplied them all
+    const int64_t own = row > 0 && elements % row == 0 ? elements / row : -1;
     bool ok = own > 0 && rows == file_rows && row_offset >= 0 && row_offset <= rows - own;
-    need[0] = own;
-    for (int i = 0; i < tensor->n_dims && ok; i++) {
-        int64_t product = 1;
-        while (product < need[i] && d < weight->n_dims) product *= weight->dim[d++].size;
-        ok = product == need[i];
+    for (int i = lead - 1; i < tensor->n_dims && ok; i++) {
+        int64_t product = 1, need = i < lead ? own : tensor->dim[i];
+        while (product < need && d < weight->n_dims) product *= weight->dim[d++].size;
+        ok = product == need;
     }
     for (; d < weight->n_dims && ok; d++) ok = weight->dim[d].size == 1;
     *base = row_offset * row;
@@ -17382,22 +19912,53 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_read(llmpar_checkpoint *checkpoint, c
     return status;
 }
 
-LLMPAR_DEF llmpar_status llmpar_checkpoint_read_weight(llmpar_checkpoint *checkpoint, llmpar_weight_kind kind, int64_t layer,
-                                                       const llmpar_tensor *weight,
-                                                       const llmpar_mesh *mesh, int32_t rank, void *dst, llmpar_dtype dtype, llmpar_error *err) {
-    char name[LLMPAR_TENSOR_NAME], tried[500] = "";
+// One expert's part of a weight [E, ..]: the other dims, sharded as they are.
+LLMPARI_FN llmpar_tensor llmpari_weight_of_expert(const llmpar_tensor *weight) {
+    llmpar_tensor part = *weight;
+    part.n_dims--;
+    for (int d = 0; d < part.n_dims; d++) part.dim[d] = weight->dim[d + 1];
+    for (int a = 0; a < LLMPAR_MAX_AXES; a++) {
+        if (part.sharding.dim[a] == 0) part.sharding.dim[a] = LLMPAR_REPLICATED, part.sharding.order[a] = 0;
+        else if (part.sharding.dim[a] > 0) part.sharding.dim[a]--;
+    }
+    return part;
+}
+
+// Of an expert's weight the part of expert `expert`; of another one the whole, with -1.
+LLMPARI_FN llmpar_status llmpari_read_named(llmpar_checkpoint *checkpoint, llmpar_weight_kind kind, int64_t layer, int64_t expert, const llmpar_tensor *weight,
+                                            const llmpar_mesh *mesh, int32_t rank, void *dst, llmpar_dtype dtype, llmpar_error *err) {
+    char name[LLMPAR_TENSOR_NAME], tried[500] = "", which[40] = "";
     int64_t row_offset, file_rows;
     int at = 0;
-    for (int choice = 0; llmpar_model_tensor_name(&checkpoint->model, kind, layer, choice, name, &row_offset, &file_rows); choice++) {
+    for (int choice = 0; llmpar_model_tensor_name(&checkpoint->model, kind, layer, expert, choice, name, &row_offset, &file_rows); choice++) {
         if (llmpar_checkpoint_find(checkpoint, name))
             return llmpar_checkpoint_read(checkpoint, name, row_offset, file_rows, weight, mesh, rank, dst, dtype, err);
         llmpari_append(tried, sizeof tried, &at, "%s\"%s\"", choice ? ", " : "", name);
     }
     const char *remedy = !at ? "no name: the architecture has no such weight"
         : kind == LLMPAR_W_HEAD ? "; is \"tie_word_embeddings\": true missing in config.json?" : "";
-    return LLMPARI_FAIL(err, LLMPAR_BAD_FILE, "weight %s (layer %lld) is not in the checkpoint (%.250s); expected one of %s%s",
-                        llmpar_weight_name(kind), (long long)layer,
+    if (expert >= 0) snprintf(which, sizeof which, ", expert %lld", (long long)expert);
+    return LLMPARI_FAIL(err, LLMPAR_BAD_FILE, "weight %s (layer %lld%s) is not in the checkpoint (%.250s); expected one of %s%s",
+                        llmpar_weight_name(kind), (long long)layer, which,
                         checkpoint->n_files ? checkpoint->file[0].path : "no file", tried, remedy);
+}
+
+LLMPAR_DEF llmpar_status llmpar_checkpoint_read_weight(llmpar_checkpoint *checkpoint, llmpar_weight_kind kind, int64_t layer,
+                                                       const llmpar_tensor *weight,
+                                                       const llmpar_mesh *mesh, int32_t rank, void *dst, llmpar_dtype dtype, llmpar_error *err) {
+    if (!llmpari_weight_is_expert((int)kind)) return llmpari_read_named(checkpoint, kind, layer, -1, weight, mesh, rank, dst, dtype, err);
+    LLMPARI_TRY(llmpar_tensor_check(weight, mesh, err));
+    if (weight->n_dims < 1 || weight->dim[0].size != checkpoint->model.n_experts)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "weight %s begins with a dim of %lld; expected the model's %lld experts", weight->name,
+                            (long long)(weight->n_dims ? weight->dim[0].size : 0), (long long)checkpoint->model.n_experts);
+    if (llmpar_sharding_partial(&weight->sharding))
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "weight %s holds partial sums; a file holds values: make it replicated or sharded", weight->name);
+    const llmpar_tensor part = llmpari_weight_of_expert(weight);
+    const llmpar_range experts = llmpar_tensor_local(weight, mesh, rank, 0);
+    const int64_t bytes = llmpar_tensor_local_elements(&part, mesh, rank) * llmpar_dtype_bytes(dtype);
+    for (int64_t e = 0; e < experts.count && bytes > 0; e++)
+        LLMPARI_TRY(llmpari_read_named(checkpoint, kind, layer, experts.first + e, &part, mesh, rank, dst ? (char *)dst + e * bytes : NULL, dtype, err));
+    return LLMPAR_OK;
 }
 LLMPARI_ONCE_END
 // ============================================================================================================
@@ -17476,10 +20037,8 @@ typedef int32_t  llmpari_ivec;
 #define LLMPARI_UNROLL
 #endif
 #if defined(__GNUC__) || defined(__clang__)
-#define LLMPARI_INLINE static inline __attribute__((unused, always_inline))
 #define LLMPARI_PREFETCH(address) __builtin_prefetch(address)
 #else
-#define LLMPARI_INLINE static inline
 #define LLMPARI_PREFETCH(address) ((void)0)
 #endif
 
@@ -17517,6 +20076,8 @@ typedef int32_t  llmpari_ivec;
 #define LLMPARI_AHEAD  8192        // bytes ahead of which b is fetched where granules' sums take time between the loads (measured: f32 0.75 of the plain rate without, 0.95 with)
 #define LLMPARI_CONVERT 32         // CBLAS: from so many rows of a on, 16-bit b is converted for it (below, the blocked loops convert while packing)
 #define LLMPARI_COLUMNS 2048       // b[k, n] and few rows of a: columns x rows of a that are summed at a time
+#define LLMPARI_PAST (8 << 20)     // from so many bytes on, rows are permuted past the caches
+#define LLMPARI_COMBINE 1024       // columns that are combined at a time (measured: 0.6 of memcpy's rate, 0.4 with 256, whose jumps from page to page cost more)
 
 LLMPARI_INLINE llmpari_vec llmpari_load(const float *p) {
     llmpari_vec v;
@@ -18187,6 +20748,7 @@ LLMPARI_FN void llmpari_op_rope(void *user, const llmpar_rope_args *g) {
 }
 
 LLMPARI_INLINE float llmpari_silu(float x) { return x / (1.0f + llmpari_exp(-x)); }
+LLMPARI_INLINE float llmpari_sigmoid(float x) { return 1.0f / (1.0f + llmpari_exp(-x)); }
 LLMPARI_INLINE float llmpari_gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
 // x / 2 * (1 + tanh(u)) = x / (1 + e^-2u) with u = sqrt(2 / pi) * (x + 0.044715 x^3)
 LLMPARI_INLINE float llmpari_gelu_tanh(float x) { return x / (1.0f + llmpari_exp(-1.59576912160573071f * (x + 0.044715f * x * x * x))); }
@@ -18202,6 +20764,7 @@ LLMPARI_FN void llmpari_activate(llmpar_activation kind, int64_t n, const float 
     case LLMPAR_EXP:       LLMPARI_EACH(llmpari_exp(x[i]));       break;
     case LLMPAR_SQUARE:    LLMPARI_EACH(x[i] * x[i]);             break;
     case LLMPAR_NEGATE:    LLMPARI_EACH(-x[i]);                   break;
+    case LLMPAR_SIGMOID:   LLMPARI_EACH(llmpari_sigmoid(x[i]));   break;
     }
 #undef LLMPARI_EACH
 }
@@ -18236,6 +20799,89 @@ LLMPARI_FN void llmpari_op_embed(void *user, const llmpar_embed_args *g) {
         if (local >= 0 && local < g->count) llmpari_widen(y, llmpari_at(g->table, g->dtype, local * g->n), g->dtype, g->n);
         else memset(y, 0, (size_t)g->n * 4);
     }
+}
+
+// ---- experts --------------------------------------------------------------------------------------------------------------------------------------
+
+LLMPARI_FN void llmpari_op_permute(void *user, const llmpar_permute_args *g) {
+    (void)user;
+    const bool past = g->count * g->bytes >= LLMPARI_PAST;
+    for (int64_t r = 0; r < g->rows; r++) {
+        const char *x = (const char *)g->x + r * g->bytes;
+        for (int64_t i = r * g->k; i < (r + 1) * g->k; i++) {
+            const int64_t at = g->to[i] - g->first;
+            if (at < 0 || at >= g->count) continue;
+            char *y = (char *)g->y + at * g->bytes;
+            if (past) llmpari_stream(y, x, g->bytes);
+            else memcpy(y, x, (size_t)g->bytes);
+        }
+    }
+    if (past) llmpari_streamed();
+}
+
+LLMPARI_FN void llmpari_op_grouped(void *user, const llmpar_grouped_args *g) {
+    llmpar_gemm one = g->gemm;
+    for (int64_t e = 0; e < g->experts; e++) {
+        const int64_t row = g->offsets[e] - g->offsets[0];
+        one.m = g->offsets[e + 1] - g->offsets[e];
+        one.a = g->gemm.a + row * one.lda;
+        one.b = llmpari_at(g->gemm.b, one.b_dtype, e * g->b_stride);
+        one.c = g->gemm.c + row * one.ldc;
+        if (one.m > 0) llmpari_op_gemm(user, &one);
+    }
+}
+
+// Two loops, with memory in between: a product is rounded before it is added, whether its sum is made here or on another rank. What is at `next` is fetched meanwhile.
+LLMPARI_FN void llmpari_scale_row(float *to, float w, const float *from, int64_t n, const float *next) {
+    int64_t e = 0;
+    for (; e + LLMPARI_CHUNK <= n; e += LLMPARI_CHUNK) {
+        LLMPARI_PREFETCH(next + e);
+        LLMPARI_PREFETCH(next + e + 16);
+        LLMPARI_UNROLL for (int c = 0; c < LLMPARI_CHUNK; c += LLMPARI_LANES) llmpari_store(to + e + c, w * llmpari_load(from + e + c));
+    }
+    for (; e < n; e++) to[e] = w * from[e];
+}
+LLMPARI_FN void llmpari_add_row(float *to, const float *from, int64_t n) {
+    int64_t e = 0;
+    for (; e + LLMPARI_LANES <= n; e += LLMPARI_LANES) llmpari_store(to + e, llmpari_load(to + e) + llmpari_load(from + e));
+    for (; e < n; e++) to[e] += from[e];
+}
+
+LLMPAR_DEF int64_t llmpar_combine_scratch(int64_t k, int64_t n) {
+    return llmpari_max(0, llmpari_min(k, LLMPAR_DISPATCH_DEPTH) - 1) * llmpari_min(llmpari_round_up(n, LLMPARI_CHUNK), LLMPARI_COMBINE) * 4 + 5 * llmpari_max(k, 0) + 64;
+}
+
+// Token t's sum over the experts of a range. The lowest value on the stack is out itself.
+LLMPARI_FN void llmpari_combine_token(const llmpar_combine_args *g, int64_t t, llmpar_range experts, float *out) {
+    const int64_t width = llmpari_min(llmpari_round_up(g->n, LLMPARI_CHUNK), LLMPARI_COMBINE);
+    float *memory = llmpari_aligned((float *)g->scratch);
+    int32_t *at = (int32_t *)(void *)(memory + llmpari_max(0, llmpari_min(g->k, LLMPAR_DISPATCH_DEPTH) - 1) * width);
+    uint8_t *merges = (uint8_t *)(at + g->k);
+    const int32_t *from = g->from + t * g->k;
+    const int32_t chosen = llmpar_dispatch_tree(g->ids + t * g->k, (int32_t)g->k, experts, at, merges);
+    if (!chosen) for (int64_t e = 0; e < g->n; e++) out[e] = -0.0f;
+    for (int64_t e = 0; chosen && e < g->n; e += LLMPARI_COMBINE) {
+        const int64_t n = llmpari_min(LLMPARI_COMBINE, g->n - e);
+        int depth = 0;
+        for (int32_t i = 0; i < chosen; i++) {
+            const float *y = g->y + (from[at[i]] - g->first) * g->n + e, *next = i + 1 < chosen ? g->y + (from[at[i + 1]] - g->first) * g->n + e : y;
+            llmpari_scale_row(depth ? memory + (depth - 1) * width : out + e, g->weights ? g->weights[t * g->k + at[i]] : 1.0f, y, n, next);
+            depth++;
+            for (int merge = merges[i]; merge > 0; merge--) {
+                depth--;
+                llmpari_add_row(depth > 1 ? memory + (depth - 2) * width : out + e, memory + (depth - 1) * width, n);
+            }
+        }
+    }
+}
+
+LLMPARI_FN void llmpari_op_combine(void *user, const llmpar_combine_args *g) {
+    llmpar_range piece[LLMPAR_TREE_PIECES];
+    (void)user;
+    const int32_t pieces = g->pieces ? llmpar_tree_pieces(g->n_experts, g->experts, piece) : 1;
+    if (!g->pieces) piece[0] = g->experts;
+    for (int32_t p = 0; p < pieces; p++)
+        for (int64_t t = 0; t < g->tokens; t++) llmpari_combine_token(g, t, piece[p], g->out + p * g->stride + t * g->n);
 }
 
 // ---- attention ------------------------------------------------------------------------------------------------------------------------------------
@@ -18418,6 +21064,9 @@ LLMPAR_DEF llmpar_ops llmpar_ops_cpu(void) {
     ops.bias      = llmpari_op_bias;
     ops.softmax   = llmpari_op_softmax;
     ops.embed     = llmpari_op_embed;
+    ops.permute   = llmpari_op_permute;
+    ops.grouped   = llmpari_op_grouped;
+    ops.combine   = llmpari_op_combine;
     ops.invariant = false;
     return ops;
 }
@@ -18669,6 +21318,7 @@ struct llmpar_exec {
     char         *scratch;
     void         *state, *work;    // weights and caches; all else. As allocated
     size_t        state_bytes, work_bytes;
+    llmpar_routed *routed;         // [n_comms]
     void        (*watch)(int step, int round, const llmpar_tensor *out, const void *data, void *user);
     void         *watch_user;
 };
@@ -18716,19 +21366,20 @@ LLMPARI_FN void llmpari_exec_use_comm(llmpar_exec *x, llmpar_axes axes) {
     x->comm_axes[at] = axes;
     x->n_comms++;
 }
-LLMPARI_FN llmpar_comm *llmpari_exec_comm(const llmpar_exec *x, llmpar_axes axes) {
+LLMPARI_FN int llmpari_exec_comm_at(const llmpar_exec *x, llmpar_axes axes) {
     int low = 0, high = x->n_comms - 1;
     while (low < high) {
         int middle = (low + high) / 2;
         if (x->comm_axes[middle] < axes) low = middle + 1; else high = middle;
     }
-    return x->comm[low];
+    return low;
 }
+LLMPARI_FN llmpar_comm *llmpari_exec_comm(const llmpar_exec *x, llmpar_axes axes) { return x->comm[llmpari_exec_comm_at(x, axes)]; }
 
 LLMPARI_ONCE_BEGIN
 LLMPARI_FN const char *llmpari_exec_op_text(int kind) {
     static const char *const text[] = { "einsum", "add", "mul", "unary", "norm", "softmax", "rope", "attention", "embed", "take", "cross entropy",
-                                       "output" };
+                                       "experts", "output" };
     return kind >= 0 && kind < LLMPARI_COUNT(text) ? text[kind] : "unknown op";
 }
 
@@ -18757,6 +21408,7 @@ LLMPARI_FN bool llmpari_exec_partial_legal(const llmpari_exec_prep *p, int axis)
     case LLMPAR_OP_EINSUM: case LLMPAR_OP_MUL: case LLMPAR_OP_EMBED: case LLMPAR_OP_TAKE: return operands + lost == out;
     case LLMPAR_OP_ADD:       return (operands > 0) == (out > 0);
     case LLMPAR_OP_CROSS_ENTROPY: return operands + out == 0 && lost == (int)(p->step->inner >> axis & 1u);
+    case LLMPAR_OP_EXPERTS:   return operands == 0 && out == (lost && !(p->step->inner >> axis & 1u));
     case LLMPAR_OP_ROPE:      linear = 1u; break;
     case LLMPAR_OP_UNARY:     linear = op->function == LLMPAR_NEGATE ? 1u : 0; break;
     case LLMPAR_OP_ATTENTION: linear = op->decode_rows ? 0 : 4u; break;
@@ -19469,6 +22121,334 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_rope(llmpari_exec_prep *p) {
     return LLMPAR_OK;
 }
 
+// ---- experts
+// A step routes this rank's tokens. Where it holds all tokens of its experts, it computes its experts' rows and adds them up: the whole sum, or partial sums. Else (axes `sent`) every token
+// goes once to each rank that holds experts of its choice, with the ids and weights, and comes back as the sum over that rank's experts, or as its pieces.
+
+typedef struct llmpari_exec_experts {
+    llmpar_route_desc  route;
+    llmpar_activation  function;
+    llmpar_dtype       dtype;      // of the weights
+    int64_t      tokens, h, j, k;  // on this rank
+    int32_t      table;            // positions of the tokens, -1 = none is padding
+    llmpar_range mine;             // experts
+    bool         pieces;           // results of this rank's experts leave it piece by piece
+    int32_t      n_pieces;
+    // working on rows of tokens
+    int64_t      most, chunk;      // tokens at a time; sorted rows of experts whose products are made at a time
+    int64_t      pad_at, ids_at, weights_at, own_at, offsets_at, clipped_at, inverse_at, combine_at;   // scratch ...
+    int64_t      x_at, gate_at, up_at, y_at, gemm_at;
+    // tokens that are sent
+    llmpar_axes  sent;
+    int32_t      n, me;            // members, and this one
+    llmpar_range *range;           // [n]: whose experts
+    int32_t     *pieces_of;        // [n]: pieces that come back from a member for each token; of all members at most
+    int32_t     *first_piece;      // [n]: into piece[]
+    llmpar_range *piece;
+    int32_t     *member_of;        // [experts]
+    int64_t     *send, *recv, *gather, *place;   // [n]: counts of the calls; rows of a member that came before this round's
+    int64_t      wide, fewest, items;   // floats of a token that is sent; tokens that come in a round at most; what a token's sum is made of
+    int64_t      to_at, order_at, counts_at, pack_at, take_at, sum_at, back_at, from_at, item_at;
+} llmpari_exec_experts;
+
+#define LLMPARI_EXEC_SCRATCH(type, args, at) ((type *)(void *)((args)->scratch + (at)))
+
+// y (or its pieces, `stride` apart) = this rank's experts' share of `tokens` rows x, `width` floats apart, with their choices.
+LLMPARI_FN llmpar_status llmpari_exec_experts_compute(llmpar_exec *x, const llmpari_exec_experts *how, const llmpari_exec_args *args, const float *rows, int64_t width, int64_t tokens,
+                                                      const int32_t *ids, const float *weights, float *out, llmpar_error *err) {
+    int32_t *own = LLMPARI_EXEC_SCRATCH(int32_t, args, how->own_at), *inverse = LLMPARI_EXEC_SCRATCH(int32_t, args, how->inverse_at);
+    int64_t *offsets = LLMPARI_EXEC_SCRATCH(int64_t, args, how->offsets_at), *clipped = LLMPARI_EXEC_SCRATCH(int64_t, args, how->clipped_at);
+    float *from = LLMPARI_EXEC_SCRATCH(float, args, how->x_at), *gate = LLMPARI_EXEC_SCRATCH(float, args, how->gate_at), *up = LLMPARI_EXEC_SCRATCH(float, args, how->up_at);
+    float *y = LLMPARI_EXEC_SCRATCH(float, args, how->y_at);
+    for (int64_t i = 0; i < tokens * how->k; i++) {
+        const int64_t e = ids[i] - how->mine.first;
+        own[i] = ids[i] >= 0 && e >= 0 && e < how->mine.count ? (int32_t)e : -1;
+    }
+    LLMPARI_TRY(llmpar_dispatch_sort(own, tokens, how->k, how->mine.count, offsets, NULL, inverse, err));
+    for (int64_t first = 0, total = offsets[how->mine.count]; first < total; first += how->chunk) {
+        const int64_t count = llmpari_min(how->chunk, total - first);
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t c = 0; c < how->k; c++) {
+                const int64_t at = inverse[t * how->k + c] - first;
+                if (inverse[t * how->k + c] < 0 || at < 0 || at >= count) continue;
+                memcpy(from + at * how->h, rows + t * width, (size_t)how->h * 4);
+                for (int64_t i = 0; how->route.scale_input && i < how->h; i++) from[at * how->h + i] *= weights[t * how->k + c];
+            }
+        for (int64_t e = 0; e <= how->mine.count; e++) clipped[e] = llmpari_min(llmpari_max(offsets[e], first), first + count);
+        llmpar_grouped_args g;
+        memset(&g, 0, sizeof g);
+        g.experts = how->mine.count;
+        g.offsets = clipped;
+        g.b_stride = how->h * how->j;
+        g.gemm.n = how->j; g.gemm.k = how->h; g.gemm.lda = g.gemm.ldb = how->h; g.gemm.ldc = how->j;
+        g.gemm.a = from;
+        g.gemm.b_dtype = how->dtype;
+        g.gemm.b_transposed = true;
+        g.gemm.scratch = how->gemm_at < 0 ? NULL : LLMPARI_EXEC_SCRATCH(float, args, how->gemm_at);
+        g.gemm.b = args->in[2]; g.gemm.c = gate;
+        x->ops.grouped(x->ops.user, &g);
+        g.gemm.b = args->in[3]; g.gemm.c = up;
+        x->ops.grouped(x->ops.user, &g);
+        llmpar_gated_args gated;
+        gated.n = count * how->j; gated.gate = gate; gated.up = up; gated.y = gate; gated.kind = how->function;
+        x->ops.gated(x->ops.user, &gated);
+        g.gemm.n = how->h; g.gemm.k = how->j; g.gemm.lda = g.gemm.ldb = how->j; g.gemm.ldc = how->h;
+        g.gemm.a = gate; g.gemm.b = args->in[4]; g.gemm.c = y + first * how->h;
+        x->ops.grouped(x->ops.user, &g);
+    }
+    llmpar_combine_args sum;
+    memset(&sum, 0, sizeof sum);
+    sum.tokens = tokens; sum.k = how->k; sum.n = how->h; sum.n_experts = how->route.n_experts;
+    sum.experts = how->mine;
+    sum.pieces  = how->pieces;
+    sum.ids = ids; sum.from = inverse; sum.weights = how->route.scale_input ? NULL : weights;
+    sum.y = y; sum.out = out;
+    sum.stride  = tokens * how->h;
+    sum.scratch = args->scratch + how->combine_at;
+    x->ops.combine(x->ops.user, &sum);
+    return LLMPAR_OK;
+}
+
+// The router's choices of this rank's tokens.
+LLMPARI_FN llmpar_status llmpari_exec_experts_route(llmpar_exec *x, const llmpari_exec_experts *how, const llmpari_exec_args *args, llmpar_error *err) {
+    uint8_t *pad = how->table < 0 ? NULL : LLMPARI_EXEC_SCRATCH(uint8_t, args, how->pad_at);
+    for (int64_t t = 0; pad && t < how->tokens; t++) pad[t] = x->table[how->table].position[t] < 0;
+    return llmpar_route(&how->route, args->in[1], LLMPAR_F32, how->tokens, pad, LLMPARI_EXEC_SCRATCH(int32_t, args, how->ids_at), LLMPARI_EXEC_SCRATCH(float, args, how->weights_at), err);
+}
+
+LLMPARI_FN llmpar_status llmpari_exec_run_experts(llmpar_exec *x, const llmpari_exec_task *task, const llmpari_exec_args *args, llmpar_error *err) {
+    const llmpari_exec_experts *how = (const llmpari_exec_experts *)task->how;
+    LLMPARI_TRY(llmpari_exec_experts_route(x, how, args, err));
+    return llmpari_exec_experts_compute(x, how, args, (const float *)args->in[0], how->h, how->tokens, LLMPARI_EXEC_SCRATCH(int32_t, args, how->ids_at),
+                                        LLMPARI_EXEC_SCRATCH(float, args, how->weights_at), (float *)args->out, err);
+}
+
+// Where each token goes: offsets and order of its rows by member, one row however many of the member's experts it chose.
+LLMPARI_FN llmpar_status llmpari_exec_experts_sort(const llmpari_exec_experts *how, const llmpari_exec_args *args, int64_t *offsets, llmpar_error *err) {
+    const int32_t *ids = LLMPARI_EXEC_SCRATCH(int32_t, args, how->ids_at);
+    int32_t *to = LLMPARI_EXEC_SCRATCH(int32_t, args, how->to_at);
+    for (int64_t i = 0; i < how->tokens * how->k; i++) {
+        to[i] = ids[i] < 0 ? -1 : how->member_of[ids[i]];
+        for (int64_t c = i - i % how->k; c < i && to[i] >= 0; c++) if (to[c] == to[i]) to[i] = -1;
+    }
+    return llmpar_dispatch_sort(to, how->tokens, how->k, how->n, offsets, LLMPARI_EXEC_SCRATCH(int32_t, args, how->order_at), LLMPARI_EXEC_SCRATCH(int32_t, args, how->from_at), err);
+}
+
+// Of n tokens for a member those that go in this round.
+LLMPARI_FN llmpar_range llmpari_exec_experts_share(int64_t n, int32_t rounds, int32_t round) {
+    llmpar_split even;
+    memset(&even, 0, sizeof even);
+    return llmpar_split_part(n, &even, rounds, round);
+}
+
+// This round's tokens for the members, with their choices among the member's experts, one after another.
+LLMPARI_FN void llmpari_exec_experts_pack(const llmpari_exec_experts *how, const llmpari_exec_args *args, const int64_t *offsets, int32_t rounds, int32_t round) {
+    const int32_t *ids = LLMPARI_EXEC_SCRATCH(int32_t, args, how->ids_at), *order = LLMPARI_EXEC_SCRATCH(int32_t, args, how->order_at);
+    const float *weights = LLMPARI_EXEC_SCRATCH(float, args, how->weights_at), *in = (const float *)args->in[0];
+    float *to = LLMPARI_EXEC_SCRATCH(float, args, how->pack_at);
+    for (int32_t m = 0; m < how->n; m++) {
+        const llmpar_range part = llmpari_exec_experts_share(offsets[m + 1] - offsets[m], rounds, round);
+        how->send[m] = part.count * how->wide;
+        for (int64_t p = offsets[m] + part.first; p < offsets[m] + part.first + part.count; p++, to += how->wide) {
+            const int64_t t = order[p] / how->k;
+            memcpy(to, in + t * how->h, (size_t)how->h * 4);
+            memcpy(to + how->h, ids + t * how->k, (size_t)how->k * 4);                     // bits of int32
+            memcpy(to + how->h + how->k, weights + t * how->k, (size_t)how->k * 4);
+        }
+    }
+}
+
+// A round: tokens out, their share computed, results back into their places in back_at.
+LLMPARI_FN llmpar_status llmpari_exec_experts_round(llmpar_exec *x, const llmpari_exec_experts *how, const llmpari_exec_args *args, const int64_t *offsets, const int32_t *counts,
+                                                    int32_t rounds, int32_t round, llmpar_error *err) {
+    const int c = llmpari_exec_comm_at(x, how->sent);
+    float *take = LLMPARI_EXEC_SCRATCH(float, args, how->take_at), *pack = LLMPARI_EXEC_SCRATCH(float, args, how->pack_at), *sum = LLMPARI_EXEC_SCRATCH(float, args, how->sum_at);
+    float *back = LLMPARI_EXEC_SCRATCH(float, args, how->back_at);
+    int32_t *ids = LLMPARI_EXEC_SCRATCH(int32_t, args, how->item_at);
+    float *weights = (float *)(void *)(ids + how->fewest * how->k);
+    int64_t tokens = 0, held = how->tokens;
+    llmpari_exec_experts_pack(how, args, offsets, rounds, round);
+    for (int32_t m = 0; m < how->n; m++) {
+        const int64_t come = llmpari_exec_experts_share(counts[m * how->n + how->me], rounds, round).count;
+        how->recv[m] = come * how->wide;
+        tokens += come;
+        if (m != how->me) held += come;
+        x->routed[c].payload_bytes += 4 * (how->send[m] + come * how->n_pieces * how->h);
+    }
+    x->routed[c].calls += 2;
+    x->routed[c].most_tokens = llmpari_max(x->routed[c].most_tokens, held);
+    LLMPARI_TRY(llmpar_all_to_all(x->comm[c], pack, how->send, take, how->recv, LLMPAR_F32, err));
+    for (int64_t t = 0; t < tokens; t++) {
+        memcpy(ids + t * how->k, take + t * how->wide + how->h, (size_t)how->k * 4);
+        memcpy(weights + t * how->k, take + t * how->wide + how->h + how->k, (size_t)how->k * 4);
+    }
+    LLMPARI_TRY(llmpari_exec_experts_compute(x, how, args, take, how->wide, tokens, ids, weights, sum, err));
+    if (how->n_pieces > 1)                                                                 // [piece][token] -> [token][piece]
+        for (int64_t t = 0; t < tokens; t++)
+            for (int32_t p = 0; p < how->n_pieces; p++) memcpy(take + (t * how->n_pieces + p) * how->h, sum + (p * tokens + t) * how->h, (size_t)how->h * 4);
+    int64_t at = 0;
+    for (int32_t m = 0; m < how->n; m++) {
+        how->recv[m] = how->recv[m] / how->wide * how->n_pieces * how->h;
+        how->send[m] = how->send[m] / how->wide * how->pieces_of[m] * how->h;
+    }
+    LLMPARI_TRY(llmpar_all_to_all(x->comm[c], how->n_pieces > 1 ? take : sum, how->recv, pack, how->send, LLMPAR_F32, err));
+    for (int32_t m = 0; m < how->n; m++) {
+        memcpy(back + how->place[m], pack + at, (size_t)how->send[m] * 4);
+        how->place[m] += how->send[m];
+        at += how->send[m];
+    }
+    return LLMPAR_OK;
+}
+
+// What came back for every token, added along the tree.
+LLMPARI_FN void llmpari_exec_experts_finish(llmpar_exec *x, const llmpari_exec_experts *how, const llmpari_exec_args *args, const int64_t *offsets) {
+    const int32_t *to = LLMPARI_EXEC_SCRATCH(int32_t, args, how->to_at), *at = LLMPARI_EXEC_SCRATCH(int32_t, args, how->from_at);
+    int32_t *ids = LLMPARI_EXEC_SCRATCH(int32_t, args, how->item_at), *from = ids + how->tokens * how->items;
+    for (int64_t i = 0; i < how->tokens * how->items; i++) ids[i] = -1;
+    int64_t base = 0;
+    for (int32_t m = 0; m < how->n; m++) { how->gather[m] = base; base += (offsets[m + 1] - offsets[m]) * how->pieces_of[m]; }
+    for (int64_t t = 0; t < how->tokens; t++) {
+        int64_t n = t * how->items;
+        for (int64_t c = t * how->k; c < (t + 1) * how->k; c++)
+            for (int32_t p = 0; to[c] >= 0 && p < how->pieces_of[to[c]]; p++, n++) {
+                ids[n]  = (int32_t)how->piece[how->first_piece[to[c]] + p].first;
+                from[n] = (int32_t)(how->gather[to[c]] + (at[c] - offsets[to[c]]) * how->pieces_of[to[c]] + p);
+            }
+    }
+    llmpar_combine_args sum;
+    memset(&sum, 0, sizeof sum);
+    sum.tokens = how->tokens; sum.k = how->items; sum.n = how->h; sum.n_experts = how->route.n_experts;
+    sum.experts.count = how->route.n_experts;
+    sum.ids = ids; sum.from = from;
+    sum.y = LLMPARI_EXEC_SCRATCH(float, args, how->back_at);
+    sum.out = (float *)args->out;
+    sum.scratch = args->scratch + how->combine_at;
+    x->ops.combine(x->ops.user, &sum);
+}
+
+LLMPARI_FN llmpar_status llmpari_exec_run_experts_sent(llmpar_exec *x, const llmpari_exec_task *task, const llmpari_exec_args *args, llmpar_error *err) {
+    const llmpari_exec_experts *how = (const llmpari_exec_experts *)task->how;
+    int64_t *offsets = LLMPARI_EXEC_SCRATCH(int64_t, args, how->counts_at), rounds = 1, at = 0;
+    int32_t *counts = (int32_t *)(void *)(offsets + how->n + 1);                           // [from][to]
+    LLMPARI_TRY(llmpari_exec_experts_route(x, how, args, err));
+    LLMPARI_TRY(llmpari_exec_experts_sort(how, args, offsets, err));
+    for (int32_t m = 0; m < how->n; m++) counts[how->me * how->n + m] = (int32_t)(offsets[m + 1] - offsets[m]);
+    for (int32_t m = 0; m < how->n; m++) how->gather[m] = how->n;
+    LLMPARI_TRY(llmpar_all_gather(llmpari_exec_comm(x, how->sent), counts + how->me * how->n, counts, how->gather, LLMPAR_I32, err));
+    for (int32_t m = 0; m < how->n; m++) {
+        int64_t come = 0;
+        for (int32_t from = 0; from < how->n; from++) come += counts[from * how->n + m];
+        rounds = llmpari_max(rounds, (come + how->most - 1) / how->most);
+        how->place[m] = at;
+        at += (offsets[m + 1] - offsets[m]) * how->pieces_of[m] * how->h;
+    }
+    for (int32_t round = 0; round < rounds; round++) LLMPARI_TRY(llmpari_exec_experts_round(x, how, args, offsets, counts, (int32_t)rounds, round, err));
+    llmpari_exec_experts_finish(x, how, args, offsets);
+    return LLMPAR_OK;
+}
+
+LLMPARI_ONCE_BEGIN
+// Which experts the members of the group have, and how the tokens come to them in rounds.
+LLMPARI_FN llmpar_status llmpari_exec_prep_sent(llmpari_exec_prep *p, llmpari_exec_experts *how) {
+    llmpar_exec *x = p->exec;
+    const llmpar_tensor *gate = &p->in[2]->tensor;
+    const int64_t experts = how->route.n_experts;
+    llmpar_range piece[LLMPAR_TREE_PIECES];
+    int32_t n = llmpar_mesh_group_size(x->mesh, how->sent), pieces = 0;
+    int32_t *members = (int32_t *)llmpar_arena_alloc(&x->arena, 3 * (size_t)n * sizeof *members);
+    how->n = n;
+    how->range     = (llmpar_range *)llmpar_arena_alloc(&x->arena, (size_t)n * sizeof *how->range);
+    how->piece     = (llmpar_range *)llmpar_arena_alloc(&x->arena, (size_t)(experts + 1) * sizeof *how->piece);
+    how->member_of = (int32_t *)llmpar_arena_alloc(&x->arena, (size_t)experts * sizeof *how->member_of);
+    how->send      = (int64_t *)llmpar_arena_alloc(&x->arena, 4 * (size_t)n * sizeof *how->send);
+    if (!members || !how->range || !how->piece || !how->member_of || !how->send) return llmpari_exec_prep_memory(p);
+    how->pieces_of = members + n; how->first_piece = members + 2 * n;
+    how->recv = how->send + n; how->gather = how->send + 2 * n; how->place = how->send + 3 * n;
+    llmpar_mesh_group(x->mesh, how->sent, x->rank, members, n, &how->me);
+    int64_t all = 0, longest = 0;
+    for (int32_t e = 0; e < experts; e++) how->member_of[e] = -1;
+    for (int32_t m = 0; m < n; m++) {
+        const llmpari_exec_part in = llmpari_exec_part_of(&p->in[0]->tensor, &p->in[0]->tensor.sharding, x->mesh, members[m]);
+        const llmpar_range range = how->range[m] = llmpar_tensor_local(gate, x->mesh, members[m], 0);
+        const int64_t theirs = in.elements / how->h;
+        for (int64_t e = range.first; e < range.first + range.count; e++) how->member_of[e] = m;
+        how->first_piece[m] = pieces;
+        how->pieces_of[m]   = how->pieces ? llmpar_tree_pieces(experts, range, piece) : range.count > 0;
+        for (int32_t i = 0; i < how->pieces_of[m]; i++) how->piece[pieces + i] = how->pieces ? piece[i] : range;
+        pieces  += how->pieces_of[m];
+        longest  = llmpari_max(longest, how->pieces_of[m]);
+        all     += theirs;
+    }
+    for (int32_t e = 0; e < experts; e++)
+        if (how->member_of[e] < 0) return llmpari_exec_prep_wrong(p, "no rank that tokens are sent to has an expert", gate->name);
+    how->n_pieces = how->pieces_of[how->me];
+    how->most   = llmpari_max(2 * ((all + n - 1) / n), 1);    // twice an even share in a round; more takes more rounds
+    how->fewest = llmpari_min(how->most + n, llmpari_max(all, 1));
+    how->wide   = how->h + 2 * how->k;
+    how->items  = llmpari_min(how->k, n) * longest;
+    llmpari_exec_use_comm(x, how->sent);
+    const int64_t rows = llmpari_min(how->k, n) * how->tokens;                             // that this rank sends at most
+    how->to_at     = llmpari_exec_prep_scratch(p, 4 * how->tokens * how->k);
+    how->from_at   = llmpari_exec_prep_scratch(p, 4 * how->tokens * how->k);
+    how->order_at  = llmpari_exec_prep_scratch(p, 4 * how->tokens * how->k);
+    how->counts_at = llmpari_exec_prep_scratch(p, 8 * (n + 1) + 4 * (int64_t)n * n);
+    how->item_at   = llmpari_exec_prep_scratch(p, llmpari_max(8 * how->fewest * how->k, 8 * how->tokens * how->items));
+    how->pack_at   = llmpari_exec_prep_scratch(p, 4 * rows * llmpari_max(how->wide, longest * how->h));
+    how->take_at   = llmpari_exec_prep_scratch(p, 4 * how->fewest * llmpari_max(how->wide, how->n_pieces * how->h));
+    how->sum_at    = llmpari_exec_prep_scratch(p, 4 * how->fewest * how->n_pieces * how->h);
+    how->back_at   = llmpari_exec_prep_scratch(p, 4 * rows * longest * how->h);
+    p->task->run   = llmpari_exec_run_experts_sent;
+    return LLMPAR_OK;
+}
+
+LLMPARI_FN llmpar_status llmpari_exec_prep_experts(llmpari_exec_prep *p) {
+    enum { CHUNK = 512 };
+    llmpar_exec *x = p->exec;
+    const llmpari_exec_part *in = &p->in[0]->part, *gate = &p->in[2]->part;
+    llmpari_exec_experts *how = (llmpari_exec_experts *)llmpari_exec_prep_how(p, sizeof *how);
+    llmpar_range piece[LLMPAR_TREE_PIECES];
+    if (!how) return llmpari_exec_prep_memory(p);
+    how->route    = p->op->experts.route;
+    how->function = p->op->experts.function;
+    how->dtype    = p->in[2]->tensor.dtype;
+    how->h        = in->range[p->op->dim].count;
+    how->j        = gate->range[1].count;
+    how->k        = how->route.k;
+    how->tokens   = in->elements / how->h;
+    how->mine     = gate->range[0];
+    how->sent     = p->step->inner;
+    how->pieces   = x->graph->invariant;
+    how->table    = -1;
+    for (int s = 0; s < 5; s++)
+        if (s != 2 && p->in[s]->part.range[s < 2 ? p->op->dim : s == 3 ? 2 : 1].count != p->in[s]->tensor.dim[s < 2 ? p->op->dim : s == 3 ? 2 : 1].size)
+            return llmpari_exec_prep_wrong(p, "only tokens, experts and what is between gate and down can be split", p->in[s]->tensor.name);
+    if (in->n == 3) LLMPARI_TRY(llmpari_exec_prep_table(p, p->in[0], false, &how->table));
+    how->n_pieces = how->pieces ? llmpar_tree_pieces(how->route.n_experts, how->mine, piece) : 1;
+    how->most = how->tokens;
+    p->task->run = llmpari_exec_run_experts;
+    how->pad_at     = llmpari_exec_prep_scratch(p, how->tokens);
+    how->ids_at     = llmpari_exec_prep_scratch(p, 4 * how->tokens * how->k);
+    how->weights_at = llmpari_exec_prep_scratch(p, 4 * how->tokens * how->k);
+    if (how->sent) LLMPARI_TRY(llmpari_exec_prep_sent(p, how));
+    else x->value[p->step->out].copies = how->n_pieces;
+    const int64_t tokens = how->sent ? how->fewest : how->tokens, rows = tokens * llmpari_min(how->k, how->mine.count);
+    how->chunk      = llmpari_max(llmpari_min(rows, CHUNK), 1);
+    how->own_at     = llmpari_exec_prep_scratch(p, 4 * tokens * how->k);
+    how->inverse_at = llmpari_exec_prep_scratch(p, 4 * tokens * how->k);
+    how->offsets_at = llmpari_exec_prep_scratch(p, 8 * (how->mine.count + 1));
+    how->clipped_at = llmpari_exec_prep_scratch(p, 8 * (how->mine.count + 1));
+    how->combine_at = llmpari_exec_prep_scratch(p, llmpar_combine_scratch(llmpari_max(how->k, how->items), how->h));
+    how->x_at       = llmpari_exec_prep_scratch(p, 4 * how->chunk * how->h);
+    how->gate_at    = llmpari_exec_prep_scratch(p, 4 * how->chunk * how->j);
+    how->up_at      = llmpari_exec_prep_scratch(p, 4 * how->chunk * how->j);
+    how->y_at       = llmpari_exec_prep_scratch(p, 4 * rows * how->h);
+    const int64_t floats = llmpari_max(llmpar_gemm_scratch(how->chunk, how->j, how->h, how->dtype), llmpar_gemm_scratch(how->chunk, how->h, how->j, how->dtype));
+    how->gemm_at    = floats ? llmpari_exec_prep_scratch(p, 4 * floats) : -1;
+    if (!how->sent && (!p->out->part.elements || !p->out->copies)) p->task->run = NULL;
+    return LLMPAR_OK;
+}
+LLMPARI_ONCE_END
+
 typedef struct llmpari_exec_attend {
     llmpar_attention_args attention;
     int32_t queries, keys;         // tables of positions
@@ -19880,6 +22860,7 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_op(llmpari_exec_prep *p) {
     case LLMPAR_OP_EMBED:         return llmpari_exec_prep_embed(p);
     case LLMPAR_OP_TAKE:          return llmpari_exec_prep_take(p);
     case LLMPAR_OP_CROSS_ENTROPY: return llmpari_exec_prep_entropy(p);
+    case LLMPAR_OP_EXPERTS:       return llmpari_exec_prep_experts(p);
     default: return LLMPARI_FAIL(p->err, LLMPAR_UNSUPPORTED, "step %d of the plan has op kind %d, which the executor does not know", (int)p->index,
                                  (int)p->op->kind);
     }
@@ -20304,8 +23285,9 @@ LLMPARI_FN llmpar_status llmpari_exec_build(const llmpar_exec_desc *desc, llmpar
     LLMPARI_TRY(llmpari_exec_add_turns(x, err));
     LLMPARI_TRY(llmpari_exec_lay_out(x, err));
     LLMPARI_TRY(llmpari_exec_allocate(x, err));
-    x->comm = (llmpar_comm **)llmpar_arena_alloc(&x->arena, (size_t)(x->n_comms + 1) * sizeof *x->comm);
-    return x->comm ? LLMPAR_OK : llmpari_exec_memory(err);
+    x->comm   = (llmpar_comm **)llmpar_arena_alloc(&x->arena, (size_t)(x->n_comms + 1) * sizeof *x->comm);
+    x->routed = (llmpar_routed *)llmpar_arena_alloc(&x->arena, (size_t)(x->n_comms + 1) * sizeof *x->routed);
+    return x->comm && x->routed ? LLMPAR_OK : llmpari_exec_memory(err);
 }
 
 LLMPARI_FN llmpar_status llmpari_exec_connect(llmpar_exec *x, llmpar_error *err) {
@@ -20390,6 +23372,16 @@ LLMPAR_DEF int llmpar_exec_traffic(const llmpar_exec *x, llmpar_traffic *rows, i
                 rows[n].calls = x->comm[i]->stats.calls[kind];
                 rows[n].payload_bytes = x->comm[i]->stats.payload_bytes[kind];
             }
+            n++;
+        }
+    return n;
+}
+
+LLMPAR_DEF int llmpar_exec_routed(const llmpar_exec *x, llmpar_routed *rows, int capacity) {
+    int n = 0;
+    for (int32_t i = 0; i < x->n_comms; i++)
+        if (x->routed[i].calls) {
+            if (n < capacity) { rows[n] = x->routed[i]; rows[n].axes = x->comm_axes[i]; }
             n++;
         }
     return n;
@@ -20839,7 +23831,7 @@ typedef struct llmpari_flow {
 } llmpari_flow;
 
 struct llmpar_engine {
-    llmpar_engine_desc desc;       // sizes filled in; folder and mesh are not kept
+    llmpar_engine_desc desc;       // sizes filled in; folder, mesh and experts are not kept
     llmpar_mesh   mesh;            // without pp: of the ranks that have the same stages
     llmpar_comm  *comm, *pipe;     // those ranks, in the mesh's order; the ranks that have the other stages of the same block, in the order of pp
     llmpar_model  model;
@@ -20884,8 +23876,8 @@ LLMPARI_FN llmpar_status llmpari_engine_check(const llmpar_engine_desc *desc, ll
     LLMPARI_TRY(llmpar_mesh_check(desc->mesh, desc->world->size, err));
     for (int a = 0; a < desc->mesh->n_axes; a++) {
         const llmpar_axis *axis = &desc->mesh->axis[a];
-        if (axis->size > 1 && strcmp(axis->name, "dp") != 0 && strcmp(axis->name, "tp") != 0 && strcmp(axis->name, "pp") != 0)
-            return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "axis \"%s\" is not implemented yet; use pp, dp and tp", axis->name);
+        if (axis->size > 1 && strcmp(axis->name, "dp") != 0 && strcmp(axis->name, "tp") != 0 && strcmp(axis->name, "pp") != 0 && strcmp(axis->name, "ep") != 0)
+            return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "axis \"%s\" is not implemented yet; use pp, dp, tp and ep", axis->name);
     }
     if (desc->max_batch < 0 || desc->max_batch > INT32_MAX || desc->max_prompt < 0 || desc->max_context < 0)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "max_batch=%lld max_prompt=%lld max_context=%lld; all must be 0 (the default) or more",
@@ -20901,6 +23893,9 @@ LLMPARI_FN llmpar_status llmpari_engine_check(const llmpar_engine_desc *desc, ll
 // Fills in the defaults that the model decides.
 LLMPARI_FN llmpar_status llmpari_engine_sizes(llmpar_engine *e, llmpar_error *err) {
     llmpar_engine_desc *d = &e->desc;
+    const int ep = llmpar_mesh_find(&e->mesh, "ep");
+    if (ep >= 0 && e->mesh.axis[ep].size > 1 && !e->model.n_experts)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "ep=%d: %s has no experts; use pp, dp and tp", (int)e->mesh.axis[ep].size, e->model.architecture);
     if (!d->max_batch)   d->max_batch   = 1;
     if (!d->max_context) d->max_context = e->model.positions;
     if (!d->max_prompt)  d->max_prompt  = d->max_context;
@@ -20978,7 +23973,7 @@ LLMPARI_FN llmpar_status llmpari_engine_program(llmpar_engine *e, int which, llm
     return LLMPAR_OK;
 }
 
-// Layers to stages, at least one each: the head comes on top of the last layer, an embedded token costs nothing.
+// Layers to stages, at least one each, by the parameters that a token goes through: the head comes on top of the last layer, an embedded token costs nothing.
 LLMPARI_FN llmpar_status llmpari_engine_layers(llmpar_engine *e, llmpar_error *err) {
     const int32_t n = e->n_stages;
     const int64_t layers = e->model.layers;
@@ -20991,7 +23986,8 @@ LLMPARI_FN llmpar_status llmpari_engine_layers(llmpar_engine *e, llmpar_error *e
     if (layers < n)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%lld layers do not fill the %d stages of pp=%d, %d a rank; use at most %lld stages", (long long)layers, (int)n, (int)e->pipe->size,
                             (int)e->n_parts, (long long)layers);
-    for (int64_t l = 0; l < layers; l++) cost[l] = ((double)llmpar_model_parameters(&e->model) - head * (e->model.tied_head ? 1 : 2)) / (double)layers + (l + 1 == layers ? head : 0);
+    const double dense = (double)llmpari_layer_active(&e->model, false), sparse = (double)llmpari_layer_active(&e->model, true);
+    for (int64_t l = 0; l < layers; l++) cost[l] = (llmpar_model_sparse(&e->model, l) ? sparse : dense) + (l + 1 == layers ? head : 0);
     cut.cost = cost, cut.n_items = (int32_t)layers, cut.n_ranks = e->pipe->size, cut.n_virtual = e->n_parts, cut.allocator = e->desc.allocator;
     cut.map  = e->n_parts > 1 && e->stage_rank[e->pipe->size] != 0 ? LLMPAR_PIPE_MAP_V : LLMPAR_PIPE_MAP_LOOP;
     LLMPARI_TRY(llmpar_pipe_partition(&cut, first, NULL, err));
@@ -21024,17 +24020,20 @@ LLMPARI_FN llmpar_status llmpari_engine_stages(llmpar_engine *e, llmpar_error *e
     return LLMPAR_OK;
 }
 
-// The dtype that all files have for a weight, f32 when layers differ (one node of the graph stands for all layers of a stage) or it is missing.
+// The dtype that all files have for a weight, f32 when layers differ (one node of the graph stands for all layers of a block) or it is missing. Experts' three weights have one.
 LLMPARI_FN llmpar_dtype llmpari_engine_file_dtype(const llmpar_engine *e, const llmpar_checkpoint *checkpoint, llmpar_weight_kind kind, int64_t first,
                                                   int64_t layers) {
+    const bool expert = llmpari_weight_is_expert((int)kind);
+    const int64_t each = expert ? 3 * e->model.n_experts : 1;
     llmpar_dtype dtype = LLMPAR_F32;
-    for (int64_t layer = first; layer < first + layers; layer++) {
+    for (int64_t i = 0; i < layers * each; i++) {
         const llmpar_file_tensor *found = NULL;
+        const llmpar_weight_kind which = expert ? (llmpar_weight_kind)(LLMPAR_W_EXPERT_GATE + i % 3) : kind;
         char name[LLMPAR_TENSOR_NAME];
         int64_t offset, rows;
-        for (int choice = 0; !found && llmpar_model_tensor_name(&e->model, kind, layer, choice, name, &offset, &rows); choice++)
+        for (int choice = 0; !found && llmpar_model_tensor_name(&e->model, which, first + i / each, i % each / 3, choice, name, &offset, &rows); choice++)
             found = llmpar_checkpoint_find(checkpoint, name);
-        if (!found || found->dtype > LLMPAR_F16 || (layer > first && found->dtype != dtype)) return LLMPAR_F32;
+        if (!found || found->dtype > LLMPAR_F16 || (i > 0 && found->dtype != dtype)) return LLMPAR_F32;
         dtype = found->dtype;
     }
     return dtype;
@@ -21042,6 +24041,12 @@ LLMPARI_FN llmpar_dtype llmpari_engine_file_dtype(const llmpar_engine *e, const 
 
 LLMPARI_FN int64_t llmpari_engine_rounds(const llmpar_graph *g, int node) {
     return g->node[node].block < 0 ? 1 : g->block[g->node[node].block].repeats;
+}
+// The layer of a stage, from 0, that the first round of a node's block is.
+LLMPARI_FN int64_t llmpari_engine_first(const llmpar_graph *g, int node) {
+    int64_t layer = 0;
+    for (int b = 0; b < g->node[node].block; b++) layer += g->block[b].repeats;
+    return layer;
 }
 
 // Builds and solves one plan of one stage.
@@ -21057,7 +24062,10 @@ LLMPARI_FN llmpar_status llmpari_engine_solve(llmpar_engine *e, const llmpar_che
     build.batch   = e->group_rows;
     build.seq     = phase->seq;
     build.context = d->max_context;
+    build.first_layer = part->about.first_layer;
     build.layers  = part->about.layers;
+    build.experts     = d->experts;
+    build.experts_way = d->experts_way;
     build.no_embed = part->about.stage > 0;
     build.no_end   = part->about.stage + 1 < e->n_stages;
     build.weight_dtype = d->round_weights ? d->weight_dtype : LLMPAR_F32;
@@ -21069,7 +24077,8 @@ LLMPARI_FN llmpar_status llmpari_engine_solve(llmpar_engine *e, const llmpar_che
     LLMPARI_TRY(llmpar_build(&e->model, &build, g, err));
     for (int i = 0; i < g->n_nodes && d->keep_dtype && !d->round_weights; i++)
         if (g->node[i].role == LLMPAR_ROLE_WEIGHT && llmpari_weight_is_matrix(g->node[i].tag))
-            g->node[i].tensor.dtype = llmpari_engine_file_dtype(e, checkpoint, (llmpar_weight_kind)g->node[i].tag, part->about.first_layer, llmpari_engine_rounds(g, i));
+            g->node[i].tensor.dtype = llmpari_engine_file_dtype(e, checkpoint, (llmpar_weight_kind)g->node[i].tag, part->about.first_layer + llmpari_engine_first(g, i),
+                                                                llmpari_engine_rounds(g, i));
     solve.hardware = llmpari_hardware_or(&d->hardware, llmpar_hardware_threads());
     LLMPARI_TRY(llmpar_solve(g, &solve, &phase->plan, err));
     part->about.plan[which] = &phase->plan;
@@ -21186,8 +24195,8 @@ LLMPARI_FN llmpar_status llmpari_engine_load_part(llmpar_engine *e, llmpar_check
         for (int64_t round = 0; round < llmpari_engine_rounds(g, i); round++) {
             llmpar_tensor layout;
             void *memory = llmpar_exec_data(part->about.exec[0], i, (int)round, &layout);
-            LLMPARI_TRY(llmpar_checkpoint_read_weight(checkpoint, (llmpar_weight_kind)g->node[i].tag, part->about.first_layer + round, &layout, &e->mesh, rank, memory,
-                                                      layout.dtype, err));
+            LLMPARI_TRY(llmpar_checkpoint_read_weight(checkpoint, (llmpar_weight_kind)g->node[i].tag, part->about.first_layer + llmpari_engine_first(g, i) + round, &layout,
+                                                      &e->mesh, rank, memory, layout.dtype, err));
             if (e->desc.round_weights && e->desc.weight_dtype != LLMPAR_F32 && layout.dtype == LLMPAR_F32)
                 LLMPARI_TRY(llmpari_engine_round((float *)memory, llmpar_tensor_local_elements(&layout, &e->mesh, rank), e->desc.weight_dtype, err));
             ++*done;
@@ -21233,7 +24242,7 @@ LLMPAR_DEF llmpar_status llmpar_engine_create(const llmpar_engine_desc *desc, ll
         if (err) *err = mine;
         return status;
     }
-    e->desc.folder = NULL;
+    e->desc.folder = e->desc.experts = NULL;
     e->desc.mesh   = &e->mesh;
     *engine = e;
     return LLMPAR_OK;

@@ -9,7 +9,7 @@ static const char usage[] =
     "explain --mesh x=4,y=2 --size I=8192,J=2048,K=4096 \"A[I,J_x] * B[J_x,K] -> C[I,K]\"  sums over what both share and C lacks; \"-> C\": layout free\n"
     "explain --mesh .. --size .. --reshard \"A[I_x,J_y]\" \"A[I_y,J_x]\"       the cheapest way from one layout to another\n"
     "explain --mesh .. [--size ..] --layout \"W[H, N_tp, D]\" [--svg FILE]  which rank holds which block\n"
-    "explain --mesh tp=8 --model DIR|llama-3-8b|llama-3-70b|llama-3-405b   DIR holds config.json\n"
+    "explain --mesh tp=8 --model DIR|llama-3-8b|llama-3-70b|llama-3-405b|mixtral-8x7b|..   DIR holds config.json\n"
     "        [--phase decode|prefill] [--batch 1] [--seq 1|4096: new tokens a row] [--context 8192: cache slots] [--mem BYTES of one rank]\n"
     "        [--pin megatron: all weights over tp] [--pin \"wq=[H,N_tp,D]\"].. (without pins the plan says how to store them) [--names in the checkpoint]\n"
     "all:    [--dtype bf16] [--link AXIS=BYTES_PER_S,SECONDS[,ring|switch|torus]].. [--hbm 3.35e12] [--flops 989e12] [--no-runner-up]\n";
@@ -111,7 +111,7 @@ static void model(const char *name, bool names) {
         llmpar_pin(&g, llmpar_find(&g, tensor), form);
     }
     for (const llmpar_node *n = g.node; n < g.node + g.n_nodes && names; n++)
-        if (n->tag >= 0 && llmpar_model_tensor_name(&m, (llmpar_weight_kind)n->tag, 0, 0, text, &row, &rows)) printf("  %-10s %s\n", n->tensor.name, text);
+        if (n->tag >= 0 && llmpar_model_tensor_name(&m, (llmpar_weight_kind)n->tag, 0, 0, 0, text, &row, &rows)) printf("  %-10s %s\n", n->tensor.name, text);
 }
 int main(int argc, char **argv) {
     llmpar_arena arena = LLMPAR_ZERO; llmpar_mesh mesh; llmpar_plan plan; char *text = NULL, spaced[64];

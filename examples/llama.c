@@ -1,6 +1,7 @@
-// llama.c - generates text from a Hugging Face checkpoint folder, split over the ranks (threads; with MPI processes) of any mesh of pp (layers), dp (rows), tp (heads, MLP, vocabulary).
+// llama.c - generates text from a Hugging Face checkpoint folder, split over the ranks (threads; with MPI processes) of any mesh of pp (layers), dp (rows), tp (heads, MLP, vocabulary), ep (experts).
 //   cc -O3 -march=native -I. examples/llama.c -o build/llama -lpthread -lm
 //   build/llama tests/golden/shakespeare-dense --mesh tp=3 --prompt "KING RICHARD:" --steps 200
+//   build/llama tests/golden/shakespeare-moe --mesh tp=4 --experts ep=4 --ep-way alltoall --prompt "KING RICHARD:"    (experts: a mesh of their own over the same ranks)
 //   build/llama DIR --mesh pp=2,tp=2 --ids prompts.txt --steps 64 --chunk 32        (decimal ids, a sequence a line; prints the new ids, a line each)
 //   mpicc -O3 -march=native -DLLMPAR_MPI -I. examples/llama.c -o build/llama_mpi -lpthread -lm; mpirun -np 3 build/llama_mpi DIR --mpi --mesh tp=3 --prompt TEXT
 //
@@ -13,10 +14,9 @@
 #define TRY(call) do { llmpar_status try_ = (call); if (try_) return try_; } while (0)
 
 typedef struct options {
-    const char *folder, *prompt, *ids_file, *dtype, *schedule; int n_virtual, micro; long chunk;
+    const char *folder, *prompt, *ids_file, *dtype, *schedule, *experts; int n_virtual, micro; long chunk; llmpar_experts_way way;
     llmpar_mesh mesh; bool sp; long steps; double temperature, top_p; uint64_t seed;
-    int32_t *ids, *lengths, rows, longest;     // ids[rows][stride]
-    int64_t stride; llmpar_engine_stats *stats;   // stats[ranks]; with MPI each process knows its own
+    int32_t *ids, *lengths, rows, longest; int64_t stride; llmpar_engine_stats *stats;     // ids[rows][stride]; stats[ranks], with MPI each process knows its own
 } options;
 
 static void progress(llmpar_log_level level, const char *text, void *user) { (void)level; (void)user; fprintf(stderr, "\r%s   ", text); }
@@ -27,15 +27,16 @@ static double number(const char *option, const char *text, double least, double 
     return x;
 }
 
-// One line of the table: the collectives that a plan makes in a layer, and the speed.
-static void describe(const char *phase, const llmpar_plan *plan, int64_t tokens, double seconds) {
+// One line of the table: the collectives that a plan makes in a layer, experts' as counted, and the speed.
+static void describe(const char *phase, llmpar_engine *engine, int which, int64_t tokens, int64_t runs, double seconds) {
+    const llmpar_plan *plan = llmpar_engine_plan(engine, which); llmpar_routed sent[16];
     int64_t calls[LLMPAR_COLLECTIVE_COUNT] = { 0 }, bytes = 0, layers = 0;
+    for (int i = runs ? llmpar_exec_routed(llmpar_engine_exec(engine, which), sent, 16) : 0; i-- > 0; ) calls[LLMPAR_ALL_TO_ALL] += sent[i].calls / runs, bytes += sent[i].payload_bytes / runs;
     for (int s = 0; s < plan->n_segments; s++) {
         const llmpar_segment *segment = &plan->segment[s];
         if (segment->block >= 0) layers += segment->repeats; else continue;
         for (int i = segment->first_step; i < segment->end_step; i++) {
-            const llmpar_step *step = &plan->step[i];
-            if (step->op >= 0 || step->move.kind == LLMPAR_SLICE) continue;
+            const llmpar_step *step = &plan->step[i]; if (step->op >= 0 || step->move.kind == LLMPAR_SLICE) continue;
             llmpar_tensor tensor = llmpar_plan_tensor(plan, step->in[0]); calls[step->move.kind] += segment->repeats;
             bytes += segment->repeats * llmpar_move_payload_bytes(&step->move, &tensor, &plan->graph->mesh, 0);
         }
@@ -52,9 +53,8 @@ static llmpar_status rank_main(llmpar_comm *world, void *user, llmpar_error *err
     options *o = (options *)user;
     llmpar_engine_desc desc = { .folder = o->folder, .mesh = &o->mesh, .world = world, .max_batch = o->rows, .max_prompt = o->longest < 512 ? o->longest : 512,
         .max_context = o->longest + o->steps - 1, .sequence_parallel = o->sp, .keep_dtype = !o->dtype, .round_weights = o->dtype != NULL,
-        .n_virtual = o->n_virtual, .n_micro = o->micro, .chunk = o->chunk, .schedule = o->schedule };
-    uint64_t state = o->seed; llmpar_engine *engine = NULL; const float *logits;
-    if (o->dtype) TRY(llmpar_dtype_parse(o->dtype, &desc.weight_dtype, err));
+        .n_virtual = o->n_virtual, .n_micro = o->micro, .chunk = o->chunk, .schedule = o->schedule, .experts = o->experts, .experts_way = o->way };
+    uint64_t state = o->seed; llmpar_engine *engine = NULL; const float *logits; if (o->dtype) TRY(llmpar_dtype_parse(o->dtype, &desc.weight_dtype, err));
     if (world->rank == 0 && isatty(2)) desc.log.fn = progress;
     TRY(llmpar_engine_create(&desc, &engine, err));
     const int64_t v = llmpar_engine_model(engine)->vocabulary; float *scratch = malloc((size_t)v * sizeof *scratch);
@@ -75,13 +75,12 @@ static llmpar_status rank_main(llmpar_comm *world, void *user, llmpar_error *err
         if (!alive || s + 1 == o->steps) break;
         TRY(llmpar_engine_step(engine, next, lengths, o->rows, 1, &logits, err));
     }
-    o->stats[world->rank] = llmpar_engine_get_stats(engine);
-    if (world->rank == 0) {
+    if (o->stats[world->rank] = llmpar_engine_get_stats(engine), world->rank == 0) {
         for (int32_t row = 0; row < o->rows && !o->prompt; row++)
             for (int32_t i = 0; i <= n_fresh[row]; i++) i < n_fresh[row] ? printf("%s%d", i ? " " : "", (int)fresh[row * o->steps + i]) : putchar('\n');
         if (o->prompt) putchar('\n');
-        describe("prefill", llmpar_engine_plan(engine, 0), o->stats->prefill_tokens, o->stats->prefill_s);
-        describe("decode",  llmpar_engine_plan(engine, 1), o->stats->decode_tokens,  o->stats->decode_s);
+        describe("prefill", engine, 0, o->stats->prefill_tokens, o->stats->prefill_runs, o->stats->prefill_s);
+        describe("decode",  engine, 1, o->stats->decode_tokens,  o->stats->decode_runs,  o->stats->decode_s);
     }
     return free(scratch), free(order), free(next), free(lengths), free(fresh), free(n_fresh), llmpar_engine_free(engine), LLMPAR_OK;
 }
@@ -114,28 +113,29 @@ static int read_prompts(options *o, const llmpar_model *model) {
 
 int main(int argc, char **argv) {
     static const char usage[] = "usage: llama DIR [--mesh tp=3] --prompt TEXT | --ids FILE|- [--steps N] [--dtype f32|bf16|f16] [--sp] [--temperature 0] [--top-p 1]"
-        " [--seed 0] [--virtual V] [--micro M] [--chunk T] [--schedule NAME] [--mpi]\n--ids: decimal ids, a sequence a line, no empty lines";
-    static const char *const names[] = { "--mesh", "--prompt", "--ids", "--steps", "--dtype", "--temperature", "--top-p", "--seed", "--virtual", "--micro", "--chunk", "--schedule" };
-    const char *value[] = { "tp=1", NULL, NULL, "64", NULL, "0", "1", "0", "0", "0", "0", NULL };
+        " [--seed 0] [--virtual V] [--micro M] [--chunk T] [--schedule NAME]\n    [--experts ep=4] [--ep-way auto|partial|alltoall] [--mpi]\n--ids: decimal ids, a sequence a line, no empty lines";
+    static const char *const names[] = { "--mesh", "--prompt", "--ids", "--steps", "--dtype", "--temperature", "--top-p", "--seed", "--virtual", "--micro", "--chunk", "--schedule",
+        "--experts", "--ep-way" }, *const ways[] = { "auto", "partial", "alltoall" };       // in the order of llmpar_experts_way
+    const char *value[] = { "tp=1", NULL, NULL, "64", NULL, "0", "1", "0", "0", "0", "0", NULL, NULL, "auto" };
     llmpar_error err = LLMPAR_ZERO; options o = { 0 }; bool mpi = false;
-    for (int i = 1; i < argc; i++) {
-        int known = -1;
-        for (int k = 0; k < 12; k++) if (strcmp(argv[i], names[k]) == 0 && i + 1 < argc) known = k;
+    for (int i = 1, known = -1; i < argc; i++, known = -1) {
+        for (int k = 0; k < 14; k++) if (strcmp(argv[i], names[k]) == 0 && i + 1 < argc) known = k;
         if (known >= 0) value[known] = argv[++i];
         else if (strcmp(argv[i], "--sp") == 0 || strcmp(argv[i], "--mpi") == 0) *(argv[i][2] == 's' ? &o.sp : &mpi) = true;
         else if (argv[i][0] != '-' && !o.folder) o.folder = argv[i];
         else if (strcmp(argv[i], "--help") == 0) return puts(usage), 0;
         else return FAIL("unknown option, or one without its value: %s", argv[i]);
     }
-    o.prompt = value[1]; o.ids_file = value[2]; o.steps = (long)number("--steps", value[3], 1, 1e9, true); o.dtype = value[4]; o.schedule = value[11];
+    for (; strcmp(value[13], ways[o.way]) != 0; o.way++) if (o.way == 2) return FAIL("--ep-way %s: auto, partial and alltoall are possible", value[13]);
+    o.experts = value[12]; o.prompt = value[1]; o.ids_file = value[2]; o.steps = (long)number("--steps", value[3], 1, 1e9, true); o.dtype = value[4]; o.schedule = value[11];
     o.n_virtual = (int)number("--virtual", value[8], 0, 1e6, true); o.micro = (int)number("--micro", value[9], 0, 1e6, true); o.chunk = (long)number("--chunk", value[10], 0, 1e9, true);
     o.temperature = number("--temperature", value[5], 0, 1e6, false); o.top_p = number("--top-p", value[6], 0, 1, false); o.seed = (uint64_t)number("--seed", value[7], 0, 9e15, true);
     if (!o.folder || !o.prompt == !o.ids_file) return FAIL("one DIR, and --prompt or --ids, are needed\n%s", usage);
-    llmpar_checkpoint *files;
+    llmpar_checkpoint *files; llmpar_comm *world = NULL;
     if (llmpar_mesh_parse(value[0], &o.mesh, &err) || llmpar_checkpoint_open(&(llmpar_checkpoint_desc){ .folder = o.folder }, &files, &err))
         return FAIL("%s", err.text);
     if (read_prompts(&o, llmpar_checkpoint_model(files))) return 1; else llmpar_checkpoint_close(files);
-    llmpar_threads_desc threads = { .n_ranks = llmpar_mesh_size(&o.mesh) }; llmpar_comm *world = NULL;
+    llmpar_threads_desc threads = { .n_ranks = llmpar_mesh_size(&o.mesh) };
     if (!(o.stats = calloc((size_t)threads.n_ranks, sizeof *o.stats))) return FAIL("out of memory");
 #ifdef LLMPAR_MPI
     if (mpi && (llmpar_mpi_create(NULL, &world, &err) || rank_main(world, &o, &err))) return llmpar_comm_abort(world, err.text), FAIL("%s", err.text);

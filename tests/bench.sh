@@ -17,7 +17,7 @@ for libs in "${CBLAS_LIBS:--lopenblas}" -lcblas; do
     if $CC $CBLAS_CFLAGS "$D/cblas.c" -o "$D/cblas" $libs 2> /dev/null && "$D/cblas"; then cblas="-DLLMPAR_CBLAS $CBLAS_CFLAGS"; break; fi
 done
 if [ -n "$cblas" ]; then echo "CBLAS: $libs, one thread per rank, OPENBLAS_CORETYPE ${OPENBLAS_CORETYPE:-not set}"; else libs=""; echo "SKIP CBLAS: no cblas.h with a library (Debian: apt-get install libopenblas-dev)"; fi
-if $PYTHON -c 'import torch' 2> /dev/null; then torch="$PYTHON tests/bench_torch.py"; else torch=""; echo "SKIP PyTorch: $PYTHON cannot import torch"; fi
+if $PYTHON -c 'import torch' 2> /dev/null; then torch="$PYTHON tests/bench_torch.py"; torch_moe="$PYTHON tests/bench_torch_moe.py"; else torch=""; torch_moe=""; echo "SKIP PyTorch: $PYTHON cannot import torch"; fi
 
 # The checkpoints of bench_decode, written once.
 synthetic() { # synthetic FOLDER OPTION...
@@ -58,6 +58,7 @@ for source in tests/bench_*.c; do
     case $name in bench_comm_mpi) continue ;; bench_mpi) case $name in *"$LLMPAR_BENCH"*) bare ;; esac; continue ;; *"$LLMPAR_BENCH"*) ;; *) continue ;; esac
     if ! $CC $CFLAGS -std=c99 $cblas -DBENCH_FLAGS="\"$CFLAGS\"" -I. -Itests "$source" -o "$program" -lpthread -lm $libs; then failed=$((failed + 1)); echo "FAILED: $source does not build"; continue; fi
     if [ "$name" = bench_comm ]; then comm; continue; fi
+    if [ "$name" = bench_moe ]; then run "$name" "$program" ${torch_moe:+--torch "$torch_moe"}; continue; fi
     if [ "$name" != bench_decode ]; then run "$name" "$program"; continue; fi
     if ! synthetic "$B/synthetic-f32" || ! synthetic "$B/synthetic-bf16" --dtype bf16; then failed=$((failed + 1)); echo "FAILED: cannot write the synthetic checkpoints into $B"; continue; fi
     run "$name" "$program" "$B/synthetic-f32" "$B/synthetic-bf16" ${torch:+--torch "$torch"}

@@ -104,7 +104,16 @@ golden_tests() {
     good "golden_check --dtype bf16"   "$line" $g $G/llama tp=2 --dtype bf16
     good "golden_check --dtype f32"    "$line" $g $G/llama dp=2 --dtype f32
     good "the order of axes is free"   "$line" $g $G/llama tp=2,dp=2
-    for axis in cp ep; do fails "axis $axis is not implemented" "\"$axis\"" $g $G/llama $axis=2; done
+    fails "axis cp is not implemented" '"cp"' $g $G/llama cp=2
+    fails "ep without experts"         'ep=2: LlamaForCausalLM has no experts' $g $G/llama ep=2
+    fails "--experts without experts"  'ep=2: the model has none' $g $G/llama tp=2 --experts ep=2
+    moe='^max \|dlogits\| [0-9.e+-]+  hidden [0-9.e+-]+  greedy 48/48  router [0-9.e+-]+$'
+    for mesh in "ep=3" "tp=4 --experts ep=4 --ep-way alltoall" "dp=2,tp=2 --experts edp=2,ep=2" "dp=2,tp=2 --experts ep=2,etp=2 --ep-way partial"; do good "$mesh" "$moe" $g $G/mixtral $mesh; done
+    fails "--experts that cut an axis" 'ep=2 of the experts. mesh is no run of whole axes of tp=4; possible here: 1 4' $g $G/mixtral tp=4 --experts ep=2
+    fails "--experts with too many"    'ep=8 of the experts. mesh .* of dp=2,tp=2; possible here: 1 2 4' $g $G/mixtral dp=2,tp=2 --experts ep=8
+    fails "--experts with axis tp"     'its axes are edp, ep and etp' $g $G/mixtral tp=2 --experts tp=2
+    fails "--experts that is no mesh"  'ep' $g $G/mixtral tp=2 --experts ep
+    fails "another way"                'usage' $g $G/mixtral ep=2 --ep-way both
     fails "unknown axis"               '"zz"'           $g $G/llama zz=2
     fails "axis twice"                 'tp.*twice'      $g $G/llama tp=2,tp=2
     fails "size 0"                     'size 0'         $g $G/llama tp=0
@@ -115,7 +124,6 @@ golden_tests() {
     fails "unknown dtype"              'usage'          $g $G/llama tp=1 --dtype f8
     fails "unknown option"             'usage'          $g $G/llama tp=1 --ps
     fails "no mesh"                    'usage'          $g $G/llama
-    fails "an architecture to come"    'MixtralForCausalLM.*LlamaForCausalLM|LlamaForCausalLM.*MixtralForCausalLM' $g $G/mixtral tp=1
     # One exponent bit of one weight of the last norm: the numbers must differ, and the program must say so by its exit code.
     copy llama-odd bent; m=$T/bent/model.safetensors
     edit "$T/bent/config.json" 's/"rope_theta": 10000.0/"rope_theta": 10100.0/'
@@ -477,6 +485,141 @@ X
     for run in "--schedule 1f1b --ranks 4 --micro 0" "--schedule 1f1b --ranks 4 --micro 4 --bogus"; do $p $run > /dev/null 2>&1; [ $? -eq 2 ] && ok || bad "pipeline $run: not exit 2"; done
 }
 
+# ---- route --preset NAME [--k N] .. --logits FILE.csv|- [--capacity KIND:F [--drop probs|position]]; the numbers are the cases of the mixture-of-experts reference
+route_tests() {
+    r="$B/route --preset"
+    printf '1,2,3,4\n.5,-1,.5,2\n' > "$T/l.csv"; printf '2,1,0,-1,3,-4,.5,.25\n' > "$T/d.csv"; printf '2,1,0,-1,3,-4,.5,.5\n' > "$T/d8.csv"; cat examples/route.csv > "$T/c.csv"
+    good "moe 1"  '^row 0: ids 3,2 w 0\.7310586,0\.2689414$'                $r mixtral --logits "$T/l.csv"
+    good "moe 1, row 1" '^row 1: ids 3,0 w 0\.8175745,0\.1824255$'          $r mixtral --logits "$T/l.csv"
+    good "moe 2"  '^row 0: ids 3,2 w 0\.6439143,0\.2368828$'                $r qwen3-moe --k 2 --renorm 0 --logits "$T/l.csv"
+    good "moe 3"  '^row 0: ids 3 w 1\.0000000$'                             $r mixtral --k 1 --logits "$T/l.csv"
+    good "moe 3, softmax first" '^row 1: ids 3 w 0\.6684280$'               $r switch --logits "$T/l.csv"
+    good "moe 4"  '^row 1: ids 3 w 0\.880797[01]$'                          $r llama4 --logits "$T/l.csv"
+    good "moe 5"  '^row 1: ids 0,2 w 0\.9525741,0\.0474259$'                $r gpt-oss --k 2 --logit-bias 3,0,0,-3 --logits "$T/l.csv"
+    v3="$r deepseek-v3 --k 3 --groups 4 --topk-groups 2"
+    good "moe 6"  '^row 0: ids 0,1,6 w 0\.9855337,0\.8179896,0\.696476[78]$' $v3 --scale 2.5 --correction-bias 0,0,0,0,0,0,0,0 --logits "$T/d.csv"
+    good "moe 7"  '^row 0: ids 6,7,0 w 0\.7534248,0\.6804584,1\.066116[78]$' $v3 --correction-bias 0,0,0,0,0,0,.4,.4 --logits "$T/d.csv"
+    good "moe 8"  '^row 0: ids 4,0,1 w 0\.9286413,0\.8586676,0\.7126912$'   $v3 --logits "$T/d8.csv"
+    nine="$r deepseek-v3 --k 2 --groups 4 --topk-groups 1 --correction-bias -1,-1.9,-2,-2,-2,-2,-2,-2"
+    good "moe 9"  '^row 0: ids 0,1 w 1\.3661227,1\.1338773$'                $nine --fill -inf --logits "$T/d.csv"
+    good "moe 9, filled with 0" '^row 0: ids 2,3 w 1\.625611[45],0\.8743885$'  $nine --fill 0 --logits "$T/d.csv"
+    good "moe 12, by probability" '^capacity 2: kept \(0,1,0\)\(1,0,0\)\(1,1,1\)\(2,2,0\)\(2,3,0\)\(3,2,1\)\(3,3,1\)$'          $r mixtral --capacity deepspeed:1 --drop probs --logits "$T/c.csv"
+    good "moe 12, by position"    '^capacity 2: kept \(0,1,0\)\(0,3,0\)\(1,0,0\)\(1,1,1\)\(2,2,0\)\(2,3,1\)\(3,2,1\)$'          $r mixtral --capacity deepspeed:1 --drop position --logits "$T/c.csv"
+    for i in 1 2 3 4 5 6 7 8 9 10; do echo '1,2,3,4'; done > "$T/t10.csv"
+    for kind in megatron:1.25=7 deepspeed:5/4=7 tutel:1.25=6 megablocks:1.25=6; do good "moe 14, $kind" "^capacity ${kind#*=}: " $r mixtral --capacity "${kind%=*}" --logits "$T/t10.csv"; done
+    good "more capacity than tokens" '^dropped 0 of 20; max 10, '           $r mixtral --capacity megatron:1000 --logits "$T/t10.csv"
+    good "padding rows"              '^row 1: ids -1,-1 w 0,0$'             $r mixtral --pad 1 --logits "$T/l.csv"
+    printf 'nan, inf,-inf,nan\r\n\n-1e-3,+2,3.,nan\n' > "$T/odd.csv"
+    good "nan and infinities"        '^row 0: ids 1,2,0 w 1\.0000000,0,0$'  $r mixtral --k 3 --logits "$T/odd.csv"
+    good "no tokens"                 '^$'                                   sh -c "$r mixtral --logits - < /dev/null && echo"
+    fails "route without options"    'usage: route'                         $B/route
+    fails "an unknown preset"        'known: mixtral MixtralForCausalLM'    $r gpt2 --logits "$T/l.csv"
+    fails "k above E"                'k=5 experts .* k may be 1 to 4'       $r mixtral --k 5 --logits "$T/l.csv"
+    fails "k 0"                      'not a whole number of 1 or more'      $r mixtral --k 0 --logits "$T/l.csv"
+    fails "k with a tail"            '"2x"'                                 $r mixtral --k 2x --logits "$T/l.csv"
+    fails "groups that do not divide" 'n_groups=3 does not divide n_experts=4' $r deepseek-v3 --k 1 --groups 3 --logits "$T/l.csv"
+    fails "more groups kept than there are" 'topk_groups=3 of n_groups=2'   $r deepseek-v3 --k 1 --groups 2 --topk-groups 3 --logits "$T/l.csv"
+    fails "renorm 2"                 '0 or 1, not "2"'                      $r mixtral --renorm 2 --logits "$T/l.csv"
+    fails "another fill"             '0 or -inf, not "1"'                   $r mixtral --fill 1 --logits "$T/l.csv"
+    fails "scale nan"                'above 0, not "nan"'                   $r mixtral --scale nan --logits "$T/l.csv"
+    fails "a bias of another length" 'a number for each expert'             $r gpt-oss --logit-bias 1,2,3 --logits "$T/l.csv"
+    fails "a bias that is no number" 'logit-bias'                           $r gpt-oss --logit-bias 1,2,x,4 --logits "$T/l.csv"
+    fails "a row that is not there"  'not each of these is a row'           $r mixtral --pad 2 --logits "$T/l.csv"
+    fails "an unknown capacity"      'megatron:F.*not "vllm:1"'             $r mixtral --capacity vllm:1 --logits "$T/l.csv"
+    fails "a factor that is none"    '"-1" is no number like 1.25'          $r mixtral --capacity tutel:-1 --logits "$T/l.csv"
+    fails "another drop"             'probs or position'                    $r mixtral --capacity tutel:1 --drop random --logits "$T/l.csv"
+    fails "no such file"             'cannot open "no-such.csv"'            $r mixtral --logits no-such.csv
+    for text in '1,2\n1,2,3' '1,,2' '1,2,' '1;2' 'NaN,1' 'infinity,1' '0x10,1' '1e400,1' '1,2 3' 'nan0,1'; do
+        printf "$text\n" > "$T/bad.csv"; fails "logits $text" 'line [12]'   $r switch --logits "$T/bad.csv"
+    done
+    fails "route, unknown option"    '\-\-bogus'                            $r mixtral --bogus 1 --logits "$T/l.csv"
+    fails "route, option without value" 'no value for "--pad"'              $r mixtral --logits "$T/l.csv" --pad
+}
+
+# ---- eplb --replicas R --groups G --nodes N --gpus P [--no-duplicates|--better] [--global] --load a,b,.. [--load ..]; the numbers are the cases of the experts' reference
+eplb_tests() {
+    q=$B/eplb; w0=90,132,40,61,104,165,39,4,73,56,183,86; w1=20,107,104,64,19,197,187,157,172,86,16,27; two="$q --replicas 16 --nodes 2 --gpus 8"; ten=10,10,10,10,10,10,10,10
+    good "moe 23, layer 0"               '^layer 0 experts 5 6 5 7 8 4 3 4 10 9 10 2 0 1 11 1$'   $two --groups 4 --load $w0 --load $w1
+    good "moe 23, layer 1"               '^layer 1 experts 7 10 6 8 6 11 8 9 2 4 5 1 5 0 3 1$'    $two --groups 4 --load $w0 --load $w1
+    good "moe 24, layer 0"               '^layer 0 experts 10 6 10 7 0 2 11 4 5 9 5 4 8 3 1 1$'   $two --groups 3 --load $w0 --load $w1
+    good "moe 24, layer 1"               '^layer 1 experts 1 10 2 4 5 11 5 0 6 7 6 3 8 8 9 7$'    $two --groups 3 --load $w0 --load $w1
+    good "moe 25, 12 replicas"           '^layer 0 experts 7 4 5 7 6 6 2 1 0 2 1 3$'              $q --replicas 12 --groups 4 --nodes 2 --gpus 4 --load 18,73,98,9,33,16,64,98
+    good "moe 25, 8 replicas"            '^layer 0 experts 3 0 5 4 5 1 5 2$'                      $q --replicas 8 --groups 3 --nodes 2 --gpus 4 --load 8,12,11,47,22,95
+    good "moe 26"                        '^layer 0 experts 4 0 0 5 1 1 6 2 2 7 3 3$'              $q --replicas 12 --groups 4 --nodes 2 --gpus 4 --load $ten
+    $q --replicas 12 --groups 4 --nodes 2 --gpus 4 --no-duplicates --load $ten | awk '/experts/ { for (i = 4; i <= NF; i += 3) if ($i == $(i + 1) || $i == $(i + 2) || $(i + 1) == $(i + 2)) wrong = 1; seen = NF == 15 }
+        END { exit wrong || !seen }' && ok || bad "eplb --no-duplicates: moe 26 without two copies of an expert on a GPU"
+    good "moe 26 without duplicates, as even" '^layer 0 max / mean 1 \(20 / 20\), the least there is$' $q --replicas 12 --groups 4 --nodes 2 --gpus 4 --no-duplicates --load $ten
+    good "loads of the GPUs"             '^layer 0 loads 121.5 86.5 125 113 147.5 131.5 156 152$' $two --groups 4 --load $w0
+    good "better"                        '^layer 0 max / mean 1.16941 \(151 / 129.125\), the least there is$' $two --groups 4 --better --load $w0
+    good "better, groups bind nothing"   '^layer 0 max / mean 1.0[0-5][0-9]* '                    $two --groups 4 --better --global --load $w0
+    good "groups and nodes left out"     '^layer 0 experts( [0-3]){8}$'                           $q --replicas 8 --gpus 4 --load 1,2.5,3e2,0
+    good "all-zero loads"                '^layer 0 max / mean 1 \(0 / 0\)'                        $q --replicas 8 --gpus 4 --load 0,0,0
+    fails "no replicas"                  '--replicas is missing'                                  $q --gpus 4 --load 1,2
+    fails "no GPUs"                      '--gpus is missing'                                      $q --replicas 4 --load 1,2
+    fails "no loads"                     '--load is missing'                                      $q --replicas 4 --gpus 4
+    for value in 0 -1 x 2x 1.5 '' 4294967297; do fails "--replicas '$value'" "^eplb: not a whole number of 1 or more: \"$value\"" $q --gpus 4 --load 1,2 --replicas "$value"; done
+    for value in x 1,x 1,,2 1, '' ,; do fails "--load '$value'" "^eplb: --load takes numbers .*\"$value\"" $q --replicas 4 --gpus 4 --load "$value"; done
+    for value in -1,2 2,nan inf,2; do fails "--load $value" '^eplb: layer 1: load .* of expert [01]; loads are finite and 0 or more' $q --replicas 4 --gpus 4 --load 1,2 --load $value; done
+    fails "layers of different sizes"    'not as many numbers .*"1,2,3"'                          $q --replicas 4 --gpus 4 --load 1,2 --load 1,2,3
+    fails "fewer replicas than experts"  'n_replicas=4 is less than n_experts=5; .* give 8'       $q --replicas 4 --gpus 4 --load 1,2,3,4,5
+    fails "replicas that do not divide"  'n_replicas=6 .* n_gpus=4; .* give 8'                    $q --replicas 6 --gpus 4 --load 1,2,3,4,5
+    fails "nodes that do not divide"     'n_gpus=4 .* n_nodes=3; give'                            $q --replicas 8 --gpus 4 --nodes 3 --load 1,2,3,4
+    fails "groups that do not divide"    'n_experts=5 .* n_groups=2; give'                        $q --replicas 8 --gpus 4 --groups 2 --load 1,2,3,4,5
+    fails "more replicas than GPUs"      'more than 2 replicas, but there are 2 GPUs: .* give 4 replicas or fewer' $q --replicas 8 --gpus 2 --no-duplicates --load 1,2
+    fails "two modes"                    'exclude'                                                $q --replicas 8 --gpus 2 --no-duplicates --better --load 1,2
+    fails "eplb, unknown option"         '"--bogus"'                                              $q --bogus
+    fails "eplb, option without value"   'missing after "--load"'                                 $q --load
+}
+
+# ---- dispatch --ranks P --experts E --counts FILE|- [--round-robin]
+dispatch_tests() {
+    d=$B/dispatch; c=examples/counts.csv; big=9223372036854775807
+    good "dispatch: what a rank sends and receives" '^rank 1: experts 3 4 5  send 3 10 6 \(9 away\)  receive 1 10 0 \(1 away\)  computes 11$' $d --ranks 3 --experts 8 --counts $c
+    good "dispatch: totals"              '^total 36 rows, 19 of them to another rank$'  $d --ranks 3 --experts 8 --counts $c
+    good "dispatch: imbalance"           '^ranks: max 15 \(rank 2\), max / mean 1.25$'  $d --ranks 3 --experts 8 --counts $c
+    good "dispatch: round robin"         '^rank 0: experts 0 3 6  send 15 0 2 '         $d --ranks 3 --experts 8 --counts $c --round-robin
+    good "dispatch: blanks, CRLF, stdin" '^total 10 rows, 5 of them'                    sh -c "printf ' 1  2\r\n\n3 ,\t4' | $d --ranks 2 --experts 2 --counts -"
+    good "dispatch: more ranks than experts" '^rank 2: experts none  send 5 6 0 '       sh -c "printf '1 2\n3 4\n5 6\n' | $d --ranks 3 --experts 2 --counts -"
+    good "dispatch: no rows at all"      '^experts: max 0 \(expert 0\), max / mean 1$'  sh -c "echo 0 0 | $d --ranks 1 --experts 2 --counts -"
+    good "dispatch: the largest sum"     "^total $big rows, 1 of"                       sh -c "printf '0 1\n0 9223372036854775806\n' | $d --ranks 2 --experts 2 --counts -"
+    fails "dispatch: a sum that overflows" '^dispatch: .*64 bits'                       sh -c "printf '0 1\n0 $big\n' | $d --ranks 2 --experts 2 --counts -"
+    for text in -1 x 1.5 1e3 nan 9223372036854775808 0x1 1_ + ; do fails "dispatch: count '$text'" "^dispatch: -, line 1, number 2: .*\"" sh -c "echo '1,$text' | $d --ranks 1 --experts 2 --counts -"; done
+    fails "dispatch: an empty count"     'line 1, number 2'                sh -c "echo '1,,2' | $d --ranks 1 --experts 3 --counts -"
+    fails "dispatch: a comma at the end" 'line 1 ends with a comma'        sh -c "echo '1,2,' | $d --ranks 1 --experts 2 --counts -"
+    fails "dispatch: too few counts"     'line 2 has 1 numbers; --experts 2'  sh -c "printf '1 2\n1\n  \n\n' | $d --ranks 2 --experts 2 --counts -"
+    fails "dispatch: too many counts"    'line 1 has 3 numbers; --experts 2'  sh -c "printf '1 2 3\n' | $d --ranks 1 --experts 2 --counts -"
+    fails "dispatch: too many rows"      'has 3 rows of counts; --ranks 2' $d --ranks 2 --experts 8 --counts $c
+    fails "dispatch: too few rows"       'has 3 rows of counts; --ranks 4' $d --ranks 4 --experts 8 --counts $c
+    fails "dispatch: a file far too short" 'too few for 4096 rows'         $d --ranks 4096 --experts 1000000 --counts $c
+    fails "dispatch: a byte 0"           'line 2 has a byte 0'             sh -c "printf '1 2\n3 4\0\n' | $d --ranks 2 --experts 2 --counts -"
+    fails "dispatch: no file"            'cannot open .*No such file'      $d --ranks 2 --experts 2 --counts "$T/none"
+    fails "dispatch: a folder"           'cannot be read'                  $d --ranks 2 --experts 2 --counts "$T"
+    for value in 0 -1 x 2x 1.5 '' ' 2' 4097; do fails "dispatch: --ranks '$value'" "^dispatch: --ranks: .*\"$value\"" $d --ranks "$value" --experts 2 --counts $c; done
+    fails "dispatch: --experts 0"        '^dispatch: --experts: .*"0"'     $d --ranks 2 --experts 0 --counts $c
+    fails "dispatch: no counts"          'counts is missing'               $d --ranks 2 --experts 2
+    fails "dispatch: no ranks"           'ranks is missing'                $d --counts $c --experts 2
+    fails "dispatch: no value"           'experts needs a value'           $d --ranks 2 --experts
+    fails "dispatch: an unknown option"  'bogus'                           $d --bogus
+    $d --bogus > /dev/null 2>&1; [ $? -eq 2 ] && ok || bad "dispatch --bogus: not exit 2"
+}
+
+# ---- moe [--preset NAME] [--tokens N] [--experts N] [--k N] [--ranks N] [--skew X] [--svg FILE]
+moe_tests() {
+    m="$B/moe"
+    for ranks in 1 2 3 5; do for preset in mixtral qwen3-moe deepseek-v3 llama4 gpt-oss; do good "moe $preset, $ranks ranks" '^largest difference from one rank .*: equal$' $m --preset $preset --ranks $ranks --k 3; done; done
+    good "moe: one token on 8 ranks"   ': equal$'                             $m --tokens 1 --ranks 8
+    good "moe: all to one expert"      '^expert  0   64 #{60}$'               $m --tokens 64 --k 1 --skew 1000
+    good "moe: a picture"              ': equal$'                             $m --svg "$T/loads.svg" --ranks 3
+    grep -q 'tokens of 2' "$T/loads.svg" && ok || bad "moe --svg draws no row of rank 2"
+    fails "moe: k above E"             'k=17 experts of a token out of n_experts=16' $m --k 17
+    fails "moe: an unknown preset"     'known: mixtral'                       $m --preset gpt2
+    for value in 0 -1 x 2x 1.5 '' 1e9; do fails "moe: --tokens '$value'" "tokens: a number is expected, not \"$value\"" $m --tokens "$value"; done
+    fails "moe: too many ranks"        'at most 16 ranks'                     $m --ranks 17
+    fails "moe: an unknown option"     'each with a value'                    $m --bogus 1
+    fails "moe: no value"              'each with a value'                    $m --tokens
+    fails "moe: a path that is none"   'cannot be written'                    $m --svg "$T/none/loads.svg"
+}
+
 # ---- what an example's first comment says it prints, it prints: the lines indented by three that are no commands, each a line of the first command's output, or the beginning
 # of one where it ends with "...". Numbers like 4.1e-06 depend on the compiler: only their place is compared.
 header_tests() {
@@ -511,8 +654,12 @@ here trace        && trace_tests
 here explain      && explain_tests
 here hello        && good "hello" '.' "$B/hello"
 here pipeline     && pipeline_tests
+here dispatch     && dispatch_tests
+here route        && route_tests
+here eplb         && eplb_tests
+here moe          && moe_tests
 here bench_comm   && comm_tests
-for program in explain heads llama engine trace pipeline bench_comm; do
+for program in explain heads llama engine trace pipeline dispatch route eplb moe bench_comm; do
     here $program || continue
     good "$program --help" "^(usage: )?$program " "$B/$program" --help
     [ -s "$T/out" ] && [ ! -s "$T/err" ] && ok || bad "$program --help writes to stderr"

@@ -1,14 +1,22 @@
 #!/bin/sh
-# The main job: the same text from a real checkpoint on 1, 2, 3 and 4 thread-ranks (6 query heads, 2 kv heads: uneven, and more ranks than kv heads).
+# The main job: the same text from a real checkpoint on 1, 2, 3 and 4 thread-ranks (6 query heads, 2 kv heads: uneven, and more ranks than kv heads), then one with experts on
+# 1, 2 and 4, each with its share of the 8 experts.
 set -e
-B=${B:-build}; model=tests/golden/shakespeare-dense; out=$B/demo.out
+B=${B:-build}; out=$B/demo.out
 prompt='ROMEO:
 '
-for tp in 1 2 3 4; do
-    "$B/llama" $model --mesh tp=$tp --prompt "$prompt" --steps 160 > "$out.$tp" 2> "$out.table" || { cat "$out.table" >&2; exit 1; }
-    [ $tp = 1 ] && { cat "$out.1"; echo; }
-    if ! cmp -s "$out.1" "$out.$tp"; then echo "tp=$tp wrote another text:"; cat "$out.$tp"; exit 1; fi
-    [ $tp = 1 ] && echo "--- tp=1" || echo "--- tp=$tp: the same text"
-    cat "$out.table"
-done
-echo "tp=1, 2, 3 and 4 wrote the same text"
+texts() { # texts MODEL AXIS SIZE...
+    model=$1; axis=$2; shift 2; list=
+    for size in "$@"; do
+        "$B/llama" tests/golden/$model --mesh $axis=$size --prompt "$prompt" --steps 160 > "$out.$size" 2> "$out.table" || { cat "$out.table" >&2; exit 1; }
+        [ $size = 1 ] && { cat "$out.1"; echo; }
+        if ! cmp -s "$out.1" "$out.$size"; then echo "$axis=$size wrote another text:"; cat "$out.$size"; exit 1; fi
+        [ $size = 1 ] && echo "--- $model, $axis=1" || echo "--- $model, $axis=$size: the same text"
+        cat "$out.table"
+        list="$list $size"
+    done
+    echo "$model: $axis =$list wrote the same text"
+    echo
+}
+texts shakespeare-dense tp 1 2 3 4
+texts shakespeare-moe   ep 1 2 4

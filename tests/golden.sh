@@ -1,5 +1,5 @@
 #!/bin/sh
-# golden_check on the dense models of tests/golden: every one at a few meshes, or (LLMPAR_STRESS=1) at tp=1..8 and the dp meshes, with and without --sp. The invariant
+# golden_check on the models of tests/golden, those with experts at meshes of their own below. The dense ones: every one at a few meshes, or (LLMPAR_STRESS=1) at tp=1..8 and the dp meshes, with and without --sp. The invariant
 # mode's hashes are the same at every mesh, the plain mode's in every run (100 at each tp under stress). Under stress the invariant mode is built with fused
 # multiply-adds too (-std=gnu17), tuned for processors where gcc fuses them in some loops only.
 B=${B:-build}; passed=0; failed=0
@@ -32,6 +32,38 @@ if [ "${LLMPAR_STRESS:-0}" != 0 ]; then
         for mesh in pp=1 pp=2 pp=2,tp=2; do check tests/golden/shakespeare-dense $mesh $options; check tests/golden/shakespeare-dense $mesh $options --chunk 5; done
     done
 fi
+# Experts: over their own axis, uneven, beside tp and dp, on a mesh of their own, and sent or summed (--ep-way). qwen3-moe-mixed has a dense layer before its sparse one.
+experts="mixtral qwen3-moe qwen3-moe-mixed qwen2-moe shakespeare-moe"
+more=
+moe_meshes() { # moe_meshes FUNCTION ARGUMENT...: calls it with each mesh, its options and $more behind the arguments
+    for way in partial alltoall; do
+        for mesh in ep=2 ep=3 ep=4 ep=8 tp=2,ep=2 dp=2,ep=2; do
+            [ "${LLMPAR_STRESS:-0}" = 0 ] && case $mesh$way in ep=3partial|ep=8alltoall|tp=2,ep=2partial|dp=2,ep=2alltoall) ;; *) continue ;; esac
+            "$@" $mesh --ep-way $way $more
+        done
+        "$@" tp=4 --experts ep=4 --ep-way $way $more
+        "$@" dp=2,tp=2 --experts ep=4 --ep-way $way $more
+    done
+}
+for model in $experts; do
+    check tests/golden/$model tp=1
+    moe_meshes check tests/golden/$model
+done
+check tests/golden/qwen2-moe tp=2,ep=2 --sp --ep-way alltoall
+check tests/golden/qwen3-moe-mixed pp=2,ep=2 --ep-way alltoall --chunk 5
+check tests/golden/shakespeare-moe pp=3,ep=2 --chunk 16
+check tests/golden/mixtral ep=3 --dtype bf16
+if [ "${LLMPAR_STRESS:-0}" != 0 ]; then
+    for model in $experts; do
+        for mesh in tp=2 tp=3 dp=2 pp=2 pp=2,ep=2 ep=2,pp=2 dp=2,pp=2,ep=2 "dp=2,tp=2 --experts ep=2" "dp=2,tp=2 --experts edp=2,ep=2" "tp=2,dp=2 --experts ep=2,etp=2" "dp=2,tp=4 --experts ep=8" \
+            "pp=2,dp=2,tp=2 --experts ep=4" "ep=2 --ep-way auto" "ep=4 --ep-way auto" "tp=2,ep=2 --ep-way auto" "dp=2,ep=2 --ep-way auto"; do
+            check tests/golden/$model $mesh
+            check tests/golden/$model $mesh --chunk 5 --micro 1
+        done
+        for mesh in tp=2,ep=2 "tp=4 --experts ep=4"; do for way in partial alltoall; do check tests/golden/$model $mesh --ep-way $way --sp; check tests/golden/$model $mesh --ep-way $way --dtype bf16; done; done
+    done
+    check tests/golden/shakespeare-moe pp=3 --schedule breadth-first
+fi
 # hashes PROGRAM DIR MESH OPTION... -> the two hashes, or what went wrong
 hashes() { program=$1; shift; if out=$("$program" "$@" --hash 2>&1); then printf '%s\n' "$out" | tail -n 2 | tr '\n' ' '; else echo "failed: $out"; fi; }
 same() { # same WANT WHAT PROGRAM DIR MESH OPTION...
@@ -39,7 +71,18 @@ same() { # same WANT WHAT PROGRAM DIR MESH OPTION...
     case $want in prefill*decode*) ;; *) got="no hash" ;; esac
     if [ "$got" = "$want" ]; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "$*: $what: $got instead of $want"; fi
 }
+same_moe() { want=$1; shift; same "$want" "one rank has other bits" "$@"; }
 invariant() { # invariant PROGRAM
+    for model in $experts; do
+        for dtype in f32 bf16; do
+            [ $dtype = bf16 ] && [ "${LLMPAR_STRESS:-0}" = 0 ] && continue
+            more="--invariant --dtype $dtype"
+            want=$(hashes "$1" tests/golden/$model tp=1 $more)
+            moe_meshes same_moe "$want" "$1" tests/golden/$model
+            same_moe "$want" "$1" tests/golden/$model pp=2,ep=2 --chunk 7 $more
+            same_moe "$want" "$1" tests/golden/$model tp=3 $more
+        done
+    done
     for model in $dense; do
         for dtype in f32 bf16; do
             want=$(hashes "$1" tests/golden/$model tp=1 --invariant --dtype $dtype)

@@ -1,12 +1,14 @@
-// golden_check DIR MESH [--sp] [--dtype f32|bf16] [--invariant] [--hash] [--virtual V] [--micro M] [--chunk T] [--schedule NAME] [--mpi]
+// golden_check DIR MESH [--experts MESH] [--ep-way partial|alltoall|auto] [--sp] [--dtype f32|bf16] [--invariant] [--hash] [--virtual V] [--micro M] [--chunk T] [--schedule NAME] [--mpi]
 // Runs a checkpoint on thread-ranks and compares with what Hugging Face computed (DIR/expected.safetensors): the logits of input_ids, the residual stream after
-// every layer, and the greedy continuation, each step of it one decode with the KV cache whose logits must equal those of one prefill of all tokens.
+// every layer, the logits of every router, and the greedy continuation, each step of it one decode with the KV cache whose logits must equal those of one prefill of all tokens.
+// --experts: the experts' own mesh over the same ranks, "ep=4" on tp=4 or dp=2,tp=2; --ep-way: how tokens get to their experts (llmpar_engine_desc).
 // --sp: Megatron's sequence parallelism in prefill (decode drops it). --dtype bf16: weights are rounded on load, and the reference is this program's own
 // run of one rank with the same rounding. After every run the calls and payload bytes that the plans predict must be those that comm counted, on every rank.
 // --invariant: the mode whose bits do not depend on tp. --hash: the 64-bit FNV-1a of the logits' bits is printed, of the prefill and of all decode steps.
 // --virtual, --micro, --chunk, --schedule: stages of a rank of axis pp, groups of rows, tokens of a prefill chunk, order of the work (llmpar_engine_desc).
 // --mpi (built with LLMPAR_MPI, started by mpirun): ranks are processes; every rank compares the whole, rank 0 prints.
-// stdout: max |dlogits| X  hidden Y  greedy N/N     (Y: largest max|dh| / max|h| of a layer; exit 1 beyond 1e-4 or when a token differs)
+// stdout: max |dlogits| X  hidden Y  greedy N/N     (Y: largest max|dh| / max|h| of a layer; exit 1 beyond 1e-4 or when a token differs), with experts "  router Z" behind it:
+// the largest difference of a router's logits
 #define LLMPAR_IMPLEMENTATION
 #include "llmpar.h"
 #include "golden.h"
@@ -15,15 +17,15 @@
 #define TRY(call) do { llmpar_status try_ = (call); if (try_) return try_; } while (0)
 
 typedef struct result {            // what one run of a model gives
-    int64_t  b, t, v, h, layers, steps;
+    int64_t  b, t, v, h, e, layers, sparse, steps;   // experts of a layer, layers with experts
     float   *logits;               // [b, t, v] of the prefill
-    float  **hidden;               // [layers + 1] of [b, t, h]
+    float  **hidden;               // [layers + 1] of [b, t, h], then [sparse] of [b, t, e]: the routers' logits
     int32_t *greedy;               // [b, steps]
     float   *decode;               // [steps, b, v]: logits after greedy token i
     double   decode_gap;           // decode against one prefill of all tokens
 } result;
 
-typedef struct block { float *data; int64_t row, token; } block;           // one rank's part of one hidden state [b, t, h], zeros elsewhere; where what it saw last begins
+typedef struct block { float *data; int64_t row, token; } block;           // one rank's part of one hidden state or router's logits, zeros elsewhere; where what it saw last begins
 typedef struct check {
     const char *folder;
     llmpar_mesh mesh;
@@ -31,26 +33,43 @@ typedef struct check {
     llmpar_comm *processes;        // the world of --mpi, or NULL: threads
     const int32_t *ids;            // [b, t]
     result  *to;
-    block   *seen;                 // [ranks][layers + 1]
+    block   *seen;                 // [ranks][states(to)]
     double  *gap;                  // [ranks]
 } check;
-typedef struct watch { const check *job; int rank; bool on; const llmpar_engine_stage *stage; } watch;   // `on` only while the prefill runs
+typedef struct watch { const check *job; int rank; bool on; const llmpar_engine_stage *stage; const llmpar_model *model; } watch;   // `on` only while the prefill runs
 
 static void *must(void *memory) { if (!memory) { fprintf(stderr, "out of memory\n"); exit(2); } return memory; }
 
-// Takes the first value of h0, of every layer's h2 and of the final norm, as this rank has it, in each run: what adds up to the whole over the ranks. Sums over partial axes,
-// one copy along replicated ones.
+static int64_t states(const result *r) { return r->layers + 1 + r->sparse; }
+static int64_t width(const result *r, int64_t at) { return at <= r->layers ? r->h : r->e; }
+
+// Is `name` what a layer calls `what`: "h2", in block 3 of a graph with several "h2.3"? *layer gets the model's layer.
+static bool named(const watch *w, const char *name, const char *what, int round, int64_t *layer) {
+    const size_t n = strlen(what);
+    if (strncmp(name, what, n) != 0 || (name[n] && name[n] != '.')) return false;
+    *layer = w->stage->first_layer + round;
+    for (int b = name[n] ? atoi(name + n + 1) : 0; b-- > 0; ) *layer += w->stage->plan[0]->graph->block[b].repeats;
+    return true;
+}
+
+// Takes the first value of h0, of every layer's h2 and router, and of the final norm, as this rank has it, in each run: what adds up to the whole over the ranks. Sums over
+// partial axes, one copy along replicated ones.
 static void see(int step, int round, const llmpar_tensor *out, const void *data, void *user) {
     const watch *w = (const watch *)user;
     const result *r = w->job->to;
     const llmpar_engine_stage *stage = w->stage;
-    int64_t layer = stage->first_layer + round + 1, at = -1;
+    int64_t layer, at = -1;
     (void)step;
     if (strcmp(out->name, "h0") == 0) at = 0;
-    else if (strcmp(out->name, "h2") == 0) at = layer < r->layers ? layer : -1;
+    else if (named(w, out->name, "h2", round, &layer)) at = layer + 1 < r->layers ? layer + 1 : -1;
     else if (strcmp(out->name, "hidden") == 0) at = r->layers;
+    else if (named(w, out->name, "router", round, &layer)) {
+        at = r->layers + 1;
+        for (int64_t l = 0; l < layer; l++) at += llmpar_model_sparse(w->model, l);
+        if (at >= states(r)) at = -1;
+    }
     if (!w->on || at < 0) return;
-    block *b = &w->job->seen[w->rank * (r->layers + 1) + at];
+    block *b = &w->job->seen[w->rank * states(r) + at];
     if (b->row == stage->row && b->token == stage->token) return;
     b->row   = stage->row;
     b->token = stage->token;
@@ -63,17 +82,18 @@ static void see(int step, int round, const llmpar_tensor *out, const void *data,
         for (int64_t j = 0; j < range[1].count; j++) {
             const int64_t row = stage->row + range[0].first + i, token = stage->token + range[1].first + j;
             if (row < r->b && token < r->t)
-                memcpy(b->data + (row * r->t + token) * r->h + range[2].first, (const float *)data + (i * range[1].count + j) * range[2].count, (size_t)range[2].count * sizeof(float));
+                memcpy(b->data + (row * r->t + token) * width(r, at) + range[2].first, (const float *)data + (i * range[1].count + j) * range[2].count, (size_t)range[2].count * sizeof(float));
         }
 }
 
 // The whole tensor from the ranks' blocks.
 static void assemble(const check *job, int64_t at, float *whole) {
     result *r = job->to;
-    memset(whole, 0, (size_t)(r->b * r->t * r->h) * sizeof(float));
+    const int64_t n = r->b * r->t * width(r, at);
+    memset(whole, 0, (size_t)n * sizeof(float));
     for (int rank = 0; rank < llmpar_mesh_size(&job->mesh); rank++) {
-        const block *b = &job->seen[rank * (r->layers + 1) + at];
-        for (int64_t i = 0; i < r->b * r->t * r->h; i++) whole[i] += b->data[i];
+        const block *b = &job->seen[rank * states(r) + at];
+        for (int64_t i = 0; i < n; i++) whole[i] += b->data[i];
         free(b->data);
     }
 }
@@ -123,7 +143,7 @@ static llmpar_status generate(const check *job, llmpar_comm *world, int32_t *all
     watch w[16];
     TRY(open_engine(job, world, r->t, length, &engine, err));
     for (int i = 0; i < llmpar_engine_stages(engine) && i < 16; i++) {
-        watch stage = { job, world->rank, true, llmpar_engine_stage_at(engine, i) };
+        watch stage = { job, world->rank, true, llmpar_engine_stage_at(engine, i), llmpar_engine_model(engine) };
         w[i] = stage;
         llmpar_exec_watch(stage.stage->exec[0], see, &w[i]);
     }
@@ -181,8 +201,8 @@ static llmpar_status collect(check *job, llmpar_error *err) {
     result *r = job->to;
     llmpar_comm *world = job->processes;
     for (int rank = 0; rank < world->size; rank++) {
-        for (int64_t i = 0; i <= r->layers; i++)
-            TRY(llmpar_broadcast(world, job->seen[rank * (r->layers + 1) + i].data, r->b * r->t * r->h, LLMPAR_F32, rank, err));
+        for (int64_t i = 0; i < states(r); i++)
+            TRY(llmpar_broadcast(world, job->seen[rank * states(r) + i].data, r->b * r->t * width(r, i), LLMPAR_F32, rank, err));
         TRY(llmpar_broadcast(world, &job->gap[rank], (int64_t)sizeof(double), LLMPAR_U8, rank, err));
     }
     TRY(llmpar_broadcast(world, r->logits, r->b * r->t * r->v, LLMPAR_F32, 0, err));
@@ -228,24 +248,24 @@ static result run(const char *folder, const char *mesh, const llmpar_engine_desc
     r.logits = room(r.b * r.t * r.v);
     r.decode = room(r.steps * r.b * r.v);
     r.greedy = (int32_t *)must(calloc((size_t)(r.b * r.steps) + 1, sizeof(int32_t)));
-    r.hidden = (float **)must(calloc((size_t)r.layers + 1, sizeof(float *)));
+    r.hidden = (float **)must(calloc((size_t)states(&r), sizeof(float *)));
     job.folder = folder;
     job.how = *how;
     job.processes = processes;
     job.ids = ids;
     job.to  = &r;
     if (llmpar_mesh_parse(mesh, &job.mesh, &err)) { fprintf(stderr, "%s\n", err.text); exit(1); }
-    job.seen = (block *)must(calloc((size_t)llmpar_mesh_size(&job.mesh) * (size_t)(r.layers + 1), sizeof(block)));
+    job.seen = (block *)must(calloc((size_t)llmpar_mesh_size(&job.mesh) * (size_t)states(&r), sizeof(block)));
     job.gap  = (double *)must(calloc((size_t)llmpar_mesh_size(&job.mesh), sizeof(double)));
-    for (int64_t i = 0; i < llmpar_mesh_size(&job.mesh) * (r.layers + 1); i++) job.seen[i].data = room(r.b * r.t * r.h), job.seen[i].row = -1;
+    for (int64_t i = 0; i < llmpar_mesh_size(&job.mesh) * states(&r); i++) job.seen[i].data = room(r.b * r.t * width(&r, i % states(&r))), job.seen[i].row = -1;
     if (run_ranks(&job, &err)) { fprintf(stderr, "%s: %s\n", mesh, err.text); exit(1); }
-    for (int64_t i = 0; i <= r.layers; i++) assemble(&job, i, r.hidden[i] = room(r.b * r.t * r.h));
+    for (int64_t i = 0; i < states(&r); i++) assemble(&job, i, r.hidden[i] = room(r.b * r.t * width(&r, i)));
     for (int i = 0; i < llmpar_mesh_size(&job.mesh); i++) r.decode_gap = fmax(r.decode_gap, job.gap[i]);
     free(job.seen); free(job.gap);
     return r;
 }
 static void discard(result *r) {
-    for (int64_t i = 0; i <= r->layers; i++) free(r->hidden[i]);
+    for (int64_t i = 0; i < states(r); i++) free(r->hidden[i]);
     free(r->hidden); free(r->logits); free(r->greedy); free(r->decode);
 }
 
@@ -261,16 +281,19 @@ static result read_expected(const char *folder, int32_t **ids) {
     r.greedy = (int32_t *)must(golden_ids(&file, "greedy", dim));
     r.steps  = dim[1];
     for (int64_t n, more = 1; more; r.layers += more) { snprintf(name, sizeof name, "hidden.%d", (int)r.layers); more = golden_find(&file, name, dim, &n) != NULL; }
-    r.hidden = (float **)must(calloc((size_t)r.layers, sizeof(float *)));
+    for (int64_t n, more = 1; more; r.sparse += more) { snprintf(name, sizeof name, "router.%d", (int)r.sparse); more = golden_find(&file, name, dim, &n) != NULL; r.e = more ? dim[1] : r.e; }
     r.layers--;
+    r.hidden = (float **)must(calloc((size_t)states(&r), sizeof(float *)));
     for (int64_t i = 0; i <= r.layers; i++) { snprintf(name, sizeof name, "hidden.%d", (int)i); r.hidden[i] = (float *)must(golden_f32(&file, name, dim)); }
     r.h = dim[2];
+    for (int64_t i = 0; i < r.sparse; i++) { snprintf(name, sizeof name, "router.%d", (int)i); r.hidden[r.layers + 1 + i] = (float *)must(golden_f32(&file, name, dim)); }
     golden_close(&file);
     return r;
 }
 
 static int usage(void) {
-    fprintf(stderr, "usage: golden_check DIR MESH [--sp] [--dtype f32|bf16] [--invariant] [--hash] [--virtual V] [--micro M] [--chunk T] [--schedule NAME] [--mpi]\n"
+    fprintf(stderr, "usage: golden_check DIR MESH [--experts MESH] [--ep-way partial|alltoall|auto] [--sp] [--dtype f32|bf16] [--invariant] [--hash] [--virtual V] [--micro M]\n"
+            "       [--chunk T] [--schedule NAME] [--mpi]\n"
             "for example: golden_check tests/golden/llama dp=2,tp=3\n");
     return 2;
 }
@@ -280,7 +303,7 @@ int main(int argc, char **argv) {
     bool hash = false, mpi = false;
     llmpar_comm *world = NULL;
     int32_t *ids;
-    double hidden = 0, logits;
+    double hidden = 0, router = 0, logits;
     int64_t same = 0;
     if (argc < 3) return usage();
     for (int i = 3; i < argc; i++) {
@@ -292,7 +315,14 @@ int main(int argc, char **argv) {
         else if (strcmp(argv[i], "--micro")    == 0 && i + 1 < argc) how.n_micro   = atoi(argv[++i]);
         else if (strcmp(argv[i], "--chunk")    == 0 && i + 1 < argc) how.chunk     = atoi(argv[++i]);
         else if (strcmp(argv[i], "--schedule") == 0 && i + 1 < argc) how.schedule  = argv[++i];
-        else if (strcmp(argv[i], "--hash") == 0) hash = true;
+        else if (strcmp(argv[i], "--experts")  == 0 && i + 1 < argc) how.experts   = argv[++i];
+        else if (strcmp(argv[i], "--ep-way") == 0 && i + 1 < argc) {
+            static const char *const ways[] = { "auto", "partial", "alltoall" };           // in the order of llmpar_experts_way
+            int way = 0;
+            while (way < 3 && strcmp(argv[i + 1], ways[way]) != 0) way++;
+            if (way == 3) return usage();
+            how.experts_way = (llmpar_experts_way)way, i++;
+        } else if (strcmp(argv[i], "--hash") == 0) hash = true;
         else if (strcmp(argv[i], "--mpi") == 0) mpi = true;
         else return usage();
     }
@@ -318,12 +348,18 @@ int main(int argc, char **argv) {
         for (int64_t j = 0; j < got.b * got.t * got.h; j++) most = fmax(most, fabs((double)want.hidden[i][j]));
         if (!(d / most <= hidden)) hidden = d / most;
     }
+    for (int64_t i = got.layers + 1; i < states(&got); i++) {
+        double d = distance(got.hidden[i], want.hidden[i], got.b * got.t * got.e);
+        if (!(d <= router)) router = d;
+    }
     for (int64_t i = 0; i < got.b * got.steps; i++) same += got.greedy[i] == want.greedy[i];
     bool prints = !world || world->rank == 0;
-    if (prints) printf("max |dlogits| %.2g  hidden %.2g  greedy %lld/%lld\n", logits, hidden, (long long)same, (long long)(got.b * got.steps));
+    if (prints) printf("max |dlogits| %.2g  hidden %.2g  greedy %lld/%lld", logits, hidden, (long long)same, (long long)(got.b * got.steps));
+    if (prints && got.sparse) printf("  router %.2g", router);
+    if (prints) putchar('\n');
     if (hash && prints) printf("prefill %016llx\ndecode %016llx\n", (unsigned long long)fnv1a(got.logits, got.b * got.t * got.v),
                      (unsigned long long)fnv1a(got.decode, got.steps * got.b * got.v));
-    bool good = logits <= LIMIT && hidden <= LIMIT && same == got.b * got.steps;
+    bool good = logits <= LIMIT && hidden <= LIMIT && router <= LIMIT && same == got.b * got.steps;
     discard(&want); discard(&got); free(ids);
     llmpar_comm_free(world);
     return good ? 0 : 1;

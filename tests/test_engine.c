@@ -228,6 +228,7 @@ static void test_feeding(void) {
     static const struct { const char *model, *mesh; int64_t batch, prompt, chunk; } runs[] = {
         { "llama", "tp=1", 2, 8, 0 }, { "llama-odd", "dp=2,tp=2", 3, 7, 0 }, { "qwen2", "tp=3", 2, 5, 0 }, { "llama", "dp=4", 2, 8, 0 }, { "mistral", "tp=2", 1, 6, 0 },
         { "llama", "pp=2", 2, 8, 3 }, { "llama-odd", "pp=2,tp=2", 3, 7, 2 }, { "qwen2", "pp=2", 2, 9, 9 }, { "llama", "pp=2,dp=2", 2, 8, 5 },
+        { "mixtral", "ep=2", 2, 8, 0 }, { "qwen3-moe-mixed", "pp=2,ep=3", 3, 7, 3 },
     };
     for (size_t i = 0; i < sizeof runs / sizeof *runs; i++)
         for (int kind = 0; kind < FEED_KINDS; kind++) {
@@ -360,13 +361,13 @@ static llmpar_status bad_steps(llmpar_engine *engine, int rank, void *user, llmp
 
 static void test_errors(void) {
     static const struct { const char *name, *model, *mesh; int64_t batch, prompt, context; llmpar_status status; const char *part; } bad[] = {
-        { "an axis that is not implemented", "llama", "cp=2",      1, 0, 0,   LLMPAR_UNSUPPORTED,  "axis \"cp\" is not implemented yet; use pp, dp and tp" },
+        { "an axis that is not implemented", "llama", "cp=2",      1, 0, 0,   LLMPAR_UNSUPPORTED,  "axis \"cp\" is not implemented yet; use pp, dp, tp and ep" },
         { "the same beside tp",              "llama", "cp=2,tp=2", 1, 0, 0,   LLMPAR_UNSUPPORTED,  "axis \"cp\"" },
         { "no such folder",                  "none",  "tp=1",      1, 0, 0,   LLMPAR_IO_FAILED,    "none" },
         { "context past the positions",      "llama", "tp=1",      1, 0, 257, LLMPAR_DOES_NOT_FIT, "256 positions" },
         { "prompt longer than the context",  "llama", "tp=1",      1, 9, 8,   LLMPAR_BAD_ARGUMENT, "max_prompt=9" },
         { "negative prompt",                 "llama", "tp=1",      1, -1, 0,  LLMPAR_BAD_ARGUMENT, "max_prompt=-1" },
-        { "unknown architecture",            "mixtral", "tp=2",    1, 0, 0,   LLMPAR_UNSUPPORTED,  "Mixtral" },
+        { "ep without experts",              "llama", "ep=2",      1, 0, 0,   LLMPAR_BAD_ARGUMENT, "ep=2: LlamaForCausalLM has no experts; use pp, dp and tp" },
     };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         if (!can_run(bad[i].mesh)) continue;
@@ -738,6 +739,107 @@ static void test_bytes(void) {
     }
 }
 
+// ---- experts: on meshes of their own, both ways; what each rank reads
+
+typedef struct expert_run { golden_run g; int64_t read[MAX_RANKS], gates[MAX_RANKS]; llmpar_dtype dtype; } expert_run;   // experts' elements that a rank holds, of their dtype
+static llmpar_status see_experts(llmpar_engine *engine, int rank, void *user, llmpar_error *err) {
+    expert_run *x = (expert_run *)user;
+    x->read[rank] = llmpar_engine_get_stats(engine).weight_bytes_read;
+    for (int i = 0; i < llmpar_engine_stages(engine); i++) {
+        const llmpar_engine_stage *stage = llmpar_engine_stage_at(engine, i);
+        const llmpar_graph *g = stage->plan[0]->graph;
+        for (int n = 0; n < g->n_nodes; n++) {
+            llmpar_tensor layout;
+            if (g->node[n].tag < LLMPAR_W_EXPERT_GATE || g->node[n].tag > LLMPAR_W_EXPERT_DOWN) continue;
+            (void)llmpar_exec_data(stage->exec[0], n, 0, &layout);
+            x->gates[rank] += g->block[g->node[n].block].repeats * llmpar_tensor_local_elements(&layout, stage->mesh, stage->comm->rank);
+            x->dtype = layout.dtype;
+        }
+    }
+    return prefill_all(engine, rank, &x->g, err);
+}
+static void run_experts(expert_run *x, const char *model, const char *mesh, const char *experts, llmpar_experts_way way, bool keep) {
+    plan_of_test p = LLMPAR_ZERO;
+    llmpar_error err = LLMPAR_ZERO;
+    memset(x, 0, sizeof *x);
+    x->g.e = read_expected(model);
+    p.desc.max_batch   = x->g.e.b;
+    p.desc.max_prompt  = p.desc.max_context = x->g.e.t;
+    p.desc.all_logits  = true;
+    p.desc.experts     = experts;
+    p.desc.experts_way = way;
+    p.desc.keep_dtype  = keep;
+    p.fn = see_experts;
+    p.user = x;
+    CHECK_OK(run_on(&p, model, mesh, &err), err);
+    for (int r = 0; r < llmpar_mesh_size(&p.mesh); r++) {
+        CHECK_STR(p.text[r], "");
+        CHECK(x->g.logits[r] != NULL);
+        if (!x->g.logits[0] || !x->g.logits[r]) continue;
+        if (!r) CHECK_NEAR(distance(x->g.logits[0], x->g.e.logits, x->g.e.b * x->g.e.t * x->g.e.v), 0, 1e-4);
+        else CHECK(memcmp(x->g.logits[r], x->g.logits[0], (size_t)(x->g.e.b * x->g.e.t * x->g.e.v) * sizeof(float)) == 0);
+    }
+    for (int r = 0; r < MAX_RANKS; r++) free(x->g.logits[r]);
+    free_expected(&x->g.e);
+}
+
+static void test_experts(void) {
+    static const struct { const char *model, *mesh, *experts; int parts[MAX_RANKS]; } runs[] = {    // of how many experts each rank has all, or each in so many parts
+        { "mixtral", "ep=3", NULL, { 3, 3, 2 } },                     { "mixtral", "tp=4", "ep=4", { 2, 2, 2, 2 } },   { "qwen3-moe", "dp=2,tp=2", "ep=4", { 4, 4, 4, 4 } },
+        { "qwen3-moe", "dp=2,tp=2", "edp=2,ep=2", { 8, 8, 8, 8 } },   { "qwen3-moe-mixed", "ep=4", NULL, { 2, 2, 1, 1 } }, { "qwen2-moe", "dp=2,ep=2", NULL, { 4, 4, 4, 4 } },
+        { "qwen2-moe", "tp=2,dp=2", "ep=2", { 4, 4, 4, 4 } },         { "shakespeare-moe", "ep=8", NULL, { 1, 1, 1, 1, 1, 1, 1, 1 } },
+    };
+    for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) for (int way = LLMPAR_EXPERTS_PARTIAL; way <= LLMPAR_EXPERTS_ALLTOALL; way++) {
+        if (!can_run(runs[i].mesh)) continue;
+        TEST(named("experts: %s on %s%s%s, %s: logits, and each rank reads its experts alone", runs[i].model, runs[i].mesh, runs[i].experts ? ", experts " : "", runs[i].experts ? runs[i].experts : "",
+                   way == LLMPAR_EXPERTS_PARTIAL ? "partial" : "alltoall")) {
+            expert_run one, many;
+            llmpar_checkpoint_desc files = LLMPAR_ZERO;
+            llmpar_checkpoint *checkpoint = NULL;
+            llmpar_error err = LLMPAR_ZERO;
+            llmpar_mesh mesh;
+            char path[512];
+            model_path(path, runs[i].model);
+            files.folder = path;
+            CHECK_OK(llmpar_checkpoint_open(&files, &checkpoint, &err), err);
+            if (!checkpoint) continue;
+            const llmpar_model *m = llmpar_checkpoint_model(checkpoint);
+            const int64_t each = 3 * m->expert_intermediate * m->hidden * llmpar_model_sparse_layers(m);   // elements of one expert in all layers
+            const int64_t experts = m->n_experts, size = m->dtype == LLMPAR_F32 ? 4 : 2;
+            CHECK_OK(llmpar_mesh_parse(runs[i].mesh, &mesh, &err), err);
+            const bool tp = llmpar_mesh_find(&mesh, "tp") >= 0;
+            llmpar_checkpoint_close(checkpoint);
+            run_experts(&one, runs[i].model, "tp=1", NULL, LLMPAR_EXPERTS_AUTO, false);
+            run_experts(&many, runs[i].model, runs[i].mesh, runs[i].experts, (llmpar_experts_way)way, false);
+            CHECK_EQ(one.gates[0], experts * each);
+            for (int r = 0; r < llmpar_mesh_size(&mesh); r++) {
+                const int64_t rest = many.read[r] - runs[i].parts[r] * each * size, whole = one.read[0] - experts * each * size;
+                CHECK_EQ(many.gates[r], runs[i].parts[r] * each);
+                if (tp) CHECK(rest < whole); else CHECK_EQ(rest, whole);                   // without tp all but the experts is on every rank
+            }
+        }
+    }
+    TEST("experts: bf16 weights kept: the same logits in less memory") {
+        expert_run wide, narrow;
+        run_experts(&wide, "shakespeare-moe", "tp=1", NULL, LLMPAR_EXPERTS_AUTO, false);
+        run_experts(&narrow, "shakespeare-moe", "tp=1", NULL, LLMPAR_EXPERTS_AUTO, true);
+        CHECK_EQ(wide.dtype, LLMPAR_F32);
+        CHECK_EQ(narrow.dtype, LLMPAR_BF16);
+    }
+    TEST("experts: errors") {
+        static const struct { const char *experts, *part; } bad[] = { { "ep=2", "ep=2 of the experts' mesh is no run of whole axes of tp=1" }, { "x=1", "its axes are edp, ep and etp" } };
+        for (int i = 0; i < 2; i++) {
+            plan_of_test p = LLMPAR_ZERO;
+            llmpar_error err = LLMPAR_ZERO;
+            p.desc.max_prompt = p.desc.max_context = 4;
+            p.desc.experts = bad[i].experts;
+            CHECK_OK(run_on(&p, "mixtral", "tp=1", &err), err);
+            CHECK_EQ(p.status[0], LLMPAR_BAD_ARGUMENT);
+            test_note(strstr(p.text[0], bad[i].part) != NULL, __FILE__, __LINE__, bad[i].part, p.text[0]);
+        }
+    }
+}
+
 // ---- memory: none is taken between create and free; every allocation may fail
 
 typedef struct counter { int64_t calls, live, fail_at; } counter;          // one rank's; fail_at = number of the call that fails, 0 = none
@@ -783,6 +885,35 @@ static plan_of_test memory_plan(memory_run *m, int64_t fail_at, int fail_rank) {
 static void test_memory(void) {
     memory_run m = LLMPAR_ZERO;
     llmpar_error err = LLMPAR_ZERO;
+    m.e = read_expected("qwen3-moe-mixed");
+    TEST("memory: experts: steps allocate nothing, free gives all back") {
+        static const char *const meshes[] = { "tp=1", "ep=3", "dp=2,ep=2", "pp=2,ep=2" };
+        for (int i = 0; i < 8; i++) {
+            if (!can_run(meshes[i / 2])) continue;
+            plan_of_test p = memory_plan(&m, 0, 0);
+            p.desc.experts_way = i % 2 ? LLMPAR_EXPERTS_ALLTOALL : LLMPAR_EXPERTS_PARTIAL;
+            CHECK_OK(run_on(&p, "qwen3-moe-mixed", meshes[i / 2], &err), err);
+            for (int r = 0; r < llmpar_mesh_size(&p.mesh); r++) {
+                CHECK_EQ(m.calls_in_steps[r], 0);
+                CHECK(m.counter[r].calls > 5);
+                CHECK_EQ(m.counter[r].live, 0);
+            }
+        }
+    }
+    if (can_run("ep=2")) TEST("memory: experts: every allocation of rank 1 of 2 fails once: both fail, nobody hangs, no leak") {
+        int64_t failures = 0;
+        for (int64_t at = 1; at < 10000; at += test_stress() ? 1 : 3, failures++) {
+            plan_of_test p = memory_plan(&m, at, 1);
+            p.desc.experts_way = at % 2 ? LLMPAR_EXPERTS_ALLTOALL : LLMPAR_EXPERTS_PARTIAL;
+            llmpar_status status = run_on(&p, "qwen3-moe-mixed", "ep=2", &err);
+            CHECK_EQ(m.counter[0].live, 0);
+            CHECK_EQ(m.counter[1].live, 0);
+            if (!status && !p.status[1]) break;
+            CHECK(status || (p.status[0] && p.status[1]));
+        }
+        CHECK(failures > 5);
+    }
+    free_expected(&m.e);
     m.e = read_expected("llama");
     TEST("memory: steps allocate nothing, free gives all back") {
         static const char *const meshes[] = { "tp=1", "dp=2,tp=2", "pp=2", "tp=2,pp=2" };
@@ -888,6 +1019,7 @@ int main(void) {
     test_record();
     test_in_flight();
     test_bytes();
+    test_experts();
     test_memory();
     test_ops();
     return test_done();

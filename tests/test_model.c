@@ -69,12 +69,166 @@ static void golden_configs(void) {
             if (cases[i].rope == LLMPAR_ROPE_LLAMA3) CHECK(m.rope.factor == 8.0 && m.rope.low_freq_factor == 1.0 && m.rope.high_freq_factor == 4.0 && m.rope.original_positions == 32);
         }
     }
-    for (int i = 0; i < 5; i++) {
-        static const char *const moe[5] = { "mixtral", "qwen2-moe", "qwen3-moe", "qwen3-moe-mixed", "shakespeare-moe" };
-        TEST("an architecture without an implementation lists the known ones") {
-            size_t n = read_config(moe[i]);
-            CHECK_FAIL(llmpar_model_parse(text, n, &m, &err), LLMPAR_UNSUPPORTED, err, "is not known; known: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM");
+}
+
+// The mixture-of-experts checkpoints, and what their config.json may leave out.
+static void experts(void) {
+    static const struct { const char *name; int layers, hidden, intermediate, heads, kv, dim, e, k, j, js, renormalise, sparse, qkv_bias, qk_norm, tied; double theta; } cases[] = {
+        { "mixtral",         2,  64,  48, 8, 2,  8,  8, 2,  48,  0, 1, 2, 0, 0, 0, 1e6 }, { "qwen3-moe", 2, 64, 112, 8, 2, 16, 16, 4, 24, 0, 1, 2, 0, 1, 0, 1e4 },
+        { "qwen3-moe-mixed", 2,  48,  80, 4, 2, 12,  6, 2,  20,  0, 0, 1, 0, 1, 0, 1e4 }, { "qwen2-moe", 2, 48,  80, 4, 2, 12,  8, 3, 20, 36, 0, 2, 1, 0, 0, 1e4 },
+        { "shakespeare-moe", 3, 128, 160, 4, 2, 32,  8, 2, 160,  0, 1, 3, 0, 0, 1, 1e4 },
+    };
+    llmpar_error err = LLMPAR_ZERO;
+    llmpar_model m;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        case_name("config of golden/%s", cases[i].name);
+        TEST(case_text) {
+            size_t n = read_config(cases[i].name);
+            CHECK(n > 0);
+            if (n == 0) continue;
+            CHECK_OK(llmpar_model_parse(text, n, &m, &err), err);
+            CHECK_EQ(m.layers, cases[i].layers);       CHECK_EQ(m.hidden, cases[i].hidden);         CHECK_EQ(m.intermediate, cases[i].intermediate);
+            CHECK_EQ(m.n_heads, cases[i].heads);       CHECK_EQ(m.n_kv_heads, cases[i].kv);         CHECK_EQ(m.head_dim, cases[i].dim);
+            CHECK_EQ(m.n_experts, cases[i].e);         CHECK_EQ(m.route.n_experts, cases[i].e);     CHECK_EQ(m.route.k, cases[i].k);
+            CHECK_EQ(m.expert_intermediate, cases[i].j); CHECK_EQ(m.shared_intermediate, cases[i].js); CHECK_EQ(m.shared_gate, cases[i].js > 0);
+            CHECK_EQ(m.route.score, LLMPAR_SCORE_SOFTMAX); CHECK_EQ(m.route.renormalise, cases[i].renormalise);
+            CHECK_EQ(m.qkv_bias, cases[i].qkv_bias);   CHECK_EQ(m.qk_norm, cases[i].qk_norm);       CHECK_EQ(m.tied_head, cases[i].tied);
+            CHECK_EQ(m.o_bias + m.mlp_bias, 0);        CHECK_EQ(m.sliding_window, 0);               CHECK(m.rope.theta == cases[i].theta);
+            CHECK_EQ(llmpar_model_sparse_layers(&m), cases[i].sparse);
+            for (int64_t l = 0; l < m.layers; l++) CHECK_EQ(llmpar_model_sparse(&m, l), l >= m.layers - cases[i].sparse);
         }
+    }
+    TEST("keys that are absent: Mixtral, Qwen2-MoE, Qwen3-MoE") {
+        CHECK_OK(parse(config("MixtralForCausalLM", ""), &m, &err), err);
+        CHECK_EQ(m.n_experts, 8); CHECK_EQ(m.route.k, 2); CHECK_EQ(m.route.renormalise, 1); CHECK_EQ(m.expert_intermediate, 112); CHECK_EQ(m.shared_intermediate, 0); CHECK_EQ(m.n_kv_heads, 8);
+        CHECK_EQ(m.positions, 131072); CHECK_EQ(m.head_dim, 8); CHECK_EQ(m.sliding_window, 0); CHECK(m.norm_eps == 1e-5); CHECK(m.rope.theta == 1e6); CHECK_EQ(m.n_eos, 1); CHECK_EQ(m.eos[0], 2);
+        CHECK_FAIL(parse(config("Qwen2MoeForCausalLM", ""), &m, &err), LLMPAR_BAD_FILE, err, "n_kv_heads=16 does not divide n_heads=8");
+        CHECK_OK(parse(config("Qwen2MoeForCausalLM", "\"num_key_value_heads\": null"), &m, &err), err);
+        CHECK_EQ(m.n_experts, 60); CHECK_EQ(m.route.k, 4); CHECK_EQ(m.route.renormalise, 0); CHECK_EQ(m.expert_intermediate, 1408); CHECK_EQ(m.shared_intermediate, 5632); CHECK_EQ(m.shared_gate, 1);
+        CHECK_EQ(m.qkv_bias, 1); CHECK_EQ(m.n_kv_heads, 8); CHECK_EQ(m.positions, 32768); CHECK(m.norm_eps == 1e-6); CHECK(m.rope.theta == 1e4); CHECK_EQ(m.n_eos, 0);
+        CHECK_OK(parse(config("Qwen3MoeForCausalLM", ""), &m, &err), err);
+        CHECK_EQ(m.n_experts, 128); CHECK_EQ(m.route.k, 8); CHECK_EQ(m.route.renormalise, 0); CHECK_EQ(m.expert_intermediate, 768); CHECK_EQ(m.shared_intermediate, 0); CHECK_EQ(m.shared_gate, 0);
+        CHECK_EQ(m.qkv_bias, 0); CHECK_EQ(m.qk_norm, 1); CHECK_EQ(m.n_kv_heads, 4); CHECK_EQ(m.head_dim, 8); CHECK_EQ(m.sparse_step, 1);
+    }
+    TEST("mixture of experts: numbers, both names of the number of experts, biases, model_type") {
+        CHECK_OK(parse(config("MixtralForCausalLM", "\"num_local_experts\": 5, \"num_experts\": 9, \"num_experts_per_tok\": 5"), &m, &err), err);
+        CHECK_EQ(m.n_experts, 5); CHECK_EQ(m.route.k, 5);
+        CHECK_OK(parse(config("Qwen3MoeForCausalLM", "\"num_local_experts\": 9, \"num_experts\": null, \"norm_topk_prob\": true, \"moe_intermediate_size\": 7"), &m, &err), err);
+        CHECK_EQ(m.n_experts, 9); CHECK_EQ(m.route.renormalise, 1); CHECK_EQ(m.expert_intermediate, 7); CHECK_EQ(m.intermediate, 112);
+        CHECK_OK(parse(config("Qwen3MoeForCausalLM", "\"attention_bias\": true, \"qkv_bias\": false"), &m, &err), err); CHECK_EQ(m.qkv_bias, 1); CHECK_EQ(m.o_bias, 1); CHECK_EQ(m.mlp_bias, 0);
+        CHECK_OK(parse(config("Qwen2MoeForCausalLM", "\"qkv_bias\": false, \"num_key_value_heads\": 2"), &m, &err), err); CHECK_EQ(m.qkv_bias, 0);
+        CHECK_OK(parse(config("LlamaForCausalLM", "\"num_local_experts\": 8"), &m, &err), err); CHECK_EQ(m.n_experts, 0); CHECK_EQ(llmpar_model_sparse_layers(&m), 0);
+        const char *sizes = "\"hidden_size\": 64, \"intermediate_size\": 112, \"num_hidden_layers\": 2, \"num_attention_heads\": 8, \"vocab_size\": 160}";
+        snprintf(text, sizeof text, "{\"model_type\": \"qwen3_moe\", %s", sizes);
+        CHECK_OK(parse(text, &m, &err), err); CHECK_STR(m.architecture, "Qwen3MoeForCausalLM");
+    }
+    TEST("which layers are dense: decoder_sparse_step, mlp_only_layers, no experts at all") {
+        static const struct { const char *more, *sparse; int own; } steps[] = {              // a letter per layer
+            { "\"decoder_sparse_step\": 1", "ssssss", 1 }, { "\"decoder_sparse_step\": 2", "dsdsds", 1 }, { "\"decoder_sparse_step\": 4", "dddsdd", 1 }, { "\"decoder_sparse_step\": 9", "dddddd", 1 },
+            { "\"mlp_only_layers\": [0, 4, 4, 77, 5000]", "dsssds", 1 }, { "\"mlp_only_layers\": null", "ssssss", 1 }, { "\"mlp_only_layers\": [1,3], \"decoder_sparse_step\": 2", "dddddS", 0 },
+            { "\"num_experts\": 0", "dddddd", 1 }, { "\"num_experts\": 0, \"num_experts_per_tok\": 3, \"mlp_only_layers\": 7", "dddddd", 1 },
+        };
+        for (size_t i = 0; i < sizeof steps / sizeof *steps; i++) {
+            int64_t sparse = 0;
+            snprintf(text, sizeof text, "{\"architectures\": [\"Qwen3MoeForCausalLM\"], \"hidden_size\": 64, \"intermediate_size\": 112, \"num_hidden_layers\": 6, \"num_attention_heads\": 8, "
+                     "\"vocab_size\": 160, %s}", steps[i].more);
+            CHECK_OK(parse(text, &m, &err), err);
+            for (int l = 0; l < 6; l++) {
+                CHECK_EQ(llmpar_model_sparse(&m, l), steps[i].sparse[l] == 's' || steps[i].sparse[l] == 'S');
+                sparse += steps[i].sparse[l] != 'd';
+            }
+            CHECK_EQ(llmpar_model_sparse_layers(&m), sparse);
+            CHECK_EQ(llmpar_model_has(&m, LLMPAR_W_ROUTER), sparse > 0);
+            CHECK_EQ(llmpar_model_has(&m, LLMPAR_W_GATE), sparse < 6);
+            m.layers = 5000;                                                               // past what dense[] knows
+            sparse = 0;
+            for (int l = 0; l < 5000; l++) sparse += llmpar_model_sparse(&m, l);
+            CHECK_EQ(llmpar_model_sparse_layers(&m), sparse);
+        }
+    }
+    TEST("mixture of experts: errors") {
+        static const struct { const char *architecture, *more; llmpar_status status; const char *part; } bad[] = {
+            { "MixtralForCausalLM",  "\"num_local_experts\": 0", LLMPAR_BAD_FILE, "\"num_local_experts\" is 0" },
+            { "MixtralForCausalLM",  "\"num_experts_per_tok\": 9", LLMPAR_BAD_FILE, "num_experts_per_tok=9 of 8 experts" },
+            { "MixtralForCausalLM",  "\"num_experts_per_tok\": 0", LLMPAR_BAD_FILE, "\"num_experts_per_tok\" is 0" },
+            { "MixtralForCausalLM",  "\"num_local_experts\": \"8\"", LLMPAR_BAD_FILE, "expected an integer" },
+            { "MixtralForCausalLM",  "\"num_local_experts\": 4096", LLMPAR_BAD_FILE, "4096 experts" },
+            { "Qwen3MoeForCausalLM", "\"moe_intermediate_size\": 0", LLMPAR_BAD_FILE, "\"moe_intermediate_size\" is 0" },
+            { "Qwen3MoeForCausalLM", "\"norm_topk_prob\": 1", LLMPAR_BAD_FILE, "expected true or false" },
+            { "Qwen3MoeForCausalLM", "\"decoder_sparse_step\": 0", LLMPAR_BAD_FILE, "\"decoder_sparse_step\" is 0" },
+            { "Qwen3MoeForCausalLM", "\"mlp_only_layers\": 1", LLMPAR_BAD_FILE, "expected null or a list of layers" },
+            { "Qwen3MoeForCausalLM", "\"mlp_only_layers\": [0, -1]", LLMPAR_BAD_FILE, "\"mlp_only_layers\" is -1" },
+            { "Qwen3MoeForCausalLM", "\"mlp_only_layers\": [\"0\"]", LLMPAR_BAD_FILE, "expected layers, from 0" },
+            { "Qwen2MoeForCausalLM", "\"num_key_value_heads\": 2, \"shared_expert_intermediate_size\": 0", LLMPAR_BAD_FILE, "\"shared_expert_intermediate_size\" is 0" },
+            { "Qwen2MoeForCausalLM", "\"num_key_value_heads\": 2, \"qkv_bias\": 3", LLMPAR_BAD_FILE, "expected true or false" },
+        };
+        for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) CHECK_FAIL(parse(config(bad[i].architecture, bad[i].more), &m, &err), bad[i].status, err, bad[i].part);
+        snprintf(text, sizeof text, "{\"architectures\": [\"Qwen3MoeForCausalLM\"], \"hidden_size\": 64, \"intermediate_size\": 112, \"num_hidden_layers\": 1200, \"num_attention_heads\": 8, "
+                 "\"vocab_size\": 160, \"mlp_only_layers\": [1023, 1024]}");
+        CHECK_FAIL(parse(text, &m, &err), LLMPAR_UNSUPPORTED, err, "mlp_only_layers names layer 1024; layers up to 1023");
+    }
+    TEST("mixture of experts: presets, their parameters and those of a token") {             // 47 and 13, 30.5 and 3.3, 57.4 and 14 thousand million, as their model cards say
+        static const struct { const char *name; int64_t all, active; } presets[] = {
+            { "mixtral-8x7b", 46702792704, 12879925248 }, { "qwen3-30b-a3b", 30532122624, 3353032704 }, { "qwen2-57b-a14b", 57408658944, 14249270784 } };
+        for (int i = 0; i < 3; i++) {
+            CHECK_OK(llmpar_model_preset(presets[i].name, &m, &err), err);
+            CHECK_EQ(llmpar_model_parameters(&m), presets[i].all);
+            CHECK_EQ(llmpar_model_active_parameters(&m), presets[i].active);
+        }
+        CHECK_OK(llmpar_model_preset("llama-3-8b", &m, &err), err);
+        CHECK_EQ(llmpar_model_active_parameters(&m), llmpar_model_parameters(&m));
+    }
+    TEST("mixture of experts: weights, their dims and where they are") {
+        static const struct { llmpar_weight_kind kind; const char *shape; } weights[] = {
+            { LLMPAR_W_ROUTER, "wr[E=8, H=64]" }, { LLMPAR_W_EXPERT_GATE, "egate[E=8, J=20, H=64]" }, { LLMPAR_W_EXPERT_UP, "eup[E=8, J=20, H=64]" }, { LLMPAR_W_EXPERT_DOWN, "edown[E=8, H=64, J=20]" },
+            { LLMPAR_W_SHARED_GATE, "sgate[Js=36, H=64]" }, { LLMPAR_W_SHARED_UP, "sup[Js=36, H=64]" }, { LLMPAR_W_SHARED_DOWN, "sdown[H=64, Js=36]" }, { LLMPAR_W_SHARED_SCALE, "sscale[H=64]" },
+        };
+        static const struct { int mixtral; llmpar_weight_kind kind; int choice; const char *name; int row, rows; } names[] = {
+            { 0, LLMPAR_W_ROUTER, 0, "model.layers.11.mlp.gate.weight", 0, 8 }, { 0, LLMPAR_W_ROUTER, 1, "layers.11.mlp.gate.weight", 0, 8 }, { 0, LLMPAR_W_ROUTER, 2, NULL, 0, 0 },
+            { 0, LLMPAR_W_EXPERT_GATE, 0, "model.layers.11.mlp.experts.5.gate_proj.weight", 0, 20 }, { 0, LLMPAR_W_EXPERT_UP, 1, "layers.11.mlp.experts.5.up_proj.weight", 0, 20 },
+            { 0, LLMPAR_W_EXPERT_DOWN, 0, "model.layers.11.mlp.experts.5.down_proj.weight", 0, 64 }, { 0, LLMPAR_W_EXPERT_GATE, 2, "model.layers.11.mlp.experts.gate_up_proj", 200, 320 },
+            { 0, LLMPAR_W_EXPERT_UP, 3, "layers.11.mlp.experts.gate_up_proj", 220, 320 }, { 0, LLMPAR_W_EXPERT_DOWN, 2, "model.layers.11.mlp.experts.down_proj", 320, 512 },
+            { 0, LLMPAR_W_EXPERT_DOWN, 4, NULL, 0, 0 }, { 0, LLMPAR_W_SHARED_GATE, 0, "model.layers.11.mlp.shared_expert.gate_proj.weight", 0, 36 },
+            { 0, LLMPAR_W_SHARED_DOWN, 0, "model.layers.11.mlp.shared_expert.down_proj.weight", 0, 64 }, { 0, LLMPAR_W_SHARED_SCALE, 0, "model.layers.11.mlp.shared_expert_gate.weight", 0, 1 },
+            { 1, LLMPAR_W_ROUTER, 0, "model.layers.11.block_sparse_moe.gate.weight", 0, 8 }, { 1, LLMPAR_W_ROUTER, 2, "model.layers.11.mlp.gate.weight", 0, 8 },
+            { 1, LLMPAR_W_EXPERT_GATE, 0, "model.layers.11.block_sparse_moe.experts.5.w1.weight", 0, 20 }, { 1, LLMPAR_W_EXPERT_UP, 0, "model.layers.11.block_sparse_moe.experts.5.w3.weight", 0, 20 },
+            { 1, LLMPAR_W_EXPERT_DOWN, 1, "layers.11.block_sparse_moe.experts.5.w2.weight", 0, 64 }, { 1, LLMPAR_W_EXPERT_UP, 2, "model.layers.11.mlp.experts.gate_up_proj", 220, 320 },
+            { 1, LLMPAR_W_SHARED_GATE, 0, NULL, 0, 0 },
+        };
+        llmpar_model mixtral;
+        CHECK_OK(parse(config("Qwen2MoeForCausalLM", "\"num_experts\": 8, \"moe_intermediate_size\": 20, \"shared_expert_intermediate_size\": 36, \"num_key_value_heads\": 2"), &m, &err), err);
+        CHECK_OK(parse(config("MixtralForCausalLM", ""), &mixtral, &err), err);
+        mixtral.expert_intermediate = 20;
+        for (size_t i = 0; i < sizeof weights / sizeof *weights; i++) {
+            llmpar_tensor w;
+            char shown[100];
+            int at = 0;
+            llmpar_model_weight(&m, weights[i].kind, &w);
+            llmpari_append(shown, sizeof shown, &at, "%s[", w.name);
+            for (int d = 0; d < w.n_dims; d++) llmpari_append(shown, sizeof shown, &at, "%s%s=%d", d ? ", " : "", w.dim[d].name, (int)w.dim[d].size);
+            llmpari_append(shown, sizeof shown, &at, "]");
+            CHECK_STR(shown, weights[i].shape);
+            CHECK(llmpar_model_has(&m, weights[i].kind));
+            CHECK_EQ(llmpar_model_has(&mixtral, weights[i].kind), i < 4);
+        }
+        CHECK(!llmpar_model_has(&m, LLMPAR_W_GATE));
+        for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+            char tensor[LLMPAR_TENSOR_NAME] = "";
+            int64_t row = -1, rows = -1;
+            bool found = llmpar_model_tensor_name(names[i].mixtral ? &mixtral : &m, names[i].kind, 11, 5, names[i].choice, tensor, &row, &rows);
+            CHECK_EQ(found, names[i].name != NULL);
+            if (found && names[i].name) { CHECK_STR(tensor, names[i].name); CHECK_EQ(row, names[i].row); CHECK_EQ(rows, names[i].rows); }
+        }
+    }
+    TEST("model_check: experts") {
+        llmpar_model ok;
+        CHECK_OK(llmpar_model_preset("qwen3-30b-a3b", &ok, &err), err);
+        m = ok; m.n_experts = 64;            CHECK_FAIL(llmpar_model_check(&m, &err), LLMPAR_BAD_ARGUMENT, err, "route.n_experts=128, n_experts=64");
+        m = ok; m.n_experts = -1;            CHECK_FAIL(llmpar_model_check(&m, &err), LLMPAR_BAD_ARGUMENT, err, "n_experts=-1");
+        m = ok; m.expert_intermediate = 0;   CHECK_FAIL(llmpar_model_check(&m, &err), LLMPAR_BAD_ARGUMENT, err, "expert_intermediate=0");
+        m = ok; m.route.k = 129;             CHECK_FAIL(llmpar_model_check(&m, &err), LLMPAR_BAD_ARGUMENT, err, "129");
+        m = ok; m.layers = m.hidden = m.expert_intermediate = INT32_MAX; CHECK_FAIL(llmpar_model_check(&m, &err), LLMPAR_OVERFLOW, err, "64 bits");
+        CHECK_EQ(llmpar_model_active_parameters(&m), INT64_MAX);
     }
 }
 
@@ -201,6 +355,11 @@ static void windows(void) {
         { "Qwen3ForCausalLM", "\"sliding_window\": 7, \"use_sliding_window\": true, \"layer_types\": [\"full_attention\", \"sliding_attention\"]", LLMPAR_UNSUPPORTED, 0, "differ from layer to layer" },
         { "Qwen3ForCausalLM", "\"sliding_window\": 7, \"use_sliding_window\": true, \"layer_types\": [\"full_attention\"]", LLMPAR_BAD_FILE, 0, "has 1 entries; expected num_hidden_layers=2" },
         { "Qwen3ForCausalLM", "\"sliding_window\": 7, \"use_sliding_window\": true, \"layer_types\": [\"linear\", \"linear\"]", LLMPAR_UNSUPPORTED, 0, "layer type \"linear\" is not known" },
+        { "MixtralForCausalLM", "", 0, 0, "" }, { "MixtralForCausalLM", "\"sliding_window\": 7", 0, 7, "" }, { "MixtralForCausalLM", "\"sliding_window\": null", 0, 0, "" },
+        { "Qwen3MoeForCausalLM", "\"sliding_window\": 7", 0, 0, "" }, { "Qwen3MoeForCausalLM", "\"sliding_window\": 7, \"use_sliding_window\": true", 0, 7, "" },
+        { "Qwen3MoeForCausalLM", "\"use_sliding_window\": true", 0, 4096, "" }, { "Qwen3MoeForCausalLM", "\"sliding_window\": null, \"use_sliding_window\": true", 0, 0, "" },
+        { "Qwen2MoeForCausalLM", "\"num_key_value_heads\": 2, \"sliding_window\": 7, \"use_sliding_window\": true, \"max_window_layers\": 0", 0, 7, "" },
+        { "Qwen2MoeForCausalLM", "\"num_key_value_heads\": 2, \"sliding_window\": 7, \"use_sliding_window\": true", 0, 0, "" },
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         llmpar_error err = LLMPAR_ZERO;
@@ -398,9 +557,10 @@ static void weights(void) {
     TEST("every weight: name, dims, split rules") {
         static const char *const want[LLMPAR_W_COUNT] = { "embed[V=160, H=64]", "attn_norm[H=64]", "mlp_norm[H=64]", "final_norm[H=64]", "wq[N=8, D=24, H=64]", "wk[K=2, D=24, H=64]",
             "wv[K=2, D=24, H=64]", "wo[H=64, N=8, D=24]", "bq[N=8, D=24]", "bk[K=2, D=24]", "bv[K=2, D=24]", "bo[H=64]", "q_norm[D=24]", "k_norm[D=24]", "wgate[I=112, H=64]", "wup[I=112, H=64]",
-            "wdown[H=64, I=112]", "bgate[I=112]", "bup[I=112]", "bdown[H=64]", "head[V=160, H=64]" };
+            "wdown[H=64, I=112]", "bgate[I=112]", "bup[I=112]", "bdown[H=64]", NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, "head[V=160, H=64]" };
         CHECK_OK(parse(config("Qwen3ForCausalLM", "\"head_dim\": 24, \"num_key_value_heads\": 2, \"dtype\": \"bfloat16\""), &m, &err), err);
         for (int kind = 0; kind < LLMPAR_W_COUNT; kind++) {
+            if (llmpari_weight_is_sparse(kind)) continue;                                  // of models with experts: see there
             llmpar_tensor w;
             char shown[100];
             int at = 0;
@@ -433,7 +593,8 @@ static void weights(void) {
             int at = 0;
             CHECK_OK(parse(config(cases[i].architecture, cases[i].more), &m, &err), err);
             for (int kind = 0; kind < LLMPAR_W_COUNT; kind++)
-                if (!llmpar_model_has(&m, (llmpar_weight_kind)kind)) llmpari_append(without, sizeof without, &at, "%s%s", at ? " " : "", llmpar_weight_name((llmpar_weight_kind)kind));
+                if (llmpari_weight_is_sparse(kind)) CHECK(!llmpar_model_has(&m, (llmpar_weight_kind)kind));
+                else if (!llmpar_model_has(&m, (llmpar_weight_kind)kind)) llmpari_append(without, sizeof without, &at, "%s%s", at ? " " : "", llmpar_weight_name((llmpar_weight_kind)kind));
             CHECK_STR(without, cases[i].without);
             CHECK_EQ(llmpar_model_parameters(&m), cases[i].parameters);
         }
@@ -456,14 +617,14 @@ static void weights(void) {
         for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
             char tensor[LLMPAR_TENSOR_NAME] = "";
             int64_t row = -1, rows = -1;
-            bool found = llmpar_model_tensor_name(&m, cases[i].kind, 11, cases[i].choice, tensor, &row, &rows);
+            bool found = llmpar_model_tensor_name(&m, cases[i].kind, 11, 0, cases[i].choice, tensor, &row, &rows);
             CHECK_EQ(found, cases[i].name != NULL);
             if (found && cases[i].name) { CHECK_STR(tensor, cases[i].name); CHECK_EQ(row, cases[i].row); CHECK_EQ(rows, cases[i].rows); }
         }
         char tensor[LLMPAR_TENSOR_NAME];
         int64_t row, rows;
         m.tied_head = true;
-        CHECK(llmpar_model_tensor_name(&m, LLMPAR_W_HEAD, 0, 0, tensor, &row, &rows)); CHECK_STR(tensor, "model.embed_tokens.weight");
+        CHECK(llmpar_model_tensor_name(&m, LLMPAR_W_HEAD, 0, 0, 0, tensor, &row, &rows)); CHECK_STR(tensor, "model.embed_tokens.weight");
     }
     TEST("model_check") {
         llmpar_model ok;
@@ -484,6 +645,7 @@ static void weights(void) {
 int main(void) {
     test_seed(17);
     golden_configs();
+    experts();
     defaults();
     ropes();
     windows();

@@ -343,13 +343,14 @@ static double act(llmpar_activation kind, double x) {
     case LLMPAR_EXP:       return exp(x);
     case LLMPAR_SQUARE:    return x * x;
     case LLMPAR_NEGATE:    return -x;
+    case LLMPAR_SIGMOID:   return 1 / (1 + exp(-x));
     }
     return NAN;
 }
 // Bounds, in eps of the result: what e^x and a few roundings give; the negative tails of gelu lose bits in 1 + erf and in e^u; below 1e-36 silu and gelu_tanh may be 0, since the e^-x that they divide by overflows.
 static double act_bound(llmpar_activation kind, double x, double y) {
     switch (kind) {
-    case LLMPAR_SILU:      return eps * 8 * fabs(y) + 1e-36;
+    case LLMPAR_SILU: case LLMPAR_SIGMOID: return eps * 8 * fabs(y) + 1e-36;
     case LLMPAR_GELU:      return eps * (8 * fabs(y) + 4 * fabs(x));
     case LLMPAR_GELU_TANH: return eps * (8 + 8 * fabs(x * x * x) + 4 * fabs(x)) * fabs(y) + 1e-36;
     case LLMPAR_EXP:       return eps * 4 * fabs(y) + 2e-45;
@@ -358,10 +359,10 @@ static double act_bound(llmpar_activation kind, double x, double y) {
 }
 static void test_elementwise(void) {
     static const char *names[] = { "unary and gated: silu", "unary and gated: gelu", "unary and gated: gelu_tanh", "unary and gated: relu", "unary and gated: exp",
-                                   "unary and gated: square", "unary and gated: negate" };
+                                   "unary and gated: square", "unary and gated: negate", "unary and gated: sigmoid" };
     enum { N = 1003 };
     float x[N], y[N], up[N], copy[N], limits[3] = { NAN, INFINITY, -INFINITY };
-    for (int kind = 0; kind < 7; kind++) {
+    for (int kind = 0; kind < 8; kind++) {
         TEST(names[kind]) {
             llmpar_unary_args u = LLMPAR_ZERO;
             llmpar_gated_args g = LLMPAR_ZERO;
@@ -392,6 +393,7 @@ static void test_elementwise(void) {
             CHECK(isnan(y[0]));
             if (u.kind == LLMPAR_EXP) CHECK(y[1] == INFINITY && y[2] == 0.0f);
             if (u.kind == LLMPAR_RELU) CHECK(y[1] == INFINITY && y[2] == 0.0f);
+            if (u.kind == LLMPAR_SIGMOID) CHECK(y[1] == 1.0f && y[2] == 0.0f);
             if (u.kind == LLMPAR_SILU || u.kind == LLMPAR_GELU) CHECK(y[1] == INFINITY);
             u.n = 0; u.x = NULL; u.y = NULL;
             ops.unary(ops.user, &u);
@@ -470,6 +472,130 @@ static void test_elementwise(void) {
         for (int i = 0; i < 20; i++) x[i] = -INFINITY;                                     // 0 / 0
         ops.softmax(ops.user, &g);
         CHECK(isnan(y[0]) && isnan(y[19]) && !isnan(y[20]));
+    }
+}
+
+// ---- experts --------------------------------------------------------------------------------------------------------------------------------------
+
+// A copy of every row at each of its places, in a window of them, and nothing elsewhere.
+static void test_permute(void) {
+    TEST("permute: rows of any size, 0 to 4 places each, a window; also past the caches") {
+        for (int i = 0; i < (test_stress() ? 2000 : 200); i++) {
+            const bool large = i % 50 == 0;
+            const int64_t rows = large ? 600 : test_below(30), k = large ? 4 : test_below(5), bytes = large ? 4099 + test_below(100) : test_below(200), places = rows * k + 3;
+            const int64_t first = test_below(3), count = large ? places - first : test_below(places - first + 1), skew = test_below(16);
+            int32_t *to = (int32_t *)need(rows * k * 4), *taken = (int32_t *)need(places * 4);
+            uint8_t *x = (uint8_t *)need(rows * bytes), *y = (uint8_t *)need(count * bytes + skew);
+            llmpar_permute_args g = LLMPAR_ZERO;
+            bool good = true;
+            CHECK(!large || count * bytes > 8 << 20);
+            for (int64_t e = 0; e < rows * bytes; e++) x[e] = (uint8_t)(test_random() | 1);
+            memset(y, 0, (size_t)(count * bytes + skew));
+            for (int64_t p = 0; p < places; p++) taken[p] = -1;
+            for (int64_t e = 0; e < rows * k; e++) {
+                int64_t at = test_below(places);
+                while (taken[at] >= 0) at = (at + 1) % places;
+                to[e] = test_below(5) ? (int32_t)at : -1;
+                if (to[e] >= 0) taken[at] = (int32_t)(e / k);
+            }
+            g.rows = rows; g.k = k; g.bytes = bytes; g.first = first; g.count = count; g.x = x; g.to = to; g.y = y + skew;
+            ops.permute(ops.user, &g);
+            for (int64_t p = 0; p < count; p++)
+                for (int64_t e = 0; e < bytes; e++) good = good && y[skew + p * bytes + e] == (taken[first + p] < 0 ? 0 : x[taken[first + p] * bytes + e]);
+            for (int64_t e = 0; e < skew; e++) good = good && y[e] == 0;
+            CHECK(good);
+            free(to); free(taken); free(x); free(y);
+        }
+    }
+}
+
+static void test_grouped(void) {
+    TEST("grouped: a row has the bits of a product of its own, whatever rows its expert has") {
+        for (int i = 0; i < (test_stress() ? 300 : 40); i++) {
+            const llmpar_dtype dtype = (llmpar_dtype)(i % 3);
+            const int64_t experts = 1 + test_below(7), n = 1 + test_below(60), k = 1 + test_below(i % 4 ? 100 : 1500), before = test_below(100), bytes = llmpar_dtype_bytes(dtype);
+            int64_t offsets[9], most = 0;
+            const bool transposed = test_below(2);
+            offsets[0] = before;                               // experts of another rank come first
+            for (int64_t e = 0; e < experts; e++) {
+                const int64_t rows = test_below(3) ? test_below(20) : test_below(3) ? 0 : test_below(200);
+                offsets[e + 1] = offsets[e] + rows;
+                most = llmpari_max(most, rows);
+            }
+            const int64_t rows = offsets[experts] - before, gap = test_below(9);
+            llmpar_grouped_args g = LLMPAR_ZERO;
+            float *a = random_floats(rows * k), *c = floats(rows * n), *want = floats(n), *scratch = floats(llmpar_gemm_scratch(most, n, k, dtype));
+            void *b = need((experts * (n * k + gap)) * bytes);
+            for (int64_t e = 0; e < experts * (n * k + gap); e++) set_value(b, dtype, e, random_float());
+            g.gemm.n = g.gemm.ldc = n; g.gemm.k = g.gemm.lda = k; g.gemm.a = a; g.gemm.b = b; g.gemm.ldb = transposed ? k : n; g.gemm.b_dtype = dtype; g.gemm.b_transposed = transposed;
+            g.gemm.accumulate = test_below(2); g.gemm.c = c; g.gemm.scratch = scratch;
+            g.experts = experts; g.b_stride = n * k + gap; g.offsets = offsets;
+            for (int64_t e = 0; e < rows * n; e++) c[e] = (float)(e % 7);
+            ops.grouped(ops.user, &g);
+            for (int64_t e = 0; e < experts; e++)
+                for (int64_t r = offsets[e] - before; r < offsets[e + 1] - before; r++) {
+                    llmpar_gemm one = g.gemm;
+                    for (int64_t q = 0; q < n; q++) want[q] = (float)((r * n + q) % 7);
+                    one.m = 1; one.a = a + r * k; one.b = (const char *)b + e * g.b_stride * bytes; one.c = want;
+                    ops.gemm(ops.user, &one);
+#ifdef LLMPAR_CBLAS
+                    for (int64_t q = 0; q < n; q++) CHECK_NEAR(c[r * n + q], want[q], 1e-3);   // CBLAS chooses its own order
+#else
+                    CHECK(same_bits(c + r * n, want, n));
+#endif
+                }
+            free(a); free(b); free(c); free(want); free(scratch);
+        }
+    }
+}
+
+// The sum of the experts [first, first + 2^level) that a token chose, by the tree's definition; false when there are none.
+static bool combined(const llmpar_combine_args *g, int64_t t, int64_t e, int64_t first, int level, float *sum) {
+    float right = 0;
+    if (level == 0) {
+        for (int64_t i = t * g->k; i < (t + 1) * g->k; i++)
+            if (g->ids[i] == first && first >= g->experts.first && first < g->experts.first + g->experts.count) {
+                volatile float product = (g->weights ? g->weights[i] : 1.0f) * g->y[(g->from[i] - g->first) * g->n + e];
+                *sum = product;
+                return true;
+            }
+        return false;
+    }
+    const int64_t half = (int64_t)1 << (level - 1);
+    const bool low = combined(g, t, e, first, level - 1, sum), high = combined(g, t, e, first + half, level - 1, &right);
+    if (low && high) *sum += right;
+    else if (high) *sum = right;
+    return low || high;
+}
+static void test_combine(void) {
+    TEST("combine: the tree's definition, rounded products, any width, all experts or those of a rank") {
+        for (int i = 0; i < (test_stress() ? 400 : 40); i++) {
+            const int64_t n_experts = 1 + test_below(i % 4 ? 16 : 64), k = 1 + test_below(llmpari_min(n_experts, 9)), tokens = 1 + test_below(4), n = i % 5 ? 1 + test_below(70) : 1000 + test_below(1200);
+            int32_t ids[4 * 9], from[4 * 9];
+            float *y = random_floats((tokens * k + 5) * n), *weights = random_floats(tokens * k), *out = floats(tokens * n);
+            void *scratch = need(llmpar_combine_scratch(k, n));
+            bool good = true;
+            llmpar_combine_args g = LLMPAR_ZERO;
+            for (int64_t t = 0; t < tokens; t++)
+                for (int64_t j = 0; j < k; j++) {
+                    ids[t * k + j] = (int32_t)test_below(n_experts);
+                    for (int64_t m = 0; m < j; m++) if (ids[t * k + m] == ids[t * k + j]) { j--; break; }
+                }
+            for (int64_t e = 0; e < tokens * k; e++) { from[e] = (int32_t)(5 + e * 7 % (tokens * k)); if (test_below(6) == 0) ids[e] = -1; }
+            for (int64_t e = 0; e < tokens * k; e++) if (tokens * k % 7 == 0) from[e] = (int32_t)(5 + e);
+            g.tokens = tokens; g.k = k; g.n = n; g.n_experts = n_experts; g.ids = ids; g.from = from; g.weights = i % 3 ? weights : NULL; g.y = y; g.first = i % 2 ? 5 : 0;
+            g.experts.first = i % 2 ? test_below(n_experts) : 0; g.experts.count = i % 2 ? test_below(n_experts - g.experts.first + 1) : n_experts;
+            g.out = out; g.scratch = scratch;
+            ops.combine(ops.user, &g);
+            for (int64_t t = 0; t < tokens; t++)
+                for (int64_t e = 0; e < n; e++) {
+                    float want;
+                    if (!combined(&g, t, e, 0, 6, &want)) want = -0.0f;
+                    good = good && memcmp(&want, &out[t * n + e], 4) == 0;
+                }
+            CHECK(good);
+            free(y); free(weights); free(out); free(scratch);
+        }
     }
 }
 
@@ -678,7 +804,7 @@ static void test_attention(void) {
     TEST("activations: an element's bits do not depend on its place in the call") {
         float x[300], up[300], whole[300], part[300];
         for (int i = 0; i < 300; i++) { x[i] = (float)(20 * test_uniform() - 10); up[i] = (float)(2 * test_uniform() - 1); }
-        for (int kind = LLMPAR_SILU; kind <= LLMPAR_NEGATE; kind++)
+        for (int kind = LLMPAR_SILU; kind <= LLMPAR_SIGMOID; kind++)
             for (int i = 0; i < 60; i++) {
                 const int64_t first = test_below(300), n = 1 + test_below(300 - first);
                 llmpar_gated_args gated = { 300, x, up, whole, (llmpar_activation)kind };
@@ -829,6 +955,9 @@ int main(void) {
     test_rope();
     test_elementwise();
     test_embed();
+    test_permute();
+    test_grouped();
+    test_combine();
     test_attention();
     test_sample();
     return test_done();
