@@ -310,7 +310,7 @@ static void test_kinds(void) {
         static const llmpar_pipe_kind kinds[] = { LLMPAR_PIPE_ZB_1P, LLMPAR_PIPE_ZB_2P, LLMPAR_PIPE_V_HALF, LLMPAR_PIPE_V_MIN };
         for (int k = 0; k < 4; k++)
             for (int P = 1; P <= 7; P += test_stress() ? 2 : 3)
-                for (int M = 1; M <= 9; M += test_stress() ? 1 : 4) {
+                for (int M = 1; M <= 9; M += test_stress() ? 1 : 8) {
                     const int limit[] = { P, 2 * P, 2 * ((P + 2) / 2), 2 * ((P + 4) / 3) };
                     memset(&desc, 0, sizeof desc);
                     desc.kind = kinds[k], desc.n_ranks = P, desc.n_micro = M;
