@@ -5010,6 +5010,7 @@ LLMPARI_FN llmpar_status llmpari_route_known(const char *architecture, llmpar_ro
         { "deepseek-v2",   "DeepseekV2ForCausalLM",   LLMPAR_SCORE_SOFTMAX, false, false, 6, 8, 3, 16,  0,     false, false, false, false },
         { "deepseek-v3",   "DeepseekV3ForCausalLM",   LLMPAR_SCORE_SIGMOID, true,  true,  8, 8, 4, 2.5, 1e-20, false, false, false, true  },
         { "llama4",        "Llama4ForCausalLM",       LLMPAR_SCORE_SIGMOID, false, false, 1, 0, 0, 1,   0,     true,  false, false, false },
+        { "llama4",        "Llama4ForConditionalGeneration", LLMPAR_SCORE_SIGMOID, false, false, 1, 0, 0, 1, 0, true, false, false, false },
         { "gpt-oss",       "GptOssForCausalLM",       LLMPAR_SCORE_CHOSEN,  false, false, 4, 0, 0, 1,   0,     false, false, true,  false },
         { "switch",        "SwitchTransformersForConditionalGeneration", LLMPAR_SCORE_SOFTMAX, false, false, 1, 0, 0, 1, 0, false, false, false, false },
         { "expert-choice", NULL,                      LLMPAR_SCORE_SOFTMAX, false, false, 2, 0, 0, 1,   0,     false, true,  false, false },
@@ -5041,6 +5042,7 @@ LLMPAR_DEF llmpar_status llmpar_route_configure(const llmpar_route_config *confi
     if (config->k < 0 || config->k > config->n_experts) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "num_experts_per_tok=%lld of %lld experts", (long long)config->k, (long long)config->n_experts);
     if (groups < 0 || groups > config->n_experts || kept < 0 || kept > config->n_experts)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_group=%lld, topk_group=%lld with %lld experts", (long long)groups, (long long)kept, (long long)config->n_experts);
+    if (!d.has_correction_bias) d.n_groups = d.topk_groups = 0, d.scale = 1;                           // DeepSeek-V2's config class has other defaults than V2
     d.n_experts = (int32_t)config->n_experts;
     if (config->k) d.k = (int32_t)config->k;
     d.renormalise = config->norm_topk_prob ? config->norm_topk_prob > 0 : renormalise;
