@@ -28,11 +28,12 @@ for kind in $kinds; do
     for source in $(sources $kind); do programs="$programs $(path $kind "$source")"; done
     sh tests/run.sh $programs > build/sanitize.out 2>&1; cat build/sanitize.out; tally build/sanitize.out
     check=$(path $kind golden_check)
-    for model in llama-odd qwen3 llama-bias llama-mqa mistral; do
-        for mesh in tp=3 "dp=2,tp=2 --sp"; do
-            if "./$check" tests/golden/$model $mesh > build/sanitize.out 2>&1; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "golden_check $model $mesh under $kind:"; head -n 40 build/sanitize.out; fi
-        done
-    done
+    golden() { if "./$check" tests/golden/"$@" > build/sanitize.out 2>&1; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "golden_check $* under $kind:"; head -n 40 build/sanitize.out; fi; }
+    for model in llama-odd qwen3 llama-bias llama-mqa mistral; do golden $model tp=3; golden $model dp=2,tp=2 --sp; done
+    golden mixtral ep=3 --ep-way alltoall
+    golden qwen2-moe tp=2,ep=2 --ep-way partial
+    golden qwen3-moe-mixed pp=2,ep=2 --ep-way alltoall --chunk 5
+    golden shakespeare-moe dp=2,tp=2 --experts ep=4 --invariant
 done
 rm -f build/sanitize.out
 echo "$passed passed, $failed failed"
