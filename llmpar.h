@@ -646,18 +646,11 @@ LLMPAR_DEF llmpar_status llmpar_dispatch_send(const int64_t *offsets, const int6
 LLMPAR_DEF llmpar_status llmpar_dispatch_receive(const int64_t *counts, int32_t ranks, int64_t experts, int64_t *receive, int64_t *offsets, int32_t *order, int32_t *inverse,
                                                  int64_t capacity, llmpar_error *err);
 
-// The load of a whole dispatch. Ratios are 1 when there are no rows.
-typedef struct llmpar_dispatch_load {
-    int64_t rows;                  // all (token, expert) pairs
-    int64_t moved;                 // those whose expert is on another rank
-    int64_t most_rank_rows, most_expert_rows;      // of the busiest rank, as owner, and of the busiest expert
-    int32_t rank, expert;          // which these are; the lowest on a tie
-    double  rank_imbalance, expert_imbalance;      // max / mean over ranks and over experts
-} llmpar_dispatch_load;
 // counts[ranks, n_experts]: rows of each rank's tokens for each expert. table[ranks, ranks]: rows that rank s (row) sends to rank d (column), itself too: row r holds what
-// r sends, column r what it receives. per_expert[n_experts]. Exact; OVERFLOW when a sum does not fit. owner NULL = contiguous. table, per_expert and load may be NULL.
+// r sends, column r what it receives. per_expert[n_experts]: what llmpar_load_measure takes. moved: rows whose expert is on another rank. Exact; OVERFLOW when all rows together do not fit.
+// owner NULL = contiguous. table, per_expert and moved may be NULL.
 LLMPAR_DEF llmpar_status llmpar_dispatch_counts(const int64_t *counts, int32_t ranks, int64_t n_experts, const int32_t *owner, int64_t *table, int64_t *per_expert,
-                                                llmpar_dispatch_load *load, llmpar_error *err);
+                                                int64_t *moved, llmpar_error *err);
 
 // How the results of one token are added: along section tree's tree over the expert ids, in which a node with one half is that half. Of ids[k] those inside `experts`, in
 // ascending order: at[i] = their j, and merges[i] as in section tree, at most LLMPAR_DISPATCH_DEPTH values on the stack; one is left. Returns how many those are.
@@ -5623,33 +5616,23 @@ LLMPAR_DEF llmpar_status llmpar_dispatch_receive(const int64_t *counts, int32_t 
 
 LLMPARI_ONCE_BEGIN
 LLMPAR_DEF llmpar_status llmpar_dispatch_counts(const int64_t *counts, int32_t ranks, int64_t n_experts, const int32_t *owner, int64_t *table, int64_t *per_expert,
-                                                llmpar_dispatch_load *load, llmpar_error *err) {
-    llmpar_dispatch_load sum = LLMPAR_ZERO;
+                                                int64_t *moved, llmpar_error *err) {
+    int64_t all = 0, away = 0;
     LLMPARI_TRY(llmpari_dispatch_owners_check(owner, n_experts, ranks, err));
     if (table) memset(table, 0, (size_t)ranks * (size_t)ranks * sizeof *table);
-    for (int64_t e = 0; e < n_experts; e++) {                  // every sum is part of sum.rows, so none overflows before that does
+    for (int64_t e = 0; e < n_experts; e++) {                  // every sum is part of `all`, so none overflows before that does
         const int32_t to = llmpari_dispatch_owner(owner, n_experts, ranks, e);
         int64_t rows = 0;
         for (int32_t r = 0; r < ranks; r++) {
             const int64_t n = counts[r * n_experts + e];
-            LLMPARI_TRY(llmpari_dispatch_add(&sum.rows, n, r, e, err));
+            LLMPARI_TRY(llmpari_dispatch_add(&all, n, r, e, err));
             rows += n;
-            if (r != to) sum.moved += n;
+            if (r != to) away += n;
             if (table) table[(int64_t)r * ranks + to] += n;
         }
         if (per_expert) per_expert[e] = rows;
-        if (rows > sum.most_expert_rows) { sum.most_expert_rows = rows; sum.expert = (int32_t)e; }
     }
-    if (!load) return LLMPAR_OK;
-    for (int32_t to = 0; to < ranks; to++) {
-        int64_t rows = 0;
-        for (int64_t e = 0; e < n_experts; e++)
-            if (llmpari_dispatch_owner(owner, n_experts, ranks, e) == to) for (int32_t r = 0; r < ranks; r++) rows += counts[r * n_experts + e];
-        if (rows > sum.most_rank_rows) { sum.most_rank_rows = rows; sum.rank = to; }
-    }
-    sum.rank_imbalance   = sum.rows ? (double)sum.most_rank_rows   * (double)ranks     / (double)sum.rows : 1;
-    sum.expert_imbalance = sum.rows ? (double)sum.most_expert_rows * (double)n_experts / (double)sum.rows : 1;
-    *load = sum;
+    if (moved) *moved = away;
     return LLMPAR_OK;
 }
 LLMPARI_ONCE_END

@@ -101,7 +101,8 @@ static void print_rank(int32_t r, int32_t ranks, int32_t experts, const int32_t 
 
 int main(int argc, char **argv) {
     llmpar_error err = LLMPAR_ZERO;
-    llmpar_dispatch_load load;
+    llmpar_load load;
+    int64_t moved;
     int32_t ranks = 0, experts = 0;
     const char *path = NULL;
     llmpar_experts_kind kind = LLMPAR_EXPERTS_CONTIGUOUS;
@@ -123,22 +124,23 @@ int main(int argc, char **argv) {
     const size_t n = (size_t)ranks * (size_t)experts;
     if (size < n) return free(text), FAIL(1, "%s has %llu bytes, too few for %d rows of %d counts", path, (unsigned long long)size, (int)ranks, (int)experts);
     int64_t *counts = (int64_t *)calloc(n, sizeof *counts), *table = (int64_t *)calloc((size_t)ranks * (size_t)ranks, sizeof *table);
-    int64_t *per_expert = (int64_t *)calloc((size_t)experts, sizeof *per_expert);
+    int64_t *per_expert = (int64_t *)calloc((size_t)experts, sizeof *per_expert), *rank_load = (int64_t *)calloc((size_t)ranks, sizeof *rank_load);
     int32_t *owner = (int32_t *)calloc((size_t)experts, sizeof *owner);
     int failed = 1;
-    if (!counts || !table || !per_expert || !owner) failed = FAIL(1, "no memory for %d ranks and %d experts", (int)ranks, (int)experts);
+    if (!counts || !table || !per_expert || !rank_load || !owner) failed = FAIL(1, "no memory for %d ranks and %d experts", (int)ranks, (int)experts);
     else if (!read_counts(path, text, text + size, ranks, experts, counts)) failed = 1;
-    else if (llmpar_dispatch_owners(kind, experts, ranks, owner, &err) || llmpar_dispatch_counts(counts, ranks, experts, owner, table, per_expert, &load, &err))
+    else if (llmpar_dispatch_owners(kind, experts, ranks, owner, &err) || llmpar_dispatch_counts(counts, ranks, experts, owner, table, per_expert, &moved, &err) ||
+             llmpar_load_measure(&(llmpar_load_desc){ .n_experts = experts, .n_ranks = ranks, .counts = per_expert, .rank_of = owner }, rank_load, &load, &err))
         failed = FAIL(1, "%s", err.text);
     else {
         for (int32_t r = 0; r < ranks; r++) print_rank(r, ranks, experts, owner, table);
         printf("rows per expert");
         for (int32_t e = 0; e < experts; e++) printf(" %lld", (long long)per_expert[e]);
-        printf("\ntotal %lld rows, %lld of them to another rank\n", (long long)load.rows, (long long)load.moved);
-        printf("ranks: max %lld (rank %d), max / mean %.7g\n", (long long)load.most_rank_rows, (int)load.rank, load.rank_imbalance);
-        printf("experts: max %lld (expert %d), max / mean %.7g\n", (long long)load.most_expert_rows, (int)load.expert, load.expert_imbalance);
+        printf("\ntotal %lld rows, %lld of them to another rank\n", (long long)load.tokens, (long long)moved);
+        printf("ranks: max %lld (rank %d), max / mean %.7g\n", (long long)load.max_rank, (int)load.busiest_rank, load.rank_imbalance);
+        printf("experts: max %lld (expert %d), max / mean %.7g\n", (long long)load.max_expert, (int)load.busiest_expert, load.expert_imbalance);
         failed = 0;
     }
-    free(text); free(counts); free(table); free(per_expert); free(owner);
+    free(text); free(counts); free(table); free(per_expert); free(rank_load); free(owner);
     return failed;
 }

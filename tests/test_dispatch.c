@@ -369,10 +369,14 @@ static void plans(void) {
             int64_t counts[MAX_R * MAX_E], table[MAX_R * MAX_R], per_expert[MAX_E], rows = 0, moved = 0, busiest = 0, hottest = 0;
             int32_t owner[MAX_E], busy = 0;
             int64_t hot = 0, most = i & 1 ? 2 : 100;           // ties, and few
-            llmpar_dispatch_load load;
+            llmpar_load load;
+            llmpar_load_desc of = LLMPAR_ZERO;
+            int64_t away, by_rank[MAX_R];
             for (int64_t c = 0; c < ranks * n; c++) counts[c] = test_below(3) ? test_below(most) : 0;
             for (int64_t e = 0; e < n; e++) owner[e] = (int32_t)test_below(ranks);
-            CHECK_OK(llmpar_dispatch_counts(counts, ranks, n, owner, table, per_expert, &load, &err), err);
+            CHECK_OK(llmpar_dispatch_counts(counts, ranks, n, owner, table, per_expert, &away, &err), err);
+            of.n_experts = (int32_t)n; of.n_ranks = ranks; of.counts = per_expert; of.rank_of = owner;
+            CHECK_OK(llmpar_load_measure(&of, by_rank, &load, &err), err);
             for (int32_t d = 0; d < ranks; d++) {
                 int64_t in = 0;
                 for (int32_t r = 0; r < ranks; r++) {
@@ -383,6 +387,7 @@ static void plans(void) {
                     if (r != d) moved += want;
                 }
                 rows += in;
+                CHECK_EQ(by_rank[d], in);
                 if (in > busiest) { busiest = in; busy = d; }
             }
             for (int64_t e = 0; e < n; e++) {
@@ -391,8 +396,8 @@ static void plans(void) {
                 CHECK_EQ(per_expert[e], want);
                 if (want > hottest) { hottest = want; hot = e; }
             }
-            CHECK(load.rank == busy && load.expert == hot);    // the first of equals
-            CHECK(load.rows == rows && load.moved == moved && load.most_rank_rows == busiest && load.most_expert_rows == hottest);
+            CHECK(load.busiest_rank == busy && load.busiest_expert == hot);    // the first of equals
+            CHECK(load.tokens == rows && away == moved && load.max_rank == busiest && load.max_expert == hottest);
             CHECK_NEAR(load.rank_imbalance, rows ? (double)busiest * ranks / (double)rows : 1, 1e-12);
             CHECK_NEAR(load.expert_imbalance, rows ? (double)hottest * (double)n / (double)rows : 1, 1e-12);
         }
@@ -658,15 +663,15 @@ static void refusals(void) {
     }
     TEST("counts: negative ones, sums that do not fit, no room") {
         int64_t counts[] = { 1, 2, 3, -4 }, receive[2];
-        llmpar_dispatch_load load;
+        int64_t moved;
         CHECK_FAIL(llmpar_dispatch_counts(counts, 2, 2, NULL, table, NULL, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "rank 1 has -4 rows for expert 1");
         CHECK_FAIL(llmpar_dispatch_receive(counts, 2, 2, receive, offsets, NULL, NULL, 0, &err), LLMPAR_BAD_ARGUMENT, err, "rank 1 has -4 rows for expert 1");
         counts[3] = INT64_MAX - 6;
-        CHECK_OK(llmpar_dispatch_counts(counts, 2, 2, NULL, NULL, NULL, &load, &err), err);
-        CHECK(load.rows == INT64_MAX && load.most_rank_rows == INT64_MAX - 4 && load.rank == 1 && load.moved == 5);
+        CHECK_OK(llmpar_dispatch_counts(counts, 2, 2, NULL, NULL, NULL, &moved, &err), err);
+        CHECK_EQ(moved, 5);
         CHECK_FAIL(llmpar_dispatch_receive(counts, 2, 2, receive, offsets, order, NULL, 9, &err), LLMPAR_OVERFLOW, err, "rows come");
         counts[3]++;
-        CHECK_FAIL(llmpar_dispatch_counts(counts, 2, 2, NULL, NULL, NULL, &load, &err), LLMPAR_OVERFLOW, err, "64 bits");
+        CHECK_FAIL(llmpar_dispatch_counts(counts, 2, 2, NULL, NULL, NULL, &moved, &err), LLMPAR_OVERFLOW, err, "64 bits");
         CHECK_FAIL(llmpar_dispatch_receive(counts, 2, 2, receive, offsets, NULL, NULL, 0, &err), LLMPAR_OVERFLOW, err, "64 bits");
         counts[3] = 4;
         CHECK_FAIL(llmpar_dispatch_receive(counts, 2, 2, receive, offsets, order, NULL, 9, &err), LLMPAR_DOES_NOT_FIT, err, "10 rows come, but there is room for 9");
