@@ -260,6 +260,31 @@ static void test_values(void) {
     }
 }
 
+// Also when every token is for one rank's experts: it gets them in rounds.
+static void test_share(void) {
+    static float y[VALUES];
+    static double want[VALUES];
+    job j;
+    j.y = y;
+    TEST("experts of ep=4 over dp=2,tp=2 and of ep=4, tokens sent: no rank holds all tokens at a time") {
+        for (int load = 0; load < 3; load++)
+            for (int m = 0; m < 2; m++) {
+                shape sh;
+                random_shape(&sh);
+                sh.b = 3; sh.s = 100; sh.h = 8; sh.e = 8; sh.k = load == 1 ? 1 : 2; sh.load = load; sh.pad = 0;
+                reference(&sh, want);
+                CHECK(run(&sh, m ? "dp=2,tp=2" : "ep=4", m ? "_{dp,tp}" : "_ep", m ? "[B_dp, S, H]" : "[B, S, H]", LLMPAR_EXPERTS_ALLTOALL, 0, &j) != 0);
+                for (int r = 0; r < 4; r++) {
+                    CHECK(j.routed[r].calls >= 4 && j.routed[r].most_tokens < 300);
+                    if (load) CHECK(j.routed[r].calls > 4);                                 // more than one round in two runs
+                }
+                double largest = 0, worst = 0;
+                for (int64_t n = 0; n < sh.b * sh.s * sh.h; n++) { largest = fmax(largest, fabs(want[n])); worst = fmax(worst, fabs((double)y[n] - want[n])); }
+                CHECK_NEAR(worst, 0, 1e-5 * (1 + largest));
+            }
+    }
+}
+
 static void test_bits(void) {
     static float y[VALUES];
     job j;
@@ -345,6 +370,7 @@ int main(void) {
     test_nan();
     test_refusals();
     test_values();
+    test_share();
     test_bits();
     return test_done();
 }
