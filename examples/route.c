@@ -57,15 +57,15 @@ static int64_t read_rows(const char *path, numbers *out, int32_t *columns) {    
     FILE *file = strcmp(path, "-") ? fopen(path, "r") : stdin;
     char *line = NULL, where[100];
     size_t room = 0;
-    int64_t rows = 0;
+    int64_t rows = 0, bytes;
     if (!file) fail("cannot open", path);
-    for (long long at = 1; getline(&line, &room, file) >= 0; at++) {
+    for (long long at = 1; (bytes = getline(&line, &room, file)) >= 0; at++) {
         if (line[strspn(line, " \t\r\n")] == 0) continue;
         snprintf(where, sizeof where, "line %lld: expected a number, nan, inf or -inf, found", at);
+        if (strlen(line) != (size_t)bytes) fail(where, "a zero byte");
         const int32_t n = read_row(line, out, where);
         snprintf(where, sizeof where, "line %lld has %d columns, those before have %d", at, (int)n, (int)*columns);
-        if (rows++ && n != *columns) fail(where, NULL);
-        *columns = n;
+        if (!rows++) *columns = n; else if (n != *columns) fail(where, NULL);
     }
     if (ferror(file)) fail("cannot read", path);
     return free(line), rows;

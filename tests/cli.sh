@@ -529,7 +529,7 @@ route_tests() {
     fails "a factor that is none"    '"-1" is no number like 1.25'          $r mixtral --capacity tutel:-1 --logits "$T/l.csv"
     fails "another drop"             'probs or position'                    $r mixtral --capacity tutel:1 --drop random --logits "$T/l.csv"
     fails "no such file"             'cannot open "no-such.csv"'            $r mixtral --logits no-such.csv
-    for text in '1,2\n1,2,3' '1,,2' '1,2,' '1;2' 'NaN,1' 'infinity,1' '0x10,1' '1e400,1' '1,2 3' 'nan0,1'; do
+    for text in '1,2\n1,2,3' '1,,2' '1,2,' '1;2' 'NaN,1' 'infinity,1' '1\0002,1' '0x10,1' '1e400,1' '1,2 3' 'nan0,1'; do
         printf "$text\n" > "$T/bad.csv"; fails "logits $text" 'line [12]'   $r switch --logits "$T/bad.csv"
     done
     fails "route, unknown option"    '\-\-bogus'                            $r mixtral --bogus 1 --logits "$T/l.csv"
