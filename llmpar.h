@@ -29,6 +29,7 @@
 //          >>dispatch which token rows go to which expert and rank
 //          >>graph    a transformer written once, on named dims
 //          >>heads    attention heads over any number of ranks
+//          >>place    copies of experts on ranks: balance, migration
 //          >>solve    which collectives where, exactly; explain
 //          >>model    a transformer's description, from config.json or by name
 //          >>build    the graph of a model
@@ -864,6 +865,68 @@ LLMPAR_DEF llmpar_status llmpar_heads_pack(const llmpar_heads_desc *desc, int32_
                                            llmpar_qkv_rows *rows, int32_t capacity, int32_t *n, llmpar_error *err);
 // KV cache bytes that one token costs on a part: 2 * layers * kv_count * head_dim * bytes of dtype.
 LLMPAR_DEF int64_t llmpar_heads_kv_bytes_per_token(const llmpar_heads *heads, int32_t head_dim, int32_t layers, llmpar_dtype dtype);
+
+// ============================================================================================================
+// >>place   copies of experts on ranks: balance, migration                     (uses: base)
+// ============================================================================================================
+// E experts have R copies in R slots on P GPUs, R/P slots each: slot s lies on GPU s / (R/P), GPU g on node g / (P/N). An expert's load is shared evenly by its copies. Every mode looks for a
+// small largest load of a GPU: max over GPUs of the sum over its slots of load / copies.
+// Expert e is of group e / (E/G). Where N divides G every node has G/N whole groups, all copies of their experts: a token that is routed to few groups goes to few nodes. Else, and with `global`,
+// any copy may lie anywhere.
+
+typedef enum llmpar_place_mode {
+    LLMPAR_PLACE_DEEPSEEK = 0,     // DeepSeek's EPLB: its order, its f32 arithmetic, stable sorts. May put two copies of an expert on one GPU
+    LLMPAR_PLACE_NO_DUPLICATES,    // never two copies of an expert on one GPU; so an expert has no more copies than there are GPUs (of its node)
+    LLMPAR_PLACE_BETTER            // DeepSeek's, then improved: its max is never higher. Two copies of an expert share a GPU only where that was found to be better
+} llmpar_place_mode;
+
+typedef struct llmpar_place_desc {
+    int32_t n_experts, n_replicas; // E; R >= E, a multiple of n_gpus
+    int32_t n_groups, n_nodes;     // G, divides E, 0 = 1; N, divides P, 0 = 1
+    int32_t n_gpus;                // P
+    int32_t mode;                  // llmpar_place_mode
+    bool    global;                // groups and nodes bind nothing
+    int64_t work;                  // steps of some ns that the search may take, all modes but DeepSeek's; 0 = 300 * R, but 2^20 (up to 0.1 s) where a node, or all GPUs, has at most 32 slots
+} llmpar_place_desc;
+
+typedef struct llmpar_placement {  // tables belong to the arena
+    int32_t  n_experts, n_slots, n_nodes, n_gpus;
+    int32_t *expert;               // [n_slots] of each slot
+    int32_t *first;                // [n_experts + 1] the copies of expert e are in the slots slot[first[e]] .. slot[first[e + 1] - 1], ascending
+    int32_t *slot;                 // [n_slots]
+    double  *load;                 // [n_gpus] in the unit of the loads
+    double   max, mean;            // of load[]
+    bool     proven;               // no placement that the mode allows has a smaller max (relative 1e-12)
+} llmpar_placement;
+
+// load[n_experts]: tokens, or any other measure >= 0; all zero is fine. The same on every rank. Up to 32 slots of a node (of all GPUs where groups bind nothing) the search of NO_DUPLICATES and
+// BETTER is exhaustive while `work` lasts (`proven`). Time about R log R for DeepSeek's, plus `work`. Memory: about 200 bytes a slot, most of it given back. Errors: sizes that do not divide, fewer
+// replicas than experts, loads below 0, NaN or infinite, no placement without duplicates.
+LLMPAR_DEF llmpar_status llmpar_place(const llmpar_place_desc *desc, const double *load, llmpar_arena *arena, llmpar_placement *placement, llmpar_error *err);
+// A placement that is there already: expert[n_replicas] of each slot, every expert in at least one. load may be NULL: 0. Of desc the five sizes are used.
+LLMPAR_DEF llmpar_status llmpar_place_given(const llmpar_place_desc *desc, const int32_t *expert, const double *load, llmpar_arena *arena, llmpar_placement *placement, llmpar_error *err);
+
+// From one placement to another of the same sizes. First, if you like: GPUs of a node, and whole nodes, are alike, so what they hold may trade places. `to` becomes that of all such placements for
+// which the fewest experts have to move (Hungarian method; time about P^2 * (R/P + P/N)). Errors: different sizes, more than 4096 nodes or GPUs of a node.
+LLMPAR_DEF llmpar_status llmpar_place_rename(const llmpar_placement *from, llmpar_placement *to, llmpar_arena *scratch, llmpar_error *err);
+// Then the moves. A GPU gets each expert that it lacks once, which is the least there is, and copies it where it wants two.
+typedef struct llmpar_place_move { int32_t expert, from_slot, to_slot; } llmpar_place_move;
+typedef struct llmpar_migration {  // tables belong to the arena
+    int32_t n_moves, n_local;      // transfers, then copies within a GPU; bytes over links = n_moves * bytes of an expert
+    int32_t n_between_nodes;       // of n_moves
+    int32_t max_sent, max_received;    // experts, of any GPU
+    llmpar_place_move *move;       // [n_moves + n_local] both ascending in to_slot. Transfers read the old placement: receive into spare memory, or write nothing that is still to be sent;
+                                   //   copies come after them and read a slot of the new one
+} llmpar_migration;
+// The slots of `to` trade places within each GPU, so that as many as can be keep the expert that they have in `from`. Senders are of the receiver's node where that has a copy; under this rule
+// the most that a GPU sends is the least there is.
+LLMPAR_DEF llmpar_status llmpar_place_migrate(const llmpar_placement *from, llmpar_placement *to, llmpar_arena *arena, llmpar_migration *migration, llmpar_error *err);
+
+// Which copy a token uses: slot[i] for ids[i], i < n. The next token of expert e goes to copy next[e] mod c of its c copies in slot order, and next[e] grows by one: next[n_experts], in and out.
+// node >= 0: of the copies on that node alone, where it has any. id -1 (padding): slot -1. Balance, without a node: the tokens of an expert on any two of its copies differ by at most 1 for one
+// source; over all sources by at most 1 if next[e] begins at the number of e's tokens on the sources before, by at most the number of sources if it begins anywhere, such as at the source's rank.
+// With a node: the same over the node's copies and sources. Errors: an id or a node that is none; what was written before stays.
+LLMPAR_DEF llmpar_status llmpar_place_route(const llmpar_placement *placement, const int32_t *ids, int64_t n, int32_t node, int64_t *next, int32_t *slot, llmpar_error *err);
 
 // ============================================================================================================
 // >>solve   the cheapest plan of a graph, exactly; explain                     (uses: base, mesh, shard, cost, reshard, graph)
@@ -1882,10 +1945,12 @@ LLMPAR_DEF llmpar_exec       *llmpar_engine_exec(llmpar_engine *engine, int phas
 
 #if defined(__GNUC__) || defined(__clang__)
 #define LLMPARI_FN static __attribute__((unused))
+#define LLMPARI_INLINE static inline __attribute__((unused, always_inline))
 #define LLMPARI_PRINTF(f, a) __attribute__((format(printf, f, a)))
 #define LLMPARI_RESTRICT __restrict
 #else
 #define LLMPARI_FN static
+#define LLMPARI_INLINE static inline
 #define LLMPARI_PRINTF(f, a)
 #define LLMPARI_RESTRICT
 #endif
@@ -4688,14 +4753,14 @@ typedef struct llmpari_row {        // arrays are used up to `padded`
 } llmpari_row;
 
 LLMPARI_FN int64_t llmpari_pad16(int64_t n) { return (n + 15) / 16 * 16; }
-LLMPARI_FN double llmpari_double_of_bits(uint64_t bits) {
+LLMPARI_INLINE double llmpari_double_of_bits(uint64_t bits) {
     double d;
     memcpy(&d, &bits, 8);
     return d;
 }
 
 // e^x for x <= 0 without branches: x = n ln 2 + r, a polynomial for e^r, 2^n. 0 below -708 and for NaN.
-LLMPARI_FN double llmpari_exp64(double x) {
+LLMPARI_INLINE double llmpari_exp64(double x) {
     const double t = x > -708.0 ? x : -708.0, shifted = t * 1.4426950408889634 + 6755399441055744.0;   // 1.5 * 2^52: the sum's low bits are the rounded integer
     const double n = shifted - 6755399441055744.0;
     const double r = (t - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;            // ln 2 in two parts
@@ -4724,29 +4789,18 @@ LLMPARI_FN void llmpari_sigmoids(double *s, const double *x, int32_t n) {
     }
 }
 
-// The bits of a double as an integer that sorts like it; back again. NaN is lowest, -0 is 0.
-LLMPARI_FN int64_t llmpari_sortable(double d) {
+// The bits of a double as an integer that sorts like it. NaN is lowest, -0 is 0.
+LLMPARI_INLINE int64_t llmpari_sortable(double d) {
     const double zeroed = d + 0.0;
     int64_t bits;
     memcpy(&bits, &zeroed, 8);
     bits ^= (int64_t)((uint64_t)(bits >> 63) >> 1);
     return d == d ? bits : INT64_MIN;
 }
-// The largest element, -infinity when all are NaN. Of integers: their maximum is the same in any order, so the loop vectorises.
-LLMPARI_FN double llmpari_largest64(const double *x, int32_t n) {
-    int64_t best = llmpari_sortable(-INFINITY);
-    for (int32_t i = 0; i < n; i++) {
-        const int64_t it = llmpari_sortable(x[i]);
-        best = it > best ? it : best;
-    }
-    return llmpari_double_of_bits((uint64_t)best ^ (uint64_t)(best >> 63) >> 1);
-}
-
-// t[i] is proportional to softmax(x)[i], and the return value is the factor's inverse, 0 when every x is NaN. The largest share when they are infinite.
-LLMPARI_FN double llmpari_softmax_terms(double *t, const double *x, int32_t n) {
-    const double largest = llmpari_largest64(x, n);
+// t[i] is proportional to softmax(x)[i], and the return value is the factor's inverse, 0 when every x is NaN. `largest` of x is NaN then; when it is infinite, the largest share.
+LLMPARI_FN double llmpari_softmax_terms(double *t, const double *x, int32_t n, double largest) {
     double sum[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
-    if (largest == INFINITY || largest == -INFINITY) for (int32_t i = 0; i < n; i++) t[i] = x[i] == largest ? 1.0 : 0.0;
+    if (!(largest - largest == 0)) for (int32_t i = 0; i < n; i++) t[i] = x[i] == largest ? 1.0 : 0.0;
     else for (int32_t i = 0; i < n; i++) t[i] = llmpari_exp64(x[i] - largest);
     for (int32_t i = 0; i < n; i += 8) for (int32_t j = 0; j < 8; j++) sum[j] += t[i + j];
     return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
@@ -4771,8 +4825,8 @@ LLMPARI_FN void llmpari_row_load(const llmpari_router *router, const void *logit
 // ---- choice: every score becomes an integer that sorts like (score, then lower id first)
 
 // The order of a score without its last 11 bits, which hold the inverted id.
-LLMPARI_FN int64_t llmpari_key(double score, int64_t id) { return (llmpari_sortable(score) & ~LLMPARI_EXPERT_MASK) | (LLMPARI_EXPERT_MASK - id); }
-LLMPARI_FN int32_t llmpari_key_id(int64_t key) { return (int32_t)(LLMPARI_EXPERT_MASK - (key & LLMPARI_EXPERT_MASK)); }
+LLMPARI_INLINE int64_t llmpari_key(double score, int64_t id) { return (llmpari_sortable(score) & ~LLMPARI_EXPERT_MASK) | (LLMPARI_EXPERT_MASK - id); }
+LLMPARI_INLINE int32_t llmpari_key_id(int64_t key) { return (int32_t)(LLMPARI_EXPERT_MASK - (key & LLMPARI_EXPERT_MASK)); }
 
 // The largest key below `below`, that is, the least distance from there down as unsigned numbers; there is one. Keys differ, so this walks through them in order.
 // Two minima side by side: one alone would wait for itself.
@@ -4792,6 +4846,7 @@ LLMPARI_FN int64_t llmpari_key_next(const int64_t *key, int32_t n, int64_t below
 LLMPARI_FN void llmpari_mask_groups(const llmpari_router *router, llmpari_row *row) {
     const llmpar_route_desc *d = &router->desc;
     const int32_t size = d->n_experts / d->n_groups;
+    const double *from = router->by_logit ? row->x : row->c;
     const bool logits = router->by_logit && d->score != LLMPAR_SCORE_CHOSEN;       // compared instead of scores: where a score is 0, the logit is -infinity
     const double fill = d->fill_zero && !logits ? 0.0 : -INFINITY;
     bool lowest = logits && !d->fill_zero;                                         // a fill below that
@@ -4802,7 +4857,7 @@ LLMPARI_FN void llmpari_mask_groups(const llmpari_router *router, llmpari_row *r
         int64_t below = INT64_MAX;
         for (int32_t i = 0; i < d->group_top; i++) {
             below = llmpari_key_next(row->key + g * size, size, below);
-            sum += row->c[llmpari_key_id(below)];
+            sum += from[llmpari_key_id(below)];
         }
         group[g] = llmpari_key(sum, g);
         kept[g] = false;
@@ -4813,37 +4868,40 @@ LLMPARI_FN void llmpari_mask_groups(const llmpari_router *router, llmpari_row *r
         // A row of nothing but -infinity shares the probability: a fill of 0 is less.
         if (i == 0 && logits && d->score == LLMPAR_SCORE_SOFTMAX && (last & ~LLMPARI_EXPERT_MASK) == (llmpari_sortable(-INFINITY) & ~LLMPARI_EXPERT_MASK)) lowest = true;
     }
-    for (int32_t g = 0; g < d->n_groups; g++)
-        for (int32_t i = g * size; !kept[g] && i < (g + 1) * size; i++)
-            row->key[i] = lowest ? (INT64_MIN + LLMPARI_EXPERT_MASK + 1) | (LLMPARI_EXPERT_MASK - i) : llmpari_key(fill, i);
+    const int64_t base = lowest ? INT64_MIN + LLMPARI_EXPERT_MASK + 1 : llmpari_key(fill, LLMPARI_EXPERT_MASK);
+    for (int32_t g = 0; g < d->n_groups; g++) {
+        if (kept[g]) continue;
+        for (int32_t i = g * size; i < (g + 1) * size; i++) row->key[i] = base | (LLMPARI_EXPERT_MASK - i);
+    }
 }
 
-// Scores of all experts: softmax or sigmoid.
+// Keys of logits or choice scores; those behind the last expert are NaN, and lower than any expert's.
+LLMPARI_FN void llmpari_row_keys(const llmpari_router *router, llmpari_row *row, const double *from) {
+    for (int32_t i = 0; i < router->padded; i++) row->key[i] = llmpari_key(from[i], i);
+}
+// The largest logit, NaN when there is none, from their keys.
+LLMPARI_FN double llmpari_row_largest(const llmpari_router *router, const llmpari_row *row) {
+    return row->x[llmpari_key_id(llmpari_key_next(row->key, router->padded, INT64_MAX))];
+}
+
+// Scores of all experts: softmax, for which the logits' keys must be there, or sigmoid.
 LLMPARI_FN void llmpari_row_scores(const llmpari_router *router, llmpari_row *row) {
     const int32_t n = router->padded;
     if (router->desc.score == LLMPAR_SCORE_SIGMOID) { llmpari_sigmoids(row->p, row->x, n); return; }
-    const double total = llmpari_softmax_terms(row->p, row->x, n), scale = total > 0 ? 1 / total : 0;
+    const double total = llmpari_softmax_terms(row->p, row->x, n, llmpari_row_largest(router, row)), scale = total > 0 ? 1 / total : 0;
     for (int32_t i = 0; i < n; i++) row->p[i] *= scale;
-}
-
-// The key of every expert's choice score.
-LLMPARI_FN void llmpari_row_keys(const llmpari_router *router, llmpari_row *row) {
-    const llmpar_route_desc *d = &router->desc;
-    const double *from = router->by_logit || d->score == LLMPAR_SCORE_CHOSEN ? row->x : row->p;
-    for (int32_t i = 0; i < router->padded; i++) row->c[i] = row->x[i] == row->x[i] ? from[i] : row->x[i];                        // the score of a NaN is 0, but it ranks lowest
-    if (d->correction_bias) for (int32_t i = 0; i < d->n_experts; i++) row->c[i] += (double)d->correction_bias[i];
-    for (int32_t i = 0; i < router->padded; i++) row->key[i] = i < d->n_experts ? llmpari_key(row->c[i], i) : INT64_MIN;
 }
 
 // Weights of the k chosen.
 LLMPARI_FN void llmpari_row_weights(const llmpari_router *router, llmpari_row *row, const int32_t *ids, float *weights) {
     const llmpar_route_desc *d = &router->desc;
     const int32_t padded = (int32_t)llmpari_pad16(d->k);
-    double *w = row->c, sum = d->correction_bias ? d->eps : 0;
+    double *w = row->c, sum = d->correction_bias ? d->eps : 0, largest = row->x[ids[0]];
     const bool among_chosen = d->score == LLMPAR_SCORE_CHOSEN || (d->score == LLMPAR_SCORE_SOFTMAX && d->renormalise && sum == 0);     // p / sum p without p
     if (among_chosen || (d->score == LLMPAR_SCORE_SIGMOID && router->by_logit)) {
         for (int32_t i = 0; i < padded; i++) w[i] = i < d->k ? row->x[ids[i]] : NAN;
-        if (among_chosen) sum = llmpari_softmax_terms(w, w, padded);
+        for (int32_t i = 0; i < d->k; i++) largest = largest >= w[i] ? largest : w[i] == w[i] ? w[i] : largest;
+        if (among_chosen) sum = llmpari_softmax_terms(w, w, padded, largest);
         else llmpari_sigmoids(w, w, padded);
     } else for (int32_t i = 0; i < d->k; i++) w[i] = row->p[ids[i]];
     if (!among_chosen && d->renormalise) for (int32_t i = 0; i < d->k; i++) sum += w[i];
@@ -4854,8 +4912,15 @@ LLMPARI_FN void llmpari_row_weights(const llmpari_router *router, llmpari_row *r
 LLMPARI_FN void llmpari_route_row(const llmpari_router *router, llmpari_row *row, int32_t *ids, float *weights) {
     const llmpar_route_desc *d = &router->desc;
     int64_t last = INT64_MAX;
-    if (router->by_logit ? d->score == LLMPAR_SCORE_SOFTMAX && !d->renormalise : d->score != LLMPAR_SCORE_CHOSEN) llmpari_row_scores(router, row);
-    llmpari_row_keys(router, row);
+    const bool softmax = d->score == LLMPAR_SCORE_SOFTMAX && (!router->by_logit || !d->renormalise);
+    if (router->by_logit || softmax) llmpari_row_keys(router, row, row->x);
+    if (softmax || (d->score == LLMPAR_SCORE_SIGMOID && !router->by_logit)) llmpari_row_scores(router, row);
+    if (!router->by_logit) {
+        const double *from = d->score == LLMPAR_SCORE_CHOSEN ? row->x : row->p;
+        for (int32_t i = 0; i < router->padded; i++) row->c[i] = row->x[i] == row->x[i] ? from[i] : row->x[i];                    // the score of a NaN is 0, but it ranks lowest
+        for (int32_t i = 0; i < d->n_experts && d->correction_bias; i++) row->c[i] += (double)d->correction_bias[i];
+        llmpari_row_keys(router, row, row->c);
+    }
     if (d->topk_groups < d->n_groups) llmpari_mask_groups(router, row);
     for (int32_t i = 0; i < d->k; i++) {
         last = llmpari_key_next(row->key, router->padded, last);
@@ -4991,6 +5056,7 @@ LLMPAR_DEF llmpar_status llmpar_route_scores(const llmpar_route_desc *desc, cons
     for (int64_t t = 0; t < rows; t++, scores += n) {
         if (pad && pad[t]) { memset(scores, 0, (size_t)n * sizeof *scores); continue; }
         llmpari_row_load(&router, logits, dtype, t, row.x);
+        llmpari_row_keys(&router, &row, row.x);
         llmpari_row_scores(&router, &row);
         for (int32_t i = 0; i < n; i++) scores[i] = (float)row.p[i];
     }
@@ -5321,12 +5387,13 @@ LLMPAR_DEF llmpar_status llmpar_loss_z(const void *logits, llmpar_dtype dtype, i
     for (int64_t t = 0; t < rows; t++) tokens += !pad || !pad[t];
     for (int64_t t = 0; t < rows; t++) {
         const bool padding = pad && pad[t];
-        double largest = -INFINITY, sum = 1, lse = 0;
+        double largest, sum = 1, lse = 0;
         if (!padding) {
             llmpari_row_load(&router, logits, dtype, t, row.x);
-            for (int32_t i = 0; i < n_experts; i++) largest = row.x[i] > largest ? row.x[i] : largest;
-            sum = llmpari_softmax_terms(row.p, row.x, router.padded);
-            lse = isinf(largest) ? largest : largest + log(sum);
+            llmpari_row_keys(&router, &row, row.x);
+            largest = llmpari_row_largest(&router, &row);
+            sum = llmpari_softmax_terms(row.p, row.x, router.padded, largest);
+            lse = !(largest - largest == 0) ? INFINITY : largest + log(sum);
             total += lse * lse;
         }
         const double factor = padding || isinf(lse) ? 0 : 2 * coeff / (double)tokens * lse / sum;
@@ -6536,6 +6603,833 @@ LLMPAR_DEF int64_t llmpar_heads_kv_bytes_per_token(const llmpar_heads *heads, in
     return llmpari_mul_cap(llmpari_mul_cap(2 * (int64_t)heads->kv_count, llmpari_max(layers, 0)),
                            (head_dim > 0 ? head_dim : 1) * llmpar_dtype_bytes(dtype));
 }
+// ============================================================================================================
+// >>place (impl)
+// ============================================================================================================
+
+// One problem: copies of n experts on some GPUs, those of a node or all.
+typedef struct llmpari_spread {
+    int32_t  n, gpus, each, slots;          // slots of a GPU, of all
+    bool     distinct;                      // no two copies of an expert on a GPU
+    int32_t *expert;                        // [n] their numbers outside
+    double  *load, *share;                  // [n] load, load / copies
+    int32_t *copies, *most;                 // [n] how many; how many an expert may have
+    int32_t *at;                            // [slots] which expert, 0 .. n-1, GPU by GPU
+    double  *sum;                           // [gpus] of the shares in its slots
+    double   max;                           // of sum
+} llmpari_spread;
+
+typedef struct llmpari_placer {
+    const llmpar_place_desc *desc;
+    const double *load;                     // [n_experts], the caller's
+    double   unit;                          // times this, loads neither over- nor underflow in f32; a power of two, so that no bit is lost
+    int32_t  nodes, groups, members;        // to which copies are bound (1, 1 where they are not); groups of a node
+    bool     small;                         // few enough slots for the exhaustive search
+    int64_t  work;                          // steps that are left
+    int32_t *heap[2], *slot, *item, *fill;  // scratch [max(n_replicas, n_groups)]
+    double  *key[2];                        // ditto
+    int32_t *order, *initial, *chosen;      // [groups] heaviest first; the node of each in DeepSeek's way; and while others are tried
+    double  *group_load, *node_load;        // [groups], [nodes]
+    int32_t *node_fill;                     // [nodes]
+    llmpari_spread *now, *best, trial;      // [nodes], [nodes], one more to try with
+    double   max, good;                     // of best[]; within this factor of a bound other numbers of copies and other nodes are not tried
+} llmpari_placer;
+
+// ---- DeepSeek's ----
+
+// A heap of numbers: the least key is on top, of equal keys the least number. Sinks heap[at] to its place.
+LLMPARI_FN void llmpari_place_sink(int32_t *heap, int32_t n, int32_t at, const double *key) {
+    const int32_t item = heap[at];
+    for (int32_t child; (child = 2 * at + 1) < n; at = child) {
+        if (child + 1 < n && (key[heap[child + 1]] < key[heap[child]] || (key[heap[child + 1]] == key[heap[child]] && heap[child + 1] < heap[child]))) child++;
+        if (key[heap[child]] > key[item] || (key[heap[child]] == key[item] && heap[child] > item)) break;
+        heap[at] = heap[child];
+    }
+    heap[at] = item;
+}
+LLMPARI_FN void llmpari_place_heap(int32_t *heap, int32_t n, const double *key) {
+    for (int32_t i = 0; i < n; i++) heap[i] = i;
+    for (int32_t i = n / 2 - 1; i >= 0; i--) llmpari_place_sink(heap, n, i, key);
+}
+LLMPARI_FN void llmpari_place_pop(int32_t *heap, int32_t *n, const double *key) {
+    heap[0] = heap[--*n];
+    if (*n > 0) llmpari_place_sink(heap, *n, 0, key);
+}
+
+// balanced_packing of n items of weight -key[0][item]: the heaviest first, each to the lightest pack that has room. slot[item] = pack * (n / packs) + order of arrival there.
+LLMPARI_FN void llmpari_place_pack(llmpari_placer *place, int32_t n, int32_t packs) {
+    const int32_t each = n / packs;
+    int32_t *items = place->heap[0], *pack = place->heap[1], left = n, open = packs;
+    double *key = place->key[0], *filled = place->key[1];
+    if (each == 1) {                                                                       // as they come, as upstream does
+        for (int32_t i = 0; i < n; i++) place->slot[i] = i;
+        return;
+    }
+    for (int32_t p = 0; p < packs; p++) filled[p] = 0, place->fill[p] = 0;
+    llmpari_place_heap(items, n, key);
+    llmpari_place_heap(pack, packs, filled);
+    while (left > 0) {
+        const int32_t item = items[0], p = pack[0];
+        llmpari_place_pop(items, &left, key);
+        place->slot[item] = p * each + place->fill[p]++;
+        filled[p] = (double)((float)filled[p] - (float)key[item]);
+        if (place->fill[p] == each) llmpari_place_pop(pack, &open, filled);
+        else llmpari_place_sink(pack, open, 0, filled);
+    }
+}
+
+LLMPARI_FN void llmpari_spread_gpu(llmpari_spread *s, int32_t g) {
+    s->sum[g] = 0;
+    for (int32_t i = g * s->each; i < (g + 1) * s->each; i++) s->sum[g] += s->share[s->at[i]];
+}
+LLMPARI_FN void llmpari_spread_sum(llmpari_spread *s) {
+    for (int32_t e = 0; e < s->n; e++) s->share[e] = s->load[e] / (double)s->copies[e];
+    s->max = 0;
+    for (int32_t g = 0; g < s->gpus; g++) {
+        llmpari_spread_gpu(s, g);
+        if (s->sum[g] > s->max) s->max = s->sum[g];
+    }
+}
+LLMPARI_FN void llmpari_spread_copy(llmpari_spread *to, const llmpari_spread *from) {
+    memcpy(to->expert, from->expert, (size_t)from->n * sizeof *to->expert);
+    memcpy(to->load,   from->load,   (size_t)from->n * sizeof *to->load);
+    memcpy(to->copies, from->copies, (size_t)from->n * sizeof *to->copies);
+    memcpy(to->at,     from->at,     (size_t)from->slots * sizeof *to->at);
+    llmpari_spread_sum(to);
+}
+
+// replicate_experts (the next copy goes to the expert whose copies have most, of those that may have more), then balanced_packing. False: too few copies are allowed.
+LLMPARI_FN bool llmpari_spread_deepseek(llmpari_placer *place, llmpari_spread *s) {
+    int32_t *heap = place->heap[0], *item = place->item, open = s->n;
+    double *key = place->key[0];
+    place->work -= 32 * (int64_t)s->slots;
+    for (int32_t e = 0; e < s->n; e++) item[e] = e, s->copies[e] = 1, key[e] = -(double)(float)s->load[e];
+    llmpari_place_heap(heap, s->n, key);
+    for (int32_t i = s->n; i < s->slots; i++) {
+        while (open > 0 && s->copies[heap[0]] == s->most[heap[0]]) llmpari_place_pop(heap, &open, key);
+        if (open == 0) return false;
+        const int32_t e = item[i] = heap[0];
+        key[e] = -(double)((float)s->load[e] / (float)++s->copies[e]);
+        llmpari_place_sink(heap, open, 0, key);
+    }
+    for (int32_t i = s->n; i < s->slots; i++) key[i] = key[item[i]];
+    llmpari_place_pack(place, s->slots, s->gpus);
+    for (int32_t i = 0; i < s->slots; i++) s->at[place->slot[i]] = item[i];
+    llmpari_spread_sum(s);
+    return true;
+}
+
+// ---- slots trade places ----
+
+LLMPARI_FN bool llmpari_spread_has(const llmpari_spread *s, int32_t gpu, int32_t e, int32_t but) {   // in another slot than `but`
+    for (int32_t i = gpu * s->each; i < (gpu + 1) * s->each; i++) if (s->at[i] == e && i != but) return true;
+    return false;
+}
+LLMPARI_FN void llmpari_spread_trade(llmpari_spread *s, int32_t i, int32_t j) {
+    const int32_t e = s->at[i];
+    s->at[i] = s->at[j], s->at[j] = e;
+    llmpari_spread_gpu(s, i / s->each);
+    llmpari_spread_gpu(s, j / s->each);
+}
+// The fuller of GPUs g and h when their slots i and j have traded places.
+LLMPARI_FN double llmpari_spread_after(const llmpari_spread *s, int32_t g, int32_t i, int32_t h, int32_t j) {
+    const double d = s->share[s->at[i]] - s->share[s->at[j]], a = s->sum[g] - d, b = s->sum[h] + d;
+    return a > b ? a : b;
+}
+
+// A second copy on a GPU trades places with a copy elsewhere, so that the GPUs have more different experts, all together. There is such a place while no expert has more copies than there are GPUs:
+// some GPU lacks this one, and of its slots one holds what this GPU lacks, or else, all being among the fewer experts of this GPU, two hold the same.
+LLMPARI_FN void llmpari_spread_part(llmpari_placer *place, llmpari_spread *s) {
+    for (int32_t i = 0; i < s->slots; i++) {
+        const int32_t g = i / s->each;
+        while (s->copies[s->at[i]] > 1 && llmpari_spread_has(s, g, s->at[i], i)) {
+            double least = 0;
+            int32_t best = -1;
+            for (int32_t h = 0; h < s->gpus && (best < 0 || place->work > 0); h++) {
+                if (llmpari_spread_has(s, h, s->at[i], -1)) continue;
+                place->work -= s->each;
+                for (int32_t j = h * s->each; j < (h + 1) * s->each; j++) {
+                    const double max = llmpari_spread_after(s, g, i, h, j);
+                    if (best >= 0 && max >= least) continue;
+                    if (llmpari_spread_has(s, g, s->at[j], -1) && !llmpari_spread_has(s, h, s->at[j], j)) continue;
+                    best = j, least = max;
+                }
+            }
+            LLMPAR_ASSERT(best >= 0);
+            llmpari_spread_trade(s, i, best);
+        }
+    }
+    llmpari_spread_sum(s);
+}
+
+// A slot of g, the fullest GPU, trades places with the one of another GPU that leaves the fuller of the two least full, if that is less than now.
+LLMPARI_FN bool llmpari_spread_swap(llmpari_placer *place, llmpari_spread *s, int32_t g) {
+    double least = s->sum[g] * (1 - 1e-12);
+    int32_t from = -1, to = -1;
+    for (int32_t h = 0; h < s->gpus; h++) {
+        if (h == g || (s->sum[g] + s->sum[h]) / 2 >= least) continue;                      // no trade is better than half of the difference
+        for (int32_t i = g * s->each; i < (g + 1) * s->each && place->work > 0; i++) {
+            place->work -= s->each;
+            for (int32_t j = h * s->each; j < (h + 1) * s->each; j++) {
+                const double max = llmpari_spread_after(s, g, i, h, j);
+                if (max >= least) continue;
+                if (s->distinct) place->work -= s->each;
+                if (s->distinct && (llmpari_spread_has(s, h, s->at[i], -1) || llmpari_spread_has(s, g, s->at[j], -1))) continue;
+                least = max, from = i, to = j;
+            }
+        }
+    }
+    if (from >= 0) llmpari_spread_trade(s, from, to);
+    return from >= 0;
+}
+
+// The best slot in which a copy of b can give way to one more of a: *least falls to the max that this leaves. -1: none is better.
+LLMPARI_FN int32_t llmpari_spread_instead(llmpari_placer *place, const llmpari_spread *s, int32_t a, int32_t b, double *least) {
+    const double more = s->load[a] / (s->copies[a] + 1), less = s->load[b] / (s->copies[b] - 1);
+    double *sum = place->key[0];
+    int32_t to = -1;
+    if (less >= *least) return -1;
+    place->work -= s->slots;
+    for (int32_t g = 0; g < s->gpus; g++) {
+        sum[g] = s->sum[g];
+        for (int32_t i = g * s->each; i < (g + 1) * s->each; i++) sum[g] += s->at[i] == a ? more - s->share[a] : s->at[i] == b ? less - s->share[b] : 0;
+    }
+    for (int32_t j = 0; j < s->slots; j++) {
+        const int32_t h = j / s->each;
+        double max = sum[h] + more - less;
+        if (s->at[j] != b || max >= *least || (s->distinct && llmpari_spread_has(s, h, a, -1))) continue;
+        for (int32_t g = 0; g < s->gpus; g++) if (g != h && sum[g] > max) max = sum[g];
+        if (max < *least) *least = max, to = j;
+    }
+    return to;
+}
+// An expert of g, the fullest GPU, that makes up a quarter of it or more, gets one copy more in place of another expert's.
+LLMPARI_FN bool llmpari_spread_recopy(llmpari_placer *place, llmpari_spread *s, int32_t g) {
+    double least = s->sum[g] * (1 - 1e-12);
+    int32_t to = -1, with = -1;
+    for (int32_t k = g * s->each; k < (g + 1) * s->each; k++) {
+        const int32_t a = s->at[k];
+        if (s->copies[a] == s->most[a] || 4 * s->share[a] < s->sum[g]) continue;
+        for (int32_t b = 0; b < s->n && place->work > 0; b++) {
+            const int32_t j = b == a || s->copies[b] == 1 ? -1 : llmpari_spread_instead(place, s, a, b, &least);
+            if (j >= 0) to = j, with = a;
+        }
+    }
+    if (to < 0) return false;
+    s->copies[with]++, s->copies[s->at[to]]--;
+    s->at[to] = with;
+    llmpari_spread_sum(s);
+    return true;
+}
+// One or the other, until the fullest GPU cannot be helped, is full enough, or the work is done.
+LLMPARI_FN void llmpari_spread_improve(llmpari_placer *place, llmpari_spread *s, double enough) {
+    for (;;) {
+        int32_t g = 0;
+        for (int32_t h = 1; h < s->gpus; h++) if (s->sum[h] > s->sum[g]) g = h;
+        s->max = s->sum[g];
+        if (s->max <= enough || place->work <= 0 || (!llmpari_spread_swap(place, s, g) && !llmpari_spread_recopy(place, s, g))) break;
+    }
+}
+
+// ---- exhaustive search ----
+
+#define LLMPARI_PLACE_SMALL 32              // slots
+typedef struct llmpari_exact {
+    llmpari_placer *place;
+    llmpari_spread *s, *trial;              // s: the best so far
+    double  below, enough;                  // only what is below counts; at or under enough the search ends
+    int32_t order[LLMPARI_PLACE_SMALL], by_share[LLMPARI_PLACE_SMALL], used[LLMPARI_PLACE_SMALL];   // experts by load, by share; filled slots of each GPU
+    double  sum[LLMPARI_PLACE_SMALL], rest[LLMPARI_PLACE_SMALL + 1];                                // load of each GPU; of by_share[k] and all behind it
+} llmpari_exact;
+
+LLMPARI_FN void llmpari_exact_sort(const double *key, int32_t n, int32_t *order) {         // largest first, stable
+    for (int32_t i = 0; i < n; i++) {
+        int32_t at = i;
+        for (; at > 0 && key[order[at - 1]] < key[i]; at--) order[at] = order[at - 1];
+        order[at] = i;
+    }
+}
+
+// Copies c, c + 1, .. of expert by_share[k], then the experts behind it, go to every GPU from `from` on that can take them. Of GPUs that look the same the first is tried alone.
+LLMPARI_FN void llmpari_exact_fill(llmpari_exact *x, int32_t k, int32_t c, int32_t from) {
+    llmpari_spread *t = x->trial;
+    if (c == t->copies[x->by_share[k]]) k++, c = 0, from = 0;
+    if (k == t->n) {
+        llmpari_spread_sum(t);
+        if (t->max < x->below) {
+            llmpari_spread_copy(x->s, t);
+            x->below = t->max * (1 - 1e-12);
+        }
+        return;
+    }
+    const int32_t e = x->by_share[k];
+    double share = t->share[e], small = t->share[x->by_share[t->n - 1]], room = 0, low = (x->rest[0] - (t->gpus - 1) * x->below) * (1 - 1e-9);
+    for (int32_t g = 0; g < t->gpus; g++) {
+        const int32_t open = t->each - x->used[g];
+        if (open > 0) room += x->below - x->sum[g];
+        if (x->sum[g] + open * share < low || (open > 0 && x->sum[g] + open * small >= x->below)) return;   // what may follow cannot fill it, or must overfill it
+    }
+    if ((x->rest[k] - c * share) * (1 - 1e-9) > room) return;
+    for (int32_t g = from; g < t->gpus; g++) {
+        const double before = x->sum[g];
+        int32_t h = from;
+        if (x->used[g] == t->each || before + share >= x->below) continue;
+        while (h < g && (x->used[h] != x->used[g] || x->sum[h] != before)) h++;
+        if (h < g) continue;
+        if (x->place->work-- <= 0 || x->s->max <= x->enough) return;
+        t->at[g * t->each + x->used[g]++] = e;
+        x->sum[g] += share;
+        llmpari_exact_fill(x, k, c + 1, t->distinct ? g + 1 : g);
+        x->sum[g] = before;
+        x->used[g]--;
+    }
+}
+// Every number of copies for the experts order[k] and behind; of experts with equal loads the first has most.
+LLMPARI_FN void llmpari_exact_copies(llmpari_exact *x, int32_t k, int32_t left) {
+    llmpari_spread *t = x->trial;
+    const int32_t rest = t->n - k - 1, e = k < t->n ? x->order[k] : 0, most = k < t->n ? t->most[e] : 0;
+    if (k == t->n) {
+        for (int32_t i = 0; i < t->n; i++) t->share[i] = t->load[i] / (double)t->copies[i];
+        llmpari_exact_sort(t->share, t->n, x->by_share);
+        x->rest[t->n] = 0;
+        for (int32_t i = t->n - 1; i >= 0; i--) x->rest[i] = x->rest[i + 1] + t->load[x->by_share[i]];
+        for (int32_t g = 0; g < t->gpus; g++) x->used[g] = 0, x->sum[g] = 0;
+        llmpari_exact_fill(x, 0, 0, 0);
+        return;
+    }
+    for (int32_t c = 1; c <= most && c <= left - rest && x->place->work-- > 0 && x->s->max > x->enough; c++) {
+        if (k > 0 && t->load[e] == t->load[x->order[k - 1]] && c > t->copies[x->order[k - 1]]) break;
+        if (t->load[e] / (double)c >= x->below || left - c > (int64_t)rest * most) continue;
+        t->copies[e] = c;
+        llmpari_exact_copies(x, k + 1, left - c);
+    }
+}
+// Finds the least max there is, if it is below s->max.
+LLMPARI_FN void llmpari_spread_exact(llmpari_placer *place, llmpari_spread *s, double enough) {
+    llmpari_exact x;
+    x.place = place, x.s = s, x.trial = &place->trial, x.below = (s->max < place->max ? s->max : place->max) * (1 - 1e-12), x.enough = enough;
+    llmpari_exact_sort(s->load, s->n, x.order);
+    for (int32_t e = 0; e < s->n; e++) x.trial->most[e] = s->most[e];
+    if (s->max > enough) llmpari_exact_copies(&x, 0, s->slots);
+}
+
+// ---- nodes ----
+
+// s, which holds DeepSeek's placement (without duplicates where they are forbidden), is improved; then the same is tried with one copy fewer of this or that expert, for the others' good.
+LLMPARI_FN void llmpari_spread_solve(llmpari_placer *place, llmpari_spread *s, double enough) {
+    llmpari_spread *t = &place->trial;
+    bool found = s->max > enough;
+    memcpy(t->expert, s->expert, (size_t)s->n * sizeof *t->expert);
+    memcpy(t->load,   s->load,   (size_t)s->n * sizeof *t->load);
+    llmpari_spread_improve(place, s, enough);
+    for (bool first = !s->distinct; found && s->max > enough * place->good; first = false) {
+        found = false;
+        for (int32_t a = first ? -1 : 0; a < s->n && s->max > enough * place->good && place->work > 0; a++) {
+            if (a >= 0 && s->copies[a] == 1) continue;
+            for (int32_t e = 0; e < s->n; e++) t->most[e] = e == a ? s->copies[a] - 1 : s->gpus;   // a = -1: no more than GPUs, nothing else
+            if (!llmpari_spread_deepseek(place, t)) continue;
+            if (s->distinct) llmpari_spread_part(place, t);
+            llmpari_spread_improve(place, t, enough);
+            if (t->max >= s->max * (1 - 1e-12)) continue;
+            llmpari_spread_copy(s, t);
+            found = true;
+        }
+    }
+    if (place->small) llmpari_spread_exact(place, s, enough);
+}
+
+// The problems now[] of the nodes: group i is number slot[i] % members on node slot[i] / members.
+LLMPARI_FN void llmpari_placer_deal(llmpari_placer *place) {
+    const int32_t *slot = place->slot;
+    const int32_t size = place->desc->n_experts / place->groups;
+    for (int32_t i = 0; i < place->groups; i++) {
+        llmpari_spread *s = &place->now[slot[i] / place->members];
+        const int32_t to = slot[i] % place->members * size;
+        for (int32_t e = 0; e < size; e++) s->expert[to + e] = i * size + e, s->load[to + e] = place->load[i * size + e] * place->unit;
+    }
+}
+// Solves now[] (all modes begin with DeepSeek's) and keeps it where it is better than best[].
+LLMPARI_FN void llmpari_placer_try(llmpari_placer *place) {
+    const llmpar_place_desc *desc = place->desc;
+    double enough = 0, max = 0;
+    for (int32_t k = 0; k < place->nodes; k++) {
+        llmpari_spread *s = &place->now[k];
+        double total = 0;
+        for (int32_t e = 0; e < s->n; e++) s->most[e] = s->distinct ? s->gpus : s->slots, total += s->load[e];
+        enough = total / s->gpus > enough ? total / s->gpus : enough;
+        llmpari_spread_deepseek(place, s);
+        if (s->distinct) llmpari_spread_part(place, s);
+    }
+    enough *= 1 + 1e-13;                                                                   // no placement of these groups is better than the fullest node's mean
+    for (int32_t k = 0; k < place->nodes; k++) {
+        if (desc->mode != LLMPAR_PLACE_DEEPSEEK) llmpari_spread_solve(place, &place->now[k], enough);
+        if (place->now[k].max > max) max = place->now[k].max;
+        if (max >= place->max * (1 - 1e-12)) return;
+    }
+    for (int32_t k = 0; k < place->nodes; k++) llmpari_spread_copy(&place->best[k], &place->now[k]);
+    place->max = max;
+}
+
+// Is chosen[] the partition that DeepSeek's way gave, whatever the nodes' numbers?
+LLMPARI_FN bool llmpari_placer_same(const llmpari_placer *place) {
+    for (int32_t i = 0; i < place->groups; i++) place->fill[place->chosen[i]] = place->initial[i];
+    for (int32_t i = 0; i < place->groups; i++) if (place->fill[place->chosen[i]] != place->initial[i]) return false;
+    return true;
+}
+
+// Every way to give groups to nodes that could be better: the heaviest group that is left begins a node, the lightest come to it first. Node k has node_fill[k] groups so far; order[from] and
+// those in front of it may follow.
+LLMPARI_FN void llmpari_placer_groups(llmpari_placer *place, int32_t k, int32_t from) {
+    const int32_t gpus = place->desc->n_gpus / place->nodes;
+    if (place->work <= 0 || place->node_load[k] / gpus * (1 + 1e-13) * place->good >= place->max) return;
+    place->work -= place->groups;
+    if (place->node_fill[k] == place->members) {
+        if (++k == place->nodes) {
+            if (llmpari_placer_same(place)) return;
+            for (int32_t n = 0; n < place->nodes; n++) place->fill[n] = 0;
+            for (int32_t i = 0; i < place->groups; i++) place->slot[i] = place->chosen[i] * place->members + place->fill[place->chosen[i]]++;
+            llmpari_placer_deal(place);
+            llmpari_placer_try(place);
+            return;
+        }
+        from = place->groups - 1;
+    }
+    const bool opens = place->node_fill[k] == 0;
+    if (opens) for (from = 0; place->chosen[place->order[from]] >= 0; from++) {}
+    for (int32_t i = from; i >= 0; i--) {
+        const int32_t group = place->order[i];
+        const double before = place->node_load[k];
+        if (place->chosen[group] >= 0) continue;
+        place->chosen[group] = k, place->node_fill[k]++, place->node_load[k] += place->group_load[group];
+        llmpari_placer_groups(place, k, opens ? place->groups - 1 : i - 1);
+        place->chosen[group] = -1, place->node_fill[k]--, place->node_load[k] = before;
+        if (opens) break;
+    }
+}
+
+LLMPARI_FN bool llmpari_spread_tables(llmpari_spread *s, const llmpari_placer *place, llmpar_arena *arena) {
+    const llmpar_place_desc *desc = place->desc;
+    s->n        = desc->n_experts / place->nodes;
+    s->gpus     = desc->n_gpus / place->nodes;
+    s->slots    = desc->n_replicas / place->nodes;
+    s->each     = s->slots / s->gpus;
+    s->distinct = desc->mode == LLMPAR_PLACE_NO_DUPLICATES;
+    double *of_expert = (double *)llmpar_arena_alloc(arena, (2 * (size_t)s->n + (size_t)s->gpus) * sizeof *of_expert);
+    int32_t *number = (int32_t *)llmpar_arena_alloc(arena, (3 * (size_t)s->n + (size_t)s->slots) * sizeof *number);
+    if (!of_expert || !number) return false;
+    s->load   = of_expert, s->share  = of_expert + s->n, s->sum = of_expert + 2 * s->n;
+    s->expert = number,    s->copies = number + s->n,    s->most = number + 2 * s->n, s->at = number + 3 * s->n;
+    return true;
+}
+LLMPARI_FN bool llmpari_placer_tables(llmpari_placer *place, llmpar_arena *arena) {
+    const size_t items = (size_t)llmpari_max(place->desc->n_replicas, place->groups), groups = (size_t)place->groups, nodes = (size_t)place->nodes;
+    int32_t *number = (int32_t *)llmpar_arena_alloc(arena, (5 * items + 3 * groups + nodes) * sizeof *number);
+    double *real = (double *)llmpar_arena_alloc(arena, (2 * items + groups + nodes) * sizeof *real);
+    place->now = (llmpari_spread *)llmpar_arena_alloc(arena, 2 * nodes * sizeof *place->now);
+    if (!number || !real || !place->now || !llmpari_spread_tables(&place->trial, place, arena)) return false;
+    place->heap[0] = number, place->heap[1] = number + items, place->slot = number + 2 * items, place->item = number + 3 * items, place->fill = number + 4 * items;
+    place->order   = number + 5 * items, place->initial = place->order + groups, place->chosen = place->initial + groups, place->node_fill = place->chosen + groups;
+    place->key[0]  = real, place->key[1] = real + items, place->group_load = real + 2 * items, place->node_load = place->group_load + groups;
+    place->best = place->now + nodes;
+    for (size_t k = 0; k < 2 * nodes; k++) if (!llmpari_spread_tables(&place->now[k], place, arena)) return false;
+    return true;
+}
+
+// Two copies on one GPU that are good for nothing go apart.
+LLMPARI_FN void llmpari_placer_tidy(llmpari_placer *place, llmpari_spread *s) {
+    llmpari_spread *t = &place->trial;
+    for (int32_t e = 0; e < s->n; e++) if (s->copies[e] > s->gpus) return;
+    llmpari_spread_copy(t, s);
+    llmpari_spread_part(place, t);
+    if (t->max <= place->max) llmpari_spread_copy(s, t);
+}
+
+#define LLMPARI_PLACE_GROUPS 1024           // beyond, DeepSeek's way alone: the search is as deep as there are groups
+// Groups to nodes as DeepSeek does it, then every other way that could be better.
+LLMPARI_FN void llmpari_placer_run(llmpari_placer *place) {
+    const int32_t size = place->desc->n_experts / place->groups;
+    for (int32_t i = 0; i < place->groups; i++) {
+        float sum = 0;
+        place->group_load[i] = 0;
+        for (int32_t e = i * size; e < (i + 1) * size; e++) sum += (float)(place->load[e] * place->unit), place->group_load[i] += place->load[e] * place->unit;
+        place->key[0][i] = -(double)sum;
+    }
+    llmpari_place_pack(place, place->groups, place->nodes);
+    for (int32_t i = 0; i < place->groups; i++) place->initial[i] = place->slot[i] / place->members, place->chosen[i] = -1;
+    llmpari_placer_deal(place);
+    llmpari_placer_try(place);
+    if (place->desc->mode == LLMPAR_PLACE_DEEPSEEK) return;
+    if (place->groups <= LLMPARI_PLACE_GROUPS) {
+        for (int32_t i = 0; i < place->groups; i++) place->key[0][i] = -place->group_load[i];
+        llmpari_place_heap(place->heap[0], place->groups, place->key[0]);
+        for (int32_t i = 0, left = place->groups; left > 0; i++) place->order[i] = place->heap[0][0], llmpari_place_pop(place->heap[0], &left, place->key[0]);
+        llmpari_placer_groups(place, 0, 0);
+    }
+    for (int32_t k = 0; k < place->nodes && place->desc->mode == LLMPAR_PLACE_BETTER; k++) llmpari_placer_tidy(place, &place->best[k]);
+}
+
+#define LLMPARI_PLACE_MOST 65536            // slots of a layer
+LLMPARI_FN llmpar_status llmpari_place_check(const llmpar_place_desc *desc, llmpar_error *err) {
+    const int32_t groups = desc->n_groups ? desc->n_groups : 1, nodes = desc->n_nodes ? desc->n_nodes : 1;
+    if (desc->n_experts < 1 || desc->n_replicas < 1 || desc->n_gpus < 1 || groups < 1 || nodes < 1)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_experts=%d, n_replicas=%d, n_gpus=%d must be 1 or more, n_groups=%d, n_nodes=%d 0 (= 1) or more", (int)desc->n_experts,
+                            (int)desc->n_replicas, (int)desc->n_gpus, (int)desc->n_groups, (int)desc->n_nodes);
+    if (desc->n_replicas > LLMPARI_PLACE_MOST)
+        return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "n_replicas=%d: a layer may have %d slots at most", (int)desc->n_replicas, LLMPARI_PLACE_MOST);
+    if (desc->n_replicas < desc->n_experts)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_replicas=%d is less than n_experts=%d; every expert needs a slot: give %d replicas or more", (int)desc->n_replicas,
+                            (int)desc->n_experts, (int)llmpari_min(INT32_MAX, ((int64_t)desc->n_experts + desc->n_gpus - 1) / desc->n_gpus * desc->n_gpus));
+    if (desc->n_replicas % desc->n_gpus)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_replicas=%d cannot be split evenly over n_gpus=%d; every GPU has as many slots: give %lld replicas", (int)desc->n_replicas, (int)desc->n_gpus,
+                            ((long long)desc->n_replicas / desc->n_gpus + 1) * desc->n_gpus);
+    if (desc->n_gpus % nodes)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_gpus=%d cannot be split evenly over n_nodes=%d; give a number of nodes that divides it", (int)desc->n_gpus, (int)nodes);
+    if (desc->n_experts % groups)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_experts=%d cannot be split evenly into n_groups=%d; give a number of groups that divides it, 1 for no groups", (int)desc->n_experts,
+                            (int)groups);
+    if (desc->mode < LLMPAR_PLACE_DEEPSEEK || desc->mode > LLMPAR_PLACE_BETTER || desc->work < 0)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "mode %d, work %lld; modes stand in llmpar_place_mode, work is 0 or more", (int)desc->mode, (long long)desc->work);
+    return LLMPAR_OK;
+}
+LLMPARI_FN llmpar_status llmpari_place_loads(const llmpar_place_desc *desc, const double *load, llmpar_error *err) {
+    double total = 0;
+    for (int32_t e = 0; e < desc->n_experts; e++) {
+        if (!(load[e] >= 0 && load[e] <= 1.7976931348623157e308))
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "load %g of expert %d; loads are finite and 0 or more: give counts of tokens, or shares of them", load[e], (int)e);
+        total += load[e];
+    }
+    if (total > 1.7976931348623157e308) return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "the loads' sum is past 1.8e308; divide all of them by the same number");
+    return LLMPAR_OK;
+}
+
+// first[] and slot[] from expert[].
+LLMPARI_FN void llmpari_placement_index(llmpar_placement *p) {
+    for (int32_t e = 0; e <= p->n_experts; e++) p->first[e] = 0;
+    for (int32_t i = 0; i < p->n_slots; i++) p->first[p->expert[i]]++;
+    for (int32_t e = 0; e < p->n_experts; e++) p->first[e + 1] += p->first[e];
+    for (int32_t i = p->n_slots - 1; i >= 0; i--) p->slot[--p->first[p->expert[i]]] = i;   // first[e] falls from the end of e's slots to their begin
+}
+LLMPARI_FN void llmpari_placement_loads(llmpar_placement *p, const double *load) {
+    const int32_t each = p->n_slots / p->n_gpus;
+    for (int32_t i = 0; i < p->n_slots; i++) p->load[i / each] += load[p->expert[i]] / (double)(p->first[p->expert[i] + 1] - p->first[p->expert[i]]);
+    for (int32_t g = 0; g < p->n_gpus; g++) if (p->load[g] > p->max) p->max = p->load[g];
+    for (int32_t e = 0; e < p->n_experts; e++) p->mean += load[e] / p->n_gpus;
+}
+LLMPARI_FN llmpar_status llmpari_placement_tables(const llmpar_place_desc *desc, llmpar_arena *arena, llmpar_placement *p, llmpar_error *err) {
+    memset(p, 0, sizeof *p);
+    const size_t slots = (size_t)desc->n_replicas;
+    int32_t *number = (int32_t *)llmpar_arena_alloc(arena, (2 * slots + (size_t)desc->n_experts + 1) * sizeof *number);
+    double *load = (double *)llmpar_arena_alloc(arena, (size_t)desc->n_gpus * sizeof *load);
+    if (!number || !load) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a placement of %d slots", (int)desc->n_replicas);
+    p->n_experts = desc->n_experts, p->n_slots = desc->n_replicas, p->n_gpus = desc->n_gpus, p->n_nodes = desc->n_nodes ? desc->n_nodes : 1;
+    p->expert = number, p->slot = number + slots, p->first = number + 2 * slots, p->load = load;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_place_given(const llmpar_place_desc *desc, const int32_t *expert, const double *load, llmpar_arena *arena, llmpar_placement *placement, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_place_check(desc, err));
+    if (load) LLMPARI_TRY(llmpari_place_loads(desc, load, err));
+    for (int32_t i = 0; i < desc->n_replicas; i++)
+        if (expert[i] < 0 || expert[i] >= desc->n_experts)
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "slot %d holds expert %d; experts are 0 .. %d", (int)i, (int)expert[i], (int)desc->n_experts - 1);
+    const llmpar_arena_mark mark = llmpar_arena_save(arena);
+    llmpar_status status = llmpari_placement_tables(desc, arena, placement, err);
+    if (!status) {
+        for (int32_t i = 0; i < desc->n_replicas; i++) placement->expert[i] = expert[i];
+        llmpari_placement_index(placement);
+        if (load) llmpari_placement_loads(placement, load);
+        for (int32_t e = 0; e < desc->n_experts && !status; e++)
+            if (placement->first[e] == placement->first[e + 1]) status = LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "expert %d is in no slot; every expert needs one", (int)e);
+    }
+    if (status) llmpar_arena_restore(arena, mark);
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_place(const llmpar_place_desc *desc, const double *load, llmpar_arena *arena, llmpar_placement *placement, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_place_check(desc, err));
+    LLMPARI_TRY(llmpari_place_loads(desc, load, err));
+    llmpari_placer place;
+    memset(&place, 0, sizeof place);
+    const int32_t nodes = desc->n_nodes ? desc->n_nodes : 1, groups = desc->n_groups ? desc->n_groups : 1;
+    const bool bound = !desc->global && groups % nodes == 0;
+    place.desc = desc, place.load = load, place.nodes = bound ? nodes : 1, place.groups = bound ? groups : 1, place.members = place.groups / place.nodes;
+    const int32_t experts = desc->n_experts / place.nodes, gpus = desc->n_gpus / place.nodes, slots = desc->n_replicas / place.nodes;
+    if (desc->mode == LLMPAR_PLACE_NO_DUPLICATES && slots > (int64_t)experts * gpus)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_replicas=%d: with %d slots for %d experts some expert has more than %d replicas, but there are %d GPUs%s: two would share one; "
+                            "give %lld replicas or fewer, more GPUs, or allow duplicates", (int)desc->n_replicas, (int)slots, (int)experts, (int)gpus, (int)gpus, place.nodes > 1 ? " in a node" : "",
+                            (long long)experts * gpus * place.nodes);
+    double most = 0;
+    int exponent;
+    for (int32_t e = 0; e < desc->n_experts; e++) if (load[e] > most) most = load[e];
+    frexp(most, &exponent);
+    place.unit  = exponent > 60 || exponent < -60 ? ldexp(1, exponent < -1000 ? 1000 : -exponent) : 1;
+    place.small = slots <= LLMPARI_PLACE_SMALL;
+    place.good  = place.small ? 1 : 1.001;
+    place.work  = desc->work ? desc->work : place.small ? 1 << 20 : 300 * (int64_t)desc->n_replicas;
+    place.max   = 1.7976931348623157e308;
+    const llmpar_arena_mark before = llmpar_arena_save(arena);
+    llmpar_status status = llmpari_placement_tables(desc, arena, placement, err);
+    const llmpar_arena_mark after = llmpar_arena_save(arena);
+    if (!status && !llmpari_placer_tables(&place, arena)) status = LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to place %d copies of %d experts", (int)desc->n_replicas, (int)desc->n_experts);
+    if (!status) {
+        llmpari_placer_run(&place);
+        for (int32_t i = 0; i < desc->n_replicas; i++) placement->expert[i] = place.best[i / slots].expert[place.best[i / slots].at[i % slots]];
+        llmpari_placement_index(placement);
+        llmpari_placement_loads(placement, load);
+        placement->proven = placement->max <= placement->mean * (1 + 1e-12) ||
+                            (desc->mode != LLMPAR_PLACE_DEEPSEEK && place.small && place.work > 0 && place.groups <= LLMPARI_PLACE_GROUPS);
+    }
+    llmpar_arena_restore(arena, status ? before : after);
+    return status;
+}
+
+// ---- from one placement to another ----
+
+LLMPARI_FN llmpar_status llmpari_migrate_check(const llmpar_placement *from, const llmpar_placement *to, llmpar_error *err) {
+    if (from->n_experts != to->n_experts || from->n_slots != to->n_slots || from->n_gpus != to->n_gpus || from->n_nodes != to->n_nodes)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "from %d experts in %d slots on %d GPUs of %d nodes to %d in %d on %d of %d; both placements must have the same sizes", (int)from->n_experts,
+                            (int)from->n_slots, (int)from->n_gpus, (int)from->n_nodes, (int)to->n_experts, (int)to->n_slots, (int)to->n_gpus, (int)to->n_nodes);
+    return LLMPAR_OK;
+}
+
+// The cheapest way to give each of n rows a column of its own (Hungarian method with potentials, shortest augmenting paths; O(n^3)). row_of[1 .. n] of each column, counted from 1; returns the cost.
+// scratch: row_of[n + 1], way[n + 1]; u, v, least [n + 1].
+LLMPARI_FN int64_t llmpari_assign(const int32_t *cost, int32_t n, int32_t *row_of, int32_t *way, int64_t *u, int64_t *v, int64_t *least, bool *done) {
+    int64_t total = 0;
+    for (int32_t j = 0; j <= n; j++) row_of[j] = 0, u[j] = v[j] = 0;
+    for (int32_t i = 1; i <= n; i++) {
+        int32_t at = 0;
+        for (int32_t j = 0; j <= n; j++) least[j] = INT64_MAX, done[j] = false;
+        row_of[0] = i;
+        do {
+            const int32_t row = row_of[at];
+            int32_t next = 0;
+            int64_t step = INT64_MAX;
+            done[at] = true;
+            for (int32_t j = 1; j <= n; j++) {
+                if (done[j]) continue;
+                const int64_t c = cost[(int64_t)(row - 1) * n + j - 1] - u[row] - v[j];
+                if (c < least[j]) least[j] = c, way[j] = at;
+                if (least[j] < step) step = least[j], next = j;
+            }
+            for (int32_t j = 0; j <= n; j++) {
+                if (done[j]) u[row_of[j]] += step, v[j] -= step;
+                else least[j] -= step;
+            }
+            at = next;
+        } while (row_of[at]);
+        for (; at; at = way[at]) row_of[at] = row_of[way[at]];
+    }
+    for (int32_t j = 1; j <= n; j++) total += cost[(int64_t)(row_of[j] - 1) * n + j - 1];
+    return total;
+}
+
+// What names cost: rows are GPUs (nodes) as they are now, columns those of the new placement.
+typedef struct llmpari_rename {
+    const llmpar_placement *from, *to;
+    int32_t  each, gpus;                    // slots of a GPU, GPUs of a node
+    int32_t *cost, *node_cost;              // [gpus * gpus], [n_nodes * n_nodes] experts that have to come
+    int32_t *row_of, *way, *seen;           // [max(gpus, n_nodes) + 1], ditto, [n_experts] when an expert was last met
+    int64_t *u, *v, *least;                 // [max(gpus, n_nodes) + 1]
+    bool    *done;                          // ditto
+} llmpari_rename;
+
+// The fewest experts that have to come to node a if it takes over what is node b's in the new placement; row_of says which GPU which.
+LLMPARI_FN int64_t llmpari_rename_node(llmpari_rename *r, int32_t a, int32_t b) {
+    const int32_t slots = r->each * r->gpus;
+    for (int32_t e = 0; e < r->from->n_experts; e++) r->seen[e] = -1;
+    for (int32_t i = 0; i < r->gpus; i++) {
+        for (int32_t j = 0; j < r->gpus; j++) {
+            const int32_t *old = r->from->expert + a * slots + i * r->each, *now = r->to->expert + b * slots + j * r->each, stamp = i * r->gpus + j;
+            int32_t *cost = &r->cost[stamp];
+            *cost = 0;
+            for (int32_t k = 0; k < r->each; k++) r->seen[old[k]] = stamp;
+            for (int32_t k = 0; k < r->each; k++) if (r->seen[now[k]] != stamp) r->seen[now[k]] = stamp, ++*cost;
+        }
+    }
+    return llmpari_assign(r->cost, r->gpus, r->row_of, r->way, r->u, r->v, r->least, r->done);
+}
+
+LLMPAR_DEF llmpar_status llmpar_place_rename(const llmpar_placement *from, llmpar_placement *to, llmpar_arena *scratch, llmpar_error *err) {
+    LLMPARI_TRY(llmpari_migrate_check(from, to, err));
+    llmpari_rename r;
+    r.from = from, r.to = to, r.each = from->n_slots / from->n_gpus, r.gpus = from->n_gpus / from->n_nodes;
+    const int32_t nodes = from->n_nodes, slots = r.each * r.gpus;
+    if (r.gpus > 4096 || nodes > 4096) return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "%d nodes of %d GPUs; names are sought for up to 4096 of each: migrate without", (int)nodes, (int)r.gpus);
+    const size_t most = (size_t)llmpari_max(r.gpus, nodes) + 1, pairs = (size_t)r.gpus * (size_t)r.gpus, node_pairs = (size_t)nodes * (size_t)nodes;
+    const llmpar_arena_mark mark = llmpar_arena_save(scratch);
+    int32_t *number = (int32_t *)llmpar_arena_alloc(scratch, (pairs + node_pairs + 2 * most + (size_t)nodes + (size_t)from->n_experts + (size_t)from->n_slots) * sizeof *number);
+    r.u    = (int64_t *)llmpar_arena_alloc(scratch, 3 * most * sizeof *r.u);
+    r.done = (bool *)llmpar_arena_alloc(scratch, most * sizeof *r.done);
+    double *load = (double *)llmpar_arena_alloc(scratch, (size_t)from->n_gpus * sizeof *load);
+    llmpar_status status = LLMPAR_OK;
+    if (!number || !r.u || !r.done || !load) status = LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory to rename %d GPUs", (int)from->n_gpus);
+    if (!status) {
+        r.cost = number, r.node_cost = number + pairs, r.row_of = r.node_cost + node_pairs, r.way = r.row_of + most, r.v = r.u + most, r.least = r.v + most;
+        int32_t *node_of = r.way + most, *expert = node_of + nodes + from->n_experts;
+        r.seen = node_of + nodes;
+        for (int32_t a = 0; a < nodes; a++) for (int32_t b = 0; b < nodes; b++) r.node_cost[a * nodes + b] = (int32_t)llmpari_rename_node(&r, a, b);
+        llmpari_assign(r.node_cost, nodes, r.row_of, r.way, r.u, r.v, r.least, r.done);
+        for (int32_t b = 0; b < nodes; b++) node_of[b] = r.row_of[b + 1] - 1;
+        for (int32_t b = 0; b < nodes; b++) {
+            llmpari_rename_node(&r, node_of[b], b);
+            for (int32_t j = 0; j < r.gpus; j++) {
+                const int32_t g = node_of[b] * r.gpus + r.row_of[j + 1] - 1;
+                memcpy(expert + g * r.each, to->expert + b * slots + j * r.each, (size_t)r.each * sizeof *expert);
+                load[g] = to->load[b * r.gpus + j];
+            }
+        }
+        memcpy(to->expert, expert, (size_t)to->n_slots * sizeof *expert);
+        memcpy(to->load, load, (size_t)to->n_gpus * sizeof *load);
+        llmpari_placement_index(to);
+    }
+    llmpar_arena_restore(scratch, mark);
+    return status;
+}
+
+// The slots of a GPU trade places so that what it held stays where it was; the others keep their order. wanted[n_experts] is all 0 before and after.
+LLMPARI_FN void llmpari_migrate_settle(const int32_t *old, int32_t *now, int32_t each, int32_t *wanted, int32_t *rest) {
+    int32_t n = 0;
+    for (int32_t i = 0; i < each; i++) wanted[now[i]]++;
+    for (int32_t i = 0; i < each; i++) rest[i] = wanted[old[i]] > 0 ? (wanted[old[i]]--, -1) : 0;   // -1: stays
+    for (int32_t i = 0, k = 0; i < each; i++) {                                            // what comes, packed to the front of what is still to be read
+        const int32_t e = now[i];
+        if (wanted[e] > 0) wanted[e]--, now[k++] = e, n = k;
+    }
+    for (int32_t i = each - 1; i >= 0; i--) if (rest[i] == 0) rest[i] = now[--n];
+    LLMPAR_ASSERT(n == 0);
+    for (int32_t i = 0; i < each; i++) now[i] = rest[i] < 0 ? old[i] : rest[i];
+}
+
+// Transfers and their senders. A sender is of the receiver's node if that has a copy (near).
+typedef struct llmpari_match {
+    const llmpar_placement *from;
+    llmpar_migration *m;
+    int32_t each, gpus;                     // slots of a GPU, GPUs of a node
+    int32_t *source, *next, *near;          // [transfers] sender, the next transfer of the same sender, sender on the same node
+    int32_t *head, *sent, *via, *queue;     // [n_gpus] first transfer of a sender, how many, the transfer by which a path came to it
+} llmpari_match;
+
+LLMPARI_FN bool llmpari_match_may(const llmpari_match *x, int32_t transfer, int32_t gpu) {
+    return !x->near[transfer] || gpu / x->gpus == x->m->move[transfer].to_slot / x->each / x->gpus;
+}
+// A sender for one more transfer: the one with the fewest that can be reached by passing transfers on from sender to sender (an optimal semi-matching; Harvey, Ladner, Lovasz, Tamir 2003).
+LLMPARI_FN void llmpari_match_add(llmpari_match *x, int32_t transfer) {
+    const llmpar_placement *from = x->from;
+    int32_t n = 0, best = -1;
+    for (int32_t g = 0; g < from->n_gpus; g++) x->via[g] = -1;
+    for (int32_t at = -1; at < n; at++) {
+        for (int32_t t = at < 0 ? transfer : x->head[x->queue[at]]; t >= 0; t = at < 0 ? -1 : x->next[t]) {
+            const int32_t e = x->m->move[t].expert;
+            for (int32_t i = from->first[e]; i < from->first[e + 1]; i++) {
+                const int32_t g = from->slot[i] / x->each;
+                if (x->via[g] >= 0 || !llmpari_match_may(x, t, g)) continue;
+                x->via[g] = t;
+                x->queue[n++] = g;
+                if (best < 0 || x->sent[g] < x->sent[best]) best = g;
+            }
+        }
+    }
+    x->sent[best]++;
+    for (int32_t g = best, t = -1; t != transfer; ) {                                      // back along the path: each transfer goes one sender further
+        t = x->via[g];
+        const int32_t before = x->source[t];
+        if (before >= 0) {
+            int32_t *link = &x->head[before];
+            while (*link != t) link = &x->next[*link];
+            *link = x->next[t];
+        }
+        x->source[t] = g, x->next[t] = x->head[g], x->head[g] = t;
+        g = before;
+    }
+}
+
+// The first slot of GPU g in placement p that holds e, and, with `old`, held it there too; -1: none.
+LLMPARI_FN int32_t llmpari_migrate_slot(const llmpar_placement *p, const llmpar_placement *old, int32_t g, int32_t e) {
+    const int32_t each = p->n_slots / p->n_gpus;
+    for (int32_t i = p->first[e]; i < p->first[e + 1]; i++) if (p->slot[i] / each == g && (!old || old->expert[p->slot[i]] == e)) return p->slot[i];
+    return -1;
+}
+// Fills in expert and to_slot of all moves: transfers [0, n_moves), copies within a GPU behind them, with their from_slot.
+LLMPARI_FN void llmpari_migrate_list(const llmpar_placement *from, const llmpar_placement *to, llmpar_migration *m) {
+    const int32_t each = from->n_slots / from->n_gpus;
+    for (int pass = 0; pass < 2; pass++) {
+        for (int32_t i = 0; i < to->n_slots; i++) {
+            const int32_t e = to->expert[i], g = i / each, stays = llmpari_migrate_slot(to, from, g, e), first = stays >= 0 ? stays : llmpari_migrate_slot(to, NULL, g, e);
+            const bool local = stays >= 0 || first != i;
+            if (from->expert[i] == e || local != (pass == 1)) continue;
+            llmpar_place_move *move = &m->move[m->n_moves + m->n_local];
+            move->expert = e, move->to_slot = i, move->from_slot = local ? first : -1;
+            if (local) m->n_local++;
+            else m->n_moves++;
+        }
+    }
+}
+
+LLMPAR_DEF llmpar_status llmpar_place_migrate(const llmpar_placement *from, llmpar_placement *to, llmpar_arena *arena, llmpar_migration *migration, llmpar_error *err) {
+    memset(migration, 0, sizeof *migration);
+    LLMPARI_TRY(llmpari_migrate_check(from, to, err));
+    const size_t slots = (size_t)from->n_slots, gpus = (size_t)from->n_gpus;
+    const llmpar_arena_mark before = llmpar_arena_save(arena);
+    migration->move = (llmpar_place_move *)llmpar_arena_alloc(arena, slots * sizeof *migration->move);
+    const llmpar_arena_mark after = llmpar_arena_save(arena);
+    int32_t *number = (int32_t *)llmpar_arena_alloc(arena, (3 * slots + 5 * gpus + (size_t)from->n_experts) * sizeof *number);
+    if (!migration->move || !number) {
+        llmpar_arena_restore(arena, before);
+        memset(migration, 0, sizeof *migration);
+        return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the moves between placements of %d slots", (int)slots);
+    }
+    llmpari_match x;
+    x.from = from, x.m = migration, x.each = from->n_slots / from->n_gpus, x.gpus = from->n_gpus / from->n_nodes;
+    x.source = number, x.next = number + slots, x.near = number + 2 * slots;
+    x.head = number + 3 * slots, x.sent = x.head + gpus, x.via = x.sent + gpus, x.queue = x.via + gpus;
+    int32_t *received = x.queue + gpus, *wanted = received + gpus;
+    for (int32_t g = 0; g < from->n_gpus; g++) {
+        llmpari_migrate_settle(from->expert + g * x.each, to->expert + g * x.each, x.each, wanted, x.source);
+        x.head[g] = -1;
+    }
+    llmpari_placement_index(to);
+    llmpari_migrate_list(from, to, migration);
+    for (int32_t t = 0; t < migration->n_moves; t++) {
+        const int32_t e = migration->move[t].expert, g = migration->move[t].to_slot / x.each;
+        x.source[t] = -1, x.near[t] = 0;
+        for (int32_t i = from->first[e]; i < from->first[e + 1]; i++) if (from->slot[i] / x.each / x.gpus == g / x.gpus) x.near[t] = 1;
+        llmpari_match_add(&x, t);
+        received[g]++;
+        migration->n_between_nodes += !x.near[t];
+    }
+    for (int32_t t = 0; t < migration->n_moves; t++) migration->move[t].from_slot = llmpari_migrate_slot(from, NULL, x.source[t], migration->move[t].expert);
+    for (int32_t g = 0; g < from->n_gpus; g++) {
+        migration->max_sent     = (int32_t)llmpari_max(migration->max_sent, x.sent[g]);
+        migration->max_received = (int32_t)llmpari_max(migration->max_received, received[g]);
+    }
+    llmpar_arena_restore(arena, after);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_place_route(const llmpar_placement *placement, const int32_t *ids, int64_t n, int32_t node, int64_t *next, int32_t *slot, llmpar_error *err) {
+    const llmpar_placement *p = placement;
+    const int32_t slots = p->n_slots / p->n_nodes;                                         // of a node
+    if (node < -1 || node >= p->n_nodes) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "node %d of %d nodes; give 0 .. %d, or -1 for none", (int)node, (int)p->n_nodes, (int)p->n_nodes - 1);
+    for (int64_t i = 0; i < n; i++) {
+        const int32_t e = ids[i];
+        if (e < -1 || e >= p->n_experts)
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "ids[%lld] is expert %d; experts are 0 .. %d, and -1 means none", (long long)i, (int)e, (int)p->n_experts - 1);
+        slot[i] = -1;
+        if (e < 0) continue;
+        int32_t first = p->first[e], end = p->first[e + 1];
+        if (node >= 0) {
+            int32_t a = first, b;
+            while (a < end && p->slot[a] < node * slots) a++;
+            for (b = a; b < end && p->slot[b] < (node + 1) * slots; ) b++;
+            if (b > a) first = a, end = b;
+        }
+        slot[i] = p->slot[first + (int32_t)((uint64_t)next[e] % (uint64_t)(end - first))];
+        next[e] = (int64_t)((uint64_t)next[e] + 1);
+    }
+    return LLMPAR_OK;
+}
+
 // ============================================================================================================
 // >>solve (impl)
 // ============================================================================================================
@@ -18766,10 +19660,8 @@ typedef int32_t  llmpari_ivec;
 #define LLMPARI_UNROLL
 #endif
 #if defined(__GNUC__) || defined(__clang__)
-#define LLMPARI_INLINE static inline __attribute__((unused, always_inline))
 #define LLMPARI_PREFETCH(address) __builtin_prefetch(address)
 #else
-#define LLMPARI_INLINE static inline
 #define LLMPARI_PREFETCH(address) ((void)0)
 #endif
 

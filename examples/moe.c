@@ -1,6 +1,6 @@
 // moe.c - a layer of experts on thread-ranks: how a batch is routed, who has how much to do, and both ways to share the experts, compared.
 //   cc -O2 -I. examples/moe.c -o build/moe -lpthread -lm
-//   build/moe [--preset mixtral|qwen3-moe|..] [--tokens 256] [--experts 16] [--k 2] [--ranks 4] [--skew 1] [--svg loads.svg]
+//   build/moe
 //   256 tokens, 16 experts, 2 a token (mixtral), skew 1
 //   expert  0  121 ############################################################
 //   expert  1  105 ####################################################
@@ -10,8 +10,7 @@
 #define STOP(...) (fprintf(stderr, "moe: "), fprintf(stderr, __VA_ARGS__), fputc('\n', stderr), exit(1))
 enum { H = 64, J = 96, MOST_RANKS = 16, MOST_EXPERTS = 64 };
 
-static int64_t tokens = 256, experts = 16, k = 2, ranks = 4;
-static double  skew = 1;
+static int64_t tokens = 256, experts = 16, k = 2, ranks = 4; static double skew = 1;
 static llmpar_route_desc route;
 
 // A number that depends on its name alone, in [-1, 1): every rank makes its own part of a tensor.
@@ -113,6 +112,7 @@ static void layer(int n, llmpar_experts_way way, float *y) {
 int main(int argc, char **argv) {
     const char *preset = "mixtral", *svg = NULL;
     llmpar_error err;
+    if (argc == 2 && !strcmp(argv[1], "--help")) return puts("moe [--preset NAME] [--tokens N] [--experts N] [--k N] [--ranks N] [--skew X] [--svg FILE]"), 0;
     for (int i = 1; i < argc; i += 2) {
         int64_t *whole = !strcmp(argv[i], "--tokens") ? &tokens : !strcmp(argv[i], "--experts") ? &experts : !strcmp(argv[i], "--k") ? &k : !strcmp(argv[i], "--ranks") ? &ranks : NULL;
         char *end = NULL;
@@ -134,6 +134,7 @@ int main(int argc, char **argv) {
     for (int64_t i = 0; i < tokens * k; i++) { counts[i / k * ranks / tokens][ids[i]]++; load[ids[i]]++; }
     for (int64_t e = 0; e < experts; e++) most = load[e] > most ? load[e] : most;
     for (int64_t i = 0; i < ranks * MOST_EXPERTS; i++) cell = counts[0][i] > cell ? counts[0][i] : cell;
+    if (svg) draw(svg, counts, cell);
     printf("%lld tokens, %lld experts, %lld a token (%s), skew %g\n", (long long)tokens, (long long)experts, (long long)k, preset, skew);
     for (int64_t e = 0; e < experts; e++)
         printf("expert %2lld %4lld %.*s\n", (long long)e, (long long)load[e], (int)(load[e] * 60 / most), "############################################################");
@@ -144,6 +145,5 @@ int main(int argc, char **argv) {
     double worst = 0;
     for (int w = 1; w < 3; w++) for (int64_t i = 0; i < tokens * H; i++) worst = fmax(worst, fabs((double)(y[w][i] - y[0][i])));
     printf("largest difference from one rank %.1e: %s\n", worst, worst < 1e-4 ? "equal" : "DIFFERENT");
-    if (svg) draw(svg, counts, cell);
     return worst < 1e-4 ? 0 : 1;
 }

@@ -521,8 +521,41 @@ route_tests() {
     fails "route, option without value" 'no value for "--pad"'              $r mixtral --logits "$T/l.csv" --pad
 }
 
-# ---- what an example's first comment says it prints, it prints: the lines indented by three that are no commands, each a line of the first command's output, or the beginning
-# of one where it ends with "...". Numbers like 4.1e-06 depend on the compiler: only their place is compared.
+# ---- eplb --replicas R --groups G --nodes N --gpus P [--no-duplicates|--better] [--global] --load a,b,.. [--load ..]; the numbers are the cases of the experts' reference
+eplb_tests() {
+    q=$B/eplb; w0=90,132,40,61,104,165,39,4,73,56,183,86; w1=20,107,104,64,19,197,187,157,172,86,16,27; two="$q --replicas 16 --nodes 2 --gpus 8"; ten=10,10,10,10,10,10,10,10
+    good "moe 23, layer 0"               '^layer 0 experts 5 6 5 7 8 4 3 4 10 9 10 2 0 1 11 1$'   $two --groups 4 --load $w0 --load $w1
+    good "moe 23, layer 1"               '^layer 1 experts 7 10 6 8 6 11 8 9 2 4 5 1 5 0 3 1$'    $two --groups 4 --load $w0 --load $w1
+    good "moe 24, layer 0"               '^layer 0 experts 10 6 10 7 0 2 11 4 5 9 5 4 8 3 1 1$'   $two --groups 3 --load $w0 --load $w1
+    good "moe 24, layer 1"               '^layer 1 experts 1 10 2 4 5 11 5 0 6 7 6 3 8 8 9 7$'    $two --groups 3 --load $w0 --load $w1
+    good "moe 25, 12 replicas"           '^layer 0 experts 7 4 5 7 6 6 2 1 0 2 1 3$'              $q --replicas 12 --groups 4 --nodes 2 --gpus 4 --load 18,73,98,9,33,16,64,98
+    good "moe 25, 8 replicas"            '^layer 0 experts 3 0 5 4 5 1 5 2$'                      $q --replicas 8 --groups 3 --nodes 2 --gpus 4 --load 8,12,11,47,22,95
+    good "moe 26"                        '^layer 0 experts 4 0 0 5 1 1 6 2 2 7 3 3$'              $q --replicas 12 --groups 4 --nodes 2 --gpus 4 --load $ten
+    $q --replicas 12 --groups 4 --nodes 2 --gpus 4 --no-duplicates --load $ten | awk '/experts/ { for (i = 4; i <= NF; i += 3) if ($i == $(i + 1) || $i == $(i + 2) || $(i + 1) == $(i + 2)) wrong = 1; seen = NF == 15 }
+        END { exit wrong || !seen }' && ok || bad "eplb --no-duplicates: moe 26 without two copies of an expert on a GPU"
+    good "moe 26 without duplicates, as even" '^layer 0 max / mean 1 \(20 / 20\), the least there is$' $q --replicas 12 --groups 4 --nodes 2 --gpus 4 --no-duplicates --load $ten
+    good "loads of the GPUs"             '^layer 0 loads 121.5 86.5 125 113 147.5 131.5 156 152$' $two --groups 4 --load $w0
+    good "better"                        '^layer 0 max / mean 1.16941 \(151 / 129.125\), the least there is$' $two --groups 4 --better --load $w0
+    good "better, groups bind nothing"   '^layer 0 max / mean 1.0[0-5][0-9]* '                    $two --groups 4 --better --global --load $w0
+    good "groups and nodes left out"     '^layer 0 experts( [0-3]){8}$'                           $q --replicas 8 --gpus 4 --load 1,2.5,3e2,0
+    good "all-zero loads"                '^layer 0 max / mean 1 \(0 / 0\)'                        $q --replicas 8 --gpus 4 --load 0,0,0
+    fails "no replicas"                  '--replicas is missing'                                  $q --gpus 4 --load 1,2
+    fails "no GPUs"                      '--gpus is missing'                                      $q --replicas 4 --load 1,2
+    fails "no loads"                     '--load is missing'                                      $q --replicas 4 --gpus 4
+    for value in 0 -1 x 2x 1.5 '' 4294967297; do fails "--replicas '$value'" "^eplb: not a whole number of 1 or more: \"$value\"" $q --gpus 4 --load 1,2 --replicas "$value"; done
+    for value in x 1,x 1,,2 1, '' ,; do fails "--load '$value'" "^eplb: --load takes numbers .*\"$value\"" $q --replicas 4 --gpus 4 --load "$value"; done
+    for value in -1,2 2,nan inf,2; do fails "--load $value" '^eplb: layer 1: load .* of expert [01]; loads are finite and 0 or more' $q --replicas 4 --gpus 4 --load 1,2 --load $value; done
+    fails "layers of different sizes"    'not as many numbers .*"1,2,3"'                          $q --replicas 4 --gpus 4 --load 1,2 --load 1,2,3
+    fails "fewer replicas than experts"  'n_replicas=4 is less than n_experts=5; .* give 8'       $q --replicas 4 --gpus 4 --load 1,2,3,4,5
+    fails "replicas that do not divide"  'n_replicas=6 .* n_gpus=4; .* give 8'                    $q --replicas 6 --gpus 4 --load 1,2,3,4,5
+    fails "nodes that do not divide"     'n_gpus=4 .* n_nodes=3; give'                            $q --replicas 8 --gpus 4 --nodes 3 --load 1,2,3,4
+    fails "groups that do not divide"    'n_experts=5 .* n_groups=2; give'                        $q --replicas 8 --gpus 4 --groups 2 --load 1,2,3,4,5
+    fails "more replicas than GPUs"      'more than 2 replicas, but there are 2 GPUs: .* give 4 replicas or fewer' $q --replicas 8 --gpus 2 --no-duplicates --load 1,2
+    fails "two modes"                    'exclude'                                                $q --replicas 8 --gpus 2 --no-duplicates --better --load 1,2
+    fails "eplb, unknown option"         '"--bogus"'                                              $q --bogus
+    fails "eplb, option without value"   'missing after "--load"'                                 $q --load
+}
+
 # ---- dispatch --ranks P --experts E --counts FILE|- [--round-robin]
 dispatch_tests() {
     d=$B/dispatch; c=examples/counts.csv; big=9223372036854775807
@@ -555,6 +588,25 @@ dispatch_tests() {
     $d --bogus > /dev/null 2>&1; [ $? -eq 2 ] && ok || bad "dispatch --bogus: not exit 2"
 }
 
+# ---- moe [--preset NAME] [--tokens N] [--experts N] [--k N] [--ranks N] [--skew X] [--svg FILE]
+moe_tests() {
+    m="$B/moe"
+    for ranks in 1 2 3 5; do for preset in mixtral qwen3-moe deepseek-v3 llama4 gpt-oss; do good "moe $preset, $ranks ranks" '^largest difference from one rank .*: equal$' $m --preset $preset --ranks $ranks --k 3; done; done
+    good "moe: one token on 8 ranks"   ': equal$'                             $m --tokens 1 --ranks 8
+    good "moe: all to one expert"      '^expert  0   64 #{60}$'               $m --tokens 64 --k 1 --skew 1000
+    good "moe: a picture"              ': equal$'                             $m --svg "$T/loads.svg" --ranks 3
+    grep -q 'tokens of 2' "$T/loads.svg" && ok || bad "moe --svg draws no row of rank 2"
+    fails "moe: k above E"             'k=17 experts of a token out of n_experts=16' $m --k 17
+    fails "moe: an unknown preset"     'known: mixtral'                       $m --preset gpt2
+    for value in 0 -1 x 2x 1.5 '' 1e9; do fails "moe: --tokens '$value'" "tokens: a number is expected, not \"$value\"" $m --tokens "$value"; done
+    fails "moe: too many ranks"        'at most 16 ranks'                     $m --ranks 17
+    fails "moe: an unknown option"     'each with a value'                    $m --bogus 1
+    fails "moe: no value"              'each with a value'                    $m --tokens
+    fails "moe: a path that is none"   'cannot be written'                    $m --svg "$T/none/loads.svg"
+}
+
+# ---- what an example's first comment says it prints, it prints: the lines indented by three that are no commands, each a line of the first command's output, or the beginning
+# of one where it ends with "...". Numbers like 4.1e-06 depend on the compiler: only their place is compared.
 header_tests() {
     for source in examples/*.c; do
         name=$(basename "$source" .c); here "$name" || continue
@@ -589,8 +641,10 @@ here hello        && good "hello" '.' "$B/hello"
 here pipeline     && pipeline_tests
 here dispatch     && dispatch_tests
 here route        && route_tests
+here eplb         && eplb_tests
+here moe          && moe_tests
 here bench_comm   && comm_tests
-for program in explain heads llama engine trace pipeline dispatch route bench_comm; do
+for program in explain heads llama engine trace pipeline dispatch route eplb moe bench_comm; do
     here $program || continue
     good "$program --help" "^(usage: )?$program " "$B/$program" --help
     [ -s "$T/out" ] && [ ! -s "$T/err" ] && ok || bad "$program --help writes to stderr"
