@@ -40,7 +40,7 @@ help:
 	@echo "make demo       the same readable text from real checkpoints, dense and with experts, on 1 to 4 thread-ranks"
 	@echo "make test       all tests, seeded and short; last line: N passed, N failed"
 	@echo "make stress     the same tests with the full counts (minutes)"
-	@echo "make bench      speed of planner, pipeline schedules, kernels, collectives (beside MPI's), decode and prefill, with ratios to this machine's limits"
+	@echo "make bench      speed of planner, pipeline schedules, experts, kernels, collectives (beside MPI's), decode and prefill, with ratios to this machine's limits"
 	@echo "make hygiene    warnings, language standards, symbols, contents, README snippets"
 	@echo "make sanitize   all tests under ASan+UBSan and under TSan"
 	@echo "make fuzz       libFuzzer on every parser, FUZZ_S=60 seconds each"
