@@ -41,6 +41,12 @@ for mpi in openmpi mpich default; do
             if [ $? = 0 ] && printf '%s\n' "$out" | grep -q '^max |dlogits|'; then ok; else bad "golden_check $model $2" "$out"; fi
         done
     done
+    for case in "3 mixtral ep=3 --ep-way alltoall" "2 qwen2-moe tp=2 --experts ep=2 --ep-way partial" "4 qwen3-moe-mixed pp=2,ep=2 --ep-way alltoall"; do
+        set -- $case; n=$1; shift
+        [ "$mpi$stress" = mpich0 ] && [ "$n" -gt 2 ] && continue
+        out=$(run "$n" "$B/golden_check.$mpi" tests/golden/"$@" --mpi 2>&1)
+        if [ $? = 0 ] && printf '%s\n' "$out" | grep -q '^max |dlogits|.*router'; then ok; else bad "golden_check $*" "$out"; fi
+    done
     models="llama-odd"; degrees="2 3"
     [ $mpi = mpich ] && degrees=2
     [ "$mpi$stress" = openmpi1 ] && models="llama llama-odd llama3-rope llama-bf16 llama-bias llama-linear llama-mqa mistral qwen2 qwen3 shakespeare-dense" && degrees="1 2 3 4 5 6 7 8"
