@@ -4765,7 +4765,7 @@ LLMPARI_LOOPS_BEGIN
 typedef struct llmpari_router {    // a checked desc with its defaults filled in
     llmpar_route_desc desc;
     int32_t padded;                // n_experts up to a multiple of 16
-    bool    by_logit;              // scores grow with the logits and nothing is added to them: the logits themselves are compared, exactly
+    bool    by_logit;              // scores grow with the logits and nothing is added to either: the logits themselves are compared, exactly
 } llmpari_router;
 
 typedef struct llmpari_row {        // arrays are used up to `padded`
@@ -4902,9 +4902,11 @@ LLMPARI_FN void llmpari_mask_groups(const llmpari_router *router, llmpari_row *r
 LLMPARI_FN void llmpari_row_keys(const llmpari_router *router, llmpari_row *row, const double *from) {
     for (int32_t i = 0; i < router->padded; i++) row->key[i] = llmpari_key(from[i], i);
 }
-// The largest logit, NaN when there is none, from their keys.
+// The largest logit, NaN when there is none, from their keys. A key holds every bit of an f32, but not of a sum.
 LLMPARI_FN double llmpari_row_largest(const llmpari_router *router, const llmpari_row *row) {
-    return row->x[llmpari_key_id(llmpari_key_next(row->key, router->padded, INT64_MAX))];
+    double largest = row->x[llmpari_key_id(llmpari_key_next(row->key, router->padded, INT64_MAX))];
+    for (int32_t i = 0; i < router->desc.n_experts && router->desc.logit_bias; i++) largest = row->x[i] > largest ? row->x[i] : largest;
+    return largest;
 }
 
 // Scores of all experts: softmax, for which the logits' keys must be there, or sigmoid.
@@ -4982,7 +4984,7 @@ LLMPARI_FN llmpar_status llmpari_router_init(const llmpar_route_desc *desc, llmp
     if (!d->group_top) d->group_top = d->correction_bias && d->n_experts / d->n_groups > 1 ? 2 : 1;
     if (!(d->scale > 0)) d->scale = 1;
     router->padded   = (int32_t)llmpari_pad16(d->n_experts);
-    router->by_logit = !d->correction_bias && (d->group_top == 1 || d->topk_groups == d->n_groups);
+    router->by_logit = !d->correction_bias && (!d->logit_bias || d->score == LLMPAR_SCORE_CHOSEN) && (d->group_top == 1 || d->topk_groups == d->n_groups);
     return LLMPAR_OK;
 }
 
@@ -5366,7 +5368,8 @@ LLMPARI_FN void llmpari_aux_gradient(const llmpari_aux *a, llmpar_range rows, do
         const double scale = 1 / llmpari_aux_total(a, t);
         double mean = 0;
         for (int32_t e = 0; e < n && a->d->normalise; e++) mean += (double)a->scores[t * n + e] * scale * (double)a->count[e];
-        for (int32_t e = 0; e < n; e++) d_scores[t * n + e] = padding ? 0 : (float)(factor * scale * ((double)a->count[e] - mean));
+        for (int32_t e = 0; e < n; e++)                                                                // no infinity, even where the sum that divides is hardly above 0
+            d_scores[t * n + e] = padding ? 0 : (float)fmax(-(double)FLT_MAX, fmin((double)FLT_MAX, factor * scale * ((double)a->count[e] - mean)));
     }
 }
 

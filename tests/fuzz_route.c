@@ -11,8 +11,15 @@ FUZZ_CORPUS(
     "\x07\x07\x03\x01\x01\x04\x03\x02\x01\x02\x03\x04\x05\x06\x07\x08", "1.25", "5/4", "0.000000000000000001", "9223372036854775807", "1..2", "\x40\x06\x01\x08\x03\x01\x01\x02\x01\x01\x02\x01\x02\x01\x03\x02", "")
 
 enum { MOST = 64, ROWS = 6 };
-typedef struct bytes { const uint8_t *at; size_t left; } bytes;
-static int take(bytes *b) { return b->left > 0 ? (b->left--, *b->at++) : 0; }
+// Behind the end of the input come bytes made from those before: a short one has rows of any bits too.
+typedef struct bytes { const uint8_t *at; size_t left; uint32_t state; } bytes;
+static int take(bytes *b) {
+    b->state = b->state * 1664525u + 1013904223u;
+    if (b->left == 0) return (int)(b->state >> 24);
+    b->left--;
+    b->state ^= *b->at;
+    return *b->at++;
+}
 static float take_float(bytes *b) {
     uint32_t bits = 0;
     float f;
@@ -75,7 +82,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     llmpar_aux_desc aux = LLMPAR_ZERO;
     llmpar_error err = LLMPAR_ZERO;
     double loss;
-    b.at = data, b.left = size;
+    b.at = data, b.left = size, b.state = 1;
     if (size < 60) ratio(data, size);
     d.n_experts = take(&b) % (MOST + 1), d.k = take(&b) % (d.n_experts + 2), d.score = (llmpar_score)(take(&b) % 4);
     if (d.n_experts > 8 && take(&b) & 1) d.n_experts &= ~7, d.n_groups = 1 << take(&b) % 4, d.topk_groups = take(&b) % (d.n_groups + 1);       // mostly groups that fit
@@ -85,9 +92,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     d.scale = how & 1 ? 2.5 : how & 2 ? (double)take_float(&b) : 0, d.eps = how & 4 ? 1e-20 : how & 8 ? (double)take_float(&b) : 0;
     for (int e = 0; e < 2 * MOST && how & 48; e++) bias[e] = take_float(&b);
     d.logit_bias = how & 16 ? bias : NULL, d.correction_bias = how & 32 ? bias + MOST : NULL;
-    for (int t = 0; t < ROWS; t++) pad[t] = take(&b) % 5 == 4;
-    for (int i = 0; i < ROWS * MOST; i++) logits[i] = take_float(&b);
     const int64_t rows = take(&b) % (ROWS + 1);
+    for (int t = 0; t < ROWS; t++) pad[t] = take(&b) % 5 == 4;
+    for (int64_t i = 0; i < rows * d.n_experts; i++) logits[i] = take_float(&b);
     const llmpar_status status = llmpar_route(&d, logits, LLMPAR_F32, rows, pad, ids, weights, &err);
     FUZZ_CHECK_ERROR(status, err);
     if (status) return 0;

@@ -132,7 +132,7 @@ static void softmax(const double *x, int32_t n, double *p) {
 static void refer(const llmpar_route_desc *d, const float *logits, reference *r) {
     const int32_t n = d->n_experts, groups = d->n_groups ? d->n_groups : 1, size = n / groups, kept = d->topk_groups ? d->topk_groups : groups;
     const int32_t top = d->group_top ? d->group_top : d->correction_bias && size > 1 ? 2 : 1;
-    double x[MOST], inside[MOST];
+    double x[MOST] = { 0 }, inside[MOST];
     int32_t by[MOST];
     for (int32_t e = 0; e < n; e++) x[e] = (double)logits[e] + (d->logit_bias ? (double)d->logit_bias[e] : 0);
     softmax(x, n, r->score);
@@ -275,6 +275,19 @@ static void router_reference(void) {
         }
         printf("%lld rows: %lld with the reference's ids, %lld within 4 ulp, %lld with groups within 4 ulp\n", (long long)tally.rows, (long long)tally.same, (long long)tally.near, (long long)tally.group_near);
         CHECK(tally.same > tally.rows * 9 / 10);
+    }
+    TEST("biases in the logits that are far larger than the logits") {                                   // a sum has more bits than a key of the choice
+        for (int i = 0; i < 2000; i++) {
+            static const char *const names[] = { "mixtral", "qwen2-moe", "switch", "deepseek-v2", "gpt-oss" };
+            llmpar_route_desc d = preset(names[i % 5], 16, 4);
+            float bias[16], logits[16], w[16];
+            int32_t ids[16];
+            if (d.n_groups) d.n_groups = 4, d.topk_groups = 2;
+            for (int e = 0; e < 16; e++) { bias[e] = (float)ldexp(1, i % 50); logits[e] = 5 * gaussian(); }
+            d.logit_bias = bias;
+            CHECK_OK(llmpar_route(&d, logits, LLMPAR_F32, 1, NULL, ids, w, &err), err);
+            CHECK(agrees(&d, logits, ids, w));
+        }
     }
     TEST("bf16 and f16 logits: as their values in f32") {
         float bias[2 * MOST], logits[4 * MOST], wide[4 * MOST], w[4 * MOST], want[4 * MOST];
