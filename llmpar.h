@@ -8111,7 +8111,8 @@ LLMPARI_FN bool llmpari_same_node(const llmpari_solver *s, int a, int b) {
 LLMPARI_FN bool llmpari_same_op(const llmpari_solver *s, int first, int second) {
     const llmpar_op *a = &s->g->op[first], *b = &s->g->op[second];
     if (a->kind != b->kind || a->n_in != b->n_in || a->block != b->block || a->dim != b->dim || a->function != b->function || a->causal != b->causal ||
-        a->context != b->context || a->decode_rows != b->decode_rows || memcmp(&a->experts, &b->experts, sizeof a->experts) != 0 || memcmp(a->index_of, b->index_of, sizeof a->index_of) != 0) return false;
+        a->context != b->context || a->decode_rows != b->decode_rows || a->experts.way != b->experts.way || a->experts.route.k != b->experts.route.k ||
+        memcmp(a->index_of, b->index_of, sizeof a->index_of) != 0) return false;
     for (int i = 0; i < a->n_in; i++)
         if (!llmpari_same_node(s, a->in[i], b->in[i])) return false;
     return llmpari_same_node(s, a->out, b->out) && llmpari_same_node(s, a->cache[0], b->cache[0]) && llmpari_same_node(s, a->cache[1], b->cache[1]) && !s->ban.what && s->extra < 0;
