@@ -1,4 +1,4 @@
-// Mixture of experts, one thread: ns a token of the router for each preset, and the time for T=4096, E=256, k=8 beside PyTorch's softmax + topk + sort.
+// Mixture of experts, one thread: ns a token of the router for each preset, and router + dispatch plan for T=4096, E=256, k=8 beside PyTorch's softmax + topk + sort.
 //   bench_moe [--rounds 9] [--torch COMMAND]
 // COMMAND (python3 tests/bench_torch_moe.py) is a peer that does the same sizes when told to on its stdin, in the same rounds. Medians. Exit status: did everything run?
 #define LLMPAR_IMPLEMENTATION
@@ -15,7 +15,8 @@ enum { MAX_ROUNDS = 101, T = 4096, MOST = 256, TOP = 8 };
 
 static float   logits[T * MOST], weights[T * TOP], bias[MOST];
 static uint16_t narrow[T * MOST];
-static int32_t ids[T * TOP];
+static int32_t ids[T * TOP], order[T * TOP], inverse[T * TOP];
+static int64_t offsets[MOST + 1];
 static FILE   *to_torch, *from_torch;
 
 static double now(void) {
@@ -78,6 +79,14 @@ static double route(const llmpar_route_desc *desc, llmpar_dtype dtype) {
     return now() - start;
 }
 
+// The same, and who goes where.
+static double plan(const llmpar_route_desc *desc) {
+    llmpar_error err = LLMPAR_ZERO;
+    const double routed = route(desc, LLMPAR_F32), start = now();
+    if (llmpar_dispatch_sort(ids, T, TOP, MOST, offsets, order, inverse, &err)) { printf("%s\n", err.text); exit(1); }
+    return routed + now() - start;
+}
+
 static void bench_presets(int rounds) {
     static const struct { const char *preset; int experts; } row[] = {
         { "mixtral", 8 }, { "switch", 64 }, { "qwen2-moe", 60 }, { "qwen3-moe", 128 }, { "qwen3-moe", 256 }, { "deepseek-v2", 160 }, { "deepseek-v3", 256 }, { "llama4", 128 }, { "gpt-oss", 128 } };
@@ -103,10 +112,10 @@ static void bench_peer(int rounds) {
     desc.n_experts = MOST;
     for (int r = 0; r < rounds; r++) {
         peer[r] = torch_seconds("route", T, MOST, TOP);
-        time[r] = route(&desc, LLMPAR_F32);
+        time[r] = plan(&desc);
         ratio[r] = peer[r] / time[r];
     }
-    printf("route T=%d E=%d k=%d: %.3f ms", T, MOST, TOP, 1e3 * median(time, rounds));
+    printf("route + dispatch plan T=%d E=%d k=%d: %.3f ms", T, MOST, TOP, 1e3 * median(time, rounds));
     if (to_torch) printf("; PyTorch softmax + topk + sort %.3f ms, %.1f times as long (goal 3)%s", 1e3 * median(peer, rounds), median(ratio, rounds), median(ratio, rounds) < 3 ? " MISSED" : "");
     printf("\n");
 }
