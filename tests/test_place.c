@@ -23,7 +23,7 @@ static void check(const llmpar_place_desc *d, const double *load, const llmpar_p
     double max = 0, mean = 0;
     CHECK_EQ(p->n_experts, d->n_experts); CHECK_EQ(p->n_slots, d->n_replicas); CHECK_EQ(p->n_gpus, d->n_gpus); CHECK_EQ(p->n_nodes, N);
     for (int32_t i = 0; i < d->n_replicas; i++) {
-        if (p->expert[i] < 0 || p->expert[i] >= d->n_experts) { CHECK(!"an expert of this layer"); return; }
+        if (p->expert[i] < 0 || p->expert[i] >= d->n_experts) { CHECK(false); return; }                  // no expert of this layer
         copies[p->expert[i]]++;
         if (bound) {                                                                       // the first copy of the group says which node is its
             int32_t size = d->n_experts / G, j = 0;
