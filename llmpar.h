@@ -698,6 +698,7 @@ typedef struct llmpar_node {       // one tensor of a graph
 typedef enum llmpar_activation { LLMPAR_SILU = 0, LLMPAR_GELU, LLMPAR_GELU_TANH, LLMPAR_RELU, LLMPAR_EXP, LLMPAR_SQUARE, LLMPAR_NEGATE, LLMPAR_SIGMOID } llmpar_activation;
 
 // How the experts that several ranks hold together get their tokens. A way that is asked for also leaves pinned experts where they are: their weights are not gathered.
+// Where there is one token there is nothing to split, and ALLTOALL does as PARTIAL.
 typedef enum llmpar_experts_way {
     LLMPAR_EXPERTS_AUTO = 0,       // the cheaper one
     LLMPAR_EXPERTS_PARTIAL,        // every rank has all tokens and computes its experts' share of each: partial sums
@@ -705,7 +706,7 @@ typedef enum llmpar_experts_way {
 } llmpar_experts_way;
 
 typedef struct llmpar_experts_desc {
-    llmpar_route_desc  route;      // n_experts: that of the router logits; no biases (NULL)
+    llmpar_route_desc  route;      // n_experts 0 = that of the router logits. Biases are refused
     llmpar_activation  function;   // of the gate
     llmpar_experts_way way;
 } llmpar_experts_desc;
@@ -1655,7 +1656,8 @@ typedef struct llmpar_gated_args  { int64_t n; const float *gate, *up; float *y;
 typedef struct llmpar_bias_args   { int64_t rows, n; const float *x, *bias; float *y; } llmpar_bias_args;                         // y[r, i] = x[r, i] + bias[i]; y may equal x
 typedef struct llmpar_softmax_args { int64_t rows, n; const float *x; float *y; } llmpar_softmax_args;                            // over the last dim; y may equal x
 // Rows go where section dispatch sends them: y[to[r * k + j] - first] = x[r] for j < k, where that lies inside [0, count); rows of `bytes` bytes, of any dtype. x and y do not overlap.
-typedef struct llmpar_permute_args { int64_t rows, k, bytes, first, count; const void *x; const int32_t *to; void *y; } llmpar_permute_args;
+// stride: bytes from one row of x to the next; 0 = bytes.
+typedef struct llmpar_permute_args { int64_t rows, k, bytes, first, count, stride; const void *x; const int32_t *to; void *y; } llmpar_permute_args;
 // Rows p in [offsets[e], offsets[e + 1]) of c[., n] (+)= a's rows p * the b of expert e, which is at b + e * b_stride elements. Rows are counted from offsets[0]: row p is at
 // a + (p - offsets[0]) * lda, and so in c. gemm.m is not looked at; its scratch is for the most rows of one expert. A row's bits do not depend on how many rows its expert has.
 typedef struct llmpar_grouped_args { llmpar_gemm gemm; int64_t experts, b_stride; const int64_t *offsets; } llmpar_grouped_args;
@@ -6153,6 +6155,25 @@ LLMPAR_DEF int llmpar_cross_entropy(llmpar_graph *g, int logits, int labels) {
     return llmpari_op_add(g, &op, op.index_of[1], op.dim);
 }
 
+// Names the first operand whose dims, role or dtype are not what x[.., H] with n token dims and the gate ask for.
+LLMPARI_FN bool llmpari_experts_refuse(llmpar_graph *g, const llmpar_op *op, int n) {
+    static const char *const what[] = { "x[.., H]", "the router's logits [.., E], x's dims in front", "gate[E, J, H]", "up[E, J, H], like gate", "down[E, H, J]" };
+    const llmpar_tensor *x = &g->node[op->in[0]].tensor, *r = &g->node[op->in[1]].tensor, *gate = &g->node[op->in[2]].tensor;
+    for (int i = 0; i < op->n_in; i++) {
+        const llmpar_tensor *t = &g->node[op->in[i]].tensor;
+        bool fits = i == 0 ? n >= 1 : i == 1 ? t->n_dims == n + 1 : t->n_dims == 3 && g->node[op->in[i]].role == LLMPAR_ROLE_WEIGHT;
+        for (int d = 0; fits && i == 1 && d < n; d++) fits = t->dim[d].size == x->dim[d].size && strcmp(t->dim[d].name, x->dim[d].name) == 0;
+        const int h = i < 4 ? 2 : 1, j = 3 - h;
+        fits = fits && (i < 2 || (t->dim[0].size == r->dim[n].size && t->dim[h].size == x->dim[n].size && t->dim[j].size == gate->dim[1].size && t->dtype == gate->dtype));
+        if (fits) continue;
+        char text[160];
+        llmpar_tensor_print(t, &g->mesh, text, sizeof text);
+        LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "experts: operand %d must be %s%s, with x's H and the router's E; it is %s", i, i > 1 ? "a weight " : "", what[i], text);
+        return true;
+    }
+    return false;
+}
+
 // The indices are the token dims, E and J, and three that are never split: H, the router's experts, the result's H.
 LLMPAR_DEF int llmpar_experts(llmpar_graph *g, int x, int router, int gate, int up, int down, const llmpar_experts_desc *desc) {
     llmpar_op op = llmpari_op_new(g, LLMPAR_OP_EXPERTS, 3, x, router, gate);
@@ -6162,21 +6183,19 @@ LLMPAR_DEF int llmpar_experts(llmpar_graph *g, int x, int router, int gate, int 
     op.in[3] = up; op.in[4] = down;
     for (int i = 0; i < op.n_in; i++) t[i] = &g->node[op.in[i]].tensor;
     const int n = t[0]->n_dims - 1;
-    bool fits = n >= 1 && t[1]->n_dims == n + 1 && t[2]->n_dims == 3 && t[3]->n_dims == 3 && t[4]->n_dims == 3;
-    for (int d = 0; fits && d < n; d++) fits = t[1]->dim[d].size == t[0]->dim[d].size && strcmp(t[1]->dim[d].name, t[0]->dim[d].name) == 0;
-    for (int i = 2; fits && i < 5; i++)
-        fits = g->node[op.in[i]].role == LLMPAR_ROLE_WEIGHT && t[i]->dim[0].size == t[1]->dim[n].size && t[i]->dim[i < 4 ? 2 : 1].size == t[0]->dim[n].size &&
-            t[i]->dim[i < 4 ? 1 : 2].size == t[2]->dim[1].size && t[i]->dtype == t[2]->dtype;
-    if (!fits)
-        return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "experts: x[.., H], router logits [.., E] with the same dims in front, and weights gate[E, J, H], up[E, J, H] and down[E, H, J] of "
-                                  "one dtype are expected; %s, %s, %s, %s and %s are not such", t[0]->name, t[1]->name, t[2]->name, t[3]->name, t[4]->name);
+    if (llmpari_experts_refuse(g, &op, n)) return -1;
     op.experts = *desc;
     if (!op.experts.route.n_experts) op.experts.route.n_experts = (int32_t)t[1]->dim[n].size;
+    if (!op.experts.route.k) op.experts.route.k = 1;
     if (op.experts.route.n_experts != t[1]->dim[n].size)
         return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "experts: the router's convention is for %lld experts, %s has logits of %lld", (long long)op.experts.route.n_experts,
                                   t[1]->name, (long long)t[1]->dim[n].size);
     if (llmpar_route_check(&op.experts.route, &g->error)) return -1;
     if (op.experts.route.expert_choice) return LLMPARI_GRAPH_FAIL(g, LLMPAR_UNSUPPORTED, "experts: with expert choice a token's experts depend on all tokens; the op takes tokens' choices only");
+    if (desc->route.has_logit_bias || desc->route.has_correction_bias || desc->route.logit_bias || desc->route.correction_bias)
+        return LLMPARI_GRAPH_FAIL(g, LLMPAR_UNSUPPORTED, "experts: the router has a logit or correction bias, which the op does not take; without it other experts would be chosen. Clear has_logit_bias "
+                                                         "and has_correction_bias if they are all 0");
+    if ((int)desc->function < 0 || desc->function > LLMPAR_SIGMOID) return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "experts: activation %d is not known", (int)desc->function);
     if ((int)desc->way < 0 || desc->way > LLMPAR_EXPERTS_ALLTOALL) return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "experts: way %d is not known", (int)desc->way);
     for (int d = 0; d < n; d++) op.index_of[0][d] = op.index_of[1][d] = (int8_t)llmpari_op_index(g, &op, t[0]->dim[d].name, t[0]->dim[d].size, t[0]->name);
     const int8_t e = (int8_t)llmpari_op_index(g, &op, t[2]->dim[0].name, t[2]->dim[0].size, t[2]->name), j = (int8_t)llmpari_op_index(g, &op, t[2]->dim[1].name, t[2]->dim[1].size, t[2]->name);
@@ -20796,7 +20815,7 @@ LLMPARI_FN void llmpari_op_permute(void *user, const llmpar_permute_args *g) {
     (void)user;
     const bool past = g->count * g->bytes >= LLMPARI_PAST;
     for (int64_t r = 0; r < g->rows; r++) {
-        const char *x = (const char *)g->x + r * g->bytes;
+        const char *x = (const char *)g->x + r * (g->stride ? g->stride : g->bytes);
         for (int64_t i = r * g->k; i < (r + 1) * g->k; i++) {
             const int64_t at = g->to[i] - g->first;
             if (at < 0 || at >= g->count) continue;
@@ -22124,77 +22143,93 @@ typedef struct llmpari_exec_experts {
     bool         pieces;           // results of this rank's experts leave it piece by piece
     int32_t      n_pieces;
     // working on rows of tokens
-    int64_t      most, chunk;      // tokens at a time; sorted rows of experts whose products are made at a time
+    int64_t      block, chunk;     // tokens at a time; of their rows, sorted by expert, those whose products are made at a time
     int64_t      pad_at, ids_at, weights_at, own_at, offsets_at, clipped_at, inverse_at, combine_at;   // scratch ...
     int64_t      x_at, gate_at, up_at, y_at, gemm_at;
     // tokens that are sent
     llmpar_axes  sent;
     int32_t      n, me;            // members, and this one
-    llmpar_range *range;           // [n]: whose experts
     int32_t     *pieces_of;        // [n]: pieces that come back from a member for each token; of all members at most
     int32_t     *first_piece;      // [n]: into piece[]
     llmpar_range *piece;
     int32_t     *member_of;        // [experts]
     int64_t     *send, *recv, *gather, *place;   // [n]: counts of the calls; rows of a member that came before this round's
-    int64_t      wide, fewest, items;   // floats of a token that is sent; tokens that come in a round at most; what a token's sum is made of
+    int64_t      wide, most, room, items;   // floats of a token that is sent; tokens that are to come in a round, and may; what a token's sum is made of
     int64_t      to_at, order_at, counts_at, pack_at, take_at, sum_at, back_at, from_at, item_at;
 } llmpari_exec_experts;
 
 #define LLMPARI_EXEC_SCRATCH(type, args, at) ((type *)(void *)((args)->scratch + (at)))
 
-// y (or its pieces, `stride` apart) = this rank's experts' share of `tokens` rows x, `width` floats apart, with their choices.
-LLMPARI_FN llmpar_status llmpari_exec_experts_compute(llmpar_exec *x, const llmpari_exec_experts *how, const llmpari_exec_args *args, const float *rows, int64_t width, int64_t tokens,
-                                                      const int32_t *ids, const float *weights, float *out, llmpar_error *err) {
-    int32_t *own = LLMPARI_EXEC_SCRATCH(int32_t, args, how->own_at), *inverse = LLMPARI_EXEC_SCRATCH(int32_t, args, how->inverse_at);
-    int64_t *offsets = LLMPARI_EXEC_SCRATCH(int64_t, args, how->offsets_at), *clipped = LLMPARI_EXEC_SCRATCH(int64_t, args, how->clipped_at);
+// The products of the sorted rows [first, first + count) of a block of tokens: x[., H] -> y, by way of gate and up.
+LLMPARI_FN void llmpari_exec_experts_products(llmpar_exec *x, const llmpari_exec_experts *how, const llmpari_exec_args *args, const int64_t *offsets, int64_t first, int64_t count) {
+    int64_t *clipped = LLMPARI_EXEC_SCRATCH(int64_t, args, how->clipped_at);
     float *from = LLMPARI_EXEC_SCRATCH(float, args, how->x_at), *gate = LLMPARI_EXEC_SCRATCH(float, args, how->gate_at), *up = LLMPARI_EXEC_SCRATCH(float, args, how->up_at);
-    float *y = LLMPARI_EXEC_SCRATCH(float, args, how->y_at);
+    llmpar_grouped_args g;
+    llmpar_gated_args gated;
+    for (int64_t e = 0; e <= how->mine.count; e++) clipped[e] = llmpari_min(llmpari_max(offsets[e], first), first + count);
+    memset(&g, 0, sizeof g);
+    g.experts = how->mine.count;
+    g.offsets = clipped;
+    g.b_stride = how->h * how->j;
+    g.gemm.n = how->j; g.gemm.k = how->h; g.gemm.lda = g.gemm.ldb = how->h; g.gemm.ldc = how->j;
+    g.gemm.a = from;
+    g.gemm.b_dtype = how->dtype;
+    g.gemm.b_transposed = true;
+    g.gemm.scratch = how->gemm_at < 0 ? NULL : LLMPARI_EXEC_SCRATCH(float, args, how->gemm_at);
+    g.gemm.b = args->in[2]; g.gemm.c = gate;
+    x->ops.grouped(x->ops.user, &g);
+    g.gemm.b = args->in[3]; g.gemm.c = up;
+    x->ops.grouped(x->ops.user, &g);
+    gated.n = count * how->j; gated.gate = gate; gated.up = up; gated.y = gate; gated.kind = how->function;
+    x->ops.gated(x->ops.user, &gated);
+    g.gemm.n = how->h; g.gemm.k = how->j; g.gemm.lda = g.gemm.ldb = how->j; g.gemm.ldc = how->h;
+    g.gemm.a = gate; g.gemm.b = args->in[4]; g.gemm.c = LLMPARI_EXEC_SCRATCH(float, args, how->y_at) + first * how->h;
+    x->ops.grouped(x->ops.user, &g);
+}
+
+// out = this rank's experts' share of a block of tokens, rows x, `width` floats apart; pieces are `stride` floats apart.
+LLMPARI_FN llmpar_status llmpari_exec_experts_block(llmpar_exec *x, const llmpari_exec_experts *how, const llmpari_exec_args *args, const float *rows, int64_t width, int64_t tokens,
+                                                    const int32_t *ids, const float *weights, float *out, int64_t stride, llmpar_error *err) {
+    int32_t *own = LLMPARI_EXEC_SCRATCH(int32_t, args, how->own_at), *inverse = LLMPARI_EXEC_SCRATCH(int32_t, args, how->inverse_at);
+    int64_t *offsets = LLMPARI_EXEC_SCRATCH(int64_t, args, how->offsets_at);
+    float *from = LLMPARI_EXEC_SCRATCH(float, args, how->x_at);
+    llmpar_permute_args move;
+    llmpar_combine_args sum;
     for (int64_t i = 0; i < tokens * how->k; i++) {
         const int64_t e = ids[i] - how->mine.first;
         own[i] = ids[i] >= 0 && e >= 0 && e < how->mine.count ? (int32_t)e : -1;
     }
     LLMPARI_TRY(llmpar_dispatch_sort(own, tokens, how->k, how->mine.count, offsets, NULL, inverse, err));
+    memset(&move, 0, sizeof move);
+    move.rows = tokens; move.k = how->k; move.bytes = 4 * how->h; move.stride = 4 * width;
+    move.x = rows; move.to = inverse; move.y = from;
     for (int64_t first = 0, total = offsets[how->mine.count]; first < total; first += how->chunk) {
-        const int64_t count = llmpari_min(how->chunk, total - first);
-        for (int64_t t = 0; t < tokens; t++)
-            for (int64_t c = 0; c < how->k; c++) {
-                const int64_t at = inverse[t * how->k + c] - first;
-                if (inverse[t * how->k + c] < 0 || at < 0 || at >= count) continue;
-                memcpy(from + at * how->h, rows + t * width, (size_t)how->h * 4);
-                for (int64_t i = 0; how->route.scale_input && i < how->h; i++) from[at * how->h + i] *= weights[t * how->k + c];
-            }
-        for (int64_t e = 0; e <= how->mine.count; e++) clipped[e] = llmpari_min(llmpari_max(offsets[e], first), first + count);
-        llmpar_grouped_args g;
-        memset(&g, 0, sizeof g);
-        g.experts = how->mine.count;
-        g.offsets = clipped;
-        g.b_stride = how->h * how->j;
-        g.gemm.n = how->j; g.gemm.k = how->h; g.gemm.lda = g.gemm.ldb = how->h; g.gemm.ldc = how->j;
-        g.gemm.a = from;
-        g.gemm.b_dtype = how->dtype;
-        g.gemm.b_transposed = true;
-        g.gemm.scratch = how->gemm_at < 0 ? NULL : LLMPARI_EXEC_SCRATCH(float, args, how->gemm_at);
-        g.gemm.b = args->in[2]; g.gemm.c = gate;
-        x->ops.grouped(x->ops.user, &g);
-        g.gemm.b = args->in[3]; g.gemm.c = up;
-        x->ops.grouped(x->ops.user, &g);
-        llmpar_gated_args gated;
-        gated.n = count * how->j; gated.gate = gate; gated.up = up; gated.y = gate; gated.kind = how->function;
-        x->ops.gated(x->ops.user, &gated);
-        g.gemm.n = how->h; g.gemm.k = how->j; g.gemm.lda = g.gemm.ldb = how->j; g.gemm.ldc = how->h;
-        g.gemm.a = gate; g.gemm.b = args->in[4]; g.gemm.c = y + first * how->h;
-        x->ops.grouped(x->ops.user, &g);
+        move.first = first;
+        move.count = llmpari_min(how->chunk, total - first);
+        x->ops.permute(x->ops.user, &move);
+        for (int64_t i = 0; how->route.scale_input && i < tokens * how->k; i++)
+            for (int64_t at = inverse[i] - first, c = 0; at >= 0 && at < move.count && c < how->h; c++) from[at * how->h + c] *= weights[i];
+        llmpari_exec_experts_products(x, how, args, offsets, first, move.count);
     }
-    llmpar_combine_args sum;
     memset(&sum, 0, sizeof sum);
     sum.tokens = tokens; sum.k = how->k; sum.n = how->h; sum.n_experts = how->route.n_experts;
     sum.experts = how->mine;
     sum.pieces  = how->pieces;
     sum.ids = ids; sum.from = inverse; sum.weights = how->route.scale_input ? NULL : weights;
-    sum.y = y; sum.out = out;
-    sum.stride  = tokens * how->h;
+    sum.y = LLMPARI_EXEC_SCRATCH(float, args, how->y_at);
+    sum.out = out;
+    sum.stride  = stride;
     sum.scratch = args->scratch + how->combine_at;
     x->ops.combine(x->ops.user, &sum);
+    return LLMPAR_OK;
+}
+
+// The same for any number of tokens, block by block: scratch for the rows of one block is enough.
+LLMPARI_FN llmpar_status llmpari_exec_experts_compute(llmpar_exec *x, const llmpari_exec_experts *how, const llmpari_exec_args *args, const float *rows, int64_t width, int64_t tokens,
+                                                      const int32_t *ids, const float *weights, float *out, llmpar_error *err) {
+    for (int64_t t = 0; t < tokens; t += how->block)
+        LLMPARI_TRY(llmpari_exec_experts_block(x, how, args, rows + t * width, width, llmpari_min(how->block, tokens - t), ids + t * how->k, weights + t * how->k, out + t * how->h,
+                                               tokens * how->h, err));
     return LLMPAR_OK;
 }
 
@@ -22254,7 +22289,7 @@ LLMPARI_FN llmpar_status llmpari_exec_experts_round(llmpar_exec *x, const llmpar
     float *take = LLMPARI_EXEC_SCRATCH(float, args, how->take_at), *pack = LLMPARI_EXEC_SCRATCH(float, args, how->pack_at), *sum = LLMPARI_EXEC_SCRATCH(float, args, how->sum_at);
     float *back = LLMPARI_EXEC_SCRATCH(float, args, how->back_at);
     int32_t *ids = LLMPARI_EXEC_SCRATCH(int32_t, args, how->item_at);
-    float *weights = (float *)(void *)(ids + how->fewest * how->k);
+    float *weights = (float *)(void *)(ids + how->room * how->k);
     int64_t tokens = 0, held = how->tokens;
     llmpari_exec_experts_pack(how, args, offsets, rounds, round);
     for (int32_t m = 0; m < how->n; m++) {
@@ -22346,11 +22381,10 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_sent(llmpari_exec_prep *p, llmpari_ex
     int32_t n = llmpar_mesh_group_size(x->mesh, how->sent), pieces = 0;
     int32_t *members = (int32_t *)llmpar_arena_alloc(&x->arena, 3 * (size_t)n * sizeof *members);
     how->n = n;
-    how->range     = (llmpar_range *)llmpar_arena_alloc(&x->arena, (size_t)n * sizeof *how->range);
     how->piece     = (llmpar_range *)llmpar_arena_alloc(&x->arena, (size_t)(experts + 1) * sizeof *how->piece);
     how->member_of = (int32_t *)llmpar_arena_alloc(&x->arena, (size_t)experts * sizeof *how->member_of);
     how->send      = (int64_t *)llmpar_arena_alloc(&x->arena, 4 * (size_t)n * sizeof *how->send);
-    if (!members || !how->range || !how->piece || !how->member_of || !how->send) return llmpari_exec_prep_memory(p);
+    if (!members || !how->piece || !how->member_of || !how->send) return llmpari_exec_prep_memory(p);
     how->pieces_of = members + n; how->first_piece = members + 2 * n;
     how->recv = how->send + n; how->gather = how->send + 2 * n; how->place = how->send + 3 * n;
     llmpar_mesh_group(x->mesh, how->sent, x->rank, members, n, &how->me);
@@ -22358,7 +22392,7 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_sent(llmpari_exec_prep *p, llmpari_ex
     for (int32_t e = 0; e < experts; e++) how->member_of[e] = -1;
     for (int32_t m = 0; m < n; m++) {
         const llmpari_exec_part in = llmpari_exec_part_of(&p->in[0]->tensor, &p->in[0]->tensor.sharding, x->mesh, members[m]);
-        const llmpar_range range = how->range[m] = llmpar_tensor_local(gate, x->mesh, members[m], 0);
+        const llmpar_range range = llmpar_tensor_local(gate, x->mesh, members[m], 0);
         const int64_t theirs = in.elements / how->h;
         for (int64_t e = range.first; e < range.first + range.count; e++) how->member_of[e] = m;
         how->first_piece[m] = pieces;
@@ -22372,7 +22406,7 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_sent(llmpari_exec_prep *p, llmpari_ex
         if (how->member_of[e] < 0) return llmpari_exec_prep_wrong(p, "no rank that tokens are sent to has an expert", gate->name);
     how->n_pieces = how->pieces_of[how->me];
     how->most   = llmpari_max(2 * ((all + n - 1) / n), 1);    // twice an even share in a round; more takes more rounds
-    how->fewest = llmpari_min(how->most + n, llmpari_max(all, 1));
+    how->room = llmpari_min(how->most + n, llmpari_max(all, 1));
     how->wide   = how->h + 2 * how->k;
     how->items  = llmpari_min(how->k, n) * longest;
     llmpari_exec_use_comm(x, how->sent);
@@ -22381,17 +22415,17 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_sent(llmpari_exec_prep *p, llmpari_ex
     how->from_at   = llmpari_exec_prep_scratch(p, 4 * how->tokens * how->k);
     how->order_at  = llmpari_exec_prep_scratch(p, 4 * how->tokens * how->k);
     how->counts_at = llmpari_exec_prep_scratch(p, 8 * (n + 1) + 4 * (int64_t)n * n);
-    how->item_at   = llmpari_exec_prep_scratch(p, llmpari_max(8 * how->fewest * how->k, 8 * how->tokens * how->items));
+    how->item_at   = llmpari_exec_prep_scratch(p, llmpari_max(8 * how->room * how->k, 8 * how->tokens * how->items));
     how->pack_at   = llmpari_exec_prep_scratch(p, 4 * rows * llmpari_max(how->wide, longest * how->h));
-    how->take_at   = llmpari_exec_prep_scratch(p, 4 * how->fewest * llmpari_max(how->wide, how->n_pieces * how->h));
-    how->sum_at    = llmpari_exec_prep_scratch(p, 4 * how->fewest * how->n_pieces * how->h);
+    how->take_at   = llmpari_exec_prep_scratch(p, 4 * how->room * llmpari_max(how->wide, how->n_pieces * how->h));
+    how->sum_at    = llmpari_exec_prep_scratch(p, 4 * how->room * how->n_pieces * how->h);
     how->back_at   = llmpari_exec_prep_scratch(p, 4 * rows * longest * how->h);
     p->task->run   = llmpari_exec_run_experts_sent;
     return LLMPAR_OK;
 }
 
 LLMPARI_FN llmpar_status llmpari_exec_prep_experts(llmpari_exec_prep *p) {
-    enum { CHUNK = 512 };
+    enum { BLOCK = 512, CHUNK = 512 };
     llmpar_exec *x = p->exec;
     const llmpari_exec_part *in = &p->in[0]->part, *gate = &p->in[2]->part;
     llmpari_exec_experts *how = (llmpari_exec_experts *)llmpari_exec_prep_how(p, sizeof *how);
@@ -22413,17 +22447,17 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_experts(llmpari_exec_prep *p) {
             return llmpari_exec_prep_wrong(p, "only tokens, experts and what is between gate and down can be split", p->in[s]->tensor.name);
     if (in->n == 3) LLMPARI_TRY(llmpari_exec_prep_table(p, p->in[0], false, &how->table));
     how->n_pieces = how->pieces ? llmpar_tree_pieces(how->route.n_experts, how->mine, piece) : 1;
-    how->most = how->tokens;
     p->task->run = llmpari_exec_run_experts;
     how->pad_at     = llmpari_exec_prep_scratch(p, how->tokens);
     how->ids_at     = llmpari_exec_prep_scratch(p, 4 * how->tokens * how->k);
     how->weights_at = llmpari_exec_prep_scratch(p, 4 * how->tokens * how->k);
     if (how->sent) LLMPARI_TRY(llmpari_exec_prep_sent(p, how));
     else x->value[p->step->out].copies = how->n_pieces;
-    const int64_t tokens = how->sent ? how->fewest : how->tokens, rows = tokens * llmpari_min(how->k, how->mine.count);
+    how->block      = llmpari_max(llmpari_min(how->sent ? how->room : how->tokens, BLOCK), 1);
+    const int64_t rows = how->block * llmpari_min(how->k, how->mine.count);
     how->chunk      = llmpari_max(llmpari_min(rows, CHUNK), 1);
-    how->own_at     = llmpari_exec_prep_scratch(p, 4 * tokens * how->k);
-    how->inverse_at = llmpari_exec_prep_scratch(p, 4 * tokens * how->k);
+    how->own_at     = llmpari_exec_prep_scratch(p, 4 * how->block * how->k);
+    how->inverse_at = llmpari_exec_prep_scratch(p, 4 * how->block * how->k);
     how->offsets_at = llmpari_exec_prep_scratch(p, 8 * (how->mine.count + 1));
     how->clipped_at = llmpari_exec_prep_scratch(p, 8 * (how->mine.count + 1));
     how->combine_at = llmpari_exec_prep_scratch(p, llmpar_combine_scratch(llmpari_max(how->k, how->items), how->h));

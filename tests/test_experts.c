@@ -6,7 +6,7 @@
 #define TRY(call) do { llmpar_status try_ = (call); if (try_) return try_; } while (0)
 #define NEED(condition) do { if (!(condition)) { err->status = LLMPAR_MISMATCH; snprintf(err->text, sizeof err->text, "line %d: %s", __LINE__, #condition); return err->status; } } while (0)
 
-enum { MOST = 8, MAX_E = 16, MAX_K = 6, TOKENS = 300, VALUES = 2400 };
+enum { MOST = 8, MAX_E = 16, MAX_K = 6, TOKENS = 600, VALUES = 2400 };
 typedef struct shape {
     int64_t b, s, h, j, e, k;
     llmpar_dtype dtype;
@@ -44,6 +44,7 @@ static llmpar_experts_desc convention(const shape *sh, llmpar_experts_way way) {
     desc.route.n_experts = (int32_t)sh->e;
     desc.route.k = (int32_t)sh->k;
     desc.route.n_groups = desc.route.topk_groups = desc.route.group_top = 0;
+    desc.route.has_logit_bias = desc.route.has_correction_bias = false;                     // as if they were 0
     desc.way = way;
     return desc;
 }
@@ -127,8 +128,7 @@ static llmpar_status run_rank(llmpar_comm *world, void *user, llmpar_error *err)
     j->hash[world->rank] = 14695981039346656037u;
     for (int64_t i = 0; i < llmpar_tensor_elements(&t); i++) {
         uint32_t bits;
-        const float x = y[i] + 0.0f;                                                        // a sum of nothing may be -0
-        memcpy(&bits, &x, 4);
+        memcpy(&bits, &y[i], 4);
         j->hash[world->rank] = (j->hash[world->rank] ^ bits) * 1099511628211u;
         if (world->rank == 0) j->y[i] = y[i];
     }
@@ -231,7 +231,7 @@ static void test_values(void) {
         for (int i = 0; i < rounds; i++) {
             shape sh;
             random_shape(&sh);
-            if (i == 0) { sh.b = 3; sh.s = 100; sh.h = 8; sh.j = 5; sh.e = 7; sh.k = 4; sh.load = 0; }    // more rows than the products take at a time
+            if (i == 0) { sh.b = 6; sh.s = 100; sh.h = 4; sh.j = 5; sh.e = 7; sh.k = 4; sh.load = 0; }    // more tokens and rows than are taken at a time
             reference(&sh, want);
             for (int m = 0; m < (int)(sizeof meshes / sizeof *meshes); m++) {
                 double planned = 0;
@@ -341,8 +341,20 @@ static void refused(const char *const texts[5], const llmpar_experts_desc *desc,
 
 static void test_refusals(void) {
     static const char *const good[5] = { "x[B, S, H]", "r[B, S, E]", "gate[E, J, H]", "up[E, J, H]", "down[E, H, J]" };
-    static const struct { int at; const char *text; } cases[] = { { 0, "x[B, S, J]" }, { 0, "x[H]" }, { 1, "r[B, E]" }, { 1, "r[S, B, E]" }, { 1, "r[B, S, F]" }, { 2, "gate[J, E, H]" },
-        { 3, "up[E, F, H]" }, { 3, "up[E, J]" }, { 4, "down[E, J, H]" }, { 4, "down[F, H, J]" } };
+    static const struct { int at; const char *text, *part; } cases[] = { { 0, "x[B, S, J]", "operand 2 must be a weight gate[E, J, H]" }, { 0, "x[H]", "operand 0 must be x[.., H]" },
+        { 1, "r[B, E]", "operand 1 must be the router's logits [.., E]" }, { 1, "r[S, B, E]", "it is r[S, B, E]" }, { 1, "r[B, S, F]", "operand 2" }, { 2, "gate[J, E, H]", "operand 2" },
+        { 3, "up[E, F, H]", "operand 3" }, { 3, "up[E, J]", "operand 3" }, { 4, "down[E, J, H]", "operand 4 must be a weight down[E, H, J]" }, { 4, "down[F, H, J]", "operand 4" } };
+    TEST("experts: k = 0 is one expert a token") {
+        static float y[VALUES];
+        job j;
+        shape sh;
+        j.y = y;
+        random_shape(&sh);
+        sh.k = 1; sh.router = 0;
+        const uint64_t want = run(&sh, "ep=2", "_ep", "[B, S, H]", LLMPAR_EXPERTS_PARTIAL, 1, &j);
+        sh.k = 0;
+        CHECK(want && run(&sh, "ep=2", "_ep", "[B, S, H]", LLMPAR_EXPERTS_PARTIAL, 1, &j) == want);
+    }
     TEST("experts: what cannot be built is refused with a reason") {
         llmpar_experts_desc desc = LLMPAR_ZERO;
         desc.route.k = 2;
@@ -350,7 +362,7 @@ static void test_refusals(void) {
             const char *texts[5];
             memcpy(texts, good, sizeof texts);
             texts[cases[i].at] = cases[i].text;
-            refused(texts, &desc, LLMPAR_BAD_ARGUMENT, "gate[E, J, H], up[E, J, H] and down[E, H, J] of one dtype are expected");
+            refused(texts, &desc, LLMPAR_BAD_ARGUMENT, cases[i].part);
         }
         const char *own[5] = { "x[B, S, H]", "r[B, S, E]", "gate[E, S=5, H]", "up[E, J, H]", "down[E, H, J]" };
         refused(own, &desc, LLMPAR_BAD_ARGUMENT, "already");
@@ -360,7 +372,11 @@ static void test_refusals(void) {
         refused(good, &desc, LLMPAR_BAD_ARGUMENT, "k=9");
         desc.route.k = 2; desc.route.expert_choice = true;
         refused(good, &desc, LLMPAR_UNSUPPORTED, "expert choice");
-        desc.route.expert_choice = false; desc.way = (llmpar_experts_way)7;
+        desc.route.expert_choice = false; desc.route.has_correction_bias = true;
+        refused(good, &desc, LLMPAR_UNSUPPORTED, "Clear has_logit_bias");
+        desc.route.has_correction_bias = false; desc.function = (llmpar_activation)99;
+        refused(good, &desc, LLMPAR_BAD_ARGUMENT, "activation 99");
+        desc.function = LLMPAR_SILU; desc.way = (llmpar_experts_way)7;
         refused(good, &desc, LLMPAR_BAD_ARGUMENT, "way 7");
     }
 }
