@@ -218,6 +218,70 @@ static void test_formulas(void) {
     }
 }
 
+// ---- PyTorch's own lowering and count of steps (torch/distributed/pipelining/schedules.py, _add_send_recv and _simulate_comms_compute of 2.8), for whole rows: ranks take turns; a transfer stands
+// behind the action that makes its message, on both sides; in a step each rank does one action if what it needs is done, ranks that a later one unblocked in a second pass.
+
+enum { TORCH_F, TORCH_I, TORCH_W, TORCH_SEND_F, TORCH_RECV_F, TORCH_SEND_B, TORCH_RECV_B, TORCH_KINDS };
+typedef struct torch_action { int kind, stage, micro; } torch_action;
+typedef struct torch_run { const llmpar_schedule *s; char done[TORCH_KINDS][512]; torch_action row[2][512]; int n[2]; } torch_run;
+
+static char *torch_done(torch_run *t, int kind, int stage, int micro) { return &t->done[kind][stage * t->s->n_micro + micro]; }
+static int torch_ready(torch_run *t, torch_action a) {
+    const int last = t->s->n_stages - 1;
+    const int32_t *rank = t->s->rank_of;
+    switch (a.kind) {
+    case TORCH_F: return a.stage == 0 || *torch_done(t, TORCH_RECV_F, a.stage, a.micro) || (rank[a.stage - 1] == rank[a.stage] && *torch_done(t, TORCH_F, a.stage - 1, a.micro));
+    case TORCH_I: return a.stage == last || *torch_done(t, TORCH_RECV_B, a.stage, a.micro) || (rank[a.stage + 1] == rank[a.stage] && *torch_done(t, TORCH_I, a.stage + 1, a.micro));
+    case TORCH_SEND_F: return *torch_done(t, TORCH_F, a.stage, a.micro);
+    case TORCH_RECV_F: return *torch_done(t, TORCH_SEND_F, a.stage - 1, a.micro);
+    case TORCH_SEND_B: return *torch_done(t, TORCH_I, a.stage, a.micro);
+    case TORCH_RECV_B: return *torch_done(t, TORCH_SEND_B, a.stage + 1, a.micro);
+    default: return 1;
+    }
+}
+static void torch_add(torch_run *t, torch_action a) {
+    t->row[t->s->rank_of[a.stage]][t->n[t->s->rank_of[a.stage]]++] = a;
+    *torch_done(t, a.kind, a.stage, a.micro) = 1;
+}
+
+// Steps of a schedule of two ranks; -1 when it cannot go on.
+static int torch_steps(const llmpar_schedule *s) {
+    static torch_run t;
+    int64_t at[2] = { s->first[0], s->first[1] };
+    int next[2] = { 0, 0 }, steps = 0;
+    memset(&t, 0, sizeof t);
+    t.s = s;
+    while (at[0] < s->first[1] || at[1] < s->first[2]) {
+        const int64_t before = at[0] + at[1];
+        for (int r = 0; r < 2; r++) {
+            if (at[r] == s->first[r + 1]) continue;
+            const llmpar_action c = s->action[at[r]];
+            const torch_action a = { c.kind == LLMPAR_ACTION_F ? TORCH_F : c.kind == LLMPAR_ACTION_W ? TORCH_W : TORCH_I, c.stage, c.micro };
+            const int to = a.kind == TORCH_F ? a.stage + 1 : a.stage - 1, travels = a.kind != TORCH_W && to >= 0 && to < s->n_stages && s->rank_of[to] != r;
+            if (!torch_ready(&t, a)) continue;
+            torch_add(&t, a);
+            if (travels) {
+                torch_add(&t, (torch_action){ a.kind == TORCH_F ? TORCH_SEND_F : TORCH_SEND_B, a.stage, a.micro });
+                torch_add(&t, (torch_action){ a.kind == TORCH_F ? TORCH_RECV_F : TORCH_RECV_B, to, a.micro });
+            }
+            at[r]++;
+        }
+        if (at[0] + at[1] == before) return -1;
+    }
+    memset(t.done, 0, sizeof t.done);
+    for (; next[0] < t.n[0] || next[1] < t.n[1]; steps++) {
+        int did[2] = { 0, 0 };
+        for (int r = 0; r < 4; r++) {                          // two passes over the ranks
+            if (did[r % 2] || next[r % 2] == t.n[r % 2] || !torch_ready(&t, t.row[r % 2][next[r % 2]])) continue;
+            const torch_action a = t.row[r % 2][next[r % 2]++];
+            *torch_done(&t, a.kind, a.stage, a.micro) = 1;
+            did[r % 2] = 1;
+        }
+        if (!did[0] && !did[1]) return -1;
+    }
+    return steps;
+}
+
 static void test_rows(void) {
     static double one[64], nothing[64];
     llmpar_pipe_costs costs = LLMPAR_ZERO;
@@ -243,6 +307,11 @@ static void test_rows(void) {
             CHECK_OK(llmpar_pipe_verify(&read, NULL, LLMPAR_PIPE_BUFFERED, 0, &arena, &err), err);
             CHECK_STR(csv(&read), p->text);
         }
+    }
+    TEST("R10: lowered and stepped as PyTorch does it, the stored row takes the 113 steps that its test states") {
+        llmpar_schedule read;
+        CHECK(read_csv(pipe_row_idle, &read));
+        CHECK_EQ(torch_steps(&read), 113);
     }
     TEST("R10: a stored row with idle cells reads as the schedule without them") {
         static char want[4096];
