@@ -11901,7 +11901,7 @@ LLMPARI_FN bool llmpari_pipe_sends_f(const llmpar_schedule *s, int64_t stage, in
     return llmpari_pipe_crosses(s, stage) && (stage + 1 < s->n_stages || (s->in_flight > 0 && micro + s->in_flight < s->n_micro));
 }
 LLMPARI_FN bool llmpari_pipe_sends_b(const llmpar_schedule *s, int64_t stage) { return stage > 0 && llmpari_pipe_crosses(s, stage - 1); }
-LLMPARI_FN bool llmpari_pipe_sends(const llmpar_schedule *s, llmpar_action a) {
+LLMPARI_INLINE bool llmpari_pipe_sends(const llmpar_schedule *s, llmpar_action a) {
     return a.kind == LLMPAR_ACTION_F ? llmpari_pipe_sends_f(s, a.stage, a.micro) : a.kind != LLMPAR_ACTION_W && llmpari_pipe_sends_b(s, a.stage);
 }
 // The rank that gets what an action sends.
@@ -12197,7 +12197,7 @@ LLMPARI_FN llmpar_status llmpari_channel_issue(llmpari_pipe_run *q, int32_t r, i
 }
 
 // The number that says when the input of an action is there; NULL = it needs none.
-LLMPARI_FN const double *llmpari_pipe_input(const llmpari_pipe_run *q, int64_t j) {
+LLMPARI_INLINE const double *llmpari_pipe_input(const llmpari_pipe_run *q, int64_t j) {
     const llmpar_schedule *s = q->s;
     const llmpar_action a = s->action[j];
     const int64_t M = s->n_micro, c = (int64_t)a.stage * M + a.micro;
@@ -12212,7 +12212,7 @@ LLMPARI_FN const double *llmpari_pipe_input(const llmpari_pipe_run *q, int64_t j
     }
 }
 // With NCCL: the buffer that an action fills, its rank's number of it; it is free when the SEND before from there is over. -1 = none.
-LLMPARI_FN int32_t llmpari_pipe_fills(const llmpari_pipe_run *q, int64_t j) {
+LLMPARI_INLINE int32_t llmpari_pipe_fills(const llmpari_pipe_run *q, int64_t j) {
     const llmpar_action a = q->s->action[j];
     if (!q->slot_free || a.kind == LLMPAR_ACTION_W || a.kind == LLMPAR_ACTION_REDUCE_GRAD || llmpari_action_is_send(a)) return -1;
     if (llmpari_action_is_transfer(a)) return a.slot;
