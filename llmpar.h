@@ -6193,8 +6193,8 @@ LLMPAR_DEF int llmpar_experts(llmpar_graph *g, int x, int router, int gate, int 
     if (llmpar_route_check(&op.experts.route, &g->error)) return -1;
     if (op.experts.route.expert_choice) return LLMPARI_GRAPH_FAIL(g, LLMPAR_UNSUPPORTED, "experts: with expert choice a token's experts depend on all tokens; the op takes tokens' choices only");
     if (desc->route.has_logit_bias || desc->route.has_correction_bias || desc->route.logit_bias || desc->route.correction_bias)
-        return LLMPARI_GRAPH_FAIL(g, LLMPAR_UNSUPPORTED, "experts: the router has a logit or correction bias, which the op does not take; without it other experts would be chosen. Clear has_logit_bias "
-                                                         "and has_correction_bias if they are all 0");
+        return LLMPARI_GRAPH_FAIL(g, LLMPAR_UNSUPPORTED, "experts: the router has a logit or correction bias, which the op does not take; without it other experts would be chosen. Clear "
+                                                         "has_logit_bias and has_correction_bias if they are all 0");
     if ((int)desc->function < 0 || desc->function > LLMPAR_SIGMOID) return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "experts: activation %d is not known", (int)desc->function);
     if ((int)desc->way < 0 || desc->way > LLMPAR_EXPERTS_ALLTOALL) return LLMPARI_GRAPH_FAIL(g, LLMPAR_BAD_ARGUMENT, "experts: way %d is not known", (int)desc->way);
     for (int d = 0; d < n; d++) op.index_of[0][d] = op.index_of[1][d] = (int8_t)llmpari_op_index(g, &op, t[0]->dim[d].name, t[0]->dim[d].size, t[0]->name);
