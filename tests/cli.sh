@@ -609,6 +609,8 @@ dispatch_tests() {
     fails "dispatch: too few rows"       'has 3 rows of counts; --ranks 4' $d --ranks 4 --experts 8 --counts $c
     fails "dispatch: a file far too short" 'too few for 4096 rows'         $d --ranks 4096 --experts 1000000 --counts $c
     fails "dispatch: a byte 0"           'line 2 has a byte 0'             sh -c "printf '1 2\n3 4\0\n' | $d --ranks 2 --experts 2 --counts -"
+    fails "dispatch: bytes 0 alone"      'line 1 has a byte 0'             sh -c "ulimit -v 1000000; $d --ranks 2 --experts 2 --counts /dev/zero"
+    fails "dispatch: a text beyond memory" 'no memory for it'              sh -c "ulimit -v 100000; yes 1 | $d --ranks 2 --experts 2 --counts -"
     fails "dispatch: no file"            'cannot open .*No such file'      $d --ranks 2 --experts 2 --counts "$T/none"
     fails "dispatch: a folder"           'cannot be read'                  $d --ranks 2 --experts 2 --counts "$T"
     for value in 0 -1 x 2x 1.5 '' ' 2' 4097; do fails "dispatch: --ranks '$value'" "^dispatch: --ranks: .*\"$value\"" $d --ranks "$value" --experts 2 --counts $c; done
