@@ -625,15 +625,24 @@ dispatch_tests() {
 # ---- moe [--preset NAME] [--tokens N] [--experts N] [--k N] [--ranks N] [--skew X] [--svg FILE]
 moe_tests() {
     m="$B/moe"
-    for ranks in 1 2 3 5; do for preset in mixtral qwen3-moe deepseek-v3 llama4 gpt-oss; do good "moe $preset, $ranks ranks" '^largest difference from one rank .*: equal$' $m --preset $preset --ranks $ranks --k 3; done; done
-    good "moe: one token on 8 ranks"   ': equal$'                             $m --tokens 1 --ranks 8
+    for ranks in 1 2 3 5; do for preset in mixtral qwen3-moe deepseek-v3 llama4 gpt-oss; do good "moe $preset, $ranks ranks" '^largest difference from one rank .*: within 1e-4$' $m --preset $preset --ranks $ranks --k 3; done; done
+    for row in "mixtral 2" "qwen2-moe 4" "qwen3-moe 8" "deepseek-v3 8" "llama4 1" "gpt-oss 4" "switch 1"; do good "moe: k of ${row% *}" "^256 tokens, H 64; 16 experts, J 96, ${row#* } a token \(${row% *}[);]" $m --preset ${row% *} --ranks 1; done
+    good "moe: --k before the preset's" ' 3 a token \(switch\); '            $m --preset switch --k 3 --ranks 1
+    good "moe: biases of 0 are named"  '\(deepseek-v3; biases are 0 here\); skew 1$' $m --preset deepseek-v3 --ranks 1
+    good "moe: what the bytes are"     'bytes that the rank with most hands to collectives, rows to itself included$' $m --ranks 2
+    good "moe: --help has limits and defaults" '^1 to 16 \(4\), skew 0 to 100000 \(1\)' $m --help
+    good "moe: one token on 8 ranks"   '^1 token, .*'                         $m --tokens 1 --ranks 8
+    grep -q ': within 1e-4$' "$T/out" && ok || bad "moe: one token on 8 ranks differs"
     good "moe: all to one expert"      '^expert  0   64 #{60}$'               $m --tokens 64 --k 1 --skew 1000
-    good "moe: a picture"              ': equal$'                             $m --svg "$T/loads.svg" --ranks 3
+    good "moe: a picture"              ': within 1e-4$'                       $m --svg "$T/loads.svg" --ranks 3
     grep -q 'tokens of 2' "$T/loads.svg" && ok || bad "moe --svg draws no row of rank 2"
     fails "moe: k above E"             'k=17 experts of a token out of n_experts=16' $m --k 17
+    fails "moe: the preset's k above E" 'k=8 experts of a token out of n_experts=4' $m --preset qwen3-moe --experts 4
     fails "moe: an unknown preset"     'known: mixtral'                       $m --preset gpt2
-    for value in 0 -1 x 2x 1.5 '' 1e9; do fails "moe: --tokens '$value'" "tokens: a number is expected, not \"$value\"" $m --tokens "$value"; done
-    fails "moe: too many ranks"        'at most 16 ranks'                     $m --ranks 17
+    for value in 0 -1 x 2x 1.5 '' 1e9; do fails "moe: --tokens '$value'" "tokens: a whole number from 1 to 100000 expected, not \"$value\"" $m --tokens "$value"; done
+    for value in 0 17; do fails "moe: --ranks $value" "ranks: a whole number from 1 to 16 expected, not \"$value\"" $m --ranks $value; done
+    fails "moe: too many experts"      'experts: a whole number from 1 to 64 expected, not "65"' $m --experts 65
+    fails "moe: a skew below 0"        'skew: 0 to 100000 expected, not "-1"' $m --skew -1
     fails "moe: an unknown option"     'each with a value'                    $m --bogus 1
     fails "moe: no value"              'each with a value'                    $m --tokens
     fails "moe: a path that is none"   'cannot be written'                    $m --svg "$T/none/loads.svg"
