@@ -457,8 +457,8 @@ LLMPAR_DEF int32_t llmpar_tree_fold(int64_t granules, llmpar_range *node, int32_
 //   choice    score + correction_bias; with groups only the topk_groups best groups keep theirs; the k largest, ties to the lower id. NaN ranks lowest, behind -infinity
 //   weight    the score without the correction bias, divided by the sum over the chosen if `renormalise`, times scale
 // Ids are always distinct and in [0, E). Weights are finite, 0 to scale: a NaN logit weighs 0, logits of +infinity share the probability, rows that are all -infinity share it too,
-// and a sum of 0 gives weights of 0. An expert whose group is not kept is chosen where fill_zero says so, or instead of one whose
-// choice score is NaN or -infinity. A row's result depends on the row alone, not on the batch it comes in. Scores are f64 (exp within 1e-14); those that agree in 41 bits are ties.
+// and a sum of 0 gives weights of 0. An expert whose group is not kept is chosen where fill_zero says so, or instead of one whose choice score is NaN or -infinity.
+// A row's result depends on the row alone, not on the batch it comes in. Scores are f64 (exp within 1e-14); those that agree in 41 bits are ties.
 
 #define LLMPAR_MAX_EXPERTS 2048
 
