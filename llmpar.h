@@ -4937,8 +4937,12 @@ LLMPARI_FN void llmpari_row_weights(const llmpari_router *router, llmpari_row *r
         else llmpari_sigmoids(w, w, padded);
     } else for (int32_t i = 0; i < d->k; i++) w[i] = row->p[ids[i]];
     if (!among_chosen && d->renormalise) for (int32_t i = 0; i < d->k; i++) sum += w[i];
-    if (!among_chosen && !d->renormalise) sum = 1;
-    for (int32_t i = 0; i < d->k; i++) weights[i] = sum > 0 ? (float)(w[i] / sum * d->scale) : 0;      // a part of 1 first: scale / sum may be infinite
+    double scale = !among_chosen && !d->renormalise ? d->scale : sum > 0 ? d->scale / sum : 0;
+    if (scale == INFINITY) {                                                                           // hardly any sum: parts of 1 first
+        for (int32_t i = 0; i < d->k; i++) w[i] /= sum;
+        scale = d->scale;
+    }
+    for (int32_t i = 0; i < d->k; i++) weights[i] = (float)(w[i] * scale);
 }
 
 LLMPARI_FN void llmpari_route_row(const llmpari_router *router, llmpari_row *row, int32_t *ids, float *weights) {

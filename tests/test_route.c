@@ -413,6 +413,10 @@ static void complaints(void) {
             d.correction_bias = pull, d.eps = i ? 1e-310 : 1e-20, d.scale = i == 1 ? 1 : (double)FLT_MAX;
             expect(&d, half, 1, IDS(0, 1), WEIGHTS(0, (double)FLT_MAX));
         }
+        const float far_below[2] = { -700, -700 };                                                         // sigmoids of 1e-304
+        d = preset("deepseek-v3", 2, 2);
+        d.n_groups = d.topk_groups = 0, d.scale = ldexp(1, 120);
+        expect(&d, far_below, 1, IDS(0, 1), WEIGHTS(ldexp(1, 119), ldexp(1, 119)));
         d = preset("llama4", 4, 3);
         expect(&d, two, 1, IDS(1, 3, 2), WEIGHTS(1, 1, .8807971));
         expect(&d, mixed, 1, IDS(3, 1, 0), WEIGHTS(.9525741, 0, 0));
