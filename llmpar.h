@@ -456,8 +456,9 @@ LLMPAR_DEF int32_t llmpar_tree_fold(int64_t granules, llmpar_range *node, int32_
 //   score     what a logit is worth: p = softmax over all experts, or s = sigmoid(logit), or (CHOSEN) the logit itself, with a softmax over the k chosen as weights
 //   choice    score + correction_bias; with groups only the topk_groups best groups keep theirs; the k largest, ties to the lower id. NaN ranks lowest, behind -infinity
 //   weight    the score without the correction bias, divided by the sum over the chosen if `renormalise`, times scale
-// Ids are always distinct and in [0, E). Weights are never NaN: a NaN logit weighs 0, logits of +infinity share the probability, rows that are all -infinity share it too, and
-// a sum of 0 gives weights of 0. A row's result depends on the row alone, not on the batch it comes in. Scores are f64 (exp within 1e-14); those that agree in 41 bits are ties.
+// Ids are always distinct and in [0, E). Weights are finite, 0 to scale: a NaN logit weighs 0, logits of +infinity share the probability, rows that are all -infinity share it too,
+// and a sum of 0 gives weights of 0. An expert whose group is not kept is chosen where fill_zero says so, or instead of one whose choice score is NaN or -infinity.
+// A row's result depends on the row alone, not on the batch it comes in. Scores are f64 (exp within 1e-14); those that agree in 41 bits are ties.
 
 #define LLMPAR_MAX_EXPERTS 2048
 
@@ -475,8 +476,8 @@ typedef struct llmpar_route_desc {
     int32_t n_groups;              // equal runs of experts; 0 = 1
     int32_t topk_groups;           // groups that a token may use; 0 = all
     int32_t group_top;             // a group's score is the sum of so many of its largest choice scores; 0 = 2 with a correction bias, 1 without (DeepSeek's rule)
-    bool    fill_zero;             // experts of the other groups compete with a score of 0 (Hugging Face's DeepSeek), not of -infinity: 0 beats a negative score
-    double  scale;                 // of the weights; 0 = 1
+    bool    fill_zero;             // experts of the other groups compete with a score of 0 (Hugging Face's DeepSeek), not of -infinity: 0 beats a negative score, and k may be beyond the groups kept
+    double  scale;                 // of the weights, at most f32's largest; 0 = 1
     double  eps;                   // added to the sum that renormalises, where there is a correction bias
     bool    scale_input;           // the weight multiplies what goes into the expert (Llama 4), not what comes out: for whoever runs the experts
     bool    expert_choice;         // experts choose tokens: llmpar_route_experts
@@ -487,10 +488,11 @@ typedef struct llmpar_route_desc {
 } llmpar_route_desc;
 
 // The conventions of an architecture, by short name ("mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2", "deepseek-v3", "llama4", "gpt-oss", "switch", "expert-choice") or
-// by Hugging Face's class ("MixtralForCausalLM"), with the published k, groups and scale; n_experts and the biases are left to the caller.
+// by Hugging Face's class ("MixtralForCausalLM"), with the published k, groups and scale, as in their authors' papers and code; n_experts and the biases are left to the caller.
 LLMPAR_DEF llmpar_status llmpar_route_preset(const char *architecture, llmpar_route_desc *desc, llmpar_error *err);
 
-// What config.json says about routing. Zeroed = nothing is said; then Hugging Face's defaults for the class hold.
+// What config.json says about routing. Zeroed = nothing is said; then Hugging Face's defaults for the class hold. So does what its class does with other groups' experts: fill_zero
+// with groups, where a preset (DeepSeek-V3's own code) has -infinity. They differ where a correction bias makes choice scores of kept groups negative.
 typedef struct llmpar_route_config {
     const char *architecture;      // as for llmpar_route_preset
     int64_t n_experts;             // num_local_experts, num_experts, n_routed_experts; must be there
@@ -503,11 +505,12 @@ typedef struct llmpar_route_config {
 } llmpar_route_config;
 LLMPAR_DEF llmpar_status llmpar_route_configure(const llmpar_route_config *config, llmpar_route_desc *desc, llmpar_error *err);
 
-// Errors: sizes out of range, k > E, groups that do not divide E, more groups kept than there are, group_top beyond a group, scale or eps that are negative or not finite.
+// Errors: sizes out of range, k > E, groups that do not divide E, more groups kept than there are, k beyond the experts of the groups kept (without fill_zero), group_top beyond a group,
+// scale or eps that are negative or not finite, scale beyond f32.
 LLMPAR_DEF llmpar_status llmpar_route_check(const llmpar_route_desc *desc, llmpar_error *err);
 
 // logits[rows, E] of f32, bf16 or f16 -> ids[rows, k] by falling choice score, weights[rows, k]. pad[rows]: 1 = a padding row, which gets ids of -1 and weights of 0;
-// NULL = none. Allocates nothing; about 64 KiB of stack. Thread-safe.
+// NULL = none. Allocates nothing; about 64 KiB of stack, 82 KiB where groups are chosen. Thread-safe.
 LLMPAR_DEF llmpar_status llmpar_route(const llmpar_route_desc *desc, const void *logits, llmpar_dtype dtype, int64_t rows, const uint8_t *pad,
                                       int32_t *ids, float *weights, llmpar_error *err);
 
@@ -516,7 +519,8 @@ LLMPAR_DEF llmpar_status llmpar_route_scores(const llmpar_route_desc *desc, cons
 // d_logits[rows, E] = the gradient that d_scores[rows, E] has with respect to the logits; may equal d_scores.
 LLMPAR_DEF llmpar_status llmpar_route_scores_backward(const llmpar_route_desc *desc, const float *scores, const float *d_scores, int64_t rows, float *d_logits, llmpar_error *err);
 // Expert choice (Zhou et al. 2022): every expert takes the `capacity` tokens with its largest scores (ties: the lower token; NaN lowest): tokens[E, capacity] by falling score and
-// weights[E, capacity] = scores times scale. Padding rows are never taken; where there are too few tokens the rest is -1 with weight 0. capacity = rows * k / E is usual.
+// weights[E, capacity] = scores times scale (infinite where that is beyond f32, 0 for NaN). Padding rows are never taken; where there are too few tokens the rest is -1 with weight 0.
+// capacity = rows * k / E is usual.
 LLMPAR_DEF llmpar_status llmpar_route_experts(const llmpar_route_desc *desc, const float *scores, int64_t rows, const uint8_t *pad, int64_t capacity,
                                               int32_t *tokens, float *weights, llmpar_error *err);
 // counts[E] = how often each expert occurs in ids[n]; -1 is skipped. An id that is no expert is an error.
@@ -528,10 +532,10 @@ typedef struct llmpar_ratio { int64_t num, den; } llmpar_ratio;
 LLMPAR_DEF llmpar_status llmpar_ratio_parse(const char *text, llmpar_ratio *ratio, llmpar_error *err);
 
 typedef enum llmpar_capacity_kind {
-    LLMPAR_CAPACITY_MEGATRON = 0,  // ceil(T * k / E * factor)
-    LLMPAR_CAPACITY_DEEPSPEED,     // the same
-    LLMPAR_CAPACITY_TUTEL,         // k * floor(factor * ceil(T / E))
-    LLMPAR_CAPACITY_MEGABLOCKS     // floor(factor * k * T * ep / E)
+    LLMPAR_CAPACITY_MEGATRON = 0,  // ceil(T * k / E * factor). Drops by the weights or by position
+    LLMPAR_CAPACITY_DEEPSPEED,     // the same. By the scores before they are renormalised, or by position
+    LLMPAR_CAPACITY_TUTEL,         // k * floor(factor * ceil(T / E)). By position, of the tokens as they come or by their largest scores
+    LLMPAR_CAPACITY_MEGABLOCKS     // floor(factor * k * T * ep / E). By position
 } llmpar_capacity_kind;
 typedef struct llmpar_capacity_desc {
     llmpar_capacity_kind kind;
@@ -553,7 +557,8 @@ typedef struct llmpar_drop_desc {
 } llmpar_drop_desc;
 // ids[rows, k] (-1 = none) and scores[rows, k] (PROBS only: what llmpar_route returns without renormalising, as DeepSpeed does, or with it, as Megatron does) ->
 // slot[rows, k] = place among the tokens that the expert keeps, in token order, or -1; kept[E], dropped[E] = tokens; offset[E + 1] = first row of each expert in the buffer of all
-// (rows of an expert follow each other; a kept token lies in row offset[id] + slot). scratch: rows * k int32, PROBS only. Steps: rows * k, times the log of an expert's load for PROBS.
+// (rows of an expert follow each other; a kept token lies in row offset[id] + slot). scratch: rows * k int32, PROBS only. None of the results may be NULL (slot: where there
+// are no rows). Steps: rows * k, times the log of an expert's load for PROBS.
 LLMPAR_DEF llmpar_status llmpar_capacity_drop(const llmpar_drop_desc *desc, const int32_t *ids, const float *scores, int32_t *slot, int64_t *kept, int64_t *dropped,
                                               int64_t *offset, int32_t *scratch, llmpar_error *err);
 
@@ -593,7 +598,8 @@ typedef struct llmpar_aux_desc {
 } llmpar_aux_desc;
 // scores[rows, E] from llmpar_route_scores, ids[rows, k] from llmpar_route (ids of padding rows are not looked at). d_scores[rows, E] = gradient, counts held fixed; NULL = not wanted.
 LLMPAR_DEF llmpar_status llmpar_loss_aux(const llmpar_aux_desc *desc, const float *scores, const int32_t *ids, double *loss, float *d_scores, llmpar_error *err);
-// coeff * mean over tokens of logsumexp(logits)^2; NaN logits are left out. d_logits[rows, E] = gradient, or NULL. A row whose logsumexp is infinite makes the loss infinite and gets gradient 0.
+// coeff * mean over tokens of logsumexp(logits)^2. NaN logits are left out, and a row of nothing else is no token of the mean; their gradient is 0. d_logits[rows, E] = gradient, or NULL.
+// A row whose logsumexp is infinite makes the loss infinite and gets gradient 0.
 LLMPAR_DEF llmpar_status llmpar_loss_z(const void *logits, llmpar_dtype dtype, int64_t rows, int32_t n_experts, const uint8_t *pad, double coeff, double *loss, float *d_logits, llmpar_error *err);
 // Loss-free balancing (Wang et al. 2024): bias[e] += rate for experts with fewer tokens than the mean, -= rate for those with more.
 LLMPAR_DEF llmpar_status llmpar_bias_update(const int64_t *counts, int32_t n_experts, double rate, float *bias, llmpar_error *err);
@@ -605,7 +611,8 @@ LLMPAR_DEF llmpar_status llmpar_bias_update(const int64_t *counts, int32_t n_exp
 // by t * k + j: a counting sort, linear in T k + E, whose result is the same whoever runs it. A rank's experts are next to each other: where they are not,
 // llmpar_dispatch_slots renumbers them (sums keep the experts' own ids).
 //
-// Tokens that are sharded over the ranks go to their experts and back like this, on every rank:
+// Tokens that are sharded over the ranks can go to their experts and back like this, on every rank: the plain way, a row for each expert of a token. Section exec runs
+// llmpar_experts otherwise (llmpari_exec_experts_*): a token goes once to each rank that has some of its experts, its ids and weights along, in rounds of bounded memory.
 //   llmpar_dispatch_sort      ids -> offsets, order, inverse
 //   ops.permute               x[T, H] -> rows[offsets[E], H], to = inverse
 //   llmpar_dispatch_send      offsets -> the rows for each rank: AllToAll's send counts
@@ -895,7 +902,7 @@ typedef struct llmpar_placement {  // tables belong to the arena
 
 // load[n_experts]: tokens, or any other measure >= 0; all zero is fine. The same on every rank. Up to 32 slots of a node (of all GPUs where groups bind nothing) the search of NO_DUPLICATES and
 // BETTER is exhaustive while `work` lasts (`proven`). Time about R log R for DeepSeek's, plus `work`. Memory: about 200 bytes a slot, most of it given back. Errors: sizes that do not divide, fewer
-// replicas than experts, loads below 0, NaN or infinite, no placement without duplicates.
+// replicas than experts, loads NULL, below 0, NaN or infinite, no placement without duplicates.
 LLMPAR_DEF llmpar_status llmpar_place(const llmpar_place_desc *desc, const double *load, llmpar_arena *arena, llmpar_placement *placement, llmpar_error *err);
 // A placement that is there already: expert[n_replicas] of each slot, every expert in at least one. load may be NULL: 0. Of desc the five sizes are used.
 LLMPAR_DEF llmpar_status llmpar_place_given(const llmpar_place_desc *desc, const int32_t *expert, const double *load, llmpar_arena *arena, llmpar_placement *placement, llmpar_error *err);
@@ -4932,7 +4939,11 @@ LLMPARI_FN void llmpari_row_weights(const llmpari_router *router, llmpari_row *r
         else llmpari_sigmoids(w, w, padded);
     } else for (int32_t i = 0; i < d->k; i++) w[i] = row->p[ids[i]];
     if (!among_chosen && d->renormalise) for (int32_t i = 0; i < d->k; i++) sum += w[i];
-    const double scale = !among_chosen && !d->renormalise ? d->scale : sum > 0 ? d->scale / sum : 0;
+    double scale = !among_chosen && !d->renormalise ? d->scale : sum > 0 ? d->scale / sum : 0;
+    if (scale == INFINITY) {                                                                           // hardly any sum: parts of 1 first
+        for (int32_t i = 0; i < d->k; i++) w[i] /= sum;
+        scale = d->scale;
+    }
     for (int32_t i = 0; i < d->k; i++) weights[i] = (float)(w[i] * scale);
 }
 
@@ -4968,7 +4979,10 @@ LLMPAR_DEF llmpar_status llmpar_route_check(const llmpar_route_desc *desc, llmpa
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "topk_groups=%d of n_groups=%d; 1 to %d, or 0 for all", (int)desc->topk_groups, (int)groups, (int)groups);
     if (desc->group_top < 0 || desc->group_top > n / groups)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "group_top=%d of groups of %d experts; 1 to %d, or 0 for DeepSeek's rule", (int)desc->group_top, (int)(n / groups), (int)(n / groups));
-    if (!(desc->scale >= 0 && desc->scale < INFINITY)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "scale=%g; a finite number above 0, or 0 for 1", desc->scale);
+    if (k > (n / groups) * (desc->topk_groups ? desc->topk_groups : groups) && !desc->fill_zero)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "k=%d exceeds the %d experts of %d kept group%s of %d; keep more groups (topk_groups, of %d), or lower k", (int)k,
+                            (int)(n / groups * desc->topk_groups), (int)desc->topk_groups, desc->topk_groups == 1 ? "" : "s", (int)(n / groups), (int)groups);
+    if (!(desc->scale >= 0 && desc->scale <= (double)FLT_MAX)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "scale=%g; a number above 0, at most f32's %g, or 0 for 1", desc->scale, (double)FLT_MAX);
     if (!(desc->eps >= 0 && desc->eps < INFINITY)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "eps=%g; a finite number of 0 or more", desc->eps);
     return LLMPAR_OK;
 }
@@ -5053,6 +5067,7 @@ LLMPAR_DEF llmpar_status llmpar_route_configure(const llmpar_route_config *confi
     else if (method && strcmp(method, "group_limited_greedy") == 0) d.has_correction_bias = false;
     else if (method && strcmp(method, "noaux_tc") == 0) d.has_correction_bias = true;
     else if (method) return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "topk_method \"%.40s\" is not known; known: greedy, group_limited_greedy, noaux_tc", method);
+    d.fill_zero = d.n_groups > 0;
     LLMPARI_TRY(llmpar_route_check(&d, err));
     *desc = d;
     return LLMPAR_OK;
@@ -5276,6 +5291,9 @@ LLMPAR_DEF llmpar_status llmpar_capacity_drop(const llmpar_drop_desc *desc, cons
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rows=%lld k=%d n_experts=%d capacity=%lld; rows * k at most %d, k and n_experts from 1, capacity from 0, or LLMPAR_NO_CAPACITY",
                             (long long)d->rows, (int)d->k, (int)d->n_experts, (long long)d->capacity, INT32_MAX);
     if (d->policy != LLMPAR_DROP_PROBS && d->policy != LLMPAR_DROP_POSITION) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "policy=%d is neither PROBS nor POSITION", (int)d->policy);
+    if (!kept || !dropped || !offset || (n > 0 && (!ids || !slot)))
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is NULL, with %lld rows; ids and slot take rows * k numbers, kept and dropped n_experts, offset n_experts + 1",
+                            n > 0 && !ids ? "ids" : n > 0 && !slot ? "slot" : !kept ? "kept" : !dropped ? "dropped" : "offset", (long long)d->rows);
     if (by_score && n > 0 && (!scores || !scratch)) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "LLMPAR_DROP_PROBS needs scores and scratch");
     if (d->pad && d->capacity > INT64_MAX / d->n_experts) return LLMPARI_FAIL(err, LLMPAR_OVERFLOW, "%d experts x %lld padded rows do not fit into 64 bits", (int)d->n_experts, (long long)d->capacity);
     LLMPARI_TRY(llmpar_route_counts(ids, n, d->n_experts, dropped, err));
@@ -5406,6 +5424,14 @@ LLMPAR_DEF llmpar_status llmpar_loss_aux(const llmpar_aux_desc *desc, const floa
     return LLMPAR_OK;
 }
 
+// Does row t count? Not as padding, nor when all is NaN. x = its logits, where it is no padding.
+LLMPARI_FN bool llmpari_loss_z_token(const llmpari_router *router, const void *logits, llmpar_dtype dtype, const uint8_t *pad, int64_t t, double *x) {
+    bool any = false;
+    if (pad && pad[t]) return false;
+    llmpari_row_load(router, logits, dtype, t, x);
+    for (int32_t i = 0; i < router->desc.n_experts && !any; i++) any = x[i] == x[i];
+    return any;
+}
 LLMPAR_DEF llmpar_status llmpar_loss_z(const void *logits, llmpar_dtype dtype, int64_t rows, int32_t n_experts, const uint8_t *pad, double coeff, double *loss, float *d_logits, llmpar_error *err) {
     llmpar_route_desc desc = LLMPAR_ZERO;
     llmpari_router router;
@@ -5414,19 +5440,18 @@ LLMPAR_DEF llmpar_status llmpar_loss_z(const void *logits, llmpar_dtype dtype, i
     double total = 0;
     desc.n_experts = n_experts;
     LLMPARI_TRY(llmpari_router_init(&desc, dtype, rows, logits, &router, err));
-    for (int64_t t = 0; t < rows; t++) tokens += !pad || !pad[t];
+    for (int64_t t = 0; t < rows; t++) tokens += llmpari_loss_z_token(&router, logits, dtype, pad, t, row.x);
     for (int64_t t = 0; t < rows; t++) {
-        const bool padding = pad && pad[t];
+        const bool token = llmpari_loss_z_token(&router, logits, dtype, pad, t, row.x);
         double largest, sum = 1, lse = 0;
-        if (!padding) {
-            llmpari_row_load(&router, logits, dtype, t, row.x);
+        if (token) {
             llmpari_row_keys(&router, &row, row.x);
             largest = llmpari_row_largest(&router, &row);
             sum = llmpari_softmax_terms(row.p, row.x, router.padded, largest);
             lse = !(largest - largest == 0) ? INFINITY : largest + log(sum);
             total += lse * lse;
         }
-        const double factor = padding || isinf(lse) ? 0 : 2 * coeff / (double)tokens * lse / sum;
+        const double factor = !token || isinf(lse) ? 0 : 2 * coeff / (double)tokens * lse / sum;
         for (int32_t i = 0; i < n_experts && d_logits; i++) d_logits[t * n_experts + i] = factor != 0 ? (float)(factor * row.p[i]) : 0;
     }
     *loss = tokens ? coeff * total / (double)tokens : 0;
@@ -5470,6 +5495,8 @@ LLMPAR_DEF llmpar_status llmpar_dispatch_sort(const int32_t *ids, int64_t tokens
     if (n > 0 && !ids) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "ids is NULL, but there are %lld tokens with %lld experts each", (long long)tokens, (long long)k);
     memset(offsets, 0, (size_t)(n_experts + 1) * sizeof *offsets);
     for (int64_t i = 0; i < n; i++) {                          // offsets[e + 1] counts expert e, offsets[0] those that go nowhere
+        if (ids[i] != -1 && !n_experts)
+            return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "expert %d of token %lld has the id %d, but there are no experts: ids must be -1, for none", (int)(i % k), (long long)(i / k), (int)ids[i]);
         if (ids[i] < -1 || ids[i] >= n_experts)
             return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "expert %d of token %lld has the id %d; ids are 0 to %lld, or -1 for none", (int)(i % k), (long long)(i / k), (int)ids[i],
                                 (long long)(n_experts - 1));
@@ -7130,6 +7157,7 @@ LLMPARI_FN llmpar_status llmpari_place_check(const llmpar_place_desc *desc, llmp
 }
 LLMPARI_FN llmpar_status llmpari_place_loads(const llmpar_place_desc *desc, const double *load, llmpar_error *err) {
     double total = 0;
+    if (!load) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "load is NULL; give one number for each of %d experts, all 0 where nothing is known", (int)desc->n_experts);
     for (int32_t e = 0; e < desc->n_experts; e++) {
         if (!(load[e] >= 0 && load[e] <= 1.7976931348623157e308))
             return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "load %g of expert %d; loads are finite and 0 or more: give counts of tokens, or shares of them", load[e], (int)e);
@@ -7166,6 +7194,7 @@ LLMPARI_FN llmpar_status llmpari_placement_tables(const llmpar_place_desc *desc,
 LLMPAR_DEF llmpar_status llmpar_place_given(const llmpar_place_desc *desc, const int32_t *expert, const double *load, llmpar_arena *arena, llmpar_placement *placement, llmpar_error *err) {
     LLMPARI_TRY(llmpari_place_check(desc, err));
     if (load) LLMPARI_TRY(llmpari_place_loads(desc, load, err));
+    if (!expert) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "expert is NULL; give the expert of each of %d slots", (int)desc->n_replicas);
     for (int32_t i = 0; i < desc->n_replicas; i++)
         if (expert[i] < 0 || expert[i] >= desc->n_experts)
             return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "slot %d holds expert %d; experts are 0 .. %d", (int)i, (int)expert[i], (int)desc->n_experts - 1);

@@ -33,31 +33,33 @@ static int whole_number(const char *text, long most, int32_t *value) {
     return 1;
 }
 
-// All bytes of a file and a 0 behind them; NULL = an error that has been told.
+// The text of a file, which has no byte 0 before its end; NULL = an error that has been told.
 static char *read_all(const char *path, size_t *size) {
     FILE *file = strcmp(path, "-") ? fopen(path, "rb") : stdin;
     char *text = NULL, *more;
     size_t room = 0, got = 0;
+    int full = 0, line = 1;
     *size = 0;
     if (!file) return FAIL(NULL, "cannot open %s: %s", path, strerror(errno));
     do {
         if (*size + 1 >= room) {
-            room = 2 * room + 4096;
-            if (!(more = (char *)realloc(text, room))) break;
+            if (!(more = (char *)realloc(text, 2 * room + 4096))) { full = 1; break; }
             text = more;
+            room = 2 * room + 4096;
         }
         got = fread(text + *size, 1, room - *size - 1, file);
-        *size += got;
-    } while (got > 0);
-    const int failed = ferror(file), full = *size + 1 >= room;
+        text[*size += got] = 0;
+    } while (got > 0 && strlen(text + *size - got) == got);
+    const int failed = ferror(file);
     if (file != stdin) fclose(file);
     if (failed || full) return free(text), FAIL(NULL, "%s: %s", path, failed ? "cannot be read" : "no memory for it");
-    text[*size] = 0;
-    return text;
+    if (strlen(text) == *size) return text;
+    for (const char *at = text; *at; at++) line += *at == '\n';
+    return free(text), FAIL(NULL, "%s, line %d has a byte 0; a text is expected", path, line);
 }
 
 // counts[ranks, experts] from the rows of a text; false = an error that has been told. Lines of blanks are skipped.
-static int read_counts(const char *path, const char *at, const char *text_end, int32_t ranks, int32_t experts, int64_t *counts) {
+static int read_counts(const char *path, const char *at, int32_t ranks, int32_t experts, int64_t *counts) {
     int32_t row = 0, line = 0;
     while (*at) {
         int32_t n = 0;
@@ -82,7 +84,6 @@ static int read_counts(const char *path, const char *at, const char *text_end, i
         row += n > 0;
         at += *at == '\n';
     }
-    if (at != text_end) return FAIL(0, "%s, line %d has a byte 0; a text is expected", path, (int)line);
     if (row != ranks) return FAIL(0, "%s has %d rows of counts; --ranks %d needs one per rank", path, (int)row, (int)ranks);
     return 1;
 }
@@ -128,7 +129,7 @@ int main(int argc, char **argv) {
     int32_t *owner = (int32_t *)calloc((size_t)experts, sizeof *owner);
     int failed = 1;
     if (!counts || !table || !per_expert || !rank_load || !owner) failed = FAIL(1, "no memory for %d ranks and %d experts", (int)ranks, (int)experts);
-    else if (!read_counts(path, text, text + size, ranks, experts, counts)) failed = 1;
+    else if (!read_counts(path, text, ranks, experts, counts)) failed = 1;
     else if (llmpar_dispatch_owners(kind, experts, ranks, owner, &err) || llmpar_dispatch_counts(counts, ranks, experts, owner, table, per_expert, &moved, &err) ||
              llmpar_load_measure(&(llmpar_load_desc){ .n_experts = experts, .n_ranks = ranks, .counts = per_expert, .rank_of = owner }, rank_load, &load, &err))
         failed = FAIL(1, "%s", err.text);

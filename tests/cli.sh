@@ -511,7 +511,23 @@ route_tests() {
     good "padding rows"              '^row 1: ids -1,-1 w 0,0$'             $r mixtral --pad 1 --logits "$T/l.csv"
     printf 'nan, inf,-inf,nan\r\n\n-1e-3,+2,3.,nan\n' > "$T/odd.csv"
     good "nan and infinities"        '^row 0: ids 1,2,0 w 1\.0000000,0,0$'  $r mixtral --k 3 --logits "$T/odd.csv"
-    good "no tokens"                 '^$'                                   sh -c "$r mixtral --logits - < /dev/null && echo"
+    printf -- '-0.798508,-0.820981,-2.207275\n-0.916291,-1.171183,-1.237874\n' > "$T/two.csv"
+    good "megatron drops by the weights"     '^capacity 1: kept \(0,1,0\)\(1,0,0\)$' $r mixtral --capacity megatron:0.75 --logits "$T/two.csv"
+    good "megatron, not renormalised"        '^capacity 1: kept \(0,0,0\)\(0,1,0\)$' $r mixtral --renorm 0 --capacity megatron:0.75 --logits "$T/two.csv"
+    good "deepspeed drops by the scores"     '^capacity 1: kept \(0,0,0\)\(0,1,0\)$' $r mixtral --capacity deepspeed:0.75 --logits "$T/two.csv"
+    good "the least capacity"                '^capacity 4: kept .*\(3,3,'    $r mixtral --capacity deepspeed:1 --min-capacity 4 --logits "$T/c.csv"
+    good "no least capacity"                 '^capacity 2: '                $r mixtral --capacity deepspeed:1 --min-capacity 0 --logits "$T/c.csv"
+    good "f32's largest logit"               '^row 0: ids 1 w 1\.0000000$'  sh -c "echo 1e38,3.4028235e38 | $r mixtral --k 1 --logits -"
+    good "--help explains (token,expert,slot)" '^--capacity: .*\(token,expert,slot\)' $B/route --help
+    fails "no rows, stdin"           'no rows of logits in "-"'             $r mixtral --logits -
+    fails "no rows, a file"          'no rows of logits in ".*blank.csv"'   sh -c "printf ' \n\n' > $T/blank.csv; $r mixtral --logits $T/blank.csv"
+    fails "drop without capacity"    'without --capacity .*"--drop"'        $r mixtral --drop probs --logits "$T/l.csv"
+    fails "a least capacity alone"   'without --capacity .*"--min-capacity"' $r mixtral --min-capacity 4 --logits "$T/l.csv"
+    fails "a least capacity below 0" 'min-capacity takes .*"-1"'            $r mixtral --capacity tutel:1 --min-capacity -1 --logits "$T/l.csv"
+    fails "k beyond the kept groups" 'k=8 exceeds the 4 experts of 4 kept groups of 1; keep more groups' $r deepseek-v3 --logits "$T/d.csv"
+    fails "beyond f32"               '^route: line 1: f32 ends at 3.4028e38, before "1e40"$' sh -c "echo 1,1e40,2 | $r mixtral --logits -"
+    fails "an error quotes one number" '^route: line 2: expected a number.* found "x y"$' sh -c "printf '1,2\n3,x y,4\n5,6\n' | $r mixtral --logits -"
+    [ "$(wc -l < "$T/err")" -eq 1 ] && ok || bad "an error about a number has more than one line"
     fails "route without options"    'usage: route'                         $B/route
     fails "an unknown preset"        'known: mixtral MixtralForCausalLM'    $r gpt2 --logits "$T/l.csv"
     fails "k above E"                'k=5 experts .* k may be 1 to 4'       $r mixtral --k 5 --logits "$T/l.csv"
@@ -523,7 +539,8 @@ route_tests() {
     fails "another fill"             '0 or -inf, not "1"'                   $r mixtral --fill 1 --logits "$T/l.csv"
     fails "scale nan"                'above 0, not "nan"'                   $r mixtral --scale nan --logits "$T/l.csv"
     fails "a bias of another length" 'a number for each expert'             $r gpt-oss --logit-bias 1,2,3 --logits "$T/l.csv"
-    fails "a bias that is no number" 'logit-bias'                           $r gpt-oss --logit-bias 1,2,x,4 --logits "$T/l.csv"
+    fails "a bias that is no number" '^route: --logit-bias: expected a number, nan, inf or -inf, found "x"$' $r gpt-oss --logit-bias 1,2,x,4 --logits "$T/l.csv"
+    fails "no row to pad"            '^route: --pad: expected a number, .* found ""$' $r mixtral --pad "" --logits "$T/l.csv"
     fails "a row that is not there"  'not each of these is a row'           $r mixtral --pad 2 --logits "$T/l.csv"
     fails "an unknown capacity"      'megatron:F.*not "vllm:1"'             $r mixtral --capacity vllm:1 --logits "$T/l.csv"
     fails "a factor that is none"    '"-1" is no number like 1.25'          $r mixtral --capacity tutel:-1 --logits "$T/l.csv"
@@ -592,6 +609,8 @@ dispatch_tests() {
     fails "dispatch: too few rows"       'has 3 rows of counts; --ranks 4' $d --ranks 4 --experts 8 --counts $c
     fails "dispatch: a file far too short" 'too few for 4096 rows'         $d --ranks 4096 --experts 1000000 --counts $c
     fails "dispatch: a byte 0"           'line 2 has a byte 0'             sh -c "printf '1 2\n3 4\0\n' | $d --ranks 2 --experts 2 --counts -"
+    fails "dispatch: bytes 0 alone"      'line 1 has a byte 0'             sh -c "ulimit -v 1000000; $d --ranks 2 --experts 2 --counts /dev/zero"
+    fails "dispatch: a text beyond memory" 'no memory for it'              sh -c "ulimit -v 100000; yes 1 | $d --ranks 2 --experts 2 --counts -"
     fails "dispatch: no file"            'cannot open .*No such file'      $d --ranks 2 --experts 2 --counts "$T/none"
     fails "dispatch: a folder"           'cannot be read'                  $d --ranks 2 --experts 2 --counts "$T"
     for value in 0 -1 x 2x 1.5 '' ' 2' 4097; do fails "dispatch: --ranks '$value'" "^dispatch: --ranks: .*\"$value\"" $d --ranks "$value" --experts 2 --counts $c; done
@@ -606,15 +625,24 @@ dispatch_tests() {
 # ---- moe [--preset NAME] [--tokens N] [--experts N] [--k N] [--ranks N] [--skew X] [--svg FILE]
 moe_tests() {
     m="$B/moe"
-    for ranks in 1 2 3 5; do for preset in mixtral qwen3-moe deepseek-v3 llama4 gpt-oss; do good "moe $preset, $ranks ranks" '^largest difference from one rank .*: equal$' $m --preset $preset --ranks $ranks --k 3; done; done
-    good "moe: one token on 8 ranks"   ': equal$'                             $m --tokens 1 --ranks 8
+    for ranks in 1 2 3 5; do for preset in mixtral qwen3-moe deepseek-v3 llama4 gpt-oss; do good "moe $preset, $ranks ranks" '^largest difference from one rank .*: within 1e-4$' $m --preset $preset --ranks $ranks --k 3; done; done
+    for row in "mixtral 2" "qwen2-moe 4" "qwen3-moe 8" "deepseek-v3 8" "llama4 1" "gpt-oss 4" "switch 1"; do good "moe: k of ${row% *}" "^256 tokens, H 64; 16 experts, J 96, ${row#* } a token \(${row% *}[);]" $m --preset ${row% *} --ranks 1; done
+    good "moe: --k before the preset's" ' 3 a token \(switch\); '            $m --preset switch --k 3 --ranks 1
+    good "moe: biases of 0 are named"  '\(deepseek-v3; biases are 0 here\); skew 1$' $m --preset deepseek-v3 --ranks 1
+    good "moe: what the bytes are"     'bytes that the rank with most hands to collectives, rows to itself included$' $m --ranks 2
+    good "moe: --help has limits and defaults" '^1 to 16 \(4\), skew 0 to 100000 \(1\)' $m --help
+    good "moe: one token on 8 ranks"   '^1 token, .*'                         $m --tokens 1 --ranks 8
+    grep -q ': within 1e-4$' "$T/out" && ok || bad "moe: one token on 8 ranks differs"
     good "moe: all to one expert"      '^expert  0   64 #{60}$'               $m --tokens 64 --k 1 --skew 1000
-    good "moe: a picture"              ': equal$'                             $m --svg "$T/loads.svg" --ranks 3
+    good "moe: a picture"              ': within 1e-4$'                       $m --svg "$T/loads.svg" --ranks 3
     grep -q 'tokens of 2' "$T/loads.svg" && ok || bad "moe --svg draws no row of rank 2"
     fails "moe: k above E"             'k=17 experts of a token out of n_experts=16' $m --k 17
+    fails "moe: the preset's k above E" 'k=8 experts of a token out of n_experts=4' $m --preset qwen3-moe --experts 4
     fails "moe: an unknown preset"     'known: mixtral'                       $m --preset gpt2
-    for value in 0 -1 x 2x 1.5 '' 1e9; do fails "moe: --tokens '$value'" "tokens: a number is expected, not \"$value\"" $m --tokens "$value"; done
-    fails "moe: too many ranks"        'at most 16 ranks'                     $m --ranks 17
+    for value in 0 -1 x 2x 1.5 '' 1e9; do fails "moe: --tokens '$value'" "tokens: a whole number from 1 to 100000 expected, not \"$value\"" $m --tokens "$value"; done
+    for value in 0 17; do fails "moe: --ranks $value" "ranks: a whole number from 1 to 16 expected, not \"$value\"" $m --ranks $value; done
+    fails "moe: too many experts"      'experts: a whole number from 1 to 64 expected, not "65"' $m --experts 65
+    fails "moe: a skew below 0"        'skew: 0 to 100000 expected, not "-1"' $m --skew -1
     fails "moe: an unknown option"     'each with a value'                    $m --bogus 1
     fails "moe: no value"              'each with a value'                    $m --tokens
     fails "moe: a path that is none"   'cannot be written'                    $m --svg "$T/none/loads.svg"

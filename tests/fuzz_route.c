@@ -1,4 +1,4 @@
-// Fuzz target: llmpar_route and what builds on it. Any bits as logits, any desc: an error with a text, or ids that are distinct and in range, weights that are no NaN, the same
+// Fuzz target: llmpar_route and what builds on it. Any bits as logits, any desc: an error with a text, or ids that are distinct, in range and of the groups kept, finite weights, the same
 // bits for a row alone as in the batch; drops that add up; losses that are no NaN. And llmpar_ratio_parse: what is read is at most 64 bits and reduced.
 #define LLMPAR_IMPLEMENTATION
 #include "llmpar.h"
@@ -43,15 +43,24 @@ static void ratio(const uint8_t *data, size_t size) {
     free(text);
 }
 
-// Routed rows: distinct ids in range and weights that are no NaN and not negative.
-static void check_rows(const llmpar_route_desc *d, int64_t rows, const uint8_t *pad, const int32_t *ids, const float *weights) {
-    const int32_t k = d->k ? d->k : 1;
-    for (int64_t t = 0; t < rows; t++)
+// Routed rows: distinct ids in range, finite weights that are not negative, and where all scores are finite no more groups than are kept.
+static void check_rows(const llmpar_route_desc *d, const float *logits, int64_t rows, const uint8_t *pad, const int32_t *ids, const float *weights) {
+    const int32_t k = d->k ? d->k : 1, n = d->n_experts, size = n / (d->n_groups ? d->n_groups : 1);
+    for (int64_t t = 0; t < rows; t++) {
+        int32_t groups = 0;
+        bool finite = !pad[t] && !d->fill_zero && d->topk_groups, used[MOST] = { false };
+        for (int32_t e = 0; e < n; e++)
+            finite = finite && isfinite(logits[t * n + e]) && (!d->logit_bias || isfinite(d->logit_bias[e])) && (!d->correction_bias || isfinite(d->correction_bias[e]));
         for (int32_t i = 0; i < k; i++) {
             const int32_t id = ids[t * k + i];
-            FUZZ_CHECK(pad[t] ? id == -1 && weights[t * k + i] == 0 : id >= 0 && id < d->n_experts && weights[t * k + i] >= 0);
+            FUZZ_CHECK(pad[t] ? id == -1 && weights[t * k + i] == 0 : id >= 0 && id < n && weights[t * k + i] >= 0 && isfinite(weights[t * k + i]));
             for (int32_t j = 0; j < i && !pad[t]; j++) FUZZ_CHECK(ids[t * k + j] != id);
+            if (!finite || used[id / size]) continue;
+            used[id / size] = true;
+            groups++;
         }
+        FUZZ_CHECK(!finite || groups <= d->topk_groups);
+    }
 }
 static void check_drop(bytes *b, const llmpar_route_desc *d, int64_t rows, const int32_t *ids, const float *weights) {
     int32_t slot[ROWS * MOST], scratch[ROWS * MOST];
@@ -89,6 +98,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     else d.n_groups = take(&b) % 10 - 1, d.topk_groups = take(&b) % 10;
     d.group_top = take(&b) % 4, d.renormalise = take(&b) & 1, d.fill_zero = take(&b) & 1, d.expert_choice = take(&b) % 16 == 15;
     const int how = take(&b);
+    const int32_t usable = d.n_groups > 0 && d.topk_groups > 0 ? d.n_experts / d.n_groups * d.topk_groups : 0;
+    if (d.k > usable && usable > 0 && how & 128) d.k = 1 + d.k % usable;                                  // half of those that are beyond the groups kept
     d.scale = how & 1 ? 2.5 : how & 2 ? (double)take_float(&b) : 0, d.eps = how & 4 ? 1e-20 : how & 8 ? (double)take_float(&b) : 0;
     for (int e = 0; e < 2 * MOST && how & 48; e++) bias[e] = take_float(&b);
     d.logit_bias = how & 16 ? bias : NULL, d.correction_bias = how & 32 ? bias + MOST : NULL;
@@ -99,7 +110,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     FUZZ_CHECK_ERROR(status, err);
     if (status) return 0;
     const int32_t k = d.k ? d.k : 1;
-    check_rows(&d, rows, pad, ids, weights);
+    check_rows(&d, logits, rows, pad, ids, weights);
     for (int64_t t = 0; t < rows; t++) {
         FUZZ_CHECK(llmpar_route(&d, logits + t * d.n_experts, LLMPAR_F32, 1, pad + t, alone_ids, alone, &err) == LLMPAR_OK);
         FUZZ_CHECK(memcmp(alone_ids, ids + t * k, (size_t)k * 4) == 0 && memcmp(alone, weights + t * k, (size_t)k * 4) == 0);

@@ -622,6 +622,7 @@ static void refusals(void) {
     static const int32_t ids[] = { 0, 2, 1, 3 };
     TEST("sort: what is refused") {
         CHECK_FAIL(llmpar_dispatch_sort(ids, 2, 2, 3, offsets, NULL, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "expert 1 of token 1 has the id 3; ids are 0 to 2, or -1 for none");
+        CHECK_FAIL(llmpar_dispatch_sort(ids, 2, 2, 0, offsets, NULL, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "but there are no experts: ids must be -1, for none");
         CHECK_FAIL(llmpar_dispatch_sort(ids, -1, 2, 3, offsets, NULL, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "-1 tokens");
         CHECK_FAIL(llmpar_dispatch_sort(ids, 1, -2, 3, offsets, NULL, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "-2 experts");
         CHECK_FAIL(llmpar_dispatch_sort(NULL, 2, 2, 3, offsets, NULL, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "ids is NULL");

@@ -347,6 +347,7 @@ static void test_errors(void) {
         }
         for (int e = 0; e < 12; e++) load[e] = 1e308;
         refused(sizes(12, 16, 4, 2, 8, 0), load, LLMPAR_OVERFLOW, "divide all of them");
+        refused(sizes(12, 16, 4, 2, 8, 0), NULL, LLMPAR_BAD_ARGUMENT, "load is NULL; give one number for each of 12 experts");
     }
     TEST("a hot expert has no more copies than GPUs without duplicates; other modes give it what it wants") {
         static const double hot[] = { 1000, 1, 1, 1 };
@@ -365,6 +366,7 @@ static void test_errors(void) {
         llmpar_place_desc d = sizes(3, 4, 1, 1, 2, 0);
         llmpar_placement p;
         CHECK_FAIL(llmpar_place_given(&d, beyond, NULL, &arena, &p, &err), LLMPAR_BAD_ARGUMENT, err, "slot 3 holds expert 3");
+        CHECK_FAIL(llmpar_place_given(&d, NULL, NULL, &arena, &p, &err), LLMPAR_BAD_ARGUMENT, err, "expert is NULL");
         CHECK_FAIL(llmpar_place_given(&d, missing, NULL, &arena, &p, &err), LLMPAR_BAD_ARGUMENT, err, "expert 2 is in no slot");
         CHECK_EQ(arena.used_bytes, 0);
         CHECK_OK(llmpar_place_given(&d, good, ones, &arena, &p, &err), err);

@@ -87,6 +87,12 @@ static void router_cases(void) {
         expect(&d, group_row, 1, IDS(0, 1), WEIGHTS(1.3661227, 1.1338773));
         d.fill_zero = true;
         expect(&d, group_row, 1, IDS(2, 3), WEIGHTS(1.6256115, .8743885));
+        llmpar_route_config c;                                                                             // what Hugging Face's class makes of a config.json
+        memset(&c, 0, sizeof c);
+        c.architecture = "DeepseekV3ForCausalLM", c.n_experts = 8, c.k = 2, c.n_group = 4, c.topk_group = 1;
+        CHECK_OK(llmpar_route_configure(&c, &d, &err), err);
+        d.correction_bias = bias;
+        expect(&d, group_row, 1, IDS(2, 3), WEIGHTS(1.6256115, .8743885));
     }
     TEST("moe 10: logits of a thousand") {
         const float row[4] = { 1000, 1001, -1000, 999 };
@@ -241,7 +247,8 @@ static llmpar_route_desc random_desc(float *bias) {
         d.fill_zero = test_below(4) == 0;
         if (test_below(8) == 0) d.group_top = (int32_t)(1 + test_below(d.n_experts / d.n_groups));
     }
-    d.k = how == 0 ? 1 : how == 1 ? d.n_experts : how == 2 ? (int32_t)(1 + test_below(d.n_experts)) : (int32_t)llmpari_min(d.k, d.n_experts);
+    const int32_t usable = d.n_groups && !d.fill_zero ? d.n_experts / d.n_groups * d.topk_groups : d.n_experts;
+    d.k = how == 0 ? 1 : how == 1 ? usable : how == 2 ? (int32_t)(1 + test_below(usable)) : (int32_t)llmpari_min(d.k, usable);
     if (test_below(8) == 0) d.renormalise = !d.renormalise;
     for (int32_t e = 0; e < 2 * MOST; e++) bias[e] = gaussian() * (e < MOST ? 1.0f : 0.1f);
     if (d.has_logit_bias || test_below(16) == 0) d.logit_bias = bias;
@@ -400,6 +407,16 @@ static void complaints(void) {
         d.n_groups = 2, d.topk_groups = 1, d.fill_zero = true, d.k = 1;                                    // its share is more than the 0 that fills the other group
         const float last[4] = { NAN, NAN, NAN, -INFINITY };
         expect(&d, last, 1, IDS(3), WEIGHTS(1));
+        const float half[2] = { 0, INFINITY }, pull[2] = { INFINITY, 0 };
+        for (int i = 0; i < 3; i++) {                                                                      // a sum that hardly is one, a scale that hardly is one
+            d = preset("mixtral", 2, 1 + i / 2);
+            d.correction_bias = pull, d.eps = i ? 1e-310 : 1e-20, d.scale = i == 1 ? 1 : (double)FLT_MAX;
+            expect(&d, half, 1, IDS(0, 1), WEIGHTS(0, (double)FLT_MAX));
+        }
+        const float far_below[2] = { -700, -700 };                                                         // sigmoids of 1e-304
+        d = preset("deepseek-v3", 2, 2);
+        d.n_groups = d.topk_groups = 0, d.scale = ldexp(1, 120);
+        expect(&d, far_below, 1, IDS(0, 1), WEIGHTS(ldexp(1, 119), ldexp(1, 119)));
         d = preset("llama4", 4, 3);
         expect(&d, two, 1, IDS(1, 3, 2), WEIGHTS(1, 1, .8807971));
         expect(&d, mixed, 1, IDS(3, 1, 0), WEIGHTS(.9525741, 0, 0));
@@ -413,13 +430,13 @@ static void presets(void) {
         memset(&c, 0, sizeof c);
         c.architecture = "Qwen3MoeForCausalLM", c.n_experts = 128;
         CHECK_OK(llmpar_route_configure(&c, &d, &err), err);
-        CHECK(d.n_experts == 128 && d.k == 8 && !d.renormalise && d.score == LLMPAR_SCORE_SOFTMAX && d.n_groups == 0);
+        CHECK(d.n_experts == 128 && d.k == 8 && !d.renormalise && d.score == LLMPAR_SCORE_SOFTMAX && d.n_groups == 0 && !d.fill_zero);
         c.norm_topk_prob = 1, c.k = 4;
         CHECK_OK(llmpar_route_configure(&c, &d, &err), err);
         CHECK(d.k == 4 && d.renormalise);
         c.architecture = "DeepseekV3ForCausalLM", c.n_experts = 256, c.k = 8, c.n_group = 8, c.topk_group = 4, c.routed_scaling_factor = 2.5, c.scoring_func = "sigmoid", c.topk_method = "noaux_tc";
         CHECK_OK(llmpar_route_configure(&c, &d, &err), err);
-        CHECK(d.n_groups == 8 && d.topk_groups == 4 && d.scale == 2.5 && d.score == LLMPAR_SCORE_SIGMOID && d.has_correction_bias && d.renormalise && d.eps == 1e-20);
+        CHECK(d.n_groups == 8 && d.topk_groups == 4 && d.scale == 2.5 && d.score == LLMPAR_SCORE_SIGMOID && d.has_correction_bias && d.renormalise && d.eps == 1e-20 && d.fill_zero);
         c.norm_topk_prob = -1;
         CHECK_OK(llmpar_route_configure(&c, &d, &err), err);
         CHECK(!d.renormalise);
@@ -464,10 +481,18 @@ static void presets(void) {
         d.topk_groups = 2, d.group_top = 3; REFUSED("group_top=3 of groups of 2");
         d.group_top = 0, d.scale = -1; REFUSED("scale=-1");
         d.scale = NAN; REFUSED("scale=");
+        d.scale = 3.5e38; REFUSED("scale=3.5e+38; a number above 0, at most f32's 3.40282e+38");
         d.scale = 1, d.eps = INFINITY; REFUSED("eps=inf");
         d.eps = 0, d.n_experts = 0; REFUSED("n_experts=0");
         d.n_experts = LLMPAR_MAX_EXPERTS + 1; REFUSED("1 to 2048");
         d = preset("expert-choice", 8, 2); REFUSED("llmpar_route_experts");
+        d = preset("deepseek-v3", 8, 0); REFUSED("k=8 exceeds the 4 experts of 4 kept groups of 1; keep more groups (topk_groups, of 8), or lower k");
+        d.n_groups = 4, d.topk_groups = 1, d.k = 3; REFUSED("k=3 exceeds the 2 experts of 1 kept group of 2;");
+        d.fill_zero = true;                                                                                // the others compete then
+        CHECK_OK(llmpar_route(&d, logits, LLMPAR_F32, 1, NULL, ids, w, &err), err);
+        CHECK(ids[0] == 0 && ids[1] == 1 && ids[2] == 2);
+        d.fill_zero = false, d.topk_groups = 0;                                                            // all are kept
+        CHECK_OK(llmpar_route(&d, logits, LLMPAR_F32, 1, NULL, ids, w, &err), err);
         d = preset("mixtral", 8, 2);
         CHECK_FAIL(llmpar_route(&d, logits, LLMPAR_I32, 1, NULL, ids, w, &err), LLMPAR_UNSUPPORTED, err, "i32");
         CHECK_FAIL(llmpar_route(&d, logits, LLMPAR_F32, -1, NULL, ids, w, &err), LLMPAR_BAD_ARGUMENT, err, "-1 rows");
@@ -687,6 +712,11 @@ static void drops(void) {
 #define DROP(scores_) llmpar_capacity_drop(&d, id, scores_, slot, kept, dropped, offset, scratch, &err)
         CHECK_FAIL(DROP(score), LLMPAR_BAD_ARGUMENT, err, "ids[2]=4; 0 to 3, or -1 for none");
         CHECK_FAIL(DROP(NULL), LLMPAR_BAD_ARGUMENT, err, "needs scores");
+        CHECK_FAIL(llmpar_capacity_drop(&d, id, score, NULL, NULL, NULL, NULL, scratch, &err), LLMPAR_BAD_ARGUMENT, err, "slot is NULL, with 4 rows");
+        CHECK_FAIL(llmpar_capacity_drop(&d, NULL, score, slot, kept, dropped, offset, scratch, &err), LLMPAR_BAD_ARGUMENT, err, "ids is NULL");
+        CHECK_FAIL(llmpar_capacity_drop(&d, id, score, slot, NULL, dropped, offset, scratch, &err), LLMPAR_BAD_ARGUMENT, err, "kept is NULL");
+        CHECK_FAIL(llmpar_capacity_drop(&d, id, score, slot, kept, NULL, offset, scratch, &err), LLMPAR_BAD_ARGUMENT, err, "dropped is NULL");
+        CHECK_FAIL(llmpar_capacity_drop(&d, id, score, slot, kept, dropped, NULL, scratch, &err), LLMPAR_BAD_ARGUMENT, err, "offset is NULL");
         d.capacity = -2;
         CHECK_FAIL(DROP(score), LLMPAR_BAD_ARGUMENT, err, "capacity=-2");
         d.capacity = INT64_MAX / 2, d.pad = true;
@@ -782,6 +812,14 @@ static void loss_cases(void) {
         CHECK_NEAR(loss, .4804530, 6e-8);
         CHECK_OK(llmpar_loss_z(inf, LLMPAR_F32, 1, 2, NULL, 1, &loss, gradient, &err), err);
         CHECK(loss == INFINITY && gradient[0] == 0 && gradient[1] == 0);
+        const float some[6] = { NAN, NAN, 0, 0, NAN, NAN }, all_nan[2] = { NAN, NAN };                      // rows of NaN are no tokens
+        float of_some[6], alone[2];
+        CHECK_OK(llmpar_loss_z(zeros, LLMPAR_F32, 1, 2, NULL, 1, &loss, alone, &err), err);
+        CHECK_OK(llmpar_loss_z(some, LLMPAR_F32, 3, 2, NULL, 1, &loss, of_some, &err), err);
+        CHECK_NEAR(loss, .4804530, 6e-8);
+        for (int i = 0; i < 6; i++) CHECK(of_some[i] == (i / 2 == 1 ? alone[i % 2] : 0));
+        CHECK_OK(llmpar_loss_z(all_nan, LLMPAR_F32, 1, 2, NULL, 1, &loss, gradient, &err), err);
+        CHECK(loss == 0 && gradient[0] == 0 && gradient[1] == 0);
         CHECK_OK(llmpar_loss_z(NULL, LLMPAR_F32, 0, 2, NULL, 1, &loss, NULL, &err), err);
         CHECK(loss == 0);
     }
