@@ -19,7 +19,7 @@ typedef struct options {
     int32_t *ids, *lengths, rows, longest; int64_t stride; llmpar_engine_stats *stats;     // ids[rows][stride]; stats[ranks], with MPI each process knows its own
 } options;
 
-static void progress(llmpar_log_level level, const char *text, void *user) { (void)user; if (level == LLMPAR_LOG_WARN) FAIL("note: %s", text); else if (isatty(2)) fprintf(stderr, "\r%s   ", text); }
+static void progress(llmpar_log_level level, const char *text, void *user) { (void)user; if (level == LLMPAR_LOG_WARN || isatty(2)) fprintf(stderr, level == LLMPAR_LOG_WARN ? "llama: note: %s\n" : "\r%s   ", text); }
 static double number(const char *option, const char *text, double least, double most, bool whole) {
     char *end; double x = strtod(text, &end);
     if (*end || end == text || !(x >= least && x <= most) || (whole && x != floor(x)))
@@ -113,8 +113,7 @@ static int read_prompts(options *o, const llmpar_model *model) {
 
 int main(int argc, char **argv) {
     static const char usage[] = "usage: llama DIR [--mesh tp=3] --prompt TEXT | --ids FILE|- [--steps N] [--dtype f32|bf16|f16] [--sp] [--temperature 0] [--top-p 1]"
-        " [--seed 0] [--virtual V] [--micro M] [--chunk T] [--schedule NAME]\n    [--experts ep=4] [--ep-way auto|partial|alltoall] [--mpi]\n--ids: decimal ids, a sequence a line, no empty lines. --ep-way alltoall: where there are tokens"
-        " to split over the ranks; a single row decodes one token at a time, with partial sums";
+        " [--seed 0] [--virtual V] [--micro M] [--chunk T] [--schedule NAME]\n    [--experts ep=4] [--ep-way auto|partial|alltoall: where there are tokens to split; one row decodes with partial sums] [--mpi]\n--ids: decimal ids, a sequence a line, no empty lines";
     static const char *const names[] = { "--mesh", "--prompt", "--ids", "--steps", "--dtype", "--temperature", "--top-p", "--seed", "--virtual", "--micro", "--chunk", "--schedule",
         "--experts", "--ep-way" }, *const ways[] = { "auto", "partial", "alltoall" };       // in the order of llmpar_experts_way
     const char *value[] = { "tp=1", NULL, NULL, "64", NULL, "0", "1", "0", "0", "0", "0", NULL, NULL, "auto" };
