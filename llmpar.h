@@ -10221,14 +10221,19 @@ LLMPARI_FN const char *llmpari_op_name(const llmpar_op *op) {
     return op->kind == LLMPAR_OP_UNARY ? function[op->function] : name[op->kind];
 }
 
-// Bytes of token rows that a rank of experts sends, on average, when tokens choose experts evenly: each row once to every rank of its experts.
+// Bytes of token rows that a rank with most tokens sends, its own share included, when tokens choose experts evenly: each row once to every rank of its experts.
 LLMPARI_FN int64_t llmpari_experts_sent_bytes(const llmpar_plan *plan, const llmpar_step *step) {
     const llmpar_tensor x = llmpar_plan_tensor(plan, step->in[0]), gate = llmpar_plan_tensor(plan, step->in[2]);
     const llmpar_mesh *mesh = &plan->graph->mesh;
-    const double ranks = llmpar_mesh_group_size(mesh, step->inner), k = (double)plan->graph->op[step->op].experts.route.k;
-    double away = 0;                                // ranks that a token is sent to; itself may be among them
-    for (int32_t r = 0, n = llmpar_mesh_size(mesh); r < n; r++) away += 1 - pow(1 - (double)llmpar_tensor_local(&gate, mesh, r, 0).count / (double)gate.dim[0].size, k);
-    const double bytes = (double)llmpar_tensor_max_local_bytes(&x, mesh) * away * ranks / llmpar_mesh_size(mesh);
+    const int64_t experts = gate.dim[0].size, k = plan->graph->op[step->op].experts.route.k;
+    const double ranks = llmpar_mesh_size(mesh);
+    double to = 0;                                  // chances, summed over all ranks, that a token is sent there: that not all of its k experts are elsewhere
+    for (int32_t r = 0; r < llmpar_mesh_size(mesh); r++) {
+        double none = 1;
+        for (int64_t i = 0, away = experts - llmpar_tensor_local(&gate, mesh, r, 0).count; i < k; i++) none *= (double)llmpari_max(away - i, 0) / (double)(experts - i);
+        to += 1 - none;
+    }
+    const double bytes = (double)llmpar_tensor_max_local_bytes(&x, mesh) * to * llmpar_mesh_group_size(mesh, step->inner) / ranks;
     return bytes < 9e18 ? (int64_t)bytes : INT64_MAX;
 }
 
@@ -10268,7 +10273,7 @@ LLMPARI_FN void llmpari_explain_step(const llmpar_plan *plan, const llmpar_step 
         llmpari_axes_text(&plan->graph->mesh, step->inner, text);
         if (op->kind == LLMPAR_OP_EXPERTS) {
             llmpari_bytes_text(bytes, llmpari_experts_sent_bytes(plan, step));
-            llmpari_print(sink, ", tokens sent by AllToAll_%s and results back, %s a rank each when loads are even", text, bytes);
+            llmpari_print(sink, ", tokens sent by AllToAll_%s and results back, each about %s a rank when loads are even", text, bytes);
         } else llmpari_print(sink, ", 3 AllReduce_%s inside", text);
     }
     if (op->kind == LLMPAR_OP_ADD)
