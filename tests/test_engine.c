@@ -363,6 +363,7 @@ static void test_errors(void) {
     static const struct { const char *name, *model, *mesh; int64_t batch, prompt, context; llmpar_status status; const char *part; } bad[] = {
         { "an axis that is not implemented", "llama", "cp=2",      1, 0, 0,   LLMPAR_UNSUPPORTED,  "axis \"cp\" is not implemented yet; use pp, dp, tp and ep" },
         { "the same beside tp",              "llama", "cp=2,tp=2", 1, 0, 0,   LLMPAR_UNSUPPORTED,  "axis \"cp\"" },
+        { "an axis of the experts' mesh",    "mixtral", "etp=2",   1, 0, 0,   LLMPAR_BAD_ARGUMENT, "axis \"etp\" is of the experts' own mesh" },
         { "no such folder",                  "none",  "tp=1",      1, 0, 0,   LLMPAR_IO_FAILED,    "none" },
         { "context past the positions",      "llama", "tp=1",      1, 0, 257, LLMPAR_DOES_NOT_FIT, "256 positions" },
         { "prompt longer than the context",  "llama", "tp=1",      1, 9, 8,   LLMPAR_BAD_ARGUMENT, "max_prompt=9" },
