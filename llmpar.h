@@ -1828,7 +1828,7 @@ typedef struct llmpar_engine_desc {
     bool              keep_dtype;  // matrices stay bf16 / f16 in memory when the file has them so in all layers; default: f32
     bool              round_weights;   // round all weights to weight_dtype on load; matrices are kept in it, which halves what decode reads
     llmpar_dtype      weight_dtype;    // with round_weights
-    bool              invariant;   // the same bits of the logits at every tp, ep and pp, uneven ones too (prefill as at tp=1, decode as at tp=1; the two need not agree with
+    bool              invariant;   // the same bits of the logits at every tp, ep and pp and each experts_way, uneven ones too (prefill as at tp=1, decode as at tp=1; the two need not agree with
                                    //   each other), see llmpar_graph. Refused: a table of ops that does not promise it, CBLAS, axes other than pp, dp, tp and ep
     int32_t           n_virtual;   // stages of a rank of axis pp; 0 = 1, or as many as the schedule has
     int32_t           n_micro;     // groups that the rows are cut into; 0 = size of pp. At most max_batch; every group gets the same number of rows, the last one fewer

@@ -4,7 +4,7 @@
 // --experts: the experts' own mesh over the same ranks, "ep=4" on tp=4 or dp=2,tp=2; --ep-way: how tokens get to their experts (llmpar_engine_desc).
 // --sp: Megatron's sequence parallelism in prefill (decode drops it). --dtype bf16: weights are rounded on load, and the reference is this program's own
 // run of one rank with the same rounding. After every run the calls and payload bytes that the plans predict must be those that comm counted, on every rank.
-// --invariant: the mode whose bits do not depend on tp. --hash: the 64-bit FNV-1a of the logits' bits is printed, of the prefill and of all decode steps.
+// --invariant: the mode whose bits do not depend on the mesh, nor on --ep-way. --hash: the 64-bit FNV-1a of the logits' bits is printed, of the prefill and of all decode steps.
 // --virtual, --micro, --chunk, --schedule: stages of a rank of axis pp, groups of rows, tokens of a prefill chunk, order of the work (llmpar_engine_desc).
 // --mpi (built with LLMPAR_MPI, started by mpirun): ranks are processes; every rank compares the whole, rank 0 prints.
 // stdout: max |dlogits| X  hidden Y  greedy N/N     (Y: largest max|dh| / max|h| of a layer; exit 1 beyond 1e-4 or when a token differs), with experts "  router Z" behind it:
