@@ -8,7 +8,7 @@
 // --virtual, --micro, --chunk, --schedule: stages of a rank of axis pp, groups of rows, tokens of a prefill chunk, order of the work (llmpar_engine_desc).
 // --mpi (built with LLMPAR_MPI, started by mpirun): ranks are processes; every rank compares the whole, rank 0 prints.
 // stdout: max |dlogits| X  hidden Y  greedy N/N     (Y: largest max|dh| / max|h| of a layer; exit 1 beyond 1e-4 or when a token differs), with experts "  router Z" behind it:
-// the largest difference of a router's logits; then a line that says which tolerance was met, or "not met: ..". A bad command line, or a mesh that the model does not take: exit 2 and what is wrong.
+// the largest difference of a router's logits; then a line that says which tolerance was met, or "not met: ..", then --hash's two. A bad command line, or a mesh that the model does not take: exit 2 and what is wrong.
 #define LLMPAR_IMPLEMENTATION
 #include "llmpar.h"
 #include "golden.h"
@@ -376,10 +376,10 @@ int main(int argc, char **argv) {
     if (prints) printf("max |dlogits| %.2g  hidden %.2g  greedy %lld/%lld", logits, hidden, (long long)same, (long long)(got.b * got.steps));
     if (prints && got.sparse) printf("  router %.2g", router);
     if (prints) putchar('\n');
+    bool good = logits <= LIMIT && hidden <= LIMIT && router <= LIMIT && same == got.b * got.steps;
+    if (prints) printf("%sall within %g of %s, every token equal\n", good ? "" : "not met: ", LIMIT, how.round_weights ? "one rank's" : "expected.safetensors");
     if (hash && prints) printf("prefill %016llx\ndecode %016llx\n", (unsigned long long)fnv1a(got.logits, got.b * got.t * got.v),
                      (unsigned long long)fnv1a(got.decode, got.steps * got.b * got.v));
-    bool good = logits <= LIMIT && hidden <= LIMIT && router <= LIMIT && same == got.b * got.steps;
-    if (prints) printf(good ? "all within %g of %s, every token equal\n" : "not met: all within %g of %s, every token equal\n", LIMIT, how.round_weights ? "one rank's" : "expected.safetensors");
     discard(&want); discard(&got); free(ids);
     llmpar_comm_free(world);
     return good ? 0 : 1;
