@@ -247,6 +247,8 @@ A:
     fails "a seed that is no number"     'seed.*x'          $l $S --prompt a --steps 2 --seed x
     fails "unknown dtype"                'f8'               $l $S --prompt a --steps 2 --dtype f8
     fails "a dtype that holds no weights" 'i32'             $l $S --prompt a --steps 2 --dtype i32
+    fails "a way for experts without an axis" '^llama: rank [0-9]: experts_way alltoall: no axis ep' $l $G/shakespeare-moe --mesh tp=2 --ep-way alltoall --prompt a
+    good "more ranks than experts"       '^llama: note: 8 experts are fewer' $l $G/shakespeare-moe --mesh ep=9 --steps 2 --prompt a
     fails "unknown option"               '\-\-bogus'        $l $S --prompt a --bogus
     fails "an option without its value"  '\-\-steps'        $l $S --prompt a --steps
     fails "more stages than layers"      '4 layers do not fill the 5 stages' $l $S --prompt a --mesh pp=5
