@@ -1099,7 +1099,7 @@ typedef struct llmpar_build_desc {
     const char *experts;           // the experts' own mesh over the same ranks, outermost first: "ep=4", "edp=2,ep=2", "ep=2,etp=2". ep: different experts; etp: each expert's
                                    //   intermediate; edp, or what is left of the ranks: the same. Each is one of the mesh's axes, or neighbouring ones together.
                                    //   NULL: the mesh's axis ep, and tp as etp
-    llmpar_experts_way experts_way;
+    llmpar_experts_way experts_way;    // alltoall splits tokens; where batch and seq leave nothing to split (decode of one row) partial sums are made all the same
 } llmpar_build_desc;
 // Writes the graph into g (fresh from llmpar_graph_init): input "ids"[B, S] i32, weights named as llmpar_weight_name says with tag = kind, caches
 // "k_cache", "v_cache" [B, K, C, D], layers as one repeat block. Node names: h0 (embeddings), h (the block's carry), x, q, k (after rope), v, o,
@@ -1107,7 +1107,8 @@ typedef struct llmpar_build_desc {
 // of equal layers is a block with weights and caches of its own: names in block b > 0 end in ".b" ("wq.1", "k_cache.1", "h2.1"). Weights and caches have the same node numbers in every graph of a
 // model that has a head and a cache, whatever batch, seq and the flags are (but for no_embed and no_end): llmpar_exec can share them.
 // With pin_weights experts' weights are egate[E_ep, J_tp, H] and so on; the router is whole, the shared expert split like a dense MLP. In an invariant graph J stays whole.
-// Errors: the model's, an experts' mesh that does not fit, sizes below 0, context below seq, loss together with last_only, no_head or no_end; then the graph's.
+// Errors: the model's, an experts' mesh that does not fit, with pin_weights an experts_way without an axis ep, sizes below 0, context below seq, loss together with last_only, no_head or
+// no_end; then the graph's.
 LLMPAR_DEF llmpar_status llmpar_build(const llmpar_model *model, const llmpar_build_desc *desc, llmpar_graph *g, llmpar_error *err);
 
 // ============================================================================================================
@@ -1836,7 +1837,7 @@ typedef struct llmpar_engine_desc {
     bool              keep_dtype;  // matrices stay bf16 / f16 in memory when the file has them so in all layers; default: f32
     bool              round_weights;   // round all weights to weight_dtype on load; matrices are kept in it, which halves what decode reads
     llmpar_dtype      weight_dtype;    // with round_weights
-    bool              invariant;   // the same bits of the logits at every tp, ep and pp, uneven ones too (prefill as at tp=1, decode as at tp=1; the two need not agree with
+    bool              invariant;   // the same bits of the logits at every tp, ep and pp and each experts_way, uneven ones too (prefill as at tp=1, decode as at tp=1; the two need not agree with
                                    //   each other), see llmpar_graph. Refused: a table of ops that does not promise it, CBLAS, axes other than pp, dp, tp and ep
     int32_t           n_virtual;   // stages of a rank of axis pp; 0 = 1, or as many as the schedule has
     int32_t           n_micro;     // groups that the rows are cut into; 0 = size of pp. At most max_batch; every group gets the same number of rows, the last one fewer
@@ -1844,12 +1845,12 @@ typedef struct llmpar_engine_desc {
     const char       *schedule;    // order of a rank's work in prefill: that of F in one of llmpar_pipe_kind's schedules, by name; NULL = "forward". Matters with several
                                    //   stages a rank; those in the shape of a V place them so
     const char       *experts;     // the experts' own mesh over the ranks of a stage, see llmpar_build_desc: "ep=4" on tp=4; NULL: axis ep. Needed during creation only
-    llmpar_experts_way experts_way;
+    llmpar_experts_way experts_way;    // see llmpar_build_desc; anything but auto needs an axis ep
     bool              record;      // for llmpar_engine_timing: the clock is read around everything a stage does
     const llmpar_ops *ops;         // NULL = llmpar_ops_cpu(); copied
     llmpar_hardware   hardware;    // for the plans' costs and, with memory_bytes, their limit; zeroed = llmpar_hardware_threads
     llmpar_allocator  allocator;
-    llmpar_log        log;         // progress of loading
+    llmpar_log        log;         // progress of loading; a warning when ranks hold no expert (rank 0)
 } llmpar_engine_desc;
 // Collective; blocks until every rank has loaded. When one rank fails all fail, with its error ("rank 2: ..."). Where ranks load for very different
 // times the world's timeout_s must be longer than that. Errors: the checkpoint's, the plan's, an axis of size > 1 other than pp, dp, tp and ep, ep without experts, fewer layers
@@ -10011,12 +10012,21 @@ LLMPARI_FN int32_t llmpari_plan_marks(const llmpar_plan *plan, llmpari_mark *mar
     return n;
 }
 
-LLMPARI_FN void llmpari_mark_text(const llmpar_graph *g, llmpari_mark mark, char text[128]) {
+// "tp", "{cp,tp}"
+LLMPARI_FN void llmpari_axes_text(const llmpar_mesh *mesh, llmpar_axes axes, char text[64]) {
     int at = 0, n = 0;
-    llmpari_append(text, 128, &at, "%s_", llmpar_collective_name((llmpar_collective)(mark.what & 0xff)));
-    for (int a = 0; a < g->mesh.n_axes; a++)
-        if (mark.what >> 8 & 1u << a) llmpari_append(text, 128, &at, "%s%s", n++ ? "," : "", g->mesh.axis[a].name);
-    llmpari_append(text, 128, &at, " %s", g->node[mark.node].tensor.name);
+    const bool several = (axes & (axes - 1)) != 0;
+    text[0] = 0;
+    for (int a = 0; a < mesh->n_axes; a++)
+        if (axes >> a & 1u) llmpari_append(text, 64, &at, "%s%s", n++ ? "," : several ? "{" : "", mesh->axis[a].name);
+    if (several) llmpari_append(text, 64, &at, "}");
+}
+
+LLMPARI_FN void llmpari_mark_text(const llmpar_graph *g, llmpari_mark mark, char text[128]) {
+    char axes[64];
+    int at = 0;
+    llmpari_axes_text(&g->mesh, (mark.what >> 8) & ((1u << g->mesh.n_axes) - 1), axes);
+    llmpari_append(text, 128, &at, "%s_%s %s", llmpar_collective_name((llmpar_collective)(mark.what & 0xff)), axes, g->node[mark.node].tensor.name);
 }
 
 // The cheapest plan whose collectives differ: without one of the plan's, or with one more on some tensor.
@@ -10237,13 +10247,6 @@ LLMPAR_DEF int llmpar_plan_traffic(const llmpar_plan *plan, int32_t rank, llmpar
 
 // ---- explain
 
-LLMPARI_FN void llmpari_axes_text(const llmpar_mesh *mesh, llmpar_axes axes, char text[64]) {
-    int at = 0, n = 0;
-    text[0] = 0;
-    for (int a = 0; a < mesh->n_axes; a++)
-        if (axes >> a & 1u) llmpari_append(text, 64, &at, "%s%s", n++ ? "," : "", mesh->axis[a].name);
-}
-
 LLMPARI_FN void llmpari_value_text(const llmpar_plan *plan, int value, char text[160]) {
     llmpar_tensor tensor = llmpar_plan_tensor(plan, value);
     llmpar_tensor_print(&tensor, &plan->graph->mesh, text, 160);
@@ -10255,7 +10258,7 @@ LLMPARI_FN void llmpari_move_text(const llmpar_plan *plan, const llmpar_step *st
     const llmpar_tensor tensor = llmpar_plan_tensor(plan, step->in[0]);
     int at = 0;
     llmpari_axes_text(&plan->graph->mesh, step->move.axes, axes);
-    llmpari_append(text, 128, &at, strchr(axes, ',') ? "%s_{%s}" : "%s_%s", llmpar_collective_name(step->move.kind), axes);
+    llmpari_append(text, 128, &at, "%s_%s", llmpar_collective_name(step->move.kind), axes);
     if (step->move.from_dim >= 0) llmpari_append(text, 128, &at, " %s", tensor.dim[step->move.from_dim].name);
     if (step->move.to_dim >= 0) llmpari_append(text, 128, &at, "%s%s", step->move.from_dim >= 0 ? "->" : " ", tensor.dim[step->move.to_dim].name);
 }
@@ -10264,6 +10267,22 @@ LLMPARI_FN const char *llmpari_op_name(const llmpar_op *op) {
     static const char *const name[] = { ".", "+", "*", "unary", "norm", "softmax", "rope", "attention", "embed", "take", "cross entropy", "experts", "output" };
     static const char *const function[] = { "silu", "gelu", "gelu_tanh", "relu", "exp", "square", "negate", "sigmoid" };
     return op->kind == LLMPAR_OP_UNARY ? function[op->function] : name[op->kind];
+}
+
+// Bytes of token rows that a rank with most tokens sends, its own share included, when tokens choose experts evenly: each row once to every rank of its experts.
+LLMPARI_FN int64_t llmpari_experts_sent_bytes(const llmpar_plan *plan, const llmpar_step *step) {
+    const llmpar_tensor x = llmpar_plan_tensor(plan, step->in[0]), gate = llmpar_plan_tensor(plan, step->in[2]);
+    const llmpar_mesh *mesh = &plan->graph->mesh;
+    const int64_t experts = gate.dim[0].size, k = plan->graph->op[step->op].experts.route.k;
+    const double ranks = llmpar_mesh_size(mesh);
+    double to = 0;                                  // chances, summed over all ranks, that a token is sent there: that not all of its k experts are elsewhere
+    for (int32_t r = 0; r < llmpar_mesh_size(mesh); r++) {
+        double none = 1;
+        for (int64_t i = 0, away = experts - llmpar_tensor_local(&gate, mesh, r, 0).count; i < k; i++) none *= (double)llmpari_max(away - i, 0) / (double)(experts - i);
+        to += 1 - none;
+    }
+    const double bytes = (double)llmpar_tensor_max_local_bytes(&x, mesh) * to * llmpar_mesh_group_size(mesh, step->inner) / ranks;
+    return bytes < 9e18 ? (int64_t)bytes : INT64_MAX;
 }
 
 LLMPARI_FN void llmpari_explain_step(const llmpar_plan *plan, const llmpar_step *step, const llmpar_sink *sink) {
@@ -10300,7 +10319,10 @@ LLMPARI_FN void llmpari_explain_step(const llmpar_plan *plan, const llmpar_step 
     llmpari_print(sink, "%-88s  %s", line, seconds);
     if (step->inner) {
         llmpari_axes_text(&plan->graph->mesh, step->inner, text);
-        llmpari_print(sink, op->kind == LLMPAR_OP_EXPERTS ? ", tokens sent and results back by AllToAll_%s" : ", 3 AllReduce_%s inside", text);
+        if (op->kind == LLMPAR_OP_EXPERTS) {
+            llmpari_bytes_text(bytes, llmpari_experts_sent_bytes(plan, step));
+            llmpari_print(sink, ", tokens sent by AllToAll_%s and results back, each about %s a rank when loads are even", text, bytes);
+        } else llmpari_print(sink, ", 3 AllReduce_%s inside", text);
     }
     if (op->kind == LLMPAR_OP_ADD)
         for (int i = 0; i < 2; i++) {               // a whole operand of a partial sum
@@ -10343,7 +10365,7 @@ LLMPAR_DEF llmpar_status llmpar_explain(const llmpar_plan *plan, llmpar_sink sin
         }
     if (plan->runner_up[0]) {
         llmpari_seconds_text(seconds, plan->runner_up_seconds);
-        llmpari_seconds_text(weights, plan->runner_up_seconds - plan->seconds);
+        llmpari_seconds_text(weights, plan->runner_up_seconds > plan->seconds ? plan->runner_up_seconds - plan->seconds : 0);
         llmpari_print(&sink, "runner-up %s (%s more): %s\n", seconds, weights, plan->runner_up);
     }
     return LLMPAR_OK;
@@ -10390,7 +10412,7 @@ LLMPARI_FN llmpar_status llmpari_json_fail(const llmpari_json *json, size_t at, 
     return llmpari_fail(json->err, code, source_line, where, "%.300s line %lld column %lld: %s", json->what, (long long)line, (long long)column, text);
 }
 
-// What stands at `at`, for messages: up to 40 bytes of it on one line, or "the end".
+// What stands at `at`, for messages: up to 40 bytes on one line, or "the end".
 LLMPARI_FN const char *llmpari_json_found(const llmpari_json *json, size_t at, char text[48]) {
     size_t n = 0;
     if (at >= json->bytes) return "the end";
@@ -10671,10 +10693,19 @@ LLMPARI_FN llmpar_status llmpari_json_end(llmpari_json *json) {
     return json->at < json->bytes ? llmpari_json_expected(json, "the end") : LLMPAR_OK;
 }
 
+// The same of a value that has been read: no more than the value.
+LLMPARI_FN const char *llmpari_json_value_text(const llmpari_json *json, const llmpari_json_value *value, char text[48]) {
+    llmpari_json one = *json;
+    one.err = NULL;
+    one.at  = value->at;
+    if (!llmpari_json_skip(&one)) one.bytes = one.at;
+    return llmpari_json_found(&one, value->at, text);
+}
+
 LLMPARI_FN llmpar_status llmpari_json_wrong(const llmpari_json *json, const char *key, const llmpari_json_value *value, const char *expected) {
     char text[48];
     if (!value->kind) return LLMPARI_JSON_FAIL(json, 0, LLMPAR_BAD_FILE, "\"%s\" is missing; expected %s", key, expected);
-    return LLMPARI_JSON_FAIL(json, value->at, LLMPAR_BAD_FILE, "\"%s\" is %s; expected %s", key, llmpari_json_found(json, value->at, text), expected);
+    return LLMPARI_JSON_FAIL(json, value->at, LLMPAR_BAD_FILE, "\"%s\" is %s; expected %s", key, llmpari_json_value_text(json, value, text), expected);
 }
 
 // ---- config.json
@@ -10917,7 +10948,7 @@ LLMPARI_FN llmpar_status llmpari_config_whole_rotary(const llmpari_config *confi
     if (!llmpari_config_given(config, key) || ((value->kind == 'i' || value->kind == 'd') && value->d == 1.0)) return LLMPAR_OK;
     char text[48];
     return LLMPARI_JSON_FAIL(&config->json, value->at, LLMPAR_UNSUPPORTED, "\"partial_rotary_factor\" is %s; only 1 is supported",
-                             llmpari_json_found(&config->json, value->at, text));
+                             llmpari_json_value_text(&config->json, value, text));
 }
 
 // The rope's kind and numbers from one object; absent or null leaves the default kind.
@@ -11694,9 +11725,10 @@ LLMPARI_FN llmpar_status llmpari_build_expert_axes(llmpari_builder *b, llmpar_er
     const llmpar_mesh *mesh = &b->g->mesh;
     const int ep = llmpar_mesh_find(mesh, "ep");
     llmpar_mesh own;
+    char text[200];
     int inner = mesh->n_axes;
     b->experts = b->expert_tp = 0;
-    if (b->desc->experts && !b->model->n_experts) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "experts=%.60s: the model has none", b->desc->experts);
+    if (b->desc->experts && !b->model->n_experts) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the experts' own mesh \"%.60s\": the model has no experts; leave it out", b->desc->experts);
     if (!b->desc->experts) {
         b->experts   = ep < 0 ? 0 : 1u << ep;
         b->expert_tp = b->has_tp ? 1u << llmpar_mesh_find(mesh, "tp") : 0;
@@ -11708,6 +11740,13 @@ LLMPARI_FN llmpar_status llmpari_build_expert_axes(llmpari_builder *b, llmpar_er
             return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "the experts' mesh \"%.60s\" has an axis \"%s\"; its axes are edp, ep and etp", b->desc->experts, name);
         LLMPARI_TRY(llmpari_build_run(mesh, &own.axis[a], &inner, &axes, err));
         if (strcmp(name, "edp") != 0) *(name[1] == 'p' ? &b->experts : &b->expert_tp) = axes;
+    }
+    if (b->desc->experts_way != LLMPAR_EXPERTS_AUTO && b->desc->pin_weights && (b->desc->experts ? llmpar_mesh_find(&own, "ep") : ep) < 0) {
+        const char *way = b->desc->experts_way == LLMPAR_EXPERTS_PARTIAL ? "partial" : "alltoall";
+        if (!b->model->n_experts) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "experts_way %s: the model has no experts; leave it out", way);
+        llmpar_mesh_print(mesh, text, sizeof text);
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "experts_way %s: no axis ep for the experts, on the mesh %s%s%.60s; add ep=N to it, or lay ep over its ranks (--experts ep=N)", way, text,
+                            b->desc->experts ? " with experts " : "", b->desc->experts ? b->desc->experts : "");
     }
     if (b->desc->invariant) b->expert_tp = 0;                                              // J has no granules: one rank sums over all of it
     return LLMPAR_OK;
@@ -23929,7 +23968,9 @@ LLMPARI_FN llmpar_status llmpari_engine_check(const llmpar_engine_desc *desc, ll
     for (int a = 0; a < desc->mesh->n_axes; a++) {
         const llmpar_axis *axis = &desc->mesh->axis[a];
         if (axis->size > 1 && strcmp(axis->name, "dp") != 0 && strcmp(axis->name, "tp") != 0 && strcmp(axis->name, "pp") != 0 && strcmp(axis->name, "ep") != 0)
-            return LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "axis \"%s\" is not implemented yet; use pp, dp, tp and ep", axis->name);
+            return strcmp(axis->name, "etp") == 0 || strcmp(axis->name, "edp") == 0
+                ? LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "axis \"%s\" is of the experts' own mesh, over the ranks of the others: mesh dp=2,tp=2, experts ep=2,etp=2 (--experts)", axis->name)
+                : LLMPARI_FAIL(err, LLMPAR_UNSUPPORTED, "axis \"%s\" is not implemented yet; use pp, dp, tp and ep", axis->name);
     }
     if (desc->max_batch < 0 || desc->max_batch > INT32_MAX || desc->max_prompt < 0 || desc->max_context < 0)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "max_batch=%lld max_prompt=%lld max_context=%lld; all must be 0 (the default) or more",
@@ -23947,7 +23988,7 @@ LLMPARI_FN llmpar_status llmpari_engine_sizes(llmpar_engine *e, llmpar_error *er
     llmpar_engine_desc *d = &e->desc;
     const int ep = llmpar_mesh_find(&e->mesh, "ep");
     if (ep >= 0 && e->mesh.axis[ep].size > 1 && !e->model.n_experts)
-        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "ep=%d: %s has no experts; use pp, dp and tp", (int)e->mesh.axis[ep].size, e->model.architecture);
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "axis ep=%d of the mesh: %s has no experts; use pp, dp and tp", (int)e->mesh.axis[ep].size, e->model.architecture);
     if (!d->max_batch)   d->max_batch   = 1;
     if (!d->max_context) d->max_context = e->model.positions;
     if (!d->max_prompt)  d->max_prompt  = d->max_context;
@@ -24127,6 +24168,11 @@ LLMPARI_FN llmpar_status llmpari_engine_solve(llmpar_engine *e, const llmpar_che
     build.invariant    = d->invariant;
     llmpar_graph_init(g, &e->mesh, &e->arena);
     LLMPARI_TRY(llmpar_build(&e->model, &build, g, err));
+    for (int i = 0, told = which == LLMPARI_DECODE || d->world->rank > 0; i < g->n_nodes && !told; i++) {
+        if (g->node[i].tag != LLMPAR_W_EXPERT_GATE || llmpar_tensor_local(&g->node[i].tensor, &e->mesh, llmpar_mesh_size(&e->mesh) - 1, 0).count > 0) continue;
+        llmpari_log(&d->log, LLMPAR_LOG_WARN, "%lld experts are fewer than the ranks of ep: some ranks hold none", (long long)e->model.n_experts);
+        told = true;
+    }
     for (int i = 0; i < g->n_nodes && d->keep_dtype && !d->round_weights; i++)
         if (g->node[i].role == LLMPAR_ROLE_WEIGHT && llmpari_weight_is_matrix(g->node[i].tag))
             g->node[i].tensor.dtype = llmpari_engine_file_dtype(e, checkpoint, (llmpar_weight_kind)g->node[i].tag, part->about.first_layer + llmpari_engine_first(g, i),

@@ -11,9 +11,10 @@ static const char usage[] =
     "explain --mesh .. [--size ..] --layout \"W[H, N_tp, D]\" [--svg FILE]  which rank holds which block\n"
     "explain --mesh tp=8 --model DIR|llama-3-8b|llama-3-70b|llama-3-405b|mixtral-8x7b|..   DIR holds config.json\n"
     "        [--phase decode|prefill] [--batch 1] [--seq 1|4096: new tokens a row] [--context 8192: cache slots] [--mem BYTES of one rank]\n"
-    "        [--pin megatron: all weights over tp] [--pin \"wq=[H,N_tp,D]\"].. (without pins the plan says how to store them) [--names in the checkpoint]\n"
+    "        [--pin megatron: weights over tp and ep, rows over dp, logits whole, as llama runs it] [--pin \"wq=[H,N_tp,D]\"].. (without: the plan says how to store them)\n"
+    "        [--experts ep=4: with --pin megatron, a mesh of their own over the same ranks] [--ep-way auto|partial|alltoall] [--names in the checkpoint]\n"
     "all:    [--dtype bf16] [--link AXIS=BYTES_PER_S,SECONDS[,ring|switch|torus]].. [--hbm 3.35e12] [--flops 989e12] [--no-runner-up]\n";
-static const char known[] = " --mesh --size --reshard --layout --svg --model --phase --batch --seq --context --mem --pin --dtype --link --hbm --flops ";
+static const char known[] = " --mesh --size --reshard --layout --svg --model --phase --batch --seq --context --mem --pin --experts --ep-way --dtype --link --hbm --flops ";
 static const char unused[] = "--size %s: no tensor here has such a dim";
 #define STOP(...) (fprintf(stderr, "explain: "), fprintf(stderr, __VA_ARGS__), fputc('\n', stderr), _exit(1))   // drops what stdout holds
 static int n_args; static char **args; static llmpar_hardware hardware; static llmpar_graph g; static llmpar_error err;
@@ -28,12 +29,12 @@ static double number(const char *name, const char *text, double otherwise, bool 
         STOP("%s: a %snumber from 1 to %g is expected, not \"%s\"", name, whole ? "whole " : "", most, text);
     return value;
 }
+static int64_t whole(const char *name, double otherwise) { return (int64_t)number(name, option(name, 0, NULL), otherwise, true); }
 static void set_hardware(void) {
     static const char *const kinds[] = { "switch", "ring", "torus" }, *text;
-    hardware = llmpar_hardware_default();
+    hardware = llmpar_hardware_default(), hardware.memory_bytes = (int64_t)number("--mem", option("--mem", 0, NULL), 0, false);
     hardware.hbm_bytes_per_s = number("--hbm", option("--hbm", 0, NULL), hardware.hbm_bytes_per_s, false);
     hardware.flops_per_s     = number("--flops", option("--flops", 0, NULL), hardware.flops_per_s, false);
-    hardware.memory_bytes    = (int64_t)number("--mem", option("--mem", 0, NULL), 0, false);
     for (int i = 0; (text = option("--link", i, NULL)) != NULL; i++) {
         char axis[64] = "", kind[16] = "switch", comma = ','; double rate, seconds;
         int n = sscanf(text, "%63[^=]=%lf,%lf%c%15s", axis, &rate, &seconds, &comma, kind), a = llmpar_mesh_find(&g.mesh, axis), k = 0;
@@ -69,18 +70,14 @@ static void matmul(char *text) {
     if (!arrow) STOP("expected \"A[I,J_x] * B[J_x,K] -> C[I,K]\", not \"%s\"", text);
     *star = *arrow = 0; arrow += 2 + strspn(arrow + 2, " ");
     int a = llmpar_input(&g, text), b = llmpar_input(&g, star + 1);
-    check((err = g.error).status);
-    add_dims(einsum, &g.node[a].tensor, NULL);
-    add_dims(strcat(einsum, ", "), &g.node[b].tensor, NULL);
-    strcat(einsum, "-> ");
+    check((err = g.error).status), add_dims(einsum, &g.node[a].tensor, NULL), add_dims(strcat(einsum, ", "), &g.node[b].tensor, NULL), strcat(einsum, "-> ");
     if (strchr(arrow, '[')) { check(llmpar_tensor_parse(arrow, &g.mesh, &result, &err)); add_dims(einsum, &result, NULL); }
     else { add_dims(einsum, &g.node[a].tensor, &g.node[b].tensor); add_dims(einsum, &g.node[b].tensor, &g.node[a].tensor); }
     llmpar_output(&g, llmpar_einsum(&g, einsum, a, b), arrow);
 }
 static void layout(const char *text, const char *svg) {
     llmpar_tensor t;
-    check(llmpar_tensor_parse(text, &g.mesh, &t, &err));
-    t.dtype = g.weight_dtype;
+    check(llmpar_tensor_parse(text, &g.mesh, &t, &err)), t.dtype = g.weight_dtype;
     for (int i = 0, d; i < g.n_sizes; i++)
         if ((d = find(&t, g.size[i].name)) < 0) STOP(unused, g.size[i].name); else t.dim[d].size = g.size[i].size;
     llmpar_sink picture = { llmpar_sink_file, svg ? fopen(svg, "w") : NULL };
@@ -89,20 +86,23 @@ static void layout(const char *text, const char *svg) {
     if (svg) check(llmpar_tensor_layout_svg(&t, &g.mesh, picture, &err)), fclose(picture.user);
 }
 static void model(const char *name, bool names) {
-    static char text[1 << 16], tensor[64], form[200];
-    const char *phase = option("--phase", 0, "decode"), *pin;
-    llmpar_build_desc desc = { .batch = (int64_t)number("--batch", option("--batch", 0, NULL), 1, true), .weight_dtype = g.weight_dtype, .activation_dtype = g.weight_dtype };
-    llmpar_model m; FILE *file = NULL; int64_t row, rows;
-    snprintf(text, sizeof text, "%s/config.json", name);
+    static char text[1 << 16], tensor[64], form[200], *const ways[] = { "auto", "partial", "alltoall" };   // in the order of llmpar_experts_way
+    const char *phase = option("--phase", 0, "decode"), *pin, *way = option("--ep-way", 0, "auto"); const int pp = llmpar_mesh_find(&g.mesh, "pp");
+    llmpar_build_desc desc = { .batch = whole("--batch", 1), .weight_dtype = g.weight_dtype, .activation_dtype = g.weight_dtype, .experts = option("--experts", 0, NULL) };
+    while (strcmp(way, ways[desc.experts_way])) if (++desc.experts_way > LLMPAR_EXPERTS_ALLTOALL) STOP("--ep-way: auto, partial or alltoall is expected, not \"%s\"", way);
+    if (pp >= 0 && g.mesh.axis[pp].size > 1) STOP("--mesh: pp cuts the layers into stages, and this plans one: give the mesh of a stage, without pp; build/pipeline has the schedules");
+    llmpar_model m; FILE *file = NULL; int64_t row, rows; snprintf(text, sizeof text, "%s/config.json", name);
     if (llmpar_model_preset(name, &m, &err) && !(file = fopen(text, "rb"))) STOP("--model: cannot read %s, and %s", text, err.text);
     if (file) check(llmpar_model_parse(text, fread(text, 1, sizeof text, file), &m, &err)), fclose(file);
     if (strcmp(phase, "decode") && strcmp(phase, "prefill")) STOP("--phase is decode or prefill, not \"%s\"", phase);
-    desc.seq       = (int64_t)number("--seq", option("--seq", 0, NULL), phase[0] == 'd' ? 1 : 4096, true);
-    desc.context   = (int64_t)number("--context", option("--context", 0, NULL), desc.seq > 8192 ? (double)desc.seq : 8192, true);
-    desc.last_only = desc.seq > 1;
-    for (int i = 0; (pin = option("--pin", i, NULL)) != NULL; i++) desc.pin_weights |= !strcmp(pin, "megatron");
+    desc.seq = whole("--seq", phase[0] == 'd' ? 1 : 4096), desc.last_only = desc.seq > 1;
+    desc.context = whole("--context", desc.seq > 8192 ? (double)desc.seq : 8192);
+    for (int i = 0; (pin = option("--pin", i, NULL)) != NULL; desc.pin_weights |= !strcmp(pin, "megatron"), i++)
+        for (int j = 0; j < i; j++) if (!strncmp(pin, option("--pin", j, NULL), strcspn(pin, "=") + 1)) STOP("--pin %s: the second pin of that", pin);
+    desc.pin_batch = desc.whole_output = desc.pin_weights;                                 // what the engine does
+    if (desc.experts && !desc.pin_weights) STOP("--experts says where weights are pinned: add --pin megatron");
     printf("%s of %s: batch %lld, %lld new tokens a row, %lld cache slots, weights %s\n", phase, name, (long long)desc.batch, (long long)desc.seq,
-           (long long)desc.context, desc.pin_weights ? "pinned over tp" : "free");
+           (long long)desc.context, desc.pin_weights ? "pinned" : "free");
     check(llmpar_build(&m, &desc, &g, &err));
     for (int i = 0; (pin = option("--pin", i, NULL)) != NULL; i++) {
         if (!strcmp(pin, "megatron")) continue;
@@ -110,18 +110,19 @@ static void model(const char *name, bool names) {
             STOP("--pin wants megatron or WEIGHT=[H,N_tp,D], not \"%s\"; --names lists the weights", pin);
         llmpar_pin(&g, llmpar_find(&g, tensor), form);
     }
-    for (const llmpar_node *n = g.node; n < g.node + g.n_nodes && names; n++)
-        if (n->tag >= 0 && llmpar_model_tensor_name(&m, (llmpar_weight_kind)n->tag, 0, 0, 0, text, &row, &rows)) printf("  %-10s %s\n", n->tensor.name, text);
+    for (const llmpar_node *n = g.node; n < g.node + g.n_nodes; n++) {
+        if (n->tag == LLMPAR_W_EXPERT_GATE && !llmpar_tensor_local(&n->tensor, &g.mesh, llmpar_mesh_size(&g.mesh) - 1, 0).count) puts("fewer experts than ranks of ep: some hold none");
+        if (names && n->tag >= 0 && llmpar_model_tensor_name(&m, (llmpar_weight_kind)n->tag, 0, 0, 0, text, &row, &rows)) printf("  %-10s %s\n", n->tensor.name, text);
+    }
 }
 int main(int argc, char **argv) {
-    llmpar_arena arena = LLMPAR_ZERO; llmpar_mesh mesh; llmpar_plan plan; char *text = NULL, spaced[64];
-    bool names = false, runner_up = true; args = argv; n_args = argc; setvbuf(stdout, NULL, _IOFBF, 1 << 20);
+    llmpar_arena arena = LLMPAR_ZERO; llmpar_mesh mesh; llmpar_plan plan; char *text = NULL, spaced[64]; bool names = false, runner_up = true;
+    args = argv; n_args = argc; setvbuf(stdout, NULL, _IOFBF, 1 << 20);
     if (argc < 2) STOP("usage:\n%s", usage);
     for (int i = 1; i < argc; i++) {
         snprintf(spaced, sizeof spaced, " %s ", argv[i]);
         if (!strcmp(argv[i], "--help")) { fputs(usage, stdout); return 0; }
-        if (!strcmp(argv[i], "--names")) names = true;
-        else if (!strcmp(argv[i], "--no-runner-up")) runner_up = false;
+        if (!strcmp(argv[i], "--names") || !strcmp(argv[i], "--no-runner-up")) names |= argv[i][3] == 'a', runner_up &= argv[i][3] == 'a';
         else if (argv[i][0] != '-' && !text) text = argv[i];
         else if (!strstr(known, spaced)) STOP("unknown option, or one text too many; see --help: %s", argv[i]);
         else if (++i == argc) STOP("a value is missing after %s", argv[i - 1]);
@@ -130,8 +131,7 @@ int main(int argc, char **argv) {
     if (!axes) STOP("--mesh is missing, for example --mesh tp=4");
     if (from && !text) STOP("--reshard takes two layouts, for example --reshard \"A[I_x,J]\" \"A[I,J_x]\"");
     if (!!text + !!shown + !!name != 1) STOP("exactly one of \"A[I,J] * B[J,K] -> C\", --reshard, --layout and --model is expected; see --help");
-    check(llmpar_mesh_parse(axes, &mesh, &err));
-    llmpar_graph_init(&g, &mesh, &arena);
+    check(llmpar_mesh_parse(axes, &mesh, &err)), llmpar_graph_init(&g, &mesh, &arena);
     check(llmpar_dtype_parse(option("--dtype", 0, "bf16"), &g.weight_dtype, &err));
     g.activation_dtype = g.weight_dtype; set_sizes();
     if (shown) return layout(shown, option("--svg", 0, NULL)), 0;

@@ -19,7 +19,7 @@ typedef struct options {
     int32_t *ids, *lengths, rows, longest; int64_t stride; llmpar_engine_stats *stats;     // ids[rows][stride]; stats[ranks], with MPI each process knows its own
 } options;
 
-static void progress(llmpar_log_level level, const char *text, void *user) { (void)level; (void)user; fprintf(stderr, "\r%s   ", text); }
+static void progress(llmpar_log_level level, const char *text, void *user) { (void)user; if (level == LLMPAR_LOG_WARN || isatty(2)) fprintf(stderr, level == LLMPAR_LOG_WARN ? "llama: note: %s\n" : "\r%s   ", text); }
 static double number(const char *option, const char *text, double least, double most, bool whole) {
     char *end; double x = strtod(text, &end);
     if (*end || end == text || !(x >= least && x <= most) || (whole && x != floor(x)))
@@ -55,13 +55,13 @@ static llmpar_status rank_main(llmpar_comm *world, void *user, llmpar_error *err
         .max_context = o->longest + o->steps - 1, .sequence_parallel = o->sp, .keep_dtype = !o->dtype, .round_weights = o->dtype != NULL,
         .n_virtual = o->n_virtual, .n_micro = o->micro, .chunk = o->chunk, .schedule = o->schedule, .experts = o->experts, .experts_way = o->way };
     uint64_t state = o->seed; llmpar_engine *engine = NULL; const float *logits; if (o->dtype) TRY(llmpar_dtype_parse(o->dtype, &desc.weight_dtype, err));
-    if (world->rank == 0 && isatty(2)) desc.log.fn = progress;
+    desc.log.fn = world->rank == 0 ? progress : NULL;
     TRY(llmpar_engine_create(&desc, &engine, err));
     const int64_t v = llmpar_engine_model(engine)->vocabulary; float *scratch = malloc((size_t)v * sizeof *scratch);
     int32_t *order = malloc((size_t)v * sizeof *order), *next = calloc((size_t)o->rows, sizeof *next), *lengths = calloc((size_t)o->rows, sizeof *lengths);
     int32_t *fresh = calloc((size_t)(o->rows * o->steps), sizeof *fresh), *n_fresh = calloc((size_t)o->rows, sizeof *n_fresh), alive = o->rows;
     if (!scratch || !order || !next || !lengths || !fresh || !n_fresh) return err->status = LLMPAR_NO_MEMORY;
-    if (world->rank == 0) fputs(desc.log.fn ? "\n" : "", stderr), fputs(o->prompt ? o->prompt : "", stdout);
+    if (world->rank == 0) fputs(isatty(2) ? "\n" : "", stderr), fputs(o->prompt ? o->prompt : "", stdout);
     TRY(llmpar_engine_step(engine, o->ids, o->lengths, o->rows, o->stride, &logits, err));
     for (long s = 0; s < o->steps; s++) {
         for (int32_t row = 0; row < o->rows; row++) {
@@ -113,7 +113,7 @@ static int read_prompts(options *o, const llmpar_model *model) {
 
 int main(int argc, char **argv) {
     static const char usage[] = "usage: llama DIR [--mesh tp=3] --prompt TEXT | --ids FILE|- [--steps N] [--dtype f32|bf16|f16] [--sp] [--temperature 0] [--top-p 1]"
-        " [--seed 0] [--virtual V] [--micro M] [--chunk T] [--schedule NAME]\n    [--experts ep=4] [--ep-way auto|partial|alltoall] [--mpi]\n--ids: decimal ids, a sequence a line, no empty lines";
+        " [--seed 0] [--virtual V] [--micro M] [--chunk T] [--schedule NAME]\n    [--experts ep=4] [--ep-way auto|partial|alltoall: where there are tokens to split; one row decodes with partial sums] [--mpi]\n--ids: decimal ids, a sequence a line, no empty lines";
     static const char *const names[] = { "--mesh", "--prompt", "--ids", "--steps", "--dtype", "--temperature", "--top-p", "--seed", "--virtual", "--micro", "--chunk", "--schedule",
         "--experts", "--ep-way" }, *const ways[] = { "auto", "partial", "alltoall" };       // in the order of llmpar_experts_way
     const char *value[] = { "tp=1", NULL, NULL, "64", NULL, "0", "1", "0", "0", "0", "0", NULL, NULL, "auto" };

@@ -44,7 +44,8 @@ static const double *times(int k, int32_t n, bool *bad) {
         if (got < n) list[got] = x;
         if (!*end) end--;
     }
-    if (got != 1 && got != n) return *bad = true, FAIL(NULL, "%s: one number, or a list of %d, are expected, not \"%s\"", option[k], (int)n, value[k]);
+    if (got != 1 && n == 1) return *bad = true, FAIL(NULL, "%s: one number is expected, not \"%s\"", option[k], value[k]);
+    if (got != 1 && got != n) return *bad = true, FAIL(NULL, "%s: one number or a list of %d is expected, not \"%s\"", option[k], (int)n, value[k]);
     for (int32_t s = got; s < n; s++) list[s] = list[0];
     return list;
 }
@@ -117,8 +118,8 @@ int main(int argc, char **argv) {
     const int32_t ends[] = { 0, n - 1 };
     llmpar_pipe_shared tied = { ends, 2, 0 };
     if (value[TIED] && n > 1) plan.n_shared = 1, plan.shared = &tied;
-    if (value[REDUCE] && !plan.n_shared) return FAIL(2, "--reduce: no stages share a parameter; --tied makes the first and the last one do so");
-    c.reduce = times(REDUCE, plan.n_shared, &bad);
+    if (value[REDUCE] && !plan.n_shared && !value[TIED]) return FAIL(2, "--reduce: no stages share a parameter; --tied makes the first and the last one do so");
+    c.reduce = times(REDUCE, plan.n_shared ? plan.n_shared : 1, &bad);
     if (bad) return 2;
     program = plan;
     const llmpar_transport transport = (llmpar_transport)t;
@@ -133,12 +134,16 @@ int main(int argc, char **argv) {
         printf("%d: ", (int)r), llmpar_pipe_write(&row, out);
     }
     if (columns) llmpar_pipe_text(&program, &timing, columns, out);
-    printf("makespan %.9g  span %.9g\nlower bound: makespan %.9g  span %.9g\n", timing.makespan, timing.span, bound.makespan, bound.span);
+    int64_t actions = 0, sums = 0, backward = 0, all = program.first[plan.n_ranks];
+    for (int64_t j = 0; j < all; j++) {
+        const int kind = program.action[j].kind;
+        actions += kind < LLMPAR_ACTION_SEND_F, backward += kind == LLMPAR_ACTION_B || kind == LLMPAR_ACTION_I, sums += kind == LLMPAR_ACTION_REDUCE_GRAD;
+    }
+    printf("makespan %.9g  span %.9g\nlower bound: makespan %.9g  span %.9g%s\n", timing.makespan, timing.span, bound.makespan, bound.span, c.reduce && sums ? "  (without REDUCE_GRAD)" : "");
+    if (c.reduce && !sums) printf("--reduce changes nothing: %s\n", backward ? "one rank has all copies of the shared parameter, and adds them up itself" : "without a backward there is no gradient");
     for (int32_t r = 0; r < plan.n_ranks; r++)
         printf("rank %d: bubble %.2f %% (%.9g of the makespan), peak in flight %.9g%s\n", (int)r, timing.makespan > 0 ? 100 * (1 - timing.busy[r] / timing.makespan) : 0,
                timing.makespan - timing.busy[r], timing.peak[r], c.hold ? " bytes" : "");
-    int64_t actions = 0, sums = 0, all = program.first[plan.n_ranks];
-    for (int64_t j = 0; j < all; j++) actions += program.action[j].kind < LLMPAR_ACTION_SEND_F, sums += program.action[j].kind == LLMPAR_ACTION_REDUCE_GRAD;
     printf("certified: each of %lld actions once, in order, without deadlock; %lld transfers, %s", (long long)actions, (long long)(all - actions - sums) / 2, way[t]);
     return sums ? printf("; %lld REDUCE_GRAD, after all that adds to their gradient\n", (long long)sums) < 0 : puts("") < 0;
 }

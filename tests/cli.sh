@@ -105,15 +105,23 @@ golden_tests() {
     good "golden_check --dtype f32"    "$line" $g $G/llama dp=2 --dtype f32
     good "the order of axes is free"   "$line" $g $G/llama tp=2,dp=2
     fails "axis cp is not implemented" '"cp"' $g $G/llama cp=2
-    fails "ep without experts"         'ep=2: LlamaForCausalLM has no experts' $g $G/llama ep=2
-    fails "--experts without experts"  'ep=2: the model has none' $g $G/llama tp=2 --experts ep=2
+    good "golden_check says what was met" '^all within 0.0001 of expected.safetensors, every token equal$' $g $G/llama tp=1
+    fails "ep without experts"         '^golden_check: rank [01]: axis ep=2 of the mesh: LlamaForCausalLM has no experts; use' $g $G/llama ep=2
+    [ "$(grep -o 'ep=2' "$T/err" | wc -l)" = 1 ] && ok || bad "golden_check names the mesh twice: $(cat "$T/err")"
+    fails "--experts without experts"  "the experts' own mesh \"ep=2\": the model has no experts; leave it out" $g $G/llama tp=2 --experts ep=2
+    fails "a way without experts"      'experts_way partial: the model has no experts' $g $G/llama tp=2 --ep-way partial
+    fails "a way without an axis"      'experts_way alltoall: no axis ep for the experts, on the mesh tp=2; add ep=N .*--experts ep=N' $g $G/mixtral tp=2 --ep-way alltoall
+    fails "etp in the mesh"            'axis "etp" is of the experts. own mesh, .*--experts' $g $G/mixtral etp=2
+    good "more ranks than experts"     '^golden_check: note: 8 experts are fewer than the ranks of ep: some ranks hold none$' $g $G/mixtral ep=9
+    [ "$(wc -l < "$T/err")" = 1 ] && ok || bad "golden_check's note comes once: $(cat "$T/err")"
+    good "as many ranks as experts"    "^max" $g $G/mixtral ep=8; [ -s "$T/err" ] && bad "golden_check has a note for 8 ranks of 8 experts" || ok
     moe='^max \|dlogits\| [0-9.e+-]+  hidden [0-9.e+-]+  greedy 48/48  router [0-9.e+-]+$'
     for mesh in "ep=3" "tp=4 --experts ep=4 --ep-way alltoall" "dp=2,tp=2 --experts edp=2,ep=2" "dp=2,tp=2 --experts ep=2,etp=2 --ep-way partial"; do good "$mesh" "$moe" $g $G/mixtral $mesh; done
     fails "--experts that cut an axis" 'ep=2 of the experts. mesh is no run of whole axes of tp=4; possible here: 1 4' $g $G/mixtral tp=4 --experts ep=2
     fails "--experts with too many"    'ep=8 of the experts. mesh .* of dp=2,tp=2; possible here: 1 2 4' $g $G/mixtral dp=2,tp=2 --experts ep=8
     fails "--experts with axis tp"     'its axes are edp, ep and etp' $g $G/mixtral tp=2 --experts tp=2
     fails "--experts that is no mesh"  'ep' $g $G/mixtral tp=2 --experts ep
-    fails "another way"                'usage' $g $G/mixtral ep=2 --ep-way both
+    fails "another way"                '^golden_check: --ep-way: one of auto, partial, alltoall is expected, not "alltol"' $g $G/mixtral ep=2 --ep-way alltol
     fails "unknown axis"               '"zz"'           $g $G/llama zz=2
     fails "axis twice"                 'tp.*twice'      $g $G/llama tp=2,tp=2
     fails "size 0"                     'size 0'         $g $G/llama tp=0
@@ -121,14 +129,17 @@ golden_tests() {
     fails "more ranks than threads"    '100000'         $g $G/llama tp=100000
     fails "a product past 31 bits"     '[0-9]'          $g $G/llama dp=65536,tp=65536
     fails "missing folder"             'no-such-folder' $g $G/no-such-folder tp=1
-    fails "unknown dtype"              'usage'          $g $G/llama tp=1 --dtype f8
-    fails "unknown option"             'usage'          $g $G/llama tp=1 --ps
-    fails "no mesh"                    'usage'          $g $G/llama
+    fails "unknown dtype"              '^golden_check: --dtype: one of f32, bf16 is expected, not "f8"' $g $G/llama tp=1 --dtype f8
+    fails "unknown option"             '^golden_check: unknown option --expert;' $g $G/llama --expert ep=2
+    fails "a value that is missing"    '^golden_check: a value is missing after --ep-way' $g $G/llama tp=1 --ep-way
+    fails "one text too many"          '^golden_check: one text too many: tp=2 ' $g $G/llama tp=1 tp=2
+    for value in x -1 1.5 ''; do fails "--micro '$value'" "^golden_check: --micro: .*\"$value\"" $g $G/llama tp=1 --micro "$value"; done
+    fails "no mesh"                    '^golden_check: MESH is missing' $g $G/llama
     # One exponent bit of one weight of the last norm: the numbers must differ, and the program must say so by its exit code.
     copy llama-odd bent; m=$T/bent/model.safetensors
     edit "$T/bent/config.json" 's/"rope_theta": 10000.0/"rope_theta": 10100.0/'
     $g "$T/bent" tp=1 > "$T/out" 2>&1; status=$?
-    { [ $status -eq 1 ] && grep -q '^max |dlogits|' "$T/out"; } && ok || bad "golden_check accepts other logits: exit $status, $(cat "$T/out")"
+    { [ $status -eq 1 ] && grep -q '^max |dlogits|' "$T/out" && grep -q '^not met: all within' "$T/out"; } && ok || bad "golden_check accepts other logits: exit $status, $(cat "$T/out")"
     # Damaged files: each error names the file or tensor, what was found and what was expected.
     copy llama-odd cut; size=$(wc -c < "$G/llama-odd/model.safetensors"); head -c $((size - 1000)) "$G/llama-odd/model.safetensors" > "$T/cut/model.safetensors"
     fails "truncated file"             'cut/model.safetensors.*[0-9]' $g "$T/cut" tp=2
@@ -236,6 +247,8 @@ A:
     fails "a seed that is no number"     'seed.*x'          $l $S --prompt a --steps 2 --seed x
     fails "unknown dtype"                'f8'               $l $S --prompt a --steps 2 --dtype f8
     fails "a dtype that holds no weights" 'i32'             $l $S --prompt a --steps 2 --dtype i32
+    fails "a way for experts without an axis" '^llama: rank [0-9]: experts_way alltoall: no axis ep' $l $G/shakespeare-moe --mesh tp=2 --ep-way alltoall --prompt a
+    good "more ranks than experts"       '^llama: note: 8 experts are fewer' $l $G/shakespeare-moe --mesh ep=9 --steps 2 --prompt a
     fails "unknown option"               '\-\-bogus'        $l $S --prompt a --bogus
     fails "an option without its value"  '\-\-steps'        $l $S --prompt a --steps
     fails "more stages than layers"      '4 layers do not fill the 5 stages' $l $S --prompt a --mesh pp=5
@@ -344,6 +357,24 @@ explain_tests() {
     fails "reshard of another shape"                  'dim K' $x $mesh --size I=8,J=8,K=8 --reshard 'A[I_x,J]' 'A[I,K]'
     fails "unknown option"                            '\-\-bogus'    $x --bogus
     fails "no arguments"                              '[Uu]sage|usage' $x
+    moe="$x --model mixtral-8x7b --phase prefill --seq 332"
+    good "experts as they are served"                 'egate\[E_ep, J, H\]' $moe --mesh ep=16 --pin megatron
+    grep -q '^fewer experts than ranks of ep' "$T/out" && grep -q -- '-> logits\[B, V\] ' "$T/out" && ok || bad "explain --pin megatron: 16 ranks of 8 experts, whole logits"
+    good "experts' own mesh"                          'egate\[E_\{dp,tp\}, J, H\]' $moe --mesh dp=2,tp=2 --batch 4 --pin megatron --experts ep=4
+    good "and their intermediate"                     'egate\[E_dp, J_tp, H\]' $moe --mesh dp=2,tp=2 --batch 4 --pin megatron --experts ep=2,etp=2
+    # 4096 bf16 for each of 8 x 83 tokens, sent to 4 (1 - 6/8 5/7) ranks: 10.1 MB.
+    good "tokens sent: bytes of an even load"         'tokens sent by AllToAll_ep and results back, each about 10.1 MB a rank when' $moe --mesh ep=4 --batch 8 --pin megatron --ep-way alltoall
+    good "over two axes"                              'tokens sent by AllToAll_\{dp,tp\} and' $moe --mesh dp=2,tp=2 --batch 8 --pin megatron --experts ep=4 --ep-way alltoall
+    good "not sent"                                   '^total' $moe --mesh ep=4 --batch 8 --pin megatron --ep-way partial; grep -q 'tokens sent' "$T/out" && bad "--ep-way partial sends tokens" || ok
+    good "several axes stand in braces"               '^ +AllReduce_\{x,y\} -> t2' $x --mesh x=2,y=2 --size I=512,J=8192,K=512 'A[I,J_{x,y}] * B[J_{x,y},K] -> C[I,K]'
+    grep -q '^runner-up .* without AllReduce_{x,y} t2$' "$T/out" && ok || bad "explain: $(grep '^runner-up' "$T/out")"
+    for mesh in ep=3 ep=2 tp=3; do $moe --mesh $mesh > "$T/out" 2>&1; grep -q '^runner-up' "$T/out" && ! grep -q -- '(-' "$T/out" && ok || bad "explain on $mesh: $(grep '^runner-up' "$T/out")"; done
+    fails "stages of layers"                          '^explain: --mesh: pp .*build/pipeline' $moe --mesh pp=2,ep=2
+    fails "a mesh for experts that are free"          '^explain: --experts .* add --pin megatron' $moe --mesh ep=2 --experts ep=2
+    fails "another way for experts"                   '^explain: --ep-way: .*"both"' $moe --mesh ep=2 --ep-way both
+    fails "a way without an axis"                     'experts_way partial: no axis ep' $moe --mesh tp=2 --ep-way partial --pin megatron
+    for pin in megatron "wq=[H,N_tp,D]"; do fails "the pin $pin twice" '^explain: --pin .*the second pin' $model --pin "$pin" --pin "$pin"; done
+    good "pins of two weights"                        '^pin wk' $model --pin 'wq=[H,N_tp,D]' --pin 'wk=[H,K_tp,D]'
 }
 
 # ---- bench_comm: that it measures, checks and refuses; no time is looked at
@@ -477,6 +508,13 @@ X
     printf '0F0,0SEND_F0,0RECV_B0,0B0,0REDUCE_GRAD\n1RECV_F0,1F0,1B0,1REDUCE_GRAD,1SEND_B0\n' > "$T/cycle.csv"
     fails "a sum before what its ranks need" 'deadlock: .*rank 1 waits in 1REDUCE_GRAD for 0REDUCE_GRAD, which comes after 0B0 on rank 0' $p --schedule "$T/cycle.csv"
     fails "a sum of nothing"             '^pipeline: --reduce: no stages share' $one --reduce 1
+    good "a sum within a rank"           '^--reduce changes nothing: one rank has all copies' $p --schedule gpipe --ranks 1 --micro 2 --tied --reduce 5
+    good "the same at the ends of a V"   '^--reduce changes nothing: one rank has all copies' $zbv --tied --reduce 5
+    good "a sum of no gradient"          '^--reduce changes nothing: without a backward' $p --schedule forward --ranks 2 --micro 2 --tied --reduce 5
+    good "the bound has no sum"          '^lower bound: makespan 33  span 33  \(without REDUCE_GRAD\)$' $one --tied --reduce 2.5; grep -q '^--reduce' "$T/out" && bad "a sum is said to change nothing" || ok
+    good "no sum, no word of it"         '^lower bound: makespan 33  span 33$' $one
+    fails "two times of one sum"         '^pipeline: --reduce: one number is expected, not "1,2"' $one --tied --reduce 1,2
+    fails "two times of four stages"     '^pipeline: --f: one number or a list of 4 is expected, not "1,2"' $one --f 1,2
     fails "a sum that takes less than no time" '^pipeline: --reduce: .*"-1"' $one --tied --reduce -1
     printf '0F0,0Q0\n' > "$T/cycle.csv";                                   fails "no action"      'line 1, cell 2: "0Q0"' $p --schedule "$T/cycle.csv"
     fails "ranks other than the file's"  'has 4 ranks'                     $p --schedule "$T/zbv.csv" --ranks 5
@@ -687,7 +725,7 @@ here route        && route_tests
 here eplb         && eplb_tests
 here moe          && moe_tests
 here bench_comm   && comm_tests
-for program in explain heads llama engine trace pipeline dispatch route eplb moe bench_comm; do
+for program in explain heads llama engine trace pipeline dispatch route eplb moe bench_comm golden_check; do
     here $program || continue
     good "$program --help" "^(usage: )?$program " "$B/$program" --help
     [ -s "$T/out" ] && [ ! -s "$T/err" ] && ok || bad "$program --help writes to stderr"

@@ -4,16 +4,17 @@
 // --experts: the experts' own mesh over the same ranks, "ep=4" on tp=4 or dp=2,tp=2; --ep-way: how tokens get to their experts (llmpar_engine_desc).
 // --sp: Megatron's sequence parallelism in prefill (decode drops it). --dtype bf16: weights are rounded on load, and the reference is this program's own
 // run of one rank with the same rounding. After every run the calls and payload bytes that the plans predict must be those that comm counted, on every rank.
-// --invariant: the mode whose bits do not depend on tp. --hash: the 64-bit FNV-1a of the logits' bits is printed, of the prefill and of all decode steps.
+// --invariant: the mode whose bits do not depend on the mesh, nor on --ep-way. --hash: the 64-bit FNV-1a of the logits' bits is printed, of the prefill and of all decode steps.
 // --virtual, --micro, --chunk, --schedule: stages of a rank of axis pp, groups of rows, tokens of a prefill chunk, order of the work (llmpar_engine_desc).
 // --mpi (built with LLMPAR_MPI, started by mpirun): ranks are processes; every rank compares the whole, rank 0 prints.
 // stdout: max |dlogits| X  hidden Y  greedy N/N     (Y: largest max|dh| / max|h| of a layer; exit 1 beyond 1e-4 or when a token differs), with experts "  router Z" behind it:
-// the largest difference of a router's logits
+// the largest difference of a router's logits; then a line that says which tolerance was met, or "not met: ..", then --hash's two. A bad command line, or a mesh that the model does not take: exit 2 and what is wrong.
 #define LLMPAR_IMPLEMENTATION
 #include "llmpar.h"
 #include "golden.h"
 #include "traffic.h"
 #define LIMIT 1e-4
+#define STOP(...) (fprintf(stderr, "golden_check: "), fprintf(stderr, __VA_ARGS__), fputc('\n', stderr), exit(2))
 #define TRY(call) do { llmpar_status try_ = (call); if (try_) return try_; } while (0)
 
 typedef struct result {            // what one run of a model gives
@@ -121,6 +122,7 @@ static double distance(const float *a, const float *b, int64_t n) {
     return most;
 }
 
+static void note(llmpar_log_level level, const char *text, void *user) { (void)user; if (level == LLMPAR_LOG_WARN) fprintf(stderr, "golden_check: note: %s\n", text); }
 static llmpar_status open_engine(const check *job, llmpar_comm *world, int64_t prompt, int64_t context, llmpar_engine **engine, llmpar_error *err) {
     llmpar_engine_desc desc = job->how;
     desc.folder = job->folder;
@@ -131,6 +133,7 @@ static llmpar_status open_engine(const check *job, llmpar_comm *world, int64_t p
     desc.max_context = context;
     desc.all_logits   = true;
     desc.weight_dtype = LLMPAR_BF16;
+    desc.log.fn = prompt < context ? note : NULL;                                          // once: the second engine is the same with a longer prompt
     return llmpar_engine_create(&desc, engine, err);
 }
 
@@ -254,11 +257,11 @@ static result run(const char *folder, const char *mesh, const llmpar_engine_desc
     job.processes = processes;
     job.ids = ids;
     job.to  = &r;
-    if (llmpar_mesh_parse(mesh, &job.mesh, &err)) { fprintf(stderr, "%s\n", err.text); exit(1); }
+    if (llmpar_mesh_parse(mesh, &job.mesh, &err)) STOP("%s", err.text);
     job.seen = (block *)must(calloc((size_t)llmpar_mesh_size(&job.mesh) * (size_t)states(&r), sizeof(block)));
     job.gap  = (double *)must(calloc((size_t)llmpar_mesh_size(&job.mesh), sizeof(double)));
     for (int64_t i = 0; i < llmpar_mesh_size(&job.mesh) * states(&r); i++) job.seen[i].data = room(r.b * r.t * width(&r, i % states(&r))), job.seen[i].row = -1;
-    if (run_ranks(&job, &err)) { fprintf(stderr, "%s: %s\n", mesh, err.text); exit(1); }
+    if (run_ranks(&job, &err)) STOP("%s", err.text);
     for (int64_t i = 0; i < states(&r); i++) assemble(&job, i, r.hidden[i] = room(r.b * r.t * width(&r, i)));
     for (int i = 0; i < llmpar_mesh_size(&job.mesh); i++) r.decode_gap = fmax(r.decode_gap, job.gap[i]);
     free(job.seen); free(job.gap);
@@ -274,7 +277,7 @@ static result read_expected(const char *folder, int32_t **ids) {
     result r = LLMPAR_ZERO;
     int64_t dim[4];
     char name[32];
-    if (!golden_open(&file, folder, "expected.safetensors")) { fprintf(stderr, "cannot read %s/expected.safetensors\n", folder); exit(2); }
+    if (!golden_open(&file, folder, "expected.safetensors")) STOP("cannot read %s/expected.safetensors", folder);
     *ids     = (int32_t *)must(golden_ids(&file, "input_ids", dim));
     r.logits = (float *)must(golden_f32(&file, "logits", dim));
     r.b = dim[0]; r.t = dim[1]; r.v = dim[2];
@@ -291,57 +294,73 @@ static result read_expected(const char *folder, int32_t **ids) {
     return r;
 }
 
-static int usage(void) {
-    fprintf(stderr, "usage: golden_check DIR MESH [--experts MESH] [--ep-way partial|alltoall|auto] [--sp] [--dtype f32|bf16] [--invariant] [--hash] [--virtual V] [--micro M]\n"
-            "       [--chunk T] [--schedule NAME] [--mpi]\n"
-            "for example: golden_check tests/golden/llama dp=2,tp=3\n");
-    return 2;
+static const char usage[] = "usage: golden_check DIR MESH [--experts MESH] [--ep-way auto|partial|alltoall] [--sp] [--dtype f32|bf16] [--invariant] [--hash] [--virtual V] [--micro M]\n"
+    "       [--chunk T] [--schedule NAME] [--mpi]\n"
+    "for example: golden_check tests/golden/llama dp=2,tp=3\n"
+    "compares with DIR/expected.safetensors: exit 0 when all logits and hidden states are within 1e-4 and all tokens equal, 1 when not, 2 when it cannot be run\n";
+
+// Which of the names the value of an option is.
+static int one_of(const char *option, const char *value, const char *const *names, int n) {
+    char known[100] = "";
+    for (int i = 0; i < n; i++) if (strcmp(value, names[i]) == 0) return i;
+    for (int i = 0; i < n; i++) strcat(strcat(known, i ? ", " : ""), names[i]);
+    STOP("%s: one of %s is expected, not \"%s\"", option, known, value);
+    return -1;
+}
+static int32_t whole(const char *option, const char *value) {
+    char *end;
+    const long long n = strtoll(value, &end, 10);
+    if (end == value || *end || n < 0 || n > INT32_MAX) STOP("%s: a whole number from 0 on is expected, not \"%s\"", option, value);
+    return (int32_t)n;
 }
 
 int main(int argc, char **argv) {
+    static const char *const option[] = { "--dtype", "--ep-way", "--experts", "--virtual", "--micro", "--chunk", "--schedule" };    // those with a value
+    static const char *const dtypes[] = { "f32", "bf16" }, *const ways[] = { "auto", "partial", "alltoall" };   // in the order of llmpar_experts_way
+    const char *value[7] = { NULL }, *place[2] = { NULL };
     llmpar_engine_desc how = LLMPAR_ZERO, plain;
     bool hash = false, mpi = false;
     llmpar_comm *world = NULL;
     int32_t *ids;
     double hidden = 0, router = 0, logits;
     int64_t same = 0;
-    if (argc < 3) return usage();
-    for (int i = 3; i < argc; i++) {
-        if (strcmp(argv[i], "--sp") == 0) how.sequence_parallel = true;
-        else if (strcmp(argv[i], "--dtype") == 0 && i + 1 < argc && strcmp(argv[i + 1], "f32")  == 0) how.round_weights = false, i++;
-        else if (strcmp(argv[i], "--dtype") == 0 && i + 1 < argc && strcmp(argv[i + 1], "bf16") == 0) how.round_weights = true, i++;
+    for (int i = 1, k; i < argc; i++) {
+        for (k = 0; k < 7 && strcmp(argv[i], option[k]) != 0; k++) { }
+        if (strcmp(argv[i], "--help") == 0) return fputs(usage, stdout), 0;
+        else if (k < 7 && i + 1 == argc) STOP("a value is missing after %s; see --help", argv[i]);
+        else if (k < 7) value[k] = argv[++i];
+        else if (strcmp(argv[i], "--sp") == 0) how.sequence_parallel = true;
         else if (strcmp(argv[i], "--invariant") == 0) how.invariant = true;
-        else if (strcmp(argv[i], "--virtual")  == 0 && i + 1 < argc) how.n_virtual = atoi(argv[++i]);
-        else if (strcmp(argv[i], "--micro")    == 0 && i + 1 < argc) how.n_micro   = atoi(argv[++i]);
-        else if (strcmp(argv[i], "--chunk")    == 0 && i + 1 < argc) how.chunk     = atoi(argv[++i]);
-        else if (strcmp(argv[i], "--schedule") == 0 && i + 1 < argc) how.schedule  = argv[++i];
-        else if (strcmp(argv[i], "--experts")  == 0 && i + 1 < argc) how.experts   = argv[++i];
-        else if (strcmp(argv[i], "--ep-way") == 0 && i + 1 < argc) {
-            static const char *const ways[] = { "auto", "partial", "alltoall" };           // in the order of llmpar_experts_way
-            int way = 0;
-            while (way < 3 && strcmp(argv[i + 1], ways[way]) != 0) way++;
-            if (way == 3) return usage();
-            how.experts_way = (llmpar_experts_way)way, i++;
-        } else if (strcmp(argv[i], "--hash") == 0) hash = true;
+        else if (strcmp(argv[i], "--hash") == 0) hash = true;
         else if (strcmp(argv[i], "--mpi") == 0) mpi = true;
-        else return usage();
+        else if (argv[i][0] == '-') STOP("unknown option %s; see --help", argv[i]);
+        else if (place[1]) STOP("one text too many: %s (an option's value follows it directly); see --help", argv[i]);
+        else place[place[0] != NULL] = argv[i];
     }
+    if (!place[1]) return fprintf(stderr, "golden_check: %s is missing\n%s", place[0] ? "MESH" : "DIR", usage), 2;
+    how.round_weights = value[0] && one_of(option[0], value[0], dtypes, 2) == 1;
+    how.experts_way   = value[1] ? (llmpar_experts_way)one_of(option[1], value[1], ways, 3) : LLMPAR_EXPERTS_AUTO;
+    how.experts       = value[2];
+    how.n_virtual     = value[3] ? whole(option[3], value[3]) : 0;
+    how.n_micro       = value[4] ? whole(option[4], value[4]) : 0;
+    how.chunk         = value[5] ? whole(option[5], value[5]) : 0;
+    how.schedule      = value[6];
 #ifdef LLMPAR_MPI
     llmpar_error err = LLMPAR_ZERO;
-    if (mpi && llmpar_mpi_create(NULL, &world, &err)) { fprintf(stderr, "%s\n", err.text); return 2; }
+    if (mpi && llmpar_mpi_create(NULL, &world, &err)) STOP("%s", err.text);
 #else
-    if (mpi) { fprintf(stderr, "built without LLMPAR_MPI\n"); return 2; }
+    if (mpi) STOP("--mpi: built without LLMPAR_MPI");
 #endif
-    result want = read_expected(argv[1], &ids);
+    result want = read_expected(place[0], &ids);
     if (how.round_weights) {                                                               // the file's results are of unrounded weights
         memset(&plain, 0, sizeof plain);
         plain.round_weights = true;
         plain.invariant     = how.invariant;
-        result own = run(argv[1], "tp=1", &plain, ids, &want, world);
+        result own = run(place[0], "tp=1", &plain, ids, &want, world);
         discard(&want);
         want = own;
     }
-    result got = run(argv[1], argv[2], &how, ids, &want, world);
+    result got = run(place[0], place[1], &how, ids, &want, world);
     logits = fmax(distance(got.logits, want.logits, got.b * got.t * got.v), got.decode_gap);
     for (int64_t i = 0; i <= got.layers; i++) {
         double most = 0, d = distance(got.hidden[i], want.hidden[i], got.b * got.t * got.h);
@@ -357,9 +376,10 @@ int main(int argc, char **argv) {
     if (prints) printf("max |dlogits| %.2g  hidden %.2g  greedy %lld/%lld", logits, hidden, (long long)same, (long long)(got.b * got.steps));
     if (prints && got.sparse) printf("  router %.2g", router);
     if (prints) putchar('\n');
+    bool good = logits <= LIMIT && hidden <= LIMIT && router <= LIMIT && same == got.b * got.steps;
+    if (prints) printf("%sall within %g of %s, every token equal\n", good ? "" : "not met: ", LIMIT, how.round_weights ? "one rank's" : "expected.safetensors");
     if (hash && prints) printf("prefill %016llx\ndecode %016llx\n", (unsigned long long)fnv1a(got.logits, got.b * got.t * got.v),
                      (unsigned long long)fnv1a(got.decode, got.steps * got.b * got.v));
-    bool good = logits <= LIMIT && hidden <= LIMIT && router <= LIMIT && same == got.b * got.steps;
     discard(&want); discard(&got); free(ids);
     llmpar_comm_free(world);
     return good ? 0 : 1;

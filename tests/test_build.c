@@ -317,6 +317,26 @@ static void test_mixed_layers(void) {
         CHECK_EQ(g.node[llmpar_find(&g, "egate")].tensor.dim[1].split.granule, 0);
         llmpar_arena_free(&arena);
     }
+    TEST("build: experts: a way needs an axis ep, of any size, when weights are pinned") {
+        static const struct { const char *mesh, *experts; bool pinned, good; } ways[] = {
+            { "tp=2", NULL, true, false }, { "tp=2", NULL, false, true }, { "ep=1", NULL, true, true }, { "tp=2,ep=2", NULL, true, true }, { "tp=2", "ep=2", true, true },
+            { "tp=2", "edp=2", true, false }, { "tp=2", "ep=1,etp=2", true, true }, { "ep=2", "etp=2", true, false },
+        };
+        for (size_t i = 0; i < 3 * sizeof ways / sizeof *ways; i++) {
+            llmpar_arena arena = LLMPAR_ZERO;
+            llmpar_model model = moe_model();
+            llmpar_build_desc desc = LLMPAR_ZERO;
+            llmpar_error err = LLMPAR_ZERO;
+            llmpar_mesh mesh;
+            llmpar_graph g;
+            desc.experts = ways[i / 3].experts; desc.pin_weights = ways[i / 3].pinned; desc.experts_way = (llmpar_experts_way)(i % 3);
+            CHECK_OK(llmpar_mesh_parse(ways[i / 3].mesh, &mesh, &err), err);
+            llmpar_graph_init(&g, &mesh, &arena);
+            if (ways[i / 3].good || desc.experts_way == LLMPAR_EXPERTS_AUTO) CHECK_OK(llmpar_build(&model, &desc, &g, &err), err);
+            else CHECK_FAIL(llmpar_build(&model, &desc, &g, &err), LLMPAR_BAD_ARGUMENT, err, i % 3 == 1 ? "experts_way partial: no axis ep" : "experts_way alltoall: no axis ep");
+            llmpar_arena_free(&arena);
+        }
+    }
     TEST("build: experts: errors") {
         static const struct { const char *mesh, *experts, *part; } bad[] = {
             { "tp=4", "ep=2", "ep=2 of the experts' mesh is no run of whole axes of tp=4; possible here: 1 4" }, { "dp=2,tp=3", "ep=2", "possible here: 1 3 6" },
@@ -340,8 +360,10 @@ static void test_mixed_layers(void) {
         desc.experts = "ep=1";
         model = small_model();
         llmpar_graph_init(&g, &mesh, &arena);
-        CHECK_FAIL(llmpar_build(&model, &desc, &g, &err), LLMPAR_BAD_ARGUMENT, err, "experts=ep=1: the model has none");
-        desc.experts = NULL; desc.first_layer = 2;
+        CHECK_FAIL(llmpar_build(&model, &desc, &g, &err), LLMPAR_BAD_ARGUMENT, err, "the experts' own mesh \"ep=1\": the model has no experts; leave it out");
+        desc.experts = NULL; desc.experts_way = LLMPAR_EXPERTS_ALLTOALL; desc.pin_weights = true;
+        CHECK_FAIL(llmpar_build(&model, &desc, &g, &err), LLMPAR_BAD_ARGUMENT, err, "experts_way alltoall: the model has no experts");
+        desc.first_layer = 2;
         CHECK_FAIL(llmpar_build(&model, &desc, &g, &err), LLMPAR_BAD_ARGUMENT, err, "first_layer=2 layers=0; the model has 2 layers");
         desc.first_layer = 1; desc.layers = 2;
         CHECK_FAIL(llmpar_build(&model, &desc, &g, &err), LLMPAR_BAD_ARGUMENT, err, "first_layer=1 layers=2; the model has 2 layers");

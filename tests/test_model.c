@@ -150,14 +150,14 @@ static void experts(void) {
         static const struct { const char *architecture, *more; llmpar_status status; const char *part; } bad[] = {
             { "MixtralForCausalLM",  "\"num_local_experts\": 0", LLMPAR_BAD_FILE, "\"num_local_experts\" is 0" },
             { "MixtralForCausalLM",  "\"num_experts_per_tok\": 9", LLMPAR_BAD_FILE, "num_experts_per_tok=9 of 8 experts" },
-            { "MixtralForCausalLM",  "\"num_experts_per_tok\": 0", LLMPAR_BAD_FILE, "\"num_experts_per_tok\" is 0" },
+            { "MixtralForCausalLM",  "\"num_experts_per_tok\": 0", LLMPAR_BAD_FILE, "\"num_experts_per_tok\" is 0; expected" },
             { "MixtralForCausalLM",  "\"num_local_experts\": \"8\"", LLMPAR_BAD_FILE, "expected an integer" },
             { "MixtralForCausalLM",  "\"num_local_experts\": 4096", LLMPAR_BAD_FILE, "4096 experts" },
             { "Qwen3MoeForCausalLM", "\"moe_intermediate_size\": 0", LLMPAR_BAD_FILE, "\"moe_intermediate_size\" is 0" },
             { "Qwen3MoeForCausalLM", "\"norm_topk_prob\": 1", LLMPAR_BAD_FILE, "expected true or false" },
             { "Qwen3MoeForCausalLM", "\"decoder_sparse_step\": 0", LLMPAR_BAD_FILE, "\"decoder_sparse_step\" is 0" },
             { "Qwen3MoeForCausalLM", "\"mlp_only_layers\": 1", LLMPAR_BAD_FILE, "expected null or a list of layers" },
-            { "Qwen3MoeForCausalLM", "\"mlp_only_layers\": [0, -1]", LLMPAR_BAD_FILE, "\"mlp_only_layers\" is -1" },
+            { "Qwen3MoeForCausalLM", "\"mlp_only_layers\": [0, -1]", LLMPAR_BAD_FILE, "\"mlp_only_layers\" is -1; expected" },
             { "Qwen3MoeForCausalLM", "\"mlp_only_layers\": [\"0\"]", LLMPAR_BAD_FILE, "expected layers, from 0" },
             { "Qwen2MoeForCausalLM", "\"num_key_value_heads\": 2, \"shared_expert_intermediate_size\": 0", LLMPAR_BAD_FILE, "\"shared_expert_intermediate_size\" is 0" },
             { "Qwen2MoeForCausalLM", "\"num_key_value_heads\": 2, \"qkv_bias\": 3", LLMPAR_BAD_FILE, "expected true or false" },
@@ -379,6 +379,11 @@ static void bad_configs(void) {
         { "\"hidden_size\": 64", LLMPAR_BAD_FILE, "\"hidden_size\" comes twice" },
         { "\"head_dim\": 8.5", LLMPAR_BAD_FILE, "\"head_dim\" is 8.5" },
         { "\"head_dim\": \"8\"", LLMPAR_BAD_FILE, "expected an integer from 1 to 2147483647" },
+        { "\"head_dim\": \"8, }\"", LLMPAR_BAD_FILE, "\"head_dim\" is \"8, }\"; expected an integer" },      // the value, and nothing that follows it
+        { "\"head_dim\": [8, {\"x\": \"}]\"}] , \"y\": 1", LLMPAR_BAD_FILE, "\"head_dim\" is [8, {\"x\": \"}]\"}]; expected an integer" },
+        { "\"head_dim\": \"1234567890123456789012345678901234567890\"", LLMPAR_BAD_FILE, "\"head_dim\" is \"123456789012345678901234567890123456789; expected" },   // 40 bytes of it
+        { "\"head_dim\": true}", LLMPAR_BAD_FILE, "expected the end" },
+        { "\"head_dim\": null, \"partial_rotary_factor\": 0.5 , \"y\": 1", LLMPAR_UNSUPPORTED, "\"partial_rotary_factor\" is 0.5; only 1" },
         { "\"head_dim\": -8", LLMPAR_BAD_FILE, "\"head_dim\" is -8" },
         { "\"head_dim\": 99999999999999999999", LLMPAR_BAD_FILE, "\"head_dim\" is 99999999999999999999" },
         { "\"max_position_embeddings\": 0", LLMPAR_BAD_FILE, "\"max_position_embeddings\" is 0" },
