@@ -9943,6 +9943,7 @@ LLMPARI_FN void llmpari_solver_reset(llmpari_solver *s) {
     llmpar_arena_free(&s->scratch);
     llmpar_arena_free(&s->lasting);
     s->n_classes = s->n_factors = 0;
+    s->stored = NULL;
     s->retain = false;
 }
 
