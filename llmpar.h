@@ -7799,7 +7799,22 @@ LLMPARI_FN double llmpari_op_seconds(const llmpari_enumeration *e, double operan
     return llmpar_local_seconds(&e->s->hardware, flops, bytes);
 }
 
-// Tokens to their experts' ranks and results back: how many go where, then two AllToAll of a row of H for every rank that a token is sent to.
+// Rows that come back to a token from a rank of its experts, at most: their sum or, in an invariant graph, its pieces.
+LLMPARI_FN int32_t llmpari_experts_pieces(const llmpari_enumeration *e) {
+    const llmpar_graph *g = e->s->g;
+    llmpar_tensor gate = g->node[g->op[e->op].in[2]].tensor;
+    llmpar_range piece[LLMPAR_TREE_PIECES];
+    int32_t most = 1;
+    gate.sharding = llmpari_operand_sharding(e, 2);
+    for (int32_t rank = 0; g->invariant && rank < llmpar_mesh_size(&g->mesh); rank++) {
+        const int32_t n = llmpar_tree_pieces(gate.dim[0].size, llmpar_tensor_local(&gate, &g->mesh, rank, 0), piece);
+        most = n > most ? n : most;
+    }
+    return most;
+}
+
+// Tokens to their experts' ranks and results back: how many go where, then an AllToAll of a row of H, k ids and k weights (4 bytes each) for every rank that a token is
+// sent to, and one of the rows that come back.
 LLMPARI_FN llmpar_axes llmpari_experts_inner(const llmpari_enumeration *e, double *seconds) {
     const llmpar_op *op = &e->s->g->op[e->op];
     const llmpar_mesh *mesh = &e->s->g->mesh;
@@ -7808,9 +7823,10 @@ LLMPARI_FN llmpar_axes llmpari_experts_inner(const llmpari_enumeration *e, doubl
     const llmpari_experts_load load = llmpari_experts_load_of(e);
     const int32_t ranks = llmpar_mesh_group_size(mesh, axes);
     const llmpar_tensor *x = &e->s->g->node[op->in[0]].tensor;
-    const double bytes = load.tokens / ranks * load.away * (double)(x->dim[op->dim].size * llmpar_dtype_bytes(x->dtype));
+    const double row = (double)(x->dim[op->dim].size * llmpar_dtype_bytes(x->dtype)), sent = load.tokens / ranks * load.away;
+    const double bytes[2] = { sent * (row + 8.0 * op->experts.route.k), sent * row * llmpari_experts_pieces(e) };
     *seconds += llmpar_collective_cost(mesh, &e->s->hardware, LLMPAR_ALL_GATHER, axes, 4 * (int64_t)ranks * ranks).seconds;
-    *seconds += 2 * llmpar_collective_cost(mesh, &e->s->hardware, LLMPAR_ALL_TO_ALL, axes, bytes < 1e18 ? (int64_t)bytes : INT64_MAX / 2).seconds;
+    for (int i = 0; i < 2; i++) *seconds += llmpar_collective_cost(mesh, &e->s->hardware, LLMPAR_ALL_TO_ALL, axes, bytes[i] < 1e18 ? (int64_t)bytes[i] : INT64_MAX / 2).seconds;
     return axes;
 }
 

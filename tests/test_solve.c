@@ -593,6 +593,51 @@ static void memory(void) {
     }
 }
 
+// One op of experts, 2 a token: tokens and experts over the same ranks (axis ep), or all of it free.
+static void experts_graph(const char *mesh, const char *sizes, bool pinned) {
+    llmpar_experts_desc desc = LLMPAR_ZERO;
+    start(mesh, sizes);
+    desc.route.k = 2;
+    int x = llmpar_input(&g, pinned ? "x[T_ep, H]" : "x[T, H]?"), logits = llmpar_input(&g, pinned ? "logits[T_ep, E]" : "logits[T, E]?");
+    int gate = llmpar_weight(&g, pinned ? "gate[E_ep, J, H]" : "gate[E, J, H]?"), up = llmpar_weight(&g, pinned ? "up[E_ep, J, H]" : "up[E, J, H]?");
+    int down = llmpar_weight(&g, pinned ? "down[E_ep, H, J]" : "down[E, H, J]?");
+    if (pinned) desc.way = LLMPAR_EXPERTS_ALLTOALL;
+    llmpar_output(&g, llmpar_experts(&g, x, logits, gate, up, down, &desc), pinned ? "y[T_ep, H]" : "y");
+}
+
+static void experts(void) {
+    TEST("tokens that are sent: a row of H, ids and weights go, a row of H comes back; in an invariant graph as many as a rank's experts have pieces") {
+        for (int invariant = 0; invariant < 2; invariant++) {
+            // 6 experts on 4 ranks: 2 2 1 1, so a rank gets a token with probability 1 - (2/3)^2; the tree's pieces of [0, 2), [2, 4), [4, 5), [5, 6): one each; on 2 ranks [0, 3): 2.
+            for (int ranks = 2; ranks <= 4; ranks += 2) {
+                const double most = ranks == 2 ? 3 : 2, sent = 240.0 / ranks * (ranks * (1 - (1 - most / 6) * (1 - most / 6))), back = invariant && ranks == 2 ? 2 : 1;
+                char mesh[8];
+                sprintf(mesh, "ep=%d", ranks);
+                experts_graph(mesh, "T=240,H=16,J=8,E=6", true);
+                g.invariant = invariant != 0;
+                bytes_only(LLMPAR_LINK_SWITCH);
+                if (!solve()) continue;
+                const double through = (ranks - 1.0) / ranks / 1e9, away = sent * (16 + 2 * 2) * 4 * through, home = sent * 16 * back * 4 * through, counts = 4.0 * ranks * ranks * through;
+                CHECK_NEAR(plan.seconds, away + home + counts, 2e-9);        // whole bytes
+            }
+        }
+    }
+    TEST("experts with free weights on three axes under a memory limit: the search ends, and the plan fits") {
+        const double part[] = { 0.9, 0.5, 0.2 };
+        int64_t all = 0;
+        double before = 0;
+        for (int i = -1; i < 3; i++) {
+            experts_graph("dp=2,tp=2,ep=2", "T=256,H=256,J=512,E=8", false);
+            hardware.memory_bytes = i < 0 ? 0 : (int64_t)(part[i] * (double)all);
+            if (!solve()) continue;
+            const int64_t bytes = plan.weight_bytes + plan.cache_bytes + plan.activation_bytes;
+            if (i < 0) all = bytes; else CHECK(bytes <= hardware.memory_bytes);
+            CHECK(plan.seconds >= before && plan.least_seconds == plan.seconds);       // less memory takes no less time
+            before = plan.seconds;
+        }
+    }
+}
+
 int main(void) {
     matmuls();
     vocabulary();
@@ -600,6 +645,7 @@ int main(void) {
     blocks();
     explaining();
     memory();
+    experts();
     llmpar_arena_free(&arena);
     return test_done();
 }
