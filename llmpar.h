@@ -697,7 +697,7 @@ typedef struct llmpar_node {       // one tensor of a graph
 
 typedef enum llmpar_activation { LLMPAR_SILU = 0, LLMPAR_GELU, LLMPAR_GELU_TANH, LLMPAR_RELU, LLMPAR_EXP, LLMPAR_SQUARE, LLMPAR_NEGATE, LLMPAR_SIGMOID } llmpar_activation;
 
-// How the experts that several ranks hold together get their tokens. A way that is asked for also leaves pinned experts where they are: their weights are not gathered.
+// How the experts that several ranks hold together get their tokens. A way that is asked for also leaves pinned experts where they are: their weights are not moved.
 typedef enum llmpar_experts_way {
     LLMPAR_EXPERTS_AUTO = 0,       // the cheaper one
     LLMPAR_EXPERTS_PARTIAL,        // every rank has all tokens and computes its experts' share of each: partial sums
@@ -7971,12 +7971,13 @@ LLMPARI_FN void llmpari_strategy_add(llmpari_enumeration *e) {
         int32_t state = llmpari_state_find(space, &sharding);
         if (state < 0) return;
         if (own && s->g->node[node].pinned) moved += e->weight_cost[slot][state];
+        if (own && s->g->node[node].pinned && op->kind == LLMPAR_OP_EXPERTS && op->experts.way != LLMPAR_EXPERTS_AUTO && !llmpari_is_pin(s, node, &sharding)) return;
         *(out ? &out_bytes : &bytes) += (double)space->local_bytes[state];
         fresh.state[out ? LLMPARI_OUT : slot] = (int16_t)state;
         if (out && op->kind == LLMPAR_OP_OUTPUT &&
             (s->g->node[node].pinned ? !llmpari_is_pin(s, node, &sharding) : llmpar_sharding_partial(&sharding) != 0)) return;
     }
-    if (moved == INFINITY || (moved > 0 && op->kind == LLMPAR_OP_EXPERTS && op->experts.way != LLMPAR_EXPERTS_AUTO)) return;
+    if (moved == INFINITY) return;
     for (int i = 0; i < 2; i++)
         if (op->cache[i] >= 0) {
             llmpar_sharding sharding = llmpari_operand_sharding(e, op->n_in + 1);
