@@ -7461,6 +7461,7 @@ LLMPAR_DEF llmpar_status llmpar_place_route(const llmpar_placement *placement, c
 #define LLMPARI_MAX_SCOPE     12
 #define LLMPARI_MAX_CONSUMERS 8
 #define LLMPARI_MAX_TOGETHER  32            // tables that are joined at a time
+#define LLMPARI_BUCKETS       1024
 #define LLMPARI_TABLE_ENTRIES (4 << 20)     // a table larger than this (32 MiB) is refused
 
 typedef struct llmpari_class {     // tensors with the same dims share states and moves
@@ -7557,6 +7558,7 @@ typedef struct llmpari_solver {
     llmpari_op_info *info;         // [op]
     llmpari_strategies draft;      // an op's strategies while they are found
     llmpari_strategies ways[2];    // one joint strategy with its own weights stored in different ways
+    int32_t       *newest;         // [LLMPARI_BUCKETS]: the draft's last strategy of a hash of bus states, or -1
     llmpari_bus   *bus;            // [node]
     llmpari_table *tables;         // all that are alive
     llmpari_table *factor[64];     // tables without rows, and with a scope
@@ -7683,7 +7685,6 @@ typedef struct llmpari_enumeration {
     int32_t choices[LLMPAR_MAX_CHOICES], n_choices;   // the choices in play
     int32_t stored[LLMPAR_MAX_OPERANDS];              // state in which a weight of its own is stored; -1 = as it is wanted
     double *weight_cost[LLMPAR_MAX_OPERANDS];         // by state, for pinned weights of the op's own; by pair of states for free ones under a memory limit
-    int32_t *newest;                                  // [LLMPARI_BUCKETS]: the strategy that was kept last among those of one hash of bus states, or -1
     llmpar_status status;
 } llmpari_enumeration;
 
@@ -7875,7 +7876,6 @@ LLMPARI_FN void llmpari_strategies_append(llmpari_enumeration *e, llmpari_strate
 }
 
 // Keeps a strategy, unless one with the same states on the buses is at least as good; those that it beats fall out: the first gives it its place, others lose their result's state.
-#define LLMPARI_BUCKETS 4096
 LLMPARI_FN void llmpari_strategy_keep(llmpari_enumeration *e, llmpari_strategy *fresh) {
     llmpari_solver *s = e->s;
     const llmpari_op_info *info = &s->info[e->op];
@@ -7884,7 +7884,7 @@ LLMPARI_FN void llmpari_strategy_keep(llmpari_enumeration *e, llmpari_strategy *
     bool placed = false;
     for (int k = 0; k < n_in; k++)
         if (info->bus[k]) key = key * 0x100000001b3u + (uint64_t)fresh->state[k];
-    int32_t *newest = &e->newest[llmpari_hash(key) % LLMPARI_BUCKETS];
+    int32_t *newest = &s->newest[llmpari_hash(key) % LLMPARI_BUCKETS];
     for (int32_t *at = newest, i = *at; i >= 0 && info->n_bus < n_in; i = *at) {
         llmpari_strategy *old = &s->draft.at[i];
         bool same = old->state[LLMPARI_OUT] == fresh->state[LLMPARI_OUT];
@@ -8203,9 +8203,7 @@ LLMPARI_FN llmpar_status llmpari_op_strategies(llmpari_solver *s, int id) {
             LLMPARI_TRY(llmpari_distances(space, NULL, space->n_states, e.weight_cost[slot], &s->scratch, s->err));
         }
     }
-    e.newest = (int32_t *)llmpar_arena_alloc(&s->scratch, LLMPARI_BUCKETS * sizeof *e.newest);
-    if (!e.newest) return LLMPARI_FAIL(s->err, LLMPAR_NO_MEMORY, "no memory to find strategies");
-    for (int i = 0; i < LLMPARI_BUCKETS; i++) e.newest[i] = -1;
+    for (int i = 0; i < LLMPARI_BUCKETS; i++) s->newest[i] = -1;
     s->draft.n = 0;
     llmpari_enumerate(&e, 0);
     LLMPARI_TRY(e.status);
@@ -9460,7 +9458,8 @@ LLMPARI_FN llmpar_status llmpari_solver_init(llmpari_solver *s) {
     s->open_slots = (int32_t         *)llmpar_arena_alloc(&s->scratch, ops * sizeof *s->open_slots);
     s->below      = (llmpari_table  **)llmpar_arena_alloc(&s->scratch, ops * sizeof *s->below);
     s->choice     = (int32_t         *)llmpar_arena_alloc(&s->scratch, ops * sizeof *s->choice);
-    if (!s->classes || !s->class_of || !s->n_uses || !s->bus || !s->info || !s->open_slots || !s->below || !s->choice)
+    s->newest     = (int32_t         *)llmpar_arena_alloc(&s->scratch, LLMPARI_BUCKETS * sizeof *s->newest);
+    if (!s->classes || !s->class_of || !s->n_uses || !s->bus || !s->info || !s->open_slots || !s->below || !s->choice || !s->newest)
         return LLMPARI_FAIL(s->err, LLMPAR_NO_MEMORY, "no memory to plan %d ops", (int)g->n_ops);
     s->tau = -1;
     memset(&s->draft, 0, sizeof s->draft);

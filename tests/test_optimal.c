@@ -2519,5 +2519,6 @@ int main(void) {
     run("experts, one axis",  (recipe){ 1, 4, 1, 3, 0, 0, 0, 0, 1 }, check_graph, 150, 10000);
     run("experts, two axes",  (recipe){ 1, 2, 2, 3, 0, 0, 0, 0, 1 }, check_graph, 40, 3000);
     run("experts and a memory limit, one axis", (recipe){ 1, 2, 1, 3, 0, 0, 0, 0, 1 }, check_fit, 60, 5000);
+    run("experts and a memory limit, two axes", (recipe){ 1, 1, 2, 2, 0, 0, 0, 0, 1 }, check_fit, 12, 300);
     return test_done();
 }
