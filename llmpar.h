@@ -697,7 +697,7 @@ typedef struct llmpar_node {       // one tensor of a graph
 
 typedef enum llmpar_activation { LLMPAR_SILU = 0, LLMPAR_GELU, LLMPAR_GELU_TANH, LLMPAR_RELU, LLMPAR_EXP, LLMPAR_SQUARE, LLMPAR_NEGATE, LLMPAR_SIGMOID } llmpar_activation;
 
-// How the experts that several ranks hold together get their tokens. A way that is asked for also leaves pinned experts where they are: their weights are not moved.
+// How the experts that several ranks hold together get their tokens. A way that is asked for also leaves pinned experts where they are: their weights are not gathered.
 typedef enum llmpar_experts_way {
     LLMPAR_EXPERTS_AUTO = 0,       // the cheaper one
     LLMPAR_EXPERTS_PARTIAL,        // every rank has all tokens and computes its experts' share of each: partial sums
