@@ -7510,6 +7510,7 @@ LLMPAR_DEF llmpar_status llmpar_place_route(const llmpar_placement *placement, c
 #define LLMPARI_MAX_SCOPE     12
 #define LLMPARI_MAX_CONSUMERS 8
 #define LLMPARI_MAX_TOGETHER  32            // tables that are joined at a time
+#define LLMPARI_BUCKETS       1024
 #define LLMPARI_TABLE_ENTRIES (4 << 20)     // a table larger than this (32 MiB) is refused
 
 typedef struct llmpari_class {     // tensors with the same dims share states and moves
@@ -7539,7 +7540,10 @@ typedef struct llmpari_strategy {
     int16_t state[LLMPAR_MAX_OPERANDS + 1];   // operands on a bus, then the output; for weights of its own the state they are stored in
     int8_t  choice[LLMPAR_MAX_AXES];          // per axis, into the op's choices
     int8_t  order[LLMPAR_MAX_AXES], owner_order[LLMPAR_MAX_AXES];
+    int32_t next;                  // while strategies are found: the one before of the same hash, or -1
 } llmpari_strategy;
+
+typedef struct llmpari_strategies { llmpari_strategy *at; int32_t n, capacity; } llmpari_strategies;   // grows
 
 // Variables of an op: the state wanted of operand k (0 .. 4), the state of its result, its whole strategy. Ascending by op.
 #define LLMPARI_VAR(op, kind) ((op) * 8 + (kind))
@@ -7601,8 +7605,9 @@ typedef struct llmpari_solver {
     int32_t       *class_of;       // [node]
     int32_t       *n_uses;         // [node], operands
     llmpari_op_info *info;         // [op]
-    llmpari_strategy *draft;       // room for an op's strategies while they are found
-    int32_t        n_draft;
+    llmpari_strategies draft;      // an op's strategies while they are found
+    llmpari_strategies ways[2];    // one joint strategy with its own weights stored in different ways
+    int32_t       *newest;         // [LLMPARI_BUCKETS]: the draft's last strategy of a hash of bus states, or -1
     llmpari_bus   *bus;            // [node]
     llmpari_table *tables;         // all that are alive
     llmpari_table *factor[64];     // tables without rows, and with a scope
@@ -7728,7 +7733,7 @@ typedef struct llmpari_enumeration {
     int8_t  choice[LLMPAR_MAX_AXES];
     int32_t choices[LLMPAR_MAX_CHOICES], n_choices;   // the choices in play
     int32_t stored[LLMPAR_MAX_OPERANDS];              // state in which a weight of its own is stored; -1 = as it is wanted
-    double *weight_cost[LLMPAR_MAX_OPERANDS];         // by state, for pinned weights of the op's own
+    double *weight_cost[LLMPAR_MAX_OPERANDS];         // by state, for pinned weights of the op's own; by pair of states for free ones under a memory limit
     llmpar_status status;
 } llmpari_enumeration;
 
@@ -7844,7 +7849,22 @@ LLMPARI_FN double llmpari_op_seconds(const llmpari_enumeration *e, double operan
     return llmpar_local_seconds(&e->s->hardware, flops, bytes);
 }
 
-// Tokens to their experts' ranks and results back: how many go where, then two AllToAll of a row of H for every rank that a token is sent to.
+// Rows that come back to a token from a rank of its experts, at most: their sum or, in an invariant graph, its pieces.
+LLMPARI_FN int32_t llmpari_experts_pieces(const llmpari_enumeration *e) {
+    const llmpar_graph *g = e->s->g;
+    llmpar_tensor gate = g->node[g->op[e->op].in[2]].tensor;
+    llmpar_range piece[LLMPAR_TREE_PIECES];
+    int32_t most = 1;
+    gate.sharding = llmpari_operand_sharding(e, 2);
+    for (int32_t rank = 0; g->invariant && rank < llmpar_mesh_size(&g->mesh); rank++) {
+        const int32_t n = llmpar_tree_pieces(gate.dim[0].size, llmpar_tensor_local(&gate, &g->mesh, rank, 0), piece);
+        most = n > most ? n : most;
+    }
+    return most;
+}
+
+// Tokens to their experts' ranks and results back: how many go where, then an AllToAll of a row of H, k ids and k weights (4 bytes each) for every rank that a token is
+// sent to, and one of the rows that come back.
 LLMPARI_FN llmpar_axes llmpari_experts_inner(const llmpari_enumeration *e, double *seconds) {
     const llmpar_op *op = &e->s->g->op[e->op];
     const llmpar_mesh *mesh = &e->s->g->mesh;
@@ -7853,9 +7873,10 @@ LLMPARI_FN llmpar_axes llmpari_experts_inner(const llmpari_enumeration *e, doubl
     const llmpari_experts_load load = llmpari_experts_load_of(e);
     const int32_t ranks = llmpar_mesh_group_size(mesh, axes);
     const llmpar_tensor *x = &e->s->g->node[op->in[0]].tensor;
-    const double bytes = load.tokens / ranks * load.away * (double)(x->dim[op->dim].size * llmpar_dtype_bytes(x->dtype));
+    const double row = (double)(x->dim[op->dim].size * llmpar_dtype_bytes(x->dtype)), sent = load.tokens / ranks * load.away;
+    const double bytes[2] = { sent * (row + 8.0 * op->experts.route.k), sent * row * llmpari_experts_pieces(e) };
     *seconds += llmpar_collective_cost(mesh, &e->s->hardware, LLMPAR_ALL_GATHER, axes, 4 * (int64_t)ranks * ranks).seconds;
-    *seconds += 2 * llmpar_collective_cost(mesh, &e->s->hardware, LLMPAR_ALL_TO_ALL, axes, bytes < 1e18 ? (int64_t)bytes : INT64_MAX / 2).seconds;
+    for (int i = 0; i < 2; i++) *seconds += llmpar_collective_cost(mesh, &e->s->hardware, LLMPAR_ALL_TO_ALL, axes, bytes[i] < 1e18 ? (int64_t)bytes[i] : INT64_MAX / 2).seconds;
     return axes;
 }
 
@@ -7886,51 +7907,90 @@ LLMPARI_FN bool llmpari_index_allowed(const llmpari_solver *s, const llmpar_op *
     return true;
 }
 
-// Keeps a strategy, unless one with the same states is at least as good: only the cheapest matters, and under a memory limit the smallest too.
-LLMPARI_FN void llmpari_strategy_keep(llmpari_enumeration *e, const llmpari_strategy *fresh) {
-    llmpari_solver *s = e->s;
-    llmpari_op_info *info = &s->info[e->op];
-    for (int i = 0; i < info->n_strategies && info->n_bus < s->g->op[e->op].n_in; i++) {
-        llmpari_strategy *old = &info->strategy[i];
-        bool same = old->state[LLMPARI_OUT] == fresh->state[LLMPARI_OUT];
-        for (int k = 0; k < s->g->op[e->op].n_in; k++) same = same && (!info->bus[k] || old->state[k] == fresh->state[k]);
-        if (!same) continue;
-        if (old->seconds <= fresh->seconds && (!s->limit_bytes || (old->bytes <= fresh->bytes && old->gathered <= fresh->gathered))) return;
-        if (fresh->seconds <= old->seconds && (!s->limit_bytes || (fresh->bytes <= old->bytes && fresh->gathered <= old->gathered))) { *old = *fresh; return; }
-    }
-    if (info->n_strategies == s->n_draft) {
-        int32_t more = s->n_draft ? 2 * s->n_draft : 64;
-        llmpari_strategy *grown = (llmpari_strategy *)llmpar_arena_alloc(&s->scratch, (size_t)more * sizeof *grown);
-        if (!grown) { e->status = LLMPARI_FAIL(s->err, LLMPAR_NO_MEMORY, "no memory for %d strategies", (int)more); return; }
-        if (info->n_strategies) memcpy(grown, s->draft, (size_t)info->n_strategies * sizeof *grown);
-        info->strategy = s->draft = grown;
-        s->n_draft = more;
-    }
-    info->strategy[info->n_strategies++] = *fresh;
+// Is a at least as good as b, whatever else is chosen? Only the cheapest matters, and under a memory limit the smallest too.
+LLMPARI_FN bool llmpari_no_worse(const llmpari_solver *s, const llmpari_strategy *a, const llmpari_strategy *b) {
+    return a->seconds <= b->seconds && (!s->limit_bytes || (a->bytes <= b->bytes && a->gathered <= b->gathered));
 }
 
-// A free weight of the op's own may be stored finer than it is wanted and gathered on use: worth it only when memory is short. Goes through the ways, slot by slot.
-LLMPARI_FN void llmpari_strategy_store(llmpari_enumeration *e, llmpari_strategy *fresh, int slot) {
+LLMPARI_FN void llmpari_strategies_append(llmpari_enumeration *e, llmpari_strategies *list, const llmpari_strategy *fresh) {
+    if (list->n == list->capacity) {
+        int32_t more = list->capacity ? 2 * list->capacity : 64;
+        llmpari_strategy *grown = (llmpari_strategy *)llmpar_arena_alloc(&e->s->scratch, (size_t)more * sizeof *grown);
+        if (!grown) { e->status = LLMPARI_FAIL(e->s->err, LLMPAR_NO_MEMORY, "no memory for %d strategies", (int)more); return; }
+        if (list->n) memcpy(grown, list->at, (size_t)list->n * sizeof *grown);
+        list->at = grown;
+        list->capacity = more;
+    }
+    list->at[list->n++] = *fresh;
+}
+
+// Keeps a strategy, unless one with the same states on the buses is at least as good; those that it beats fall out: the first gives it its place, others lose their result's state.
+LLMPARI_FN void llmpari_strategy_keep(llmpari_enumeration *e, llmpari_strategy *fresh) {
+    llmpari_solver *s = e->s;
+    const llmpari_op_info *info = &s->info[e->op];
+    const int n_in = s->g->op[e->op].n_in;
+    uint64_t key = (uint64_t)fresh->state[LLMPARI_OUT];
+    bool placed = false;
+    for (int k = 0; k < n_in; k++)
+        if (info->bus[k]) key = key * 0x100000001b3u + (uint64_t)fresh->state[k];
+    int32_t *newest = &s->newest[llmpari_hash(key) % LLMPARI_BUCKETS];
+    for (int32_t *at = newest, i = *at; i >= 0 && info->n_bus < n_in; i = *at) {
+        llmpari_strategy *old = &s->draft.at[i];
+        bool same = old->state[LLMPARI_OUT] == fresh->state[LLMPARI_OUT];
+        for (int k = 0; k < n_in; k++) same = same && (!info->bus[k] || old->state[k] == fresh->state[k]);
+        if (same && !placed && llmpari_no_worse(s, old, fresh)) return;
+        if (!same || !llmpari_no_worse(s, fresh, old)) { at = &old->next; continue; }
+        if (placed) { old->state[LLMPARI_OUT] = -1; *at = old->next; continue; }
+        placed = true;
+        fresh->next = old->next;
+        *old = *fresh;
+        at = &old->next;
+    }
+    if (placed) return;
+    fresh->next = *newest;
+    *newest = s->draft.n;
+    llmpari_strategies_append(e, &s->draft, fresh);
+}
+
+// Adds a joint strategy with its weights stored in one more way, unless another way is at least as good. Those that it beats fall out.
+LLMPARI_FN void llmpari_way_keep(llmpari_enumeration *e, llmpari_strategies *ways, const llmpari_strategy *fresh) {
+    int32_t n = 0;
+    for (int32_t i = 0; i < ways->n; i++)
+        if (llmpari_no_worse(e->s, &ways->at[i], fresh)) return;
+    for (int32_t i = 0; i < ways->n; i++)
+        if (!llmpari_no_worse(e->s, fresh, &ways->at[i])) ways->at[n++] = ways->at[i];
+    ways->n = n;
+    llmpari_strategies_append(e, ways, fresh);
+}
+
+// A free weight of the op's own may be stored finer than it is wanted and gathered on use: worth it only when memory is short. Goes through the ways slot by slot: what
+// a weight adds in bytes and seconds does not depend on the others, so that a way that another one beats stays beaten.
+LLMPARI_FN void llmpari_strategy_store(llmpari_enumeration *e, const llmpari_strategy *fresh) {
     llmpari_solver *s = e->s;
     const llmpar_op *op = &s->g->op[e->op];
-    while (slot < op->n_in && s->info[e->op].bus[slot]) slot++;
-    if (slot == op->n_in) { llmpari_strategy_keep(e, fresh); return; }
-    const llmpari_space *space = &llmpari_class_of(s, op->in[slot])->space;
-    llmpari_strategy as_is = *fresh;
-    int32_t wanted = fresh->state[slot], n = space->n_states;
-    if (s->g->node[op->in[slot]].pinned) as_is.state[slot] = (int16_t)llmpari_state_find(space, &s->g->node[op->in[slot]].tensor.sharding);
-    as_is.bytes += (double)space->local_bytes[as_is.state[slot]];
-    if (as_is.state[slot] != wanted) as_is.gathered += (double)space->local_bytes[wanted];
-    llmpari_strategy_store(e, &as_is, slot + 1);
-    for (int32_t v = 0; v < n && s->limit_bytes && !s->g->node[op->in[slot]].pinned; v++) {
-        if (space->local_bytes[v] >= space->local_bytes[wanted] || e->weight_cost[slot][v * n + wanted] == INFINITY) continue;
-        llmpari_strategy finer = *fresh;
-        finer.state[slot] = (int16_t)v;
-        finer.bytes    += (double)space->local_bytes[v];
-        finer.gathered += (double)space->local_bytes[wanted];
-        finer.seconds  += e->weight_cost[slot][v * n + wanted];
-        llmpari_strategy_store(e, &finer, slot + 1);
+    llmpari_strategies *ways = &s->ways[0], *longer = &s->ways[1], *swap;
+    ways->n = 0;
+    llmpari_strategies_append(e, ways, fresh);
+    for (int slot = 0; slot < op->n_in && !e->status; slot++) {
+        if (s->info[e->op].bus[slot]) continue;
+        const llmpari_space *space = &llmpari_class_of(s, op->in[slot])->space;
+        const bool pinned = s->g->node[op->in[slot]].pinned;
+        const int32_t wanted = fresh->state[slot], as_is = pinned ? llmpari_state_find(space, &s->g->node[op->in[slot]].tensor.sharding) : wanted, n = space->n_states;
+        longer->n = 0;
+        for (int32_t i = 0; i < ways->n; i++)
+            for (int32_t v = -1; v < (s->limit_bytes && !pinned ? n : 0); v++) {          // -1: as it is pinned or wanted
+                llmpari_strategy way = ways->at[i];
+                const int32_t stored = v < 0 ? as_is : v;
+                if (v >= 0 && (space->local_bytes[v] >= space->local_bytes[wanted] || e->weight_cost[slot][v * n + wanted] == INFINITY)) continue;
+                way.state[slot] = (int16_t)stored;
+                way.bytes += (double)space->local_bytes[stored];
+                if (stored != wanted) way.gathered += (double)space->local_bytes[wanted];
+                if (v >= 0) way.seconds += e->weight_cost[slot][v * n + wanted];
+                llmpari_way_keep(e, longer, &way);
+            }
+        swap = ways; ways = longer; longer = swap;
     }
+    for (int32_t i = 0; i < ways->n && !e->status; i++) llmpari_strategy_keep(e, &ways->at[i]);
 }
 
 // All axes that split the experts do it in one way; where tokens are to be sent and there are any to split, none splits the experts in the other.
@@ -7960,12 +8020,13 @@ LLMPARI_FN void llmpari_strategy_add(llmpari_enumeration *e) {
         int32_t state = llmpari_state_find(space, &sharding);
         if (state < 0) return;
         if (own && s->g->node[node].pinned) moved += e->weight_cost[slot][state];
+        if (own && s->g->node[node].pinned && op->kind == LLMPAR_OP_EXPERTS && op->experts.way != LLMPAR_EXPERTS_AUTO && !llmpari_is_pin(s, node, &sharding)) return;
         *(out ? &out_bytes : &bytes) += (double)space->local_bytes[state];
         fresh.state[out ? LLMPARI_OUT : slot] = (int16_t)state;
         if (out && op->kind == LLMPAR_OP_OUTPUT &&
             (s->g->node[node].pinned ? !llmpari_is_pin(s, node, &sharding) : llmpar_sharding_partial(&sharding) != 0)) return;
     }
-    if (moved == INFINITY || (moved > 0 && op->kind == LLMPAR_OP_EXPERTS && op->experts.way != LLMPAR_EXPERTS_AUTO)) return;
+    if (moved == INFINITY) return;
     for (int i = 0; i < 2; i++)
         if (op->cache[i] >= 0) {
             llmpar_sharding sharding = llmpari_operand_sharding(e, op->n_in + 1);
@@ -7987,7 +8048,7 @@ LLMPARI_FN void llmpari_strategy_add(llmpari_enumeration *e) {
         for (int k = 0; owner >= 0 && k < e->on_index[owner]; k++)
             if (e->list[owner][k] == a) fresh.owner_order[a] = (int8_t)k;
     }
-    llmpari_strategy_store(e, &fresh, 0);
+    llmpari_strategy_store(e, &fresh);
 }
 
 LLMPARI_FN void llmpari_enumerate(llmpari_enumeration *e, int i);
@@ -8191,10 +8252,16 @@ LLMPARI_FN llmpar_status llmpari_op_strategies(llmpari_solver *s, int id) {
             LLMPARI_TRY(llmpari_distances(space, NULL, space->n_states, e.weight_cost[slot], &s->scratch, s->err));
         }
     }
-    info->strategy = s->draft;
+    for (int i = 0; i < LLMPARI_BUCKETS; i++) s->newest[i] = -1;
+    s->draft.n = 0;
     llmpari_enumerate(&e, 0);
     LLMPARI_TRY(e.status);
-    for (int i = 0; i < info->n_strategies; i++) info->strategy[i].cost = info->strategy[i].seconds;
+    info->strategy = s->draft.at;
+    for (int32_t i = 0; i < s->draft.n; i++) {
+        llmpari_strategy *strategy = &s->draft.at[i];
+        strategy->cost = strategy->seconds;
+        if (strategy->state[LLMPARI_OUT] >= 0) info->strategy[info->n_strategies++] = *strategy;
+    }
     if (!info->n_strategies)
         return LLMPARI_FAIL(s->err, LLMPAR_DOES_NOT_FIT, "no legal strategy for %s: the pins on its operands or caches exclude each other", s->g->node[op->out].tensor.name);
     LLMPARI_TRY(llmpari_op_sort(s, id));
@@ -9440,11 +9507,12 @@ LLMPARI_FN llmpar_status llmpari_solver_init(llmpari_solver *s) {
     s->open_slots = (int32_t         *)llmpar_arena_alloc(&s->scratch, ops * sizeof *s->open_slots);
     s->below      = (llmpari_table  **)llmpar_arena_alloc(&s->scratch, ops * sizeof *s->below);
     s->choice     = (int32_t         *)llmpar_arena_alloc(&s->scratch, ops * sizeof *s->choice);
-    if (!s->classes || !s->class_of || !s->n_uses || !s->bus || !s->info || !s->open_slots || !s->below || !s->choice)
+    s->newest     = (int32_t         *)llmpar_arena_alloc(&s->scratch, LLMPARI_BUCKETS * sizeof *s->newest);
+    if (!s->classes || !s->class_of || !s->n_uses || !s->bus || !s->info || !s->open_slots || !s->below || !s->choice || !s->newest)
         return LLMPARI_FAIL(s->err, LLMPAR_NO_MEMORY, "no memory to plan %d ops", (int)g->n_ops);
     s->tau = -1;
-    s->draft   = NULL;
-    s->n_draft = 0;
+    memset(&s->draft, 0, sizeof s->draft);
+    memset(s->ways, 0, sizeof s->ways);
     for (int o = 0; o < g->n_ops; o++)
         for (int i = 0; i < g->op[o].n_in; i++) s->n_uses[g->op[o].in[i]]++;
     for (int node = 0; node < g->n_nodes; node++) {
@@ -9940,6 +10008,7 @@ LLMPARI_FN void llmpari_solver_reset(llmpari_solver *s) {
     llmpar_arena_free(&s->scratch);
     llmpar_arena_free(&s->lasting);
     s->n_classes = s->n_factors = 0;
+    s->stored = NULL;
     s->retain = false;
 }
 

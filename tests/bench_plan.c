@@ -18,29 +18,32 @@ typedef struct bench_case {
     int64_t batch, seq, context, layers;   // layers 0 = the model's
     bool    pinned;
     double  goal_ms, goal_mb;              // 0 = no goal
+    int64_t memory;                        // limit in bytes; 0 = none
 } bench_case;
 
 static const bench_case cases[] = {
-    { "405b decode  64 x 1    pinned",   "llama-3-405b", "dp=2,cp=2,tp=8", 64,    1, 4096, 0, true,   10,  1 },
-    { "405b decode  64 x 1    pinned",   "llama-3-405b", "dp=2,cp=4,tp=8", 64,    1, 4096, 0, true,   10,  1 },
-    { "405b decode  64 x 1    pinned",   "llama-3-405b", "dp=4,cp=2,tp=4", 64,    1, 4096, 0, true,   10,  1 },
-    { "405b prefill  1 x 4096 pinned",   "llama-3-405b", "dp=2,cp=2,tp=8",  1, 4096, 4096, 0, true,   10,  1 },
-    { "405b prefill  8 x 4096 pinned",   "llama-3-405b", "dp=2,cp=2,tp=8",  8, 4096, 4096, 0, true,   10,  1 },
-    { "405b prefill 64 x 4096 pinned",   "llama-3-405b", "dp=2,cp=2,tp=8", 64, 4096, 4096, 0, true,   10,  1 },
-    { "405b prefill  8 x 4096 pinned",   "llama-3-405b", "dp=2,cp=4,tp=8",  8, 4096, 4096, 0, true,   10,  1 },
-    { "405b prefill  8 x 4096 pinned",   "llama-3-405b", "dp=4,cp=2,tp=4",  8, 4096, 4096, 0, true,   10,  1 },
-    { "405b decode  64 x 1    unpinned", "llama-3-405b", "dp=2,cp=2,tp=8", 64,    1, 4096, 0, false, 150, 16 },
-    { "405b decode  64 x 1    unpinned", "llama-3-405b", "dp=2,cp=4,tp=8", 64,    1, 4096, 0, false, 150, 16 },
-    { "405b decode  64 x 1    unpinned", "llama-3-405b", "dp=4,cp=2,tp=4", 64,    1, 4096, 0, false, 150, 16 },
-    { "405b prefill  1 x 4096 unpinned", "llama-3-405b", "dp=2,cp=2,tp=8",  1, 4096, 4096, 0, false, 150, 16 },
-    { "405b prefill  8 x 4096 unpinned", "llama-3-405b", "dp=2,cp=2,tp=8",  8, 4096, 4096, 0, false, 150, 16 },
-    { "405b prefill 64 x 4096 unpinned", "llama-3-405b", "dp=2,cp=2,tp=8", 64, 4096, 4096, 0, false, 150, 16 },
-    { "405b prefill  8 x 4096 unpinned", "llama-3-405b", "dp=2,cp=4,tp=8",  8, 4096, 4096, 0, false, 150, 16 },
-    { "405b prefill  8 x 4096 unpinned", "llama-3-405b", "dp=4,cp=2,tp=4",  8, 4096, 4096, 0, false, 150, 16 },
-    { "8b one layer decode  64 x 1",     "llama-3-8b",   "tp=8",           64,    1, 4096, 1, false,   1,  0 },
-    { "8b one layer decode  64 x 1 pinned", "llama-3-8b", "tp=8",          64,    1, 4096, 1, true,    1,  0 },
-    { "8b one layer prefill 8 x 4096",   "llama-3-8b",   "tp=8",            8, 4096, 4096, 1, false,   1,  0 },
-    { "8b one layer prefill 8 x 4096 pinned", "llama-3-8b", "tp=8",         8, 4096, 4096, 1, true,    1,  0 },
+    { "405b decode  64 x 1    pinned",   "llama-3-405b", "dp=2,cp=2,tp=8", 64,    1, 4096, 0, true,   10,  1, 0 },
+    { "405b decode  64 x 1    pinned",   "llama-3-405b", "dp=2,cp=4,tp=8", 64,    1, 4096, 0, true,   10,  1, 0 },
+    { "405b decode  64 x 1    pinned",   "llama-3-405b", "dp=4,cp=2,tp=4", 64,    1, 4096, 0, true,   10,  1, 0 },
+    { "405b prefill  1 x 4096 pinned",   "llama-3-405b", "dp=2,cp=2,tp=8",  1, 4096, 4096, 0, true,   10,  1, 0 },
+    { "405b prefill  8 x 4096 pinned",   "llama-3-405b", "dp=2,cp=2,tp=8",  8, 4096, 4096, 0, true,   10,  1, 0 },
+    { "405b prefill 64 x 4096 pinned",   "llama-3-405b", "dp=2,cp=2,tp=8", 64, 4096, 4096, 0, true,   10,  1, 0 },
+    { "405b prefill  8 x 4096 pinned",   "llama-3-405b", "dp=2,cp=4,tp=8",  8, 4096, 4096, 0, true,   10,  1, 0 },
+    { "405b prefill  8 x 4096 pinned",   "llama-3-405b", "dp=4,cp=2,tp=4",  8, 4096, 4096, 0, true,   10,  1, 0 },
+    { "405b decode  64 x 1    unpinned", "llama-3-405b", "dp=2,cp=2,tp=8", 64,    1, 4096, 0, false, 150, 16, 0 },
+    { "405b decode  64 x 1    unpinned", "llama-3-405b", "dp=2,cp=4,tp=8", 64,    1, 4096, 0, false, 150, 16, 0 },
+    { "405b decode  64 x 1    unpinned", "llama-3-405b", "dp=4,cp=2,tp=4", 64,    1, 4096, 0, false, 150, 16, 0 },
+    { "405b prefill  1 x 4096 unpinned", "llama-3-405b", "dp=2,cp=2,tp=8",  1, 4096, 4096, 0, false, 150, 16, 0 },
+    { "405b prefill  8 x 4096 unpinned", "llama-3-405b", "dp=2,cp=2,tp=8",  8, 4096, 4096, 0, false, 150, 16, 0 },
+    { "405b prefill 64 x 4096 unpinned", "llama-3-405b", "dp=2,cp=2,tp=8", 64, 4096, 4096, 0, false, 150, 16, 0 },
+    { "405b prefill  8 x 4096 unpinned", "llama-3-405b", "dp=2,cp=4,tp=8",  8, 4096, 4096, 0, false, 150, 16, 0 },
+    { "405b prefill  8 x 4096 unpinned", "llama-3-405b", "dp=4,cp=2,tp=4",  8, 4096, 4096, 0, false, 150, 16, 0 },
+    { "8b one layer decode  64 x 1",     "llama-3-8b",   "tp=8",           64,    1, 4096, 1, false,   1,  0, 0 },
+    { "8b one layer decode  64 x 1 pinned", "llama-3-8b", "tp=8",          64,    1, 4096, 1, true,    1,  0, 0 },
+    { "8b one layer prefill 8 x 4096",   "llama-3-8b",   "tp=8",            8, 4096, 4096, 1, false,   1,  0, 0 },
+    { "8b one layer prefill 8 x 4096 pinned", "llama-3-8b", "tp=8",         8, 4096, 4096, 1, true,    1,  0, 0 },
+    { "8x7b prefill 1 x 4096 in 80 GB",  "mixtral-8x7b", "dp=2,tp=2,ep=2",  1, 4096, 4096, 0, false, 2000, 0, 80000000000 },
+    { "8x7b prefill 1 x 4096 in 20 GB",  "mixtral-8x7b", "dp=2,tp=2,ep=2",  1, 4096, 4096, 0, false, 2000, 0, 20000000000 },
 };
 
 // ---- a counting allocator -----------------------------------------------------------------------------------------
@@ -76,8 +79,12 @@ static llmpar_status run_once(const bench_case *c, bench_result *result, llmpar_
     llmpar_build_desc build;
     llmpar_graph graph;
     llmpar_plan plan;
+    llmpar_solve_desc solve;
     memset(&arena, 0, sizeof arena);
     memset(&build, 0, sizeof build);
+    memset(&solve, 0, sizeof solve);
+    solve.hardware = llmpar_hardware_default();
+    solve.hardware.memory_bytes = c->memory;
     arena.allocator.alloc = counted_alloc;
     arena.allocator.free  = counted_free;
     arena.allocator.user  = &count;
@@ -89,7 +96,7 @@ static llmpar_status run_once(const bench_case *c, bench_result *result, llmpar_
     double wall = clock_ms(CLOCK_MONOTONIC), cpu = clock_ms(CLOCK_PROCESS_CPUTIME_ID);
     llmpar_graph_init(&graph, &mesh, &arena);
     status = llmpar_build(&model, &build, &graph, err);
-    if (!status) status = llmpar_solve(&graph, NULL, &plan, err);
+    if (!status) status = llmpar_solve(&graph, &solve, &plan, err);
     result->wall_ms = clock_ms(CLOCK_MONOTONIC) - wall;
     result->cpu_ms  = clock_ms(CLOCK_PROCESS_CPUTIME_ID) - cpu;
     result->seconds = status ? 0 : plan.seconds;

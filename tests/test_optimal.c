@@ -14,6 +14,7 @@
 #define OPS      96                // op instances, rounds unrolled
 #define TENSORS  192
 #define WANTED   6                 // different states of one tensor that are wanted at a time
+#define OPERANDS LLMPAR_MAX_OPERANDS
 #define WHOLE    (-1)
 #define PARTIAL  (-2)
 
@@ -410,7 +411,7 @@ static int begin_in(const block *b, int64_t *at) {
 }
 
 // What legality depends on.
-typedef struct shape { int8_t kind, n_in, n_dims[4], index_of[4][4], dim, function, causal, layer_norm, cached, same_heads; } shape;
+typedef struct shape { int8_t kind, n_in, n_dims[OPERANDS + 1], index_of[OPERANDS + 1][4], dim, function, causal, layer_norm, cached, same_heads, way; } shape;
 
 static shape shape_of(const llmpar_graph *g, const llmpar_op *op) {
     shape s;
@@ -422,6 +423,7 @@ static shape shape_of(const llmpar_graph *g, const llmpar_op *op) {
         s.n_dims[i] = (int8_t)t->n_dims;
         for (int d = 0; d < t->n_dims; d++) s.index_of[i][d] = op->index_of[i][d];
     }
+    s.way = (int8_t)op->experts.way;
     if (op->kind == LLMPAR_OP_ATTENTION) s.same_heads = g->node[op->in[0]].tensor.dim[2].size == g->node[op->in[1]].tensor.dim[2].size;
     return s;
 }
@@ -480,6 +482,37 @@ static void run_attention(const shape *s, const block *q, const block *k, const 
     }
 }
 
+// The two experts with the largest of the logits that are there, by a softmax over these; each in parts along J.
+static void run_experts(const block *in, block *out) {
+    const int n = in[0].n_dims - 1;
+    const llmpar_range logits = in[1].part[n], j = in[2].part[1], h = in[0].part[n];
+    int64_t at[5], from[5], w[5];
+    for (int more = begin_in(out, at); more; more = next_in(out, at)) {
+        double y = 0, total = 0;
+        memcpy(from, at, sizeof from);
+        for (int64_t e = logits.first; e < logits.first + logits.count; e++) { from[n] = e; total += exp(in[1].x[offset_of(&in[1], from)]); }
+        for (int64_t e = in[2].part[0].first; e < in[2].part[0].first + in[2].part[0].count; e++) {
+            int larger = 0;
+            if (e < logits.first || e >= logits.first + logits.count) continue;
+            from[n] = e;
+            double mine = in[1].x[offset_of(&in[1], from)];
+            for (int64_t o = logits.first; o < logits.first + logits.count; o++) { from[n] = o; larger += in[1].x[offset_of(&in[1], from)] > mine; }
+            for (int64_t k = j.first; k < j.first + j.count && larger < 2; k++) {
+                double gate = 0, up = 0;
+                w[0] = e; w[1] = k;
+                for (int64_t i = h.first; i < h.first + h.count; i++) {
+                    from[n] = w[2] = i;
+                    gate += in[0].x[offset_of(&in[0], from)] * in[2].x[offset_of(&in[2], w)];
+                    up   += in[0].x[offset_of(&in[0], from)] * in[3].x[offset_of(&in[3], w)];
+                }
+                w[1] = at[n]; w[2] = k;
+                y += exp(mine) / total * activation(LLMPAR_SILU, gate) * up * in[4].x[offset_of(&in[4], w)];
+            }
+        }
+        out->x[offset_of(out, at)] = y;
+    }
+}
+
 static double run_einsum(const shape *s, const block *in, const llmpar_range *range, int n_indices, const int64_t *fixed, int index, int64_t *at) {
     double sum = 0;
     if (index < n_indices) {
@@ -519,6 +552,7 @@ static int run_op(const shape *s, const block *in, block *out, int skip) {
     case LLMPAR_OP_SOFTMAX:   run_softmax(&in[0], out, s->dim, NULL, NULL, 0, 0); return 1;
     case LLMPAR_OP_NORM:      run_softmax(&in[0], out, s->dim, s->n_in > 1 ? &in[1] : NULL, s->n_in > 2 ? &in[2] : NULL, s->layer_norm, 1); return 1;
     case LLMPAR_OP_ATTENTION: run_attention(s, &in[0], &in[1], &in[2], out); return 1;
+    case LLMPAR_OP_EXPERTS:   run_experts(in, out); return 1;
     default: break;
     }
     for (int more = begin_in(out, at); more; more = next_in(out, at)) {
@@ -577,13 +611,13 @@ static int run_op(const shape *s, const block *in, block *out, int skip) {
 }
 
 // What one axis does to the operands and to the result, in roles: a dim, WHOLE or PARTIAL.
-typedef struct roles { int8_t at[4]; } roles;
+typedef struct roles { int8_t at[OPERANDS + 1]; } roles;
 typedef struct legality { shape key; int n; roles r[256]; } legality;
 static legality laws[512];
 static int n_laws;
 
 #define DATA 1024
-typedef struct small_op { shape s; int64_t size[4][5]; double *full[4], *addend[4][3], *out; } small_op;
+typedef struct small_op { shape s; int64_t size[OPERANDS + 1][5]; double *full[OPERANDS + 1], *addend[OPERANDS + 1][3], *out; } small_op;
 
 static void small_sizes(small_op *o) {
     int64_t of_index[LLMPAR_MAX_INDICES];
@@ -629,7 +663,7 @@ static int roles_work(const small_op *o, const roles *r, int parts) {
     for (int64_t i = 0; i < n; i++) sum[i] = 0;
     for (int i = 0; i < s->n_in; i++) if (r->at[i] == WHOLE) whole_operands |= 1 << i;
     for (int p = 0; p < parts; p++) {
-        block in[3], out = view_of(o, s->n_in, role, parts, p), got = out;
+        block in[OPERANDS], out = view_of(o, s->n_in, role, parts, p), got = out;
         for (int i = 0; i < s->n_in; i++) in[i] = view_of(o, i, r->at[i], parts, p);
         got.x = made;
         if (!run_op(s, in, &got, s->kind == LLMPAR_OP_ADD && role == PARTIAL && p ? whole_operands : 0)) return 0;
@@ -646,9 +680,9 @@ static int roles_work(const small_op *o, const roles *r, int parts) {
 
 // Fresh data: all operands, three addends of each for partial sums, and the result.
 static void small_data(small_op *o) {
-    static double store[4 * 4][DATA];
+    static double store[(OPERANDS + 1) * 4][DATA];
     const shape *s = &o->s;
-    block in[3], out;
+    block in[OPERANDS], out;
     for (int i = 0; i <= s->n_in; i++) {
         int64_t n = 1;
         for (int d = 0; d < s->n_dims[i]; d++) n *= o->size[i][d];
@@ -669,11 +703,18 @@ static void small_data(small_op *o) {
 static int is_barred(const shape *s, const roles *r) {
     for (int i = 0; i < s->n_in && s->cached; i++) if (r->at[i] == PARTIAL) return 1;
     if (s->kind == LLMPAR_OP_OUTPUT && r->at[0] != r->at[1]) return 1;
+    for (int i = 2; i < s->n_in && s->kind == LLMPAR_OP_EXPERTS; i++) if (r->at[i] == PARTIAL || (i == 4 && r->at[i] == 1)) return 1;   // the op's comment: ranks differ in E or J
     return s->kind == LLMPAR_OP_ADD && r->at[2] == PARTIAL && r->at[0] != PARTIAL && r->at[1] != PARTIAL;
 }
-// The one op with collectives inside: it may split the vocabulary.
+// Tokens and experts over the same ranks: the op sends each token where its experts are, and its results back.
+static int is_sent(const shape *s, const roles *r) {
+    int tokens = r->at[0];
+    return s->kind == LLMPAR_OP_EXPERTS && s->way != LLMPAR_EXPERTS_PARTIAL && tokens >= 0 && tokens < s->n_dims[0] - 1 && r->at[1] == tokens && r->at[5] == tokens &&
+        r->at[2] == 0 && r->at[3] == 0 && r->at[4] == 0;
+}
+// The ops with collectives inside: experts, and a cross entropy, which may split the vocabulary.
 static int has_collectives(const shape *s, const roles *r) {
-    return s->kind == LLMPAR_OP_CROSS_ENTROPY && r->at[0] == s->n_dims[0] - 1 && r->at[1] == WHOLE && r->at[2] == WHOLE;
+    return is_sent(s, r) || (s->kind == LLMPAR_OP_CROSS_ENTROPY && r->at[0] == s->n_dims[0] - 1 && r->at[1] == WHOLE && r->at[2] == WHOLE);
 }
 
 #define TRIALS 16                  // ids are small numbers: one trial may show what holds by chance only
@@ -682,7 +723,7 @@ static const legality *legality_of(const shape *s) {
     if (n_laws == 512) n_laws = 0;
     legality *law = &laws[n_laws++];
     small_op o;
-    int count[4] = { 1, 1, 1, 1 }, all = 1;
+    int count[OPERANDS + 1], all = 1;
     memset(&o, 0, sizeof o);
     memset(law, 0, sizeof *law);
     o.s = law->key = *s;
@@ -711,8 +752,8 @@ static const legality *legality_of(const shape *s) {
 
 // ---- joint strategies of an op of the graph --------------------------------------------------------------------------
 
-typedef struct strategy { int16_t in[4], out; double seconds; llmpar_axes inner; } strategy;
-typedef struct op_info { int n, capacity; strategy *s; space *sp[4]; double least; } op_info;
+typedef struct strategy { int16_t in[OPERANDS], out; double seconds; llmpar_axes inner; } strategy;
+typedef struct op_info { int n, capacity; strategy *s; space *sp[OPERANDS + 1]; double least; } op_info;
 
 typedef struct world {             // one graph under test
     const llmpar_graph *g;
@@ -768,12 +809,34 @@ static int aligned(const world *w, int o, const strategy *s) {
     return 1;
 }
 
+// Experts whose tokens choose evenly, on the rank that has most of them; tokens that are sent: counts, then rows of H with k ids and k weights there and rows of H back.
+static double experts_seconds(const world *w, int o, const strategy *s) {
+    const llmpar_op *op = &w->g->op[o];
+    const space *const *sp = (const space *const *)w->op[o].sp;
+    double most[5] = { 0 }, tokens = 1, ranks = 1, k = (double)op->experts.route.k, experts = (double)sp[2]->tensor.dim[0].size, h = (double)sp[0]->tensor.dim[op->dim].size;
+    double item = (double)llmpar_dtype_bytes(sp[0]->tensor.dtype);
+    for (int r = 0; r < n_ranks; r++) {
+        for (int d = 0; d < op->dim; d++) most[d] = fmax(most[d], (double)sp[0]->part[s->in[0]][r][d].count);
+        for (int d = 0; d < 2; d++) most[3 + d] = fmax(most[3 + d], (double)sp[2]->part[s->in[2]][r][d].count);
+    }
+    for (int a = 0; a < mesh.n_axes; a++) if (s->inner >> a & 1u) ranks *= mesh.axis[a].size;
+    for (int d = 0; d < op->dim; d++) tokens *= most[d];
+    double seen = tokens * ranks, rows = seen * k * most[3] / experts, met = most[3] * (1 - pow(1 - k / experts, seen)), away = ranks * (1 - pow(1 - most[3] / experts, k));
+    double seconds = llmpar_local_seconds(&hardware, 6 * rows * h * most[4], met * 3 * h * most[4] * (double)llmpar_dtype_bytes(sp[2]->tensor.dtype) +
+                                          (rows * (3 * h + 3 * most[4]) + seen * 2 * h) * item);
+    if (!s->inner) return seconds;
+    seconds += llmpar_collective_cost(&mesh, &hardware, LLMPAR_ALL_GATHER, s->inner, 4 * (int64_t)(ranks * ranks)).seconds;
+    seconds += llmpar_collective_cost(&mesh, &hardware, LLMPAR_ALL_TO_ALL, s->inner, (int64_t)(tokens * away * (h * item + 8 * k))).seconds;
+    return seconds + llmpar_collective_cost(&mesh, &hardware, LLMPAR_ALL_TO_ALL, s->inner, (int64_t)(tokens * away * (h * item))).seconds;
+}
+
 // Launch + max(FLOP / rate, bytes / bandwidth) of the rank with most work, plus the collectives inside.
 static double seconds_of(const world *w, int o, strategy *s) {
     const llmpar_op *op = &w->g->op[o];
     const op_info *info = &w->op[o];
     double extent[LLMPAR_MAX_INDICES], points = 1, flops, bytes = 0, tokens = 1;
     if (op->kind == LLMPAR_OP_OUTPUT) return 0;
+    if (op->kind == LLMPAR_OP_EXPERTS) return experts_seconds(w, o, s);
     for (int i = 0; i < LLMPAR_MAX_INDICES; i++) extent[i] = 0;
     for (int i = 0; i < op->n_in; i++) {
         bytes += (double)info->sp[i]->bytes[s->in[i]];
@@ -819,7 +882,33 @@ static llmpar_sharding cache_sharding(const world *w, int o, const strategy *s) 
     return sharding;
 }
 
-static void strategy_add(world *w, int o, const roles *const *role, const int *order) {
+static int uses(const llmpar_graph *g, int node) {
+    int n = 0;
+    for (int o = 0; o < g->n_ops; o++) for (int i = 0; i < g->op[o].n_in; i++) n += g->op[o].in[i] == node;
+    return n;
+}
+
+// All axes that split the experts do it in one way: their tokens are sent, or their sums are partial; tokens that must be sent are, where there are any to split. Pinned weights
+// are moved only if no way was asked for.
+static int experts_agree(const world *w, int o, const roles *const *role, strategy *s) {
+    const llmpar_op *op = &w->g->op[o];
+    const op_info *info = &w->op[o];
+    shape like = shape_of(w->g, op);
+    int sums = 0;
+    for (int a = 0; a < mesh.n_axes; a++) {
+        if (!role[a] || role[a]->at[2] != 0) continue;
+        if (is_sent(&like, role[a])) s->inner |= 1u << a; else sums = 1;
+    }
+    int must = op->experts.way == LLMPAR_EXPERTS_ALLTOALL && (info->sp[0]->may_split & ((1u << op->dim) - 1));
+    for (int i = 2; i < 5 && op->experts.way != LLMPAR_EXPERTS_AUTO; i++) {
+        const llmpar_node *n = &w->g->node[op->in[i]];
+        if (n->pinned && uses(w->g, op->in[i]) == 1 && find_sharding(info->sp[i], &n->tensor.sharding) != s->in[i]) return 0;
+    }
+    return !sums || (!s->inner && !must);
+}
+
+// tokens_order: of the axes that split a dim; of_experts: the same on the weights of experts.
+static void strategy_add(world *w, int o, const roles *const *role, const int *tokens_order, const int *of_experts) {
     const llmpar_op *op = &w->g->op[o];
     op_info *info = &w->op[o];
     strategy s;
@@ -828,6 +917,7 @@ static void strategy_add(world *w, int o, const roles *const *role, const int *o
         state x;
         memset(&x, 0, sizeof x);
         for (int a = 0; a < AXES; a++) x.at[a] = WHOLE;
+        const int *order = op->kind == LLMPAR_OP_EXPERTS && i >= 2 && i < op->n_in ? of_experts : tokens_order;
         for (int k = 0; k < mesh.n_axes; k++) {
             int a = order[k];
             if (!role[a]) continue;
@@ -841,7 +931,7 @@ static void strategy_add(world *w, int o, const roles *const *role, const int *o
     const llmpar_node *out = &w->g->node[op->out];
     if (op->kind == LLMPAR_OP_OUTPUT && (out->pinned ? find_sharding(info->sp[1], &out->tensor.sharding) != s.out : !is_whole(&info->sp[1]->s[s.out]))) return;
     for (int i = 0; i < info->n; i++) if (memcmp(info->s[i].in, s.in, sizeof s.in) == 0 && info->s[i].out == s.out) return;
-    if (!aligned(w, o, &s)) return;
+    if (!aligned(w, o, &s) || (op->kind == LLMPAR_OP_EXPERTS && !experts_agree(w, o, role, &s))) return;
     for (int i = 0; i < 2; i++)
         if (op->cache[i] >= 0 && w->g->node[op->cache[i]].pinned) {
             llmpar_sharding sharding = cache_sharding(w, o, &s);
@@ -860,11 +950,12 @@ static void strategy_add(world *w, int o, const roles *const *role, const int *o
 static void strategies_from(world *w, int o, const legality *law, const roles **role, int a) {
     static const int orders[6][AXES] = { { 0, 1, 2 }, { 0, 2, 1 }, { 1, 0, 2 }, { 1, 2, 0 }, { 2, 0, 1 }, { 2, 1, 0 } };
     if (a == mesh.n_axes) {
-        for (int i = 0; i < 6; i++) {
-            int fits = 1;
-            for (int k = 0; k < mesh.n_axes; k++) fits = fits && orders[i][k] < mesh.n_axes;
-            if (fits) strategy_add(w, o, role, orders[i]);
-        }
+        for (int i = 0; i < 6; i++)
+            for (int j = 0; j < 6; j++) {
+                int fits = i == j || w->g->op[o].kind == LLMPAR_OP_EXPERTS;
+                for (int k = 0; k < mesh.n_axes; k++) fits = fits && orders[i][k] < mesh.n_axes && orders[j][k] < mesh.n_axes;
+                if (fits) strategy_add(w, o, role, orders[i], orders[j]);
+            }
         return;
     }
     role[a] = NULL;
@@ -895,7 +986,7 @@ static void world_free(world *w) {
 
 // One tensor of one round. Weights and inputs are made for every stretch of ops (block round, or what stands between blocks) that uses them.
 typedef struct unit { int node, producer, pin, n_consumers, last, first; space *sp; } unit;   // producer: instance, -1 = source; pin: state or -1
-typedef struct instance { int op, n_in, in[4], out, round, as_made; } instance;
+typedef struct instance { int op, n_in, in[OPERANDS], out, round, as_made; } instance;
 // op -1: a stretch hands its result to the next; as_made: a block's carry leaves as it is made (or pinned), moves come at the start of the next round
 typedef struct program { int n, n_units; instance at[OPS]; unit u[TENSORS]; } program;
 
@@ -1075,8 +1166,8 @@ static double brute_force_once(const world *w, const program *p, double limit) {
                 const strategy *st = in->op < 0 ? NULL : &w->op[in->op].s[s];
                 double cost = from->cost[e] + (st ? st->seconds : 0), bound;
                 int16_t fresh[64];
-                int saved_n[4], at = 0, ok = 1;
-                int16_t saved[4][WANTED + 1];
+                int saved_n[OPERANDS], at = 0, ok = 1;
+                int16_t saved[OPERANDS][WANTED + 1];
                 if (cost + rest[k + 1] > limit) continue;
                 if (in->as_made && s != (p->u[in->in[0]].pin >= 0 ? p->u[in->in[0]].pin : x.root[in->in[0]])) continue;
                 for (int i = 0; i < in->n_in; i++) {
@@ -1223,7 +1314,7 @@ static int walk_op(walk *v, const llmpar_step *step) {
     const instance *x = &v->p->at[v->k];
     if (v->k >= v->p->n || x->op != step->op) return walk_fail(v, "ops are not in program order");
     const op_info *info = &v->w->op[x->op];
-    int16_t in[4] = { 0, 0, 0, 0 };
+    int16_t in[OPERANDS] = { 0 };
     for (int i = 0; i < x->n_in; i++) {
         if (!walk_read(v, step->in[i], x->in[i])) return 0;
         if (!v->passed[step->in[i]]) return walk_fail(v, "an op reads a copy that has not been in its tensor's pin");
@@ -1591,11 +1682,6 @@ static int made(generator *x, int node) {
     if (chance(0.1)) llmpar_pin(x->g, node, random_layout(x, "p", dims, 0.12, text));
     return node;
 }
-static int uses(const llmpar_graph *g, int node) {
-    int n = 0;
-    for (int o = 0; o < g->n_ops; o++) for (int i = 0; i < g->op[o].n_in; i++) n += g->op[o].in[i] == node;
-    return n;
-}
 // A visible activation or input with at least `least` and at most `most` dims, recent ones more often; -1 = none.
 static int pick(const generator *x, int least, int most) {
     for (int tries = 0; tries < 40; tries++) {
@@ -1742,6 +1828,26 @@ static void attention_graph(generator *x) {
     if (chance(0.6)) made(x, llmpar_einsum(g, "B A N M, C N M -> B A C", a, random_weight(x, "CNM")));
 }
 
+// Tokens and their router's logits, a layer of experts of either way; its weights free, pinned at random, or all in one way.
+static void experts_graph(generator *x) {
+    llmpar_graph *g = x->g;
+    llmpar_experts_desc desc = LLMPAR_ZERO;
+    const int two = chance(0.3), how = (int)test_below(3);
+    char text[220];
+    int in = declare(x, LLMPAR_ROLE_INPUT, two ? "BAC" : "AC", 0.4), logits, weight[3];
+    if (chance(0.3)) in = made(x, llmpar_unary(g, LLMPAR_SILU, in));
+    if (chance(0.5)) logits = declare(x, LLMPAR_ROLE_INPUT, two ? "BAD" : "AD", 0.4);
+    else logits = made(x, llmpar_einsum(g, two ? "B A C, C D -> B A D" : "A C, C D -> A D", in, declare(x, LLMPAR_ROLE_WEIGHT, "CD", 0.5)));
+    random_layout(x, "p", "DE", 0, text);
+    for (int i = 0; i < 3; i++) {
+        weight[i] = declare(x, LLMPAR_ROLE_WEIGHT, i < 2 ? "DEC" : "DCE", how == 1 ? 0.6 : 0);
+        if (how == 2) llmpar_pin(g, weight[i], text);
+    }
+    desc.route.k = 1 + (int32_t)test_below(g->size[3].size < 3 ? g->size[3].size : 3);
+    desc.way = (llmpar_experts_way)test_below(3);
+    made(x, llmpar_experts(g, in, logits, weight[0], weight[1], weight[2], &desc));
+}
+
 static void random_ops(generator *x, int n, int most) {
     for (int tries = 0; n > 0 && tries < 100 && !x->g->error.status; tries++) if (random_op(x, most) >= 0) n--;
 }
@@ -1777,7 +1883,7 @@ static void random_block(generator *x, int n, int rounds, int most) {
 }
 
 static int one_rank;               // every axis gets size 1
-typedef struct recipe { int least, ops, axes, most_dims; double block, attention; int no_small, runs; } recipe;
+typedef struct recipe { int least, ops, axes, most_dims; double block, attention; int no_small, runs, experts; } recipe;
 static const recipe *running;      // the one that graphs are made by now
 
 static int random_graph(llmpar_graph *g, llmpar_arena *arena, const recipe *r) {
@@ -1803,7 +1909,10 @@ static int random_graph(llmpar_graph *g, llmpar_arena *arena, const recipe *r) {
         if (chance(0.1)) split.granule = 2 + test_below(2);
         llmpar_split_rule(g, name, &split);
     }
-    if (chance(r->attention)) {
+    if (r->experts) {
+        experts_graph(&x);
+        if (g->n_ops < ops) random_ops(&x, ops - g->n_ops, r->most_dims);
+    } else if (chance(r->attention)) {
         attention_graph(&x);
         if (g->n_ops < ops) random_ops(&x, (int)test_below(ops - g->n_ops + 1), 4);
     } else {
@@ -1877,13 +1986,17 @@ static void check_traffic(const world *w, const llmpar_plan *plan, uint64_t seed
                 int kind = step->op < 0 ? (int)step->move.kind : LLMPAR_ALL_REDUCE, row = 0;
                 llmpar_axes axes = step->op < 0 ? step->move.axes : step->inner;
                 int64_t payload;
+                int experts = step->op >= 0 && w->g->op[step->op].kind == LLMPAR_OP_EXPERTS, ranks = 1;     // how many tokens go where; what they are is the router's
+                if (experts) kind = LLMPAR_ALL_GATHER;
+                for (int a = 0; a < mesh.n_axes; a++) if (axes >> a & 1u) ranks *= (int)mesh.axis[a].size;
                 if (!axes || kind == LLMPAR_SLICE || kind == LLMPAR_PERMUTE) continue;
                 const space *sp = w->of_node[plan->value[step->op < 0 ? step->in[0] : step->out].node];
                 if (step->op < 0) payload = payload_of(sp, find_sharding(sp, &step->move.before), find_sharding(sp, &step->move.after), kind, axes, rank);
+                else if (experts) payload = 4 * ranks * ranks;
                 else payload = 3 * 4 * elements(sp, find_sharding(sp, &plan->value[step->out].sharding), rank);
                 while (row < m && !((int)want_row[row].kind == kind && want_row[row].axes == axes)) row++;
                 if (row == m) { want_row[m].kind = (llmpar_collective)kind; want_row[m].axes = axes; want_row[m].calls = want_row[m].payload_bytes = 0; m++; }
-                want_row[row].calls += plan->segment[k].repeats * (step->op < 0 ? 1 : 3);
+                want_row[row].calls += plan->segment[k].repeats * (step->op < 0 || experts ? 1 : 3);
                 want_row[row].payload_bytes += plan->segment[k].repeats * payload;
             }
         for (int i = 0; i < m && !bad; i++) {
@@ -2390,18 +2503,22 @@ int main(void) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     test_seed(test_stress() ? (uint64_t)time(NULL) : 1);            // fresh graphs in every stress run
     joint();
-    run("merged as one by one",  (recipe){ 1, 3, 1, 3, 0.3, 0.1, 0, 0 }, check_merging, 150, 5000);
-    run("one axis, 3 to 8 ops",  (recipe){ 3, 8, 1, 3, 0.3, 0.1, 0, 0 }, check_graph, 800, 60000);
-    again("wrong once: a copy back in its first state", (recipe){ 3, 8, 1, 3, 0.3, 0.1, 0, 0 }, check_graph, 8666169058237138643u);
-    again("wrong once: a copy back in its first state, a tie", (recipe){ 3, 8, 1, 3, 0.3, 0.1, 0, 0 }, check_graph, 6626111849763758216u);
-    again("wrong once: heads of one kv head", (recipe){ 2, 5, 2, 3, 0.2, 0.1, 0, 0 }, check_graph, 8862226131339378560u);
-    run("two axes, up to 5 ops", (recipe){ 2, 5, 2, 3, 0.2, 0.1, 0, 0 }, check_graph, 300, 30000);
-    run("three axes, 3 ops",     (recipe){ 1, 3, 3, 2, 0.1, 0.0, 0, 0 }, check_graph, 15, 1500);
-    run("a memory limit, one axis",  (recipe){ 1, 4, 1, 3, 0.3, 0.15, 0, 0 }, check_fit, 200, 20000);
-    run("a memory limit, two axes",  (recipe){ 1, 2, 2, 2, 0.1, 0.0, 0, 0 }, check_fit, 50, 3000);
-    run("pins in larger graphs, one axis",  (recipe){ 6, 14, 1, 3, 0.3, 0.1, 1, 0 }, check_pins, 40, 2000);
-    run("pins in larger graphs, two axes",  (recipe){ 6, 10, 2, 3, 0.3, 0.1, 1, 0 }, check_pins, 8, 500);
-    run("run on thread-ranks, one axis",    (recipe){ 2, 6, 1, 3, 0.3, 0.2, 0, 1 }, check_run, 50, 2500);
-    run("run on thread-ranks, two axes",    (recipe){ 2, 4, 2, 3, 0.3, 0.2, 0, 1 }, check_run, 20, 1000);
+    run("merged as one by one",  (recipe){ 1, 3, 1, 3, 0.3, 0.1, 0, 0, 0 }, check_merging, 150, 5000);
+    run("one axis, 3 to 8 ops",  (recipe){ 3, 8, 1, 3, 0.3, 0.1, 0, 0, 0 }, check_graph, 800, 60000);
+    again("wrong once: a copy back in its first state", (recipe){ 3, 8, 1, 3, 0.3, 0.1, 0, 0, 0 }, check_graph, 8666169058237138643u);
+    again("wrong once: a copy back in its first state, a tie", (recipe){ 3, 8, 1, 3, 0.3, 0.1, 0, 0, 0 }, check_graph, 6626111849763758216u);
+    again("wrong once: heads of one kv head", (recipe){ 2, 5, 2, 3, 0.2, 0.1, 0, 0, 0 }, check_graph, 8862226131339378560u);
+    run("two axes, up to 5 ops", (recipe){ 2, 5, 2, 3, 0.2, 0.1, 0, 0, 0 }, check_graph, 300, 30000);
+    run("three axes, 3 ops",     (recipe){ 1, 3, 3, 2, 0.1, 0.0, 0, 0, 0 }, check_graph, 15, 1500);
+    run("a memory limit, one axis",  (recipe){ 1, 4, 1, 3, 0.3, 0.15, 0, 0, 0 }, check_fit, 200, 20000);
+    run("a memory limit, two axes",  (recipe){ 1, 2, 2, 2, 0.1, 0.0, 0, 0, 0 }, check_fit, 50, 3000);
+    run("pins in larger graphs, one axis",  (recipe){ 6, 14, 1, 3, 0.3, 0.1, 1, 0, 0 }, check_pins, 40, 2000);
+    run("pins in larger graphs, two axes",  (recipe){ 6, 10, 2, 3, 0.3, 0.1, 1, 0, 0 }, check_pins, 8, 500);
+    run("run on thread-ranks, one axis",    (recipe){ 2, 6, 1, 3, 0.3, 0.2, 0, 1, 0 }, check_run, 50, 2500);
+    run("run on thread-ranks, two axes",    (recipe){ 2, 4, 2, 3, 0.3, 0.2, 0, 1, 0 }, check_run, 20, 1000);
+    run("experts, one axis",  (recipe){ 1, 4, 1, 3, 0, 0, 0, 0, 1 }, check_graph, 150, 10000);
+    run("experts, two axes",  (recipe){ 1, 2, 2, 3, 0, 0, 0, 0, 1 }, check_graph, 40, 3000);
+    run("experts and a memory limit, one axis", (recipe){ 1, 2, 1, 3, 0, 0, 0, 0, 1 }, check_fit, 60, 5000);
+    run("experts and a memory limit, two axes", (recipe){ 1, 1, 2, 2, 0, 0, 0, 0, 1 }, check_fit, 12, 300);
     return test_done();
 }

@@ -478,6 +478,17 @@ static void *counting_alloc(size_t bytes, void *user) {
 }
 static void counting_free(void *memory, size_t bytes, void *user) { (void)user; (void)bytes; alive -= memory != NULL; free(memory); }
 
+// One op of experts, 2 a token: tokens and experts over the same ranks (axis ep), or all of it free.
+static void experts_graph(bool pinned) {
+    llmpar_experts_desc desc = LLMPAR_ZERO;
+    desc.route.k = 2;
+    int x = llmpar_input(&g, pinned ? "x[T_ep, H]" : "x[T, H]?"), logits = llmpar_input(&g, pinned ? "logits[T_ep, E]" : "logits[T, E]?");
+    int gate = llmpar_weight(&g, pinned ? "gate[E_ep, J, H]" : "gate[E, J, H]?"), up = llmpar_weight(&g, pinned ? "up[E_ep, J, H]" : "up[E, J, H]?");
+    int down = llmpar_weight(&g, pinned ? "down[E_ep, H, J]" : "down[E, H, J]?");
+    if (pinned) desc.way = LLMPAR_EXPERTS_ALLTOALL;
+    llmpar_output(&g, llmpar_experts(&g, x, logits, gate, up, down, &desc), pinned ? "y[T_ep, H]" : "y");
+}
+
 static void memory(void) {
     TEST("a limit that holds nothing: the error names the largest tensor and what is missing") {
         start("tp=2", "B=8,H=512,I=2048");
@@ -563,7 +574,7 @@ static void memory(void) {
         CHECK(strstr(err.text, "{U_x}"));
     }
     TEST("every allocation fails once: a clean error, and nothing is lost") {
-        int refused = 0, tried = 0;
+        int refused = 0, tried = 0, limited = 0;           // a block, then experts under a memory limit
         for (fail_at = 1;; fail_at++) {
             llmpar_arena own = LLMPAR_ZERO;
             llmpar_mesh mesh;
@@ -575,21 +586,64 @@ static void memory(void) {
             allocations = alive = 0;
             memset(&err, 0, sizeof err);
             llmpar_graph_init(&g, &mesh, &own);
-            llmpar_size(&g, "B", 4); llmpar_size(&g, "H", 8); llmpar_size(&g, "I", 12);
-            int x = llmpar_input(&g, "x[B_dp, H]?"), h = llmpar_repeat_begin(&g, 3, x), w1 = llmpar_weight(&g, "w1[H, I_tp]"), w2 = llmpar_weight(&g, "w2[I, H]?");
-            h = llmpar_repeat_end(&g, llmpar_add(&g, h, llmpar_einsum(&g, "B I, I H -> B H", llmpar_silu(&g, llmpar_einsum(&g, "B H, H I -> B I", h, w1)), w2)));
-            llmpar_output(&g, h, "y[B_dp, H]");
             desc.hardware = llmpar_hardware_default();
+            if (limited) {
+                llmpar_size(&g, "T", 16); llmpar_size(&g, "H", 16); llmpar_size(&g, "E", 4); llmpar_size(&g, "J", 32);
+                experts_graph(false);
+                desc.runner_up = false;
+                desc.hardware.memory_bytes = 20000;        // of 25152 that it takes without
+            } else {
+                llmpar_size(&g, "B", 4); llmpar_size(&g, "H", 8); llmpar_size(&g, "I", 12);
+                int x = llmpar_input(&g, "x[B_dp, H]?"), h = llmpar_repeat_begin(&g, 3, x), w1 = llmpar_weight(&g, "w1[H, I_tp]"), w2 = llmpar_weight(&g, "w2[I, H]?");
+                h = llmpar_repeat_end(&g, llmpar_add(&g, h, llmpar_einsum(&g, "B I, I H -> B H", llmpar_silu(&g, llmpar_einsum(&g, "B H, H I -> B I", h, w1)), w2)));
+                llmpar_output(&g, h, "y[B_dp, H]");
+            }
             llmpar_status status = llmpar_solve(&g, &desc, &plan, &err);
             tried++;
             if (status != LLMPAR_OK) refused++;
             CHECK(status == LLMPAR_OK || (status == LLMPAR_NO_MEMORY && err.text[0] && err.status == LLMPAR_NO_MEMORY));
             llmpar_arena_free(&own);
             CHECK_EQ(alive, 0);
+            if (status == LLMPAR_OK && !limited++) { CHECK(refused > 20); fail_at = 0; refused = 0; continue; }
             if (status == LLMPAR_OK || tried > 20000) break;
-            if (test_short() && fail_at > 60) fail_at += fail_at / 16;
+            if ((limited || test_short()) && fail_at > 60) fail_at += fail_at / 16;
         }
         CHECK(refused > 20 && tried < 20000);
+    }
+}
+
+static void experts(void) {
+    TEST("tokens that are sent: a row of H, ids and weights go, a row of H comes back; in an invariant graph as many as a rank's experts have pieces") {
+        for (int invariant = 0; invariant < 2; invariant++) {
+            // 6 experts on 4 ranks: 2 2 1 1, so a rank gets a token with probability 1 - (2/3)^2; the tree's pieces of [0, 2), [2, 4), [4, 5), [5, 6): one each; on 2 ranks [0, 3): 2.
+            for (int ranks = 2; ranks <= 4; ranks += 2) {
+                const double most = ranks == 2 ? 3 : 2, sent = 240.0 / ranks * (ranks * (1 - (1 - most / 6) * (1 - most / 6))), back = invariant && ranks == 2 ? 2 : 1;
+                char mesh[8];
+                sprintf(mesh, "ep=%d", ranks);
+                start(mesh, "T=240,H=16,J=8,E=6");
+                experts_graph(true);
+                g.invariant = invariant != 0;
+                bytes_only(LLMPAR_LINK_SWITCH);
+                if (!solve()) continue;
+                const double through = (ranks - 1.0) / ranks / 1e9, away = sent * (16 + 2 * 2) * 4 * through, home = sent * 16 * back * 4 * through, counts = 4.0 * ranks * ranks * through;
+                CHECK_NEAR(plan.seconds, away + home + counts, 2e-9);        // whole bytes
+            }
+        }
+    }
+    TEST("experts with free weights on three axes under a memory limit: the search ends, and the plan fits") {
+        const double part[] = { 0.9, 0.5, 0.2 };
+        int64_t all = 0;
+        double before = 0;
+        for (int i = -1; i < 3; i++) {
+            start("dp=2,tp=2,ep=2", "T=256,H=256,J=512,E=8");
+            experts_graph(false);
+            hardware.memory_bytes = i < 0 ? 0 : (int64_t)(part[i] * (double)all);
+            if (!solve()) continue;
+            const int64_t bytes = plan.weight_bytes + plan.cache_bytes + plan.activation_bytes;
+            if (i < 0) all = bytes; else CHECK(bytes <= hardware.memory_bytes);
+            CHECK(plan.seconds >= before && plan.least_seconds == plan.seconds);       // less memory takes no less time
+            before = plan.seconds;
+        }
     }
 }
 
@@ -600,6 +654,7 @@ int main(void) {
     blocks();
     explaining();
     memory();
+    experts();
     llmpar_arena_free(&arena);
     return test_done();
 }
