@@ -759,7 +759,7 @@ typedef struct llmpar_graph {
 } llmpar_graph;
 // An invariant graph gives the same bits on every mesh. A dim that an einsum sums over is split only when it has granules (llmpar_split.granule, for query heads one
 // head): its sum follows section tree over them, at every degree, on one rank too. Partial sums go through no op; they become whole values by one AllReduce, which the
-// executor does with the pieces. A lookup in a split vocabulary adds zeros. A cross entropy's vocabulary is not split.
+// executor does with the pieces. A lookup in a split vocabulary adds zeros. A cross entropy's vocabulary is not split. Experts are granules, held by whole experts.
 
 LLMPAR_DEF void llmpar_graph_init(llmpar_graph *g, const llmpar_mesh *mesh, llmpar_arena *arena);
 LLMPAR_DEF void llmpar_size (llmpar_graph *g, const char *dim, int64_t size);                 // of every dim of that name
