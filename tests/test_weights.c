@@ -742,7 +742,7 @@ static void bad_indices(void) {
         { "a folder", "{\"weight_map\":{\"a\":\"folder\"}}", LLMPAR_IO_FAILED, "indexed/folder\" is not a regular file" },
         { "a number for a file", "{\"weight_map\":{\"a\":3}}", LLMPAR_BAD_FILE, "expected a string, found 3" },
         { "no weight_map", "{\"metadata\":{}}", LLMPAR_BAD_FILE, "\"weight_map\" is missing" },
-        { "weight_map a list", "{\"weight_map\":[]}", LLMPAR_BAD_FILE, "\"weight_map\" is []}" },
+        { "weight_map a list", "{\"weight_map\":[]}", LLMPAR_BAD_FILE, "\"weight_map\" is [];" },
         { "weight_map empty", "{\"weight_map\":{}}", LLMPAR_BAD_FILE, "\"weight_map\" is empty" },
         { "weight_map twice", "{\"weight_map\":{},\"weight_map\":{}}", LLMPAR_BAD_FILE, "\"weight_map\" comes twice" },
         { "not JSON", "hello", LLMPAR_BAD_FILE, "index.json line 1 column 1: expected '{', found hello" },
