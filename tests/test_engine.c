@@ -754,7 +754,7 @@ static llmpar_status see_experts(llmpar_engine *engine, int rank, void *user, ll
             if (g->node[n].tag < LLMPAR_W_EXPERT_GATE || g->node[n].tag > LLMPAR_W_EXPERT_DOWN) continue;
             (void)llmpar_exec_data(stage->exec[0], n, 0, &layout);
             x->gates[rank] += g->block[g->node[n].block].repeats * llmpar_tensor_local_elements(&layout, stage->mesh, stage->comm->rank);
-            x->dtype = layout.dtype;
+            if (rank == 0) x->dtype = layout.dtype;
         }
     }
     return prefill_all(engine, rank, &x->g, err);
