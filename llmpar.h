@@ -1618,10 +1618,12 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_read_weight(llmpar_checkpoint *checkp
 LLMPAR_DEF llmpar_status llmpar_safetensors_check(const char *image, size_t image_bytes, int64_t file_bytes, const llmpar_allocator *allocator, llmpar_error *err);
 
 // ============================================================================================================
-// >>ops   kernels behind a table that an engine replaces one by one            (uses: base, tree, dispatch, model's activation enum)
+// >>ops   kernels behind a table that an engine replaces one by one            (uses: base, tree, dispatch, graph's limits, model's activation enum)
 // ============================================================================================================
 // Activations are f32. Weights are f32, bf16 or f16 as stored; products accumulate in f32. Kernels allocate nothing, start no threads and keep no
 // state, so ranks may share a table. Sizes of 0 are legal everywhere: such a call does nothing.
+// Pointers in a kernel's arguments are memory of values, which the table may have on a device (`alloc`): nothing but the table's functions touches it. What is memory of the host
+// all the same says so. Kernels run in the order they are called in; a table of a device may do so later, and tells of their errors in upload, download and wait.
 
 // c[m, n] = (beta ? c : 0) + a[m, k] * b, where b is [n, k] (b_transposed: rows are outputs, as Hugging Face stores weights) or [k, n].
 typedef struct llmpar_gemm {
@@ -1653,6 +1655,7 @@ typedef struct llmpar_attention_args {
     const int32_t *position;       // [batch, queries]; NULL = s
     bool causal;
     int64_t window;                // 0 = none
+    int64_t most_keys;             // what n_keys may be in another run of the same plan (a cache's slots): for kernels that are recorded and run again with other positions
     float scale;
     float *out;                    // [batch, queries, q_heads, d]
     float *scratch;                // llmpar_attention_scratch floats
@@ -1668,6 +1671,7 @@ typedef struct llmpar_softmax_args { int64_t rows, n; const float *x; float *y; 
 typedef struct llmpar_permute_args { int64_t rows, k, bytes, first, count, stride; const void *x; const int32_t *to; void *y; } llmpar_permute_args;
 // Rows p in [offsets[e], offsets[e + 1]) of c[., n] (+)= a's rows p * the b of expert e, which is at b + e * b_stride elements. Rows are counted from offsets[0]: row p is at
 // a + (p - offsets[0]) * lda, and so in c. gemm.m is not looked at; its scratch is for the most rows of one expert. A row's bits do not depend on how many rows its expert has.
+// offsets: host.
 typedef struct llmpar_grouped_args { llmpar_gemm gemm; int64_t experts, b_stride; const int64_t *offsets; } llmpar_grouped_args;
 // The sum of what a token's experts say: of weights[t * k + j] * y[from[t * k + j] - first] (weights NULL = 1) over those j whose ids[t * k + j] is inside `experts`, as
 // llmpar_dispatch_tree adds them: a token's bits do not depend on where its experts are. from: the sorted positions (inverse).
@@ -1687,6 +1691,37 @@ typedef struct llmpar_combine_args {
 // Rows [first, first + count) of a table[., n]: y[r] = table[ids[r] - first], or zeros when ids[r] lies outside.
 typedef struct llmpar_embed_args  { int64_t rows, n, first, count; const int32_t *ids; const void *table; llmpar_dtype dtype; float *y; } llmpar_embed_args;
 
+// A box of elements between two arrays that do not overlap: strides and places in elements, outermost dim first. A copy of n elements in one piece has n = 0 or 1 dims.
+typedef struct llmpar_box {
+    int32_t n;
+    int64_t elements, to_at, from_at;
+    int64_t size[LLMPAR_MAX_DIMS], to[LLMPAR_MAX_DIMS], from[LLMPAR_MAX_DIMS];
+} llmpar_box;
+typedef struct llmpar_box_args { const llmpar_box *box; int64_t bytes; void *to; const void *from; } llmpar_box_args;             // bytes of an element; box: host
+// y[size..] = a + b or a * b, row after row; b has strides of its own (0: the same for all). a NULL: y = b. y may equal a.
+typedef struct llmpar_broadcast_args { int32_t n; int64_t size[LLMPAR_MAX_DIMS], b_stride[LLMPAR_MAX_DIMS]; const float *a, *b; float *y; bool multiply; } llmpar_broadcast_args;
+// c = the sum over the last n_sums of n dims of a * b, where the strides of a, b and c are no matrix product's. One sum, in the order of its dims.
+typedef struct llmpar_loops_args { int32_t n, n_sums; int64_t size[LLMPAR_MAX_INDICES], step[3][LLMPAR_MAX_INDICES]; const float *a, *b; float *c; } llmpar_loops_args;
+// y[batch, before, after] = x[batch, before, ids[batch] - first, after], zeros where that is not in [0, count)
+typedef struct llmpar_take_args { int64_t batch, before, first, count, after; const float *x; const int32_t *ids; float *y; } llmpar_take_args;
+// The rows [batch, tokens, heads, d] go to their positions in cache[batch, heads, slots, d]; position < 0: nowhere.
+typedef struct llmpar_append_args { int64_t batch, tokens, heads, slots, d; const int32_t *position; const float *rows; float *cache; } llmpar_append_args;
+typedef struct llmpar_convert_args { int64_t n; const void *x; llmpar_dtype dtype; float *y; } llmpar_convert_args;              // y = x, which is f32, bf16 or f16
+// Cross entropy of rows x[rows, n], classes from `first` on, in three parts, between which ranks that share the classes reduce: 0: largest = the largest of each row; 1: sum = the
+// sum of e^(x - largest), picked = x of the label, 0 if that is not here; 2: loss = log(sum) + largest - picked, 0 where the label is below 0.
+typedef struct llmpar_entropy_args { int32_t part; int64_t rows, n, first; const float *x; const int32_t *labels; float *largest, *sum, *picked, *loss; } llmpar_entropy_args;
+// y[to[r * k + j] - first][n] *= weights[r * k + j], where that lies inside [0, count)
+typedef struct llmpar_scale_args { int64_t rows, k, n, first, count; const int32_t *to; const float *weights; float *y; } llmpar_scale_args;
+// A product whose sum over k is taken granule by granule and added along the tree (section tree): gemm.k holds n granules, the last one may be shorter; after granule i the topmost
+// two of the stack of sums (at most `depth`) are added merges[i] times. The `pieces` that are left go to gemm.c, `stride` elements apart. gemm.accumulate is not looked at.
+typedef struct llmpar_granules_args { llmpar_gemm gemm; int64_t granule, stride; int32_t n, pieces, depth; const uint8_t *merges; } llmpar_granules_args;
+// out[n] = the pieces x[pieces, n], taken in the order `at`, added along the tree; x is spoilt
+typedef struct llmpar_fold_args { int32_t pieces; int64_t n; const int32_t *at; const uint8_t *merges; float *x, *out; } llmpar_fold_args;
+// Whose scratch: one of them is set, with the largest sizes, its pointers NULL.
+typedef struct llmpar_scratch_args {
+    const llmpar_gemm *gemm; const llmpar_granules_args *granules; const llmpar_attention_args *attention; const llmpar_combine_args *combine;
+} llmpar_scratch_args;
+
 typedef struct llmpar_ops {
     void *user;                    // handed to every kernel
     void (*gemm)     (void *user, const llmpar_gemm           *args);
@@ -1702,6 +1737,30 @@ typedef struct llmpar_ops {
     void (*permute)  (void *user, const llmpar_permute_args   *args);
     void (*grouped)  (void *user, const llmpar_grouped_args   *args);
     void (*combine)  (void *user, const llmpar_combine_args   *args);
+    // What moves values. A table for memory of the host may leave these NULL: llmpar's own are taken.
+    void (*box)      (void *user, const llmpar_box_args       *args);
+    void (*broadcast)(void *user, const llmpar_broadcast_args *args);
+    void (*loops)    (void *user, const llmpar_loops_args     *args);
+    void (*take)     (void *user, const llmpar_take_args      *args);
+    void (*append)   (void *user, const llmpar_append_args    *args);
+    void (*convert)  (void *user, const llmpar_convert_args   *args);
+    void (*entropy)  (void *user, const llmpar_entropy_args   *args);
+    void (*scale)    (void *user, const llmpar_scale_args     *args);
+    void (*fold)     (void *user, const llmpar_fold_args      *args);
+    void (*granules) (void *user, const llmpar_granules_args  *args);   // NULL with memory of the host: made of `gemm`
+    void (*zero)     (void *user, void *to, size_t bytes);
+    // Bytes of the scratch that a kernel wants, which do not shrink when sizes grow; 0 = none. NULL: llmpar_gemm_scratch and its like.
+    int64_t (*scratch)(void *user, const llmpar_scratch_args *args);
+    // Where values are. alloc NULL: in memory of the host, and the functions below are not looked at. Else all of this table must be there. Memory is aligned to 64 bytes.
+    void *(*alloc)      (void *user, size_t bytes);                     // NULL: there is none
+    void  (*free)       (void *user, void *memory, size_t bytes);       // of alloc; waits for what is under way
+    void *(*alloc_host) (void *user, size_t bytes);                     // memory of the host that upload_from may read later
+    void  (*free_host)  (void *user, void *memory, size_t bytes);
+    llmpar_status (*upload)  (void *user, void *to, const void *from, size_t bytes, llmpar_error *err);   // host to values; `from` has been read on return
+    llmpar_status (*download)(void *user, void *to, const void *from, size_t bytes, llmpar_error *err);   // values to host; waits for all kernels before it
+    // As upload, from memory of alloc_host, which must stay as it is until wait(ticket). ticket 0 = wait for all that was called before.
+    llmpar_status (*upload_from)(void *user, void *to, const void *from, size_t bytes, int64_t *ticket, llmpar_error *err);
+    llmpar_status (*wait)    (void *user, int64_t ticket, llmpar_error *err);
     bool invariant;                // every kernel gives a row, a column or a head the same bits whatever rows, columns and heads else are in the call. Needed to run an
                                    //   invariant graph with a table of one's own. llmpar_ops_cpu leaves it false: who replaces a kernel would inherit the promise
 } llmpar_ops;
@@ -1725,10 +1784,13 @@ LLMPAR_DEF int32_t llmpar_sample(const float *logits, int64_t n, double temperat
 typedef struct llmpar_exec llmpar_exec;
 typedef struct llmpar_exec_desc {
     const llmpar_plan *plan;       // must outlive the exec
-    llmpar_comm       *world;      // mesh rank = comm rank; must outlive the exec
-    const llmpar_ops  *ops;        // NULL = llmpar_ops_cpu(); copied. An invariant graph refuses a table that does not promise `invariant`
+    llmpar_comm       *world;      // mesh rank = comm rank; must outlive the exec. Moves values: takes the memory that ops has them in
+    llmpar_comm       *host_world; // the same ranks, for small messages in memory of the host while execs are created; NULL = world
+    const llmpar_ops  *ops;        // NULL = llmpar_ops_cpu(); copied. An invariant graph refuses a table that does not promise `invariant`. With ops.alloc values are in its memory: weights, caches,
+                                   //   inputs and outputs too. Then a step with experts waits for the device, since routing is done on the host, and tokens cannot be sent to experts
+                                   //   (LLMPAR_EXPERTS_PARTIAL is the way)
     llmpar_allocator   allocator;
-    const float       *rope_frequencies;   // [D / 2], for graphs with rope; must outlive the exec
+    const float       *rope_frequencies;   // [D / 2], host, for graphs with rope; must outlive the exec
     int32_t            n_caches;   // sets of caches, for batches that take turns (llmpar_exec_use_cache); 0 = 1
     llmpar_exec       *share;      // an exec of another plan over the same nodes (prefill beside decode): weights and caches are its; NULL = own. Must outlive this one
 } llmpar_exec_desc;
@@ -1737,13 +1799,16 @@ LLMPAR_DEF llmpar_status llmpar_exec_create(const llmpar_exec_desc *desc, llmpar
 LLMPAR_DEF void          llmpar_exec_free(llmpar_exec *exec);
 // Where this rank's block of a weight or cache (round = repeat, 0 outside blocks) or of an input lies: fill it before running. Its layout: *tensor, may be NULL.
 // Weights have the node's dtype; inputs are i32 when their dtype is I32, else f32; caches f32. Rounds of a repeat block may differ in their layouts.
+// It is memory of values: with ops.alloc what is in it is written by ops.upload.
 // The blocks of an input in partial sums ({U_x}) add up to its values over x: write them where the coordinate on x is 0; elsewhere leave the zeros of creation.
 LLMPAR_DEF void *llmpar_exec_data(llmpar_exec *exec, int node, int round, llmpar_tensor *tensor);
 // The runs from now on read and fill cache set `set`, and llmpar_exec_data gives that one's addresses. Outside of [0, n_caches): LLMPAR_BAD_ARGUMENT, and all stays.
 LLMPAR_DEF llmpar_status llmpar_exec_use_cache(llmpar_exec *exec, int32_t set, llmpar_error *err);
 // position[B, S] of every token of the global batch (row-major, the same on every rank, kept by the caller during the run); -1 = padding. NULL = 0 .. S-1 in each row.
 LLMPAR_DEF llmpar_status llmpar_exec_run(llmpar_exec *exec, const int32_t *position, llmpar_error *err);
-// This rank's block of an output, valid until the next run.
+// What a run does with position before its steps, without them: for a caller who has recorded a run (a CUDA graph) and runs it again. The recorded run uploads from where this puts them.
+LLMPAR_DEF llmpar_status llmpar_exec_positions(llmpar_exec *exec, const int32_t *position, llmpar_error *err);
+// This rank's block of an output, valid until the next run. With ops.alloc: for ops.download.
 LLMPAR_DEF const float *llmpar_exec_output(llmpar_exec *exec, const char *name, llmpar_tensor *tensor);
 LLMPAR_DEF size_t       llmpar_exec_bytes(const llmpar_exec *exec);                            // all its buffers
 // What this rank's communicators counted in all runs since creation, in llmpar_plan_traffic's rows.
@@ -1755,7 +1820,7 @@ typedef struct llmpar_routed {
     int64_t     most_tokens;       // the most tokens that this rank held in one step, its own and those that others sent at a time
 } llmpar_routed;
 LLMPAR_DEF int          llmpar_exec_routed(const llmpar_exec *exec, llmpar_routed *rows, int capacity);   // a row per set of axes; returns how many there are
-// Called after every step with this rank's values, for tests and tracing; NULL = none. Of a sum along the tree, before it is exchanged: this rank's pieces, if any.
+// Called after every step with this rank's values (with ops.alloc: for ops.download), for tests and tracing; NULL = none. Of a sum along the tree, before it is exchanged: this rank's pieces, if any.
 LLMPAR_DEF void         llmpar_exec_watch(llmpar_exec *exec, void (*fn)(int step, int round, const llmpar_tensor *out, const void *data, void *user), void *user);
 
 // ============================================================================================================
@@ -1828,6 +1893,7 @@ typedef struct llmpar_engine_desc {
     const char       *folder;      // checkpoint
     const llmpar_mesh *mesh;       // axes pp (layers), dp (rows), tp (heads, intermediate, vocabulary) and ep (experts); others are an error until they are implemented
     llmpar_comm      *world;       // mesh rank = comm rank; must outlive the engine
+    llmpar_comm      *host_world;  // the same ranks, for messages in memory of the host (agreement, logits, pipeline stages), where world takes that of ops; NULL = world
     int64_t           max_batch;   // rows; 0 = 1. Split over dp; more dp ranks than rows is legal
     int64_t           max_prompt;  // tokens per row of one prefill run; 0 = max_context. Shorter prompts are padded to it, longer ones run in pieces:
                                    //   near the usual length is best
@@ -1847,7 +1913,7 @@ typedef struct llmpar_engine_desc {
     const char       *experts;     // the experts' own mesh over the ranks of a stage, see llmpar_build_desc: "ep=4" on tp=4; NULL: axis ep. Needed during creation only
     llmpar_experts_way experts_way;    // see llmpar_build_desc; anything but auto needs an axis ep
     bool              record;      // for llmpar_engine_timing: the clock is read around everything a stage does
-    const llmpar_ops *ops;         // NULL = llmpar_ops_cpu(); copied
+    const llmpar_ops *ops;         // NULL = llmpar_ops_cpu(); copied. With ops.alloc see llmpar_exec_desc; experts_way auto is LLMPAR_EXPERTS_PARTIAL then. Stages hand on through the host
     llmpar_hardware   hardware;    // for the plans' costs and, with memory_bytes, their limit; zeroed = llmpar_hardware_threads
     llmpar_allocator  allocator;
     llmpar_log        log;         // progress of loading; a warning when ranks hold no expert (rank 0)
@@ -20477,25 +20543,22 @@ LLMPARI_DEFINE_GRANULES(llmpari_granules_f32,  float,    llmpari_chunk_f32)
 LLMPARI_DEFINE_GRANULES(llmpari_granules_bf16, uint16_t, llmpari_chunk_bf16)
 LLMPARI_DEFINE_GRANULES(llmpari_granules_f16,  uint16_t, llmpari_chunk_f16)
 
-// What is added over k in one rank: k begins at a granule and holds n of them. merges[n] as in section tree; `pieces` values are left, piece p at c + p * stride.
-typedef struct llmpari_granules { int64_t granule, stride; int32_t n, pieces, depth; const uint8_t *merges; } llmpari_granules;
-
 // Floats of scratch of the two ways to add up granules. Rows, columns of a block of the second.
 #define LLMPARI_TREE_ROWS    64
 #define LLMPARI_TREE_COLUMNS 192
-LLMPARI_FN int64_t llmpari_granules_few_scratch(int64_t m, const llmpari_granules *t) {
+LLMPARI_FN int64_t llmpari_granules_few_scratch(int64_t m, const llmpar_granules_args *t) {
     return t->n * (m * llmpari_round_up(t->granule, LLMPARI_CHUNK) + LLMPARI_GROUP) + 16;
 }
-LLMPARI_FN int64_t llmpari_granules_scratch(const llmpar_gemm *g, const llmpari_granules *t) {
+LLMPARI_FN int64_t llmpari_granules_scratch(const llmpar_gemm *g, const llmpar_granules_args *t) {
     const int64_t m = llmpari_min(g->m, LLMPARI_TREE_ROWS), n = llmpari_min(g->n, LLMPARI_TREE_COLUMNS);
     return t->depth * m * n + 16 + llmpar_gemm_scratch(m, n, llmpari_min(t->granule, g->k), g->b_dtype);
 }
-LLMPARI_FN bool llmpari_granules_are_few(const llmpar_gemm *g, const llmpari_granules *t) {
+LLMPARI_FN bool llmpari_granules_are_few(const llmpar_gemm *g, const llmpar_granules_args *t) {
     return g->m <= LLMPARI_FEW && g->b_transposed && t->granule <= LLMPARI_KC;
 }
 
 // Few rows of a, b[n, k]: rows of b are read from end to end, LLMPARI_GROUP of them make their granules' sums, which are then added in vectors across the rows.
-LLMPARI_FN void llmpari_granules_few(const llmpar_gemm *g, const llmpari_granules *t) {
+LLMPARI_FN void llmpari_granules_few(const llmpar_gemm *g, const llmpar_granules_args *t) {
     const int64_t step = llmpari_round_up(t->granule, LLMPARI_CHUNK), stride = t->n * step;
     float *x = llmpari_aligned(g->scratch), *sum = x + g->m * stride;
     const float *stack[LLMPAR_TREE_PIECES];
@@ -20527,7 +20590,7 @@ LLMPARI_FN void llmpari_granules_few(const llmpar_gemm *g, const llmpari_granule
 }
 
 // Any shape: blocks of rows and columns, a GEMM (the table's) per granule.
-LLMPARI_FN void llmpari_granules_gemm(const llmpar_gemm *g, const llmpari_granules *t, void (*gemm)(void *, const llmpar_gemm *), void *user) {
+LLMPARI_FN void llmpari_granules_gemm(const llmpar_gemm *g, const llmpar_granules_args *t, void (*gemm)(void *, const llmpar_gemm *), void *user) {
     const int64_t rows = llmpari_min(g->m, LLMPARI_TREE_ROWS), columns = llmpari_min(g->n, LLMPARI_TREE_COLUMNS);
     float *block = llmpari_aligned(g->scratch);
     llmpar_gemm one = *g;
@@ -21196,9 +21259,143 @@ LLMPARI_FN void llmpari_op_attention(void *user, const llmpar_attention_args *g)
         }
 }
 
+// ---- what moves values ----------------------------------------------------------------------------------------------------------------------------
+
+// Counts index[] up like an odometer; false after the last one.
+LLMPARI_FN bool llmpari_next_index(int n, const int64_t *size, int64_t *index) {
+    for (int d = n - 1; d >= 0; d--) {
+        if (++index[d] < size[d]) return true;
+        index[d] = 0;
+    }
+    return false;
+}
+
+LLMPARI_FN void llmpari_op_box(void *user, const llmpar_box_args *g) {
+    const llmpar_box *box = g->box;
+    const int64_t bytes = g->bytes;
+    int64_t index[LLMPAR_MAX_DIMS] = { 0 };
+    int last = box->n - 1;
+    (void)user;
+    if (!box->elements) return;
+    int64_t run = last < 0 ? 1 : box->size[last], to_step = last < 0 ? 1 : box->to[last], from_step = last < 0 ? 1 : box->from[last];
+    do {
+        int64_t t = box->to_at, f = box->from_at;
+        for (int d = 0; d < last; d++) { t += index[d] * box->to[d]; f += index[d] * box->from[d]; }
+        char       *out = (char *)g->to + t * bytes;
+        const char *in  = (const char *)g->from + f * bytes;
+        if (to_step == 1 && from_step == 1) memcpy(out, in, (size_t)(run * bytes));
+        else if (bytes == 4) for (int64_t i = 0; i < run; i++) memcpy(out + 4 * i * to_step, in + 4 * i * from_step, 4);
+        else for (int64_t i = 0; i < run; i++) memcpy(out + i * to_step * bytes, in + i * from_step * bytes, (size_t)bytes);
+    } while (llmpari_next_index(last, box->size, index));
+}
+
+LLMPARI_FN void llmpari_op_broadcast(void *user, const llmpar_broadcast_args *g) {
+    int64_t index[LLMPAR_MAX_DIMS] = { 0 }, run = g->n ? g->size[g->n - 1] : 1, step = g->n ? g->b_stride[g->n - 1] : 0, at = 0;
+    (void)user;
+    for (int d = 0; d < g->n; d++) if (!g->size[d]) return;
+    do {
+        int64_t j = 0;
+        for (int d = 0; d + 1 < g->n; d++) j += index[d] * g->b_stride[d];
+        if (!g->a)            for (int64_t i = 0; i < run; i++) g->y[at + i] = g->b[j + i * step];
+        else if (g->multiply) for (int64_t i = 0; i < run; i++) g->y[at + i] = g->a[at + i] * g->b[j + i * step];
+        else                  for (int64_t i = 0; i < run; i++) g->y[at + i] = g->a[at + i] + g->b[j + i * step];
+        at += run;
+    } while (llmpari_next_index(g->n - 1, g->size, index));
+}
+
+LLMPARI_FN void llmpari_op_loops(void *user, const llmpar_loops_args *g) {
+    int64_t index[LLMPAR_MAX_INDICES] = { 0 };
+    const int n_out = g->n - g->n_sums;
+    (void)user;
+    do {
+        int64_t at[3] = { 0, 0, 0 }, sum_index[LLMPAR_MAX_INDICES] = { 0 };
+        float sum = 0;
+        for (int i = 0; i < n_out; i++)
+            for (int k = 0; k < 3; k++) at[k] += index[i] * g->step[k][i];
+        do {
+            int64_t i = at[0], j = at[1];
+            for (int d = 0; d < g->n_sums; d++) { i += sum_index[d] * g->step[0][n_out + d]; j += sum_index[d] * g->step[1][n_out + d]; }
+            sum += g->a[i] * g->b[j];
+        } while (llmpari_next_index(g->n_sums, g->size + n_out, sum_index));
+        g->c[at[2]] = sum;
+    } while (llmpari_next_index(n_out, g->size, index));
+}
+
+LLMPARI_FN void llmpari_op_take(void *user, const llmpar_take_args *g) {
+    const float *from = g->x;
+    float *to = g->y;
+    (void)user;
+    for (int64_t b = 0; b < g->batch; b++)
+        for (int64_t i = 0; i < g->before; i++, to += g->after, from += g->count * g->after) {
+            int64_t id = g->ids[b] - g->first;
+            if (id >= 0 && id < g->count) memcpy(to, from + id * g->after, (size_t)g->after * 4);
+            else memset(to, 0, (size_t)g->after * 4);
+        }
+}
+
+LLMPARI_FN void llmpari_op_append(void *user, const llmpar_append_args *g) {
+    (void)user;
+    for (int64_t b = 0; b < g->batch; b++)
+        for (int64_t t = 0; t < g->tokens; t++) {
+            int64_t slot = g->position[b * g->tokens + t];
+            if (slot < 0) continue;
+            for (int64_t h = 0; h < g->heads; h++)
+                memcpy(g->cache + ((b * g->heads + h) * g->slots + slot) * g->d, g->rows + ((b * g->tokens + t) * g->heads + h) * g->d, (size_t)g->d * 4);
+        }
+}
+
+LLMPARI_FN void llmpari_op_convert(void *user, const llmpar_convert_args *g) { (void)user; (void)llmpar_convert(g->y, LLMPAR_F32, g->x, g->dtype, g->n, NULL); }
+
+LLMPARI_FN void llmpari_op_entropy(void *user, const llmpar_entropy_args *g) {
+    (void)user;
+    for (int64_t r = 0; r < g->rows; r++) {
+        const float *x = g->x + r * g->n;
+        if (g->part == 0) {
+            float largest = -INFINITY;
+            for (int64_t i = 0; i < g->n; i++) largest = x[i] > largest ? x[i] : largest;
+            g->largest[r] = largest;
+        } else if (g->part == 1) {
+            const int64_t label = g->labels[r] - g->first;
+            float total = 0;
+            for (int64_t i = 0; i < g->n; i++) total += expf(x[i] - g->largest[r]);
+            g->sum[r]    = total;
+            g->picked[r] = g->labels[r] >= 0 && label >= 0 && label < g->n ? x[label] : 0;
+        } else g->loss[r] = g->labels[r] < 0 ? 0 : logf(g->sum[r]) + g->largest[r] - g->picked[r];
+    }
+}
+
+LLMPARI_FN void llmpari_op_scale(void *user, const llmpar_scale_args *g) {
+    (void)user;
+    for (int64_t i = 0; i < g->rows * g->k; i++) {
+        const int64_t at = g->to[i] - g->first;
+        for (int64_t c = 0; at >= 0 && at < g->count && c < g->n; c++) g->y[at * g->n + c] *= g->weights[i];
+    }
+}
+
+LLMPARI_FN void llmpari_op_fold(void *user, const llmpar_fold_args *g) {
+    enum { BLOCK = 1024 };         // a handful of pieces' blocks stay in the first-level cache
+    float *stack[LLMPAR_TREE_PIECES];
+    (void)user;
+    for (int64_t e = 0; e < g->n; e += BLOCK) {
+        const int64_t count = llmpari_min(BLOCK, g->n - e);
+        int depth = 0;
+        for (int32_t i = 0; i < g->pieces; i++) {
+            stack[depth++] = g->x + g->at[i] * g->n + e;
+            for (int merge = g->merges[i]; merge > 0; merge--) {
+                const float *from = stack[--depth];
+                float *to = stack[depth - 1];
+                for (int64_t k = 0; k < count; k++) to[k] += from[k];
+            }
+        }
+        memcpy(g->out + e, stack[0], (size_t)count * 4);
+    }
+}
+
+LLMPARI_FN void llmpari_op_zero(void *user, void *to, size_t bytes) { (void)user; memset(to, 0, bytes); }
+
 LLMPAR_DEF llmpar_ops llmpar_ops_cpu(void) {
     llmpar_ops ops;
-    ops.user      = NULL;
+    memset(&ops, 0, sizeof ops);
     ops.gemm      = llmpari_op_gemm;
     ops.norm      = llmpari_op_norm;
     ops.rope      = llmpari_op_rope;
@@ -21212,8 +21409,54 @@ LLMPAR_DEF llmpar_ops llmpar_ops_cpu(void) {
     ops.permute   = llmpari_op_permute;
     ops.grouped   = llmpari_op_grouped;
     ops.combine   = llmpari_op_combine;
-    ops.invariant = false;
+    ops.box       = llmpari_op_box;
+    ops.broadcast = llmpari_op_broadcast;
+    ops.loops     = llmpari_op_loops;
+    ops.take      = llmpari_op_take;
+    ops.append    = llmpari_op_append;
+    ops.convert   = llmpari_op_convert;
+    ops.entropy   = llmpari_op_entropy;
+    ops.scale     = llmpari_op_scale;
+    ops.fold      = llmpari_op_fold;
+    ops.zero      = llmpari_op_zero;
     return ops;
+}
+
+// The table with llmpar's own functions where one for memory of the host has none. One that has values elsewhere must be whole.
+LLMPARI_FN llmpar_status llmpari_ops_complete(const llmpar_ops *given, llmpar_ops *ops, llmpar_error *err) {
+    const llmpar_ops cpu = llmpar_ops_cpu();
+    const char *lacks = NULL;
+    *ops = given ? *given : cpu;
+#define LLMPARI_OPS_MEMBER(name) if (!ops->name) { if (ops->alloc) lacks = #name; else ops->name = cpu.name; }
+#define LLMPARI_OPS_NEEDS(name)  if (!ops->name && ops->alloc) lacks = #name;
+    LLMPARI_OPS_NEEDS(gemm) LLMPARI_OPS_NEEDS(norm) LLMPARI_OPS_NEEDS(rope) LLMPARI_OPS_NEEDS(attention) LLMPARI_OPS_NEEDS(unary) LLMPARI_OPS_NEEDS(binary) LLMPARI_OPS_NEEDS(gated)
+    LLMPARI_OPS_NEEDS(bias) LLMPARI_OPS_NEEDS(softmax) LLMPARI_OPS_NEEDS(embed) LLMPARI_OPS_NEEDS(permute) LLMPARI_OPS_NEEDS(grouped) LLMPARI_OPS_NEEDS(combine) LLMPARI_OPS_NEEDS(granules)
+    LLMPARI_OPS_NEEDS(free) LLMPARI_OPS_NEEDS(alloc_host) LLMPARI_OPS_NEEDS(free_host) LLMPARI_OPS_NEEDS(upload) LLMPARI_OPS_NEEDS(download) LLMPARI_OPS_NEEDS(upload_from) LLMPARI_OPS_NEEDS(wait)
+    LLMPARI_OPS_MEMBER(box) LLMPARI_OPS_MEMBER(broadcast) LLMPARI_OPS_MEMBER(loops) LLMPARI_OPS_MEMBER(take) LLMPARI_OPS_MEMBER(append) LLMPARI_OPS_MEMBER(convert)
+    LLMPARI_OPS_MEMBER(entropy) LLMPARI_OPS_MEMBER(scale) LLMPARI_OPS_MEMBER(fold) LLMPARI_OPS_MEMBER(zero)
+#undef LLMPARI_OPS_NEEDS
+#undef LLMPARI_OPS_MEMBER
+    if (!lacks) return LLMPAR_OK;
+    return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "ops.alloc is there, so values are in its memory, but ops.%s is NULL; a table with memory of its own must have all functions", lacks);
+}
+
+// Bytes of scratch for a call with these sizes.
+LLMPARI_FN int64_t llmpari_ops_scratch(const llmpar_ops *ops, const llmpar_scratch_args *g) {
+    if (ops->scratch) return ops->scratch(ops->user, g);
+    if (g->gemm)      return 4 * llmpar_gemm_scratch(g->gemm->m, g->gemm->n, g->gemm->k, g->gemm->b_dtype);
+    if (g->attention) return 4 * llmpar_attention_scratch(g->attention->queries, llmpari_max(g->attention->n_keys, g->attention->most_keys), g->attention->q_heads, g->attention->d);
+    if (g->combine)   return llmpar_combine_scratch(g->combine->k, g->combine->n);
+    const llmpar_granules_args *t = g->granules;
+    if (!t) return 0;
+    const bool few = ops->gemm == llmpari_op_gemm && llmpari_granules_are_few(&t->gemm, t);
+    return 4 * (few ? llmpari_granules_few_scratch(t->gemm.m, t) : llmpari_granules_scratch(&t->gemm, t));
+}
+
+// Granules' sums by the table, or by llmpar's own code around its GEMM.
+LLMPARI_FN void llmpari_ops_granules(const llmpar_ops *ops, const llmpar_granules_args *t) {
+    if (ops->granules) ops->granules(ops->user, t);
+    else if (ops->gemm == llmpari_op_gemm && llmpari_granules_are_few(&t->gemm, t)) llmpari_granules_few(&t->gemm, t);
+    else llmpari_granules_gemm(&t->gemm, t, ops->gemm, ops->user);
 }
 
 // ---- sampling -------------------------------------------------------------------------------------------------------------------------------------
@@ -21317,21 +21560,15 @@ LLMPARI_FN llmpari_exec_part llmpari_exec_part_of(const llmpar_tensor *tensor, c
     return part;
 }
 
-typedef struct llmpari_exec_box {       // a copy of a box of elements between two arrays; strides in elements, outermost dim first
-    int32_t n;
-    int64_t elements, to_at, from_at;
-    int64_t size[LLMPAR_MAX_DIMS], to[LLMPAR_MAX_DIMS], from[LLMPAR_MAX_DIMS];
-} llmpari_exec_box;
-
-LLMPARI_FN llmpari_exec_box llmpari_exec_box_empty(void) {
-    llmpari_exec_box box;
+LLMPARI_FN llmpar_box llmpari_exec_box_empty(void) {
+    llmpar_box box;
     memset(&box, 0, sizeof box);
     box.elements = 1;
     return box;
 }
 
 // Adds an inner dim; size 1 vanishes, and a dim that continues the one before in both arrays is merged into it.
-LLMPARI_FN void llmpari_exec_box_dim(llmpari_exec_box *box, int64_t size, int64_t to, int64_t from) {
+LLMPARI_FN void llmpari_exec_box_dim(llmpar_box *box, int64_t size, int64_t to, int64_t from) {
     int last = box->n - 1;
     box->elements *= size;
     if (size == 1) return;
@@ -21342,39 +21579,14 @@ LLMPARI_FN void llmpari_exec_box_dim(llmpari_exec_box *box, int64_t size, int64_
     box->n = last + 1;
 }
 
-// Counts index[] up like an odometer; false after the last one.
-LLMPARI_FN bool llmpari_exec_next(int n, const int64_t *size, int64_t *index) {
-    for (int d = n - 1; d >= 0; d--) {
-        if (++index[d] < size[d]) return true;
-        index[d] = 0;
-    }
-    return false;
-}
-
-LLMPARI_FN void llmpari_exec_box_copy(const llmpari_exec_box *box, void *to, const void *from, int64_t bytes) {
-    int64_t index[LLMPAR_MAX_DIMS] = { 0 };
-    int last = box->n - 1;
-    if (!box->elements) return;
-    int64_t run = last < 0 ? 1 : box->size[last], to_step = last < 0 ? 1 : box->to[last], from_step = last < 0 ? 1 : box->from[last];
-    do {
-        int64_t t = box->to_at, f = box->from_at;
-        for (int d = 0; d < last; d++) { t += index[d] * box->to[d]; f += index[d] * box->from[d]; }
-        char       *out = (char *)to + t * bytes;
-        const char *in  = (const char *)from + f * bytes;
-        if (to_step == 1 && from_step == 1) memcpy(out, in, (size_t)(run * bytes));
-        else if (bytes == 4) for (int64_t i = 0; i < run; i++) memcpy(out + 4 * i * to_step, in + 4 * i * from_step, 4);
-        else for (int64_t i = 0; i < run; i++) memcpy(out + i * to_step * bytes, in + i * from_step * bytes, (size_t)bytes);
-    } while (llmpari_exec_next(last, box->size, index));
-}
-
 // One run in both arrays?
-LLMPARI_FN bool llmpari_exec_box_flat(const llmpari_exec_box *box) {
+LLMPARI_FN bool llmpari_exec_box_flat(const llmpar_box *box) {
     return !box->elements || box->n == 0 || (box->n == 1 && box->to[0] == 1 && box->from[0] == 1);
 }
 
 // Copies `region` of a block to (pack) or from a dense array that holds just the region, at element packed_at.
-LLMPARI_FN llmpari_exec_box llmpari_exec_box_region(const llmpari_exec_part *part, const llmpar_range *region, int64_t packed_at, bool pack) {
-    llmpari_exec_box box = llmpari_exec_box_empty();
+LLMPARI_FN llmpar_box llmpari_exec_box_region(const llmpari_exec_part *part, const llmpar_range *region, int64_t packed_at, bool pack) {
+    llmpar_box box = llmpari_exec_box_empty();
     int64_t dense[LLMPAR_MAX_DIMS], at = 0, n = 1;
     for (int d = part->n - 1; d >= 0; d--) {
         dense[d] = n;
@@ -21390,7 +21602,7 @@ LLMPARI_FN llmpari_exec_box llmpari_exec_box_region(const llmpari_exec_part *par
 // ---- 2. what an exec is made of
 
 struct llmpari_exec_task;
-typedef struct llmpari_exec_args { const void *in[LLMPAR_MAX_OPERANDS]; void *out; float *cache[2]; char *scratch; } llmpari_exec_args;
+typedef struct llmpari_exec_args { const void *in[LLMPAR_MAX_OPERANDS]; void *out; float *cache[2]; char *scratch, *host; } llmpari_exec_args;   // host: scratch of the host
 typedef llmpar_status (*llmpari_exec_kernel)(llmpar_exec *exec, const struct llmpari_exec_task *task, const llmpari_exec_args *args, llmpar_error *err);
 
 typedef struct llmpari_exec_task {      // one step, prepared for this rank
@@ -21400,7 +21612,7 @@ typedef struct llmpari_exec_task {      // one step, prepared for this rank
     uint32_t overwrites;           // operands whose memory the result may take when they end here
     uint32_t converts;             // operands that are bf16 or f16 and are needed as f32
     int64_t  convert_at[LLMPAR_MAX_OPERANDS];   // where in scratch
-    int64_t  scratch_bytes;
+    int64_t  scratch_bytes, host_bytes;
     int64_t  view_at;              // a slice in one piece: the result is the operand's memory from this element on; -1 = no
     int32_t  gated;                // unary: the step (a product) that takes this one in; product: ditto the unary; -1 = none
 } llmpari_exec_task;
@@ -21431,9 +21643,13 @@ typedef struct llmpari_exec_table {     // positions of the tokens of one block 
     llmpar_range rows, tokens;
     int64_t  all_rows, all_tokens; // of the global batch
     bool     by_token;             // attention without a cache: keys are numbered by their place among the new tokens
-    int32_t *position;
+    int32_t *position;             // host
+    const int32_t *values;         // the same where values are
     int32_t  largest;
 } llmpari_exec_table;
+
+// An array that kernels read, made once: where values are not in memory of the host, the pointer at `where` is set to a copy there when memory is taken.
+typedef struct llmpari_exec_constant { void *where; const void *host; int64_t bytes; struct llmpari_exec_constant *next; } llmpari_exec_constant;
 
 #define LLMPARI_EXEC_MAX_TABLES 16
 struct llmpar_exec {
@@ -21459,8 +21675,11 @@ struct llmpar_exec {
     llmpari_exec_table table[LLMPARI_EXEC_MAX_TABLES];
     int64_t       cache_slots;     // the fewest slots of a row in any cache; 0 = no cache
     int32_t       n_caches, cache_set;   // sets, one after another in the memory of a cache; which one is in use
-    int64_t       activation_bytes, scratch_bytes;
-    char         *scratch;
+    int64_t       activation_bytes, scratch_bytes, host_bytes, position_bytes;
+    char         *scratch, *host, *zeros;   // where values are; of the host; 64 bytes of zeros where values are
+    char         *positions, *values;   // all tables' positions: host, and where values are. The same memory when that is the host's
+    int64_t       ticket;          // of the last upload of positions; -1 = there was none
+    llmpari_exec_constant *constants;
     void         *state, *work;    // weights and caches; all else. As allocated
     size_t        state_bytes, work_bytes;
     llmpar_routed *routed;         // [n_comms]
@@ -21478,6 +21697,19 @@ typedef struct llmpari_exec_prep {      // while one step is prepared
     llmpar_error *err;
 } llmpari_exec_prep;
 
+// Copies a box of elements of `bytes` bytes, n of them in one piece, and writes zeros: where values are.
+LLMPARI_FN void llmpari_exec_box_copy(const llmpar_exec *x, const llmpar_box *box, void *to, const void *from, int64_t bytes) {
+    llmpar_box_args args;
+    args.box = box; args.bytes = bytes; args.to = to; args.from = from;
+    if (box->elements) x->ops.box(x->ops.user, &args);
+}
+LLMPARI_FN void llmpari_exec_copy_flat(const llmpar_exec *x, void *to, const void *from, int64_t n, int64_t bytes) {
+    llmpar_box box = llmpari_exec_box_empty();
+    llmpari_exec_box_dim(&box, n, 1, 1);
+    llmpari_exec_box_copy(x, &box, to, from, bytes);
+}
+LLMPARI_FN void llmpari_exec_zero(const llmpar_exec *x, void *to, int64_t bytes) { if (bytes) x->ops.zero(x->ops.user, to, (size_t)bytes); }
+
 #define LLMPARI_EXEC_ALIGN(bytes) (((bytes) + 63) & ~(int64_t)63)
 
 LLMPARI_ONCE_BEGIN
@@ -21490,8 +21722,25 @@ LLMPARI_FN int64_t llmpari_exec_prep_scratch(llmpari_exec_prep *p, int64_t bytes
     return at;
 }
 
+LLMPARI_FN int64_t llmpari_exec_prep_host(llmpari_exec_prep *p, int64_t bytes) {
+    int64_t at = p->task->host_bytes;
+    p->task->host_bytes += LLMPARI_EXEC_ALIGN(bytes);
+    return at;
+}
+
 LLMPARI_FN llmpar_status llmpari_exec_prep_memory(const llmpari_exec_prep *p) {
     return LLMPARI_FAIL(p->err, LLMPAR_NO_MEMORY, "no memory to prepare step %d of the plan", (int)p->index);
+}
+
+// The pointer at `where` (in the kernel's own struct) to what kernels read of `host`, which stays.
+LLMPARI_FN llmpar_status llmpari_exec_prep_constant(llmpari_exec_prep *p, void *where, const void *host, int64_t bytes) {
+    memcpy(where, &host, sizeof host);
+    if (!p->exec->ops.alloc || !bytes) return LLMPAR_OK;
+    llmpari_exec_constant *constant = (llmpari_exec_constant *)llmpar_arena_alloc(&p->exec->arena, sizeof *constant);
+    if (!constant) return llmpari_exec_prep_memory(p);
+    constant->where = where; constant->host = host; constant->bytes = bytes; constant->next = p->exec->constants;
+    p->exec->constants = constant;
+    return LLMPAR_OK;
 }
 
 // Kernels other than products and lookups read f32 only.
@@ -21597,11 +21846,10 @@ typedef struct llmpari_exec_contract {
     int32_t n_loops, n_sums;       // loops around the call; the last n_sums of them add to the same result
     int64_t size[LLMPAR_MAX_INDICES], step[3][LLMPAR_MAX_INDICES];
     uint32_t    packs;             // bit 0, 1: a, b are copied into a better order first; bit 2: the result is made in another order and copied after
-    llmpari_exec_box pack[3];
+    llmpar_box pack[3];
     int64_t     pack_at[3], gemm_at;   // in scratch; -1 = none
     int64_t     b_bytes, c_elements;
-    llmpari_granules tree;         // n = 0: an ordinary sum
-    bool        few;               // the granules' sums by the kernel for few rows
+    llmpar_granules_args tree;     // n = 0: an ordinary sum
 } llmpari_exec_contract;
 
 // The dims of size > 1 with their strides, for operands a and b of the step (0 and 1, or swapped).
@@ -21698,8 +21946,8 @@ LLMPARI_FN bool llmpari_exec_contract_fit(llmpari_exec_contract *c, const llmpar
 }
 
 // The box that copies operand k between its own order (strides `own`) and the dense one; to the dense one for a and b, from it for the result.
-LLMPARI_FN llmpari_exec_box llmpari_exec_contract_box(const llmpari_exec_index *own, const llmpari_exec_index *dense, int n, int k) {
-    llmpari_exec_box box = llmpari_exec_box_empty();
+LLMPARI_FN llmpar_box llmpari_exec_contract_box(const llmpari_exec_index *own, const llmpari_exec_index *dense, int n, int k) {
+    llmpar_box box = llmpari_exec_box_empty();
     for (int i = 0; i < n; i++)
         if (own[i].stride[k]) {
             int64_t mine = own[i].stride[k], packed = dense[i].stride[k];
@@ -21747,11 +21995,11 @@ LLMPARI_FN llmpar_status llmpari_exec_run_gemm(llmpar_exec *x, const llmpari_exe
     llmpar_gemm gemm = c->gemm;
     (void)err;
     if (c->packs & 1u) {
-        llmpari_exec_box_copy(&c->pack[0], args->scratch + c->pack_at[0], a, 4);
+        llmpari_exec_box_copy(x, &c->pack[0], args->scratch + c->pack_at[0], a, 4);
         a = (const float *)(const void *)(args->scratch + c->pack_at[0]);
     }
     if (c->packs & 2u) {
-        llmpari_exec_box_copy(&c->pack[1], args->scratch + c->pack_at[1], b, c->b_bytes);
+        llmpari_exec_box_copy(x, &c->pack[1], args->scratch + c->pack_at[1], b, c->b_bytes);
         b = args->scratch + c->pack_at[1];
     }
     gemm.scratch = c->gemm_at < 0 ? NULL : (float *)(void *)(args->scratch + c->gemm_at);
@@ -21765,41 +22013,32 @@ LLMPARI_FN llmpar_status llmpari_exec_run_gemm(llmpar_exec *x, const llmpari_exe
         gemm.a = a + at[0];
         gemm.b = b + at[1] * c->b_bytes;
         gemm.c = out + at[2];
-        if (!c->tree.n)  x->ops.gemm(x->ops.user, &gemm);
-        else if (c->few) llmpari_granules_few(&gemm, &c->tree);
-        else             llmpari_granules_gemm(&gemm, &c->tree, x->ops.gemm, x->ops.user);
-    } while (llmpari_exec_next(c->n_loops, c->size, index));
-    if (c->packs & 4u) llmpari_exec_box_copy(&c->pack[2], args->out, out, 4);
+        if (!c->tree.n) { x->ops.gemm(x->ops.user, &gemm); continue; }
+        llmpar_granules_args tree = c->tree;
+        tree.gemm = gemm;
+        llmpari_ops_granules(&x->ops, &tree);
+    } while (llmpari_next_index(c->n_loops, c->size, index));
+    if (c->packs & 4u) llmpari_exec_box_copy(x, &c->pack[2], args->out, out, 4);
     return LLMPAR_OK;
 }
 
 // Any order of dims, by loops: the first n_loops - n_sums dims are the result's, the others are summed over.
 LLMPARI_FN llmpar_status llmpari_exec_run_loops(llmpar_exec *x, const llmpari_exec_task *task, const llmpari_exec_args *args, llmpar_error *err) {
     const llmpari_exec_contract *c = (const llmpari_exec_contract *)task->how;
-    int64_t index[LLMPAR_MAX_INDICES] = { 0 };
-    const float *a = (const float *)args->in[c->a], *b = (const float *)args->in[c->b];
-    float *out = (float *)args->out;
-    int n_out = c->n_loops - c->n_sums;
-    (void)x; (void)err;
-    do {
-        int64_t at[3] = { 0, 0, 0 }, sum_index[LLMPAR_MAX_INDICES] = { 0 };
-        float sum = 0;
-        for (int i = 0; i < n_out; i++)
-            for (int k = 0; k < 3; k++) at[k] += index[i] * c->step[k][i];
-        do {
-            int64_t i = at[0], j = at[1];
-            for (int d = 0; d < c->n_sums; d++) { i += sum_index[d] * c->step[0][n_out + d]; j += sum_index[d] * c->step[1][n_out + d]; }
-            sum += a[i] * b[j];
-        } while (llmpari_exec_next(c->n_sums, c->size + n_out, sum_index));
-        out[at[2]] = sum;
-    } while (llmpari_exec_next(n_out, c->size, index));
+    llmpar_loops_args loops;
+    (void)err;
+    loops.n = c->n_loops; loops.n_sums = c->n_sums;
+    memcpy(loops.size, c->size, sizeof loops.size);
+    memcpy(loops.step, c->step, sizeof loops.step);
+    loops.a = (const float *)args->in[c->a]; loops.b = (const float *)args->in[c->b]; loops.c = (float *)args->out;
+    x->ops.loops(x->ops.user, &loops);
     return LLMPAR_OK;
 }
 
 // The rank holds none of the dims that are summed over.
 LLMPARI_FN llmpar_status llmpari_exec_run_zero(llmpar_exec *x, const llmpari_exec_task *task, const llmpari_exec_args *args, llmpar_error *err) {
-    (void)x; (void)err;
-    memset(args->out, 0, (size_t)((const llmpari_exec_contract *)task->how)->c_elements * 4);
+    (void)err;
+    llmpari_exec_zero(x, args->out, ((const llmpari_exec_contract *)task->how)->c_elements * 4);
     return LLMPAR_OK;
 }
 
@@ -21897,11 +22136,12 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_einsum(llmpari_exec_prep *p) {
     llmpari_exec_prep_f32(p, c->a);
     p->task->run = llmpari_exec_run_gemm;
     c->gemm.b_dtype = p->in[c->b]->tensor.dtype;
-    int64_t floats = llmpar_gemm_scratch(c->gemm.m, c->gemm.n, c->gemm.k, c->gemm.b_dtype);
-    c->few = p->exec->ops.gemm == llmpari_op_gemm && llmpari_granules_are_few(&c->gemm, &c->tree);
-    if (c->tree.n) floats = c->few ? llmpari_granules_few_scratch(c->gemm.m, &c->tree) : llmpari_granules_scratch(&c->gemm, &c->tree);
-    if (floats > 0) c->gemm_at = llmpari_exec_prep_scratch(p, 4 * floats);
-    return LLMPAR_OK;
+    llmpar_scratch_args need = LLMPAR_ZERO;
+    c->tree.gemm = c->gemm;
+    if (c->tree.n) need.granules = &c->tree; else need.gemm = &c->gemm;
+    const int64_t bytes = llmpari_ops_scratch(&p->exec->ops, &need);
+    if (bytes > 0) c->gemm_at = llmpari_exec_prep_scratch(p, bytes);
+    return c->tree.n ? llmpari_exec_prep_constant(p, &c->tree.merges, c->tree.merges, c->tree.n) : LLMPAR_OK;
 }
 LLMPARI_ONCE_END
 
@@ -21913,8 +22153,8 @@ typedef struct llmpari_exec_elementwise {
     llmpar_bias_args   bias;
     llmpar_gated_args  gated;      // when a product takes in the unary op that makes one of its operands
     bool    skip[2];               // sums: this rank leaves the operand out
-    int32_t n, gate;               // dims of the general case; operand that the unary makes
-    int64_t size[LLMPAR_MAX_DIMS], b[LLMPAR_MAX_DIMS];         // a is dense, b strided
+    llmpar_broadcast_args general;
+    int32_t gate;                  // operand that the unary makes
 } llmpari_exec_elementwise;
 
 LLMPARI_FN llmpar_status llmpari_exec_run_binary(llmpar_exec *x, const llmpari_exec_task *task, const llmpari_exec_args *args, llmpar_error *err) {
@@ -21951,27 +22191,21 @@ LLMPARI_FN llmpar_status llmpari_exec_run_bias(llmpar_exec *x, const llmpari_exe
 // b has its dims in another order, or some of a's only. The result has a's order and may lie on it.
 LLMPARI_FN llmpar_status llmpari_exec_run_broadcast(llmpar_exec *x, const llmpari_exec_task *task, const llmpari_exec_args *args, llmpar_error *err) {
     const llmpari_exec_elementwise *how = (const llmpari_exec_elementwise *)task->how;
-    const float *a = (const float *)args->in[0], *b = (const float *)args->in[1];
-    float *y = (float *)args->out;
-    int64_t index[LLMPAR_MAX_DIMS] = { 0 }, run = how->n ? how->size[how->n - 1] : 1, step = how->n ? how->b[how->n - 1] : 0, at = 0;
-    (void)x; (void)err;
-    do {
-        int64_t j = 0;
-        for (int d = 0; d + 1 < how->n; d++) j += index[d] * how->b[d];
-        if (how->binary.multiply) for (int64_t i = 0; i < run; i++) y[at + i] = a[at + i] * b[j + i * step];
-        else if (how->skip[0])    for (int64_t i = 0; i < run; i++) y[at + i] = b[j + i * step];
-        else                      for (int64_t i = 0; i < run; i++) y[at + i] = a[at + i] + b[j + i * step];
-        at += run;
-    } while (llmpari_exec_next(how->n - 1, how->size, index));
+    llmpar_broadcast_args general = how->general;
+    (void)err;
+    general.a = how->skip[0] && !general.multiply ? NULL : (const float *)args->in[0];
+    general.b = (const float *)args->in[1];
+    general.y = (float *)args->out;
+    x->ops.broadcast(x->ops.user, &general);
     return LLMPAR_OK;
 }
 
 // Only a: b is left out, or both are.
 LLMPARI_FN llmpar_status llmpari_exec_run_first(llmpar_exec *x, const llmpari_exec_task *task, const llmpari_exec_args *args, llmpar_error *err) {
     const llmpari_exec_elementwise *how = (const llmpari_exec_elementwise *)task->how;
-    (void)x; (void)err;
-    if (how->skip[0]) memset(args->out, 0, (size_t)how->binary.n * 4);
-    else if (args->out != args->in[0]) memcpy(args->out, args->in[0], (size_t)how->binary.n * 4);
+    (void)err;
+    if (how->skip[0]) llmpari_exec_zero(x, args->out, how->binary.n * 4);
+    else if (args->out != args->in[0]) llmpari_exec_copy_flat(x, args->out, args->in[0], how->binary.n, 4);
     return LLMPAR_OK;
 }
 
@@ -21979,7 +22213,7 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_elementwise(llmpari_exec_prep *p) {
     const llmpar_op *op = p->op;
     const llmpari_exec_part *a = &p->in[0]->part, *b = &p->in[1]->part;
     llmpari_exec_elementwise *how = (llmpari_exec_elementwise *)llmpari_exec_prep_how(p, sizeof *how);
-    llmpari_exec_box box = llmpari_exec_box_empty();
+    llmpar_box box = llmpari_exec_box_empty();
     int32_t coord[LLMPAR_MAX_AXES];
     if (!how) return llmpari_exec_prep_memory(p);
     how->binary.n = a->elements;
@@ -21998,9 +22232,10 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_elementwise(llmpari_exec_prep *p) {
         llmpari_exec_box_dim(&box, a->range[d].count, a->stride[d], stride);
     }
     for (int s = 0; s < 2; s++) llmpari_exec_prep_f32(p, s);
-    how->n = box.n;
-    memcpy(how->size, box.size, sizeof how->size);
-    memcpy(how->b, box.from, sizeof how->b);
+    how->general.n = box.n;
+    how->general.multiply = how->binary.multiply;
+    memcpy(how->general.size, box.size, sizeof how->general.size);
+    memcpy(how->general.b_stride, box.from, sizeof how->general.b_stride);
     if (how->skip[1]) p->task->run = llmpari_exec_run_first;
     else if (how->skip[0]) p->task->run = llmpari_exec_run_broadcast;
     else if (llmpari_exec_box_flat(&box)) p->task->run = llmpari_exec_run_binary;
@@ -22038,7 +22273,7 @@ typedef struct llmpari_exec_over {
     llmpar_norm_args    norm;      // n = 0: a softmax
     llmpar_softmax_args softmax;
     bool    moved;
-    llmpari_exec_box in, out;
+    llmpar_box in, out;
     int64_t at;                    // scratch
 } llmpari_exec_over;
 
@@ -22049,7 +22284,7 @@ LLMPARI_FN llmpar_status llmpari_exec_run_over(llmpar_exec *x, const llmpari_exe
     (void)err;
     if (how->moved) {
         to = (float *)(void *)(args->scratch + how->at);
-        llmpari_exec_box_copy(&how->in, to, from, 4);
+        llmpari_exec_box_copy(x, &how->in, to, from, 4);
         from = to;
     }
     if (how->norm.n) {
@@ -22065,7 +22300,7 @@ LLMPARI_FN llmpar_status llmpari_exec_run_over(llmpar_exec *x, const llmpari_exe
         softmax.y = to;
         x->ops.softmax(x->ops.user, &softmax);
     }
-    if (how->moved) llmpari_exec_box_copy(&how->out, args->out, to, 4);
+    if (how->moved) llmpari_exec_box_copy(x, &how->out, args->out, to, 4);
     return LLMPAR_OK;
 }
 
@@ -22104,7 +22339,13 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_over(llmpari_exec_prep *p) {
 }
 
 // What is looked up in a split dim is added to the zeros of the other ranks, which makes 0 of -0: then it does so on one rank too.
-LLMPARI_FN void llmpari_exec_no_minus_zero(float *y, int64_t n) { for (int64_t i = 0; i < n; i++) y[i] += 0.0f; }
+LLMPARI_FN void llmpari_exec_no_minus_zero(const llmpar_exec *x, float *y, int64_t n) {
+    llmpar_broadcast_args add = LLMPAR_ZERO;
+    add.n = 1; add.size[0] = n;
+    add.a = add.y = y;
+    add.b = (const float *)(const void *)x->zeros;
+    x->ops.broadcast(x->ops.user, &add);
+}
 
 LLMPARI_FN llmpar_status llmpari_exec_run_embed(llmpar_exec *x, const llmpari_exec_task *task, const llmpari_exec_args *args, llmpar_error *err) {
     llmpar_embed_args embed = *(const llmpar_embed_args *)task->how;
@@ -22113,7 +22354,7 @@ LLMPARI_FN llmpar_status llmpari_exec_run_embed(llmpar_exec *x, const llmpari_ex
     embed.table = args->in[1];
     embed.y     = (float *)args->out;
     x->ops.embed(x->ops.user, &embed);
-    if (x->graph->invariant) llmpari_exec_no_minus_zero(embed.y, embed.rows * embed.n);
+    if (x->graph->invariant) llmpari_exec_no_minus_zero(x, embed.y, embed.rows * embed.n);
     return LLMPAR_OK;
 }
 
@@ -22130,27 +22371,20 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_embed(llmpari_exec_prep *p) {
     return LLMPAR_OK;
 }
 
-typedef struct llmpari_exec_take { int64_t batch, before, first, count, after; } llmpari_exec_take;      // x[batch, before, count, after], ids[batch]
-
 LLMPARI_FN llmpar_status llmpari_exec_run_take(llmpar_exec *x, const llmpari_exec_task *task, const llmpari_exec_args *args, llmpar_error *err) {
-    const llmpari_exec_take *how = (const llmpari_exec_take *)task->how;
-    const float *from = (const float *)args->in[0];
-    const int32_t *ids = (const int32_t *)args->in[1];
-    float *to = (float *)args->out;
+    llmpar_take_args take = *(const llmpar_take_args *)task->how;
     (void)err;
-    for (int64_t b = 0; b < how->batch; b++)
-        for (int64_t i = 0; i < how->before; i++, to += how->after, from += how->count * how->after) {
-            int64_t id = ids[b] - how->first;
-            if (id >= 0 && id < how->count) memcpy(to, from + id * how->after, (size_t)how->after * 4);
-            else memset(to, 0, (size_t)how->after * 4);
-        }
-    if (x->graph->invariant) llmpari_exec_no_minus_zero((float *)args->out, how->batch * how->before * how->after);
+    take.x   = (const float *)args->in[0];
+    take.ids = (const int32_t *)args->in[1];
+    take.y   = (float *)args->out;
+    x->ops.take(x->ops.user, &take);
+    if (x->graph->invariant) llmpari_exec_no_minus_zero(x, take.y, take.batch * take.before * take.after);
     return LLMPAR_OK;
 }
 
 LLMPARI_FN llmpar_status llmpari_exec_prep_take(llmpari_exec_prep *p) {
     const llmpari_exec_part *part = &p->in[0]->part;
-    llmpari_exec_take *how = (llmpari_exec_take *)llmpari_exec_prep_how(p, sizeof *how);
+    llmpar_take_args *how = (llmpar_take_args *)llmpari_exec_prep_how(p, sizeof *how);
     if (!how) return llmpari_exec_prep_memory(p);
     how->batch = part->range[0].count;
     how->first = part->range[p->op->dim].first;
@@ -22166,32 +22400,23 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_take(llmpari_exec_prep *p) {
 // loss = log(sum exp(x - max)) + max - x[label]. A split vocabulary needs the largest logit, the sum and the label's logit of the whole: 3 AllReduce.
 typedef struct llmpari_exec_entropy { int64_t rows, n, first; llmpar_axes inner; int64_t at; } llmpari_exec_entropy;
 
-LLMPARI_FN void llmpari_exec_entropy_sums(const llmpari_exec_entropy *how, const float *x, const int32_t *labels, const float *largest, float *sum,
-                                          float *picked) {
-    for (int64_t r = 0; r < how->rows; r++) {
-        int64_t label = labels[r] - how->first;
-        float total = 0;
-        for (int64_t i = 0; i < how->n; i++) total += expf(x[r * how->n + i] - largest[r]);
-        sum[r]    = total;
-        picked[r] = labels[r] >= 0 && label >= 0 && label < how->n ? x[r * how->n + label] : 0;
-    }
-}
-
 LLMPARI_FN llmpar_status llmpari_exec_run_entropy(llmpar_exec *x, const llmpari_exec_task *task, const llmpari_exec_args *args, llmpar_error *err) {
     const llmpari_exec_entropy *how = (const llmpari_exec_entropy *)task->how;
-    const float *logits = (const float *)args->in[0];
-    const int32_t *labels = (const int32_t *)args->in[1];
-    float *largest = (float *)(void *)(args->scratch + how->at), *sum = largest + how->rows, *picked = sum + how->rows, *loss = (float *)args->out;
     llmpar_comm *comm = how->inner ? llmpari_exec_comm(x, how->inner) : NULL;
-    for (int64_t r = 0; r < how->rows; r++) {
-        largest[r] = -INFINITY;
-        for (int64_t i = 0; i < how->n; i++) largest[r] = logits[r * how->n + i] > largest[r] ? logits[r * how->n + i] : largest[r];
-    }
-    if (comm) LLMPARI_TRY(llmpar_all_reduce(comm, largest, largest, how->rows, LLMPAR_F32, LLMPAR_MAX, err));
-    llmpari_exec_entropy_sums(how, logits, labels, largest, sum, picked);
-    if (comm) LLMPARI_TRY(llmpar_all_reduce(comm, sum, sum, how->rows, LLMPAR_F32, LLMPAR_SUM, err));
-    if (comm) LLMPARI_TRY(llmpar_all_reduce(comm, picked, picked, how->rows, LLMPAR_F32, LLMPAR_SUM, err));
-    for (int64_t r = 0; r < how->rows; r++) loss[r] = labels[r] < 0 ? 0 : logf(sum[r]) + largest[r] - picked[r];
+    llmpar_entropy_args e = LLMPAR_ZERO;
+    e.rows = how->rows; e.n = how->n; e.first = how->first;
+    e.x = (const float *)args->in[0];
+    e.labels  = (const int32_t *)args->in[1];
+    e.largest = (float *)(void *)(args->scratch + how->at); e.sum = e.largest + how->rows; e.picked = e.sum + how->rows;
+    e.loss    = (float *)args->out;
+    x->ops.entropy(x->ops.user, &e);
+    if (comm) LLMPARI_TRY(llmpar_all_reduce(comm, e.largest, e.largest, how->rows, LLMPAR_F32, LLMPAR_MAX, err));
+    e.part = 1;
+    x->ops.entropy(x->ops.user, &e);
+    if (comm) LLMPARI_TRY(llmpar_all_reduce(comm, e.sum, e.sum, how->rows, LLMPAR_F32, LLMPAR_SUM, err));
+    if (comm) LLMPARI_TRY(llmpar_all_reduce(comm, e.picked, e.picked, how->rows, LLMPAR_F32, LLMPAR_SUM, err));
+    e.part = 2;
+    x->ops.entropy(x->ops.user, &e);
     return LLMPAR_OK;
 }
 
@@ -22242,7 +22467,7 @@ LLMPARI_FN llmpar_status llmpari_exec_run_rope(llmpar_exec *x, const llmpari_exe
     (void)err;
     rope.x = (const float *)args->in[0];
     rope.y = (float *)args->out;
-    rope.position = x->table[how->table].position;
+    rope.position = x->table[how->table].values;
     x->ops.rope(x->ops.user, &rope);
     return LLMPAR_OK;
 }
@@ -22259,11 +22484,10 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_rope(llmpari_exec_prep *p) {
     how->rope.rows  = part->range[0].count * part->range[1].count;
     how->rope.heads = part->range[2].count;
     how->rope.d     = part->range[3].count;
-    how->rope.frequencies = p->exec->rope_frequencies;
     p->task->overwrites = 1u;
     llmpari_exec_prep_f32(p, 0);
     if (part->elements) p->task->run = llmpari_exec_run_rope;
-    return LLMPAR_OK;
+    return llmpari_exec_prep_constant(p, &how->rope.frequencies, p->exec->rope_frequencies, 4 * (how->rope.d / 2));
 }
 
 // ---- experts
@@ -22281,8 +22505,9 @@ typedef struct llmpari_exec_experts {
     int32_t      n_pieces;
     // working on rows of tokens
     int64_t      block, chunk;     // tokens at a time; of their rows, sorted by expert, those whose products are made at a time
-    int64_t      pad_at, ids_at, weights_at, own_at, offsets_at, clipped_at, inverse_at, combine_at;   // scratch ...
-    int64_t      x_at, gate_at, up_at, y_at, gemm_at;
+    int64_t      logits_at, pad_at, ids_at, weights_at, own_at, offsets_at, clipped_at, inverse_at;    // scratch of the host
+    int64_t      ids_values_at, weights_values_at, inverse_values_at;    // scratch: the same where values are, when that is not the host
+    int64_t      combine_at, x_at, gate_at, up_at, y_at, gemm_at;
     // tokens that are sent
     llmpar_axes  sent;
     int32_t      n, me;            // members, and this one
@@ -22296,10 +22521,17 @@ typedef struct llmpari_exec_experts {
 } llmpari_exec_experts;
 
 #define LLMPARI_EXEC_SCRATCH(type, args, at) ((type *)(void *)((args)->scratch + (at)))
+#define LLMPARI_EXEC_HOST(type, args, at)    ((type *)(void *)((args)->host + (at)))
+
+// What was made on the host, for kernels: as it lies, or uploaded to scratch.
+LLMPARI_FN llmpar_status llmpari_exec_hand(const llmpar_exec *x, const llmpari_exec_args *args, const void *host, int64_t bytes, int64_t at, const void **values, llmpar_error *err) {
+    *values = x->ops.alloc ? args->scratch + at : host;
+    return x->ops.alloc && bytes ? x->ops.upload(x->ops.user, args->scratch + at, host, (size_t)bytes, err) : LLMPAR_OK;
+}
 
 // The products of the sorted rows [first, first + count) of a block of tokens: x[., H] -> y, by way of gate and up.
 LLMPARI_FN void llmpari_exec_experts_products(llmpar_exec *x, const llmpari_exec_experts *how, const llmpari_exec_args *args, const int64_t *offsets, int64_t first, int64_t count) {
-    int64_t *clipped = LLMPARI_EXEC_SCRATCH(int64_t, args, how->clipped_at);
+    int64_t *clipped = LLMPARI_EXEC_HOST(int64_t, args, how->clipped_at);
     float *from = LLMPARI_EXEC_SCRATCH(float, args, how->x_at), *gate = LLMPARI_EXEC_SCRATCH(float, args, how->gate_at), *up = LLMPARI_EXEC_SCRATCH(float, args, how->up_at);
     llmpar_grouped_args g;
     llmpar_gated_args gated;
@@ -22324,11 +22556,12 @@ LLMPARI_FN void llmpari_exec_experts_products(llmpar_exec *x, const llmpari_exec
     x->ops.grouped(x->ops.user, &g);
 }
 
-// out = this rank's experts' share of a block of tokens, rows x, `width` floats apart; pieces are `stride` floats apart.
+// out = this rank's experts' share of a block of tokens, rows x, `width` floats apart; pieces are `stride` floats apart. ids: host; ids_values, weights: where values are.
 LLMPARI_FN llmpar_status llmpari_exec_experts_block(llmpar_exec *x, const llmpari_exec_experts *how, const llmpari_exec_args *args, const float *rows, int64_t width, int64_t tokens,
-                                                    const int32_t *ids, const float *weights, float *out, int64_t stride, llmpar_error *err) {
-    int32_t *own = LLMPARI_EXEC_SCRATCH(int32_t, args, how->own_at), *inverse = LLMPARI_EXEC_SCRATCH(int32_t, args, how->inverse_at);
-    int64_t *offsets = LLMPARI_EXEC_SCRATCH(int64_t, args, how->offsets_at);
+                                                    const int32_t *ids, const int32_t *ids_values, const float *weights, float *out, int64_t stride, llmpar_error *err) {
+    int32_t *own = LLMPARI_EXEC_HOST(int32_t, args, how->own_at), *order = LLMPARI_EXEC_HOST(int32_t, args, how->inverse_at);
+    int64_t *offsets = LLMPARI_EXEC_HOST(int64_t, args, how->offsets_at);
+    const void *inverse;
     float *from = LLMPARI_EXEC_SCRATCH(float, args, how->x_at);
     llmpar_permute_args move;
     llmpar_combine_args sum;
@@ -22336,23 +22569,28 @@ LLMPARI_FN llmpar_status llmpari_exec_experts_block(llmpar_exec *x, const llmpar
         const int64_t e = ids[i] - how->mine.first;
         own[i] = ids[i] >= 0 && e >= 0 && e < how->mine.count ? (int32_t)e : -1;
     }
-    LLMPARI_TRY(llmpar_dispatch_sort(own, tokens, how->k, how->mine.count, offsets, NULL, inverse, err));
+    LLMPARI_TRY(llmpar_dispatch_sort(own, tokens, how->k, how->mine.count, offsets, NULL, order, err));
+    LLMPARI_TRY(llmpari_exec_hand(x, args, order, 4 * tokens * how->k, how->inverse_values_at, &inverse, err));
     memset(&move, 0, sizeof move);
     move.rows = tokens; move.k = how->k; move.bytes = 4 * how->h; move.stride = 4 * width;
-    move.x = rows; move.to = inverse; move.y = from;
+    move.x = rows; move.to = (const int32_t *)inverse; move.y = from;
     for (int64_t first = 0, total = offsets[how->mine.count]; first < total; first += how->chunk) {
         move.first = first;
         move.count = llmpari_min(how->chunk, total - first);
         x->ops.permute(x->ops.user, &move);
-        for (int64_t i = 0; how->route.scale_input && i < tokens * how->k; i++)
-            for (int64_t at = inverse[i] - first, c = 0; at >= 0 && at < move.count && c < how->h; c++) from[at * how->h + c] *= weights[i];
+        if (how->route.scale_input) {
+            llmpar_scale_args scale;
+            scale.rows = tokens; scale.k = how->k; scale.n = how->h; scale.first = first; scale.count = move.count;
+            scale.to = move.to; scale.weights = weights; scale.y = from;
+            x->ops.scale(x->ops.user, &scale);
+        }
         llmpari_exec_experts_products(x, how, args, offsets, first, move.count);
     }
     memset(&sum, 0, sizeof sum);
     sum.tokens = tokens; sum.k = how->k; sum.n = how->h; sum.n_experts = how->route.n_experts;
     sum.experts = how->mine;
     sum.pieces  = how->pieces;
-    sum.ids = ids; sum.from = inverse; sum.weights = how->route.scale_input ? NULL : weights;
+    sum.ids = ids_values; sum.from = move.to; sum.weights = how->route.scale_input ? NULL : weights;
     sum.y = LLMPARI_EXEC_SCRATCH(float, args, how->y_at);
     sum.out = out;
     sum.stride  = stride;
@@ -22364,35 +22602,43 @@ LLMPARI_FN llmpar_status llmpari_exec_experts_block(llmpar_exec *x, const llmpar
 // The same for any number of tokens, block by block: scratch for the rows of one block is enough.
 LLMPARI_FN llmpar_status llmpari_exec_experts_compute(llmpar_exec *x, const llmpari_exec_experts *how, const llmpari_exec_args *args, const float *rows, int64_t width, int64_t tokens,
                                                       const int32_t *ids, const float *weights, float *out, llmpar_error *err) {
+    const void *i, *w;
+    LLMPARI_TRY(llmpari_exec_hand(x, args, ids, 4 * tokens * how->k, how->ids_values_at, &i, err));
+    LLMPARI_TRY(llmpari_exec_hand(x, args, weights, 4 * tokens * how->k, how->weights_values_at, &w, err));
     for (int64_t t = 0; t < tokens; t += how->block)
-        LLMPARI_TRY(llmpari_exec_experts_block(x, how, args, rows + t * width, width, llmpari_min(how->block, tokens - t), ids + t * how->k, weights + t * how->k, out + t * how->h,
-                                               tokens * how->h, err));
+        LLMPARI_TRY(llmpari_exec_experts_block(x, how, args, rows + t * width, width, llmpari_min(how->block, tokens - t), ids + t * how->k, (const int32_t *)i + t * how->k,
+                                               (const float *)w + t * how->k, out + t * how->h, tokens * how->h, err));
     return LLMPAR_OK;
 }
 
 // The router's choices of this rank's tokens.
 LLMPARI_FN llmpar_status llmpari_exec_experts_route(llmpar_exec *x, const llmpari_exec_experts *how, const llmpari_exec_args *args, llmpar_error *err) {
-    uint8_t *pad = how->table < 0 ? NULL : LLMPARI_EXEC_SCRATCH(uint8_t, args, how->pad_at);
+    const void *logits = args->in[1];
+    uint8_t *pad = how->table < 0 ? NULL : LLMPARI_EXEC_HOST(uint8_t, args, how->pad_at);
     for (int64_t t = 0; pad && t < how->tokens; t++) pad[t] = x->table[how->table].position[t] < 0;
-    return llmpar_route(&how->route, args->in[1], LLMPAR_F32, how->tokens, pad, LLMPARI_EXEC_SCRATCH(int32_t, args, how->ids_at), LLMPARI_EXEC_SCRATCH(float, args, how->weights_at), err);
+    if (x->ops.alloc && how->tokens) {
+        logits = args->host + how->logits_at;
+        LLMPARI_TRY(x->ops.download(x->ops.user, args->host + how->logits_at, args->in[1], (size_t)(4 * how->tokens * how->route.n_experts), err));
+    }
+    return llmpar_route(&how->route, logits, LLMPAR_F32, how->tokens, pad, LLMPARI_EXEC_HOST(int32_t, args, how->ids_at), LLMPARI_EXEC_HOST(float, args, how->weights_at), err);
 }
 
 LLMPARI_FN llmpar_status llmpari_exec_run_experts(llmpar_exec *x, const llmpari_exec_task *task, const llmpari_exec_args *args, llmpar_error *err) {
     const llmpari_exec_experts *how = (const llmpari_exec_experts *)task->how;
     LLMPARI_TRY(llmpari_exec_experts_route(x, how, args, err));
-    return llmpari_exec_experts_compute(x, how, args, (const float *)args->in[0], how->h, how->tokens, LLMPARI_EXEC_SCRATCH(int32_t, args, how->ids_at),
-                                        LLMPARI_EXEC_SCRATCH(float, args, how->weights_at), (float *)args->out, err);
+    return llmpari_exec_experts_compute(x, how, args, (const float *)args->in[0], how->h, how->tokens, LLMPARI_EXEC_HOST(int32_t, args, how->ids_at),
+                                        LLMPARI_EXEC_HOST(float, args, how->weights_at), (float *)args->out, err);
 }
 
 // Where each token goes: offsets and order of its rows by member, one row however many of the member's experts it chose.
 LLMPARI_FN llmpar_status llmpari_exec_experts_sort(const llmpari_exec_experts *how, const llmpari_exec_args *args, int64_t *offsets, llmpar_error *err) {
-    const int32_t *ids = LLMPARI_EXEC_SCRATCH(int32_t, args, how->ids_at);
-    int32_t *to = LLMPARI_EXEC_SCRATCH(int32_t, args, how->to_at);
+    const int32_t *ids = LLMPARI_EXEC_HOST(int32_t, args, how->ids_at);
+    int32_t *to = LLMPARI_EXEC_HOST(int32_t, args, how->to_at);
     for (int64_t i = 0; i < how->tokens * how->k; i++) {
         to[i] = ids[i] < 0 ? -1 : how->member_of[ids[i]];
         for (int64_t c = i - i % how->k; c < i && to[i] >= 0; c++) if (to[c] == to[i]) to[i] = -1;
     }
-    return llmpar_dispatch_sort(to, how->tokens, how->k, how->n, offsets, LLMPARI_EXEC_SCRATCH(int32_t, args, how->order_at), LLMPARI_EXEC_SCRATCH(int32_t, args, how->from_at), err);
+    return llmpar_dispatch_sort(to, how->tokens, how->k, how->n, offsets, LLMPARI_EXEC_HOST(int32_t, args, how->order_at), LLMPARI_EXEC_HOST(int32_t, args, how->from_at), err);
 }
 
 // Of n tokens for a member those that go in this round.
@@ -22404,8 +22650,8 @@ LLMPARI_FN llmpar_range llmpari_exec_experts_share(int64_t n, int32_t rounds, in
 
 // This round's tokens for the members, with their choices among the member's experts, one after another.
 LLMPARI_FN void llmpari_exec_experts_pack(const llmpari_exec_experts *how, const llmpari_exec_args *args, const int64_t *offsets, int32_t rounds, int32_t round) {
-    const int32_t *ids = LLMPARI_EXEC_SCRATCH(int32_t, args, how->ids_at), *order = LLMPARI_EXEC_SCRATCH(int32_t, args, how->order_at);
-    const float *weights = LLMPARI_EXEC_SCRATCH(float, args, how->weights_at), *in = (const float *)args->in[0];
+    const int32_t *ids = LLMPARI_EXEC_HOST(int32_t, args, how->ids_at), *order = LLMPARI_EXEC_HOST(int32_t, args, how->order_at);
+    const float *weights = LLMPARI_EXEC_HOST(float, args, how->weights_at), *in = (const float *)args->in[0];
     float *to = LLMPARI_EXEC_SCRATCH(float, args, how->pack_at);
     for (int32_t m = 0; m < how->n; m++) {
         const llmpar_range part = llmpari_exec_experts_share(offsets[m + 1] - offsets[m], rounds, round);
@@ -22425,7 +22671,7 @@ LLMPARI_FN llmpar_status llmpari_exec_experts_round(llmpar_exec *x, const llmpar
     const int c = llmpari_exec_comm_at(x, how->sent);
     float *take = LLMPARI_EXEC_SCRATCH(float, args, how->take_at), *pack = LLMPARI_EXEC_SCRATCH(float, args, how->pack_at), *sum = LLMPARI_EXEC_SCRATCH(float, args, how->sum_at);
     float *back = LLMPARI_EXEC_SCRATCH(float, args, how->back_at);
-    int32_t *ids = LLMPARI_EXEC_SCRATCH(int32_t, args, how->item_at);
+    int32_t *ids = LLMPARI_EXEC_HOST(int32_t, args, how->item_at);
     float *weights = (float *)(void *)(ids + how->room * how->k);
     int64_t tokens = 0, held = how->tokens;
     llmpari_exec_experts_pack(how, args, offsets, rounds, round);
@@ -22463,8 +22709,8 @@ LLMPARI_FN llmpar_status llmpari_exec_experts_round(llmpar_exec *x, const llmpar
 
 // What came back for every token, added along the tree.
 LLMPARI_FN void llmpari_exec_experts_finish(llmpar_exec *x, const llmpari_exec_experts *how, const llmpari_exec_args *args, const int64_t *offsets) {
-    const int32_t *to = LLMPARI_EXEC_SCRATCH(int32_t, args, how->to_at), *at = LLMPARI_EXEC_SCRATCH(int32_t, args, how->from_at);
-    int32_t *ids = LLMPARI_EXEC_SCRATCH(int32_t, args, how->item_at), *from = ids + how->tokens * how->items;
+    const int32_t *to = LLMPARI_EXEC_HOST(int32_t, args, how->to_at), *at = LLMPARI_EXEC_HOST(int32_t, args, how->from_at);
+    int32_t *ids = LLMPARI_EXEC_HOST(int32_t, args, how->item_at), *from = ids + how->tokens * how->items;
     for (int64_t i = 0; i < how->tokens * how->items; i++) ids[i] = -1;
     int64_t base = 0;
     for (int32_t m = 0; m < how->n; m++) { how->gather[m] = base; base += (offsets[m + 1] - offsets[m]) * how->pieces_of[m]; }
@@ -22489,7 +22735,7 @@ LLMPARI_FN void llmpari_exec_experts_finish(llmpar_exec *x, const llmpari_exec_e
 
 LLMPARI_FN llmpar_status llmpari_exec_run_experts_sent(llmpar_exec *x, const llmpari_exec_task *task, const llmpari_exec_args *args, llmpar_error *err) {
     const llmpari_exec_experts *how = (const llmpari_exec_experts *)task->how;
-    int64_t *offsets = LLMPARI_EXEC_SCRATCH(int64_t, args, how->counts_at), rounds = 1, at = 0;
+    int64_t *offsets = LLMPARI_EXEC_HOST(int64_t, args, how->counts_at), rounds = 1, at = 0;
     int32_t *counts = (int32_t *)(void *)(offsets + how->n + 1);                           // [from][to]
     LLMPARI_TRY(llmpari_exec_experts_route(x, how, args, err));
     LLMPARI_TRY(llmpari_exec_experts_sort(how, args, offsets, err));
@@ -22516,6 +22762,9 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_sent(llmpari_exec_prep *p, llmpari_ex
     const int64_t experts = how->route.n_experts;
     llmpar_range piece[LLMPAR_TREE_PIECES];
     int32_t n = llmpar_mesh_group_size(x->mesh, how->sent), pieces = 0;
+    if (x->ops.alloc)
+        return LLMPARI_FAIL(p->err, LLMPAR_UNSUPPORTED, "step %d of the plan sends tokens to the ranks of their experts, which a table of ops with memory of its own (ops.alloc) cannot do yet; "
+                            "plan with LLMPAR_EXPERTS_PARTIAL", (int)p->index);
     int32_t *members = (int32_t *)llmpar_arena_alloc(&x->arena, 3 * (size_t)n * sizeof *members);
     how->n = n;
     how->piece     = (llmpar_range *)llmpar_arena_alloc(&x->arena, (size_t)(experts + 1) * sizeof *how->piece);
@@ -22548,11 +22797,11 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_sent(llmpari_exec_prep *p, llmpari_ex
     how->items  = llmpari_min(how->k, n) * longest;
     llmpari_exec_use_comm(x, how->sent);
     const int64_t rows = llmpari_min(how->k, n) * how->tokens;                             // that this rank sends at most
-    how->to_at     = llmpari_exec_prep_scratch(p, 4 * how->tokens * how->k);
-    how->from_at   = llmpari_exec_prep_scratch(p, 4 * how->tokens * how->k);
-    how->order_at  = llmpari_exec_prep_scratch(p, 4 * how->tokens * how->k);
-    how->counts_at = llmpari_exec_prep_scratch(p, 8 * (n + 1) + 4 * (int64_t)n * n);
-    how->item_at   = llmpari_exec_prep_scratch(p, llmpari_max(8 * how->room * how->k, 8 * how->tokens * how->items));
+    how->to_at     = llmpari_exec_prep_host(p, 4 * how->tokens * how->k);
+    how->from_at   = llmpari_exec_prep_host(p, 4 * how->tokens * how->k);
+    how->order_at  = llmpari_exec_prep_host(p, 4 * how->tokens * how->k);
+    how->counts_at = llmpari_exec_prep_host(p, 8 * (n + 1) + 4 * (int64_t)n * n);
+    how->item_at   = llmpari_exec_prep_host(p, llmpari_max(8 * how->room * how->k, 8 * how->tokens * how->items));
     how->pack_at   = llmpari_exec_prep_scratch(p, 4 * rows * llmpari_max(how->wide, longest * how->h));
     how->take_at   = llmpari_exec_prep_scratch(p, 4 * how->room * llmpari_max(how->wide, how->n_pieces * how->h));
     how->sum_at    = llmpari_exec_prep_scratch(p, 4 * how->room * how->n_pieces * how->h);
@@ -22585,25 +22834,43 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_experts(llmpari_exec_prep *p) {
     if (in->n == 3) LLMPARI_TRY(llmpari_exec_prep_table(p, p->in[0], false, &how->table));
     how->n_pieces = how->pieces ? llmpar_tree_pieces(how->route.n_experts, how->mine, piece) : 1;
     p->task->run = llmpari_exec_run_experts;
-    how->pad_at     = llmpari_exec_prep_scratch(p, how->tokens);
-    how->ids_at     = llmpari_exec_prep_scratch(p, 4 * how->tokens * how->k);
-    how->weights_at = llmpari_exec_prep_scratch(p, 4 * how->tokens * how->k);
+    how->pad_at     = llmpari_exec_prep_host(p, how->tokens);
+    how->ids_at     = llmpari_exec_prep_host(p, 4 * how->tokens * how->k);
+    how->weights_at = llmpari_exec_prep_host(p, 4 * how->tokens * how->k);
     if (how->sent) LLMPARI_TRY(llmpari_exec_prep_sent(p, how));
     else x->value[p->step->out].copies = how->n_pieces;
     how->block      = llmpari_max(llmpari_min(how->sent ? how->room : how->tokens, BLOCK), 1);
     const int64_t rows = how->block * llmpari_min(how->k, how->mine.count);
     how->chunk      = llmpari_max(llmpari_min(rows, CHUNK), 1);
-    how->own_at     = llmpari_exec_prep_scratch(p, 4 * how->block * how->k);
-    how->inverse_at = llmpari_exec_prep_scratch(p, 4 * how->block * how->k);
-    how->offsets_at = llmpari_exec_prep_scratch(p, 8 * (how->mine.count + 1));
-    how->clipped_at = llmpari_exec_prep_scratch(p, 8 * (how->mine.count + 1));
-    how->combine_at = llmpari_exec_prep_scratch(p, llmpar_combine_scratch(llmpari_max(how->k, how->items), how->h));
+    how->own_at     = llmpari_exec_prep_host(p, 4 * how->block * how->k);
+    how->inverse_at = llmpari_exec_prep_host(p, 4 * how->block * how->k);
+    how->offsets_at = llmpari_exec_prep_host(p, 8 * (how->mine.count + 1));
+    how->clipped_at = llmpari_exec_prep_host(p, 8 * (how->mine.count + 1));
+    if (x->ops.alloc) {
+        how->logits_at         = llmpari_exec_prep_host(p, 4 * how->tokens * how->route.n_experts);
+        how->ids_values_at     = llmpari_exec_prep_scratch(p, 4 * how->tokens * how->k);
+        how->weights_values_at = llmpari_exec_prep_scratch(p, 4 * how->tokens * how->k);
+        how->inverse_values_at = llmpari_exec_prep_scratch(p, 4 * how->block * how->k);
+    }
+    llmpar_combine_args sum = LLMPAR_ZERO;
+    llmpar_scratch_args need = LLMPAR_ZERO;
+    sum.tokens = how->tokens; sum.k = llmpari_max(how->k, how->items); sum.n = how->h; sum.n_experts = how->route.n_experts; sum.experts = how->mine; sum.pieces = how->pieces;
+    need.combine = &sum;
+    how->combine_at = llmpari_exec_prep_scratch(p, llmpari_ops_scratch(&x->ops, &need));
     how->x_at       = llmpari_exec_prep_scratch(p, 4 * how->chunk * how->h);
     how->gate_at    = llmpari_exec_prep_scratch(p, 4 * how->chunk * how->j);
     how->up_at      = llmpari_exec_prep_scratch(p, 4 * how->chunk * how->j);
     how->y_at       = llmpari_exec_prep_scratch(p, 4 * rows * how->h);
-    const int64_t floats = llmpari_max(llmpar_gemm_scratch(how->chunk, how->j, how->h, how->dtype), llmpar_gemm_scratch(how->chunk, how->h, how->j, how->dtype));
-    how->gemm_at    = floats ? llmpari_exec_prep_scratch(p, 4 * floats) : -1;
+    llmpar_gemm up = LLMPAR_ZERO, down = LLMPAR_ZERO;
+    up.m = how->chunk; up.n = how->j; up.k = how->h;
+    down.m = how->chunk; down.n = how->h; down.k = how->j;
+    up.b_dtype = down.b_dtype = how->dtype;
+    up.b_transposed = down.b_transposed = true;
+    need.combine = NULL; need.gemm = &up;
+    int64_t bytes = llmpari_ops_scratch(&x->ops, &need);
+    need.gemm = &down;
+    bytes = llmpari_max(bytes, llmpari_ops_scratch(&x->ops, &need));
+    how->gemm_at    = bytes ? llmpari_exec_prep_scratch(p, bytes) : -1;
     if (!how->sent && (!p->out->part.elements || !p->out->copies)) p->task->run = NULL;
     return LLMPAR_OK;
 }
@@ -22617,16 +22884,12 @@ typedef struct llmpari_exec_attend {
 } llmpari_exec_attend;
 
 // The new rows of k or v [B, T, K, D] go to their positions in the cache [B, K, C, D].
-LLMPARI_FN void llmpari_exec_attend_append(const llmpari_exec_attend *how, const int32_t *position, const float *rows, float *cache) {
-    int64_t d = how->attention.d;
-    for (int64_t b = 0; b < how->attention.batch; b++)
-        for (int64_t t = 0; t < how->tokens; t++) {
-            int64_t slot = position[b * how->tokens + t];
-            if (slot < 0) continue;
-            for (int64_t h = 0; h < how->kv_heads; h++)
-                memcpy(cache + ((b * how->kv_heads + h) * how->slots + slot) * d, rows + ((b * how->tokens + t) * how->kv_heads + h) * d,
-                       (size_t)d * 4);
-        }
+LLMPARI_FN void llmpari_exec_attend_append(const llmpar_exec *x, const llmpari_exec_attend *how, const float *rows, float *cache) {
+    llmpar_append_args append;
+    append.batch = how->attention.batch; append.tokens = how->tokens; append.heads = how->kv_heads; append.slots = how->slots; append.d = how->attention.d;
+    append.position = x->table[how->keys].values;
+    append.rows = rows; append.cache = cache;
+    x->ops.append(x->ops.user, &append);
 }
 
 // Not causal, with a cache: rows differ in the keys they have, so each goes on its own.
@@ -22644,7 +22907,7 @@ LLMPARI_FN void llmpari_exec_attend_rows(llmpar_exec *x, const llmpari_exec_atte
         one.position = all->position + b * all->queries;
         one.out = all->out + b * block;
         if (one.n_keys) x->ops.attention(x->ops.user, &one);
-        else memset(one.out, 0, (size_t)block * 4);
+        else llmpari_exec_zero(x, one.out, block * 4);
     }
 }
 
@@ -22656,18 +22919,17 @@ LLMPARI_FN llmpar_status llmpari_exec_run_attention(llmpar_exec *x, const llmpar
     attention.k = (const float *)args->in[1];
     attention.v = (const float *)args->in[2];
     attention.out = (float *)args->out;
-    attention.position = x->table[how->queries].position;
+    attention.position = x->table[how->queries].values;
     attention.scratch  = (float *)(void *)(args->scratch + how->at);
     if (how->slots) {
-        const llmpari_exec_table *keys = &x->table[how->keys];
-        llmpari_exec_attend_append(how, keys->position, attention.k, args->cache[0]);
-        llmpari_exec_attend_append(how, keys->position, attention.v, args->cache[1]);
+        llmpari_exec_attend_append(x, how, attention.k, args->cache[0]);
+        llmpari_exec_attend_append(x, how, attention.v, args->cache[1]);
         attention.k = args->cache[0];
         attention.v = args->cache[1];
-        attention.n_keys = (int64_t)keys->largest + 1;
+        attention.n_keys = (int64_t)x->table[how->keys].largest + 1;
     }
     if (!attention.batch || !attention.queries || !attention.q_heads) return LLMPAR_OK;
-    if (!attention.n_keys) memset(args->out, 0, (size_t)(attention.batch * attention.queries * attention.q_heads * attention.d) * 4);
+    if (!attention.n_keys) llmpari_exec_zero(x, args->out, attention.batch * attention.queries * attention.q_heads * attention.d * 4);
     else if (how->slots && !attention.causal) llmpari_exec_attend_rows(x, how, &attention);
     else x->ops.attention(x->ops.user, &attention);
     return LLMPAR_OK;
@@ -22687,8 +22949,7 @@ LLMPARI_FN llmpar_status llmpari_exec_attend_heads(llmpari_exec_prep *p, llmpari
             return llmpari_exec_prep_wrong(p, "a query head's kv head is on another rank", k->tensor.name);
         map[i] = (int32_t)at;
     }
-    how->attention.kv_of_q = map;
-    return LLMPAR_OK;
+    return llmpari_exec_prep_constant(p, &how->attention.kv_of_q, map, 4 * heads.count);
 }
 
 LLMPARI_FN llmpar_status llmpari_exec_attend_cache(llmpari_exec_prep *p, llmpari_exec_attend *how) {
@@ -22732,7 +22993,10 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_attention(llmpari_exec_prep *p) {
     LLMPARI_TRY(llmpari_exec_attend_heads(p, how));
     if (p->op->decode_rows) LLMPARI_TRY(llmpari_exec_attend_cache(p, how));
     LLMPARI_TRY(llmpari_exec_prep_table(p, p->in[0], !p->op->decode_rows, &how->queries));
-    how->at = llmpari_exec_prep_scratch(p, 4 * llmpar_attention_scratch(args->queries, llmpari_max(how->tokens, how->slots), args->q_heads, args->d));
+    args->most_keys = llmpari_max(how->tokens, how->slots);
+    llmpar_scratch_args need = LLMPAR_ZERO;
+    need.attention = args;
+    how->at = llmpari_exec_prep_scratch(p, llmpari_ops_scratch(&p->exec->ops, &need));
     p->task->run = llmpari_exec_run_attention;
     return LLMPAR_OK;
 }
@@ -22744,7 +23008,7 @@ typedef struct llmpari_exec_shift {     // one collective with what is packed be
     llmpar_call  call;
     llmpar_axes  axes;
     int32_t      n_pack, n_unpack; // boxes, one per member that gets or gives something; 0 = the block is sent or received as it lies
-    llmpari_exec_box *pack, *unpack;
+    llmpar_box *pack, *unpack;
     int64_t      pack_at, unpack_at, bytes;    // scratch; bytes of an element
     int64_t      keep;             // permute: elements that stay on this rank
 } llmpari_exec_shift;
@@ -22756,17 +23020,17 @@ LLMPARI_FN llmpar_status llmpari_exec_run_shift(llmpar_exec *x, const llmpari_ex
     call.recv = args->out;
     if (how->n_pack) call.send = args->scratch + how->pack_at;
     if (how->n_unpack) call.recv = args->scratch + how->unpack_at;
-    for (int32_t i = 0; i < how->n_pack; i++) llmpari_exec_box_copy(&how->pack[i], args->scratch + how->pack_at, args->in[0], how->bytes);
+    for (int32_t i = 0; i < how->n_pack; i++) llmpari_exec_box_copy(x, &how->pack[i], args->scratch + how->pack_at, args->in[0], how->bytes);
     LLMPARI_TRY(llmpari_comm_call(llmpari_exec_comm(x, how->axes), &call, err));
-    if (how->keep && args->out != args->in[0]) memcpy(args->out, args->in[0], (size_t)(how->keep * how->bytes));
-    for (int32_t i = 0; i < how->n_unpack; i++) llmpari_exec_box_copy(&how->unpack[i], args->out, args->scratch + how->unpack_at, how->bytes);
+    if (how->keep && args->out != args->in[0]) llmpari_exec_copy_flat(x, args->out, args->in[0], how->keep, how->bytes);
+    for (int32_t i = 0; i < how->n_unpack; i++) llmpari_exec_box_copy(x, &how->unpack[i], args->out, args->scratch + how->unpack_at, how->bytes);
     return LLMPAR_OK;
 }
 
 LLMPARI_FN llmpar_status llmpari_exec_run_copy(llmpar_exec *x, const llmpari_exec_task *task, const llmpari_exec_args *args, llmpar_error *err) {
     const llmpari_exec_shift *how = (const llmpari_exec_shift *)task->how;
-    (void)x; (void)err;
-    llmpari_exec_box_copy(how->pack, args->out, args->in[0], how->bytes);
+    (void)err;
+    llmpari_exec_box_copy(x, how->pack, args->out, args->in[0], how->bytes);
     return LLMPAR_OK;
 }
 
@@ -22780,14 +23044,14 @@ LLMPARI_FN int64_t llmpari_exec_range_elements(const llmpar_range *range, int n)
 // Per member: how much of this rank's block it holds afterwards (pack) or of its block this rank holds (unpack), and how that is copied. When the
 // pieces in member order are the block as it lies, there is nothing to copy: *n = 0.
 LLMPARI_FN bool llmpari_exec_shift_boxes(llmpari_exec_prep *p, const int32_t *members, int32_t n_members, bool pack, int64_t *counts,
-                                         llmpari_exec_box **boxes, int32_t *n, int64_t *elements) {
+                                         llmpar_box **boxes, int32_t *n, int64_t *elements) {
     const llmpar_move *move = &p->step->move;
     const llmpari_exec_copy *mine = pack ? p->in[0] : p->out;
     int32_t rank = p->exec->rank;
     bool as_it_lies = true;
     *n = 0;
     *elements = 0;
-    *boxes = (llmpari_exec_box *)llmpar_arena_alloc(&p->exec->arena, (size_t)n_members * sizeof **boxes);
+    *boxes = (llmpar_box *)llmpar_arena_alloc(&p->exec->arena, (size_t)n_members * sizeof **boxes);
     if (!*boxes) return false;
     for (int32_t m = 0; m < n_members; m++) {
         llmpar_range region[LLMPAR_MAX_DIMS];
@@ -22795,7 +23059,7 @@ LLMPARI_FN bool llmpari_exec_shift_boxes(llmpari_exec_prep *p, const int32_t *me
         bool any = llmpar_block_overlap(&p->in[0]->tensor, p->exec->mesh, &move->before, from, &move->after, to, region);
         counts[m] = any ? llmpari_exec_range_elements(region, mine->part.n) : 0;
         if (!counts[m]) continue;
-        llmpari_exec_box box = llmpari_exec_box_region(&mine->part, region, *elements, pack);
+        llmpar_box box = llmpari_exec_box_region(&mine->part, region, *elements, pack);
         as_it_lies = as_it_lies && llmpari_exec_box_flat(&box) && box.to_at == box.from_at;
         (*boxes)[(*n)++] = box;
         *elements += counts[m];
@@ -22806,7 +23070,7 @@ LLMPARI_FN bool llmpari_exec_shift_boxes(llmpari_exec_prep *p, const int32_t *me
 
 LLMPARI_FN llmpar_status llmpari_exec_prep_slice(llmpari_exec_prep *p, llmpari_exec_shift *how) {
     const llmpari_exec_part *mine = &p->out->part;
-    how->pack = (llmpari_exec_box *)llmpar_arena_alloc(&p->exec->arena, sizeof *how->pack);
+    how->pack = (llmpar_box *)llmpar_arena_alloc(&p->exec->arena, sizeof *how->pack);
     if (!how->pack) return llmpari_exec_prep_memory(p);
     if (!mine->elements) return LLMPAR_OK;
     for (int d = 0; d < mine->n; d++) {
@@ -22886,27 +23150,17 @@ typedef struct llmpari_exec_tree {
     int32_t      mine, pieces, n;  // of this rank, of all; members
     int64_t      elements, slice;  // of a piece; of what this rank adds up
     int64_t     *send, *recv, *part;   // [n]: AllToAll's counts; AllGather's
-    int32_t     *at;               // [pieces]: place among the received pieces of the i-th piece of the tree
-    uint8_t     *merges;           // [pieces]
+    const int32_t *at;             // [pieces]: place among the received pieces of the i-th piece of the tree
+    const uint8_t *merges;         // [pieces]
     int64_t      pack_at, recv_at, sum_at;     // scratch
 } llmpari_exec_tree;
 
-LLMPARI_FN void llmpari_exec_tree_add(const llmpari_exec_tree *how, float *piece, float *out) {
-    enum { BLOCK = 1024 };         // a handful of pieces' blocks stay in the first-level cache
-    float *stack[LLMPAR_TREE_PIECES];
-    for (int64_t e = 0; e < how->slice; e += BLOCK) {
-        const int64_t count = llmpari_min(BLOCK, how->slice - e);
-        int depth = 0;
-        for (int32_t i = 0; i < how->pieces; i++) {
-            stack[depth++] = piece + how->at[i] * how->slice + e;
-            for (int merge = how->merges[i]; merge > 0; merge--) {
-                const float *from = stack[--depth];
-                float *to = stack[depth - 1];
-                for (int64_t k = 0; k < count; k++) to[k] += from[k];
-            }
-        }
-        memcpy(out + e, stack[0], (size_t)count * 4);
-    }
+LLMPARI_FN void llmpari_exec_tree_add(const llmpar_exec *x, const llmpari_exec_tree *how, float *piece, float *out) {
+    llmpar_fold_args fold;
+    fold.pieces = how->pieces; fold.n = how->slice;
+    fold.at = how->at; fold.merges = how->merges;
+    fold.x = piece; fold.out = out;
+    x->ops.fold(x->ops.user, &fold);
 }
 
 LLMPARI_FN llmpar_status llmpari_exec_run_tree(llmpar_exec *x, const llmpari_exec_task *task, const llmpari_exec_args *args, llmpar_error *err) {
@@ -22915,37 +23169,40 @@ LLMPARI_FN llmpar_status llmpari_exec_run_tree(llmpar_exec *x, const llmpari_exe
     float *recv = (float *)(void *)(args->scratch + how->recv_at), *pack = (float *)(void *)(args->scratch + how->pack_at), *sum = (float *)(void *)(args->scratch + how->sum_at);
     if (!how->slices) {
         LLMPARI_TRY(llmpar_all_gather(comm, args->in[0], recv, how->recv, LLMPAR_F32, err));
-        llmpari_exec_tree_add(how, recv, (float *)args->out);
+        llmpari_exec_tree_add(x, how, recv, (float *)args->out);
         return LLMPAR_OK;
     }
     const float *piece = (const float *)args->in[0];
     float *to = pack;
     for (int64_t m = 0, first = 0; m < how->n; first += how->part[m++])
         for (int32_t i = 0; i < how->mine; i++, to += how->part[m])
-            if (how->part[m]) memcpy(to, piece + i * how->elements + first, (size_t)how->part[m] * 4);
+            if (how->part[m]) llmpari_exec_copy_flat(x, to, piece + i * how->elements + first, how->part[m], 4);
     LLMPARI_TRY(llmpar_all_to_all(comm, pack, how->send, recv, how->recv, LLMPAR_F32, err));
-    llmpari_exec_tree_add(how, recv, sum);
+    llmpari_exec_tree_add(x, how, recv, sum);
     return llmpar_all_gather(comm, sum, args->out, how->part, LLMPAR_F32, err);
 }
 
 // The pieces of all members in the tree's order, and how they are added.
 LLMPARI_FN llmpar_status llmpari_exec_tree_order(llmpari_exec_prep *p, llmpari_exec_tree *how, const llmpari_tree_sum *sum, const int32_t *members) {
     llmpar_range *node = (llmpar_range *)llmpar_arena_alloc(&p->exec->arena, ((size_t)how->pieces + 1) * sizeof *node), piece[LLMPAR_TREE_PIECES];
-    how->at     = (int32_t *)llmpar_arena_alloc(&p->exec->arena, ((size_t)how->pieces + 1) * sizeof *how->at);
-    how->merges = (uint8_t *)llmpar_arena_alloc(&p->exec->arena, (size_t)how->pieces + 1);
-    if (!node || !how->at || !how->merges) return llmpari_exec_prep_memory(p);
+    int32_t *order  = (int32_t *)llmpar_arena_alloc(&p->exec->arena, ((size_t)how->pieces + 1) * sizeof *order);
+    uint8_t *merges = (uint8_t *)llmpar_arena_alloc(&p->exec->arena, (size_t)how->pieces + 1);
+    if (!node || !order || !merges) return llmpari_exec_prep_memory(p);
     for (int32_t m = 0, n = 0; m < how->n; m++) {
         const int32_t theirs = llmpari_tree_sum_pieces(sum, p->exec->mesh, members[m], piece);
         how->send[m] = how->mine * how->part[m];
         how->recv[m] = theirs * how->slice;
         for (int32_t i = 0; i < theirs; i++, n++) {
             int32_t at = n;                                    // members along several axes need not be in the tree's order
-            for (; at > 0 && node[at - 1].first > piece[i].first; at--) { node[at] = node[at - 1]; how->at[at] = how->at[at - 1]; }
+            for (; at > 0 && node[at - 1].first > piece[i].first; at--) { node[at] = node[at - 1]; order[at] = order[at - 1]; }
             node[at]    = piece[i];
-            how->at[at] = n;
+            order[at]   = n;
         }
     }
-    if (llmpar_tree_fold(sum->granules, node, how->pieces, how->merges) == 1) return LLMPAR_OK;
+    if (llmpar_tree_fold(sum->granules, node, how->pieces, merges) == 1) {
+        LLMPARI_TRY(llmpari_exec_prep_constant(p, &how->at, order, 4 * (int64_t)how->pieces));
+        return llmpari_exec_prep_constant(p, &how->merges, merges, how->pieces);
+    }
     return llmpari_exec_prep_wrong(p, "the group's members do not hold every granule of the sum once", p->in[0]->tensor.name);
 }
 
@@ -23083,6 +23340,7 @@ LLMPARI_FN llmpar_status llmpari_exec_tasks(llmpar_exec *x, llmpar_error *err) {
                 return llmpari_exec_prep_wrong(&p, "it reads another tensor than the op names", x->graph->node[p.op->in[s]].tensor.name);
         LLMPARI_TRY(p.op ? llmpari_exec_prep_op(&p) : llmpari_exec_prep_move(&p));
         x->scratch_bytes = llmpari_max(x->scratch_bytes, p.task->scratch_bytes);
+        x->host_bytes    = llmpari_max(x->host_bytes, p.task->host_bytes);
     }
     return LLMPAR_OK;
 }
@@ -23352,22 +23610,57 @@ LLMPARI_FN llmpar_status llmpari_exec_borrow(llmpar_exec *x, int32_t node, int32
 
 LLMPARI_FN char *llmpari_exec_aligned(void *memory) { return (char *)memory + ((64u - ((uintptr_t)memory & 63u)) & 63u); }
 
+// Memory of values, and of the host for positions and scratch.
+LLMPARI_FN void *llmpari_exec_take_memory(llmpar_exec *x, size_t bytes) { return x->ops.alloc ? x->ops.alloc(x->ops.user, bytes) : llmpari_alloc(&x->allocator, bytes); }
+LLMPARI_FN void  llmpari_exec_give_memory(llmpar_exec *x, void *memory, size_t bytes) {
+    if (!x->ops.alloc) llmpari_free(&x->allocator, memory, bytes);
+    else if (memory) x->ops.free(x->ops.user, memory, bytes);
+}
+
+// The tables' positions and the constants, from `at` on where values are.
+LLMPARI_FN llmpar_status llmpari_exec_constants(llmpar_exec *x, char *at, llmpar_error *err) {
+    x->values = at;
+    x->positions = at;
+    if (x->ops.alloc && x->position_bytes) x->positions = (char *)x->ops.alloc_host(x->ops.user, (size_t)x->position_bytes);
+    x->host = (char *)llmpar_arena_alloc(&x->arena, (size_t)x->host_bytes + 64);
+    if (!x->positions || !x->host) return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "rank %d needs %lld bytes for positions and %lld for scratch of the host", (int)x->rank,
+                                                       (long long)x->position_bytes, (long long)x->host_bytes);
+    x->host = llmpari_exec_aligned(x->host);
+    for (int32_t i = 0; i < x->n_tables; i++) {
+        x->table[i].position = (int32_t *)(void *)(x->positions + (at - x->values));
+        x->table[i].values   = (const int32_t *)(void *)at;
+        at += LLMPARI_EXEC_ALIGN(x->table[i].rows.count * x->table[i].tokens.count * 4);
+    }
+    x->zeros = at;
+    at += 64;
+    for (llmpari_exec_constant *c = x->constants; c; c = c->next) {
+        const void *copy = at;
+        LLMPARI_TRY(x->ops.upload(x->ops.user, at, c->host, (size_t)c->bytes, err));
+        memcpy(c->where, &copy, sizeof copy);
+        at += LLMPARI_EXEC_ALIGN(c->bytes);
+    }
+    return LLMPAR_OK;
+}
+
 // One allocation for weights and caches, one for all else. Weights are left as they come: the caller fills them.
 LLMPARI_FN llmpar_status llmpari_exec_allocate(llmpar_exec *x, llmpar_error *err) {
-    int64_t state = 0, work = x->activation_bytes + x->scratch_bytes;
+    int64_t state = 0, work = x->activation_bytes + x->scratch_bytes + 64;
+    for (int32_t i = 0; i < x->n_tables; i++) x->position_bytes += LLMPARI_EXEC_ALIGN(x->table[i].rows.count * x->table[i].tokens.count * 4);
+    work += x->position_bytes;
+    for (const llmpari_exec_constant *c = x->constants; c; c = c->next) work += LLMPARI_EXEC_ALIGN(c->bytes);
     for (int pass = 0; pass < 2; pass++) {
         char *state_at = NULL, *work_at = NULL;
         if (pass == 1) {
             x->state_bytes = state ? (size_t)state + 64 : 0;
             x->work_bytes  = (size_t)work + 64;
-            if (state) x->state = llmpari_alloc(&x->allocator, x->state_bytes);
-            x->work = llmpari_alloc(&x->allocator, x->work_bytes);
+            if (state) x->state = llmpari_exec_take_memory(x, x->state_bytes);
+            x->work = llmpari_exec_take_memory(x, x->work_bytes);
             if ((state && !x->state) || !x->work)
                 return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY,
                                     "rank %d needs %lld bytes for weights and caches and %lld for activations, inputs and scratch", (int)x->rank,
                                     (long long)state, (long long)work);
             state_at = llmpari_exec_aligned(state ? x->state : x->work);                   // empty blocks have an address too
-            memset(x->work, 0, x->work_bytes);
+            llmpari_exec_zero(x, x->work, (int64_t)x->work_bytes);
             work_at    = llmpari_exec_aligned(x->work) + x->activation_bytes;
             x->scratch = work_at;
             work_at   += x->scratch_bytes;
@@ -23386,15 +23679,10 @@ LLMPARI_FN llmpar_status llmpari_exec_allocate(llmpar_exec *x, llmpar_error *err
                 if (pass == 0) { if (input) work += bytes; else state += bytes; continue; }
                 slot->data = input ? work_at : state_at;
                 if (input) work_at += bytes; else state_at += bytes;
-                if (cache) memset(slot->data, 0, (size_t)bytes);
+                if (cache) llmpari_exec_zero(x, slot->data, bytes);
             }
         }
-        for (int32_t i = 0; i < x->n_tables; i++) {
-            int64_t bytes = LLMPARI_EXEC_ALIGN(x->table[i].rows.count * x->table[i].tokens.count * 4);
-            if (pass == 0) { work += bytes; continue; }
-            x->table[i].position = (int32_t *)(void *)work_at;
-            work_at += bytes;
-        }
+        if (pass == 1) LLMPARI_TRY(llmpari_exec_constants(x, work_at, err));
     }
     for (int32_t s = 0; s < x->n_slots; s++) {
         llmpari_exec_slot *slot = &x->slot[s];
@@ -23433,7 +23721,8 @@ LLMPARI_FN llmpar_status llmpari_exec_build(const llmpar_exec_desc *desc, llmpar
     x->share = desc->share;
     x->n_caches = desc->n_caches ? desc->n_caches : 1;
     if (x->n_caches < 1) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_caches=%d; pass 0 (one) or more", (int)x->n_caches);
-    x->ops   = desc->ops ? *desc->ops : llmpar_ops_cpu();
+    LLMPARI_TRY(llmpari_ops_complete(desc->ops, &x->ops, err));
+    x->ticket = -1;
     x->rope_frequencies = desc->rope_frequencies;
     if (!llmpar_mesh_coord(x->mesh, x->rank, coord))
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d of the communicator (of %d) is not on the plan's mesh of %d ranks", (int)x->rank,
@@ -23472,8 +23761,12 @@ LLMPAR_DEF llmpar_status llmpar_exec_create(const llmpar_exec_desc *desc, llmpar
     if (!desc || !desc->plan || !desc->plan->graph || !desc->world)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc, its plan (of llmpar_solve) or its world is NULL");
     LLMPARI_TRY(llmpar_mesh_check(&desc->plan->graph->mesh, desc->world->size, err));
-    llmpar_status status = llmpari_exec_agree(desc->world, llmpari_exec_build(desc, &x, err), err);
-    if (!status) status = llmpari_exec_agree(desc->world, llmpari_exec_connect(x, err), err);
+    llmpar_comm *host = desc->host_world ? desc->host_world : desc->world;
+    if (host->rank != desc->world->rank || host->size != desc->world->size)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "host_world is rank %d of %d, world is rank %d of %d; they must be the same ranks", (int)host->rank, (int)host->size,
+                            (int)desc->world->rank, (int)desc->world->size);
+    llmpar_status status = llmpari_exec_agree(host, llmpari_exec_build(desc, &x, err), err);
+    if (!status) status = llmpari_exec_agree(host, llmpari_exec_connect(x, err), err);
     if (status) { llmpar_exec_free(x); return status; }
     *exec = x;
     return LLMPAR_OK;
@@ -23482,8 +23775,9 @@ LLMPAR_DEF llmpar_status llmpar_exec_create(const llmpar_exec_desc *desc, llmpar
 LLMPAR_DEF void llmpar_exec_free(llmpar_exec *x) {
     if (!x) return;
     for (int32_t i = 0; x->comm && i < x->n_comms; i++) llmpar_comm_free(x->comm[i]);
-    llmpari_free(&x->allocator, x->state, x->state_bytes);
-    llmpari_free(&x->allocator, x->work, x->work_bytes);
+    llmpari_exec_give_memory(x, x->state, x->state_bytes);
+    llmpari_exec_give_memory(x, x->work, x->work_bytes);
+    if (x->ops.alloc && x->position_bytes && x->positions) x->ops.free_host(x->ops.user, x->positions, (size_t)x->position_bytes);
     llmpar_arena_free(&x->arena);
     llmpar_allocator allocator = x->allocator;
     llmpari_free(&allocator, x, sizeof *x);
@@ -23519,7 +23813,7 @@ LLMPAR_DEF const float *llmpar_exec_output(llmpar_exec *x, const char *name, llm
     return NULL;
 }
 
-LLMPAR_DEF size_t llmpar_exec_bytes(const llmpar_exec *x) { return sizeof *x + x->arena.used_bytes + x->state_bytes + x->work_bytes; }
+LLMPAR_DEF size_t llmpar_exec_bytes(const llmpar_exec *x) { return sizeof *x + x->arena.used_bytes + x->state_bytes + x->work_bytes + (x->ops.alloc ? (size_t)x->position_bytes : 0); }
 
 LLMPAR_DEF int llmpar_exec_traffic(const llmpar_exec *x, llmpar_traffic *rows, int capacity) {
     int n = 0;
@@ -23586,11 +23880,19 @@ LLMPARI_FN void llmpari_exec_positions_fill(llmpari_exec_table *table, const int
         }
 }
 
+LLMPAR_DEF llmpar_status llmpar_exec_positions(llmpar_exec *x, const int32_t *position, llmpar_error *err) {
+    if (x->n_tables) LLMPARI_TRY(llmpari_exec_positions_check(x, position, err));
+    if (x->ops.alloc && x->ticket >= 0) LLMPARI_TRY(x->ops.wait(x->ops.user, x->ticket, err));      // those of the last run have been read
+    for (int32_t i = 0; i < x->n_tables; i++) llmpari_exec_positions_fill(&x->table[i], position);
+    return LLMPAR_OK;
+}
+
 LLMPAR_DEF llmpar_status llmpar_exec_run(llmpar_exec *x, const int32_t *position, llmpar_error *err) {
     llmpari_exec_args args;
-    if (x->n_tables) LLMPARI_TRY(llmpari_exec_positions_check(x, position, err));
-    for (int32_t i = 0; i < x->n_tables; i++) llmpari_exec_positions_fill(&x->table[i], position);
+    LLMPARI_TRY(llmpar_exec_positions(x, position, err));
+    if (x->ops.alloc && x->position_bytes) LLMPARI_TRY(x->ops.upload_from(x->ops.user, x->values, x->positions, (size_t)x->position_bytes, &x->ticket, err));
     args.scratch = x->scratch;
+    args.host    = x->host;
     for (int32_t t = 0; t < x->n_turns; t++) {
         const llmpari_exec_turn *turn = &x->turn[t];
         const llmpari_exec_task *task = &x->task[turn->step];
@@ -23605,8 +23907,11 @@ LLMPAR_DEF llmpar_status llmpar_exec_run(llmpar_exec *x, const int32_t *position
         for (int s = 0; task->converts >> s; s++)
             if (task->converts >> s & 1u) {
                 const llmpari_exec_copy *value = &x->value[x->plan->step[turn->step].in[s]];
-                LLMPARI_TRY(llmpar_convert(args.scratch + task->convert_at[s], LLMPAR_F32, args.in[s], value->tensor.dtype, value->part.elements, err));
-                args.in[s] = args.scratch + task->convert_at[s];
+                llmpar_convert_args convert;
+                convert.n = value->part.elements; convert.x = args.in[s]; convert.dtype = value->tensor.dtype;
+                convert.y = (float *)(void *)(args.scratch + task->convert_at[s]);
+                x->ops.convert(x->ops.user, &convert);
+                args.in[s] = convert.y;
             }
         if (turn->gate >= 0 && !x->watch) {
             args.in[((const llmpari_exec_elementwise *)task->how)->gate] = x->slot[turn->gate].data;
@@ -23970,6 +24275,7 @@ typedef struct llmpari_phase {     // one plan and what is around it
     int64_t      seq;              // tokens per row of one run
     int          in, last;         // input nodes: ids or h_in; which token's logits, -1 = there is none
     int32_t     *position;         // [group_rows, seq]
+    int32_t     *ids, *lasts;      // [group_rows, seq], [group_rows]: inputs before they go where values are
     int64_t      bytes;            // of this rank's block of h_out, or h_in
 } llmpari_phase;
 
@@ -23993,7 +24299,11 @@ typedef struct llmpari_flow {
 struct llmpar_engine {
     llmpar_engine_desc desc;       // sizes filled in; folder, mesh and experts are not kept
     llmpar_mesh   mesh;            // without pp: of the ranks that have the same stages
-    llmpar_comm  *comm, *pipe;     // those ranks, in the mesh's order; the ranks that have the other stages of the same block, in the order of pp
+    llmpar_comm  *comm, *pipe;     // those ranks, in the mesh's order; the ranks that have the other stages of the same block, in the order of pp (host)
+    llmpar_comm  *host_comm;       // comm's ranks, for memory of the host; comm itself without desc.host_world
+    llmpar_ops    ops;
+    void         *staging[2];      // where values are elsewhere: memory of ops.alloc_host for weights on their way, and then (the first) for logits
+    int64_t       staging_bytes;
     llmpar_model  model;
     llmpar_arena  arena;           // graphs, plans and the arrays below
     int32_t       n_stages, n_parts, n_groups;
@@ -24034,6 +24344,9 @@ LLMPARI_FN llmpar_status llmpari_engine_agree(llmpar_comm *world, llmpar_status 
 LLMPARI_FN llmpar_status llmpari_engine_check(const llmpar_engine_desc *desc, llmpar_error *err) {
     if (!desc->folder || !desc->mesh) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is NULL", desc->folder ? "mesh" : "folder");
     LLMPARI_TRY(llmpar_mesh_check(desc->mesh, desc->world->size, err));
+    if (desc->host_world && (desc->host_world->rank != desc->world->rank || desc->host_world->size != desc->world->size))
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "host_world is rank %d of %d, world is rank %d of %d; they must be the same ranks", (int)desc->host_world->rank,
+                            (int)desc->host_world->size, (int)desc->world->rank, (int)desc->world->size);
     for (int a = 0; a < desc->mesh->n_axes; a++) {
         const llmpar_axis *axis = &desc->mesh->axis[a];
         if (axis->size > 1 && strcmp(axis->name, "dp") != 0 && strcmp(axis->name, "tp") != 0 && strcmp(axis->name, "pp") != 0 && strcmp(axis->name, "ep") != 0)
@@ -24227,7 +24540,7 @@ LLMPARI_FN llmpar_status llmpari_engine_solve(llmpar_engine *e, const llmpar_che
     build.first_layer = part->about.first_layer;
     build.layers  = part->about.layers;
     build.experts     = d->experts;
-    build.experts_way = d->experts_way;
+    build.experts_way = e->ops.alloc && d->experts_way == LLMPAR_EXPERTS_AUTO && e->model.n_experts ? LLMPAR_EXPERTS_PARTIAL : d->experts_way;
     build.no_embed = part->about.stage > 0;
     build.no_end   = part->about.stage + 1 < e->n_stages;
     build.weight_dtype = d->round_weights ? d->weight_dtype : LLMPAR_F32;
@@ -24252,7 +24565,9 @@ LLMPARI_FN llmpar_status llmpari_engine_solve(llmpar_engine *e, const llmpar_che
     phase->in   = llmpar_find(g, build.no_embed ? "h_in" : "ids");
     phase->last = llmpar_find(g, "last");
     phase->position = (int32_t *)llmpar_arena_alloc(&e->arena, (size_t)(e->group_rows * phase->seq) * sizeof(int32_t));
-    if (!phase->position)
+    phase->ids   = (int32_t *)llmpar_arena_alloc(&e->arena, (size_t)(e->group_rows * phase->seq) * sizeof(int32_t));
+    phase->lasts = (int32_t *)llmpar_arena_alloc(&e->arena, (size_t)e->group_rows * sizeof(int32_t));
+    if (!phase->position || !phase->ids || !phase->lasts)
         return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the positions of %lld x %lld tokens", (long long)e->group_rows, (long long)phase->seq);
     return LLMPAR_OK;
 }
@@ -24262,9 +24577,13 @@ LLMPARI_FN llmpar_status llmpari_engine_groups(llmpar_engine *e, const llmpar_me
     const int pp = llmpar_mesh_find(mesh, "pp");
     const llmpar_axes all = (1u << mesh->n_axes) - 1, pipe = pp < 0 ? 0 : 1u << pp;
     llmpari_engine_mesh(e, mesh, pp);
-    LLMPARI_TRY(llmpar_comm_group(e->desc.world, mesh, pipe, &e->pipe, err));
-    e->comm = e->desc.world;
-    return pp < 0 ? LLMPAR_OK : llmpar_comm_group(e->desc.world, mesh, all & ~pipe, &e->comm, err);
+    llmpar_comm *world = e->desc.world, *host = e->desc.host_world ? e->desc.host_world : world;
+    LLMPARI_TRY(llmpar_comm_group(host, mesh, pipe, &e->pipe, err));
+    e->comm = world, e->host_comm = host;
+    if (pp < 0) return LLMPAR_OK;
+    LLMPARI_TRY(llmpar_comm_group(world, mesh, all & ~pipe, &e->comm, err));
+    e->host_comm = e->comm;
+    return host == world ? LLMPAR_OK : llmpar_comm_group(host, mesh, all & ~pipe, &e->host_comm, err);
 }
 
 // All that a rank can do on its own: description, plans, arrays.
@@ -24278,6 +24597,7 @@ LLMPARI_FN llmpar_status llmpari_engine_prepare(const llmpar_engine_desc *desc, 
     memset(e, 0, sizeof *e);
     e->desc = *desc;
     e->arena.allocator = desc->allocator;
+    LLMPARI_TRY(llmpari_ops_complete(desc->ops, &e->ops, err));
     LLMPARI_TRY(llmpari_engine_groups(e, desc->mesh, err));
     memset(&files, 0, sizeof files);
     files.folder    = desc->folder;
@@ -24315,6 +24635,7 @@ LLMPARI_FN llmpar_status llmpari_engine_execs(llmpar_engine *e, llmpar_error *er
             memset(&desc, 0, sizeof desc);
             desc.plan      = &part->phase[i].plan;
             desc.world     = e->comm;
+            desc.host_world = e->host_comm;
             desc.ops       = e->desc.ops;
             desc.allocator = e->desc.allocator;
             desc.rope_frequencies = e->rope;
@@ -24353,8 +24674,28 @@ LLMPARI_FN llmpar_status llmpari_engine_round(float *values, int64_t n, llmpar_d
     return LLMPAR_OK;
 }
 
+// Memory of the host for the largest block of a weight, twice, and for the logits of one run.
+LLMPARI_FN llmpar_status llmpari_engine_staging(llmpar_engine *e, llmpar_error *err) {
+    llmpar_tensor layout;
+    for (int32_t p = 0; p < e->n_parts; p++) {
+        const llmpar_graph *g = &e->part[p].phase[0].graph;
+        for (int i = 0; i < g->n_nodes; i++)
+            for (int64_t round = 0; g->node[i].role == LLMPAR_ROLE_WEIGHT && round < llmpari_engine_rounds(g, i); round++) {
+                (void)llmpar_exec_data(e->part[p].about.exec[0], i, (int)round, &layout);
+                e->staging_bytes = llmpari_max(e->staging_bytes, llmpar_tensor_local_bytes(&layout, &e->mesh, e->comm->rank));
+            }
+        for (int i = 0; i < 2; i++)
+            e->staging_bytes = llmpari_max(e->staging_bytes, e->group_rows * (e->desc.all_logits ? e->part[p].phase[i].seq : 1) * e->model.vocabulary * 4);
+    }
+    for (int i = 0; i < 2; i++)
+        if (!(e->staging[i] = e->ops.alloc_host(e->ops.user, (size_t)e->staging_bytes)))
+            return LLMPARI_FAIL(err, LLMPAR_NO_MEMORY, "no memory of the host for %lld bytes of weights on their way", (long long)e->staging_bytes);
+    return LLMPAR_OK;
+}
+
 // Reads this rank's block of every weight of a stage; reports every tenth of all.
-LLMPARI_FN llmpar_status llmpari_engine_load_part(llmpar_engine *e, llmpar_checkpoint *checkpoint, const llmpari_engine_part *part, int64_t total, int64_t *done, llmpar_error *err) {
+LLMPARI_FN llmpar_status llmpari_engine_load_part(llmpar_engine *e, llmpar_checkpoint *checkpoint, const llmpari_engine_part *part, int64_t total, int64_t *done, int64_t ticket[2],
+                                                  llmpar_error *err) {
     const llmpar_graph *g = &part->phase[0].graph;
     const int rank = e->comm->rank;
     for (int i = 0; i < g->n_nodes; i++) {
@@ -24362,10 +24703,15 @@ LLMPARI_FN llmpar_status llmpari_engine_load_part(llmpar_engine *e, llmpar_check
         for (int64_t round = 0; round < llmpari_engine_rounds(g, i); round++) {
             llmpar_tensor layout;
             void *memory = llmpar_exec_data(part->about.exec[0], i, (int)round, &layout);
+            const int64_t bytes = llmpar_tensor_local_bytes(&layout, &e->mesh, rank);
+            const int which = (int)(*done % 2);
+            void *to = e->ops.alloc ? e->staging[which] : memory;
+            if (e->ops.alloc && ticket[which] >= 0) LLMPARI_TRY(e->ops.wait(e->ops.user, ticket[which], err));     // what was there has gone, while the other one was filled
             LLMPARI_TRY(llmpar_checkpoint_read_weight(checkpoint, (llmpar_weight_kind)g->node[i].tag, part->about.first_layer + llmpari_engine_first(g, i) + round, &layout,
-                                                      &e->mesh, rank, memory, layout.dtype, err));
+                                                      &e->mesh, rank, to, layout.dtype, err));
             if (e->desc.round_weights && e->desc.weight_dtype != LLMPAR_F32 && layout.dtype == LLMPAR_F32)
-                LLMPARI_TRY(llmpari_engine_round((float *)memory, llmpar_tensor_local_elements(&layout, &e->mesh, rank), e->desc.weight_dtype, err));
+                LLMPARI_TRY(llmpari_engine_round((float *)to, llmpar_tensor_local_elements(&layout, &e->mesh, rank), e->desc.weight_dtype, err));
+            if (e->ops.alloc && bytes) LLMPARI_TRY(e->ops.upload_from(e->ops.user, memory, to, (size_t)bytes, &ticket[which], err));
             ++*done;
             if (*done * 10 / total == (*done - 1) * 10 / total) continue;
             llmpari_log(&e->desc.log, LLMPAR_LOG_INFO, "rank %d: loaded %lld of %lld weights, %.1f MB", (int)e->desc.world->rank, (long long)*done, (long long)total,
@@ -24375,12 +24721,15 @@ LLMPARI_FN llmpar_status llmpari_engine_load_part(llmpar_engine *e, llmpar_check
     return LLMPAR_OK;
 }
 LLMPARI_FN llmpar_status llmpari_engine_load(llmpar_engine *e, llmpar_checkpoint *checkpoint, llmpar_error *err) {
-    int64_t total = 0, done = 0;
+    int64_t total = 0, done = 0, ticket[2] = { -1, -1 };
     for (int32_t p = 0; p < e->n_parts; p++) {
         const llmpar_graph *g = &e->part[p].phase[0].graph;
         for (int i = 0; i < g->n_nodes; i++) if (g->node[i].role == LLMPAR_ROLE_WEIGHT) total += llmpari_engine_rounds(g, i);
     }
-    for (int32_t p = 0; p < e->n_parts; p++) LLMPARI_TRY(llmpari_engine_load_part(e, checkpoint, &e->part[p], total, &done, err));
+    if (e->ops.alloc) LLMPARI_TRY(llmpari_engine_staging(e, err));
+    for (int32_t p = 0; p < e->n_parts; p++) LLMPARI_TRY(llmpari_engine_load_part(e, checkpoint, &e->part[p], total, &done, ticket, err));
+    if (e->ops.alloc) LLMPARI_TRY(e->ops.wait(e->ops.user, 0, err));
+    if (e->staging[1]) { e->ops.free_host(e->ops.user, e->staging[1], (size_t)e->staging_bytes); e->staging[1] = NULL; }
     e->bytes_read = llmpar_checkpoint_bytes_read(checkpoint);
     return LLMPAR_OK;
 }
@@ -24392,16 +24741,17 @@ LLMPAR_DEF llmpar_status llmpar_engine_create(const llmpar_engine_desc *desc, ll
     memset(&mine, 0, sizeof mine);
     if (!desc || !desc->world || !engine) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is NULL", !desc ? "desc" : !engine ? "engine" : "world");
     *engine = NULL;
+    llmpar_comm *host = desc->host_world ? desc->host_world : desc->world;
     // Each part is agreed on before the next one begins, since the next one makes collectives: a rank that fails leaves nobody waiting.
     llmpar_status status = llmpari_engine_prepare(desc, &e, &checkpoint, &mine);
-    status = llmpari_engine_agree(desc->world, status, &mine);
+    status = llmpari_engine_agree(host, status, &mine);
     if (!status) {
         status = llmpari_engine_execs(e, &mine);
-        status = llmpari_engine_agree(desc->world, status, &mine);
+        status = llmpari_engine_agree(host, status, &mine);
     }
     if (!status) {
         status = llmpari_engine_load(e, checkpoint, &mine);
-        status = llmpari_engine_agree(desc->world, status, &mine);
+        status = llmpari_engine_agree(host, status, &mine);
     }
     llmpar_checkpoint_close(checkpoint);
     if (status) {
@@ -24422,7 +24772,9 @@ LLMPAR_DEF void llmpar_engine_free(llmpar_engine *engine) {
     for (int32_t p = 0; engine->part && p < engine->n_parts; p++)
         for (int i = 2; i-- > 0; ) llmpar_exec_free(engine->part[p].about.exec[i]);        // decode's uses the other one's weights
     llmpar_comm_free(engine->pipe);
+    if (engine->host_comm != engine->comm && engine->host_comm != engine->desc.host_world) llmpar_comm_free(engine->host_comm);
     if (engine->comm != engine->desc.world) llmpar_comm_free(engine->comm);
+    for (int i = 0; i < 2; i++) if (engine->staging[i]) engine->ops.free_host(engine->ops.user, engine->staging[i], (size_t)engine->staging_bytes);
     llmpar_arena_free(&engine->arena);
     llmpari_free(&allocator, engine, sizeof *engine);
 }
@@ -24468,12 +24820,35 @@ LLMPARI_FN int64_t llmpari_batch_count(const llmpari_batch *b, int64_t row, int6
     return row < b->rows ? llmpari_max(0, llmpari_min(n, b->lengths[row] - done)) : 0;
 }
 
+// From the host to where values are, and back.
+LLMPARI_FN llmpar_status llmpari_engine_put(llmpar_engine *e, void *values, const void *from, int64_t bytes, llmpar_error *err) {
+    if (e->ops.alloc && bytes) return e->ops.upload(e->ops.user, values, from, (size_t)bytes, err);
+    if (bytes) memcpy(values, from, (size_t)bytes);
+    return LLMPAR_OK;
+}
+LLMPARI_FN llmpar_status llmpari_engine_get(llmpar_engine *e, void *to, const void *values, int64_t bytes, llmpar_error *err) {
+    if (e->ops.alloc && bytes) return e->ops.download(e->ops.user, to, values, (size_t)bytes, err);
+    if (bytes) memcpy(to, values, (size_t)bytes);
+    return LLMPAR_OK;
+}
+
+// The logits of the run just made, in memory of the host.
+LLMPARI_FN llmpar_status llmpari_engine_logits(llmpar_engine *e, const llmpari_engine_part *part, const float **logits, llmpar_error *err) {
+    llmpar_tensor layout;
+    *logits = llmpar_exec_output(part->about.exec[e->phase], "logits", &layout);
+    if (!e->ops.alloc) return LLMPAR_OK;
+    LLMPARI_TRY(e->ops.download(e->ops.user, e->staging[0], *logits, (size_t)llmpar_tensor_local_bytes(&layout, &e->mesh, e->comm->rank), err));
+    *logits = (const float *)e->staging[0];
+    return LLMPAR_OK;
+}
+
 // Inputs of one run, rows from `row` and tokens from `token` of the batch on. Positions are of the whole group; ids and last of this rank's block.
-LLMPARI_FN void llmpari_engine_fill(llmpar_engine *e, const llmpari_engine_part *part, const llmpari_phase *phase, int64_t row, int64_t token) {
+LLMPARI_FN llmpar_status llmpari_engine_fill(llmpar_engine *e, const llmpari_engine_part *part, const llmpari_phase *phase, int64_t row, int64_t token, llmpar_error *err) {
     const llmpari_batch *b = &e->batch;
     const int rank = e->comm->rank;
     llmpar_tensor layout;
-    int32_t *to = (int32_t *)llmpar_exec_data(part->about.exec[e->phase], phase->in, 0, &layout);
+    void *data = llmpar_exec_data(part->about.exec[e->phase], phase->in, 0, &layout);
+    int32_t *to = phase->ids;
     llmpar_range rows = llmpar_tensor_local(&layout, &e->mesh, rank, 0), tokens = llmpar_tensor_local(&layout, &e->mesh, rank, 1);
     for (int64_t r = 0; r < e->group_rows; r++) {
         const int64_t count = llmpari_batch_count(b, row + r, token, phase->seq);
@@ -24481,16 +24856,17 @@ LLMPARI_FN void llmpari_engine_fill(llmpar_engine *e, const llmpari_engine_part 
         if (part->about.stage > 0 || r < rows.first || r >= rows.first + rows.count) continue;
         for (int64_t t = tokens.first; t < tokens.first + tokens.count; t++) *to++ = t < count ? (int32_t)llmpari_max(0, b->ids[(row + r) * b->stride + token + t]) : 0;
     }
-    if (phase->last < 0) return;
-    to   = (int32_t *)llmpar_exec_data(part->about.exec[e->phase], phase->last, 0, &layout);
+    LLMPARI_TRY(llmpari_engine_put(e, data, phase->ids, (to - phase->ids) * 4, err));
+    if (phase->last < 0) return LLMPAR_OK;
+    data = llmpar_exec_data(part->about.exec[e->phase], phase->last, 0, &layout);
     rows = llmpar_tensor_local(&layout, &e->mesh, rank, 0);
-    for (int64_t r = rows.first; r < rows.first + rows.count; r++) *to++ = (int32_t)llmpari_max(0, llmpari_batch_count(b, row + r, token, phase->seq) - 1);
+    for (int64_t r = 0; r < rows.count; r++) phase->lasts[r] = (int32_t)llmpari_max(0, llmpari_batch_count(b, row + rows.first + r, token, phase->seq) - 1);
+    return llmpari_engine_put(e, data, phase->lasts, rows.count * 4, err);
 }
 
 // Takes the logits of one run to where the caller looks for them; those of a row's last piece stay.
-LLMPARI_FN void llmpari_engine_collect(llmpar_engine *e, const llmpari_engine_part *part, const llmpari_phase *phase, int64_t row, int64_t token) {
+LLMPARI_FN void llmpari_engine_collect(llmpar_engine *e, const llmpari_phase *phase, const float *from, int64_t row, int64_t token) {
     const int64_t v = e->model.vocabulary;
-    const float *from = llmpar_exec_output(part->about.exec[e->phase], "logits", NULL);
     for (int64_t r = 0; r < e->group_rows; r++) {
         const int64_t count = llmpari_batch_count(&e->batch, row + r, token, phase->seq);
         if (!count) continue;
@@ -24500,8 +24876,7 @@ LLMPARI_FN void llmpari_engine_collect(llmpar_engine *e, const llmpari_engine_pa
 }
 
 // The next token of every row of a group, from the last stage's logits, for the first stage: into out, if it needs them.
-LLMPARI_FN void llmpari_engine_pick(llmpar_engine *e, const llmpari_engine_part *part, int64_t row, int64_t token, void *out) {
-    const float *logits = llmpar_exec_output(part->about.exec[e->phase], "logits", NULL);
+LLMPARI_FN void llmpari_engine_pick(llmpar_engine *e, const float *logits, int64_t row, int64_t token, void *out) {
     for (int64_t r = 0; r < e->group_rows; r++) {
         int32_t next = -1;
         if (row + r < e->batch.rows) {
@@ -24524,13 +24899,15 @@ LLMPARI_FN llmpar_status llmpari_engine_forward(int32_t stage, int32_t unit, con
     const int64_t row = part->about.row = unit % e->n_groups * e->group_rows, token = part->about.token = e->done + unit / e->n_groups * phase->seq;
     for (int64_t r = 0; in && stage == 0 && r < e->group_rows && row + r < e->batch.rows; r++)    // generate's tokens from the last stage
         memcpy(e->tokens + (row + r) * e->batch.stride + token, (const char *)in + r * 4, 4);
-    llmpari_engine_fill(e, part, phase, row, token);
-    if (in && stage > 0) memcpy(llmpar_exec_data(exec, phase->in, 0, NULL), in, (size_t)phase->bytes);
+    const float *logits;
+    LLMPARI_TRY(llmpari_engine_fill(e, part, phase, row, token, err));
+    if (in && stage > 0) LLMPARI_TRY(llmpari_engine_put(e, llmpar_exec_data(exec, phase->in, 0, NULL), in, phase->bytes, err));
     LLMPARI_TRY(llmpar_exec_use_cache(exec, unit % e->n_groups, err));
     LLMPARI_TRY(llmpar_exec_run(exec, phase->position, err));
-    if (stage + 1 < e->n_stages) memcpy(out, llmpar_exec_output(exec, "h_out", NULL), (size_t)phase->bytes);
-    else if (e->which == LLMPARI_GENERATE) llmpari_engine_pick(e, part, row, token, out);
-    else llmpari_engine_collect(e, part, phase, row, token);
+    if (stage + 1 < e->n_stages) return llmpari_engine_get(e, out, llmpar_exec_output(exec, "h_out", NULL), phase->bytes, err);
+    LLMPARI_TRY(llmpari_engine_logits(e, part, &logits, err));
+    if (e->which == LLMPARI_GENERATE) llmpari_engine_pick(e, logits, row, token, out);
+    else llmpari_engine_collect(e, phase, logits, row, token);
     return LLMPAR_OK;
 }
 
@@ -24640,7 +25017,7 @@ LLMPAR_DEF llmpar_engine_stats llmpar_engine_get_stats(const llmpar_engine *engi
     llmpar_engine_stats stats;
     stats.weight_bytes_read = engine->bytes_read;
     const llmpari_flow *generate = &engine->flow[LLMPARI_GENERATE];
-    stats.memory_bytes   = (int64_t)(llmpar_stages_bytes(prefill->stages) + llmpar_stages_bytes(decode->stages) + llmpar_stages_bytes(generate->stages) + engine->arena.used_bytes + sizeof *engine);
+    stats.memory_bytes   = engine->staging_bytes + (int64_t)(llmpar_stages_bytes(prefill->stages) + llmpar_stages_bytes(decode->stages) + llmpar_stages_bytes(generate->stages) + engine->arena.used_bytes + sizeof *engine);
     for (int32_t p = 0; p < engine->n_parts; p++)
         for (int i = 0; i < 2; i++) stats.memory_bytes += (int64_t)llmpar_exec_bytes(engine->part[p].about.exec[i]);
     stats.prefill_tokens = prefill->tokens;
