@@ -24531,6 +24531,7 @@ LLMPARI_FN llmpar_status llmpari_engine_solve(llmpar_engine *e, const llmpar_che
     llmpar_graph *g = &phase->graph;
     llmpar_build_desc build;
     llmpar_solve_desc solve;
+    llmpar_mesh own;
     memset(&build, 0, sizeof build);
     memset(&solve, 0, sizeof solve);
     phase->seq = which == LLMPARI_DECODE ? 1 : d->chunk;
@@ -24540,7 +24541,9 @@ LLMPARI_FN llmpar_status llmpari_engine_solve(llmpar_engine *e, const llmpar_che
     build.first_layer = part->about.first_layer;
     build.layers  = part->about.layers;
     build.experts     = d->experts;
-    build.experts_way = e->ops.alloc && d->experts_way == LLMPAR_EXPERTS_AUTO && e->model.n_experts ? LLMPAR_EXPERTS_PARTIAL : d->experts_way;
+    build.experts_way = d->experts_way;
+    if (e->ops.alloc && !d->experts_way && e->model.n_experts && (d->experts ? llmpar_mesh_parse(d->experts, &own, NULL) == LLMPAR_OK && llmpar_mesh_find(&own, "ep") >= 0
+                                                                             : llmpar_mesh_find(&e->mesh, "ep") >= 0)) build.experts_way = LLMPAR_EXPERTS_PARTIAL;
     build.no_embed = part->about.stage > 0;
     build.no_end   = part->about.stage + 1 < e->n_stages;
     build.weight_dtype = d->round_weights ? d->weight_dtype : LLMPAR_F32;

@@ -9,6 +9,7 @@ static void  count_free(void *memory);
 #define LLMPAR_IMPLEMENTATION
 #include "llmpar.h"
 #include "test.h"
+#include "far.h"
 
 static int64_t allocs, live;       // calls of malloc by the library, and what is not freed yet
 static void *count_alloc(size_t bytes) { __atomic_fetch_add(&allocs, 1, __ATOMIC_SEQ_CST); __atomic_fetch_add(&live, 1,
@@ -750,6 +751,43 @@ static void fill(job *j, llmpar_exec *exec, int rank, int inputs_only) {
         }
 }
 
+// The same with values in memory that only the table may touch: the same bits.
+static llmpar_status run_far(job *j, llmpar_comm *comm, llmpar_error *err) {
+    world *w = j->w;
+    const int rank = comm->rank;
+    llmpar_exec_desc desc = LLMPAR_ZERO;
+    llmpar_exec *exec = NULL;
+    far_memory f;
+    far_begin(&f, comm, (size_t)16 << 20);
+    desc.plan = j->plan; desc.world = f.world; desc.host_world = comm; desc.ops = &f.ops; desc.rope_frequencies = w->frequencies;
+    llmpar_status status = llmpar_barrier(comm, err);          // all have counted their allocations
+    if (!status) status = llmpar_exec_create(&desc, &exec, err);
+    if (!status) {
+        far_open(&f); fill(j, exec, rank, 0); far_close(&f);
+        status = llmpar_exec_run(exec, w->position, err);
+        if (!status) status = llmpar_barrier(comm, err);
+        const int64_t before = allocs_now();
+        if (!status) status = llmpar_exec_run(exec, w->position, err);
+        if (!status) status = llmpar_barrier(comm, err);
+        if (!status && allocs_now() != before) note(j, rank, "%d allocations while running with far memory", (int)(allocs_now() - before));
+    }
+    for (int o = 0; !status && o < MAX_OUT; o++) {
+        char name[16];
+        llmpar_tensor t;
+        snprintf(name, sizeof name, "o%d", o);
+        const float *data = llmpar_exec_output(exec, name, &t);
+        const size_t n = data ? (size_t)llmpar_tensor_local_elements(&t, &w->mesh, rank) : 0;
+        float *copy = (float *)malloc(n * 4 + 4);
+        if (n) status = f.ops.download(&f, copy, data, n * 4, err);
+        if (n && memcmp(copy, j->out[rank][o], n * 4) != 0) note(j, rank, "%s in far memory has other bits", name);
+        free(copy);
+    }
+    llmpar_exec_free(exec);
+    if (f.blocks) note(j, rank, "%d blocks of far memory are left", (int)f.blocks);
+    far_end(&f);
+    return status;
+}
+
 static llmpar_status run_rank(llmpar_comm *comm, void *user, llmpar_error *err) {
     job *j = (job *)user;
     world *w = j->w;
@@ -805,7 +843,7 @@ static llmpar_status run_rank(llmpar_comm *comm, void *user, llmpar_error *err) 
     }
     llmpar_exec_free(second);
     llmpar_exec_free(exec);
-    return status;
+    return status ? status : run_far(j, comm, err);
 }
 
 // Rows as the plan foretells them.
