@@ -199,7 +199,7 @@ static void test_gemm_invariant(void) {
 }
 
 // Sums along the tree: both kernels have the bits of a GEMM per granule whose results are added as the tree says, and no row or column depends on the others.
-static void granules_of(llmpari_granules *t, int64_t k, int64_t granule, int64_t first, int64_t more, uint8_t *merges) {
+static void granules_of(llmpar_granules_args *t, int64_t k, int64_t granule, int64_t first, int64_t more, uint8_t *merges) {
     llmpar_range node[256];
     memset(t, 0, sizeof *t);
     t->granule = granule;
@@ -209,7 +209,7 @@ static void granules_of(llmpari_granules *t, int64_t k, int64_t granule, int64_t
     t->pieces = llmpar_tree_fold(first + t->n + more, node, t->n, merges);
     for (int32_t i = 0, depth = 0; i < t->n; depth -= merges[i++]) t->depth = (int32_t)llmpari_max(t->depth, ++depth);
 }
-static void granules_by_hand(const llmpar_gemm *g, const llmpari_granules *t, float *c) {      // c[pieces][m][n]
+static void granules_by_hand(const llmpar_gemm *g, const llmpar_granules_args *t, float *c) {      // c[pieces][m][n]
     const int64_t size = g->m * g->n;
     float *stack = floats((t->n + 1) * size), *scratch = floats(llmpar_gemm_scratch(g->m, g->n, t->granule, g->b_dtype));
     int depth = 0;
@@ -239,7 +239,7 @@ static void test_granules(void) {
             const int64_t k = granule * (count - 1) + 1 + test_below(granule), m = 1 + test_below(i % 3 ? 8 : 150), n = 1 + test_below(i % 5 ? 40 : 430);
             gemm_case t = gemm_make(m, n, k, (llmpar_dtype)(i % 3), test_below(4), false);
             uint8_t merges[256];
-            llmpari_granules tree;
+            llmpar_granules_args tree;
             granules_of(&tree, k, granule, test_below(70), test_below(70), merges);
             tree.stride = m * n + 3;
             float *want = floats(tree.pieces * m * n), *got = floats(tree.pieces * tree.stride);
