@@ -1704,8 +1704,8 @@ typedef struct llmpar_broadcast_args { int32_t n; int64_t size[LLMPAR_MAX_DIMS],
 typedef struct llmpar_loops_args { int32_t n, n_sums; int64_t size[LLMPAR_MAX_INDICES], step[3][LLMPAR_MAX_INDICES]; const float *a, *b; float *c; } llmpar_loops_args;
 // y[batch, before, after] = x[batch, before, ids[batch] - first, after], zeros where that is not in [0, count)
 typedef struct llmpar_take_args { int64_t batch, before, first, count, after; const float *x; const int32_t *ids; float *y; } llmpar_take_args;
-// The rows [batch, tokens, heads, d] go to their positions in cache[batch, heads, slots, d]; position < 0: nowhere.
-typedef struct llmpar_append_args { int64_t batch, tokens, heads, slots, d; const int32_t *position; const float *rows; float *cache; } llmpar_append_args;
+// The rows k, v [batch, tokens, heads, d] go to their positions[batch, tokens] in caches [batch, heads, slots, d]; position < 0: nowhere.
+typedef struct llmpar_append_args { int64_t batch, tokens, heads, slots, d; const int32_t *position; const float *k, *v; float *k_cache, *v_cache; } llmpar_append_args;
 typedef struct llmpar_convert_args { int64_t n; const void *x; llmpar_dtype dtype; float *y; } llmpar_convert_args;              // y = x, which is f32, bf16 or f16
 // Cross entropy of rows x[rows, n], classes from `first` on, in three parts, between which ranks that share the classes reduce: 0: largest = the largest of each row; 1: sum = the
 // sum of e^(x - largest), picked = x of the label, 0 if that is not here; 2: loss = log(sum) + largest - picked, 0 where the label is below 0.
@@ -1713,9 +1713,9 @@ typedef struct llmpar_entropy_args { int32_t part; int64_t rows, n, first; const
 // y[to[r * k + j] - first][n] *= weights[r * k + j], where that lies inside [0, count)
 typedef struct llmpar_scale_args { int64_t rows, k, n, first, count; const int32_t *to; const float *weights; float *y; } llmpar_scale_args;
 // A product whose sum over k is taken granule by granule and added along the tree (section tree): gemm.k holds n granules, the last one may be shorter; after granule i the topmost
-// two of the stack of sums (at most `depth`) are added merges[i] times. The `pieces` that are left go to gemm.c, `stride` elements apart. gemm.accumulate is not looked at.
+// two of the stack of sums (at most `depth`) are added merges[i] times (host). The `pieces` that are left go to gemm.c, `stride` elements apart. gemm.accumulate is not looked at.
 typedef struct llmpar_granules_args { llmpar_gemm gemm; int64_t granule, stride; int32_t n, pieces, depth; const uint8_t *merges; } llmpar_granules_args;
-// out[n] = the pieces x[pieces, n], taken in the order `at`, added along the tree; x is spoilt
+// out[n] = the pieces x[pieces, n], taken in the order `at`, added along the tree; x is spoilt. at, merges: host
 typedef struct llmpar_fold_args { int32_t pieces; int64_t n; const int32_t *at; const uint8_t *merges; float *x, *out; } llmpar_fold_args;
 // Whose scratch: one of them is set, with the largest sizes, its pointers NULL.
 typedef struct llmpar_scratch_args {
@@ -21339,8 +21339,11 @@ LLMPARI_FN void llmpari_op_append(void *user, const llmpar_append_args *g) {
         for (int64_t t = 0; t < g->tokens; t++) {
             int64_t slot = g->position[b * g->tokens + t];
             if (slot < 0) continue;
-            for (int64_t h = 0; h < g->heads; h++)
-                memcpy(g->cache + ((b * g->heads + h) * g->slots + slot) * g->d, g->rows + ((b * g->tokens + t) * g->heads + h) * g->d, (size_t)g->d * 4);
+            for (int64_t h = 0; h < g->heads; h++) {
+                const int64_t to = ((b * g->heads + h) * g->slots + slot) * g->d, from = ((b * g->tokens + t) * g->heads + h) * g->d;
+                memcpy(g->k_cache + to, g->k + from, (size_t)g->d * 4);
+                memcpy(g->v_cache + to, g->v + from, (size_t)g->d * 4);
+            }
         }
 }
 
@@ -22141,7 +22144,7 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_einsum(llmpari_exec_prep *p) {
     if (c->tree.n) need.granules = &c->tree; else need.gemm = &c->gemm;
     const int64_t bytes = llmpari_ops_scratch(&p->exec->ops, &need);
     if (bytes > 0) c->gemm_at = llmpari_exec_prep_scratch(p, bytes);
-    return c->tree.n ? llmpari_exec_prep_constant(p, &c->tree.merges, c->tree.merges, c->tree.n) : LLMPAR_OK;
+    return LLMPAR_OK;
 }
 LLMPARI_ONCE_END
 
@@ -22883,15 +22886,6 @@ typedef struct llmpari_exec_attend {
     int64_t at;                    // scratch
 } llmpari_exec_attend;
 
-// The new rows of k or v [B, T, K, D] go to their positions in the cache [B, K, C, D].
-LLMPARI_FN void llmpari_exec_attend_append(const llmpar_exec *x, const llmpari_exec_attend *how, const float *rows, float *cache) {
-    llmpar_append_args append;
-    append.batch = how->attention.batch; append.tokens = how->tokens; append.heads = how->kv_heads; append.slots = how->slots; append.d = how->attention.d;
-    append.position = x->table[how->keys].values;
-    append.rows = rows; append.cache = cache;
-    x->ops.append(x->ops.user, &append);
-}
-
 // Not causal, with a cache: rows differ in the keys they have, so each goes on its own.
 LLMPARI_FN void llmpari_exec_attend_rows(llmpar_exec *x, const llmpari_exec_attend *how, const llmpar_attention_args *all) {
     llmpar_attention_args one = *all;
@@ -22922,8 +22916,11 @@ LLMPARI_FN llmpar_status llmpari_exec_run_attention(llmpar_exec *x, const llmpar
     attention.position = x->table[how->queries].values;
     attention.scratch  = (float *)(void *)(args->scratch + how->at);
     if (how->slots) {
-        llmpari_exec_attend_append(x, how, attention.k, args->cache[0]);
-        llmpari_exec_attend_append(x, how, attention.v, args->cache[1]);
+        llmpar_append_args append;
+        append.batch = attention.batch; append.tokens = how->tokens; append.heads = how->kv_heads; append.slots = how->slots; append.d = attention.d;
+        append.position = x->table[how->keys].values;
+        append.k = attention.k; append.v = attention.v; append.k_cache = args->cache[0]; append.v_cache = args->cache[1];
+        x->ops.append(x->ops.user, &append);
         attention.k = args->cache[0];
         attention.v = args->cache[1];
         attention.n_keys = (int64_t)x->table[how->keys].largest + 1;
@@ -23200,8 +23197,8 @@ LLMPARI_FN llmpar_status llmpari_exec_tree_order(llmpari_exec_prep *p, llmpari_e
         }
     }
     if (llmpar_tree_fold(sum->granules, node, how->pieces, merges) == 1) {
-        LLMPARI_TRY(llmpari_exec_prep_constant(p, &how->at, order, 4 * (int64_t)how->pieces));
-        return llmpari_exec_prep_constant(p, &how->merges, merges, how->pieces);
+        how->at = order; how->merges = merges;
+        return LLMPAR_OK;
     }
     return llmpari_exec_prep_wrong(p, "the group's members do not hold every granule of the sum once", p->in[0]->tensor.name);
 }
