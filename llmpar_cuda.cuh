@@ -562,6 +562,16 @@ LLMPARI_DEVICE float llmpari_cuda_block_max(float x, float *sums) {
 // ============================================================================================================
 // >>norm (impl)
 // ============================================================================================================
+#ifndef LLMPARI_CUDA_UNROLL                // before a loop: all of its turns, or n of them, become straight code
+#ifdef __CUDACC__
+#define LLMPARI_CUDA_UNROLL _Pragma("unroll")
+#define LLMPARI_CUDA_UNROLL_BY(n) LLMPARI_CUDA_PRAGMA(unroll n)
+#define LLMPARI_CUDA_PRAGMA(text) _Pragma(#text)
+#else
+#define LLMPARI_CUDA_UNROLL
+#define LLMPARI_CUDA_UNROLL_BY(n)
+#endif
+#endif
 #ifndef LLMPARI_CUDA_GRID
 #define LLMPARI_CUDA_GRID 65536        // most blocks of a launch; what is beyond, the same blocks do in further turns. Tests lower it
 #endif
@@ -615,8 +625,7 @@ LLMPARI_DEVICE float llmpari_cuda_row_max(float x, int width, float *sums) {
 template <typename T> LLMPARI_DEVICE llmpari_cuda_pack<T> llmpari_cuda_row_load(const T *row, int64_t at, int64_t n, float fill, bool packs) {
     llmpari_cuda_pack<T> x;
     if (packs && at < n) return llmpari_cuda_load_pack(row + at);
-#pragma unroll
-    for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) {
+    LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) {
         llmpari_cuda_from_f32(&x.at[i], fill);
         if (at + i < n) x.at[i] = row[at + i];
     }
@@ -624,42 +633,34 @@ template <typename T> LLMPARI_DEVICE llmpari_cuda_pack<T> llmpari_cuda_row_load(
 }
 template <typename T> LLMPARI_DEVICE void llmpari_cuda_row_store(T *row, int64_t at, int64_t n, const llmpari_cuda_pack<T> &x, bool packs) {
     if (packs) { if (at < n) llmpari_cuda_store_pack(row + at, x); return; }
-#pragma unroll
-    for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) if (at + i < n) row[at + i] = x.at[i];
+    LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) if (at + i < n) row[at + i] = x.at[i];
 }
 // All packs that a thread keeps, so that all loads are under way before the first is used.
 template <typename T> LLMPARI_DEVICE void llmpari_cuda_row_keep(llmpari_cuda_pack<T> (&x)[LLMPARI_CUDA_KEPT], const T *row, int lane, int width, int n, float fill, bool packs) {
     enum { N = llmpari_cuda_pack<T>::n };
     if (packs) {
-#pragma unroll
-        for (int p = 0; p < LLMPARI_CUDA_KEPT; p++) {
+        LLMPARI_CUDA_UNROLL for (int p = 0; p < LLMPARI_CUDA_KEPT; p++) {
             if ((p * width + lane) * N < n) x[p] = llmpari_cuda_load_pack(row + (p * width + lane) * N);
             else {
-#pragma unroll
-                for (int i = 0; i < N; i++) llmpari_cuda_from_f32(&x[p].at[i], fill);
+                LLMPARI_CUDA_UNROLL for (int i = 0; i < N; i++) llmpari_cuda_from_f32(&x[p].at[i], fill);
             }
         }
     } else {
-#pragma unroll
-        for (int p = 0; p < LLMPARI_CUDA_KEPT; p++) x[p] = llmpari_cuda_row_load(row, (p * width + lane) * N, n, fill, false);
+        LLMPARI_CUDA_UNROLL for (int p = 0; p < LLMPARI_CUDA_KEPT; p++) x[p] = llmpari_cuda_row_load(row, (p * width + lane) * N, n, fill, false);
     }
 }
 template <typename T> LLMPARI_DEVICE void llmpari_cuda_pack_add(llmpari_cuda_pack<T> &x, const llmpari_cuda_pack<T> &y) {
-#pragma unroll
-    for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) llmpari_cuda_from_f32(&x.at[i], llmpari_cuda_to_f32(x.at[i]) + llmpari_cuda_to_f32(y.at[i]));
+    LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) llmpari_cuda_from_f32(&x.at[i], llmpari_cuda_to_f32(x.at[i]) + llmpari_cuda_to_f32(y.at[i]));
 }
 // A pack's partial sums become one.
 template <int N> LLMPARI_DEVICE float llmpari_cuda_pack_sum(float (&t)[N]) {
-#pragma unroll
-    for (int half = N / 2; half > 0; half /= 2)
-#pragma unroll
-        for (int i = 0; i < half; i++) t[i] += t[i + half];
+    LLMPARI_CUDA_UNROLL for (int step = N / 2; step > 0; step /= 2)
+        LLMPARI_CUDA_UNROLL for (int i = 0; i < step; i++) t[i] += t[i + step];
     return t[0];
 }
 // t[i] += (x[i] - mean)^2, or x[i], for the elements of a row's pack that exist.
 template <typename T, int N> LLMPARI_DEVICE void llmpari_cuda_row_add(float (&t)[N], const llmpari_cuda_pack<T> &x, int64_t left, float mean, bool squared) {
-#pragma unroll
-    for (int i = 0; i < N; i++) {
+    LLMPARI_CUDA_UNROLL for (int i = 0; i < N; i++) {
         const float v = i < left ? llmpari_cuda_to_f32(x.at[i]) - mean : 0.0f;
         t[i] = squared ? fmaf(v, v, t[i]) : t[i] + v;
     }
@@ -668,8 +669,7 @@ template <typename T> LLMPARI_DEVICE llmpari_cuda_pack<T> llmpari_cuda_norm_pack
                                                                              float mean, float scale, bool packs) {
     llmpari_cuda_pack<T> bias;
     if (d.bias) bias = llmpari_cuda_row_load((const T *)d.bias, at, d.n, 0.0f, packs);
-#pragma unroll
-    for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) {
+    LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) {
         float y = (llmpari_cuda_to_f32(x.at[i]) - mean) * scale;
         if (d.weight) y *= llmpari_cuda_to_f32(weight.at[i]);
         if (d.bias) y += llmpari_cuda_to_f32(bias.at[i]);
@@ -694,8 +694,7 @@ template <typename T> __global__ void __launch_bounds__(1024) llmpari_cuda_norm_
         llmpari_cuda_row_keep(x, (const T *)d.x + row * d.x_stride, lane, width, here, 0.0f, packs);
         if (d.residual) {
             llmpari_cuda_row_keep(w, (const T *)d.residual + row * d.residual_stride, lane, width, here, 0.0f, packs);
-#pragma unroll
-            for (int p = 0; p < LLMPARI_CUDA_KEPT; p++) {
+            LLMPARI_CUDA_UNROLL for (int p = 0; p < LLMPARI_CUDA_KEPT; p++) {
                 llmpari_cuda_pack_add(x[p], w[p]);
                 if (d.sum) llmpari_cuda_row_store((T *)d.sum + row * d.sum_stride, (p * width + lane) * N, here, x[p], packs);
             }
@@ -703,15 +702,13 @@ template <typename T> __global__ void __launch_bounds__(1024) llmpari_cuda_norm_
         if (d.weight) llmpari_cuda_row_keep(w, (const T *)d.weight, lane, width, here, 0.0f, packs);
         for (int squared = d.layer_norm ? 0 : 1; squared < 2; squared++) {
             float t[N] = { 0.0f };
-#pragma unroll
-            for (int p = 0; p < LLMPARI_CUDA_KEPT; p++) llmpari_cuda_row_add(t, x[p], here - (p * width + lane) * N, mean, squared);
+            LLMPARI_CUDA_UNROLL for (int p = 0; p < LLMPARI_CUDA_KEPT; p++) llmpari_cuda_row_add(t, x[p], here - (p * width + lane) * N, mean, squared);
             const float sum = llmpari_cuda_row_sum(llmpari_cuda_pack_sum(t), width, sums + 32 * turn);
             mean = squared ? mean : sum / (float)n;
             turn ^= 1;
             if (squared) {
                 const float scale = 1.0f / sqrtf(sum / (float)n + d.eps);
-#pragma unroll
-                for (int p = 0; p < LLMPARI_CUDA_KEPT; p++) {
+                LLMPARI_CUDA_UNROLL for (int p = 0; p < LLMPARI_CUDA_KEPT; p++) {
                     const int at = (p * width + lane) * N;
                     if (at < here) llmpari_cuda_row_store((T *)d.y + row * d.y_stride, at, here, llmpari_cuda_norm_pack(d, x[p], w[p], at, mean, scale, packs), packs);
                 }
@@ -757,13 +754,11 @@ static __global__ void __launch_bounds__(128) llmpari_cuda_norm_exact_kernel(con
         float *y = (float *)d.y + row * d.y_stride, *s = residual && d.sum ? (float *)d.sum + row * d.sum_stride : NULL;
         float mean = 0.0f, t = 0.0f;
         if (d.layer_norm) {
-#pragma unroll 8
-            for (int64_t i = lane; i < d.n; i += 32) t = __fadd_rn(t, residual ? __fadd_rn(x[i], residual[i]) : x[i]);
+            LLMPARI_CUDA_UNROLL_BY(8) for (int64_t i = lane; i < d.n; i += 32) t = __fadd_rn(t, residual ? __fadd_rn(x[i], residual[i]) : x[i]);
             mean = llmpari_cuda_warp_sum(t) / (float)d.n;
             t = 0.0f;
         }
-#pragma unroll 8
-        for (int64_t i = lane; i < d.n; i += 32) {
+        LLMPARI_CUDA_UNROLL_BY(8) for (int64_t i = lane; i < d.n; i += 32) {
             const float v = __fadd_rn(residual ? __fadd_rn(x[i], residual[i]) : x[i], -mean);
             t = __fadd_rn(t, __fmul_rn(v, v));
         }
@@ -787,7 +782,8 @@ template <typename T> static bool llmpari_cuda_norm_packs(const llmpar_cuda_norm
 }
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_norm_launch(const llmpar_cuda_norm_desc *d, void *stream, llmpar_error *err) {
     if (d->rows == 0 || d->n == 0) return LLMPAR_OK;
-    if (d->exact) return llmpari_cuda_launch("norm", llmpari_cuda_norm_exact_kernel, dim3((unsigned)llmpari_cuda_min(LLMPARI_CUDA_GRID, llmpari_cuda_up(d->rows, 4))), dim3(128), 0, stream, err, *d);
+    const dim3 fours((unsigned)llmpari_cuda_min(LLMPARI_CUDA_GRID, llmpari_cuda_up(d->rows, 4)));
+    if (d->exact) return llmpari_cuda_launch("norm", llmpari_cuda_norm_exact_kernel, fours, dim3(128), 0, stream, err, *d);
     LLMPARI_CUDA_DISPATCH(d->dtype, T,
         const int pack = llmpari_cuda_pack<T>::n;
         const int width = llmpari_cuda_row_width(d->n, pack);
@@ -826,7 +822,7 @@ LLMPARI_DEVICE float llmpari_cuda_exp(float x) {
     float t = x > 89.0f ? 89.0f : x;
     t = t < -105.0f ? -105.0f : t;
     const float n = __fadd_rn(__fmul_rn(t, 1.44269504088896341f), 12582912.0f), whole = __fadd_rn(n, -12582912.0f);
-    const unsigned count = __float_as_uint(n) - 0x4b400000u, half = (unsigned)((int)count >> 1);
+    const unsigned count = __float_as_uint(n) - 0x4b400000u, first = (unsigned)((int)count >> 1);
     const float r = __fadd_rn(__fadd_rn(t, -__fmul_rn(whole, 0.693359375f)), __fmul_rn(whole, 2.12194440e-4f));
     float p = 1.9875691500e-4f;
     p = __fadd_rn(__fmul_rn(p, r), 1.3981999507e-3f);
@@ -835,7 +831,7 @@ LLMPARI_DEVICE float llmpari_cuda_exp(float x) {
     p = __fadd_rn(__fmul_rn(p, r), 1.6666665459e-1f);
     p = __fadd_rn(__fmul_rn(p, r), 5.0000001201e-1f);
     p = __fadd_rn(__fadd_rn(__fmul_rn(p, __fmul_rn(r, r)), r), 1.0f);
-    return __fmul_rn(__fmul_rn(p, __uint_as_float((half + 127u) << 23)), __uint_as_float((count - half + 127u) << 23));
+    return __fmul_rn(__fmul_rn(p, __uint_as_float((first + 127u) << 23)), __uint_as_float((count - first + 127u) << 23));
 }
 // Where everything is -infinity the shift is 0.
 LLMPARI_DEVICE float llmpari_cuda_softmax_exp(float x, float largest) { return llmpari_cuda_exp(__fadd_rn(x, largest == -INFINITY ? 0.0f : -largest)); }
@@ -849,16 +845,12 @@ static __global__ void __launch_bounds__(1024) llmpari_cuda_softmax_kernel(const
         llmpari_cuda_pack<float> x[LLMPARI_CUDA_KEPT];
         float largest = -INFINITY, t[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
         llmpari_cuda_row_keep(x, d.x + row * d.x_stride, lane, width, here, -INFINITY, packs);
-#pragma unroll
-        for (int i = 0; i < 4 * LLMPARI_CUDA_KEPT; i++) largest = fmaxf(largest, x[i / 4].at[i % 4]);
+        LLMPARI_CUDA_UNROLL for (int i = 0; i < 4 * LLMPARI_CUDA_KEPT; i++) largest = fmaxf(largest, x[i / 4].at[i % 4]);
         largest = llmpari_cuda_row_max(largest, width, sums);
-#pragma unroll
-        for (int i = 0; i < 4 * LLMPARI_CUDA_KEPT; i++) t[i % 4] += x[i / 4].at[i % 4] = llmpari_cuda_softmax_exp(x[i / 4].at[i % 4], largest);
+        LLMPARI_CUDA_UNROLL for (int i = 0; i < 4 * LLMPARI_CUDA_KEPT; i++) t[i % 4] += x[i / 4].at[i % 4] = llmpari_cuda_softmax_exp(x[i / 4].at[i % 4], largest);
         const float scale = 1.0f / llmpari_cuda_row_sum(llmpari_cuda_pack_sum(t), width, sums + 32);
-#pragma unroll
-        for (int p = 0; p < LLMPARI_CUDA_KEPT; p++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) x[p].at[i] *= scale;
+        LLMPARI_CUDA_UNROLL for (int p = 0; p < LLMPARI_CUDA_KEPT; p++) {
+            LLMPARI_CUDA_UNROLL for (int i = 0; i < 4; i++) x[p].at[i] *= scale;
             llmpari_cuda_row_store(d.y + row * d.y_stride, (p * width + lane) * 4, here, x[p], packs);
         }
     }
@@ -874,8 +866,7 @@ static __global__ void __launch_bounds__(1024) llmpari_cuda_softmax_long_kernel(
             float t[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
             for (int64_t at = (int64_t)threadIdx.x * 4; at < d.n; at += step) {
                 llmpari_cuda_pack<float> x = llmpari_cuda_row_load(from, at, d.n, -INFINITY, packs);
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
+                LLMPARI_CUDA_UNROLL for (int i = 0; i < 4; i++) {
                     if (pass == 0) largest = fmaxf(largest, x.at[i]);
                     else t[i] += x.at[i] = llmpari_cuda_softmax_exp(x.at[i], largest);
                     x.at[i] *= scale;
@@ -894,8 +885,7 @@ static __global__ void __launch_bounds__(128) llmpari_cuda_softmax_exact_kernel(
     for (int64_t row = (int64_t)blockIdx.x * 4 + threadIdx.x / 32; row < d.rows; row += (int64_t)gridDim.x * 4) {
         const float *x = d.x + row * d.x_stride;
         float *y = d.y + row * d.y_stride, largest = -INFINITY, t = 0.0f;
-#pragma unroll 8
-        for (int64_t i = lane; i < d.n; i += 32) largest = fmaxf(largest, x[i]);
+        LLMPARI_CUDA_UNROLL_BY(8) for (int64_t i = lane; i < d.n; i += 32) largest = fmaxf(largest, x[i]);
         largest = llmpari_cuda_warp_max(largest);
         for (int64_t i = lane; i < d.n; i += 32) t = __fadd_rn(t, y[i] = llmpari_cuda_softmax_exp(x[i], largest));
         const float scale = 1.0f / llmpari_cuda_warp_sum(t);
@@ -905,10 +895,10 @@ static __global__ void __launch_bounds__(128) llmpari_cuda_softmax_exact_kernel(
 
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_softmax_launch(const llmpar_cuda_softmax_desc *d, void *stream, llmpar_error *err) {
     if (d->rows == 0 || d->n == 0) return LLMPAR_OK;
-    if (d->exact) return llmpari_cuda_launch("softmax", llmpari_cuda_softmax_exact_kernel, dim3((unsigned)llmpari_cuda_min(LLMPARI_CUDA_GRID, llmpari_cuda_up(d->rows, 4))), dim3(128), 0, stream, err, *d);
-    const int width = llmpari_cuda_row_width(d->n, 4), together = width < 128 ? 128 / width : 1;
+    const int width = llmpari_cuda_row_width(d->n, 4), together = d->exact ? 4 : width < 128 ? 128 / width : 1;
     const bool packs = d->n % 4 == 0 && llmpari_cuda_packs(d->x, d->x_stride) && llmpari_cuda_packs(d->y, d->y_stride);
     const dim3 grid((unsigned)llmpari_cuda_min(LLMPARI_CUDA_GRID, llmpari_cuda_up(d->rows, together)));
+    if (d->exact) return llmpari_cuda_launch("softmax", llmpari_cuda_softmax_exact_kernel, grid, dim3(128), 0, stream, err, *d);
     if (llmpari_cuda_row_is_kept(d->n, 4)) return llmpari_cuda_launch("softmax", llmpari_cuda_softmax_kernel, grid, dim3((unsigned)(width * together)), 0, stream, err, *d, width, packs);
     return llmpari_cuda_launch("softmax", llmpari_cuda_softmax_long_kernel, grid, dim3(1024), 0, stream, err, *d, packs);
 }
@@ -1000,10 +990,8 @@ template <typename Op> __global__ void __launch_bounds__(256) llmpari_cuda_each_
     for (int64_t row = (int64_t)blockIdx.y * (256 >> shift) + (threadIdx.x >> shift); row < rows; row += (int64_t)gridDim.y * (256 >> shift)) {
         for (int64_t c = blockIdx.x * width * Op::ways + lane; c < all; c += gridDim.x * width * Op::ways) {
             typename Op::packs in[Op::ways];
-#pragma unroll
-            for (int u = 0; u < Op::ways; u++) if (u == 0 || c + u * width < all) op.load(in[u], row, (c + u * width) * Op::n);
-#pragma unroll
-            for (int u = 0; u < Op::ways; u++) if (u == 0 || c + u * width < all) op.run(in[u], row, (c + u * width) * Op::n);
+            LLMPARI_CUDA_UNROLL for (int u = 0; u < Op::ways; u++) if (u == 0 || c + u * width < all) op.load(in[u], row, (c + u * width) * Op::n);
+            LLMPARI_CUDA_UNROLL for (int u = 0; u < Op::ways; u++) if (u == 0 || c + u * width < all) op.run(in[u], row, (c + u * width) * Op::n);
         }
         for (int64_t at = all * Op::n + blockIdx.x * width + lane; at < n; at += gridDim.x * width) op.one(row, at);
     }
@@ -1022,12 +1010,11 @@ template <typename Op> static llmpar_status llmpari_cuda_each_launch(const char 
 // ---- gated
 
 template <typename T, int K> LLMPARI_DEVICE void llmpari_cuda_gated_pack(llmpari_cuda_pack<T> &gate, const llmpari_cuda_pack<T> &up) {
-#pragma unroll
-    for (int i = 0; i < llmpari_cuda_pack<T>::n; i++)
+    LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++)
         llmpari_cuda_from_f32(&gate.at[i], __fmul_rn(llmpari_cuda_act<T, K>(llmpari_cuda_to_f32(gate.at[i])), llmpari_cuda_to_f32(up.at[i])));
 }
 template <typename T> struct llmpari_cuda_gated_op : llmpari_cuda_each {
-    enum { n = llmpari_cuda_pack<T>::n, ways = 1 };
+    static constexpr int n = llmpari_cuda_pack<T>::n, ways = 1;
     struct packs { llmpari_cuda_pack<T> gate, up; };
     const T *gate, *up;
     T *y;
@@ -1092,11 +1079,10 @@ template <typename T, int K> LLMPARI_DEVICE void llmpari_cuda_gated_gradient(T *
     llmpari_cuda_from_f32(up, dy * y);
 }
 template <typename T, int K> LLMPARI_DEVICE void llmpari_cuda_gated_gradient_pack(llmpari_cuda_pack<T> &gate, llmpari_cuda_pack<T> &up, const llmpari_cuda_pack<T> &dy) {
-#pragma unroll
-    for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) llmpari_cuda_gated_gradient<T, K>(&gate.at[i], &up.at[i], llmpari_cuda_to_f32(dy.at[i]));
+    LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) llmpari_cuda_gated_gradient<T, K>(&gate.at[i], &up.at[i], llmpari_cuda_to_f32(dy.at[i]));
 }
 template <typename T> struct llmpari_cuda_gated_backward_op : llmpari_cuda_each {
-    enum { n = llmpari_cuda_pack<T>::n, ways = 1 };
+    static constexpr int n = llmpari_cuda_pack<T>::n, ways = 1;
     struct packs { llmpari_cuda_pack<T> gate, up, dy; };
     const T *gate, *up, *dy;
     T *dgate, *dup;
@@ -1156,11 +1142,10 @@ LLMPAR_DEF llmpar_status llmpar_cuda_gated_backward(const llmpar_cuda_gated_back
 // ---- unary
 
 template <typename T, int K> LLMPARI_DEVICE void llmpari_cuda_unary_pack(llmpari_cuda_pack<T> &x) {
-#pragma unroll
-    for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) llmpari_cuda_from_f32(&x.at[i], llmpari_cuda_act<T, K>(llmpari_cuda_to_f32(x.at[i])));
+    LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) llmpari_cuda_from_f32(&x.at[i], llmpari_cuda_act<T, K>(llmpari_cuda_to_f32(x.at[i])));
 }
 template <typename T> struct llmpari_cuda_unary_op : llmpari_cuda_each {
-    enum { n = llmpari_cuda_pack<T>::n, ways = 2 };
+    static constexpr int n = llmpari_cuda_pack<T>::n, ways = 2;
     struct packs { llmpari_cuda_pack<T> x; };
     const T *x;
     T *y;
@@ -1207,7 +1192,7 @@ LLMPARI_DEVICE float llmpari_cuda_combine_two(int mode, float a, float b) { retu
 
 // Rows of a and y are a_stride and y_stride apart; row r of b begins where r, written in the mixed base `size` (size[0] is the rest), leads along `stride`; its elements are `step` apart.
 template <typename T> struct llmpari_cuda_broadcast_op : llmpari_cuda_each {
-    enum { n = llmpari_cuda_pack<T>::n, ways = 1 };
+    static constexpr int n = llmpari_cuda_pack<T>::n, ways = 1;
     struct packs { llmpari_cuda_pack<T> a, b; };
     const T *a, *b;
     T *y;
@@ -1216,8 +1201,7 @@ template <typename T> struct llmpari_cuda_broadcast_op : llmpari_cuda_each {
     bool b_packs;
     LLMPARI_CUDA_MEMBER const T *b_row(int64_t row) const {
         int64_t at = 0;
-#pragma unroll
-        for (int d = LLMPAR_MAX_DIMS - 2; d > 0; d--)
+        LLMPARI_CUDA_UNROLL for (int d = LLMPAR_MAX_DIMS - 2; d > 0; d--)
             if (size[d] > 1) { at += row % size[d] * stride[d]; row /= size[d]; }
         return b + at + row * stride[0];
     }
@@ -1225,13 +1209,11 @@ template <typename T> struct llmpari_cuda_broadcast_op : llmpari_cuda_each {
         const T *from = b_row(row) + at * step;
         if (mode != LLMPAR_CUDA_COPY) in.a = llmpari_cuda_load_pack(a + row * a_stride + at);
         if (b_packs) { in.b = llmpari_cuda_load_pack(from); return; }
-#pragma unroll
-        for (int i = 0; i < n; i++) in.b.at[i] = from[i * step];
+        LLMPARI_CUDA_UNROLL for (int i = 0; i < n; i++) in.b.at[i] = from[i * step];
     }
     LLMPARI_CUDA_MEMBER void run(packs &in, int64_t row, int64_t at) const {
         if (mode != LLMPAR_CUDA_COPY)
-#pragma unroll
-            for (int i = 0; i < n; i++) llmpari_cuda_from_f32(&in.b.at[i], llmpari_cuda_combine_two(mode, llmpari_cuda_to_f32(in.a.at[i]), llmpari_cuda_to_f32(in.b.at[i])));
+            LLMPARI_CUDA_UNROLL for (int i = 0; i < n; i++) llmpari_cuda_from_f32(&in.b.at[i], llmpari_cuda_combine_two(mode, llmpari_cuda_to_f32(in.a.at[i]), llmpari_cuda_to_f32(in.b.at[i])));
         llmpari_cuda_store_pack(y + row * y_stride + at, in.b);
     }
     LLMPARI_CUDA_MEMBER void one(int64_t row, int64_t at) const {
@@ -1243,8 +1225,8 @@ template <typename T> struct llmpari_cuda_broadcast_op : llmpari_cuda_each {
     llmpar_status launch(const char *name, int64_t rows, int64_t columns, void *stream, llmpar_error *err) {
         b_packs = step == 1 && llmpari_cuda_packs(b, 0);
         for (int d = 0; d < LLMPAR_MAX_DIMS - 1; d++) b_packs = b_packs && (size[d] <= 1 || llmpari_cuda_packs((const T *)NULL, stride[d]));
-        const bool packs = llmpari_cuda_packs(y, y_stride) && (mode == LLMPAR_CUDA_COPY || llmpari_cuda_packs(a, a_stride));
-        return llmpari_cuda_each_launch(name, *this, rows, columns, packs, stream, err);
+        const bool aligned = llmpari_cuda_packs(y, y_stride) && (mode == LLMPAR_CUDA_COPY || llmpari_cuda_packs(a, a_stride));
+        return llmpari_cuda_each_launch(name, *this, rows, columns, aligned, stream, err);
     }
 };
 
@@ -1324,7 +1306,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_broadcast(const llmpar_cuda_broadcast_desc 
 // ---- take
 
 template <typename T> struct llmpari_cuda_take_op : llmpari_cuda_each {
-    enum { n = llmpari_cuda_pack<T>::n, ways = 2 };
+    static constexpr int n = llmpari_cuda_pack<T>::n, ways = 2;
     struct packs { llmpari_cuda_pack<T> x; };
     const T *x;
     const int32_t *ids;
@@ -1343,12 +1325,10 @@ template <typename T> struct llmpari_cuda_take_op : llmpari_cuda_each {
     LLMPARI_CUDA_MEMBER void load(packs &in, int64_t row, int64_t at) const {
         const int64_t source = from(row);
         if (source >= 0) { in.x = llmpari_cuda_load_pack(x + source + at); return; }
-#pragma unroll
-        for (int i = 0; i < n; i++) llmpari_cuda_from_f32(&in.x.at[i], 0.0f);
+        LLMPARI_CUDA_UNROLL for (int i = 0; i < n; i++) llmpari_cuda_from_f32(&in.x.at[i], 0.0f);
     }
     LLMPARI_CUDA_MEMBER void run(packs &in, int64_t row, int64_t at) const {
-#pragma unroll
-        for (int i = 0; i < n; i++) in.x.at[i] = value(in.x.at[i]);
+        LLMPARI_CUDA_UNROLL for (int i = 0; i < n; i++) in.x.at[i] = value(in.x.at[i]);
         llmpari_cuda_store_pack(y + row * after + at, in.x);
     }
     LLMPARI_CUDA_MEMBER void one(int64_t row, int64_t at) const {
@@ -1392,20 +1372,17 @@ LLMPAR_DEF llmpar_status llmpar_cuda_take(const llmpar_cuda_take_desc *desc, voi
 
 // Packs as large as the narrower type's.
 template <typename F, typename T> struct llmpari_cuda_convert_op : llmpari_cuda_each {
-    enum { n = llmpari_cuda_pack<F>::n > llmpari_cuda_pack<T>::n ? llmpari_cuda_pack<F>::n : llmpari_cuda_pack<T>::n, ways = 2, from_n = llmpari_cuda_pack<F>::n, to_n = llmpari_cuda_pack<T>::n };
+    static constexpr int from_n = llmpari_cuda_pack<F>::n, to_n = llmpari_cuda_pack<T>::n, n = from_n > to_n ? from_n : to_n, ways = 2;
     struct packs { llmpari_cuda_pack<F> x[n / from_n]; };
     const F *from;
     T *to;
     LLMPARI_CUDA_MEMBER void load(packs &in, int64_t, int64_t at) const {
-#pragma unroll
-        for (int i = 0; i < n / from_n; i++) in.x[i] = llmpari_cuda_load_pack(from + at + i * from_n);
+        LLMPARI_CUDA_UNROLL for (int i = 0; i < n / from_n; i++) in.x[i] = llmpari_cuda_load_pack(from + at + i * from_n);
     }
     LLMPARI_CUDA_MEMBER void run(packs &in, int64_t, int64_t at) const {
-#pragma unroll
-        for (int j = 0; j < n / to_n; j++) {
+        LLMPARI_CUDA_UNROLL for (int j = 0; j < n / to_n; j++) {
             llmpari_cuda_pack<T> out;
-#pragma unroll
-            for (int i = 0; i < to_n; i++) llmpari_cuda_from_f32(&out.at[i], llmpari_cuda_to_f32(in.x[(j * to_n + i) / from_n].at[(j * to_n + i) % from_n]));
+            LLMPARI_CUDA_UNROLL for (int i = 0; i < to_n; i++) llmpari_cuda_from_f32(&out.at[i], llmpari_cuda_to_f32(in.x[(j * to_n + i) / from_n].at[(j * to_n + i) % from_n]));
             llmpari_cuda_store_pack(to + at + j * to_n, out);
         }
     }
@@ -1478,9 +1455,9 @@ LLMPARI_CUDA_FN int64_t llmpari_cuda_squares_blocks(const llmpar_cuda_squares_de
 LLMPARI_DEVICE double llmpari_cuda_squares_fold(double x, double *sums) {
     const int thread = (int)threadIdx.x;
     sums[thread] = x;
-    for (int half = 128; half > 0; half /= 2) {
+    for (int step = 128; step > 0; step /= 2) {
         __syncthreads();
-        if (thread < half) sums[thread] += sums[thread + half];
+        if (thread < step) sums[thread] += sums[thread + step];
     }
     return thread == 0 ? sums[0] : 0.0;
 }
@@ -1493,13 +1470,10 @@ template <typename T> __global__ void __launch_bounds__(256) llmpari_cuda_square
     double total = 0.0;
     for (int64_t at = ((int64_t)blockIdx.x * 256 + threadIdx.x) * N; at < n; at += WAYS * step) {
         llmpari_cuda_pack<T> v[WAYS];
-#pragma unroll
-        for (int w = 0; w < WAYS; w++) v[w] = llmpari_cuda_row_load(x, at + w * step, n, 0.0f, at + w * step < whole);
-#pragma unroll
-        for (int w = 0; w < WAYS; w++) {
+        LLMPARI_CUDA_UNROLL for (int w = 0; w < WAYS; w++) v[w] = llmpari_cuda_row_load(x, at + w * step, n, 0.0f, at + w * step < whole);
+        LLMPARI_CUDA_UNROLL for (int w = 0; w < WAYS; w++) {
             float t = 0.0f;
-#pragma unroll
-            for (int i = 0; i < N; i++) t = fmaf(llmpari_cuda_to_f32(v[w].at[i]), llmpari_cuda_to_f32(v[w].at[i]), t);
+            LLMPARI_CUDA_UNROLL for (int i = 0; i < N; i++) t = fmaf(llmpari_cuda_to_f32(v[w].at[i]), llmpari_cuda_to_f32(v[w].at[i]), t);
             total += (double)t;
         }
     }
@@ -1562,7 +1536,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_clip(const llmpar_cuda_clip_desc *desc, voi
 // ---- AdamW
 
 template <typename T> struct llmpari_cuda_adamw_op {
-    enum { n = llmpari_cuda_pack<T>::n, ways = 1 };
+    static constexpr int n = llmpari_cuda_pack<T>::n, ways = 1;
     struct packs { llmpari_cuda_pack<T> g; llmpari_cuda_pack<float> p[n / 4], m[n / 4], v[n / 4]; };
     const T *gradient;
     float *p, *m, *v;
@@ -1579,39 +1553,25 @@ template <typename T> struct llmpari_cuda_adamw_op {
     }
     LLMPARI_CUDA_MEMBER void load(packs &in, int64_t, int64_t at) const {
         in.g = llmpari_cuda_load_pack(gradient + at);
-#pragma unroll
-        for (int i = 0; i < n / 4; i++) {
+        LLMPARI_CUDA_UNROLL for (int i = 0; i < n / 4; i++) {
             in.p[i] = llmpari_cuda_load_pack(p + at + 4 * i);
             in.m[i] = llmpari_cuda_load_pack(m + at + 4 * i);
             in.v[i] = llmpari_cuda_load_pack(v + at + 4 * i);
         }
     }
     template <typename C> LLMPARI_CUDA_MEMBER void write(const packs &in, int64_t at) const {
-        enum { N = llmpari_cuda_pack<C>::n };
-        C *to = (C *)copy + at;
-        if (N > n) {                                           // an f32 gradient, a 16-bit copy: half a pack
-            C half[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) llmpari_cuda_from_f32(&half[i], in.p[0].at[i]);
-            unsigned words[2];
-            memcpy(words, half, 8);
-            *(uint2 *)(void *)to = make_uint2(words[0], words[1]);
-            return;
-        }
-#pragma unroll
-        for (int j = 0; j < n / N; j++) {
-            llmpari_cuda_pack<C> out;
-#pragma unroll
-            for (int i = 0; i < N; i++) llmpari_cuda_from_f32(&out.at[i], in.p[(j * N + i) / 4].at[(j * N + i) % 4]);
-            llmpari_cuda_store_pack(to + j * N, out);
+        constexpr int N = llmpari_cuda_pack<C>::n, most = N < n ? N : n;       // an f32 gradient, a 16-bit copy: half a pack
+        struct alignas(most * sizeof(C)) part { C at[most]; };
+        LLMPARI_CUDA_UNROLL for (int j = 0; j < n / most; j++) {
+            part out;
+            LLMPARI_CUDA_UNROLL for (int i = 0; i < most; i++) llmpari_cuda_from_f32(&out.at[i], in.p[(j * most + i) / 4].at[(j * most + i) % 4]);
+            *reinterpret_cast<part *>((C *)copy + at + j * most) = out;
         }
     }
     LLMPARI_CUDA_MEMBER void run(packs &in, int64_t, int64_t at) const {
         const float by = factor ? scale * *factor : scale;
-#pragma unroll
-        for (int i = 0; i < n; i++) step(llmpari_cuda_to_f32(in.g.at[i]) * by, in.p[i / 4].at[i % 4], in.m[i / 4].at[i % 4], in.v[i / 4].at[i % 4]);
-#pragma unroll
-        for (int i = 0; i < n / 4; i++) {
+        LLMPARI_CUDA_UNROLL for (int i = 0; i < n; i++) step(llmpari_cuda_to_f32(in.g.at[i]) * by, in.p[i / 4].at[i % 4], in.m[i / 4].at[i % 4], in.v[i / 4].at[i % 4]);
+        LLMPARI_CUDA_UNROLL for (int i = 0; i < n / 4; i++) {
             llmpari_cuda_store_pack(p + at + 4 * i, in.p[i]);
             llmpari_cuda_store_pack(m + at + 4 * i, in.m[i]);
             llmpari_cuda_store_pack(v + at + 4 * i, in.v[i]);
@@ -1641,7 +1601,8 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_adamw_launch(const llmpar_cuda_adamw_
         op.rate  = (float)(d->lr / (1 - pow(d->beta1, (double)d->step)));
         op.root  = (float)(1 / sqrt(1 - pow(d->beta2, (double)d->step)));
         op.eps   = (float)d->eps;
-        const bool packs = llmpari_cuda_packs(op.gradient, 0) && llmpari_cuda_packs(op.p, 0) && llmpari_cuda_packs(op.m, 0) && llmpari_cuda_packs(op.v, 0) && llmpari_cuda_packs((const float *)op.copy, 0);
+        const bool packs = llmpari_cuda_packs(op.gradient, 0) && llmpari_cuda_packs(op.p, 0) && llmpari_cuda_packs(op.m, 0) && llmpari_cuda_packs(op.v, 0) &&
+                           llmpari_cuda_packs((const float *)op.copy, 0);
         return llmpari_cuda_each_launch("adamw", op, 1, d->n, packs, stream, err));
 }
 
