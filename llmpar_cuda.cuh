@@ -207,6 +207,95 @@ LLMPAR_DEF llmpar_status llmpar_cuda_convert(const llmpar_cuda_convert_desc *des
 // ============================================================================================================
 // >>attend   rotary embedding + QKV split + KV append; attention; merging       (uses: base, heads, device)
 // ============================================================================================================
+// Heads are this rank's: query head i of [0, q_heads) uses kv head kv_of_q[i] of [0, kv_heads), groups of any size in any order (section heads: any number of ranks, copied kv heads).
+
+// Host: section heads' answer as those two tables. kv_of_q[q_count]; head_at[q_count + 2 kv_count]: which head of the packed projection (llmpar_heads_pack) is q head 0.., k head 0..,
+// v head 0... Either may be NULL.
+LLMPAR_DEF llmpar_status llmpar_cuda_heads_maps(const llmpar_heads *heads, llmpar_qkv_pack pack, int32_t *kv_of_q, int32_t *head_at, llmpar_error *err);
+
+// Where a layer's keys and values lie, both the same way. Contiguous: slot j of row b, head h, element i at b * stride_row + j * stride_slot + h * stride_head + i. Paged: slot j of
+// row b is slot j % block_size of block n = block_table[b * max_blocks + j / block_size], and element i at n * stride_row + (j % block_size) * stride_slot + h * stride_head + i.
+typedef struct llmpar_cuda_kv {
+    void   *k, *v;                 // of the desc's dtype
+    int64_t rows;                  // sequences; 0 = the desc's batch
+    int64_t slots;                 // C of a row, at most 2^31 - 1; paged: 0 = max_blocks * block_size
+    int64_t stride_row, stride_slot, stride_head;      // elements; all 0 = contiguous [rows, kv_heads, slots, D], paged [n_blocks, block_size, kv_heads, D]
+    const int32_t *block_table;    // [rows, max_blocks]; NULL = contiguous. A number outside of [0, n_blocks) = no block
+    int64_t max_blocks, block_size, n_blocks;
+} llmpar_cuda_kv;
+
+// What lies between the QKV projection and attention, in one pass: x = qkv + bias; q and k: RMSNorm of each head (Qwen3), rotary embedding; q to q[T, q_heads, D], k and v to their
+// slots of the cache. The arithmetic is f32, rounded once. Rotary embedding: y_a = x_a cos - x_b sin, y_b = x_b cos + x_a sin with angle position * frequencies[i] for the pair (a, b) =
+// (i, i + D/2), as Hugging Face, or (2i, 2i + 1), GPT-J. Llama's, linear and Llama 3's scaling are all in the frequencies (llmpar_rope_frequencies). An odd D leaves its last element.
+// Error: of sine and cosine 2^-23, absolute, while |angle| < 2^40; of the result 2^-22 (|x_a| + |x_b|) (with norm: (D + 16) 2^-24 more, relative) and half a unit of dtype. Without
+// bias and norm, f32 has the bits of llmpar_ops_cpu's rope wherever sinf and cosf are the same (the emulator). Nothing may overlap.
+typedef struct llmpar_cuda_rope_desc {
+    int64_t tokens;                // T
+    int32_t q_heads, kv_heads, d;  // at most 1024 heads each; D at most 1024. kv_heads 0 = no keys: q alone
+    llmpar_dtype dtype;            // of qkv, bias, norms, q and cache: f32, bf16, f16
+    const void *qkv;               // [T, (q_heads + 2 kv_heads) D]: q, k, v heads, or as head_at says
+    int64_t qkv_stride;            // elements from token to token; 0 = packed
+    const int32_t *head_at;        // [q_heads + 2 kv_heads]: where q head 0.., k head 0.., v head 0.. is in a packed row, in heads; NULL = in that order
+    const void *bias;              // [(q_heads + 2 kv_heads) D] in the order of qkv; NULL = none
+    const void *q_norm, *k_norm;   // [D] weights of RMSNorm; NULL = none
+    float eps;                     // of RMSNorm
+    const int32_t *position;       // [T]: also the slot of the cache. < 0 = padding: q is zeroed, nothing goes to the cache
+    const int32_t *row_of;         // [T]: row of the cache; NULL = t / queries
+    int64_t queries;               // tokens of each row; 0 = 1
+    const float *frequencies;      // [D / 2]; NULL = no rotation
+    bool interleaved;              // pairs (2i, 2i + 1)
+    void *q;                       // [T, q_heads, D]; NULL only when q_heads is 0
+    llmpar_cuda_kv cache;          // of kv_heads; rows 0 = T / queries rounded up
+    int32_t *errors;               // counts tokens without a slot: row or position outside of the cache, no block. Their q is written. NULL = not counted
+} llmpar_cuda_rope_desc;
+LLMPAR_DEF llmpar_status llmpar_cuda_rope(const llmpar_cuda_rope_desc *desc, void *stream, llmpar_error *err);
+
+// out[b, s, i] = softmax_j(q[b, s, i] . k[b, j, kv_of_q[i]] * scale) . v[b, j, kv_of_q[i]] over the keys j that query (b, s) sees: j < n = lengths[b] or n_keys; with p =
+// position[b, s]: j <= p when causal, j > p - window when window > 0. p < 0 is padding. A query that sees nothing gets zeros and lse -infinity (with a sink: the sink's logit).
+// Decode: queries 1 or a few, lengths. Prefill and chunks: many queries. The queries that share a kv head go 8 (4) at a time: K and V come from memory once for a group of up to 8, 2 * S *
+// kv_heads * D elements a row. Keys are split over blocks where there would be too few (flash-decoding, Dao et al. 2023), and llmpar_cuda_merge's kernel adds the parts: same bits in every run.
+// Error, n keys: of a score e = (D + 8) 2^-24 scale sum_i |q_i k_i| (+ 2^-22 soft_cap); of the result (2 e + (n + 64) 2^-24) sum_j softmax_j |v_j|, and half a unit of dtype.
+typedef struct llmpar_cuda_attention_desc {
+    int64_t batch, queries;        // a query block [batch, queries]
+    int32_t q_heads, kv_heads, d;  // at most 1024 heads; D at most 256 (exact: 65536)
+    llmpar_dtype dtype;            // of q, k, v, out: f32, bf16, f16
+    const void *q;                 // [batch, queries, q_heads, D]
+    llmpar_cuda_kv kv;             // keys and values; rows 0 = batch. Not written
+    const int32_t *kv_of_q;        // [q_heads], values in [0, kv_heads); NULL = i / (q_heads / kv_heads)
+    const int32_t *lengths;        // [batch] keys of each row, the new tokens' included; NULL = n_keys for all
+    int64_t n_keys;                // without lengths: keys of every row; with them: the most there may be (splitting goes by it). 0 = slots
+    const int32_t *position;       // [batch, queries]; NULL = lengths[b] - queries + s; without lengths s
+    bool causal;
+    int64_t window;                // 0 = none
+    float scale;                   // 0 = 1 / sqrt(D)
+    float soft_cap;                // scores become c tanh(score / c) (Gemma 2); 0 = none
+    const float *sinks;            // [q_heads] logits that take a share of the softmax and add nothing (gpt-oss); NULL = none
+    void *out;                     // [batch, queries, q_heads, D]; may equal q
+    float *lse;                    // [batch, queries, q_heads]: log of the sum of e^score, for llmpar_cuda_merge; NULL = not wanted
+    int32_t splits;                // 0 = llmpar_cuda_attention_splits's choice
+    bool exact;                    // f32 only: the bits of llmpar_ops_cpu's attention (built without contraction), slowly; no soft_cap, sinks or splits
+    void *workspace;               // llmpar_cuda_attention_workspace bytes, aligned to 16; NULL when that is 0
+} llmpar_cuda_attention_desc;
+LLMPAR_DEF llmpar_status llmpar_cuda_attention(const llmpar_cuda_attention_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_DEF int64_t llmpar_cuda_attention_workspace(const llmpar_cuda_attention_desc *desc);   // bytes: splits * batch * queries * q_heads * (D + 1) * 4 where keys are split
+// Over how many blocks to split the keys when `blocks` would run without: the fewest that make 4 blocks for each of `sms` multiprocessors (as many as run at a time), but 128 keys each at
+// least, and 64 at most. Pure.
+LLMPAR_DEF int32_t llmpar_cuda_attention_splits(int64_t blocks, int64_t n_keys, int32_t sms);
+
+// Merges n partial results over different keys (context parallelism, ring attention, split keys): lse = log sum_i e^lse_i, out = sum_i e^(lse_i - lse) parts_i. A part with lse
+// -infinity adds nothing, whatever it holds; all such: zeros and -infinity. Error: (n + 8) 2^-23 sum_i e^(lse_i - lse) |parts_i|, and dtype.
+typedef struct llmpar_cuda_merge_desc {
+    int64_t n, tokens;
+    int32_t heads, d;
+    llmpar_dtype dtype, out_dtype; // of parts, of out: equal, or one of them f32
+    const void  *parts;            // [n, tokens, heads, D]
+    const float *lse;              // [n, tokens, heads]
+    bool accumulate;               // out and out_lse hold one more part: an f32 accumulator of a ring
+    const float *sinks;            // [heads] of the whole; NULL = none
+    void  *out;                    // [tokens, heads, D]; may equal parts where the dtypes are equal
+    float *out_lse;                // [tokens, heads]; may equal lse; NULL = not wanted (not with accumulate)
+} llmpar_cuda_merge_desc;
+LLMPAR_DEF llmpar_status llmpar_cuda_merge(const llmpar_cuda_merge_desc *desc, void *stream, llmpar_error *err);
 
 // ============================================================================================================
 // >>vocabulary   embedding, cross entropy, sampling on a shard                  (uses: base, device)
@@ -1427,6 +1516,908 @@ LLMPAR_DEF llmpar_status llmpar_cuda_convert(const llmpar_cuda_convert_desc *des
 // ============================================================================================================
 // >>attend (impl)
 // ============================================================================================================
+
+LLMPAR_DEF llmpar_status llmpar_cuda_heads_maps(const llmpar_heads *heads, llmpar_qkv_pack pack, int32_t *kv_of_q, int32_t *head_at, llmpar_error *err) {
+    if (!heads) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "heads is NULL; see llmpar_heads_split");
+    if (pack != LLMPAR_QKV_VLLM && pack != LLMPAR_QKV_MEGATRON) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "pack=%d is not known; see llmpar_qkv_pack", (int)pack);
+    int32_t next = 0;
+    for (int32_t i = 0; i < heads->n_runs; i++) {
+        const llmpar_run *run = &heads->run[i];
+        const int32_t first = run->q_first - heads->q_first, kv = run->kv - heads->kv_first;
+        for (int32_t j = 0; j < run->q_count; j++) {
+            if (kv_of_q) kv_of_q[first + j] = kv;
+            if (head_at) head_at[first + j] = pack == LLMPAR_QKV_MEGATRON ? next + j : first + j;
+        }
+        next += run->q_count;
+        if (head_at) {
+            head_at[heads->q_count + kv]                   = pack == LLMPAR_QKV_MEGATRON ? next     : heads->q_count + kv;
+            head_at[heads->q_count + heads->kv_count + kv] = pack == LLMPAR_QKV_MEGATRON ? next + 1 : heads->q_count + heads->kv_count + kv;
+        }
+        next += 2;
+    }
+    return LLMPAR_OK;
+}
+
+// ---- pieces that the kernels share
+
+#define LLMPARI_CUDA_MAX_HEADS 1024
+
+// N floats from and to N elements; `packed`: the address is aligned to 16 bytes and all N are there, else the first `left` are looked at and the others are 0. N elements are whole packs
+// where packed is true.
+template <typename T, int N> LLMPARI_DEVICE void llmpari_cuda_load_floats(const T *from, bool packed, int left, float *to) {
+    enum { P = llmpari_cuda_pack<T>::n };
+    if (N % P == 0 && packed) {
+#pragma unroll
+        for (int i = 0; i < N / P; i++) {
+            const llmpari_cuda_pack<T> pack = llmpari_cuda_load_pack(from + i * P);
+#pragma unroll
+            for (int e = 0; e < P; e++) to[(i * P + e) % N] = llmpari_cuda_to_f32(pack.at[e]);
+        }
+    } else {
+#pragma unroll
+        for (int e = 0; e < N; e++) to[e] = e < left ? llmpari_cuda_to_f32(from[e]) : 0.0f;
+    }
+}
+template <typename T, int N> LLMPARI_DEVICE void llmpari_cuda_store_floats(T *to, bool packed, int left, const float *from) {
+    enum { P = llmpari_cuda_pack<T>::n };
+    if (N % P == 0 && packed) {
+#pragma unroll
+        for (int i = 0; i < N / P; i++) {
+            llmpari_cuda_pack<T> pack;
+#pragma unroll
+            for (int e = 0; e < P; e++) llmpari_cuda_from_f32(&pack.at[e], from[(i * P + e) % N]);
+            llmpari_cuda_store_pack(to + i * P, pack);
+        }
+    } else {
+#pragma unroll
+        for (int e = 0; e < N; e++) if (e < left) llmpari_cuda_from_f32(to + e, from[e]);
+    }
+}
+
+// Host: the smallest power of two >= n, at most 32.
+static int32_t llmpari_cuda_lanes(int64_t n) { int32_t lanes = 1; while (lanes < n && lanes < 32) lanes *= 2; return lanes; }
+
+template <typename T> struct llmpari_cuda_cache {      // a kernel's llmpar_cuda_kv
+    T *k, *v;
+    int64_t rows, slots, stride_row, stride_slot, stride_head;
+    const int32_t *block_table;
+    int64_t max_blocks, n_blocks;
+    uint32_t block_size;
+};
+// The offset of head 0 of a slot; -1 when there is no such slot.
+template <typename T> LLMPARI_DEVICE int64_t llmpari_cuda_cache_at(const llmpari_cuda_cache<T> &cache, int64_t row, int64_t slot) {
+    if (row < 0 || row >= cache.rows || slot < 0 || slot >= cache.slots) return -1;
+    if (!cache.block_table) return row * cache.stride_row + slot * cache.stride_slot;
+    const uint32_t number = (uint32_t)slot / cache.block_size, at = (uint32_t)slot - number * cache.block_size;
+    const int64_t block = number < (uint64_t)cache.max_blocks ? cache.block_table[row * cache.max_blocks + number] : -1;
+    return block < 0 || block >= cache.n_blocks ? -1 : block * cache.stride_row + at * cache.stride_slot;
+}
+template <typename T> static llmpari_cuda_cache<T> llmpari_cuda_cache_of(const llmpar_cuda_kv *kv, int64_t rows, int32_t heads, int32_t d) {
+    llmpari_cuda_cache<T> cache;
+    cache.k = (T *)kv->k; cache.v = (T *)kv->v;
+    cache.rows = kv->rows ? kv->rows : rows;
+    cache.slots = kv->slots ? kv->slots : kv->block_table ? kv->max_blocks * kv->block_size : 0;
+    cache.stride_row = kv->stride_row; cache.stride_slot = kv->stride_slot; cache.stride_head = kv->stride_head;
+    if (!kv->stride_row && !kv->stride_slot && !kv->stride_head) {
+        cache.stride_row  = (int64_t)heads * d * (kv->block_table ? kv->block_size : cache.slots);
+        cache.stride_slot = kv->block_table ? (int64_t)heads * d : d;
+        cache.stride_head = kv->block_table ? d : cache.slots * d;
+    }
+    cache.block_table = kv->block_table;
+    cache.max_blocks = kv->max_blocks; cache.n_blocks = kv->n_blocks;
+    cache.block_size = (uint32_t)kv->block_size;
+    return cache;
+}
+template <typename T> static bool llmpari_cuda_cache_packs(const llmpari_cuda_cache<T> &cache) {
+    return llmpari_cuda_packs(cache.k, cache.stride_row) && llmpari_cuda_packs(cache.v, cache.stride_slot) && llmpari_cuda_packs(cache.v, cache.stride_head);
+}
+
+static llmpar_status llmpari_cuda_kv_check(const llmpar_cuda_kv *kv, int64_t align, llmpar_error *err) {
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("k of the cache", kv->k, align, false, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("v of the cache", kv->v, align, false, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("rows of the cache", kv->rows, INT32_MAX, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("slots", kv->slots, INT32_MAX, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("stride_row", kv->stride_row, INT64_MAX / 2, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("stride_slot", kv->stride_slot, INT64_MAX / 2, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("stride_head", kv->stride_head, INT64_MAX / 2, err));
+    if (!kv->block_table && !kv->slots) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "slots=0: how many keys has a row of the cache room for?");
+    if (!kv->block_table) return LLMPAR_OK;
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("block_table", kv->block_table, 4, false, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("max_blocks", kv->max_blocks, INT32_MAX, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("n_blocks", kv->n_blocks, INT32_MAX, err));
+    if (kv->block_size < 1 || kv->block_size > INT32_MAX || kv->max_blocks * kv->block_size > INT32_MAX)
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "block_size=%lld, max_blocks=%lld; a row has 1 to 2^31 - 1 slots", (long long)kv->block_size, (long long)kv->max_blocks);
+    if (kv->slots > kv->max_blocks * kv->block_size)
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "slots=%lld, but max_blocks=%lld blocks of %lld hold fewer; pass 0", (long long)kv->slots, (long long)kv->max_blocks,
+                                 (long long)kv->block_size);
+    return LLMPAR_OK;
+}
+
+// ---- rotary embedding, split, append
+
+// Sine and cosine of an angle. The quarter turns are taken off in f64 with pi / 2 in two parts; on what is left (|r| <= pi / 4) Cephes' polynomials. cosf and sinf need a stack for angles
+// beyond 105615, which long contexts reach.
+LLMPARI_DEVICE void llmpari_cuda_turn(float angle, float *sine, float *cosine) {
+    const double turns = rint((double)angle * 0.63661977236758134308);
+    const float r = (float)fma(turns, -6.1232339957367660e-17, fma(turns, -1.57079632679489661923, (double)angle)), r2 = r * r;
+    const int quarter = fabs(turns) < 4503599627370496.0 ? (int)(turns - 4.0 * floor(turns * 0.25)) : 0;
+    const float s = fmaf(r * r2, fmaf(r2, fmaf(r2, -1.9515295891e-4f, 8.3321608736e-3f), -1.6666654611e-1f), r);
+    const float c = fmaf(r2 * r2, fmaf(r2, fmaf(r2, 2.443315711809948e-5f, -1.388731625493765e-3f), 4.166664568298827e-2f), fmaf(r2, -0.5f, 1.0f));
+    const float a = quarter & 1 ? c : s, b = quarter & 1 ? s : c;
+    *sine   = quarter & 2 ? -a : a;
+    *cosine = quarter == 1 || quarter == 2 ? -b : b;
+}
+#ifdef LLMPAR_CUDA_EMULATED            // the C library's, for the bits of the CPU table
+LLMPARI_DEVICE void llmpari_cuda_sincos(float angle, float *sine, float *cosine) { *sine = sinf(angle); *cosine = cosf(angle); }
+#else
+LLMPARI_DEVICE void llmpari_cuda_sincos(float angle, float *sine, float *cosine) { llmpari_cuda_turn(angle, sine, cosine); }
+#endif
+
+template <typename T> struct llmpari_cuda_qkv {
+    int64_t tokens, queries;
+    int32_t q_heads, kv_heads, d;
+    int32_t span, heads;           // tokens, heads of a block
+    int32_t lanes;                 // threads that share a head
+    bool interleaved, whole;       // whole: a padding token is rotated like any other (the executor's rope)
+    float eps;
+    const T *q, *k, *v;            // token t, head h at q + t * q_stride + at * d, at = h, or head_at's
+    int64_t q_stride, k_stride, v_stride;
+    const T *q_bias, *k_bias, *v_bias, *q_norm, *k_norm;
+    const int32_t *head_at, *position, *row_of;
+    const float *frequencies;
+    T *out;                        // [tokens, q_heads, d]
+    llmpari_cuda_cache<T> cache;
+    int32_t *errors;
+};
+
+// A block takes `span` tokens and `heads` heads of the q_heads + 2 kv_heads; sines and cosines are computed once a token. Threads take pairs of packs (or of elements) of a head.
+template <typename T, bool Packed> __global__ void __launch_bounds__(256) llmpari_cuda_qkv_kernel(const llmpari_cuda_qkv<T> g) {
+    enum { N = Packed ? (int)(16 / sizeof(T)) : 1 };
+    LLMPARI_SHARED_DYNAMIC(float, table);      // cosine[span][d / 2], sine[span][d / 2]
+    const int half = g.d / 2, units = half / N + (Packed ? 0 : g.d % 2), lane = (int)threadIdx.x % g.lanes, group = (int)threadIdx.x / g.lanes, groups = (int)blockDim.x / g.lanes;
+    const int first = (int)blockIdx.y * g.heads, left = g.q_heads + 2 * g.kv_heads - first, heads = left < g.heads ? left : g.heads;
+    for (int64_t t0 = (int64_t)blockIdx.x * g.span; t0 < g.tokens; t0 += (int64_t)gridDim.x * g.span) {
+        const int span = g.tokens - t0 < g.span ? (int)(g.tokens - t0) : g.span;
+        if (g.frequencies) {
+            for (int i = (int)threadIdx.x; i < span * half; i += (int)blockDim.x)
+                llmpari_cuda_sincos(__fmul_rn((float)g.position[t0 + i / half], g.frequencies[i % half]), &table[g.span * half + i], &table[i]);
+            __syncthreads();
+        }
+        for (int item0 = 0; item0 < span * heads; item0 += groups) {
+            const int item = item0 + group < span * heads ? item0 + group : 0, token = item / heads, head = first + item - token * heads;
+            const int kind = head < g.q_heads ? 0 : head < g.q_heads + g.kv_heads ? 1 : 2, own = head - (kind > 0 ? g.q_heads : 0) - (kind > 1 ? g.kv_heads : 0);
+            const int at = g.head_at ? g.head_at[head] : own, position = g.position[t0 + token];
+            const int64_t t = t0 + token, offset = (int64_t)at * g.d;
+            const T *from = (kind == 0 ? g.q + t * g.q_stride : kind == 1 ? g.k + t * g.k_stride : g.v + t * g.v_stride) + offset;
+            const T *bias = kind == 0 ? g.q_bias : kind == 1 ? g.k_bias : g.v_bias, *norm = kind == 0 ? g.q_norm : kind == 1 ? g.k_norm : NULL;
+            bool live = item0 + group < span * heads;
+            T *to = g.out + (t * g.q_heads + own) * g.d;
+            if (kind > 0) {
+                const int64_t row = g.row_of ? g.row_of[t] : t / g.queries, slot = position < 0 ? -1 : llmpari_cuda_cache_at(g.cache, row, position);
+                if (slot < 0 && position >= 0 && g.errors && kind == 1 && own == 0 && lane == 0 && live) atomicAdd(g.errors, 1);
+                live = live && slot >= 0;
+                to = (kind == 1 ? g.cache.k : g.cache.v) + slot * (live ? 1 : 0) + (int64_t)own * g.cache.stride_head;
+            }
+            if (bias) bias += offset;
+            const bool zero = kind == 0 && position < 0 && !g.whole, turn = g.frequencies && kind < 2;
+            float lo[N], hi[N], w[N];
+            float scale = 1.0f;
+            if (g.q_norm || g.k_norm) {
+                float squares = 0.0f;
+                for (int unit = lane; unit < units; unit += g.lanes) {
+                    const int a = unit * N, b = half + a;              // any pairing: each element once
+                    llmpari_cuda_load_floats<T, N>(from + (a < half ? a : g.d - 1), Packed, 1, lo);
+                    llmpari_cuda_load_floats<T, N>(from + (a < half ? b : g.d - 1), Packed, a < half ? 1 : 0, hi);
+                    if (bias) {
+                        llmpari_cuda_load_floats<T, N>(bias + (a < half ? a : g.d - 1), Packed, 1, w);
+#pragma unroll
+                        for (int e = 0; e < N; e++) lo[e] += w[e];
+                        llmpari_cuda_load_floats<T, N>(bias + (a < half ? b : g.d - 1), Packed, a < half ? 1 : 0, w);
+#pragma unroll
+                        for (int e = 0; e < N; e++) hi[e] += w[e];
+                    }
+#pragma unroll
+                    for (int e = 0; e < N; e++) squares = fmaf(lo[e], lo[e], fmaf(hi[e], hi[e], squares));
+                }
+                for (int m = g.lanes / 2; m > 0; m /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, m);
+                if (norm) scale = 1.0f / sqrtf(squares / (float)g.d + g.eps);
+            }
+            if (!live) continue;
+            for (int unit = lane; unit < units; unit += g.lanes) {
+                const int pair = unit * N;
+                const bool last = !Packed && pair >= half;             // an odd d's last element
+                const int a = last ? g.d - 1 : g.interleaved ? 2 * pair : pair, b = last ? a : g.interleaved ? 2 * pair + N : half + pair, both = last ? 0 : 1;
+                llmpari_cuda_load_floats<T, N>(from + a, Packed, 1, lo);
+                llmpari_cuda_load_floats<T, N>(from + b, Packed, both, hi);
+                if (bias) {
+                    llmpari_cuda_load_floats<T, N>(bias + a, Packed, 1, w);
+#pragma unroll
+                    for (int e = 0; e < N; e++) lo[e] += w[e];
+                    llmpari_cuda_load_floats<T, N>(bias + b, Packed, both, w);
+#pragma unroll
+                    for (int e = 0; e < N; e++) hi[e] += w[e];
+                }
+                if (norm) {
+                    llmpari_cuda_load_floats<T, N>(norm + a, Packed, 1, w);
+#pragma unroll
+                    for (int e = 0; e < N; e++) lo[e] = lo[e] * scale * w[e];
+                    llmpari_cuda_load_floats<T, N>(norm + b, Packed, both, w);
+#pragma unroll
+                    for (int e = 0; e < N; e++) hi[e] = hi[e] * scale * w[e];
+                }
+                if (turn && !last) {
+                    const float *cosine = table + token * half + pair, *sine = cosine + g.span * half;
+#pragma unroll
+                    for (int e = 0; e < N; e++) {                      // products and sums rounded one by one, as on the CPU
+                        const bool flat = N > 1 && g.interleaved;      // the pair (2e, 2e + 1) of the 2N elements
+                        const int i = 2 * e, j = 2 * e + 1;
+                        const float x = flat ? (i < N ? lo[i % N] : hi[i % N]) : lo[e], y = flat ? (j < N ? lo[j % N] : hi[j % N]) : hi[e];
+                        w[e] = __fadd_rn(__fmul_rn(x, cosine[e]), -__fmul_rn(y, sine[e]));
+                    }
+                    float z[N];
+#pragma unroll
+                    for (int e = 0; e < N; e++) {
+                        const bool flat = N > 1 && g.interleaved;
+                        const int i = 2 * e, j = 2 * e + 1;
+                        const float x = flat ? (i < N ? lo[i % N] : hi[i % N]) : lo[e], y = flat ? (j < N ? lo[j % N] : hi[j % N]) : hi[e];
+                        z[e] = __fadd_rn(__fmul_rn(y, cosine[e]), __fmul_rn(x, sine[e]));
+                    }
+#pragma unroll
+                    for (int e = 0; e < N; e++) {
+                        const bool flat = N > 1 && g.interleaved;
+                        lo[e] = flat ? (e % 2 ? z[e / 2] : w[e / 2]) : w[e];
+                        hi[e] = flat ? (e % 2 ? z[(N + e) / 2 % N] : w[(N + e) / 2 % N]) : z[e];
+                    }
+                }
+#pragma unroll
+                for (int e = 0; e < N; e++) { lo[e] = zero ? 0.0f : lo[e]; hi[e] = zero ? 0.0f : hi[e]; }
+                llmpari_cuda_store_floats<T, N>(to + a, Packed, 1, lo);
+                llmpari_cuda_store_floats<T, N>(to + b, Packed, both, hi);
+            }
+        }
+        __syncthreads();
+    }
+}
+
+// Fills in span, heads and lanes.
+template <typename T> static llmpar_status llmpari_cuda_qkv_launch(llmpari_cuda_qkv<T> g, bool packed, void *stream, llmpar_error *err) {
+    const int64_t n = packed ? (int64_t)(16 / sizeof(T)) : 1, heads = g.q_heads + 2 * (int64_t)g.kv_heads, units = llmpari_cuda_max(1, g.d / 2 / n + (packed ? 0 : g.d % 2));
+    if (!g.tokens || !heads || !g.d) return LLMPAR_OK;
+    g.lanes = llmpari_cuda_lanes(units);
+    const int64_t groups = 256 / g.lanes, rounds = g.tokens * heads < 4096 * groups ? 1 : 4;      // heads of a thread: few where there is little to do
+    g.heads = (int32_t)llmpari_cuda_min(heads, groups * rounds);
+    g.span  = (int32_t)llmpari_cuda_max(1, llmpari_cuda_min(8, groups * rounds / g.heads));
+    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(g.tokens, g.span), INT32_MAX), (unsigned)llmpari_cuda_up(heads, g.heads));
+    const size_t bytes = g.frequencies ? (size_t)(g.span * (g.d / 2) * 8) : 0;
+    return packed ? llmpari_cuda_launch("rope", llmpari_cuda_qkv_kernel<T, true>, grid, dim3(256), bytes, stream, err, g)
+                  : llmpari_cuda_launch("rope", llmpari_cuda_qkv_kernel<T, false>, grid, dim3(256), bytes, stream, err, g);
+}
+
+// desc checked; tokens, d > 0
+template <typename T> static llmpar_status llmpari_cuda_rope_run(const llmpar_cuda_rope_desc *desc, void *stream, llmpar_error *err) {
+    const int64_t d = desc->d, width = (desc->q_heads + 2 * (int64_t)desc->kv_heads) * d, n = (int64_t)(16 / sizeof(T));
+    const T *qkv = (const T *)desc->qkv, *bias = (const T *)desc->bias;
+    llmpari_cuda_qkv<T> g;
+    memset((void *)&g, 0, sizeof g);
+    g.tokens = desc->tokens; g.queries = desc->queries ? desc->queries : 1;
+    g.q_heads = desc->q_heads; g.kv_heads = desc->kv_heads; g.d = desc->d;
+    g.interleaved = desc->interleaved; g.eps = desc->eps;
+    g.q_stride = g.k_stride = g.v_stride = desc->qkv_stride ? desc->qkv_stride : width;
+    g.head_at = desc->head_at; g.position = desc->position; g.row_of = desc->row_of; g.frequencies = desc->frequencies;
+    const int64_t k = desc->head_at ? 0 : desc->q_heads * d, v = desc->head_at ? 0 : k + desc->kv_heads * d;
+    g.q = qkv; g.k = qkv + k; g.v = qkv + v;
+    if (bias) { g.q_bias = bias; g.k_bias = bias + k; g.v_bias = bias + v; }
+    g.q_norm = (const T *)desc->q_norm; g.k_norm = (const T *)desc->k_norm;
+    g.out = (T *)desc->q; g.errors = desc->errors;
+    g.cache = llmpari_cuda_cache_of<T>(&desc->cache, llmpari_cuda_up(g.tokens, g.queries), g.kv_heads, g.d);
+    const bool packed = d % (2 * n) == 0 && llmpari_cuda_packs(qkv, g.q_stride) && llmpari_cuda_packs(bias, 0) && llmpari_cuda_packs(g.q_norm, 0) && llmpari_cuda_packs(g.k_norm, 0) &&
+                        llmpari_cuda_packs(g.out, d) && (!g.kv_heads || llmpari_cuda_cache_packs(g.cache));
+    return llmpari_cuda_qkv_launch(g, packed, stream, err);
+}
+
+LLMPAR_DEF llmpar_status llmpar_cuda_rope(const llmpar_cuda_rope_desc *desc, void *stream, llmpar_error *err) {
+    if (!desc) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc is NULL");
+    LLMPARI_CUDA_TRY(llmpari_cuda_float("dtype", desc->dtype, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("tokens", desc->tokens, (int64_t)1 << 40, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("queries", desc->queries, (int64_t)1 << 40, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("q_heads", desc->q_heads, LLMPARI_CUDA_MAX_HEADS, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("kv_heads", desc->kv_heads, LLMPARI_CUDA_MAX_HEADS, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("d", desc->d, 1024, err));
+    const int64_t width = (desc->q_heads + 2 * (int64_t)desc->kv_heads) * desc->d, align = llmpari_cuda_bytes(desc->dtype);
+    if (desc->qkv_stride && desc->qkv_stride < width)
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "qkv_stride=%lld, but a token has %lld elements; pass 0 for packed rows", (long long)desc->qkv_stride, (long long)width);
+    if (!(desc->eps >= 0)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "eps=%g; pass 0 or more", (double)desc->eps);
+    if (!desc->tokens || !width) return LLMPAR_OK;
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("qkv", desc->qkv, align, false, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("head_at", desc->head_at, 4, true, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("bias", desc->bias, align, true, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("q_norm", desc->q_norm, align, true, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("k_norm", desc->k_norm, align, true, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("position", desc->position, 4, false, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("row_of", desc->row_of, 4, true, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("frequencies", desc->frequencies, 4, true, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("q", desc->q, align, desc->q_heads == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("errors", desc->errors, 4, true, err));
+    if (desc->kv_heads) LLMPARI_CUDA_TRY(llmpari_cuda_kv_check(&desc->cache, align, err));
+    LLMPARI_CUDA_DISPATCH(desc->dtype, T, return llmpari_cuda_rope_run<T>(desc, stream, err));
+}
+
+// Op table: rotary embedding alone, all pointers on the device, y may equal x. Padding is rotated too, as llmpar_ops_cpu's does.
+static llmpar_status llmpari_cuda_rope_launch(const llmpar_rope_args *args, void *stream, llmpar_error *err) {
+    llmpari_cuda_qkv<float> g;
+    if (args->rows <= 0 || args->heads <= 0 || args->d <= 0) return LLMPAR_OK;
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("heads", args->heads, 1 << 19, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("d", args->d, 1024, err));
+    memset((void *)&g, 0, sizeof g);
+    g.tokens = args->rows; g.queries = 1; g.q_heads = (int32_t)args->heads; g.d = (int32_t)args->d;
+    g.q = args->x; g.q_stride = args->heads * args->d; g.out = args->y;
+    g.position = args->position; g.frequencies = args->frequencies; g.whole = true;
+    return llmpari_cuda_qkv_launch(g, args->d % 8 == 0 && llmpari_cuda_packs(args->x, args->d) && llmpari_cuda_packs(args->y, args->d), stream, err);
+}
+
+// Op table: k and v rows [batch, tokens, kv_heads, d] to their positions[batch, tokens] in caches [batch, kv_heads, slots, d]; < 0 is left out. Nothing happens beyond `slots`.
+static llmpar_status llmpari_cuda_append_launch(int64_t batch, int64_t tokens, int64_t kv_heads, int64_t d, int64_t slots, const int32_t *position, const float *k, const float *v,
+                                                float *k_cache, float *v_cache, void *stream, llmpar_error *err) {
+    llmpari_cuda_qkv<float> g;
+    llmpar_cuda_kv kv;
+    if (batch <= 0 || tokens <= 0 || kv_heads <= 0 || d <= 0 || slots <= 0) return LLMPAR_OK;
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("kv_heads", kv_heads, 1 << 18, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("d", d, 1 << 20, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("slots", slots, INT32_MAX, err));
+    memset(&kv, 0, sizeof kv);
+    memset((void *)&g, 0, sizeof g);
+    kv.k = k_cache; kv.v = v_cache; kv.slots = slots;
+    g.tokens = batch * tokens; g.queries = tokens; g.kv_heads = (int32_t)kv_heads; g.d = (int32_t)d;
+    g.k = k; g.v = v; g.k_stride = g.v_stride = kv_heads * d;
+    g.position = position;
+    g.cache = llmpari_cuda_cache_of<float>(&kv, batch, (int32_t)kv_heads, (int32_t)d);
+    return llmpari_cuda_qkv_launch(g, d % 8 == 0 && llmpari_cuda_packs(k, d) && llmpari_cuda_packs(v, d) && llmpari_cuda_cache_packs(g.cache), stream, err);
+}
+
+// ---- merging partial results
+
+// A row (token, head) belongs to `lanes` threads of a warp, each of which takes E elements at a time.
+template <typename T, typename O> __global__ void __launch_bounds__(256) llmpari_cuda_merge_kernel(int64_t rows, int64_t n, int heads, int d, int lanes, bool packed, bool accumulate, const T *parts, const float *lse,
+                                                                                                 const float *sinks, O *out, float *out_lse) {
+    enum { E = sizeof(T) == 4 && sizeof(O) == 4 ? 4 : 8 };
+    const int lane = (int)threadIdx.x % lanes, groups = (int)blockDim.x / lanes;
+    for (int64_t row0 = (int64_t)blockIdx.x * groups; row0 < rows; row0 += (int64_t)gridDim.x * groups) {
+        const int64_t row = row0 + (int)threadIdx.x / lanes;
+        const bool live = row < rows;
+        float most = -INFINITY, sum = 0.0f, total = -INFINITY;
+        if (live) {
+            const float sink = sinks ? sinks[row % heads] : -INFINITY, before = accumulate ? out_lse[row] : -INFINITY;
+            most = fmaxf(sink, before);
+            for (int64_t i = 0; i < n; i++) most = fmaxf(most, lse[i * rows + row]);
+            const float shift = most == -INFINITY ? 0.0f : most, own = before == -INFINITY ? 0.0f : expf(before - shift);
+            sum = own + (sink == -INFINITY ? 0.0f : expf(sink - shift));
+            for (int64_t i = 0; i < n; i++) { const float l = lse[i * rows + row]; sum += l == -INFINITY ? 0.0f : expf(l - shift); }
+            for (int e0 = lane * E; e0 < d; e0 += lanes * E) {
+                float acc[E], x[E];
+#pragma unroll
+                for (int e = 0; e < E; e++) acc[e] = 0.0f;
+                if (own != 0.0f) {
+                    llmpari_cuda_load_floats<O, E>(out + row * d + e0, packed, d - e0, x);
+#pragma unroll
+                    for (int e = 0; e < E; e++) acc[e] = own * x[e];
+                }
+                for (int64_t i = 0; i < n; i++) {
+                    const float l = lse[i * rows + row], w = l == -INFINITY ? 0.0f : expf(l - shift);
+                    if (w == 0.0f) continue;
+                    llmpari_cuda_load_floats<T, E>(parts + (i * rows + row) * d + e0, packed, d - e0, x);
+#pragma unroll
+                    for (int e = 0; e < E; e++) acc[e] = fmaf(w, x[e], acc[e]);
+                }
+#pragma unroll
+                for (int e = 0; e < E; e++) acc[e] = sum == 0.0f ? 0.0f : acc[e] / sum;
+                llmpari_cuda_store_floats<O, E>(out + row * d + e0, packed, d - e0, acc);
+            }
+            total = sum == 0.0f ? -INFINITY : shift + logf(sum);
+        }
+        __syncwarp();                                                  // out_lse may be lse: all lanes have read it
+        if (live && lane == 0 && out_lse) out_lse[row] = total;
+    }
+}
+
+template <typename T, typename O> static llmpar_status llmpari_cuda_merge_launch(int64_t n, int64_t tokens, int32_t heads, int32_t d, const T *parts, const float *lse, bool accumulate, const float *sinks,
+                                                                                O *out, float *out_lse, void *stream, llmpar_error *err) {
+    const int64_t rows = tokens * heads, e = sizeof(T) == 4 && sizeof(O) == 4 ? 4 : 8;
+    const int32_t lanes = llmpari_cuda_lanes(llmpari_cuda_up(d, e));
+    const bool packed = d % e == 0 && llmpari_cuda_packs(parts, d) && llmpari_cuda_packs(out, d);
+    if (!rows || !d) return LLMPAR_OK;
+    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(rows, 256 / lanes), INT32_MAX));
+    return llmpari_cuda_launch("merge", llmpari_cuda_merge_kernel<T, O>, grid, dim3(256), 0, stream, err, rows, n, heads, d, lanes, packed, accumulate, parts, lse, sinks, out, out_lse);
+}
+
+LLMPAR_DEF llmpar_status llmpar_cuda_merge(const llmpar_cuda_merge_desc *desc, void *stream, llmpar_error *err) {
+    if (!desc) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc is NULL");
+    LLMPARI_CUDA_TRY(llmpari_cuda_float("dtype", desc->dtype, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_float("out_dtype", desc->out_dtype, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("n", desc->n, 1 << 20, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("tokens", desc->tokens, (int64_t)1 << 40, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("heads", desc->heads, 1 << 20, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("d", desc->d, 1 << 20, err));
+    if (desc->dtype != desc->out_dtype && desc->dtype != LLMPAR_F32 && desc->out_dtype != LLMPAR_F32)
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "dtype=%d and out_dtype=%d; they must be equal, or one of them f32", (int)desc->dtype, (int)desc->out_dtype);
+    if (!desc->tokens || !desc->heads || !desc->d) return LLMPAR_OK;
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("parts", desc->parts, llmpari_cuda_bytes(desc->dtype), desc->n == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("lse", desc->lse, 4, desc->n == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("sinks", desc->sinks, 4, true, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("out", desc->out, llmpari_cuda_bytes(desc->out_dtype), false, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("out_lse", desc->out_lse, 4, !desc->accumulate, err));
+    if (desc->out == desc->parts && desc->dtype != desc->out_dtype)
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "out is parts, but dtype=%d and out_dtype=%d differ", (int)desc->dtype, (int)desc->out_dtype);
+    if (desc->out_dtype == desc->dtype)
+        LLMPARI_CUDA_DISPATCH(desc->dtype, T, return llmpari_cuda_merge_launch(desc->n, desc->tokens, desc->heads, desc->d, (const T *)desc->parts, desc->lse, desc->accumulate, desc->sinks,
+                                                                               (T *)desc->out, desc->out_lse, stream, err));
+    if (desc->out_dtype == LLMPAR_F32)
+        LLMPARI_CUDA_DISPATCH(desc->dtype, T, return llmpari_cuda_merge_launch(desc->n, desc->tokens, desc->heads, desc->d, (const T *)desc->parts, desc->lse, desc->accumulate, desc->sinks,
+                                                                               (float *)desc->out, desc->out_lse, stream, err));
+    LLMPARI_CUDA_DISPATCH(desc->out_dtype, O, return llmpari_cuda_merge_launch(desc->n, desc->tokens, desc->heads, desc->d, (const float *)desc->parts, desc->lse, desc->accumulate, desc->sinks,
+                                                                               (O *)desc->out, desc->out_lse, stream, err));
+}
+
+// ---- attention
+
+template <typename T> struct llmpari_cuda_attend {
+    int64_t batch, queries;
+    int32_t n_keys, window;        // window 0 = none
+    int32_t q_heads, kv_heads, d;
+    int32_t lanes, splits, chunks; // threads that share a key; blocks that share the keys; blocks that share the rows of a kv head
+    float scale, cap;
+    bool causal, packed;
+    const T *q;
+    T *out;
+    float *part, *lse;             // part[splits, batch, queries, q_heads, d] where keys are split, and lse one for each of them
+    llmpari_cuda_cache<T> kv;
+    const int32_t *kv_of_q, *position, *lengths;
+    const float *sinks;
+};
+// The keys [begin, end) that query s of row b sees.
+template <typename T> LLMPARI_DEVICE void llmpari_cuda_attend_sees(const llmpari_cuda_attend<T> &g, int64_t b, int64_t s, int *begin, int *end) {
+    const int64_t length = g.lengths ? g.lengths[b] : g.n_keys, n = length < 0 ? 0 : length < g.kv.slots ? length : g.kv.slots;
+    const int64_t p = g.position ? g.position[b * g.queries + s] : g.lengths ? n - g.queries + s : s;
+    const int64_t first = g.window > 0 && p - g.window + 1 > 0 ? p - g.window + 1 : 0, last = p < 0 ? 0 : g.causal && p + 1 < n ? p + 1 : n;
+    *begin = first < last ? (int)first : 0;
+    *end   = first < last ? (int)last : 0;
+}
+
+// Bytes of a row of keys in shared memory, so that the lanes that read 16 bytes each of several keys meet different banks.
+template <typename T> LLMPARI_DEVICE int llmpari_cuda_attend_stride(int width, int lanes) { return width + (lanes < 8 ? lanes * (int)(16 / sizeof(T)) : 0); }
+
+// 16-byte packs part and part + lanes of slot j of k or v; zeros beyond `last` and where there is no block.
+template <typename T> LLMPARI_DEVICE void llmpari_cuda_attend_fetch(const llmpari_cuda_attend<T> &g, const T *from, int64_t at, bool live, int part, llmpari_cuda_pack<T> pack[2]) {
+    enum { N = llmpari_cuda_pack<T>::n };
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int e0 = (part + i * g.lanes) * N;
+        if (g.packed && live && e0 < g.d) pack[i] = llmpari_cuda_load_pack(from + at + e0);
+        else
+#pragma unroll
+            for (int e = 0; e < N; e++) {
+                if (live && e0 + e < g.d) pack[i].at[e] = from[at + e0 + e];
+                else llmpari_cuda_from_f32(&pack[i].at[e], 0.0f);
+            }
+    }
+}
+
+// R rows (query, head) that share kv head blockIdx.y, against tiles of 256 / lanes keys. Of a tile: its packs come into registers while the tile before is worked on, then into shared
+// memory; `lanes` threads make the R scores of a key; a warp a row: running maximum and sum (Milakov & Gimelshein 2018); a thread takes two columns of v for some of the keys, R sums each.
+template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_cuda_attend_kernel(const llmpari_cuda_attend<T> g) {
+    enum { N = llmpari_cuda_pack<T>::n };
+    LLMPARI_SHARED_DYNAMIC(float, shared);
+    LLMPARI_SHARED(short, member, LLMPARI_CUDA_MAX_HEADS);
+    LLMPARI_SHARED(int, row_begin, R);
+    LLMPARI_SHARED(int, row_end, R);
+    LLMPARI_SHARED(int, row_query, R);         // -1 = there is no such row
+    LLMPARI_SHARED(int, row_head, R);
+    LLMPARI_SHARED(int, members_of, 1);
+    LLMPARI_SHARED(float, shrink, R);
+    LLMPARI_SHARED(float, total, R);
+    const int tid = (int)threadIdx.x, lane = tid % 32, warp = tid / 32, part = tid % g.lanes, key = tid / g.lanes, tile = 256 / g.lanes;
+    const int width = (g.d + 7) / 8 * 8, packs = width / N, stride = llmpari_cuda_attend_stride<T>(width, g.lanes), kv_head = (int)blockIdx.y;
+    const int pairs = width / 2, subsets = 256 / pairs, subset = tid / pairs, column = (tid - subset * pairs) * 2;
+    float *q = shared, *p = q + R * width;     // [R][N / 4][packs][4], [R][tile]
+    T *k = reinterpret_cast<T *>(p + R * tile), *v = k + tile * stride;            // [tile][stride], [tile][width]
+    float *sums = p + R * tile;                // [subsets][R][width], at the end
+    if (warp == 0) {
+        int n = 0;
+        for (int base = 0; base < g.q_heads; base += 32) {
+            const bool mine = base + lane < g.q_heads && (g.kv_of_q ? g.kv_of_q[base + lane] : (base + lane) / (g.q_heads / g.kv_heads)) == kv_head;
+            const unsigned mask = __ballot_sync(0xffffffffu, mine);
+            if (mine) member[n + __popc(mask & ((1u << lane) - 1))] = (short)(base + lane);
+            n += __popc(mask);
+        }
+        if (lane == 0) members_of[0] = n;
+    }
+    __syncthreads();
+    const int members = members_of[0], split = (int)blockIdx.x % g.splits;
+    const int64_t rows = g.queries * members;
+    for (int64_t b = blockIdx.z; b < g.batch; b += gridDim.z) for (int64_t row0 = (int64_t)(blockIdx.x / g.splits) * R; row0 < rows; row0 += (int64_t)g.chunks * R) {
+        __syncthreads();                                               // the rows before have been written
+        if (tid < R) {
+            const bool live = row0 + tid < rows;
+            const int64_t query = live ? (row0 + tid) / members : 0;
+            int begin = 0, end = 0;
+            if (live) llmpari_cuda_attend_sees(g, b, query, &begin, &end);
+            row_query[tid] = live ? (int)query : -1;
+            row_head[tid]  = member[live ? (row0 + tid) - query * members : 0];
+            row_begin[tid] = begin;
+            row_end[tid]   = end;
+        }
+        __syncthreads();
+        int low = 0x7fffffff, high = 0, inner_low = 0, inner_high = 0x7fffffff;     // keys that some row sees, that all do
+#pragma unroll
+        for (int r = 0; r < R; r++) if (row_end[r] > row_begin[r]) {
+            low = row_begin[r] < low ? row_begin[r] : low;
+            high = row_end[r] > high ? row_end[r] : high;
+            inner_low = row_begin[r] > inner_low ? row_begin[r] : inner_low;
+            inner_high = row_end[r] < inner_high ? row_end[r] : inner_high;
+        }
+        if (low > high) low = high;
+        for (int i = tid; i < R * packs; i += 256) {
+            const int r = i / packs, c = i - r * packs;
+            float x[N];
+            if (row_query[r] >= 0) llmpari_cuda_load_floats<T, N>(g.q + ((b * g.queries + row_query[r]) * g.q_heads + row_head[r]) * g.d + c * N, g.packed, g.d - c * N, x);
+#pragma unroll
+            for (int e = 0; e < N; e++) q[r * width + (e / 4 * packs + c) * 4 + e % 4] = row_query[r] >= 0 ? x[e] * g.scale : 0.0f;
+        }
+        const int per = ((high - low + tile - 1) / tile + g.splits - 1) / g.splits * tile;         // keys of a split
+        const int64_t first64 = low + (int64_t)split * per;
+        const int first = first64 < high ? (int)first64 : high, last = high - first < per ? high : first + per;
+        float acc[R][2], most = -INFINITY, sum = 0.0f;                 // most, sum: of row `warp`
+#pragma unroll
+        for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = 0.0f;
+        llmpari_cuda_pack<T> next_k[2], next_v[2];
+        for (int j0 = first - tile; j0 < last; j0 += tile) {
+            if (j0 >= first) {
+                __syncthreads();                                       // the tile before has been read
+#pragma unroll
+                for (int i = 0; i < 2; i++) if (part + i * g.lanes < packs) {
+                    llmpari_cuda_store_pack(k + key * stride + (part + i * g.lanes) * N, next_k[i]);
+                    llmpari_cuda_store_pack(v + key * width + (part + i * g.lanes) * N, next_v[i]);
+                }
+            }
+            if (j0 + tile < last) {
+                int64_t at = j0 + tile + key < last ? llmpari_cuda_cache_at(g.kv, b, j0 + tile + key) : -1;
+                const bool live = at >= 0;
+                at += kv_head * g.kv.stride_head;
+                llmpari_cuda_attend_fetch(g, (const T *)g.kv.k, at, live, part, next_k);
+                llmpari_cuda_attend_fetch(g, (const T *)g.kv.v, at, live, part, next_v);
+            }
+            if (j0 < first) continue;
+            __syncthreads();
+            float s[R];
+#pragma unroll
+            for (int r = 0; r < R; r++) s[r] = 0.0f;
+#pragma unroll 1
+            for (int c = part; c < packs; c += g.lanes) {
+                float x[N];
+                llmpari_cuda_load_floats<T, N>(k + key * stride + c * N, true, N, x);
+#pragma unroll
+                for (int r = 0; r < R; r++)
+#pragma unroll
+                    for (int w = 0; w < N / 4; w++) {
+                        const llmpari_cuda_pack<float> y = llmpari_cuda_load_pack(q + r * width + (w * packs + c) * 4);
+#pragma unroll
+                        for (int e = 0; e < 4; e++) s[r] = fmaf(x[w * 4 + e], y.at[e], s[r]);
+                    }
+            }
+            int m = g.lanes / 2, row = 0, held = R;                    // lanes exchange halves of their rows, then whole sums
+#pragma unroll
+            for (int h = R / 2; h > 0; h /= 2) if (m > 0) {
+                const bool up = part & m;
+#pragma unroll
+                for (int i = 0; i < h; i++) {
+                    const float keep = up ? s[i + h] : s[i], give = up ? s[i] : s[i + h];
+                    s[i] = keep + __shfl_xor_sync(0xffffffffu, give, m);
+                }
+                row += up ? h : 0;
+                held = h;
+                m /= 2;
+            }
+            for (; m > 0; m /= 2) s[0] += __shfl_xor_sync(0xffffffffu, s[0], m);
+            const bool writes = g.lanes <= R || part % (g.lanes / R) == 0;
+#pragma unroll
+            for (int i = 0; i < R; i++) if (i < held && writes) p[(row + i) * tile + key] = s[i];
+            __syncthreads();
+            if (warp < R) {
+                float x[4], block = -INFINITY, terms = 0.0f;
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int j = j0 + lane + 32 * i;
+                    x[i] = -INFINITY;
+                    if (lane + 32 * i < tile && j < last && j >= row_begin[warp] && j < row_end[warp]) {
+                        x[i] = p[warp * tile + lane + 32 * i];
+                        if (g.cap > 0.0f) x[i] = g.cap * tanhf(x[i] / g.cap);
+                    }
+                    block = fmaxf(block, x[i]);
+                }
+                block = fmaxf(most, llmpari_cuda_warp_max(block));
+                const float shift = block == -INFINITY ? 0.0f : block, factor = expf(most - shift);
+#pragma unroll
+                for (int i = 0; i < 4; i++) if (lane + 32 * i < tile) {
+                    x[i] = expf(x[i] - shift);
+                    p[warp * tile + lane + 32 * i] = x[i];
+                    terms += x[i];
+                }
+                sum = sum * factor + llmpari_cuda_warp_sum(terms);
+                most = block;
+                if (lane == 0) shrink[warp] = factor;
+            }
+            __syncthreads();
+#pragma unroll
+            for (int r = 0; r < R; r++) { acc[r][0] *= shrink[r]; acc[r][1] *= shrink[r]; }
+            const bool all = j0 >= inner_low && (j0 + tile < last ? j0 + tile : last) <= inner_high;       // else a key that a row does not see might hold NaN
+            for (int four = subset; subset < subsets && four < tile / 4; four += subsets) {
+                float x[4][2];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    x[i][0] = llmpari_cuda_to_f32(v[(four * 4 + i) * width + column]);
+                    x[i][1] = llmpari_cuda_to_f32(v[(four * 4 + i) * width + column + 1]);
+                }
+#pragma unroll
+                for (int r = 0; r < R; r++) {
+                    const llmpari_cuda_pack<float> y = llmpari_cuda_load_pack(p + r * tile + four * 4);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) if (all || y.at[i] != 0.0f) {
+                        acc[r][0] = fmaf(y.at[i], x[i][0], acc[r][0]);
+                        acc[r][1] = fmaf(y.at[i], x[i][1], acc[r][1]);
+                    }
+                }
+            }
+        }
+        __syncthreads();
+        if (subset < subsets)
+#pragma unroll
+            for (int r = 0; r < R; r++) { sums[(subset * R + r) * width + column] = acc[r][0]; sums[(subset * R + r) * width + column + 1] = acc[r][1]; }
+        if (warp < R && lane == 0) {
+            const float sink = g.sinks && g.splits == 1 ? g.sinks[row_head[warp]] : -INFINITY, end = fmaxf(most, sink), shift = end == -INFINITY ? 0.0f : end;
+            const float factor = sink == -INFINITY ? 1.0f : expf(most - shift);
+            if (sink != -INFINITY) sum = sum * factor + expf(sink - shift);
+            total[warp]  = sum;
+            shrink[warp] = factor;
+            if (g.lse && row_query[warp] >= 0)
+                g.lse[((split * g.batch + b) * g.queries + row_query[warp]) * g.q_heads + row_head[warp]] = sum == 0.0f ? -INFINITY : shift + logf(sum);
+        }
+        __syncthreads();
+        for (int i = tid; i < R * packs; i += 256) {
+            const int r = i / packs, c = i - r * packs;
+            if (row_query[r] < 0) continue;
+            const int64_t to = ((b * g.queries + row_query[r]) * g.q_heads + row_head[r]) * g.d + c * N;
+            float x[N];
+#pragma unroll
+            for (int e = 0; e < N; e++) x[e] = 0.0f;
+            for (int n = 0; n < subsets; n++)
+#pragma unroll
+                for (int e = 0; e < N; e++) x[e] += sums[(n * R + r) * width + c * N + e];
+#pragma unroll
+            for (int e = 0; e < N; e++) x[e] = total[r] == 0.0f || row_end[r] == 0 ? 0.0f : x[e] * shrink[r] / total[r];
+            if (g.part) llmpari_cuda_store_floats<float, N>(g.part + (int64_t)split * g.batch * g.queries * g.q_heads * g.d + to, g.packed, g.d - c * N, x);
+            else        llmpari_cuda_store_floats<T, N>(g.out + to, g.packed, g.d - c * N, x);
+        }
+    }
+}
+
+// e^x with the bits of llmpar.h's llmpari_exp.
+LLMPARI_DEVICE float llmpari_cuda_exp_exact(float x) {
+    float t = x > 89.0f ? 89.0f : x;
+    t = t < -105.0f ? -105.0f : t;
+    float n = __fadd_rn(__fmul_rn(t, 1.44269504088896341f), 12582912.0f);
+    const int count = (int)(__float_as_uint(n) - 0x4b400000u), low = count >> 1;
+    n = __fadd_rn(n, -12582912.0f);
+    float r = __fadd_rn(t, -__fmul_rn(n, 0.693359375f));
+    r = __fadd_rn(r, __fmul_rn(n, 2.12194440e-4f));
+    float p = 1.9875691500e-4f;
+    p = __fadd_rn(__fmul_rn(p, r), 1.3981999507e-3f);
+    p = __fadd_rn(__fmul_rn(p, r), 8.3334519073e-3f);
+    p = __fadd_rn(__fmul_rn(p, r), 4.1665795894e-2f);
+    p = __fadd_rn(__fmul_rn(p, r), 1.6666665459e-1f);
+    p = __fadd_rn(__fmul_rn(p, r), 5.0000001201e-1f);
+    p = __fadd_rn(__fadd_rn(__fmul_rn(p, __fmul_rn(r, r)), r), 1.0f);
+    return __fmul_rn(__fmul_rn(p, __uint_as_float(((uint32_t)low + 127u) << 23)), __uint_as_float(((uint32_t)count - (uint32_t)low + 127u) << 23));
+}
+
+// A warp a row (query, head), in the order of llmpar.h's llmpari_op_attention: blocks of 128 keys, 32 partial sums of a product added as a tree, running maximum and sum, then v key after
+// key; nothing contracted. The sums over v stay in `out`.
+static __global__ void __launch_bounds__(128) llmpari_cuda_attend_exact_kernel(const llmpari_cuda_attend<float> g) {
+    LLMPARI_SHARED(float, scores, 4 * 128);
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    float *p = scores + warp * 128;
+    const int64_t rows = g.batch * g.queries * g.q_heads;
+    for (int64_t row = (int64_t)blockIdx.x * 4 + warp; row < rows; row += (int64_t)gridDim.x * 4) {
+        const int64_t token = row / g.q_heads, b = token / g.queries;
+        const int head = (int)(row - token * g.q_heads), kv_head = g.kv_of_q ? g.kv_of_q[head] : head / (g.q_heads / g.kv_heads);
+        const float *q = g.q + row * g.d;
+        float *out = g.out + row * g.d, most = -INFINITY, sum = 0.0f;
+        int begin, end;
+        llmpari_cuda_attend_sees(g, b, token - b * g.queries, &begin, &end);
+        if (begin >= end) for (int e = lane; e < g.d; e += 32) out[e] = 0.0f;
+        for (int block = begin / 128 * 128; block < end; block += 128) {
+            const int first = block > begin ? block : begin, count = (end < block + 128 ? end : block + 128) - first;
+            float largest = -INFINITY, terms = 0.0f;
+            for (int j = 0; j < count; j++) {
+                const int64_t at = llmpari_cuda_cache_at(g.kv, b, first + j);
+                float score = 0.0f;
+                for (int e0 = 0; e0 < g.d; e0 += 1024) {
+                    const int n = g.d - e0 < 1024 ? g.d - e0 : 1024;
+                    float x = 0.0f;
+                    if (at >= 0) for (int e = e0 + lane; e < e0 + n; e += 32) x = __fadd_rn(x, __fmul_rn(__fmul_rn(q[e], g.scale), g.kv.k[at + kv_head * g.kv.stride_head + e]));
+                    x = llmpari_cuda_warp_sum(x);
+                    score = e0 ? __fadd_rn(score, x) : x;
+                }
+                if (lane == j % 32) { p[j] = score; largest = fmaxf(largest, score); }
+            }
+            largest = fmaxf(most, llmpari_cuda_warp_max(largest));
+            const float shift = largest == -INFINITY ? 0.0f : largest, factor = llmpari_cuda_exp_exact(__fadd_rn(most, -shift));
+            for (int j = lane; j < count; j += 32) {
+                p[j] = llmpari_cuda_exp_exact(__fadd_rn(p[j], -shift));
+                terms = __fadd_rn(terms, p[j]);
+            }
+            sum = __fadd_rn(__fmul_rn(sum, factor), llmpari_cuda_warp_sum(terms));
+            most = largest;
+            __syncwarp();
+            for (int e = lane; e < g.d; e += 32) {
+                float x = block <= begin ? 0.0f : factor != 1.0f ? __fmul_rn(out[e], factor) : out[e];
+                for (int j = 0; j < count; j++) {
+                    const int64_t at = llmpari_cuda_cache_at(g.kv, b, first + j);
+                    x = __fadd_rn(x, __fmul_rn(p[j], at < 0 ? 0.0f : g.kv.v[at + kv_head * g.kv.stride_head + e]));
+                }
+                out[e] = x;
+            }
+            __syncwarp();
+        }
+        if (begin < end) for (int e = lane; e < g.d; e += 32) out[e] = out[e] / sum;
+        if (g.lse && lane == 0) g.lse[row] = begin < end ? most + logf(sum) : -INFINITY;
+    }
+}
+
+LLMPAR_DEF int32_t llmpar_cuda_attention_splits(int64_t blocks, int64_t n_keys, int32_t sms) {
+    const int64_t wanted = blocks > 0 ? llmpari_cuda_up(4 * (int64_t)sms, blocks) : 1;
+    return (int32_t)llmpari_cuda_max(1, llmpari_cuda_min(llmpari_cuda_min(wanted, n_keys / 128), 64));
+}
+
+// The blocks of a kv head without splitting, for groups of the mean size; larger ones take turns. rows: how many (query, head) pairs a block takes.
+static int64_t llmpari_cuda_attend_chunks(int64_t queries, int64_t q_heads, int64_t kv_heads, int *rows) {
+    const int64_t pairs = queries * llmpari_cuda_up(q_heads, kv_heads);
+    *rows = pairs <= 4 ? 4 : 8;
+    return llmpari_cuda_min(llmpari_cuda_up(pairs, *rows), 1 << 20);
+}
+static int32_t llmpari_cuda_attend_splits(int64_t batch, int64_t queries, int64_t q_heads, int64_t kv_heads, int64_t n_keys) {
+    int rows, device = 0, sms = 0;
+    if (batch <= 0 || queries <= 0 || q_heads <= 0 || kv_heads <= 0) return 1;
+    if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) { (void)cudaGetLastError(); return 1; }
+    return llmpar_cuda_attention_splits(batch * kv_heads * llmpari_cuda_attend_chunks(queries, q_heads, kv_heads, &rows), n_keys, sms);
+}
+
+// g complete but for lanes and chunks; splits > 1 needs part. Then, or with `exact`, launches.
+template <typename T> static llmpar_status llmpari_cuda_attend_launch(llmpari_cuda_attend<T> g, float *workspace, void *stream, llmpar_error *err) {
+    int rows;
+    const int64_t n = (int64_t)(16 / sizeof(T)), size = (int64_t)sizeof(T), width = llmpari_cuda_up(g.d, 8) * 8, tokens = g.batch * g.queries;
+    float *lse = g.lse;
+    if (!tokens || !g.q_heads || !g.d) return LLMPAR_OK;
+    g.chunks = (int32_t)llmpari_cuda_attend_chunks(g.queries, g.q_heads, g.kv_heads, &rows);
+    g.packed = g.d % llmpari_cuda_max(n, 4) == 0 && llmpari_cuda_packs(g.q, g.d) && llmpari_cuda_packs(g.out, g.d) && llmpari_cuda_cache_packs(g.kv);
+    g.lanes = 2;                                                       // tiles of at most 8 KiB: two packs of k and two of v a thread
+    while (256 / g.lanes * width * size > 8192) g.lanes *= 2;
+    if (g.splits > 1) { g.part = workspace; g.lse = workspace + g.splits * tokens * g.q_heads * g.d; }
+    const int64_t tile = 256 / g.lanes, stride = width + (g.lanes < 8 ? g.lanes * n : 0), subsets = 256 / (width / 2);
+    const int64_t bytes = rows * (width + tile) * 4 + llmpari_cuda_max(tile * (stride + width) * size, subsets * rows * width * 4);
+    const dim3 grid((unsigned)(g.chunks * (int64_t)g.splits), (unsigned)g.kv_heads, (unsigned)llmpari_cuda_min(g.batch, 65535));
+    if (rows == 4) LLMPARI_CUDA_TRY(llmpari_cuda_launch("attention", llmpari_cuda_attend_kernel<T, 4>, grid, dim3(256), (size_t)bytes, stream, err, g));
+    else           LLMPARI_CUDA_TRY(llmpari_cuda_launch("attention", llmpari_cuda_attend_kernel<T, 8>, grid, dim3(256), (size_t)bytes, stream, err, g));
+    if (g.splits == 1) return LLMPAR_OK;
+    return llmpari_cuda_merge_launch(g.splits, tokens, g.q_heads, g.d, (const float *)g.part, g.lse, false, g.sinks, g.out, lse, stream, err);
+}
+static llmpar_status llmpari_cuda_attend_exact_launch(const llmpari_cuda_attend<float> &g, void *stream, llmpar_error *err) {
+    const int64_t rows = g.batch * g.queries * g.q_heads;
+    if (!rows || !g.d) return LLMPAR_OK;
+    return llmpari_cuda_launch("attention", llmpari_cuda_attend_exact_kernel, dim3((unsigned)llmpari_cuda_min(llmpari_cuda_up(rows, 4), INT32_MAX)), dim3(128), 0, stream, err, g);
+}
+
+static int32_t llmpari_cuda_attention_choice(const llmpar_cuda_attention_desc *desc) {
+    const int64_t slots = desc->kv.slots ? desc->kv.slots : desc->kv.block_table ? desc->kv.max_blocks * desc->kv.block_size : 0;
+    if (desc->exact) return 1;
+    return desc->splits ? desc->splits : llmpari_cuda_attend_splits(desc->batch, desc->queries, desc->q_heads, desc->kv_heads, desc->n_keys ? llmpari_cuda_min(desc->n_keys, slots) : slots);
+}
+LLMPAR_DEF int64_t llmpar_cuda_attention_workspace(const llmpar_cuda_attention_desc *desc) {
+    const int64_t splits = llmpari_cuda_attention_choice(desc);
+    return splits > 1 ? splits * desc->batch * desc->queries * desc->q_heads * (desc->d + 1) * 4 : 0;
+}
+
+// desc checked, nothing empty
+template <typename T> static llmpar_status llmpari_cuda_attention_run(const llmpar_cuda_attention_desc *desc, void *stream, llmpar_error *err) {
+    llmpari_cuda_attend<T> g;
+    memset((void *)&g, 0, sizeof g);
+    g.batch = desc->batch; g.queries = desc->queries;
+    g.q_heads = desc->q_heads; g.kv_heads = desc->kv_heads; g.d = desc->d;
+    g.kv = llmpari_cuda_cache_of<T>(&desc->kv, desc->batch, desc->kv_heads, desc->d);
+    g.n_keys = (int32_t)llmpari_cuda_min(desc->n_keys && !desc->lengths ? desc->n_keys : g.kv.slots, g.kv.slots);
+    g.window = (int32_t)llmpari_cuda_min(desc->window, INT32_MAX);
+    g.scale = desc->scale != 0 ? desc->scale : (float)(1.0 / sqrt((double)desc->d));
+    g.cap = desc->soft_cap; g.causal = desc->causal;
+    g.q = (const T *)desc->q; g.out = (T *)desc->out; g.lse = desc->lse;
+    g.kv_of_q = desc->kv_of_q; g.position = desc->position; g.lengths = desc->lengths; g.sinks = desc->sinks;
+    g.splits = llmpari_cuda_attention_choice(desc);
+    return llmpari_cuda_attend_launch(g, (float *)desc->workspace, stream, err);
+}
+static llmpar_status llmpari_cuda_attention_exact(const llmpar_cuda_attention_desc *desc, void *stream, llmpar_error *err) {
+    llmpari_cuda_attend<float> g;
+    memset((void *)&g, 0, sizeof g);
+    g.batch = desc->batch; g.queries = desc->queries;
+    g.q_heads = desc->q_heads; g.kv_heads = desc->kv_heads; g.d = desc->d;
+    g.kv = llmpari_cuda_cache_of<float>(&desc->kv, desc->batch, desc->kv_heads, desc->d);
+    g.n_keys = (int32_t)llmpari_cuda_min(desc->n_keys && !desc->lengths ? desc->n_keys : g.kv.slots, g.kv.slots);
+    g.window = (int32_t)llmpari_cuda_min(desc->window, INT32_MAX);
+    g.scale = desc->scale != 0 ? desc->scale : (float)(1.0 / sqrt((double)desc->d));
+    g.causal = desc->causal;
+    g.q = (const float *)desc->q; g.out = (float *)desc->out; g.lse = desc->lse;
+    g.kv_of_q = desc->kv_of_q; g.position = desc->position; g.lengths = desc->lengths;
+    return llmpari_cuda_attend_exact_launch(g, stream, err);
+}
+
+static llmpar_status llmpari_cuda_attention_sizes(const llmpar_cuda_attention_desc *desc, llmpar_error *err) {
+    LLMPARI_CUDA_TRY(llmpari_cuda_float("dtype", desc->dtype, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("batch", desc->batch, INT32_MAX, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("queries", desc->queries, INT32_MAX, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("q_heads", desc->q_heads, LLMPARI_CUDA_MAX_HEADS, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("kv_heads", desc->kv_heads, LLMPARI_CUDA_MAX_HEADS, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("d", desc->d, desc->exact ? 65536 : 256, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("n_keys", desc->n_keys, INT32_MAX, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("window", desc->window, INT64_MAX, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("splits", desc->splits, desc->exact ? 0 : 64, err));
+    if (!(desc->soft_cap >= 0)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "soft_cap=%g; pass 0 for none", (double)desc->soft_cap);
+    if (desc->q_heads && !desc->kv_heads) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "q_heads=%d, but kv_heads=0", (int)desc->q_heads);
+    if (!desc->kv_of_q && desc->kv_heads && desc->q_heads % desc->kv_heads)
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "q_heads=%d are not a multiple of kv_heads=%d; pass kv_of_q (llmpar_cuda_heads_maps)", (int)desc->q_heads, (int)desc->kv_heads);
+    if (desc->exact && (desc->dtype != LLMPAR_F32 || desc->soft_cap > 0 || desc->sinks))
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "exact is for f32 without soft_cap and sinks, as the CPU's kernel");
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_cuda_attention(const llmpar_cuda_attention_desc *desc, void *stream, llmpar_error *err) {
+    if (!desc) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc is NULL");
+    LLMPARI_CUDA_TRY(llmpari_cuda_attention_sizes(desc, err));
+    if (!desc->batch || !desc->queries || !desc->q_heads || !desc->d) return LLMPAR_OK;
+    const int64_t align = llmpari_cuda_bytes(desc->dtype);
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("q", desc->q, align, false, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_kv_check(&desc->kv, align, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("kv_of_q", desc->kv_of_q, 4, true, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("lengths", desc->lengths, 4, true, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("position", desc->position, 4, true, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("sinks", desc->sinks, 4, true, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("out", desc->out, align, false, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("lse", desc->lse, 4, true, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check("workspace", desc->workspace, 16, llmpar_cuda_attention_workspace(desc) == 0, err));
+    if (desc->kv.rows && desc->kv.rows < desc->batch)
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "rows of the cache=%lld, but batch=%lld", (long long)desc->kv.rows, (long long)desc->batch);
+    if (desc->exact && desc->out == desc->q) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "exact: out may not be q");
+    if (desc->exact) return llmpari_cuda_attention_exact(desc, stream, err);
+    LLMPARI_CUDA_DISPATCH(desc->dtype, T, return llmpari_cuda_attention_run<T>(desc, stream, err));
+}
+
+// Op table: all pointers of args on the device, out apart from q when exact. args->scratch holds scratch_floats floats, aligned to 16 bytes: as many splits as fit and pay; not looked at when exact.
+static llmpar_status llmpari_cuda_attention_launch(const llmpar_attention_args *args, int64_t scratch_floats, int64_t kv_heads, bool exact, void *stream, llmpar_error *err) {
+    llmpari_cuda_attend<float> g;
+    if (args->batch <= 0 || args->queries <= 0 || args->q_heads <= 0 || args->d <= 0) return LLMPAR_OK;
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("q_heads", args->q_heads, LLMPARI_CUDA_MAX_HEADS, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("d", args->d, exact ? 65536 : 256, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("n_keys", args->n_keys, INT32_MAX, err));
+    memset((void *)&g, 0, sizeof g);
+    g.batch = args->batch; g.queries = args->queries;
+    g.q_heads = (int32_t)args->q_heads; g.kv_heads = (int32_t)kv_heads; g.d = (int32_t)args->d;
+    g.n_keys = (int32_t)args->n_keys;
+    g.window = (int32_t)llmpari_cuda_min(args->window, INT32_MAX);
+    g.scale = args->scale; g.causal = args->causal;
+    g.q = args->q; g.out = args->out; g.kv_of_q = args->kv_of_q; g.position = args->position;
+    g.kv.k = (float *)(uintptr_t)args->k; g.kv.v = (float *)(uintptr_t)args->v;
+    g.kv.rows = args->batch; g.kv.slots = args->n_keys;
+    g.kv.stride_row = args->kv_stride_batch; g.kv.stride_slot = args->kv_stride_token; g.kv.stride_head = args->kv_stride_head;
+    if (exact) return llmpari_cuda_attend_exact_launch(g, stream, err);
+    const int64_t floats = args->batch * args->queries * args->q_heads * (args->d + 1);
+    g.splits = (int32_t)llmpari_cuda_max(1, llmpari_cuda_min(llmpari_cuda_attend_splits(g.batch, g.queries, g.q_heads, kv_heads, g.n_keys), args->scratch ? scratch_floats / floats : 1));
+    return llmpari_cuda_attend_launch(g, args->scratch, stream, err);
+}
 
 // ============================================================================================================
 // >>vocabulary (impl)
