@@ -493,6 +493,11 @@ LLMPARI_DEVICE float llmpari_cuda_block_max(float x, float *sums) {
 // >>layout (impl)
 // ============================================================================================================
 
+#ifdef __CUDACC__
+#define LLMPARI_CUDA_UNROLL _Pragma("unroll")
+#else
+#define LLMPARI_CUDA_UNROLL
+#endif
 LLMPARI_DEVICE int64_t llmpari_cuda_least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 enum {
@@ -524,7 +529,7 @@ template <typename T> __global__ void __launch_bounds__(256) llmpari_cuda_runs_k
     for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         T value[AHEAD];
         int64_t to[AHEAD];
-        #pragma unroll
+        LLMPARI_CUDA_UNROLL
         for (int a = 0; a < AHEAD; a++) {
             uint32_t i = tile * (256 * AHEAD) + (uint32_t)a * 256 + threadIdx.x;
             int64_t from = 0;
@@ -540,7 +545,7 @@ template <typename T> __global__ void __launch_bounds__(256) llmpari_cuda_runs_k
             from  += i * run.from_step[0];
             value[a] = *reinterpret_cast<const T *>(run.from + from);
         }
-        #pragma unroll
+        LLMPARI_CUDA_UNROLL
         for (int a = 0; a < AHEAD; a++)
             if (tile * (256 * AHEAD) + (uint32_t)a * 256 + threadIdx.x < run.total) *reinterpret_cast<T *>(run.to + to[a]) = value[a];
     }
@@ -715,14 +720,14 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_lists_add(llmpari_cuda_lists *lists, 
     if (units * bytes / unit < INT32_MAX) return llmpari_cuda_lists_put(lists, &box, to_at, from_at, unit, llmpari_cuda_box_swapped(&box), err);
     int longest = 0;
     for (int d = 1; d < box.n; d++) if (box.size[d] > box.size[longest]) longest = d;
-    llmpar_cuda_box half = box;
-    half.size[longest] = box.size[longest] / 128 * 64;         // whole units and tiles
-    if (!half.size[longest]) half.size[longest] = box.size[longest] / 2;
-    box.size[longest] -= half.size[longest];
-    box.to_at    = half.size[longest] * box.to[longest];
-    box.from_at  = half.size[longest] * box.from[longest];
-    box.elements = half.elements = 1;
-    LLMPARI_CUDA_TRY(llmpari_cuda_lists_add(lists, &half, to_at, from_at, err));
+    llmpar_cuda_box part = box;
+    part.size[longest] = box.size[longest] / 128 * 64;         // whole units and tiles
+    if (!part.size[longest]) part.size[longest] = box.size[longest] / 2;
+    box.size[longest] -= part.size[longest];
+    box.to_at    = part.size[longest] * box.to[longest];
+    box.from_at  = part.size[longest] * box.from[longest];
+    box.elements = part.elements = 1;
+    LLMPARI_CUDA_TRY(llmpari_cuda_lists_add(lists, &part, to_at, from_at, err));
     return llmpari_cuda_lists_add(lists, &box, to_at, from_at, err);
 }
 
@@ -911,7 +916,7 @@ template <typename From, typename To> LLMPARI_DEVICE void llmpari_cuda_scale_run
     for (int64_t i = threadIdx.x; i < body; i += blockDim.x) {
         const llmpari_cuda_eight<From> in = *reinterpret_cast<const llmpari_cuda_eight<From> *>(from + head + 8 * i);
         llmpari_cuda_eight<To> out;
-        #pragma unroll
+        LLMPARI_CUDA_UNROLL
         for (int j = 0; j < 8; j++) llmpari_cuda_from_f32(&out.at[j], llmpari_cuda_to_f32(in.at[j]) * scale);
         *reinterpret_cast<llmpari_cuda_eight<To> *>(to + head + 8 * i) = out;
     }
@@ -1019,16 +1024,15 @@ typedef struct llmpari_cuda_fold {
 template <int N> struct alignas(4 * N) llmpari_cuda_floats { float at[N]; };
 
 template <int N> LLMPARI_DEVICE void llmpari_cuda_fold_add(llmpari_cuda_floats<N> &top, const llmpari_cuda_floats<N> &below) {
-    #pragma unroll
+    LLMPARI_CUDA_UNROLL
     for (int j = 0; j < N; j++) top.at[j] = __fadd_rn(below.at[j], top.at[j]);
 }
 
 // N columns per thread. The topmost value is in registers, those below in a column of shared memory that is the thread's own.
 template <int N> __global__ void __launch_bounds__(256) llmpari_cuda_fold_kernel(const __grid_constant__ llmpari_cuda_fold f) {
     enum { AHEAD = 4 };            // pieces in flight
-    LLMPARI_SHARED_DYNAMIC(float, held);
-    llmpari_cuda_floats<N> *stack = reinterpret_cast<llmpari_cuda_floats<N> *>(held) + threadIdx.x;
-    const int step = (int)blockDim.x;
+    LLMPARI_SHARED_DYNAMIC(llmpari_cuda_floats<N>, stack);
+    const int step = (int)blockDim.x, own = (int)threadIdx.x;
     for (int64_t row = blockIdx.y; row < f.rows; row += gridDim.y)
         for (int64_t column = (int64_t)blockIdx.x * step + threadIdx.x; column < f.columns; column += (int64_t)gridDim.x * step) {
             const float *from = f.piece + row * f.row_stride + column * N;
@@ -1037,18 +1041,18 @@ template <int N> __global__ void __launch_bounds__(256) llmpari_cuda_fold_kernel
             int depth = 0;
             for (int i = 0; i < f.pieces; i += AHEAD) {
                 llmpari_cuda_floats<N> next[AHEAD];
-                #pragma unroll
+                LLMPARI_CUDA_UNROLL
                 for (int a = 0; a < AHEAD; a++)
                     if (i + a < f.pieces) next[a] = *reinterpret_cast<const llmpari_cuda_floats<N> *>(from + f.at[i + a] * f.piece_stride);
-                #pragma unroll
+                LLMPARI_CUDA_UNROLL
                 for (int a = 0; a < AHEAD; a++) {
                     if (i + a >= f.pieces) break;
-                    if (i + a > 0) stack[depth++ * step] = top;
+                    if (i + a > 0) stack[depth++ * step + own] = top;
                     top = next[a];
-                    for (int merge = f.merges[i + a]; merge > 0; merge--) llmpari_cuda_fold_add(top, stack[--depth * step]);
+                    for (int merge = f.merges[i + a]; merge > 0; merge--) llmpari_cuda_fold_add(top, stack[--depth * step + own]);
                 }
             }
-            for (int p = 0; p < depth; p++) *reinterpret_cast<llmpari_cuda_floats<N> *>(to + p * f.out_stride) = stack[p * step];
+            for (int p = 0; p < depth; p++) *reinterpret_cast<llmpari_cuda_floats<N> *>(to + p * f.out_stride) = stack[p * step + own];
             *reinterpret_cast<llmpari_cuda_floats<N> *>(to + depth * f.out_stride) = top;
         }
 }
