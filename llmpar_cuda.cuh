@@ -1037,7 +1037,7 @@ template <int N> __global__ void __launch_bounds__(256) llmpari_cuda_fold_kernel
         for (int64_t column = (int64_t)blockIdx.x * step + threadIdx.x; column < f.columns; column += (int64_t)gridDim.x * step) {
             const float *from = f.piece + row * f.row_stride + column * N;
             float *to = f.out + row * f.out_row_stride + column * N;
-            llmpari_cuda_floats<N> top;
+            llmpari_cuda_floats<N> top = {};
             int depth = 0;
             for (int i = 0; i < f.pieces; i += AHEAD) {
                 llmpari_cuda_floats<N> next[AHEAD];
