@@ -631,6 +631,22 @@ LLMPAR_DEF llmpar_status llmpar_cuda_fold(const llmpar_cuda_fold_desc *desc, voi
 // ============================================================================================================
 // >>table   the op table of llmpar.h's executor on a GPU                        (uses: ops, exec, weights, all above)
 // ============================================================================================================
+// The table that puts llmpar's executor and engine on a GPU: ops.alloc gives the device's memory, kernels are those above on cuda's stream, GEMM is cuBLASLt's (f32 without TF32; with bf16
+// or f16 weights the activations are rounded to that dtype, products add up in f32), grouped GEMM a cuBLASLt call for each expert, attention the kernel of >>attend, prefill too (cuDNN is not
+// used). A run with no experts allocates nothing and waits for nothing, so that it can be captured in a CUDA graph:
+//
+//     cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal); llmpar_exec_run(exec, position, err); cudaStreamEndCapture(stream, &graph);
+//     llmpar_exec_positions(exec, next, err); ops.upload(ops.user, llmpar_exec_data(exec, ids, 0, NULL), &id, 4, err); cudaGraphLaunch(instance, stream);
+//
+// after at least one ordinary run (the first one looks for GEMM algorithms). Attention then looks at all slots of the cache that positions allow. The thread that calls the table or an exec
+// with it must have cuda's device current (llmpar_cuda_create does that for the thread that calls it). Kernels' errors are kept and returned by the next upload, download or wait.
+typedef struct llmpar_cuda_ops_desc {
+    bool    invariant;             // kernels with fixed orders of adding, those of llmpar_ops_cpu built without contraction: for invariant graphs. Slower
+    int64_t workspace_bytes;       // for cuBLASLt; 0 = 32 MiB
+} llmpar_cuda_ops_desc;
+// Belongs to cuda, which must outlive all execs with it. desc NULL = zeroed. Allocates the workspace and two pinned buffers of 4 MiB for uploads.
+LLMPAR_DEF llmpar_status llmpar_cuda_ops(llmpar_cuda *cuda, const llmpar_cuda_ops_desc *desc, llmpar_ops *ops, llmpar_error *err);
+
 
 #ifdef __cplusplus
 }
@@ -653,6 +669,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_fold(const llmpar_cuda_fold_desc *desc, voi
 // Kernels need nvcc; the tests' emulator says of itself that it can compile them too.
 #if defined(__CUDACC__) || defined(LLMPAR_CUDA_EMULATED)
 #define LLMPARI_CUDA_KERNELS
+#include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -719,12 +736,15 @@ LLMPAR_DEF int llmpar_cuda_devices(const char **why) {
     return n;
 }
 
+typedef struct llmpari_cuda_table llmpari_cuda_table;
 struct llmpar_cuda {
     int     device;
     bool    own_stream;
     double  timeout_s;
     void   *stream;
     cudaEvent_t event;             // llmpar_cuda_wait's
+    llmpari_cuda_table *tables;    // of llmpar_cuda_ops
+    void  (*destroy_table)(llmpari_cuda_table *table);
 };
 
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_open(const llmpar_cuda_desc *desc, llmpar_cuda *cuda, llmpar_error *err) {
@@ -770,6 +790,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_create(const llmpar_cuda_desc *desc, llmpar
 
 LLMPAR_DEF void llmpar_cuda_free(llmpar_cuda *cuda) {
     if (!cuda) return;
+    while (cuda->tables) cuda->destroy_table(cuda->tables);    // takes it out of the list
     if (cuda->event) (void)cudaEventDestroy(cuda->event);
     if (cuda->own_stream) (void)cudaStreamDestroy((cudaStream_t)cuda->stream);
     free(cuda);
@@ -4849,6 +4870,526 @@ LLMPAR_DEF llmpar_status llmpar_cuda_fold(const llmpar_cuda_fold_desc *desc, voi
 // ============================================================================================================
 // >>table (impl)
 // ============================================================================================================
+#define LLMPARI_CUDA_STAGING ((size_t)4 << 20)
+#define LLMPARI_CUDA_TICKETS 16
+#define LLMPARI_CUDA_PLANS   512   // shapes of GEMM whose algorithm is remembered; a power of 2
+
+typedef struct llmpari_cuda_gemm_key { int64_t m, n, k, lda, ldb, ldc, dtype, transposed, align_a, align_b, align_c; } llmpari_cuda_gemm_key;
+typedef struct llmpari_cuda_gemm_plan { llmpari_cuda_gemm_key key; bool used; cublasLtMatmulAlgo_t algo; } llmpari_cuda_gemm_plan;
+
+struct llmpari_cuda_table {
+    llmpar_cuda     *cuda;
+    llmpari_cuda_table *next;      // of cuda's tables
+    bool             exact;
+    llmpar_error     error;        // of the first kernel that failed
+    cublasLtHandle_t lt;
+    void            *workspace;
+    size_t           workspace_bytes;
+    char            *staging[2];   // pinned
+    cudaEvent_t      staged[2], ticket[LLMPARI_CUDA_TICKETS];
+    int64_t          tickets;      // given out
+    llmpari_cuda_gemm_plan *plan;  // [LLMPARI_CUDA_PLANS]
+};
+
+// A kernel's error is kept for the next call that can return it; what follows is not launched.
+#define LLMPARI_CUDA_KEEP(t, ...) do { if ((t)->error.status == LLMPAR_OK) { llmpar_error *err = &(t)->error; (void)err; (void)(__VA_ARGS__); } } while (0)
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_table_told(llmpari_cuda_table *t, llmpar_error *err) {
+    if (t->error.status == LLMPAR_OK) return LLMPAR_OK;
+    const llmpar_status status = t->error.status;
+    if (err) *err = t->error;
+    memset(&t->error, 0, sizeof t->error);
+    return status;
+}
+LLMPARI_CUDA_FN bool llmpari_cuda_table_captured(const llmpari_cuda_table *t) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    if (cudaStreamIsCapturing((cudaStream_t)t->cuda->stream, &status) != cudaSuccess) { (void)cudaGetLastError(); return false; }
+    return status != cudaStreamCaptureStatusNone;
+}
+
+// ---- memory
+
+LLMPARI_CUDA_FN void *llmpari_cuda_table_alloc(void *user, size_t bytes) {
+    void *memory = NULL;
+    if (cudaSetDevice(((llmpari_cuda_table *)user)->cuda->device) != cudaSuccess || cudaMalloc(&memory, bytes) != cudaSuccess) { (void)cudaGetLastError(); return NULL; }
+    return memory;
+}
+LLMPARI_CUDA_FN void llmpari_cuda_table_free(void *user, void *memory, size_t) {
+    (void)llmpar_cuda_wait(((llmpari_cuda_table *)user)->cuda, NULL);
+    (void)cudaFree(memory);
+}
+LLMPARI_CUDA_FN void *llmpari_cuda_table_alloc_host(void *user, size_t bytes) {
+    void *memory = NULL;
+    if (cudaSetDevice(((llmpari_cuda_table *)user)->cuda->device) != cudaSuccess || cudaMallocHost(&memory, bytes) != cudaSuccess) { (void)cudaGetLastError(); return NULL; }
+    return memory;
+}
+LLMPARI_CUDA_FN void llmpari_cuda_table_free_host(void *user, void *memory, size_t) {
+    (void)llmpar_cuda_wait(((llmpari_cuda_table *)user)->cuda, NULL);
+    (void)cudaFreeHost(memory);
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_table_wait_event(llmpari_cuda_table *t, cudaEvent_t event, llmpar_error *err) {
+    return llmpari_cuda_poll(event, llmpari_cuda_now() + t->cuda->timeout_s, err);
+}
+
+// By way of the two pinned buffers: while one is on its way the other one is filled.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_table_upload(void *user, void *to, const void *from, size_t bytes, llmpar_error *err) {
+    llmpari_cuda_table *t = (llmpari_cuda_table *)user;
+    LLMPARI_CUDA_TRY(llmpari_cuda_table_told(t, err));
+    if (llmpari_cuda_table_captured(t)) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "an upload while the stream is captured: the graph would repeat today's values");
+    for (size_t done = 0, n; done < bytes; done += n) {
+        const int i = (int)(done / LLMPARI_CUDA_STAGING % 2);
+        n = bytes - done < LLMPARI_CUDA_STAGING ? bytes - done : LLMPARI_CUDA_STAGING;
+        LLMPARI_CUDA_TRY(llmpari_cuda_table_wait_event(t, t->staged[i], err));
+        memcpy(t->staging[i], (const char *)from + done, n);
+        LLMPARI_CUDA_CALL(err, cudaMemcpyAsync((char *)to + done, t->staging[i], n, cudaMemcpyHostToDevice, (cudaStream_t)t->cuda->stream));
+        LLMPARI_CUDA_CALL(err, cudaEventRecord(t->staged[i], (cudaStream_t)t->cuda->stream));
+    }
+    return LLMPAR_OK;
+}
+// Pinned memory is written by the device itself, other memory by way of a pinned buffer: a copy to it would wait without a deadline.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_table_download(void *user, void *to, const void *from, size_t bytes, llmpar_error *err) {
+    llmpari_cuda_table *t = (llmpari_cuda_table *)user;
+    struct cudaPointerAttributes at;
+    if (llmpari_cuda_table_captured(t)) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "a download while the stream is captured: a run with experts cannot be captured");
+    if (cudaPointerGetAttributes(&at, to) != cudaSuccess) { (void)cudaGetLastError(); at.type = cudaMemoryTypeUnregistered; }
+    const bool pinned = at.type == cudaMemoryTypeHost;
+    for (size_t done = 0, n; done < bytes; done += n) {
+        n = pinned || bytes - done < LLMPARI_CUDA_STAGING ? bytes - done : LLMPARI_CUDA_STAGING;
+        LLMPARI_CUDA_CALL(err, cudaMemcpyAsync(pinned ? to : t->staging[0], (const char *)from + done, n, cudaMemcpyDeviceToHost, (cudaStream_t)t->cuda->stream));
+        LLMPARI_CUDA_TRY(llmpar_cuda_wait(t->cuda, err));
+        if (!pinned) memcpy((char *)to + done, t->staging[0], n);
+    }
+    return llmpari_cuda_table_told(t, err);
+}
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_table_upload_from(void *user, void *to, const void *from, size_t bytes, int64_t *ticket, llmpar_error *err) {
+    llmpari_cuda_table *t = (llmpari_cuda_table *)user;
+    LLMPARI_CUDA_TRY(llmpari_cuda_table_told(t, err));
+    LLMPARI_CUDA_CALL(err, cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, (cudaStream_t)t->cuda->stream));
+    *ticket = 0;
+    if (llmpari_cuda_table_captured(t)) return LLMPAR_OK;      // the graph reads it in each of its runs
+    LLMPARI_CUDA_CALL(err, cudaEventRecord(t->ticket[t->tickets % LLMPARI_CUDA_TICKETS], (cudaStream_t)t->cuda->stream));
+    *ticket = ++t->tickets;
+    return LLMPAR_OK;
+}
+// An event that was recorded anew since says more than was asked for.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_table_wait(void *user, int64_t ticket, llmpar_error *err) {
+    llmpari_cuda_table *t = (llmpari_cuda_table *)user;
+    if (llmpari_cuda_table_captured(t)) return LLMPAR_OK;
+    if (ticket > 0) LLMPARI_CUDA_TRY(llmpari_cuda_table_wait_event(t, t->ticket[(ticket - 1) % LLMPARI_CUDA_TICKETS], err));
+    else LLMPARI_CUDA_TRY(llmpar_cuda_wait(t->cuda, err));
+    return llmpari_cuda_table_told(t, err);
+}
+
+// ---- products
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_lt(cublasStatus_t status, const char *what, llmpar_error *err) {
+    if (status == CUBLAS_STATUS_SUCCESS) return LLMPAR_OK;
+    return LLMPARI_CUDA_FAIL(err, status == CUBLAS_STATUS_ALLOC_FAILED ? LLMPAR_NO_MEMORY : status == CUBLAS_STATUS_NOT_SUPPORTED ? LLMPAR_UNSUPPORTED : LLMPAR_ABORTED,
+                             "%s: cuBLASLt says %d", what, (int)status);
+}
+#define LLMPARI_CUDA_LT(call) LLMPARI_CUDA_TRY(llmpari_cuda_lt((call), #call, err))
+
+// The largest power of 2 up to 16 that divides an address: what an algorithm may count on.
+LLMPARI_CUDA_FN uint32_t llmpari_cuda_alignment(const void *pointer) {
+    uint32_t align = 16;
+    while ((uintptr_t)pointer % align) align /= 2;
+    return align;
+}
+
+// Row-major c[m, n] = a[m, k] b' is, to cuBLAS, whose arrays are column-major, c'[n, m] = b a': b is its A. Strides that are never used must be legal all the same.
+typedef struct llmpari_cuda_lt_call {
+    cublasLtMatmulDescOpaque_t   desc;
+    cublasLtMatrixLayoutOpaque_t a, b, c;
+} llmpari_cuda_lt_call;
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_lt_describe(const llmpari_cuda_gemm_key *key, llmpari_cuda_lt_call *call, llmpar_error *err) {
+    const cudaDataType_t type = key->dtype == LLMPAR_F32 ? CUDA_R_32F : key->dtype == LLMPAR_BF16 ? CUDA_R_16BF : CUDA_R_16F;
+    const cublasOperation_t transa = key->transposed ? CUBLAS_OP_T : CUBLAS_OP_N, transb = CUBLAS_OP_N;
+    const int64_t rows = key->transposed ? key->k : key->n, columns = key->transposed ? key->n : key->k;
+    LLMPARI_CUDA_LT(cublasLtMatmulDescInit(&call->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    LLMPARI_CUDA_LT(cublasLtMatmulDescSetAttribute(&call->desc, CUBLASLT_MATMUL_DESC_TRANSA, &transa, sizeof transa));
+    LLMPARI_CUDA_LT(cublasLtMatmulDescSetAttribute(&call->desc, CUBLASLT_MATMUL_DESC_TRANSB, &transb, sizeof transb));
+    LLMPARI_CUDA_LT(cublasLtMatrixLayoutInit(&call->a, type, (uint64_t)rows, (uint64_t)columns, columns == 1 ? llmpari_cuda_max(key->ldb, rows) : key->ldb));
+    LLMPARI_CUDA_LT(cublasLtMatrixLayoutInit(&call->b, type, (uint64_t)key->k, (uint64_t)key->m, key->m == 1 ? llmpari_cuda_max(key->lda, key->k) : key->lda));
+    LLMPARI_CUDA_LT(cublasLtMatrixLayoutInit(&call->c, CUDA_R_32F, (uint64_t)key->n, (uint64_t)key->m, key->m == 1 ? llmpari_cuda_max(key->ldc, key->n) : key->ldc));
+    return LLMPAR_OK;
+}
+
+// The algorithm for a shape: cuBLASLt's first choice, asked for once.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_lt_plan(llmpari_cuda_table *t, const llmpari_cuda_gemm_key *key, llmpari_cuda_lt_call *call, const cublasLtMatmulAlgo_t **algo, llmpar_error *err) {
+    uint64_t hash = 14695981039346656037u;
+    const int64_t *word = &key->m;
+    for (size_t i = 0; i < sizeof *key / sizeof *word; i++) hash = (hash ^ (uint64_t)word[i]) * 1099511628211u;
+    llmpari_cuda_gemm_plan *plan = &t->plan[(hash ^ hash >> 32) % LLMPARI_CUDA_PLANS];     // another shape in its place is forgotten
+    *algo = &plan->algo;
+    if (plan->used && memcmp(&plan->key, key, sizeof *key) == 0) return LLMPAR_OK;
+    cublasLtMatmulPreferenceOpaque_t preference;
+    cublasLtMatmulHeuristicResult_t found;
+    int n = 0;
+    const uint64_t bytes = t->workspace_bytes;
+    const uint32_t align[3] = { (uint32_t)key->align_b, (uint32_t)key->align_a, (uint32_t)key->align_c };
+    LLMPARI_CUDA_LT(cublasLtMatmulPreferenceInit(&preference));
+    LLMPARI_CUDA_LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof bytes));
+    LLMPARI_CUDA_LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &align[0], sizeof align[0]));
+    LLMPARI_CUDA_LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &align[1], sizeof align[1]));
+    LLMPARI_CUDA_LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &align[2], sizeof align[2]));
+    LLMPARI_CUDA_LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &align[2], sizeof align[2]));
+    LLMPARI_CUDA_LT(cublasLtMatmulAlgoGetHeuristic(t->lt, &call->desc, &call->a, &call->b, &call->c, &call->c, &preference, 1, &found, &n));
+    if (!n) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "cuBLASLt has no algorithm for a product of m=%lld n=%lld k=%lld", (long long)key->m, (long long)key->n, (long long)key->k);
+    plan->key  = *key;
+    plan->algo = found.algo;
+    plan->used = true;
+    return LLMPAR_OK;
+}
+
+LLMPARI_CUDA_FN int64_t llmpari_cuda_gemm_bytes(const llmpar_gemm *g) {      // a in the dtype of b
+    return g->b_dtype == LLMPAR_F32 || g->m <= 0 || g->k <= 0 ? 0 : ((g->m - 1) * llmpari_cuda_max(g->lda, g->k) + g->k) * 2;
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_matmul(llmpari_cuda_table *t, const llmpar_gemm *g, llmpar_error *err) {
+    llmpari_cuda_gemm_key key;
+    llmpari_cuda_lt_call call;
+    const cublasLtMatmulAlgo_t *algo;
+    const float one = 1, beta = g->accumulate ? 1.0f : 0.0f;
+    const void *a = g->a;
+    if (g->m <= 0 || g->n <= 0) return LLMPAR_OK;
+    if (g->k <= 0) {
+        for (int64_t i = 0; i < g->m && !g->accumulate; i++) LLMPARI_CUDA_CALL(err, cudaMemsetAsync(g->c + i * g->ldc, 0, (size_t)g->n * 4, (cudaStream_t)t->cuda->stream));
+        return LLMPAR_OK;
+    }
+    if (g->b_dtype != LLMPAR_F32) {
+        llmpar_cuda_convert_desc convert;
+        convert.from_dtype = LLMPAR_F32; convert.to_dtype = g->b_dtype;
+        convert.n    = llmpari_cuda_gemm_bytes(g) / 2;
+        convert.from = g->a; convert.to = g->scratch;
+        LLMPARI_CUDA_TRY(llmpari_cuda_convert_launch(&convert, t->cuda->stream, err));
+        a = g->scratch;
+    }
+    key.m = g->m; key.n = g->n; key.k = g->k; key.lda = g->lda; key.ldb = g->ldb; key.ldc = g->ldc;
+    key.dtype = g->b_dtype; key.transposed = g->b_transposed;
+    key.align_a = llmpari_cuda_alignment(a); key.align_b = llmpari_cuda_alignment(g->b); key.align_c = llmpari_cuda_alignment(g->c);
+    LLMPARI_CUDA_TRY(llmpari_cuda_lt_describe(&key, &call, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_lt_plan(t, &key, &call, &algo, err));
+    LLMPARI_CUDA_LT(cublasLtMatmul(t->lt, &call.desc, &one, g->b, &call.a, a, &call.b, &beta, g->c, &call.c, g->c, &call.c, algo, t->workspace, t->workspace_bytes, (cudaStream_t)t->cuda->stream));
+    return LLMPAR_OK;
+}
+
+// The exact product: the order of adding of llmpar.h's portable kernels.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_exact(llmpari_cuda_table *t, const llmpar_gemm *g, const llmpar_granules_args *tree, llmpar_error *err) {
+    llmpar_cuda_gemm_desc d;
+    memset(&d, 0, sizeof d);
+    d.m = g->m; d.n = g->n; d.k = g->k;
+    d.a = g->a; d.lda = g->lda; d.b = g->b; d.ldb = g->ldb; d.c = g->c; d.ldc = g->ldc;
+    d.b_dtype = g->b_dtype; d.b_transposed = g->b_transposed;
+    d.accumulate = g->accumulate && !tree;
+    if (tree) { d.granule = tree->granule; d.pieces = tree->pieces; d.piece_stride = tree->stride; d.depth = tree->depth; d.merges = tree->merges; }
+    return llmpari_cuda_gemm_launch(&d, t->cuda->stream, err);
+}
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_product_of(llmpari_cuda_table *t, const llmpar_gemm *g, llmpar_error *err) {
+    return t->exact ? llmpari_cuda_exact(t, g, NULL, err) : llmpari_cuda_matmul(t, g, err);
+}
+LLMPARI_CUDA_FN void llmpari_cuda_op_gemm(void *user, const llmpar_gemm *g) {
+    llmpari_cuda_table *t = (llmpari_cuda_table *)user;
+    LLMPARI_CUDA_KEEP(t, llmpari_cuda_product_of(t, g, err));
+}
+LLMPARI_CUDA_FN void llmpari_cuda_op_granules(void *user, const llmpar_granules_args *g) {
+    llmpari_cuda_table *t = (llmpari_cuda_table *)user;
+    LLMPARI_CUDA_KEEP(t, llmpari_cuda_exact(t, &g->gemm, g, err));
+}
+LLMPARI_CUDA_FN void llmpari_cuda_op_grouped(void *user, const llmpar_grouped_args *g) {
+    llmpari_cuda_table *t = (llmpari_cuda_table *)user;
+    llmpar_gemm one = g->gemm;
+    for (int64_t e = 0; e < g->experts; e++) {
+        const int64_t row = g->offsets[e] - g->offsets[0];
+        one.m = g->offsets[e + 1] - g->offsets[e];
+        one.a = g->gemm.a + row * one.lda;
+        one.b = (const char *)g->gemm.b + e * g->b_stride * llmpari_cuda_bytes(one.b_dtype);
+        one.c = g->gemm.c + row * one.ldc;
+        LLMPARI_CUDA_KEEP(t, llmpari_cuda_product_of(t, &one, err));
+    }
+}
+
+// ---- kernels that only this table needs
+
+// One thread an element of the result: its index from the number, then a sum in the order of the dims.
+static __global__ void __launch_bounds__(256) llmpari_cuda_loops_kernel(const __grid_constant__ llmpar_loops_args g, int64_t results, int64_t terms) {
+    const int n_out = g.n - g.n_sums;
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < results; i += (int64_t)gridDim.x * blockDim.x) {
+        int64_t a = 0, b = 0, c = 0, rest = i;
+        for (int d = n_out - 1; d >= 0; d--) {
+            const int64_t at = rest % g.size[d];
+            rest /= g.size[d];
+            a += at * g.step[0][d]; b += at * g.step[1][d]; c += at * g.step[2][d];
+        }
+        float sum = 0;
+        for (int64_t s = 0; s < terms; s++) {
+            int64_t x = a, y = b, left = s;
+            for (int d = g.n - 1; d >= n_out; d--) {
+                const int64_t at = left % g.size[d];
+                left /= g.size[d];
+                x += at * g.step[0][d]; y += at * g.step[1][d];
+            }
+            sum = __fadd_rn(sum, __fmul_rn(g.a[x], g.b[y]));
+        }
+        g.c[c] = sum;
+    }
+}
+
+static __global__ void __launch_bounds__(256) llmpari_cuda_scale_kernel(llmpar_scale_args g) {
+    for (int64_t i = blockIdx.x; i < g.rows * g.k; i += gridDim.x) {
+        const int64_t at = g.to[i] - g.first;
+        if (at < 0 || at >= g.count) continue;
+        const float w = g.weights[i];
+        for (int64_t c = threadIdx.x; c < g.n; c += blockDim.x) g.y[at * g.n + c] *= w;
+    }
+}
+
+// A block a row; part 2 a thread a row.
+static __global__ void __launch_bounds__(256) llmpari_cuda_entropy_args_kernel(llmpar_entropy_args g) {
+    LLMPARI_SHARED(float, sums, 33);
+    if (g.part == 2) {
+        for (int64_t r = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; r < g.rows; r += (int64_t)gridDim.x * blockDim.x)
+            g.loss[r] = g.labels[r] < 0 ? 0.0f : logf(g.sum[r]) + g.largest[r] - g.picked[r];
+        return;
+    }
+    for (int64_t r = blockIdx.x; r < g.rows; r += gridDim.x) {
+        const float *x = g.x + r * g.n;
+        float value = g.part ? 0.0f : -INFINITY;
+        if (g.part) for (int64_t i = threadIdx.x; i < g.n; i += blockDim.x) value += expf(x[i] - g.largest[r]);
+        else        for (int64_t i = threadIdx.x; i < g.n; i += blockDim.x) value = fmaxf(value, x[i]);
+        value = g.part ? llmpari_cuda_block_sum(value, sums) : llmpari_cuda_block_max(value, sums);
+        if (threadIdx.x != 0) continue;
+        if (g.part == 0) { g.largest[r] = value; continue; }
+        const int64_t label = g.labels[r] - g.first;
+        g.sum[r]    = value;
+        g.picked[r] = g.labels[r] >= 0 && label >= 0 && label < g.n ? x[label] : 0.0f;
+    }
+}
+LLMPARI_CUDA_FN dim3 llmpari_cuda_blocks(int64_t n) { return dim3((unsigned)llmpari_cuda_max(1, llmpari_cuda_min(n, 65535))); }
+
+// ---- the table's functions: arguments of llmpar.h to those of the sections above
+
+#define LLMPARI_CUDA_OP(name, type) LLMPARI_CUDA_FN void llmpari_cuda_op_##name(void *user, const type *g)
+#define LLMPARI_CUDA_TABLE llmpari_cuda_table *t = (llmpari_cuda_table *)user; void *stream = t->cuda->stream
+
+LLMPARI_CUDA_OP(norm, llmpar_norm_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_cuda_norm_desc d;
+    memset(&d, 0, sizeof d);
+    d.dtype = LLMPAR_F32; d.layer_norm = g->layer_norm; d.exact = t->exact; d.eps = g->eps; d.rows = g->rows; d.n = g->n;
+    d.x_stride = d.y_stride = g->n;
+    d.x = g->x; d.weight = g->weight; d.bias = g->bias; d.y = g->y;
+    LLMPARI_CUDA_KEEP(t, llmpari_cuda_norm_launch(&d, stream, err));
+}
+LLMPARI_CUDA_OP(rope, llmpar_rope_args) { LLMPARI_CUDA_TABLE; LLMPARI_CUDA_KEEP(t, llmpari_cuda_rope_launch(g, stream, err)); }
+
+// kv heads, from the strides: those of a cache [B, K, C, D] or of new rows [B, T, K, D]
+LLMPARI_CUDA_FN int64_t llmpari_cuda_kv_heads(const llmpar_attention_args *g) {
+    if (g->d <= 0 || g->kv_stride_head <= 0) return 1;
+    return g->kv_stride_token == g->d && g->kv_stride_head > g->d ? g->kv_stride_batch / g->kv_stride_head : g->kv_stride_token / g->d;
+}
+LLMPARI_CUDA_FN int64_t llmpari_cuda_attention_floats(const llmpari_cuda_table *t, const llmpar_attention_args *g) {
+    const int64_t keys = llmpari_cuda_max(g->n_keys, g->most_keys);
+    if (t->exact || g->batch <= 0 || g->queries <= 0 || g->q_heads <= 0 || g->d <= 0 || keys <= 0) return 0;
+    return llmpari_cuda_attend_splits(g->batch, g->queries, g->q_heads, llmpari_cuda_kv_heads(g), keys) * g->batch * g->queries * g->q_heads * (g->d + 1);
+}
+LLMPARI_CUDA_OP(attention, llmpar_attention_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_attention_args all = *g;
+    if (g->causal && g->most_keys > g->n_keys && llmpari_cuda_table_captured(t)) all.n_keys = g->most_keys;        // positions say which of them count
+    LLMPARI_CUDA_KEEP(t, llmpari_cuda_attention_launch(&all, llmpari_cuda_attention_floats(t, g), llmpari_cuda_kv_heads(g), t->exact, stream, err));
+}
+LLMPARI_CUDA_OP(unary, llmpar_unary_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_cuda_unary_desc d;
+    memset(&d, 0, sizeof d);
+    d.dtype = LLMPAR_F32; d.kind = g->kind; d.n = g->n; d.x = g->x; d.y = g->y;
+    if (d.n > 0) LLMPARI_CUDA_KEEP(t, llmpari_cuda_unary_launch(&d, stream, err));
+}
+LLMPARI_CUDA_FN void llmpari_cuda_table_binary(llmpari_cuda_table *t, int64_t rows, int64_t n, const float *a, const float *b, float *y, bool multiply, bool row) {
+    llmpar_cuda_binary_desc d;
+    memset(&d, 0, sizeof d);
+    d.dtype = LLMPAR_F32; d.multiply = multiply; d.row = row; d.rows = rows; d.n = n;
+    d.a_stride = d.b_stride = d.y_stride = n;
+    d.a = a; d.b = b; d.y = y;
+    if (rows > 0 && n > 0) LLMPARI_CUDA_KEEP(t, llmpari_cuda_binary_launch(&d, t->cuda->stream, err));
+}
+LLMPARI_CUDA_OP(binary, llmpar_binary_args) { llmpari_cuda_table_binary((llmpari_cuda_table *)user, 1, g->n, g->a, g->b, g->y, g->multiply, false); }
+LLMPARI_CUDA_OP(bias, llmpar_bias_args)     { llmpari_cuda_table_binary((llmpari_cuda_table *)user, g->rows, g->n, g->x, g->bias, g->y, false, true); }
+LLMPARI_CUDA_OP(gated, llmpar_gated_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_cuda_gated_desc d;
+    memset(&d, 0, sizeof d);
+    d.dtype = LLMPAR_F32; d.kind = g->kind; d.rows = 1; d.n = d.gate_stride = d.up_stride = d.y_stride = g->n;
+    d.gate = g->gate; d.up = g->up; d.y = g->y;
+    if (d.n > 0) LLMPARI_CUDA_KEEP(t, llmpari_cuda_gated_launch(&d, stream, err));
+}
+LLMPARI_CUDA_OP(softmax, llmpar_softmax_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_cuda_softmax_desc d;
+    memset(&d, 0, sizeof d);
+    d.exact = t->exact; d.rows = g->rows; d.n = d.x_stride = d.y_stride = g->n; d.x = g->x; d.y = g->y;
+    LLMPARI_CUDA_KEEP(t, llmpari_cuda_softmax_launch(&d, stream, err));
+}
+LLMPARI_CUDA_OP(embed, llmpar_embed_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_cuda_embed_desc d;
+    memset(&d, 0, sizeof d);
+    d.rows = g->rows; d.n = g->n; d.first = g->first; d.count = g->count; d.dtype = g->dtype; d.out_f32 = true; d.ids = g->ids; d.table = g->table; d.y = g->y;
+    LLMPARI_CUDA_KEEP(t, llmpari_cuda_embed_launch(&d, stream, err));
+}
+LLMPARI_CUDA_OP(permute, llmpar_permute_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_cuda_permute_desc d;
+    memset(&d, 0, sizeof d);
+    d.rows = g->rows; d.k = g->k; d.bytes = g->bytes; d.first = g->first; d.count = g->count; d.stride = g->stride; d.x = g->x; d.to = g->to; d.y = g->y;
+    LLMPARI_CUDA_KEEP(t, llmpari_cuda_permute_launch(&d, stream, err));
+}
+LLMPARI_CUDA_OP(combine, llmpar_combine_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_cuda_combine_desc d;
+    memset(&d, 0, sizeof d);
+    d.tokens = g->tokens; d.k = g->k; d.n = g->n; d.dtype = LLMPAR_F32; d.out_f32 = true; d.tree = true; d.pieces = g->pieces; d.n_experts = g->n_experts; d.experts = g->experts;
+    d.ids = g->ids; d.from = g->from; d.weights = g->weights; d.y = g->y; d.first = g->first; d.count = (int64_t)1 << 40; d.out = g->out; d.stride = g->stride;
+    if (g->k > LLMPAR_CUDA_MAX_SUM) { LLMPARI_CUDA_KEEP(t, llmpari_cuda_size("k", g->k, LLMPAR_CUDA_MAX_SUM, err)); return; }
+    LLMPARI_CUDA_KEEP(t, llmpari_cuda_combine_launch(&d, stream, err));
+}
+LLMPARI_CUDA_OP(box, llmpar_box_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_cuda_box box;
+    box.n = g->box->n; box.elements = g->box->elements; box.to_at = g->box->to_at; box.from_at = g->box->from_at;
+    memcpy(box.size, g->box->size, sizeof box.size);
+    memcpy(box.to, g->box->to, sizeof box.to);
+    memcpy(box.from, g->box->from, sizeof box.from);
+    if (box.elements > 0) LLMPARI_CUDA_KEEP(t, llmpari_cuda_boxes_launch(&box, 1, g->to, g->from, g->bytes, stream, err));
+}
+LLMPARI_CUDA_OP(broadcast, llmpar_broadcast_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_cuda_broadcast_desc d;
+    memset(&d, 0, sizeof d);
+    d.dtype = LLMPAR_F32; d.mode = !g->a ? LLMPAR_CUDA_COPY : g->multiply ? LLMPAR_CUDA_MULTIPLY : LLMPAR_CUDA_ADD; d.n_dims = g->n; d.a = g->a; d.b = g->b; d.y = g->y;
+    memcpy(d.size, g->size, sizeof d.size);
+    memcpy(d.b_stride, g->b_stride, sizeof d.b_stride);
+    LLMPARI_CUDA_KEEP(t, llmpari_cuda_broadcast_launch(&d, stream, err));
+}
+LLMPARI_CUDA_OP(loops, llmpar_loops_args) {
+    LLMPARI_CUDA_TABLE;
+    int64_t results = 1, terms = 1;
+    for (int d = 0; d < g->n; d++) *(d < g->n - g->n_sums ? &results : &terms) *= g->size[d];
+    if (results > 0) LLMPARI_CUDA_KEEP(t, llmpari_cuda_launch("loops", llmpari_cuda_loops_kernel, llmpari_cuda_blocks(llmpari_cuda_up(results, 256)), dim3(256), 0, stream, err, *g, results, terms));
+}
+LLMPARI_CUDA_OP(take, llmpar_take_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_cuda_take_desc d;
+    memset(&d, 0, sizeof d);
+    d.dtype = LLMPAR_F32; d.batch = g->batch; d.before = g->before; d.first = g->first; d.count = g->count; d.after = g->after; d.x = g->x; d.ids = g->ids; d.y = g->y;
+    if (d.batch > 0 && d.before > 0 && d.after > 0) LLMPARI_CUDA_KEEP(t, llmpari_cuda_take_launch(&d, stream, err));
+}
+LLMPARI_CUDA_OP(append, llmpar_append_args) {
+    LLMPARI_CUDA_TABLE;
+    LLMPARI_CUDA_KEEP(t, llmpari_cuda_append_launch(g->batch, g->tokens, g->heads, g->d, g->slots, g->position, g->k, g->v, g->k_cache, g->v_cache, stream, err));
+}
+LLMPARI_CUDA_OP(convert, llmpar_convert_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_cuda_convert_desc d;
+    memset(&d, 0, sizeof d);
+    d.from_dtype = g->dtype; d.to_dtype = LLMPAR_F32; d.n = g->n; d.from = g->x; d.to = g->y;
+    if (d.n > 0) LLMPARI_CUDA_KEEP(t, llmpari_cuda_convert_launch(&d, stream, err));
+}
+LLMPARI_CUDA_OP(entropy, llmpar_entropy_args) {
+    LLMPARI_CUDA_TABLE;
+    if (g->rows > 0) LLMPARI_CUDA_KEEP(t, llmpari_cuda_launch("entropy", llmpari_cuda_entropy_args_kernel, llmpari_cuda_blocks(g->rows), dim3(256), 0, stream, err, *g));
+}
+LLMPARI_CUDA_OP(scale, llmpar_scale_args) {
+    LLMPARI_CUDA_TABLE;
+    if (g->rows > 0 && g->k > 0) LLMPARI_CUDA_KEEP(t, llmpari_cuda_launch("scale", llmpari_cuda_scale_kernel, llmpari_cuda_blocks(g->rows * g->k), dim3(256), 0, stream, err, *g));
+}
+LLMPARI_CUDA_OP(fold, llmpar_fold_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_cuda_fold_desc d;
+    memset(&d, 0, sizeof d);
+    d.piece = g->x; d.out = g->out; d.merges = g->merges; d.at = g->at; d.pieces = g->pieces; d.columns = g->n;
+    if (g->pieces > LLMPAR_CUDA_FOLD_PIECES) { LLMPARI_CUDA_KEEP(t, llmpari_cuda_size("pieces", g->pieces, LLMPAR_CUDA_FOLD_PIECES, err)); return; }
+    if (g->pieces > 0 && g->n > 0) LLMPARI_CUDA_KEEP(t, llmpari_cuda_fold_launch(&d, stream, err));
+}
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_table_clear(llmpari_cuda_table *t, void *to, size_t bytes, llmpar_error *err) {
+    LLMPARI_CUDA_CALL(err, cudaMemsetAsync(to, 0, bytes, (cudaStream_t)t->cuda->stream));
+    return LLMPAR_OK;
+}
+LLMPARI_CUDA_FN void llmpari_cuda_op_zero(void *user, void *to, size_t bytes) {
+    llmpari_cuda_table *t = (llmpari_cuda_table *)user;
+    if (bytes) LLMPARI_CUDA_KEEP(t, llmpari_cuda_table_clear(t, to, bytes, err));
+}
+LLMPARI_CUDA_FN int64_t llmpari_cuda_table_scratch(void *user, const llmpar_scratch_args *g) {
+    const llmpari_cuda_table *t = (const llmpari_cuda_table *)user;
+    if (g->attention) return 4 * llmpari_cuda_attention_floats(t, g->attention);
+    return g->gemm && !t->exact ? llmpari_cuda_gemm_bytes(g->gemm) : 0;
+}
+
+// ---- making it
+
+LLMPARI_CUDA_FN void llmpari_cuda_table_destroy(llmpari_cuda_table *t) {
+    if (t->cuda->tables == t) t->cuda->tables = t->next;
+    (void)cudaSetDevice(t->cuda->device);
+    for (int i = 0; i < 2; i++) {
+        if (t->staging[i]) (void)cudaFreeHost(t->staging[i]);
+        if (t->staged[i])  (void)cudaEventDestroy(t->staged[i]);
+    }
+    for (int i = 0; i < LLMPARI_CUDA_TICKETS; i++) if (t->ticket[i]) (void)cudaEventDestroy(t->ticket[i]);
+    if (t->workspace) (void)cudaFree(t->workspace);
+    if (t->lt) (void)cublasLtDestroy(t->lt);
+    free(t->plan);
+    free(t);
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_table_open(llmpari_cuda_table *t, llmpar_error *err) {
+    LLMPARI_CUDA_CALL(err, cudaSetDevice(t->cuda->device));
+    t->plan = (llmpari_cuda_gemm_plan *)calloc(LLMPARI_CUDA_PLANS, sizeof *t->plan);
+    if (!t->plan) return LLMPARI_CUDA_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the table's %d shapes", LLMPARI_CUDA_PLANS);
+    LLMPARI_CUDA_LT(cublasLtCreate(&t->lt));
+    LLMPARI_CUDA_CALL(err, cudaMalloc(&t->workspace, t->workspace_bytes));
+    for (int i = 0; i < 2; i++) {
+        void *pinned;
+        LLMPARI_CUDA_CALL(err, cudaMallocHost(&pinned, LLMPARI_CUDA_STAGING));
+        t->staging[i] = (char *)pinned;
+        LLMPARI_CUDA_CALL(err, cudaEventCreateWithFlags(&t->staged[i], cudaEventDisableTiming));
+    }
+    for (int i = 0; i < LLMPARI_CUDA_TICKETS; i++) LLMPARI_CUDA_CALL(err, cudaEventCreateWithFlags(&t->ticket[i], cudaEventDisableTiming));
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_cuda_ops(llmpar_cuda *cuda, const llmpar_cuda_ops_desc *desc, llmpar_ops *ops, llmpar_error *err) {
+    if (!cuda || !ops) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is NULL", cuda ? "ops" : "cuda");
+    memset(ops, 0, sizeof *ops);
+    if (desc && desc->workspace_bytes < 0) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "workspace_bytes=%lld; pass 0 (32 MiB) or more", (long long)desc->workspace_bytes);
+    llmpari_cuda_table *t = (llmpari_cuda_table *)calloc(1, sizeof *t);
+    if (!t) return LLMPARI_CUDA_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a table of %d bytes", (int)sizeof *t);
+    t->cuda  = cuda;
+    t->exact = desc && desc->invariant;
+    t->workspace_bytes = desc && desc->workspace_bytes ? (size_t)desc->workspace_bytes : (size_t)32 << 20;
+    const llmpar_status status = llmpari_cuda_table_open(t, err);
+    if (status) { llmpari_cuda_table_destroy(t); return status; }
+    t->next = cuda->tables;
+    cuda->tables = t;
+    cuda->destroy_table = llmpari_cuda_table_destroy;
+    ops->user = t;
+#define LLMPARI_CUDA_SET(name) ops->name = llmpari_cuda_op_##name;
+    LLMPARI_CUDA_SET(gemm) LLMPARI_CUDA_SET(norm) LLMPARI_CUDA_SET(rope) LLMPARI_CUDA_SET(attention) LLMPARI_CUDA_SET(unary) LLMPARI_CUDA_SET(binary) LLMPARI_CUDA_SET(gated)
+    LLMPARI_CUDA_SET(bias) LLMPARI_CUDA_SET(softmax) LLMPARI_CUDA_SET(embed) LLMPARI_CUDA_SET(permute) LLMPARI_CUDA_SET(grouped) LLMPARI_CUDA_SET(combine) LLMPARI_CUDA_SET(box)
+    LLMPARI_CUDA_SET(broadcast) LLMPARI_CUDA_SET(loops) LLMPARI_CUDA_SET(take) LLMPARI_CUDA_SET(append) LLMPARI_CUDA_SET(convert) LLMPARI_CUDA_SET(entropy) LLMPARI_CUDA_SET(scale)
+    LLMPARI_CUDA_SET(fold) LLMPARI_CUDA_SET(granules) LLMPARI_CUDA_SET(zero)
+#undef LLMPARI_CUDA_SET
+    ops->scratch     = llmpari_cuda_table_scratch;
+    ops->alloc       = llmpari_cuda_table_alloc;
+    ops->free        = llmpari_cuda_table_free;
+    ops->alloc_host  = llmpari_cuda_table_alloc_host;
+    ops->free_host   = llmpari_cuda_table_free_host;
+    ops->upload      = llmpari_cuda_table_upload;
+    ops->download    = llmpari_cuda_table_download;
+    ops->upload_from = llmpari_cuda_table_upload_from;
+    ops->wait        = llmpari_cuda_table_wait;
+    ops->invariant   = t->exact;
+    return LLMPAR_OK;
+}
 #endif // LLMPARI_CUDA_KERNELS
 
 #endif // LLMPAR_CUDA_IMPLEMENTATION
