@@ -1655,6 +1655,7 @@ typedef struct llmpar_attention_args {
     const int32_t *position;       // [batch, queries]; NULL = s
     bool causal;
     int64_t window;                // 0 = none
+    int64_t kv_heads;              // of k and v; llmpar_ops_cpu does not look at it
     int64_t most_keys;             // what n_keys may be in another run of the same plan (a cache's slots): for kernels that are recorded and run again with other positions
     float scale;
     float *out;                    // [batch, queries, q_heads, d]
@@ -22991,6 +22992,7 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_attention(llmpari_exec_prep *p) {
     if (p->op->decode_rows) LLMPARI_TRY(llmpari_exec_attend_cache(p, how));
     LLMPARI_TRY(llmpari_exec_prep_table(p, p->in[0], !p->op->decode_rows, &how->queries));
     args->most_keys = llmpari_max(how->tokens, how->slots);
+    args->kv_heads  = how->kv_heads;
     llmpar_scratch_args need = LLMPAR_ZERO;
     need.attention = args;
     how->at = llmpari_exec_prep_scratch(p, llmpari_ops_scratch(&p->exec->ops, &need));

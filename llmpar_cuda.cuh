@@ -5182,21 +5182,16 @@ LLMPARI_CUDA_OP(norm, llmpar_norm_args) {
 }
 LLMPARI_CUDA_OP(rope, llmpar_rope_args) { LLMPARI_CUDA_TABLE; LLMPARI_CUDA_KEEP(t, llmpari_cuda_rope_launch(g, stream, err)); }
 
-// kv heads, from the strides: those of a cache [B, K, C, D] or of new rows [B, T, K, D]
-LLMPARI_CUDA_FN int64_t llmpari_cuda_kv_heads(const llmpar_attention_args *g) {
-    if (g->d <= 0 || g->kv_stride_head <= 0) return 1;
-    return g->kv_stride_token == g->d && g->kv_stride_head > g->d ? g->kv_stride_batch / g->kv_stride_head : g->kv_stride_token / g->d;
-}
 LLMPARI_CUDA_FN int64_t llmpari_cuda_attention_floats(const llmpari_cuda_table *t, const llmpar_attention_args *g) {
     const int64_t keys = llmpari_cuda_max(g->n_keys, g->most_keys);
     if (t->exact || g->batch <= 0 || g->queries <= 0 || g->q_heads <= 0 || g->d <= 0 || keys <= 0) return 0;
-    return llmpari_cuda_attend_splits(g->batch, g->queries, g->q_heads, llmpari_cuda_kv_heads(g), keys) * g->batch * g->queries * g->q_heads * (g->d + 1);
+    return llmpari_cuda_attend_splits(g->batch, g->queries, g->q_heads, g->kv_heads, keys) * g->batch * g->queries * g->q_heads * (g->d + 1);
 }
 LLMPARI_CUDA_OP(attention, llmpar_attention_args) {
     LLMPARI_CUDA_TABLE;
     llmpar_attention_args all = *g;
     if (g->causal && g->most_keys > g->n_keys && llmpari_cuda_table_captured(t)) all.n_keys = g->most_keys;        // positions say which of them count
-    LLMPARI_CUDA_KEEP(t, llmpari_cuda_attention_launch(&all, llmpari_cuda_attention_floats(t, g), llmpari_cuda_kv_heads(g), t->exact, stream, err));
+    LLMPARI_CUDA_KEEP(t, llmpari_cuda_attention_launch(&all, llmpari_cuda_attention_floats(t, g), g->kv_heads, t->exact, stream, err));
 }
 LLMPARI_CUDA_OP(unary, llmpar_unary_args) {
     LLMPARI_CUDA_TABLE;
