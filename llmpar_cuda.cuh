@@ -134,8 +134,9 @@ typedef struct llmpar_cuda_gated_desc {
 } llmpar_cuda_gated_desc;
 LLMPAR_DEF llmpar_status llmpar_cuda_gated(const llmpar_cuda_gated_desc *desc, void *stream, llmpar_error *err);
 
-// dgate = dy * up * act'(gate), dup = dy * act(gate) in one pass. relu'(0) = 0. Errors before rounding, u = 2^-24: dup as forward; dgate |dy up| times
-// SILU 12 u s (1 + |x|), s = sigmoid(x); GELU 8 u (1 + |x|); GELU_TANH 16 u (1 + |w|) s (1 + |x w'|), s and w' of its exponent; SIGMOID 8 u s; EXP 6 u e^x; RELU, SQUARE, NEGATE 4 u |act'(x)|.
+// dgate = dy * up * act'(gate), dup = dy * act(gate) in one pass. relu'(0) = 0. Errors before rounding, u = 2^-24: dup as forward; dgate 2 u |dgate| and |dy up| times
+// SILU 12 u s (1 + |x|), s = sigmoid(x); GELU 8 u (1 + |x|); GELU_TANH (16 u (1 + |w|) s + 2^-125) (1 + |x w'|), s and w' of its exponent; SIGMOID 8 u s; EXP 6 u e^x;
+// RELU, SQUARE, NEGATE 4 u |act'(x)|; and 2^-125 (1 + |x|) more.
 typedef struct llmpar_cuda_gated_backward_desc {
     llmpar_dtype      dtype;
     llmpar_activation kind;
@@ -971,6 +972,7 @@ template <typename T, int K> LLMPARI_DEVICE float llmpari_cuda_act(float x) {
 // act(x), and its derivative in *slope. Where sigmoids are 0 or 1 to the last bit, x is held back, so that 0 * infinity does not come up.
 template <typename T, int K> LLMPARI_DEVICE float llmpari_cuda_act_slope(float x, float *slope) {
     const float held = fminf(fmaxf(x, -128.0f), 128.0f), y = llmpari_cuda_act<T, K>(x);
+    *slope = 1.0f;
     if (K == LLMPAR_SILU) {
         const float s = 1.0f / (1.0f + llmpari_cuda_exp_for<T>(-x));
         *slope = s * (1.0f + held * (1.0f - s));
