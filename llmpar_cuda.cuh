@@ -134,8 +134,9 @@ typedef struct llmpar_cuda_gated_desc {
 } llmpar_cuda_gated_desc;
 LLMPAR_DEF llmpar_status llmpar_cuda_gated(const llmpar_cuda_gated_desc *desc, void *stream, llmpar_error *err);
 
-// dgate = dy * up * act'(gate), dup = dy * act(gate) in one pass. relu'(0) = 0. Errors before rounding, u = 2^-24: dup as forward; dgate |dy up| times
-// SILU 12 u s (1 + |x|), s = sigmoid(x); GELU 8 u (1 + |x|); GELU_TANH 16 u (1 + |w|) s (1 + |x w'|), s and w' of its exponent; SIGMOID 8 u s; EXP 6 u e^x; RELU, SQUARE, NEGATE 4 u |act'(x)|.
+// dgate = dy * up * act'(gate), dup = dy * act(gate) in one pass. relu'(0) = 0. Errors before rounding, u = 2^-24: dup as forward; dgate 2 u |dgate| and |dy up| times
+// SILU 12 u s (1 + |x|), s = sigmoid(x); GELU 8 u (1 + |x|); GELU_TANH (16 u (1 + |w|) s + 2^-125) (1 + |x w'|), s and w' of its exponent; SIGMOID 8 u s; EXP 6 u e^x;
+// RELU, SQUARE, NEGATE 4 u |act'(x)|; and 2^-125 (1 + |x|) more.
 typedef struct llmpar_cuda_gated_backward_desc {
     llmpar_dtype      dtype;
     llmpar_activation kind;
@@ -937,7 +938,7 @@ LLMPARI_DEVICE float llmpari_cuda_block_max(float x, float *sums) {
 #ifndef LLMPARI_CUDA_GRID
 #define LLMPARI_CUDA_GRID 65536        // most blocks of a launch; what is beyond, the same blocks do in further turns. Tests lower it
 #endif
-#define LLMPARI_CUDA_KEPT 4            // packs of 16 bytes of a row that a thread keeps in registers
+#define LLMPARI_CUDA_KEPT 16           // elements of a row that a thread keeps in registers
 
 // ---- checks of arrays of rows
 
@@ -960,10 +961,8 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_check_shape(int64_t rows, int64_t n, 
 // `width` threads, whole warps of one block, share a row; thread `lane` of them has the packs lane, lane + width, ... whether or not alignment lets it read them as such. width
 // is a function of n alone, and so is every sum's order.
 
-static int llmpari_cuda_row_width(int64_t n, int pack) {
-    return (int)llmpari_cuda_min(1024, 32 * llmpari_cuda_up(llmpari_cuda_up(n, pack), 32 * LLMPARI_CUDA_KEPT));
-}
-static bool llmpari_cuda_row_is_kept(int64_t n, int pack) { return n <= 1024 * LLMPARI_CUDA_KEPT * pack; }
+LLMPARI_CUDA_FN int  llmpari_cuda_row_width(int64_t n) { return (int)llmpari_cuda_min(1024, 32 * llmpari_cuda_up(n, 32 * LLMPARI_CUDA_KEPT)); }
+LLMPARI_CUDA_FN bool llmpari_cuda_row_is_kept(int64_t n) { return n <= 1024 * LLMPARI_CUDA_KEPT; }
 
 // Over the threads of a row; every thread of the block calls it and gets its row's result. sums: 32 floats of shared memory, others than in the call before.
 LLMPARI_DEVICE float llmpari_cuda_row_sum(float x, int width, float *sums) {
@@ -983,33 +982,38 @@ LLMPARI_DEVICE float llmpari_cuda_row_max(float x, int width, float *sums) {
     return llmpari_cuda_warp_max(lane < warps ? sums[warp / warps * warps + lane] : -INFINITY);
 }
 
-// Pack of the elements [at, at + its n) of a row of n, `fill` beyond. packs: all of the row's packs are whole and aligned.
-template <typename T> LLMPARI_DEVICE llmpari_cuda_pack<T> llmpari_cuda_row_load(const T *row, int64_t at, int64_t n, float fill, bool packs) {
+// A pack of a row of which `left` more elements exist (any number, also below 0); `fill` beyond. packs: all of the row's packs are whole and aligned.
+template <typename T> LLMPARI_DEVICE llmpari_cuda_pack<T> llmpari_cuda_row_load(const T *from, int left, float fill, bool packs) {
     llmpari_cuda_pack<T> x;
-    if (packs && at < n) return llmpari_cuda_load_pack(row + at);
+    if (packs && left > 0) return llmpari_cuda_load_pack(from);
     LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) {
         llmpari_cuda_from_f32(&x.at[i], fill);
-        if (at + i < n) x.at[i] = row[at + i];
+        if (i < left) x.at[i] = from[i];
     }
     return x;
 }
-template <typename T> LLMPARI_DEVICE void llmpari_cuda_row_store(T *row, int64_t at, int64_t n, const llmpari_cuda_pack<T> &x, bool packs) {
-    if (packs) { if (at < n) llmpari_cuda_store_pack(row + at, x); return; }
-    LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) if (at + i < n) row[at + i] = x.at[i];
+template <typename T> LLMPARI_DEVICE void llmpari_cuda_row_store(T *to, int left, const llmpari_cuda_pack<T> &x, bool packs) {
+    if (packs) { if (left > 0) llmpari_cuda_store_pack(to, x); return; }
+    LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) if (i < left) to[i] = x.at[i];
 }
-// All packs that a thread keeps, so that all loads are under way before the first is used.
-template <typename T> LLMPARI_DEVICE void llmpari_cuda_row_keep(llmpari_cuda_pack<T> (&x)[LLMPARI_CUDA_KEPT], const T *row, int lane, int width, int n, float fill, bool packs) {
+// All packs that a thread keeps of a row whose packs are whole and aligned: all loads are under way before the first is used.
+template <typename T> struct llmpari_cuda_kept { enum { n = LLMPARI_CUDA_KEPT / llmpari_cuda_pack<T>::n }; llmpari_cuda_pack<T> at[LLMPARI_CUDA_KEPT / llmpari_cuda_pack<T>::n]; };
+template <typename T> LLMPARI_DEVICE void llmpari_cuda_row_keep(llmpari_cuda_kept<T> &x, const T *row, int lane, int width, int n, float fill) {
     enum { N = llmpari_cuda_pack<T>::n };
-    if (packs) {
-        LLMPARI_CUDA_UNROLL for (int p = 0; p < LLMPARI_CUDA_KEPT; p++) {
-            if ((p * width + lane) * N < n) x[p] = llmpari_cuda_load_pack(row + (p * width + lane) * N);
-            else {
-                LLMPARI_CUDA_UNROLL for (int i = 0; i < N; i++) llmpari_cuda_from_f32(&x[p].at[i], fill);
-            }
-        }
-    } else {
-        LLMPARI_CUDA_UNROLL for (int p = 0; p < LLMPARI_CUDA_KEPT; p++) x[p] = llmpari_cuda_row_load(row, (p * width + lane) * N, n, fill, false);
-    }
+    LLMPARI_CUDA_UNROLL for (int p = 0; p < llmpari_cuda_kept<T>::n; p++) x.at[p] = llmpari_cuda_row_load(row + (p * width + lane) * N, n - (p * width + lane) * N, fill, true);
+}
+template <typename T> LLMPARI_DEVICE void llmpari_cuda_row_put(T *row, int lane, int width, int n, const llmpari_cuda_kept<T> &x) {
+    enum { N = llmpari_cuda_pack<T>::n };
+    LLMPARI_CUDA_UNROLL for (int p = 0; p < llmpari_cuda_kept<T>::n; p++) llmpari_cuda_row_store(row + (p * width + lane) * N, n - (p * width + lane) * N, x.at[p], true);
+}
+// v = a pack's elements in f32
+template <typename T> LLMPARI_DEVICE void llmpari_cuda_pack_widen(float *v, const llmpari_cuda_pack<T> &x) {
+    LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) v[i] = llmpari_cuda_to_f32(x.at[i]);
+}
+template <typename T> LLMPARI_DEVICE llmpari_cuda_pack<T> llmpari_cuda_pack_narrow(const float *v) {
+    llmpari_cuda_pack<T> x;
+    LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) llmpari_cuda_from_f32(&x.at[i], v[i]);
+    return x;
 }
 template <typename T> LLMPARI_DEVICE void llmpari_cuda_pack_add(llmpari_cuda_pack<T> &x, const llmpari_cuda_pack<T> &y) {
     LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) llmpari_cuda_from_f32(&x.at[i], llmpari_cuda_to_f32(x.at[i]) + llmpari_cuda_to_f32(y.at[i]));
@@ -1020,88 +1024,97 @@ template <int N> LLMPARI_DEVICE float llmpari_cuda_pack_sum(float (&t)[N]) {
         LLMPARI_CUDA_UNROLL for (int i = 0; i < step; i++) t[i] += t[i + step];
     return t[0];
 }
-// t[i] += (x[i] - mean)^2, or x[i], for the elements of a row's pack that exist.
-template <typename T, int N> LLMPARI_DEVICE void llmpari_cuda_row_add(float (&t)[N], const llmpari_cuda_pack<T> &x, int64_t left, float mean, bool squared) {
-    LLMPARI_CUDA_UNROLL for (int i = 0; i < N; i++) {
-        const float v = i < left ? llmpari_cuda_to_f32(x.at[i]) - mean : 0.0f;
-        t[i] = squared ? fmaf(v, v, t[i]) : t[i] + v;
-    }
-}
-template <typename T> LLMPARI_DEVICE llmpari_cuda_pack<T> llmpari_cuda_norm_pack(const llmpar_cuda_norm_desc &d, llmpari_cuda_pack<T> x, const llmpari_cuda_pack<T> &weight, int64_t at,
-                                                                             float mean, float scale, bool packs) {
-    llmpari_cuda_pack<T> bias;
-    if (d.bias) bias = llmpari_cuda_row_load((const T *)d.bias, at, d.n, 0.0f, packs);
-    LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) {
-        float y = (llmpari_cuda_to_f32(x.at[i]) - mean) * scale;
-        if (d.weight) y *= llmpari_cuda_to_f32(weight.at[i]);
-        if (d.bias) y += llmpari_cuda_to_f32(bias.at[i]);
-        llmpari_cuda_from_f32(&x.at[i], y);
-    }
-    return x;
-}
 
 // ---- norm
+// What follows is spelt out, so that no compiler contracts it in one kernel and not in another: both give a row the same bits.
 
-// Rows that fit into the registers of at most 1024 threads are read once. A block has blockDim.x / width rows at a time.
-template <typename T> __global__ void __launch_bounds__(1024) llmpari_cuda_norm_kernel(const llmpar_cuda_norm_desc d, int width, bool packs) {
-    enum { N = llmpari_cuda_pack<T>::n };
+// t[i] += v[i], or its square, where i < left; v[i] -= mean before.
+template <int N> LLMPARI_DEVICE void llmpari_cuda_norm_add(float (&t)[N], const float *v, int left, float mean, bool squared) {
+    LLMPARI_CUDA_UNROLL for (int i = 0; i < N; i++) {
+        const float d = i < left ? __fadd_rn(v[i], -mean) : 0.0f;
+        t[i] = squared ? fmaf(d, d, t[i]) : __fadd_rn(t[i], d);
+    }
+}
+LLMPARI_DEVICE float llmpari_cuda_norm_scale(float sum, int64_t n, float eps) { return 1.0f / sqrtf(__fadd_rn(sum / (float)n, eps)); }
+// v = (v - mean) * scale; times a weight; plus a bias
+LLMPARI_DEVICE float llmpari_cuda_norm_value(float v, float mean, float scale) { return __fmul_rn(__fadd_rn(v, -mean), scale); }
+template <typename T> LLMPARI_DEVICE void llmpari_cuda_norm_weigh(float *v, const llmpari_cuda_pack<T> &weight) {
+    LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) v[i] = __fmul_rn(v[i], llmpari_cuda_to_f32(weight.at[i]));
+}
+template <typename T> LLMPARI_DEVICE void llmpari_cuda_norm_bias(float *v, const llmpari_cuda_pack<T> &bias) {
+    LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) v[i] = __fadd_rn(v[i], llmpari_cuda_to_f32(bias.at[i]));
+}
+
+// Rows of whole and aligned packs that fit into the registers of at most 1024 threads are read once. A block has blockDim.x / width rows at a time.
+template <typename T> __global__ void __launch_bounds__(1024) llmpari_cuda_norm_kernel(const llmpar_cuda_norm_desc d, int width) {
+    enum { N = llmpari_cuda_pack<T>::n, KEPT = llmpari_cuda_kept<T>::n };
     LLMPARI_SHARED(float, sums, 64);
     const int together = (int)blockDim.x / width, lane = (int)threadIdx.x % width, n = (int)d.n;
     int turn = 0;
     for (int64_t first = (int64_t)blockIdx.x * together; first < d.rows; first += (int64_t)gridDim.x * together) {
         const int64_t row = first + (int)threadIdx.x / width;
         const int here = row < d.rows ? n : 0;                                 // a row beyond the last has no elements, but takes part in the sums
-        llmpari_cuda_pack<T> x[LLMPARI_CUDA_KEPT], w[LLMPARI_CUDA_KEPT];
-        float mean = 0.0f;
-        llmpari_cuda_row_keep(x, (const T *)d.x + row * d.x_stride, lane, width, here, 0.0f, packs);
+        llmpari_cuda_kept<T> x, more;
+        float v[LLMPARI_CUDA_KEPT], mean = 0.0f;
+        llmpari_cuda_row_keep(x, (const T *)d.x + row * d.x_stride, lane, width, here, 0.0f);
         if (d.residual) {
-            llmpari_cuda_row_keep(w, (const T *)d.residual + row * d.residual_stride, lane, width, here, 0.0f, packs);
-            LLMPARI_CUDA_UNROLL for (int p = 0; p < LLMPARI_CUDA_KEPT; p++) {
-                llmpari_cuda_pack_add(x[p], w[p]);
-                if (d.sum) llmpari_cuda_row_store((T *)d.sum + row * d.sum_stride, (p * width + lane) * N, here, x[p], packs);
-            }
+            llmpari_cuda_row_keep(more, (const T *)d.residual + row * d.residual_stride, lane, width, here, 0.0f);
+            LLMPARI_CUDA_UNROLL for (int p = 0; p < KEPT; p++) llmpari_cuda_pack_add(x.at[p], more.at[p]);
+            if (d.sum) llmpari_cuda_row_put((T *)d.sum + row * d.sum_stride, lane, width, here, x);
         }
-        if (d.weight) llmpari_cuda_row_keep(w, (const T *)d.weight, lane, width, here, 0.0f, packs);
-        for (int squared = d.layer_norm ? 0 : 1; squared < 2; squared++) {
+        LLMPARI_CUDA_UNROLL for (int p = 0; p < KEPT; p++) llmpari_cuda_pack_widen(v + p * N, x.at[p]);
+        if (d.layer_norm) {
             float t[N] = { 0.0f };
-            LLMPARI_CUDA_UNROLL for (int p = 0; p < LLMPARI_CUDA_KEPT; p++) llmpari_cuda_row_add(t, x[p], here - (p * width + lane) * N, mean, squared);
-            const float sum = llmpari_cuda_row_sum(llmpari_cuda_pack_sum(t), width, sums + 32 * turn);
-            mean = squared ? mean : sum / (float)n;
+            LLMPARI_CUDA_UNROLL for (int p = 0; p < KEPT; p++) llmpari_cuda_norm_add(t, v + p * N, here - (p * width + lane) * N, 0.0f, false);
+            mean = llmpari_cuda_row_sum(llmpari_cuda_pack_sum(t), width, sums + 32 * turn) / (float)n;
             turn ^= 1;
-            if (squared) {
-                const float scale = 1.0f / sqrtf(sum / (float)n + d.eps);
-                LLMPARI_CUDA_UNROLL for (int p = 0; p < LLMPARI_CUDA_KEPT; p++) {
-                    const int at = (p * width + lane) * N;
-                    if (at < here) llmpari_cuda_row_store((T *)d.y + row * d.y_stride, at, here, llmpari_cuda_norm_pack(d, x[p], w[p], at, mean, scale, packs), packs);
-                }
-            }
         }
+        float t[N] = { 0.0f };
+        LLMPARI_CUDA_UNROLL for (int p = 0; p < KEPT; p++) llmpari_cuda_norm_add(t, v + p * N, here - (p * width + lane) * N, mean, true);
+        const float scale = llmpari_cuda_norm_scale(llmpari_cuda_row_sum(llmpari_cuda_pack_sum(t), width, sums + 32 * turn), n, d.eps);
+        turn ^= 1;
+        LLMPARI_CUDA_UNROLL for (int i = 0; i < LLMPARI_CUDA_KEPT; i++) v[i] = llmpari_cuda_norm_value(v[i], mean, scale);
+        if (d.weight) {
+            llmpari_cuda_row_keep(more, (const T *)d.weight, lane, width, here, 0.0f);
+            LLMPARI_CUDA_UNROLL for (int p = 0; p < KEPT; p++) llmpari_cuda_norm_weigh(v + p * N, more.at[p]);
+        }
+        if (d.bias) {
+            llmpari_cuda_row_keep(more, (const T *)d.bias, lane, width, here, 0.0f);
+            LLMPARI_CUDA_UNROLL for (int p = 0; p < KEPT; p++) llmpari_cuda_norm_bias(v + p * N, more.at[p]);
+        }
+        LLMPARI_CUDA_UNROLL for (int p = 0; p < KEPT; p++) x.at[p] = llmpari_cuda_pack_narrow<T>(v + p * N);
+        llmpari_cuda_row_put((T *)d.y + row * d.y_stride, lane, width, here, x);
     }
 }
 
-// Longer rows: 1024 threads a row, which is read two times, by LayerNorm three times.
-template <typename T> __global__ void __launch_bounds__(1024) llmpari_cuda_norm_long_kernel(const llmpar_cuda_norm_desc d, bool packs) {
+// Any rows, in the same order: they are read two times, by LayerNorm three times.
+template <typename T> __global__ void __launch_bounds__(1024) llmpari_cuda_norm_long_kernel(const llmpar_cuda_norm_desc d, int width, bool packs) {
     enum { N = llmpari_cuda_pack<T>::n };
     LLMPARI_SHARED(float, sums, 64);
-    const int64_t step = (int64_t)blockDim.x * N;
+    const int together = (int)blockDim.x / width, lane = (int)threadIdx.x % width;
     int turn = 0;
-    for (int64_t row = blockIdx.x; row < d.rows; row += gridDim.x) {
-        const T *from = (const T *)d.x + row * d.x_stride, *residual = (const T *)d.residual + row * d.residual_stride;
+    for (int64_t first = (int64_t)blockIdx.x * together; first < d.rows; first += (int64_t)gridDim.x * together) {
+        const int64_t row = first + (int)threadIdx.x / width, here = row < d.rows ? d.n : 0;
+        const T *from = (const T *)d.x + row * d.x_stride;
         float mean = 0.0f, scale = 0.0f;
         for (int pass = d.layer_norm ? 0 : 1; pass < 3; pass++) {              // mean, variance, y
             float t[N] = { 0.0f };
-            for (int64_t at = (int64_t)threadIdx.x * N; at < d.n; at += step) {
-                llmpari_cuda_pack<T> x = llmpari_cuda_row_load(from, at, d.n, 0.0f, packs);
-                if (d.residual) llmpari_cuda_pack_add(x, llmpari_cuda_row_load(residual, at, d.n, 0.0f, packs));
-                if (pass < 2) { llmpari_cuda_row_add(t, x, d.n - at, mean, pass == 1); continue; }
-                llmpari_cuda_pack<T> w;
-                if (d.weight) w = llmpari_cuda_row_load((const T *)d.weight, at, d.n, 0.0f, packs);
-                if (d.residual && d.sum) llmpari_cuda_row_store((T *)d.sum + row * d.sum_stride, at, d.n, x, packs);
-                llmpari_cuda_row_store((T *)d.y + row * d.y_stride, at, d.n, llmpari_cuda_norm_pack(d, x, w, at, mean, scale, packs), packs);
+            for (int64_t at = (int64_t)lane * N; at < here; at += (int64_t)width * N) {
+                const int left = (int)(here - at);
+                llmpari_cuda_pack<T> x = llmpari_cuda_row_load(from + at, left, 0.0f, packs);
+                if (d.residual) llmpari_cuda_pack_add(x, llmpari_cuda_row_load((const T *)d.residual + row * d.residual_stride + at, left, 0.0f, packs));
+                float v[N];
+                llmpari_cuda_pack_widen(v, x);
+                if (pass < 2) { llmpari_cuda_norm_add(t, v, left, mean, pass == 1); continue; }
+                if (d.residual && d.sum) llmpari_cuda_row_store((T *)d.sum + row * d.sum_stride + at, left, x, packs);
+                LLMPARI_CUDA_UNROLL for (int i = 0; i < N; i++) v[i] = llmpari_cuda_norm_value(v[i], mean, scale);
+                if (d.weight) llmpari_cuda_norm_weigh(v, llmpari_cuda_row_load((const T *)d.weight + at, left, 0.0f, packs));
+                if (d.bias) llmpari_cuda_norm_bias(v, llmpari_cuda_row_load((const T *)d.bias + at, left, 0.0f, packs));
+                llmpari_cuda_row_store((T *)d.y + row * d.y_stride + at, left, llmpari_cuda_pack_narrow<T>(v), packs);
             }
             if (pass == 2) break;
-            const float sum = llmpari_cuda_row_sum(llmpari_cuda_pack_sum(t), (int)blockDim.x, sums + 32 * turn);
-            if (pass == 0) mean = sum / (float)d.n; else scale = 1.0f / sqrtf(sum / (float)d.n + d.eps);
+            const float sum = llmpari_cuda_row_sum(llmpari_cuda_pack_sum(t), width, sums + 32 * turn);
+            if (pass == 0) mean = sum / (float)d.n; else scale = llmpari_cuda_norm_scale(sum, d.n, d.eps);
             turn ^= 1;
         }
     }
@@ -1147,13 +1160,13 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_norm_launch(const llmpar_cuda_norm_de
     const dim3 fours((unsigned)llmpari_cuda_min(LLMPARI_CUDA_GRID, llmpari_cuda_up(d->rows, 4)));
     if (d->exact) return llmpari_cuda_launch("norm", llmpari_cuda_norm_exact_kernel, fours, dim3(128), 0, stream, err, *d);
     LLMPARI_CUDA_DISPATCH(d->dtype, T,
-        const int pack = llmpari_cuda_pack<T>::n;
-        const int width = llmpari_cuda_row_width(d->n, pack);
+        const int width = llmpari_cuda_row_width(d->n);
         const int together = width < 128 ? 128 / width : 1;
         const bool packs = llmpari_cuda_norm_packs<T>(d);
         const dim3 grid((unsigned)llmpari_cuda_min(LLMPARI_CUDA_GRID, llmpari_cuda_up(d->rows, together)));
-        if (llmpari_cuda_row_is_kept(d->n, pack)) return llmpari_cuda_launch("norm", llmpari_cuda_norm_kernel<T>, grid, dim3((unsigned)(width * together)), 0, stream, err, *d, width, packs);
-        return llmpari_cuda_launch("norm", llmpari_cuda_norm_long_kernel<T>, grid, dim3(1024), 0, stream, err, *d, packs));
+        const dim3 block((unsigned)(width * together));
+        if (packs && llmpari_cuda_row_is_kept(d->n)) return llmpari_cuda_launch("norm", llmpari_cuda_norm_kernel<T>, grid, block, 0, stream, err, *d, width);
+        return llmpari_cuda_launch("norm", llmpari_cuda_norm_long_kernel<T>, grid, block, 0, stream, err, *d, width, packs));
 }
 
 LLMPAR_DEF llmpar_status llmpar_cuda_norm(const llmpar_cuda_norm_desc *desc, void *stream, llmpar_error *err) {
@@ -1198,45 +1211,44 @@ LLMPARI_DEVICE float llmpari_cuda_exp(float x) {
 // Where everything is -infinity the shift is 0.
 LLMPARI_DEVICE float llmpari_cuda_softmax_exp(float x, float largest) { return llmpari_cuda_exp(__fadd_rn(x, largest == -INFINITY ? 0.0f : -largest)); }
 
-static __global__ void __launch_bounds__(1024) llmpari_cuda_softmax_kernel(const llmpar_cuda_softmax_desc d, int width, bool packs) {
+static __global__ void __launch_bounds__(1024) llmpari_cuda_softmax_kernel(const llmpar_cuda_softmax_desc d, int width) {
     LLMPARI_SHARED(float, sums, 64);
     const int together = (int)blockDim.x / width, lane = (int)threadIdx.x % width, n = (int)d.n;
     for (int64_t first = (int64_t)blockIdx.x * together; first < d.rows; first += (int64_t)gridDim.x * together) {
         const int64_t row = first + (int)threadIdx.x / width;
         const int here = row < d.rows ? n : 0;
-        llmpari_cuda_pack<float> x[LLMPARI_CUDA_KEPT];
+        llmpari_cuda_kept<float> x;
         float largest = -INFINITY, t[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
-        llmpari_cuda_row_keep(x, d.x + row * d.x_stride, lane, width, here, -INFINITY, packs);
-        LLMPARI_CUDA_UNROLL for (int i = 0; i < 4 * LLMPARI_CUDA_KEPT; i++) largest = fmaxf(largest, x[i / 4].at[i % 4]);
+        llmpari_cuda_row_keep(x, d.x + row * d.x_stride, lane, width, here, -INFINITY);
+        LLMPARI_CUDA_UNROLL for (int i = 0; i < LLMPARI_CUDA_KEPT; i++) largest = fmaxf(largest, x.at[i / 4].at[i % 4]);
         largest = llmpari_cuda_row_max(largest, width, sums);
-        LLMPARI_CUDA_UNROLL for (int i = 0; i < 4 * LLMPARI_CUDA_KEPT; i++) t[i % 4] += x[i / 4].at[i % 4] = llmpari_cuda_softmax_exp(x[i / 4].at[i % 4], largest);
+        LLMPARI_CUDA_UNROLL for (int i = 0; i < LLMPARI_CUDA_KEPT; i++) t[i % 4] += x.at[i / 4].at[i % 4] = llmpari_cuda_softmax_exp(x.at[i / 4].at[i % 4], largest);
         const float scale = 1.0f / llmpari_cuda_row_sum(llmpari_cuda_pack_sum(t), width, sums + 32);
-        LLMPARI_CUDA_UNROLL for (int p = 0; p < LLMPARI_CUDA_KEPT; p++) {
-            LLMPARI_CUDA_UNROLL for (int i = 0; i < 4; i++) x[p].at[i] *= scale;
-            llmpari_cuda_row_store(d.y + row * d.y_stride, (p * width + lane) * 4, here, x[p], packs);
-        }
+        LLMPARI_CUDA_UNROLL for (int i = 0; i < LLMPARI_CUDA_KEPT; i++) x.at[i / 4].at[i % 4] *= scale;
+        llmpari_cuda_row_put(d.y + row * d.y_stride, lane, width, here, x);
     }
 }
 
-static __global__ void __launch_bounds__(1024) llmpari_cuda_softmax_long_kernel(const llmpar_cuda_softmax_desc d, bool packs) {
+static __global__ void __launch_bounds__(1024) llmpari_cuda_softmax_long_kernel(const llmpar_cuda_softmax_desc d, int width, bool packs) {
     LLMPARI_SHARED(float, sums, 64);
-    const int64_t step = (int64_t)blockDim.x * 4;
-    for (int64_t row = blockIdx.x; row < d.rows; row += gridDim.x) {
+    const int together = (int)blockDim.x / width, lane = (int)threadIdx.x % width;
+    for (int64_t first = (int64_t)blockIdx.x * together; first < d.rows; first += (int64_t)gridDim.x * together) {
+        const int64_t row = first + (int)threadIdx.x / width, here = row < d.rows ? d.n : 0;
         const float *from = d.x + row * d.x_stride;
         float largest = -INFINITY, scale = 0.0f;
         for (int pass = 0; pass < 3; pass++) {                                 // the largest, the sum, y
             float t[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
-            for (int64_t at = (int64_t)threadIdx.x * 4; at < d.n; at += step) {
-                llmpari_cuda_pack<float> x = llmpari_cuda_row_load(from, at, d.n, -INFINITY, packs);
+            for (int64_t at = (int64_t)lane * 4; at < here; at += (int64_t)width * 4) {
+                llmpari_cuda_pack<float> x = llmpari_cuda_row_load(from + at, (int)(here - at), -INFINITY, packs);
                 LLMPARI_CUDA_UNROLL for (int i = 0; i < 4; i++) {
                     if (pass == 0) largest = fmaxf(largest, x.at[i]);
                     else t[i] += x.at[i] = llmpari_cuda_softmax_exp(x.at[i], largest);
                     x.at[i] *= scale;
                 }
-                if (pass == 2) llmpari_cuda_row_store(d.y + row * d.y_stride, at, d.n, x, packs);
+                if (pass == 2) llmpari_cuda_row_store(d.y + row * d.y_stride + at, (int)(here - at), x, packs);
             }
-            if (pass == 0) largest = llmpari_cuda_row_max(largest, (int)blockDim.x, sums);
-            if (pass == 1) scale = 1.0f / llmpari_cuda_row_sum(llmpari_cuda_pack_sum(t), (int)blockDim.x, sums + 32);
+            if (pass == 0) largest = llmpari_cuda_row_max(largest, width, sums);
+            if (pass == 1) scale = 1.0f / llmpari_cuda_row_sum(llmpari_cuda_pack_sum(t), width, sums + 32);
         }
     }
 }
@@ -1257,12 +1269,13 @@ static __global__ void __launch_bounds__(128) llmpari_cuda_softmax_exact_kernel(
 
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_softmax_launch(const llmpar_cuda_softmax_desc *d, void *stream, llmpar_error *err) {
     if (d->rows == 0 || d->n == 0) return LLMPAR_OK;
-    const int width = llmpari_cuda_row_width(d->n, 4), together = d->exact ? 4 : width < 128 ? 128 / width : 1;
+    const int width = llmpari_cuda_row_width(d->n), together = d->exact ? 4 : width < 128 ? 128 / width : 1;
     const bool packs = d->n % 4 == 0 && llmpari_cuda_packs(d->x, d->x_stride) && llmpari_cuda_packs(d->y, d->y_stride);
     const dim3 grid((unsigned)llmpari_cuda_min(LLMPARI_CUDA_GRID, llmpari_cuda_up(d->rows, together)));
     if (d->exact) return llmpari_cuda_launch("softmax", llmpari_cuda_softmax_exact_kernel, grid, dim3(128), 0, stream, err, *d);
-    if (llmpari_cuda_row_is_kept(d->n, 4)) return llmpari_cuda_launch("softmax", llmpari_cuda_softmax_kernel, grid, dim3((unsigned)(width * together)), 0, stream, err, *d, width, packs);
-    return llmpari_cuda_launch("softmax", llmpari_cuda_softmax_long_kernel, grid, dim3(1024), 0, stream, err, *d, packs);
+    const dim3 block((unsigned)(width * together));
+    if (packs && llmpari_cuda_row_is_kept(d->n)) return llmpari_cuda_launch("softmax", llmpari_cuda_softmax_kernel, grid, block, 0, stream, err, *d, width);
+    return llmpari_cuda_launch("softmax", llmpari_cuda_softmax_long_kernel, grid, block, 0, stream, err, *d, width, packs);
 }
 
 LLMPAR_DEF llmpar_status llmpar_cuda_softmax(const llmpar_cuda_softmax_desc *desc, void *stream, llmpar_error *err) {
@@ -1321,6 +1334,7 @@ template <typename T, int K> LLMPARI_DEVICE float llmpari_cuda_act(float x) {
 // act(x), and its derivative in *slope. Where sigmoids are 0 or 1 to the last bit, x is held back, so that 0 * infinity does not come up.
 template <typename T, int K> LLMPARI_DEVICE float llmpari_cuda_act_slope(float x, float *slope) {
     const float held = fminf(fmaxf(x, -128.0f), 128.0f), y = llmpari_cuda_act<T, K>(x);
+    *slope = 1.0f;
     if (K == LLMPAR_SILU) {
         const float s = 1.0f / (1.0f + llmpari_cuda_exp_for<T>(-x));
         *slope = s * (1.0f + held * (1.0f - s));
@@ -4570,7 +4584,10 @@ template <typename T> __global__ void __launch_bounds__(256) llmpari_cuda_square
     double total = 0.0;
     for (int64_t at = ((int64_t)blockIdx.x * 256 + threadIdx.x) * N; at < n; at += WAYS * step) {
         llmpari_cuda_pack<T> v[WAYS];
-        LLMPARI_CUDA_UNROLL for (int w = 0; w < WAYS; w++) v[w] = llmpari_cuda_row_load(x, at + w * step, n, 0.0f, at + w * step < whole);
+        LLMPARI_CUDA_UNROLL for (int w = 0; w < WAYS; w++) {
+            const int64_t here = at + w * step;
+            v[w] = llmpari_cuda_row_load(x + here, n - here < N ? (int)(n - here) : (int)N, 0.0f, here < whole);
+        }
         LLMPARI_CUDA_UNROLL for (int w = 0; w < WAYS; w++) {
             float t = 0.0f;
             LLMPARI_CUDA_UNROLL for (int i = 0; i < N; i++) t = fmaf(llmpari_cuda_to_f32(v[w].at[i]), llmpari_cuda_to_f32(v[w].at[i]), t);
