@@ -956,27 +956,22 @@ template <typename T> LLMPARI_DEVICE void llmpari_cuda_attend_sees(const llmpari
     *end   = first < last ? (int)last : 0;
 }
 
-// Bytes of a row of keys in shared memory, so that the lanes that read 16 bytes each of several keys meet different banks.
+#define LLMPARI_CUDA_TILE 132           // floats between the rows of scores of up to 128 keys: 4 keys of 8 rows are in different banks
+
+// Elements of a row of keys in shared memory, so that the lanes that read 16 bytes each of several keys meet different banks.
 template <typename T> LLMPARI_DEVICE int llmpari_cuda_attend_stride(int width, int lanes) { return width + (lanes < 8 ? lanes * (int)(16 / sizeof(T)) : 0); }
 
-// 16-byte packs part and part + lanes of slot j of k or v; zeros beyond `last` and where there is no block.
-template <typename T> LLMPARI_DEVICE void llmpari_cuda_attend_fetch(const llmpari_cuda_attend<T> &g, const T *from, int64_t at, bool live, int part, llmpari_cuda_pack<T> pack[2]) {
-    enum { N = llmpari_cuda_pack<T>::n };
+// 16 bytes as words, which stay in four registers where elements of 2 bytes would take eight.
+typedef llmpari_cuda_pack<uint32_t> llmpari_cuda_words;
+template <typename T> LLMPARI_DEVICE llmpari_cuda_words llmpari_cuda_load_words(const T *from) { return *reinterpret_cast<const llmpari_cuda_words *>(from); }
+// Zeros where there is no key.
+template <typename T> LLMPARI_DEVICE void llmpari_cuda_attend_put(T *to, bool live, llmpari_cuda_words words) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int e0 = (part + i * g.lanes) * N;
-        if (g.packed && live && e0 < g.d) pack[i] = llmpari_cuda_load_pack(from + at + e0);
-        else
-#pragma unroll
-            for (int e = 0; e < N; e++) {
-                if (live && e0 + e < g.d) pack[i].at[e] = from[at + e0 + e];
-                else llmpari_cuda_from_f32(&pack[i].at[e], 0.0f);
-            }
-    }
+    for (int i = 0; i < 4; i++) words.at[i] = live ? words.at[i] : 0;
+    *reinterpret_cast<llmpari_cuda_words *>(to) = words;
 }
 
-// R rows (query, head) that share kv head blockIdx.y, against tiles of 256 / lanes keys. Of a tile: its packs come into registers while the tile before is worked on, then into shared
-// memory; `lanes` threads make the R scores of a key; a warp a row: running maximum and sum (Milakov & Gimelshein 2018); a thread takes two columns of v for some of the keys, R sums each.
+// R rows (query, head) that share kv head blockIdx.y, against tiles of 256 / lanes keys. A tile comes into shared memory; `lanes` threads make the R scores of a key; a warp a row: running maximum and sum (Milakov & Gimelshein 2018); a thread takes two columns of v for some of the keys, R sums each.
 template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_cuda_attend_kernel(const llmpari_cuda_attend<T> g) {
     enum { N = llmpari_cuda_pack<T>::n };
     LLMPARI_SHARED_DYNAMIC(float, shared);
@@ -986,16 +981,18 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
     LLMPARI_SHARED(int, row_query, R);         // -1 = there is no such row
     LLMPARI_SHARED(int, row_head, R);
     LLMPARI_SHARED(int, members_of, 1);
+    LLMPARI_SHARED(int, range, 4);             // keys of this split, [0] to [1]; those that all rows see, [2] to [3]
     LLMPARI_SHARED(float, shrink, R);
     LLMPARI_SHARED(float, total, R);
     const int tid = (int)threadIdx.x, lane = tid % 32, warp = tid / 32, part = tid % g.lanes, key = tid / g.lanes, tile = 256 / g.lanes;
     const int width = (g.d + 7) / 8 * 8, packs = width / N, stride = llmpari_cuda_attend_stride<T>(width, g.lanes), kv_head = (int)blockIdx.y;
     const int pairs = width / 2, subsets = 256 / pairs, subset = tid / pairs, column = (tid - subset * pairs) * 2;
-    float *q = shared, *p = q + R * width;     // [R][N / 4][packs][4], [R][tile]
-    T *k = reinterpret_cast<T *>(p + R * tile), *v = k + tile * stride;            // [tile][stride], [tile][width]
-    float *sums = p + R * tile;                // [subsets][R][width], at the end
+    float *q = shared, *p = q + R * 256;       // [R][256 or 2 halves of packs, 128 each], [R][LLMPARI_CUDA_TILE]: strides that are known make short addresses
+    T *k = reinterpret_cast<T *>(p + R * LLMPARI_CUDA_TILE), *v = k + tile * stride;       // [tile][stride], [tile][width]
+    float *sums = p + R * LLMPARI_CUDA_TILE;   // [subsets][R][width], at the end
     if (warp == 0) {
         int n = 0;
+#pragma unroll 1
         for (int base = 0; base < g.q_heads; base += 32) {
             const bool mine = base + lane < g.q_heads && (g.kv_of_q ? g.kv_of_q[base + lane] : (base + lane) / (g.q_heads / g.kv_heads)) == kv_head;
             const unsigned mask = __ballot_sync(0xffffffffu, mine);
@@ -1006,60 +1003,71 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
     }
     __syncthreads();
     const int members = members_of[0], split = (int)blockIdx.x % g.splits;
-    const int64_t rows = g.queries * members;
-    for (int64_t b = blockIdx.z; b < g.batch; b += gridDim.z) for (int64_t row0 = (int64_t)(blockIdx.x / g.splits) * R; row0 < rows; row0 += (int64_t)g.chunks * R) {
+    const int rows = (int)g.queries * members;
+    for (int b = (int)blockIdx.z; b < g.batch; b += (int)gridDim.z) for (int row0 = (int)blockIdx.x / g.splits * R; row0 < rows; row0 += g.chunks * R) {
         __syncthreads();                                               // the rows before have been written
         if (tid < R) {
             const bool live = row0 + tid < rows;
-            const int64_t query = live ? (row0 + tid) / members : 0;
+            const int query = live ? (row0 + tid) / members : 0;
             int begin = 0, end = 0;
             if (live) llmpari_cuda_attend_sees(g, b, query, &begin, &end);
-            row_query[tid] = live ? (int)query : -1;
-            row_head[tid]  = member[live ? (row0 + tid) - query * members : 0];
+            row_query[tid] = live ? query : -1;
+            row_head[tid]  = member[live ? row0 + tid - query * members : 0];
             row_begin[tid] = begin;
             row_end[tid]   = end;
         }
         __syncthreads();
-        int low = 0x7fffffff, high = 0, inner_low = 0, inner_high = 0x7fffffff;     // keys that some row sees, that all do
-#pragma unroll
-        for (int r = 0; r < R; r++) if (row_end[r] > row_begin[r]) {
-            low = row_begin[r] < low ? row_begin[r] : low;
-            high = row_end[r] > high ? row_end[r] : high;
-            inner_low = row_begin[r] > inner_low ? row_begin[r] : inner_low;
-            inner_high = row_end[r] < inner_high ? row_end[r] : inner_high;
+        if (tid == 0) {
+            int low = 0x7fffffff, high = 0, inner_low = 0, inner_high = 0x7fffffff;
+#pragma unroll 1
+            for (int r = 0; r < R; r++) if (row_end[r] > row_begin[r]) {
+                low = row_begin[r] < low ? row_begin[r] : low;
+                high = row_end[r] > high ? row_end[r] : high;
+                inner_low = row_begin[r] > inner_low ? row_begin[r] : inner_low;
+                inner_high = row_end[r] < inner_high ? row_end[r] : inner_high;
+            }
+            if (low > high) low = high;
+            const int per = ((high - low + tile - 1) / tile + g.splits - 1) / g.splits * tile;     // keys of a split
+            const int64_t first = low + (int64_t)split * per;
+            range[0] = first < high ? (int)first : high;
+            range[1] = high - range[0] < per ? high : range[0] + per;
+            range[2] = inner_low;
+            range[3] = inner_high;
         }
-        if (low > high) low = high;
+#pragma unroll 1
         for (int i = tid; i < R * packs; i += 256) {
             const int r = i / packs, c = i - r * packs;
             float x[N];
             if (row_query[r] >= 0) llmpari_cuda_load_floats<T, N>(g.q + ((b * g.queries + row_query[r]) * g.q_heads + row_head[r]) * g.d + c * N, g.packed, g.d - c * N, x);
 #pragma unroll
-            for (int e = 0; e < N; e++) q[r * width + (e / 4 * packs + c) * 4 + e % 4] = row_query[r] >= 0 ? x[e] * g.scale : 0.0f;
+            for (int e = 0; e < N; e++) q[r * 256 + e / 4 * 128 + c * 4 + e % 4] = row_query[r] >= 0 ? x[e] * g.scale : 0.0f;
         }
-        const int per = ((high - low + tile - 1) / tile + g.splits - 1) / g.splits * tile;         // keys of a split
-        const int64_t first64 = low + (int64_t)split * per;
-        const int first = first64 < high ? (int)first64 : high, last = high - first < per ? high : first + per;
+        __syncthreads();
+        const int first = range[0], last = range[1];
         float acc[R][2], most = -INFINITY, sum = 0.0f;                 // most, sum: of row `warp`
 #pragma unroll
         for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = 0.0f;
-        llmpari_cuda_pack<T> next_k[2], next_v[2];
-        for (int j0 = first - tile; j0 < last; j0 += tile) {
-            if (j0 >= first) {
+#pragma unroll 1
+        for (int j0 = first; j0 < last; j0 += tile) {
+            int64_t at = j0 + key < last ? llmpari_cuda_cache_at(g.kv, b, j0 + key) : -1;
+            const bool live = at >= 0;
+            at += kv_head * g.kv.stride_head;
+            if (g.packed) {
+                llmpari_cuda_words k0 = {}, k1 = {}, v0 = {}, v1 = {};
+                const int e0 = part * N, e1 = e0 + g.lanes * N;
+                if (live && e0 < width) { k0 = llmpari_cuda_load_words(g.kv.k + at + e0); v0 = llmpari_cuda_load_words(g.kv.v + at + e0); }
+                if (live && e1 < width) { k1 = llmpari_cuda_load_words(g.kv.k + at + e1); v1 = llmpari_cuda_load_words(g.kv.v + at + e1); }
                 __syncthreads();                                       // the tile before has been read
-#pragma unroll
-                for (int i = 0; i < 2; i++) if (part + i * g.lanes < packs) {
-                    llmpari_cuda_store_pack(k + key * stride + (part + i * g.lanes) * N, next_k[i]);
-                    llmpari_cuda_store_pack(v + key * width + (part + i * g.lanes) * N, next_v[i]);
+                if (e0 < width) { llmpari_cuda_attend_put(k + key * stride + e0, live, k0); llmpari_cuda_attend_put(v + key * width + e0, live, v0); }
+                if (e1 < width) { llmpari_cuda_attend_put(k + key * stride + e1, live, k1); llmpari_cuda_attend_put(v + key * width + e1, live, v1); }
+            } else {
+                __syncthreads();
+#pragma unroll 1
+                for (int e = part; e < width; e += g.lanes) {
+                    if (live && e < g.d) { k[key * stride + e] = g.kv.k[at + e]; v[key * width + e] = g.kv.v[at + e]; }
+                    else { llmpari_cuda_from_f32(k + key * stride + e, 0.0f); llmpari_cuda_from_f32(v + key * width + e, 0.0f); }
                 }
             }
-            if (j0 + tile < last) {
-                int64_t at = j0 + tile + key < last ? llmpari_cuda_cache_at(g.kv, b, j0 + tile + key) : -1;
-                const bool live = at >= 0;
-                at += kv_head * g.kv.stride_head;
-                llmpari_cuda_attend_fetch(g, (const T *)g.kv.k, at, live, part, next_k);
-                llmpari_cuda_attend_fetch(g, (const T *)g.kv.v, at, live, part, next_v);
-            }
-            if (j0 < first) continue;
             __syncthreads();
             float s[R];
 #pragma unroll
@@ -1072,7 +1080,7 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
                 for (int r = 0; r < R; r++)
 #pragma unroll
                     for (int w = 0; w < N / 4; w++) {
-                        const llmpari_cuda_pack<float> y = llmpari_cuda_load_pack(q + r * width + (w * packs + c) * 4);
+                        const llmpari_cuda_pack<float> y = llmpari_cuda_load_pack(q + r * 256 + w * 128 + c * 4);
 #pragma unroll
                         for (int e = 0; e < 4; e++) s[r] = fmaf(x[w * 4 + e], y.at[e], s[r]);
                     }
@@ -1093,7 +1101,7 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
             for (; m > 0; m /= 2) s[0] += __shfl_xor_sync(0xffffffffu, s[0], m);
             const bool writes = g.lanes <= R || part % (g.lanes / R) == 0;
 #pragma unroll
-            for (int i = 0; i < R; i++) if (i < held && writes) p[(row + i) * tile + key] = s[i];
+            for (int i = 0; i < R; i++) if (i < held && writes) p[(row + i) * LLMPARI_CUDA_TILE + key] = s[i];
             __syncthreads();
             if (warp < R) {
                 float x[4], block = -INFINITY, terms = 0.0f;
@@ -1102,7 +1110,7 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
                     const int j = j0 + lane + 32 * i;
                     x[i] = -INFINITY;
                     if (lane + 32 * i < tile && j < last && j >= row_begin[warp] && j < row_end[warp]) {
-                        x[i] = p[warp * tile + lane + 32 * i];
+                        x[i] = p[warp * LLMPARI_CUDA_TILE + lane + 32 * i];
                         if (g.cap > 0.0f) x[i] = g.cap * tanhf(x[i] / g.cap);
                     }
                     block = fmaxf(block, x[i]);
@@ -1112,7 +1120,7 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
 #pragma unroll
                 for (int i = 0; i < 4; i++) if (lane + 32 * i < tile) {
                     x[i] = expf(x[i] - shift);
-                    p[warp * tile + lane + 32 * i] = x[i];
+                    p[warp * LLMPARI_CUDA_TILE + lane + 32 * i] = x[i];
                     terms += x[i];
                 }
                 sum = sum * factor + llmpari_cuda_warp_sum(terms);
@@ -1122,7 +1130,8 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
             __syncthreads();
 #pragma unroll
             for (int r = 0; r < R; r++) { acc[r][0] *= shrink[r]; acc[r][1] *= shrink[r]; }
-            const bool all = j0 >= inner_low && (j0 + tile < last ? j0 + tile : last) <= inner_high;       // else a key that a row does not see might hold NaN
+            const bool all = j0 >= range[2] && (j0 + tile < last ? j0 + tile : last) <= range[3];       // else a key that a row does not see might hold NaN
+#pragma unroll 1
             for (int four = subset; subset < subsets && four < tile / 4; four += subsets) {
                 float x[4][2];
 #pragma unroll
@@ -1132,7 +1141,7 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
                 }
 #pragma unroll
                 for (int r = 0; r < R; r++) {
-                    const llmpari_cuda_pack<float> y = llmpari_cuda_load_pack(p + r * tile + four * 4);
+                    const llmpari_cuda_pack<float> y = llmpari_cuda_load_pack(p + r * LLMPARI_CUDA_TILE + four * 4);
 #pragma unroll
                     for (int i = 0; i < 4; i++) if (all || y.at[i] != 0.0f) {
                         acc[r][0] = fmaf(y.at[i], x[i][0], acc[r][0]);
@@ -1142,9 +1151,11 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
             }
         }
         __syncthreads();
-        if (subset < subsets)
+        if (subset < subsets) {
+            float *to = sums + subset * R * width + column;
 #pragma unroll
-            for (int r = 0; r < R; r++) { sums[(subset * R + r) * width + column] = acc[r][0]; sums[(subset * R + r) * width + column + 1] = acc[r][1]; }
+            for (int r = 0; r < R; r++, to += width) { to[0] = acc[r][0]; to[1] = acc[r][1]; }
+        }
         if (warp < R && lane == 0) {
             const float sink = g.sinks && g.splits == 1 ? g.sinks[row_head[warp]] : -INFINITY, end = fmaxf(most, sink), shift = end == -INFINITY ? 0.0f : end;
             const float factor = sink == -INFINITY ? 1.0f : expf(most - shift);
@@ -1155,6 +1166,7 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
                 g.lse[((split * g.batch + b) * g.queries + row_query[warp]) * g.q_heads + row_head[warp]] = sum == 0.0f ? -INFINITY : shift + logf(sum);
         }
         __syncthreads();
+#pragma unroll 1
         for (int i = tid; i < R * packs; i += 256) {
             const int r = i / packs, c = i - r * packs;
             if (row_query[r] < 0) continue;
@@ -1162,6 +1174,7 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
             float x[N];
 #pragma unroll
             for (int e = 0; e < N; e++) x[e] = 0.0f;
+#pragma unroll 1
             for (int n = 0; n < subsets; n++)
 #pragma unroll
                 for (int e = 0; e < N; e++) x[e] += sums[(n * R + r) * width + c * N + e];
@@ -1271,12 +1284,12 @@ template <typename T> static llmpar_status llmpari_cuda_attend_launch(llmpari_cu
     float *lse = g.lse;
     if (!tokens || !g.q_heads || !g.d) return LLMPAR_OK;
     g.chunks = (int32_t)llmpari_cuda_attend_chunks(g.queries, g.q_heads, g.kv_heads, &rows);
-    g.packed = g.d % llmpari_cuda_max(n, 4) == 0 && llmpari_cuda_packs(g.q, g.d) && llmpari_cuda_packs(g.out, g.d) && llmpari_cuda_cache_packs(g.kv);
+    g.packed = g.d % 8 == 0 && llmpari_cuda_packs(g.q, g.d) && llmpari_cuda_packs(g.out, g.d) && llmpari_cuda_cache_packs(g.kv);
     g.lanes = 2;                                                       // tiles of at most 8 KiB: two packs of k and two of v a thread
     while (256 / g.lanes * width * size > 8192) g.lanes *= 2;
     if (g.splits > 1) { g.part = workspace; g.lse = workspace + g.splits * tokens * g.q_heads * g.d; }
     const int64_t tile = 256 / g.lanes, stride = width + (g.lanes < 8 ? g.lanes * n : 0), subsets = 256 / (width / 2);
-    const int64_t bytes = rows * (width + tile) * 4 + llmpari_cuda_max(tile * (stride + width) * size, subsets * rows * width * 4);
+    const int64_t bytes = rows * (256 + LLMPARI_CUDA_TILE) * 4 + llmpari_cuda_max(tile * (stride + width) * size, subsets * rows * width * 4);
     const dim3 grid((unsigned)(g.chunks * (int64_t)g.splits), (unsigned)g.kv_heads, (unsigned)llmpari_cuda_min(g.batch, 65535));
     if (rows == 4) LLMPARI_CUDA_TRY(llmpari_cuda_launch("attention", llmpari_cuda_attend_kernel<T, 4>, grid, dim3(256), (size_t)bytes, stream, err, g));
     else           LLMPARI_CUDA_TRY(llmpari_cuda_launch("attention", llmpari_cuda_attend_kernel<T, 8>, grid, dim3(256), (size_t)bytes, stream, err, g));
@@ -1332,8 +1345,8 @@ static llmpar_status llmpari_cuda_attention_exact(const llmpar_cuda_attention_de
 
 static llmpar_status llmpari_cuda_attention_sizes(const llmpar_cuda_attention_desc *desc, llmpar_error *err) {
     LLMPARI_CUDA_TRY(llmpari_cuda_float("dtype", desc->dtype, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_size("batch", desc->batch, INT32_MAX, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_size("queries", desc->queries, INT32_MAX, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("batch", desc->batch, 1 << 30, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("queries", desc->queries, (1 << 30) / llmpari_cuda_max(1, desc->q_heads), err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("q_heads", desc->q_heads, LLMPARI_CUDA_MAX_HEADS, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("kv_heads", desc->kv_heads, LLMPARI_CUDA_MAX_HEADS, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("d", desc->d, desc->exact ? 65536 : 256, err));
