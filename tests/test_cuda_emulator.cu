@@ -141,13 +141,6 @@ __global__ void message(float *data, uint32_t *flag, float *y, int way) {
         emulator_load(&y[i], &data[i], 4);
     }
 }
-__global__ void others_stores(float *data, uint32_t *flag, int sound) {        // thread 0's release does not publish what others stored without a barrier between
-    const float v = 1;
-    if (threadIdx.x > 0) emulator_store(&data[threadIdx.x], &v, 4);
-    if (sound) __syncthreads();
-    if (threadIdx.x == 0) emulator_store_release(flag, 1);
-    if (blockIdx.x == 0 && threadIdx.x == 1) for (int i = 0; i < 3; i++) emulator_spin();
-}
 __global__ void own_stores(float *y) {
     const float v = (float)threadIdx.x, w = v + 1;
     float got = -1;
@@ -273,7 +266,11 @@ int main(int argc, char **argv) {
             uint32_t *flag = device_room<uint32_t>(1);
             int late[4] = { 0, 0, 0, 0 };
             const int seeds = test_short() ? 10 : 60;
-            for (int way = 0; way < 4; way++)
+            int ways = 4;
+#ifdef EMULATOR_TSAN
+            ways = 1;                                          // ThreadSanitizer stops at the others, whose flag is no atomic release
+#endif
+            for (int way = 0; way < ways; way++)
                 for (int seed = 0; seed <= seeds; seed++) {
                     emulator_buffer((uint64_t)seed);           // 0: stores are seen at once
                     CHECK(cudaMemset(flag, 0, 4) == cudaSuccess && cudaMemset(data, 0, 256) == cudaSuccess);
@@ -284,7 +281,7 @@ int main(int argc, char **argv) {
                     if (seed == 0) CHECK(right); else late[way] += !right;
                 }
             CHECK_EQ(late[0], 0); CHECK_EQ(late[1], 0);
-            CHECK(late[2] > seeds / 4); CHECK(late[3] > seeds / 4);
+            if (ways == 4) { CHECK(late[2] > seeds / 4); CHECK(late[3] > seeds / 4); }
             if (order == 0) printf("removed fence: seen with %d and %d of %d seeds\n", late[2], late[3], seeds);
             emulator_buffer(5);
             CHECK(launch(own_stores, dim3(1), dim3(64), 0, NULL, y) == cudaSuccess);
@@ -297,8 +294,8 @@ int main(int argc, char **argv) {
             uint32_t *flag = (uint32_t *)count;
             cudaStream_t other;
             CHECK(cudaMemset(count, 0, 8) == cudaSuccess);
-            CHECK(launch(count_blocks, dim3(100), dim3(33), 0, NULL, count) == cudaSuccess);
-            CHECK_EQ(host(count, 1)[0], 100);
+            CHECK(launch(count_blocks, dim3(40), dim3(33), 0, NULL, count) == cudaSuccess);
+            CHECK_EQ(host(count, 1)[0], 40);
             CHECK(cudaStreamCreate(&other) == cudaSuccess);
             CHECK(cudaMemset(count, 0, 8) == cudaSuccess);
             uint32_t value = 7;

@@ -204,7 +204,7 @@ __attribute__((naked, noinline, unused)) static void emulator_swap(void **, void
 }
 #endif
 
-enum { EMULATOR_READY, EMULATOR_BARRIER, EMULATOR_WARP, EMULATOR_SPIN, EMULATOR_DONE };
+enum { EMULATOR_READY, EMULATOR_BARRIER, EMULATOR_WARP, EMULATOR_SPIN, EMULATOR_DONE, EMULATOR_DROPPED };
 enum { EMULATOR_GUARD = 256, EMULATOR_BUFFER = 256 };
 
 enum { EMULATOR_SYNC, EMULATOR_SHFL, EMULATOR_BALLOT, EMULATOR_SYNCWARP, EMULATOR_MATCH, EMULATOR_ADD, EMULATOR_MIN, EMULATOR_MAX, EMULATOR_AND, EMULATOR_OR, EMULATOR_XOR };
@@ -338,6 +338,13 @@ inline void emulator_to(emulator_fiber *from, emulator_fiber *to, void *tsan, bo
 inline void emulator_leave(bool last = false) {                // from a fiber to the scheduler
     emulator_worker &me = emulator_me();
     emulator_to(emulator_self->fiber, &me.main, me.tsan, last);
+#ifdef EMULATOR_TSAN
+    if (emulator_self->state == EMULATOR_DROPPED) {            // called once more, to end what it ignores: its launch has failed
+        EMULATOR_RELEASE(&emulator_self->block->launch->end);
+        AnnotateIgnoreWritesEnd(__FILE__, __LINE__); AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+        for (;;) emulator_to(emulator_self->fiber, &me.main, me.tsan, true);
+    }
+#endif
 }
 // A fault in a kernel: the launch is over, this fiber never goes on.
 #define EMULATOR_FAULT(...) do { char emulator_text[600]; snprintf(emulator_text, sizeof emulator_text, __VA_ARGS__); emulator_fault(emulator_text); } while (0)
@@ -357,16 +364,21 @@ extern "C" __attribute__((unused)) inline void emulator_enter() {
     { const void *bottom; size_t bytes; __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes); emulator_me().main.low = (unsigned char *)(uintptr_t)bottom; emulator_me().main.bytes = bytes; }
 #endif
     emulator_thread *self = emulator_self;
+#ifdef EMULATOR_TSAN
+    if (self->state == EMULATOR_DROPPED) for (;;) emulator_to(self->fiber, &emulator_me().main, emulator_me().tsan, true);          // dropped before it began
+#endif
     EMULATOR_ACQUIRE(&self->block->launch->begin);
     self->block->launch->body();
     EMULATOR_RELEASE(&self->block->launch->end);
-    emulator_ignore quiet;
-    emulator_warp_state &warp = self->block->warps[(size_t)self->number / 32];
-    warp.exited |= 1u << self->number % 32;
-    for (int g = 0; g < warp.groups; g++)
-        if (warp.group[g].mask & warp.exited) EMULATOR_FAULT("exits, but lane %d waits for it in a %s in line %d", __builtin_ctz(warp.group[g].arrived), emulator_warp_call(warp.group[g].kind), warp.group[g].line);
-    self->state = EMULATOR_DONE;
-    self->block->done++;
+    {
+        emulator_ignore quiet;
+        emulator_warp_state &warp = self->block->warps[(size_t)self->number / 32];
+        warp.exited |= 1u << self->number % 32;
+        for (int g = 0; g < warp.groups; g++)
+            if (warp.group[g].mask & warp.exited) EMULATOR_FAULT("exits, but lane %d waits for it in a %s in line %d", __builtin_ctz(warp.group[g].arrived), emulator_warp_call(warp.group[g].kind), warp.group[g].line);
+        self->state = EMULATOR_DONE;
+        self->block->done++;
+    }
     for (;;) emulator_leave(true);
 }
 inline emulator_fiber *emulator_new_fiber() {
@@ -611,6 +623,7 @@ inline void emulator_flush() {
 }
 inline void emulator_store(void *to, const void *from, int bytes) {
     if (!emulator_option().buffer) { emulator_copy(to, from, bytes); return; }
+    emulator_ignore quiet;
     emulator_thread *t = emulator_self;
     emulator_launch *launch = t->block->launch;
     while (launch->buffer.size() >= EMULATOR_BUFFER * 16 || emulator_random(&launch->random) % 64 == 0) { emulator_drain_some(launch); if (launch->buffer.empty()) break; }
@@ -621,8 +634,9 @@ inline void emulator_store(void *to, const void *from, int bytes) {
     }
 }
 inline void emulator_load(void *to, const void *from, int bytes) {             // memory, and over it what this block has stored
+    if (!emulator_option().buffer) { emulator_copy(to, from, bytes); return; }
+    emulator_ignore quiet;
     emulator_copy(to, from, bytes);
-    if (!emulator_option().buffer) return;
     for (const emulator_store_entry &e : emulator_self->block->launch->buffer)
         if (e.thread && e.thread->block == emulator_self->block)
             for (int i = 0; i < e.n; i++) {
@@ -630,7 +644,12 @@ inline void emulator_load(void *to, const void *from, int bytes) {             /
                 if (at >= 0 && at < bytes) ((unsigned char *)to)[at] = e.bytes[i];
             }
 }
-inline void emulator_fence_system() { if (emulator_option().buffer) { emulator_ignore quiet; emulator_flush(); } __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void emulator_fence_system() {
+    if (emulator_option().buffer) { emulator_ignore quiet; emulator_flush(); }
+#ifndef EMULATOR_TSAN
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);                   // ThreadSanitizer knows no fences
+#endif
+}
 inline void emulator_store_release(uint32_t *to, uint32_t v) { if (emulator_option().buffer) { emulator_ignore quiet; emulator_flush(); } __atomic_store_n(to, v, __ATOMIC_RELEASE); }
 inline uint32_t emulator_load_acquire(const uint32_t *from) { return __atomic_load_n(from, __ATOMIC_ACQUIRE); }
 inline void emulator_spin() {
@@ -700,6 +719,9 @@ inline void emulator_free_block(emulator_block *b) {
     for (int t = 0; t < b->n; t++) {
         emulator_thread &thread = b->threads[(size_t)t];
         if (thread.state == EMULATOR_DONE) continue;           // of a block that failed: its stack is left as it is
+#ifdef EMULATOR_TSAN
+        if (thread.fiber) { thread.state = EMULATOR_DROPPED; emulator_run_thread(&thread); }
+#endif
         if (thread.fiber) { EMULATOR_UNPOISON(thread.fiber->low, thread.fiber->bytes); me.fibers.push_back(thread.fiber); thread.fiber = nullptr; }
 #ifdef EMULATOR_TSAN
         if (thread.tsan) { __tsan_destroy_fiber(thread.tsan); thread.tsan = nullptr; }
@@ -893,6 +915,7 @@ inline CUgraph_st *emulator_end_capture(uint64_t capture) {
     return graph;
 }
 inline emulator_worker::~emulator_worker() {
+    emulator_ignore quiet;
 #ifndef EMULATOR_TSAN
     for (emulator_fiber *f : fibers) { munmap(f->low - 4096, f->bytes + 4096); delete f; }
 #endif
