@@ -904,8 +904,8 @@ LLMPAR_DEF llmpar_status llmpar_cuda_merge(const llmpar_cuda_merge_desc *desc, v
     if (desc->dtype != desc->out_dtype && desc->dtype != LLMPAR_F32 && desc->out_dtype != LLMPAR_F32)
         return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "dtype=%d and out_dtype=%d; they must be equal, or one of them f32", (int)desc->dtype, (int)desc->out_dtype);
     if (!desc->tokens || !desc->heads || !desc->d) return LLMPAR_OK;
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("parts", desc->parts, llmpari_cuda_bytes(desc->dtype), desc->n == 0, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("lse", desc->lse, 4, desc->n == 0, err));
+    if (desc->n) LLMPARI_CUDA_TRY(llmpari_cuda_check("parts", desc->parts, llmpari_cuda_bytes(desc->dtype), false, err));
+    if (desc->n) LLMPARI_CUDA_TRY(llmpari_cuda_check("lse", desc->lse, 4, false, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("sinks", desc->sinks, 4, true, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("out", desc->out, llmpari_cuda_bytes(desc->out_dtype), false, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("out_lse", desc->out_lse, 4, !desc->accumulate, err));
