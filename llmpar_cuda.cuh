@@ -228,7 +228,7 @@ typedef struct llmpar_cuda_kv {
 // What lies between the QKV projection and attention, in one pass: x = qkv + bias; q and k: RMSNorm of each head (Qwen3), rotary embedding; q to q[T, q_heads, D], k and v to their
 // slots of the cache. The arithmetic is f32, rounded once. Rotary embedding: y_a = x_a cos - x_b sin, y_b = x_b cos + x_a sin with angle position * frequencies[i] for the pair (a, b) =
 // (i, i + D/2), as Hugging Face, or (2i, 2i + 1), GPT-J. Llama's, linear and Llama 3's scaling are all in the frequencies (llmpar_rope_frequencies). An odd D leaves its last element.
-// Error: of sine and cosine 2^-23, absolute, while |angle| < 2^40; of the result 2^-22 (|x_a| + |x_b|) (with norm: (D + 16) 2^-24 more, relative) and half a unit of dtype. Without
+// Error: of sine and cosine 2^-23, absolute, while |angle| < 2^40; of the result 5 * 2^-24 (|x_a| + |x_b|) (with norm: (D + 16) 2^-24 more, relative) and half a unit of dtype. Without
 // bias and norm, f32 has the bits of llmpar_ops_cpu's rope wherever sinf and cosf are the same (the emulator). Nothing may overlap.
 typedef struct llmpar_cuda_rope_desc {
     int64_t tokens;                // T
@@ -1828,36 +1828,41 @@ LLMPAR_DEF llmpar_status llmpar_cuda_heads_maps(const llmpar_heads *heads, llmpa
 // ---- pieces that the kernels share
 
 #define LLMPARI_CUDA_MAX_HEADS 1024
+// Before a loop: all its rounds one after another, so that arrays stay in registers; or none, where a slow path would take registers from the fast one.
+#if !defined(LLMPARI_CUDA_UNROLL) && defined(LLMPAR_CUDA_EMULATED)
+#define LLMPARI_CUDA_UNROLL
+#elif !defined(LLMPARI_CUDA_UNROLL)
+#define LLMPARI_CUDA_UNROLL _Pragma("unroll")
+#endif
+#ifdef LLMPAR_CUDA_EMULATED
+#define LLMPARI_CUDA_ROLL
+#else
+#define LLMPARI_CUDA_ROLL _Pragma("unroll 1")
+#endif
 
 // N floats from and to N elements; `packed`: the address is aligned to 16 bytes and all N are there, else the first `left` are looked at and the others are 0. N elements are whole packs
 // where packed is true.
 template <typename T, int N> LLMPARI_DEVICE void llmpari_cuda_load_floats(const T *from, bool packed, int left, float *to) {
     enum { P = llmpari_cuda_pack<T>::n };
     if (N % P == 0 && packed) {
-#pragma unroll
-        for (int i = 0; i < N / P; i++) {
+        LLMPARI_CUDA_UNROLL for (int i = 0; i < N / P; i++) {
             const llmpari_cuda_pack<T> pack = llmpari_cuda_load_pack(from + i * P);
-#pragma unroll
-            for (int e = 0; e < P; e++) to[(i * P + e) % N] = llmpari_cuda_to_f32(pack.at[e]);
+            LLMPARI_CUDA_UNROLL for (int e = 0; e < P; e++) to[(i * P + e) % N] = llmpari_cuda_to_f32(pack.at[e]);
         }
     } else {
-#pragma unroll
-        for (int e = 0; e < N; e++) to[e] = e < left ? llmpari_cuda_to_f32(from[e]) : 0.0f;
+        LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) to[e] = e < left ? llmpari_cuda_to_f32(from[e]) : 0.0f;
     }
 }
 template <typename T, int N> LLMPARI_DEVICE void llmpari_cuda_store_floats(T *to, bool packed, int left, const float *from) {
     enum { P = llmpari_cuda_pack<T>::n };
     if (N % P == 0 && packed) {
-#pragma unroll
-        for (int i = 0; i < N / P; i++) {
+        LLMPARI_CUDA_UNROLL for (int i = 0; i < N / P; i++) {
             llmpari_cuda_pack<T> pack;
-#pragma unroll
-            for (int e = 0; e < P; e++) llmpari_cuda_from_f32(&pack.at[e], from[(i * P + e) % N]);
+            LLMPARI_CUDA_UNROLL for (int e = 0; e < P; e++) llmpari_cuda_from_f32(&pack.at[e], from[(i * P + e) % N]);
             llmpari_cuda_store_pack(to + i * P, pack);
         }
     } else {
-#pragma unroll
-        for (int e = 0; e < N; e++) if (e < left) llmpari_cuda_from_f32(to + e, from[e]);
+        LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) if (e < left) llmpari_cuda_from_f32(to + e, from[e]);
     }
 }
 
@@ -1997,14 +2002,11 @@ template <typename T, bool Packed> __global__ void __launch_bounds__(256) llmpar
                     llmpari_cuda_load_floats<T, N>(from + (a < half ? b : g.d - 1), Packed, a < half ? 1 : 0, hi);
                     if (bias) {
                         llmpari_cuda_load_floats<T, N>(bias + (a < half ? a : g.d - 1), Packed, 1, w);
-#pragma unroll
-                        for (int e = 0; e < N; e++) lo[e] += w[e];
+                        LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) lo[e] += w[e];
                         llmpari_cuda_load_floats<T, N>(bias + (a < half ? b : g.d - 1), Packed, a < half ? 1 : 0, w);
-#pragma unroll
-                        for (int e = 0; e < N; e++) hi[e] += w[e];
+                        LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) hi[e] += w[e];
                     }
-#pragma unroll
-                    for (int e = 0; e < N; e++) squares = fmaf(lo[e], lo[e], fmaf(hi[e], hi[e], squares));
+                    LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) squares = fmaf(lo[e], lo[e], fmaf(hi[e], hi[e], squares));
                 }
                 for (int m = g.lanes / 2; m > 0; m /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, m);
                 if (norm) scale = 1.0f / sqrtf(squares / (float)g.d + g.eps);
@@ -2018,46 +2020,38 @@ template <typename T, bool Packed> __global__ void __launch_bounds__(256) llmpar
                 llmpari_cuda_load_floats<T, N>(from + b, Packed, both, hi);
                 if (bias) {
                     llmpari_cuda_load_floats<T, N>(bias + a, Packed, 1, w);
-#pragma unroll
-                    for (int e = 0; e < N; e++) lo[e] += w[e];
+                    LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) lo[e] += w[e];
                     llmpari_cuda_load_floats<T, N>(bias + b, Packed, both, w);
-#pragma unroll
-                    for (int e = 0; e < N; e++) hi[e] += w[e];
+                    LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) hi[e] += w[e];
                 }
                 if (norm) {
                     llmpari_cuda_load_floats<T, N>(norm + a, Packed, 1, w);
-#pragma unroll
-                    for (int e = 0; e < N; e++) lo[e] = lo[e] * scale * w[e];
+                    LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) lo[e] = lo[e] * scale * w[e];
                     llmpari_cuda_load_floats<T, N>(norm + b, Packed, both, w);
-#pragma unroll
-                    for (int e = 0; e < N; e++) hi[e] = hi[e] * scale * w[e];
+                    LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) hi[e] = hi[e] * scale * w[e];
                 }
                 if (turn && !last) {
                     const float *cosine = table + token * half + pair, *sine = cosine + g.span * half;
-#pragma unroll
-                    for (int e = 0; e < N; e++) {                      // products and sums rounded one by one, as on the CPU
+                    LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) {                      // products and sums rounded one by one, as on the CPU
                         const bool flat = N > 1 && g.interleaved;      // the pair (2e, 2e + 1) of the 2N elements
                         const int i = 2 * e, j = 2 * e + 1;
                         const float x = flat ? (i < N ? lo[i % N] : hi[i % N]) : lo[e], y = flat ? (j < N ? lo[j % N] : hi[j % N]) : hi[e];
                         w[e] = __fadd_rn(__fmul_rn(x, cosine[e]), -__fmul_rn(y, sine[e]));
                     }
                     float z[N];
-#pragma unroll
-                    for (int e = 0; e < N; e++) {
+                    LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) {
                         const bool flat = N > 1 && g.interleaved;
                         const int i = 2 * e, j = 2 * e + 1;
                         const float x = flat ? (i < N ? lo[i % N] : hi[i % N]) : lo[e], y = flat ? (j < N ? lo[j % N] : hi[j % N]) : hi[e];
                         z[e] = __fadd_rn(__fmul_rn(y, cosine[e]), __fmul_rn(x, sine[e]));
                     }
-#pragma unroll
-                    for (int e = 0; e < N; e++) {
+                    LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) {
                         const bool flat = N > 1 && g.interleaved;
                         lo[e] = flat ? (e % 2 ? z[e / 2] : w[e / 2]) : w[e];
                         hi[e] = flat ? (e % 2 ? z[(N + e) / 2 % N] : w[(N + e) / 2 % N]) : z[e];
                     }
                 }
-#pragma unroll
-                for (int e = 0; e < N; e++) { lo[e] = zero ? 0.0f : lo[e]; hi[e] = zero ? 0.0f : hi[e]; }
+                LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) { lo[e] = zero ? 0.0f : lo[e]; hi[e] = zero ? 0.0f : hi[e]; }
                 llmpari_cuda_store_floats<T, N>(to + a, Packed, 1, lo);
                 llmpari_cuda_store_floats<T, N>(to + b, Packed, both, hi);
             }
@@ -2181,22 +2175,18 @@ template <typename T, typename O> __global__ void __launch_bounds__(256) llmpari
             for (int64_t i = 0; i < n; i++) { const float l = lse[i * rows + row]; sum += l == -INFINITY ? 0.0f : expf(l - shift); }
             for (int e0 = lane * E; e0 < d; e0 += lanes * E) {
                 float acc[E], x[E];
-#pragma unroll
-                for (int e = 0; e < E; e++) acc[e] = 0.0f;
+                LLMPARI_CUDA_UNROLL for (int e = 0; e < E; e++) acc[e] = 0.0f;
                 if (own != 0.0f) {
                     llmpari_cuda_load_floats<O, E>(out + row * d + e0, packed, d - e0, x);
-#pragma unroll
-                    for (int e = 0; e < E; e++) acc[e] = own * x[e];
+                    LLMPARI_CUDA_UNROLL for (int e = 0; e < E; e++) acc[e] = own * x[e];
                 }
                 for (int64_t i = 0; i < n; i++) {
                     const float l = lse[i * rows + row], w = l == -INFINITY ? 0.0f : expf(l - shift);
                     if (w == 0.0f) continue;
                     llmpari_cuda_load_floats<T, E>(parts + (i * rows + row) * d + e0, packed, d - e0, x);
-#pragma unroll
-                    for (int e = 0; e < E; e++) acc[e] = fmaf(w, x[e], acc[e]);
+                    LLMPARI_CUDA_UNROLL for (int e = 0; e < E; e++) acc[e] = fmaf(w, x[e], acc[e]);
                 }
-#pragma unroll
-                for (int e = 0; e < E; e++) acc[e] = sum == 0.0f ? 0.0f : acc[e] / sum;
+                LLMPARI_CUDA_UNROLL for (int e = 0; e < E; e++) acc[e] = sum == 0.0f ? 0.0f : acc[e] / sum;
                 llmpari_cuda_store_floats<O, E>(out + row * d + e0, packed, d - e0, acc);
             }
             total = sum == 0.0f ? -INFINITY : shift + logf(sum);
@@ -2227,8 +2217,8 @@ LLMPAR_DEF llmpar_status llmpar_cuda_merge(const llmpar_cuda_merge_desc *desc, v
     if (desc->dtype != desc->out_dtype && desc->dtype != LLMPAR_F32 && desc->out_dtype != LLMPAR_F32)
         return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "dtype=%d and out_dtype=%d; they must be equal, or one of them f32", (int)desc->dtype, (int)desc->out_dtype);
     if (!desc->tokens || !desc->heads || !desc->d) return LLMPAR_OK;
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("parts", desc->parts, llmpari_cuda_bytes(desc->dtype), desc->n == 0, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("lse", desc->lse, 4, desc->n == 0, err));
+    if (desc->n) LLMPARI_CUDA_TRY(llmpari_cuda_check("parts", desc->parts, llmpari_cuda_bytes(desc->dtype), false, err));
+    if (desc->n) LLMPARI_CUDA_TRY(llmpari_cuda_check("lse", desc->lse, 4, false, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("sinks", desc->sinks, 4, true, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("out", desc->out, llmpari_cuda_bytes(desc->out_dtype), false, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("out_lse", desc->out_lse, 4, !desc->accumulate, err));
@@ -2250,8 +2240,9 @@ template <typename T> struct llmpari_cuda_attend {
     int64_t batch, queries;
     int32_t n_keys, window;        // window 0 = none
     int32_t q_heads, kv_heads, d;
-    int32_t lanes, splits, chunks; // threads that share a key; blocks that share the keys; blocks that share the rows of a kv head
-    float scale, cap;
+    int32_t lanes, shift;          // threads that share a key, a power of two, and which
+    int32_t splits, chunks;        // blocks that share the keys; blocks that share the rows of a kv head
+    float scale, cap, inverse_cap; // cap 0 = none
     bool causal, packed;
     const T *q;
     T *out;
@@ -2269,27 +2260,21 @@ template <typename T> LLMPARI_DEVICE void llmpari_cuda_attend_sees(const llmpari
     *end   = first < last ? (int)last : 0;
 }
 
-// Bytes of a row of keys in shared memory, so that the lanes that read 16 bytes each of several keys meet different banks.
+#define LLMPARI_CUDA_TILE 132           // floats between the rows of scores of up to 128 keys: 4 keys of 8 rows are in different banks
+
+// Elements of a row of keys in shared memory, so that the lanes that read 16 bytes each of several keys meet different banks.
 template <typename T> LLMPARI_DEVICE int llmpari_cuda_attend_stride(int width, int lanes) { return width + (lanes < 8 ? lanes * (int)(16 / sizeof(T)) : 0); }
 
-// 16-byte packs part and part + lanes of slot j of k or v; zeros beyond `last` and where there is no block.
-template <typename T> LLMPARI_DEVICE void llmpari_cuda_attend_fetch(const llmpari_cuda_attend<T> &g, const T *from, int64_t at, bool live, int part, llmpari_cuda_pack<T> pack[2]) {
-    enum { N = llmpari_cuda_pack<T>::n };
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int e0 = (part + i * g.lanes) * N;
-        if (g.packed && live && e0 < g.d) pack[i] = llmpari_cuda_load_pack(from + at + e0);
-        else
-#pragma unroll
-            for (int e = 0; e < N; e++) {
-                if (live && e0 + e < g.d) pack[i].at[e] = from[at + e0 + e];
-                else llmpari_cuda_from_f32(&pack[i].at[e], 0.0f);
-            }
-    }
+// 16 bytes as words, which stay in four registers where elements of 2 bytes would take eight.
+typedef llmpari_cuda_pack<uint32_t> llmpari_cuda_words;
+template <typename T> LLMPARI_DEVICE llmpari_cuda_words llmpari_cuda_load_words(const T *from) { return *reinterpret_cast<const llmpari_cuda_words *>(from); }
+// Zeros where there is no key.
+template <typename T> LLMPARI_DEVICE void llmpari_cuda_attend_put(T *to, bool live, llmpari_cuda_words words) {
+    LLMPARI_CUDA_UNROLL for (int i = 0; i < 4; i++) words.at[i] = live ? words.at[i] : 0;
+    *reinterpret_cast<llmpari_cuda_words *>(to) = words;
 }
 
-// R rows (query, head) that share kv head blockIdx.y, against tiles of 256 / lanes keys. Of a tile: its packs come into registers while the tile before is worked on, then into shared
-// memory; `lanes` threads make the R scores of a key; a warp a row: running maximum and sum (Milakov & Gimelshein 2018); a thread takes two columns of v for some of the keys, R sums each.
+// R rows (query, head) that share kv head blockIdx.y, against tiles of 256 / lanes keys. A tile comes into shared memory; `lanes` threads make the R scores of a key; a warp a row: running maximum and sum (Milakov & Gimelshein 2018); a thread takes two columns of v for some of the keys, R sums each.
 template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_cuda_attend_kernel(const llmpari_cuda_attend<T> g) {
     enum { N = llmpari_cuda_pack<T>::n };
     LLMPARI_SHARED_DYNAMIC(float, shared);
@@ -2299,17 +2284,17 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
     LLMPARI_SHARED(int, row_query, R);         // -1 = there is no such row
     LLMPARI_SHARED(int, row_head, R);
     LLMPARI_SHARED(int, members_of, 1);
+    LLMPARI_SHARED(int, range, 4);             // keys of this split, [0] to [1]; those that all rows see, [2] to [3]
     LLMPARI_SHARED(float, shrink, R);
-    LLMPARI_SHARED(float, total, R);
-    const int tid = (int)threadIdx.x, lane = tid % 32, warp = tid / 32, part = tid % g.lanes, key = tid / g.lanes, tile = 256 / g.lanes;
+    const int tid = (int)threadIdx.x, lane = tid % 32, warp = tid / 32, part = tid & (g.lanes - 1), key = tid >> g.shift, tile = 256 >> g.shift;
     const int width = (g.d + 7) / 8 * 8, packs = width / N, stride = llmpari_cuda_attend_stride<T>(width, g.lanes), kv_head = (int)blockIdx.y;
     const int pairs = width / 2, subsets = 256 / pairs, subset = tid / pairs, column = (tid - subset * pairs) * 2;
-    float *q = shared, *p = q + R * width;     // [R][N / 4][packs][4], [R][tile]
-    T *k = reinterpret_cast<T *>(p + R * tile), *v = k + tile * stride;            // [tile][stride], [tile][width]
-    float *sums = p + R * tile;                // [subsets][R][width], at the end
+    float *q = shared, *p = q + R * 256;       // [R][256 or 2 halves of packs, 128 each], [R][LLMPARI_CUDA_TILE]: strides that are known make short addresses
+    T *k = reinterpret_cast<T *>(p + R * LLMPARI_CUDA_TILE), *v = k + tile * stride;       // [tile][stride], [tile][width]
+    float *sums = p + R * LLMPARI_CUDA_TILE;   // [subsets][R][width], at the end
     if (warp == 0) {
         int n = 0;
-        for (int base = 0; base < g.q_heads; base += 32) {
+        LLMPARI_CUDA_ROLL for (int base = 0; base < g.q_heads; base += 32) {
             const bool mine = base + lane < g.q_heads && (g.kv_of_q ? g.kv_of_q[base + lane] : (base + lane) / (g.q_heads / g.kv_heads)) == kv_head;
             const unsigned mask = __ballot_sync(0xffffffffu, mine);
             if (mine) member[n + __popc(mask & ((1u << lane) - 1))] = (short)(base + lane);
@@ -2319,83 +2304,81 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
     }
     __syncthreads();
     const int members = members_of[0], split = (int)blockIdx.x % g.splits;
-    const int64_t rows = g.queries * members;
-    for (int64_t b = blockIdx.z; b < g.batch; b += gridDim.z) for (int64_t row0 = (int64_t)(blockIdx.x / g.splits) * R; row0 < rows; row0 += (int64_t)g.chunks * R) {
+    const int rows = (int)g.queries * members;
+    for (int b = (int)blockIdx.z; b < g.batch; b += (int)gridDim.z) for (int row0 = (int)blockIdx.x / g.splits * R; row0 < rows; row0 += g.chunks * R) {
         __syncthreads();                                               // the rows before have been written
         if (tid < R) {
             const bool live = row0 + tid < rows;
-            const int64_t query = live ? (row0 + tid) / members : 0;
+            const int query = live ? (row0 + tid) / members : 0;
             int begin = 0, end = 0;
             if (live) llmpari_cuda_attend_sees(g, b, query, &begin, &end);
-            row_query[tid] = live ? (int)query : -1;
-            row_head[tid]  = member[live ? (row0 + tid) - query * members : 0];
+            row_query[tid] = live ? query : -1;
+            row_head[tid]  = member[live ? row0 + tid - query * members : 0];
             row_begin[tid] = begin;
             row_end[tid]   = end;
         }
         __syncthreads();
-        int low = 0x7fffffff, high = 0, inner_low = 0, inner_high = 0x7fffffff;     // keys that some row sees, that all do
-#pragma unroll
-        for (int r = 0; r < R; r++) if (row_end[r] > row_begin[r]) {
-            low = row_begin[r] < low ? row_begin[r] : low;
-            high = row_end[r] > high ? row_end[r] : high;
-            inner_low = row_begin[r] > inner_low ? row_begin[r] : inner_low;
-            inner_high = row_end[r] < inner_high ? row_end[r] : inner_high;
+        if (tid == 0) {
+            int low = 0x7fffffff, high = 0, inner_low = 0, inner_high = 0x7fffffff;
+            LLMPARI_CUDA_ROLL for (int r = 0; r < R; r++) if (row_end[r] > row_begin[r]) {
+                low = row_begin[r] < low ? row_begin[r] : low;
+                high = row_end[r] > high ? row_end[r] : high;
+                inner_low = row_begin[r] > inner_low ? row_begin[r] : inner_low;
+                inner_high = row_end[r] < inner_high ? row_end[r] : inner_high;
+            }
+            if (low > high) low = high;
+            const int per = ((high - low + tile - 1) / tile + g.splits - 1) / g.splits * tile;     // keys of a split
+            const int64_t first = low + (int64_t)split * per;
+            range[0] = first < high ? (int)first : high;
+            range[1] = high - range[0] < per ? high : range[0] + per;
+            range[2] = inner_low;
+            range[3] = inner_high;
         }
-        if (low > high) low = high;
-        for (int i = tid; i < R * packs; i += 256) {
+        LLMPARI_CUDA_ROLL for (int i = tid; i < R * packs; i += 256) {
             const int r = i / packs, c = i - r * packs;
             float x[N];
             if (row_query[r] >= 0) llmpari_cuda_load_floats<T, N>(g.q + ((b * g.queries + row_query[r]) * g.q_heads + row_head[r]) * g.d + c * N, g.packed, g.d - c * N, x);
-#pragma unroll
-            for (int e = 0; e < N; e++) q[r * width + (e / 4 * packs + c) * 4 + e % 4] = row_query[r] >= 0 ? x[e] * g.scale : 0.0f;
+            LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) q[r * 256 + e / 4 * 128 + c * 4 + e % 4] = row_query[r] >= 0 ? x[e] * g.scale : 0.0f;
         }
-        const int per = ((high - low + tile - 1) / tile + g.splits - 1) / g.splits * tile;         // keys of a split
-        const int64_t first64 = low + (int64_t)split * per;
-        const int first = first64 < high ? (int)first64 : high, last = high - first < per ? high : first + per;
+        __syncthreads();
+        const int first = range[0], last = range[1];
         float acc[R][2], most = -INFINITY, sum = 0.0f;                 // most, sum: of row `warp`
-#pragma unroll
-        for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = 0.0f;
-        llmpari_cuda_pack<T> next_k[2], next_v[2];
-        for (int j0 = first - tile; j0 < last; j0 += tile) {
-            if (j0 >= first) {
+        LLMPARI_CUDA_UNROLL for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = 0.0f;
+        LLMPARI_CUDA_ROLL for (int j0 = first; j0 < last; j0 += tile) {
+            int64_t at = j0 + key < last ? llmpari_cuda_cache_at(g.kv, b, j0 + key) : -1;
+            const bool live = at >= 0;
+            at += kv_head * g.kv.stride_head;
+            if (g.packed) {
+                llmpari_cuda_words k0 = {}, k1 = {}, v0 = {}, v1 = {};
+                const int e0 = part * N, e1 = e0 + g.lanes * N;
+                if (live && e0 < width) { k0 = llmpari_cuda_load_words(g.kv.k + at + e0); v0 = llmpari_cuda_load_words(g.kv.v + at + e0); }
+                if (live && e1 < width) { k1 = llmpari_cuda_load_words(g.kv.k + at + e1); v1 = llmpari_cuda_load_words(g.kv.v + at + e1); }
                 __syncthreads();                                       // the tile before has been read
-#pragma unroll
-                for (int i = 0; i < 2; i++) if (part + i * g.lanes < packs) {
-                    llmpari_cuda_store_pack(k + key * stride + (part + i * g.lanes) * N, next_k[i]);
-                    llmpari_cuda_store_pack(v + key * width + (part + i * g.lanes) * N, next_v[i]);
+                if (e0 < width) { llmpari_cuda_attend_put(k + key * stride + e0, live, k0); llmpari_cuda_attend_put(v + key * width + e0, live, v0); }
+                if (e1 < width) { llmpari_cuda_attend_put(k + key * stride + e1, live, k1); llmpari_cuda_attend_put(v + key * width + e1, live, v1); }
+            } else {
+                __syncthreads();
+                LLMPARI_CUDA_ROLL for (int e = part; e < width; e += g.lanes) {
+                    if (live && e < g.d) { k[key * stride + e] = g.kv.k[at + e]; v[key * width + e] = g.kv.v[at + e]; }
+                    else { llmpari_cuda_from_f32(k + key * stride + e, 0.0f); llmpari_cuda_from_f32(v + key * width + e, 0.0f); }
                 }
             }
-            if (j0 + tile < last) {
-                int64_t at = j0 + tile + key < last ? llmpari_cuda_cache_at(g.kv, b, j0 + tile + key) : -1;
-                const bool live = at >= 0;
-                at += kv_head * g.kv.stride_head;
-                llmpari_cuda_attend_fetch(g, (const T *)g.kv.k, at, live, part, next_k);
-                llmpari_cuda_attend_fetch(g, (const T *)g.kv.v, at, live, part, next_v);
-            }
-            if (j0 < first) continue;
             __syncthreads();
             float s[R];
-#pragma unroll
-            for (int r = 0; r < R; r++) s[r] = 0.0f;
-#pragma unroll 1
-            for (int c = part; c < packs; c += g.lanes) {
+            LLMPARI_CUDA_UNROLL for (int r = 0; r < R; r++) s[r] = 0.0f;
+            LLMPARI_CUDA_ROLL for (int c = part; c < packs; c += g.lanes) {
                 float x[N];
                 llmpari_cuda_load_floats<T, N>(k + key * stride + c * N, true, N, x);
-#pragma unroll
-                for (int r = 0; r < R; r++)
-#pragma unroll
-                    for (int w = 0; w < N / 4; w++) {
-                        const llmpari_cuda_pack<float> y = llmpari_cuda_load_pack(q + r * width + (w * packs + c) * 4);
-#pragma unroll
-                        for (int e = 0; e < 4; e++) s[r] = fmaf(x[w * 4 + e], y.at[e], s[r]);
+                LLMPARI_CUDA_UNROLL for (int r = 0; r < R; r++)
+                    LLMPARI_CUDA_UNROLL for (int w = 0; w < N / 4; w++) {
+                        const llmpari_cuda_pack<float> y = llmpari_cuda_load_pack(q + r * 256 + w * 128 + c * 4);
+                        LLMPARI_CUDA_UNROLL for (int e = 0; e < 4; e++) s[r] = fmaf(x[w * 4 + e], y.at[e], s[r]);
                     }
             }
             int m = g.lanes / 2, row = 0, held = R;                    // lanes exchange halves of their rows, then whole sums
-#pragma unroll
-            for (int h = R / 2; h > 0; h /= 2) if (m > 0) {
+            LLMPARI_CUDA_UNROLL for (int h = R / 2; h > 0; h /= 2) if (m > 0) {
                 const bool up = part & m;
-#pragma unroll
-                for (int i = 0; i < h; i++) {
+                LLMPARI_CUDA_UNROLL for (int i = 0; i < h; i++) {
                     const float keep = up ? s[i + h] : s[i], give = up ? s[i] : s[i + h];
                     s[i] = keep + __shfl_xor_sync(0xffffffffu, give, m);
                 }
@@ -2404,28 +2387,25 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
                 m /= 2;
             }
             for (; m > 0; m /= 2) s[0] += __shfl_xor_sync(0xffffffffu, s[0], m);
-            const bool writes = g.lanes <= R || part % (g.lanes / R) == 0;
-#pragma unroll
-            for (int i = 0; i < R; i++) if (i < held && writes) p[(row + i) * tile + key] = s[i];
+            const bool writes = g.lanes <= R || (part & (g.lanes / R - 1)) == 0;
+            LLMPARI_CUDA_UNROLL for (int i = 0; i < R; i++) if (i < held && writes) p[(row + i) * LLMPARI_CUDA_TILE + key] = s[i];
             __syncthreads();
             if (warp < R) {
                 float x[4], block = -INFINITY, terms = 0.0f;
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
+                LLMPARI_CUDA_UNROLL for (int i = 0; i < 4; i++) {
                     const int j = j0 + lane + 32 * i;
                     x[i] = -INFINITY;
                     if (lane + 32 * i < tile && j < last && j >= row_begin[warp] && j < row_end[warp]) {
-                        x[i] = p[warp * tile + lane + 32 * i];
-                        if (g.cap > 0.0f) x[i] = g.cap * tanhf(x[i] / g.cap);
+                        x[i] = p[warp * LLMPARI_CUDA_TILE + lane + 32 * i];
+                        if (g.cap > 0.0f) x[i] = g.cap * tanhf(x[i] * g.inverse_cap);
                     }
                     block = fmaxf(block, x[i]);
                 }
                 block = fmaxf(most, llmpari_cuda_warp_max(block));
                 const float shift = block == -INFINITY ? 0.0f : block, factor = expf(most - shift);
-#pragma unroll
-                for (int i = 0; i < 4; i++) if (lane + 32 * i < tile) {
+                LLMPARI_CUDA_UNROLL for (int i = 0; i < 4; i++) if (lane + 32 * i < tile) {
                     x[i] = expf(x[i] - shift);
-                    p[warp * tile + lane + 32 * i] = x[i];
+                    p[warp * LLMPARI_CUDA_TILE + lane + 32 * i] = x[i];
                     terms += x[i];
                 }
                 sum = sum * factor + llmpari_cuda_warp_sum(terms);
@@ -2433,21 +2413,17 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
                 if (lane == 0) shrink[warp] = factor;
             }
             __syncthreads();
-#pragma unroll
-            for (int r = 0; r < R; r++) { acc[r][0] *= shrink[r]; acc[r][1] *= shrink[r]; }
-            const bool all = j0 >= inner_low && (j0 + tile < last ? j0 + tile : last) <= inner_high;       // else a key that a row does not see might hold NaN
-            for (int four = subset; subset < subsets && four < tile / 4; four += subsets) {
+            LLMPARI_CUDA_UNROLL for (int r = 0; r < R; r++) { acc[r][0] *= shrink[r]; acc[r][1] *= shrink[r]; }
+            const bool all = j0 >= range[2] && (j0 + tile < last ? j0 + tile : last) <= range[3];       // else a key that a row does not see might hold NaN
+            LLMPARI_CUDA_ROLL for (int four = subset; subset < subsets && four < tile / 4; four += subsets) {
                 float x[4][2];
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
+                LLMPARI_CUDA_UNROLL for (int i = 0; i < 4; i++) {
                     x[i][0] = llmpari_cuda_to_f32(v[(four * 4 + i) * width + column]);
                     x[i][1] = llmpari_cuda_to_f32(v[(four * 4 + i) * width + column + 1]);
                 }
-#pragma unroll
-                for (int r = 0; r < R; r++) {
-                    const llmpari_cuda_pack<float> y = llmpari_cuda_load_pack(p + r * tile + four * 4);
-#pragma unroll
-                    for (int i = 0; i < 4; i++) if (all || y.at[i] != 0.0f) {
+                LLMPARI_CUDA_UNROLL for (int r = 0; r < R; r++) {
+                    const llmpari_cuda_pack<float> y = llmpari_cuda_load_pack(p + r * LLMPARI_CUDA_TILE + four * 4);
+                    LLMPARI_CUDA_UNROLL for (int i = 0; i < 4; i++) if (all || y.at[i] != 0.0f) {
                         acc[r][0] = fmaf(y.at[i], x[i][0], acc[r][0]);
                         acc[r][1] = fmaf(y.at[i], x[i][1], acc[r][1]);
                     }
@@ -2455,31 +2431,28 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
             }
         }
         __syncthreads();
-        if (subset < subsets)
-#pragma unroll
-            for (int r = 0; r < R; r++) { sums[(subset * R + r) * width + column] = acc[r][0]; sums[(subset * R + r) * width + column + 1] = acc[r][1]; }
+        if (subset < subsets) {
+            float *to = sums + subset * R * width + column;
+            LLMPARI_CUDA_UNROLL for (int r = 0; r < R; r++, to += width) { to[0] = acc[r][0]; to[1] = acc[r][1]; }
+        }
         if (warp < R && lane == 0) {
             const float sink = g.sinks && g.splits == 1 ? g.sinks[row_head[warp]] : -INFINITY, end = fmaxf(most, sink), shift = end == -INFINITY ? 0.0f : end;
             const float factor = sink == -INFINITY ? 1.0f : expf(most - shift);
             if (sink != -INFINITY) sum = sum * factor + expf(sink - shift);
-            total[warp]  = sum;
-            shrink[warp] = factor;
+            shrink[warp] = sum == 0.0f || row_end[warp] == 0 ? 0.0f : factor / sum;
             if (g.lse && row_query[warp] >= 0)
                 g.lse[((split * g.batch + b) * g.queries + row_query[warp]) * g.q_heads + row_head[warp]] = sum == 0.0f ? -INFINITY : shift + logf(sum);
         }
         __syncthreads();
-        for (int i = tid; i < R * packs; i += 256) {
+        LLMPARI_CUDA_ROLL for (int i = tid; i < R * packs; i += 256) {
             const int r = i / packs, c = i - r * packs;
             if (row_query[r] < 0) continue;
             const int64_t to = ((b * g.queries + row_query[r]) * g.q_heads + row_head[r]) * g.d + c * N;
             float x[N];
-#pragma unroll
-            for (int e = 0; e < N; e++) x[e] = 0.0f;
-            for (int n = 0; n < subsets; n++)
-#pragma unroll
-                for (int e = 0; e < N; e++) x[e] += sums[(n * R + r) * width + c * N + e];
-#pragma unroll
-            for (int e = 0; e < N; e++) x[e] = total[r] == 0.0f || row_end[r] == 0 ? 0.0f : x[e] * shrink[r] / total[r];
+            LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) x[e] = 0.0f;
+            LLMPARI_CUDA_ROLL for (int n = 0; n < subsets; n++)
+                LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) x[e] += sums[(n * R + r) * width + c * N + e];
+            LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) x[e] = shrink[r] == 0.0f ? 0.0f : x[e] * shrink[r];
             if (g.part) llmpari_cuda_store_floats<float, N>(g.part + (int64_t)split * g.batch * g.queries * g.q_heads * g.d + to, g.packed, g.d - c * N, x);
             else        llmpari_cuda_store_floats<T, N>(g.out + to, g.packed, g.d - c * N, x);
         }
@@ -2584,12 +2557,12 @@ template <typename T> static llmpar_status llmpari_cuda_attend_launch(llmpari_cu
     float *lse = g.lse;
     if (!tokens || !g.q_heads || !g.d) return LLMPAR_OK;
     g.chunks = (int32_t)llmpari_cuda_attend_chunks(g.queries, g.q_heads, g.kv_heads, &rows);
-    g.packed = g.d % llmpari_cuda_max(n, 4) == 0 && llmpari_cuda_packs(g.q, g.d) && llmpari_cuda_packs(g.out, g.d) && llmpari_cuda_cache_packs(g.kv);
-    g.lanes = 2;                                                       // tiles of at most 8 KiB: two packs of k and two of v a thread
-    while (256 / g.lanes * width * size > 8192) g.lanes *= 2;
+    g.packed = g.d % 8 == 0 && llmpari_cuda_packs(g.q, g.d) && llmpari_cuda_packs(g.out, g.d) && llmpari_cuda_cache_packs(g.kv);
+    g.lanes = 2; g.shift = 1;                                                    // tiles of at most 8 KiB: two packs of k and two of v a thread
+    while (256 / g.lanes * width * size > 8192) { g.lanes *= 2; g.shift++; }
     if (g.splits > 1) { g.part = workspace; g.lse = workspace + g.splits * tokens * g.q_heads * g.d; }
     const int64_t tile = 256 / g.lanes, stride = width + (g.lanes < 8 ? g.lanes * n : 0), subsets = 256 / (width / 2);
-    const int64_t bytes = rows * (width + tile) * 4 + llmpari_cuda_max(tile * (stride + width) * size, subsets * rows * width * 4);
+    const int64_t bytes = rows * (256 + LLMPARI_CUDA_TILE) * 4 + llmpari_cuda_max(tile * (stride + width) * size, subsets * rows * width * 4);
     const dim3 grid((unsigned)(g.chunks * (int64_t)g.splits), (unsigned)g.kv_heads, (unsigned)llmpari_cuda_min(g.batch, 65535));
     if (rows == 4) LLMPARI_CUDA_TRY(llmpari_cuda_launch("attention", llmpari_cuda_attend_kernel<T, 4>, grid, dim3(256), (size_t)bytes, stream, err, g));
     else           LLMPARI_CUDA_TRY(llmpari_cuda_launch("attention", llmpari_cuda_attend_kernel<T, 8>, grid, dim3(256), (size_t)bytes, stream, err, g));
@@ -2622,7 +2595,7 @@ template <typename T> static llmpar_status llmpari_cuda_attention_run(const llmp
     g.n_keys = (int32_t)llmpari_cuda_min(desc->n_keys && !desc->lengths ? desc->n_keys : g.kv.slots, g.kv.slots);
     g.window = (int32_t)llmpari_cuda_min(desc->window, INT32_MAX);
     g.scale = desc->scale != 0 ? desc->scale : (float)(1.0 / sqrt((double)desc->d));
-    g.cap = desc->soft_cap; g.causal = desc->causal;
+    g.cap = desc->soft_cap; g.inverse_cap = desc->soft_cap > 0 ? 1 / desc->soft_cap : 0; g.causal = desc->causal;
     g.q = (const T *)desc->q; g.out = (T *)desc->out; g.lse = desc->lse;
     g.kv_of_q = desc->kv_of_q; g.position = desc->position; g.lengths = desc->lengths; g.sinks = desc->sinks;
     g.splits = llmpari_cuda_attention_choice(desc);
@@ -2645,8 +2618,8 @@ static llmpar_status llmpari_cuda_attention_exact(const llmpar_cuda_attention_de
 
 static llmpar_status llmpari_cuda_attention_sizes(const llmpar_cuda_attention_desc *desc, llmpar_error *err) {
     LLMPARI_CUDA_TRY(llmpari_cuda_float("dtype", desc->dtype, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_size("batch", desc->batch, INT32_MAX, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_size("queries", desc->queries, INT32_MAX, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("batch", desc->batch, 1 << 30, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("queries", desc->queries, (1 << 30) / llmpari_cuda_max(1, desc->q_heads), err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("q_heads", desc->q_heads, LLMPARI_CUDA_MAX_HEADS, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("kv_heads", desc->kv_heads, LLMPARI_CUDA_MAX_HEADS, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("d", desc->d, desc->exact ? 65536 : 256, err));
