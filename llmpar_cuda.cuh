@@ -1259,7 +1259,7 @@ template <typename T> LLMPARI_DEVICE float llmpari_cuda_route_weight(const llmpa
     return (float)llmpari_cuda_mul64(w, scale);
 }
 
-template <typename T> __global__ void __launch_bounds__(128) llmpari_cuda_route_kernel(llmpari_cuda_router r) {
+template <typename T> __global__ void __launch_bounds__(128, 8) llmpari_cuda_route_kernel(llmpari_cuda_router r) {
     LLMPARI_SHARED_DYNAMIC(long long, memory);
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, warps = (int)blockDim.x / 32;
     const bool masked = r.topk_groups < r.n_groups, softmax = r.score == LLMPAR_SCORE_SOFTMAX && (!r.by_logit || !r.renormalise);
@@ -1793,7 +1793,7 @@ template <typename T, bool FUSED> LLMPARI_DEVICE float llmpari_cuda_product_tile
 }
 
 // b[n, k]: a warp makes 4 x 4 elements of c.
-template <typename T, bool FUSED> __global__ void __launch_bounds__(256) llmpari_cuda_product_rows_kernel(llmpari_cuda_product p) {
+template <typename T, bool FUSED> __global__ void __launch_bounds__(256, 4) llmpari_cuda_product_rows_kernel(llmpari_cuda_product p) {
     LLMPARI_SHARED_DYNAMIC(float, stack);
     const int lane = (int)threadIdx.x % 32;
     const int64_t j0 = ((int64_t)blockIdx.x * ((int)blockDim.x / 32) + (int)threadIdx.x / 32) * 4;
@@ -1827,43 +1827,47 @@ template <typename T, bool FUSED> __global__ void __launch_bounds__(256) llmpari
     }
 }
 
-// b[k, n]: a thread makes one element of c, with its 32 partial sums.
-template <typename T, bool FUSED> __global__ void __launch_bounds__(128) llmpari_cuda_product_columns_kernel(llmpari_cuda_product p) {
+// b[k, n]: a warp makes 16 elements of a row of c. Lanes l and l + 16 share one, with 16 partial sums each.
+template <typename T, bool FUSED> __global__ void __launch_bounds__(256) llmpari_cuda_product_columns_kernel(llmpari_cuda_product p) {
     LLMPARI_SHARED_DYNAMIC(float, stack);
-    const int64_t column = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (column >= p.n) return;
+    const int part = (int)threadIdx.x % 32 / 16 * 16;
+    const int64_t column = (int64_t)blockIdx.x * (blockDim.x / 2) + threadIdx.x / 32 * 16 + threadIdx.x % 16, safe = column < p.n ? column : 0;
     for (int64_t e = blockIdx.z; e < p.experts; e += gridDim.z) {
         const float *from;
         float *to;
         const int64_t m = llmpari_cuda_product_rows(p, e, &from, &to);
-        const T *b = (const T *)p.b + e * p.b_stride + column;
+        const T *b = (const T *)p.b + e * p.b_stride + safe;
         for (int64_t i = blockIdx.y; i < m; i += gridDim.y) {
             const float *a = from + i * p.lda;
             float *c = to + i * p.ldc + column;
+            const bool mine = part == 0 && column < p.n;
             llmpari_cuda_folding f = { 0.0f, -1 };
             for (int64_t g = 0, n = 0; g < p.k; g += p.granule, n++) {
                 const int64_t end = g + p.granule < p.k ? g + p.granule : p.k;
-                float value = p.accumulate ? *c : 0.0f;
+                float value = p.accumulate && mine ? *c : 0.0f;
                 for (int64_t k0 = g; k0 < end; k0 += LLMPARI_CUDA_KC) {
                     const int64_t k1 = k0 + LLMPARI_CUDA_KC < end ? k0 + LLMPARI_CUDA_KC : end;
-                    float sum[32];
+                    float sum[16];
                     LLMPARI_CUDA_UNROLL
-                    for (int l = 0; l < 32; l++) sum[l] = 0;
-                    for (int64_t at = k0; at < k1; at += 32) {
+                    for (int l = 0; l < 16; l++) sum[l] = 0;
+                    for (int64_t at = k0 + part; at < k1; at += 32) {
                         LLMPARI_CUDA_UNROLL
-                        for (int l = 0; l < 32; l++)
+                        for (int l = 0; l < 16; l++)
                             if (at + l < k1) sum[l] = llmpari_cuda_add_product<FUSED>(sum[l], a[at + l], llmpari_cuda_to_f32(b[(at + l) * p.ldb]));
                     }
+                    __syncwarp();
                     LLMPARI_CUDA_UNROLL
-                    for (int with = 16; with > 0; with /= 2) {
+                    for (int l = 0; l < 16; l++) sum[l] = __fadd_rn(sum[l], __shfl_xor_sync(0xffffffffu, sum[l], 16));
+                    LLMPARI_CUDA_UNROLL
+                    for (int with = 8; with > 0; with /= 2) {
                         LLMPARI_CUDA_UNROLL
-                        for (int l = 0; l < 16; l++) if (l < with) sum[l] = __fadd_rn(sum[l], sum[l + with]);
+                        for (int l = 0; l < 8; l++) if (l < with) sum[l] = __fadd_rn(sum[l], sum[l + with]);
                     }
                     value = k0 > g || p.accumulate ? __fadd_rn(value, sum[0]) : sum[0];
                 }
                 llmpari_cuda_fold_push(&f, stack, value, p.merges ? p.merges[n] : 0);
             }
-            if (p.k > 0 || !p.accumulate) llmpari_cuda_fold_store(p, f, stack, c);
+            if (mine && (p.k > 0 || !p.accumulate)) llmpari_cuda_fold_store(p, f, stack, c);
         }
     }
 }
@@ -1878,7 +1882,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_gemm_launch(const llmpar_cuda_gemm_de
     p.granule = desc->granule ? desc->granule : llmpari_cuda_max(desc->k, 1);
     p.pieces = desc->granule ? desc->pieces : 1; p.piece_stride = desc->piece_stride; p.merges = desc->granule ? desc->merges : NULL;
     if (p.n == 0 || p.experts == 0 || (!grouped && p.m == 0)) return LLMPAR_OK;
-    const int64_t rows = desc->b_transposed ? 4 : 1, columns = desc->b_transposed ? 32 : 128, threads = desc->b_transposed ? 256 : 128;
+    const int64_t rows = desc->b_transposed ? 4 : 1, columns = desc->b_transposed ? 32 : 128, threads = 256;
     const dim3 block((unsigned)threads), grid((unsigned)llmpari_cuda_up(p.n, columns), (unsigned)(grouped ? 32 : llmpari_cuda_min(llmpari_cuda_up(p.m, rows), 65535)),
                                               (unsigned)llmpari_cuda_min(p.experts, 65535));
     const size_t bytes = desc->granule ? (size_t)(llmpari_cuda_max(desc->depth, 1) * threads * 4) : 0;
