@@ -1828,7 +1828,7 @@ template <typename T, bool FUSED> __global__ void __launch_bounds__(256, 4) llmp
 }
 
 // b[k, n]: a warp makes 16 elements of a row of c. Lanes l and l + 16 share one, with 16 partial sums each.
-template <typename T, bool FUSED> __global__ void __launch_bounds__(256) llmpari_cuda_product_columns_kernel(llmpari_cuda_product p) {
+template <typename T, bool FUSED> __global__ void __launch_bounds__(256, 4) llmpari_cuda_product_columns_kernel(llmpari_cuda_product p) {
     LLMPARI_SHARED_DYNAMIC(float, stack);
     const int part = (int)threadIdx.x % 32 / 16 * 16;
     const int64_t column = (int64_t)blockIdx.x * (blockDim.x / 2) + threadIdx.x / 32 * 16 + threadIdx.x % 16, safe = column < p.n ? column : 0;
@@ -1850,10 +1850,12 @@ template <typename T, bool FUSED> __global__ void __launch_bounds__(256) llmpari
                     float sum[16];
                     LLMPARI_CUDA_UNROLL
                     for (int l = 0; l < 16; l++) sum[l] = 0;
-                    for (int64_t at = k0 + part; at < k1; at += 32) {
+                    const float *x = a + k0 + part;
+                    const T *w = b + (k0 + part) * p.ldb;
+                    for (int left = (int)(k1 - k0) - part; left > 0; left -= 32, x += 32, w += 32 * p.ldb) {
                         LLMPARI_CUDA_UNROLL
                         for (int l = 0; l < 16; l++)
-                            if (at + l < k1) sum[l] = llmpari_cuda_add_product<FUSED>(sum[l], a[at + l], llmpari_cuda_to_f32(b[(at + l) * p.ldb]));
+                            if (l < left) sum[l] = llmpari_cuda_add_product<FUSED>(sum[l], x[l], llmpari_cuda_to_f32(w[l * p.ldb]));
                     }
                     __syncwarp();
                     LLMPARI_CUDA_UNROLL
