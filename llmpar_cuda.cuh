@@ -581,6 +581,11 @@ LLMPARI_DEVICE float llmpari_cuda_block_max(float x, float *sums) {
 #define LLMPARI_CUDA_UNROLL
 #endif
 
+// The check of an array that holds nothing where `none`: then its pointer is not looked at, it may be one past something.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_check_unless(bool none, const char *name, const void *pointer, int64_t align, llmpar_error *err) {
+    return none ? LLMPAR_OK : llmpari_cuda_check(name, pointer, align, false, err);
+}
+
 // The sum of x of the threads before this one, of a block of whole warps; *all = of all. sums: 33 of shared memory; may be used again at once.
 LLMPARI_DEVICE long long llmpari_cuda_block_before(long long x, long long *sums, long long *all) {
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, warps = ((int)blockDim.x + 31) / 32;
@@ -652,9 +657,9 @@ LLMPAR_DEF llmpar_status llmpar_cuda_embed(const llmpar_cuda_embed_desc *desc, v
     LLMPARI_CUDA_TRY(llmpari_cuda_size("n", desc->n, INT32_MAX, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("first", desc->first, INT32_MAX, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("count", desc->count, INT32_MAX, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("ids", desc->ids, 4, none, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("table", desc->table, llmpari_cuda_bytes(desc->dtype), none || desc->count == 0, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("y", desc->y, desc->out_f32 ? 4 : llmpari_cuda_bytes(desc->dtype), none, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "ids", desc->ids, 4, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || desc->count == 0, "table", desc->table, llmpari_cuda_bytes(desc->dtype), err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "y", desc->y, desc->out_f32 ? 4 : llmpari_cuda_bytes(desc->dtype), err));
     return llmpari_cuda_embed_launch(desc, stream, err);
 }
 
@@ -805,26 +810,26 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_entropy_check(const llmpar_cuda_entro
     LLMPARI_CUDA_TRY(llmpari_cuda_shard(desc->rows, desc->n, desc->first, desc->vocabulary, desc->stride, desc->ranks, desc->dtype, err));
     if (!(desc->smoothing >= 0 && desc->smoothing < 1)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "smoothing=%g; it must be 0 or more and below 1", (double)desc->smoothing);
     if (!(desc->z_loss >= 0 && desc->z_loss < INFINITY)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "z_loss=%g; it must be finite and 0 or more", (double)desc->z_loss);
-    if (logits) LLMPARI_CUDA_TRY(llmpari_cuda_check("logits", desc->logits, llmpari_cuda_bytes(desc->dtype), desc->rows == 0 || desc->n == 0, err));
-    return llmpari_cuda_check("labels", desc->labels, 4, desc->rows == 0, err);
+    if (logits) LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->rows == 0 || desc->n == 0, "logits", desc->logits, llmpari_cuda_bytes(desc->dtype), err));
+    return llmpari_cuda_check_unless(desc->rows == 0, "labels", desc->labels, 4, err);
 }
 LLMPAR_DEF llmpar_status llmpar_cuda_entropy_part(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err) {
     LLMPARI_CUDA_TRY(llmpari_cuda_entropy_check(desc, true, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("part", desc->part, 4, desc->rows == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->rows == 0, "part", desc->part, 4, err));
     return llmpari_cuda_entropy_part_launch(desc, stream, err);
 }
 LLMPAR_DEF llmpar_status llmpar_cuda_entropy(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err) {
     LLMPARI_CUDA_TRY(llmpari_cuda_entropy_check(desc, false, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("parts", desc->parts, 4, desc->rows == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->rows == 0, "parts", desc->parts, 4, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("loss", desc->loss, 4, true, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("lse", desc->lse, 4, desc->rows == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->rows == 0, "lse", desc->lse, 4, err));
     return llmpari_cuda_entropy_launch(desc, stream, err);
 }
 LLMPAR_DEF llmpar_status llmpar_cuda_entropy_backward(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err) {
     LLMPARI_CUDA_TRY(llmpari_cuda_entropy_check(desc, true, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("lse", desc->lse, 4, desc->rows == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->rows == 0, "lse", desc->lse, 4, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("d_loss", desc->d_loss, 4, true, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("d_logits", desc->d_logits, llmpari_cuda_bytes(desc->dtype), desc->rows == 0 || desc->n == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->rows == 0 || desc->n == 0, "d_logits", desc->d_logits, llmpari_cuda_bytes(desc->dtype), err));
     return llmpari_cuda_entropy_backward_launch(desc, stream, err);
 }
 
@@ -1075,10 +1080,10 @@ LLMPAR_DEF llmpar_status llmpar_cuda_sample_step(const llmpar_cuda_sample_desc *
     if (!(desc->temperature >= 0 && desc->temperature < INFINITY)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "temperature=%g; it must be finite and 0 or more", desc->temperature);
     if (!(desc->top_p >= 0 && desc->top_p <= 1)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "top_p=%g; it must be 0 to 1", desc->top_p);
     const bool none = desc->rows == 0;
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("logits", desc->logits, llmpari_cuda_bytes(desc->dtype), none || desc->n == 0, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("uniform", desc->uniform, 8, none || !(desc->temperature > 0), err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("token", desc->token, 4, none, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("workspace", desc->workspace, 8, none, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || desc->n == 0, "logits", desc->logits, llmpari_cuda_bytes(desc->dtype), err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || !(desc->temperature > 0), "uniform", desc->uniform, 8, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "token", desc->token, 4, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "workspace", desc->workspace, 8, err));
     return llmpari_cuda_sample_launch(desc, step, exchange, stream, err);
 }
 LLMPAR_DEF llmpar_status llmpar_cuda_sample(const llmpar_cuda_sample_desc *desc, void *stream, llmpar_error *err) {
@@ -1321,10 +1326,10 @@ LLMPAR_DEF llmpar_status llmpar_cuda_route(const llmpar_cuda_route_desc *desc, v
     if (desc->route.k > LLMPAR_CUDA_MAX_CHOSEN) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "k=%d; the kernel chooses up to %d experts", (int)desc->route.k, LLMPAR_CUDA_MAX_CHOSEN);
     LLMPARI_CUDA_TRY(llmpari_cuda_float("dtype", desc->dtype, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("rows", desc->rows, INT32_MAX, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("logits", desc->logits, llmpari_cuda_bytes(desc->dtype), !any, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(!any, "logits", desc->logits, llmpari_cuda_bytes(desc->dtype), err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("pad", desc->pad, 1, true, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("ids", desc->ids, 4, !any, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("weights", desc->weights, 4, !any, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(!any, "ids", desc->ids, 4, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(!any, "weights", desc->weights, 4, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("route.logit_bias", desc->route.logit_bias, 4, true, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("route.correction_bias", desc->route.correction_bias, 4, true, err));
     return llmpari_cuda_route_launch(desc, stream, err);
@@ -1511,7 +1516,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_dispatch(const llmpar_cuda_dispatch_desc *d
     if (llmpar_cuda_dispatch_room(desc) > most)
         return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "tokens=%lld with k=%lld in blocks of %lld can be %lld rows, the most is %lld; dispatch fewer at a time", (long long)desc->tokens,
                                  (long long)desc->k, (long long)desc->block, (long long)llmpar_cuda_dispatch_room(desc), (long long)most);
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("ids", desc->ids, 4, desc->tokens * desc->k == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->tokens * desc->k == 0, "ids", desc->ids, 4, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("counts", desc->counts, 4, true, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("offsets", desc->offsets, 8, true, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("padded", desc->padded, 8, true, err));
@@ -1519,7 +1524,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_dispatch(const llmpar_cuda_dispatch_desc *d
     LLMPARI_CUDA_TRY(llmpari_cuda_check("inverse", desc->inverse, 4, true, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("slots", desc->slots, 4, true, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("block_expert", desc->block_expert, 4, true, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("workspace", desc->workspace, 8, llmpar_cuda_dispatch_workspace(desc) == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(llmpar_cuda_dispatch_workspace(desc) == 0, "workspace", desc->workspace, 8, err));
     return llmpari_cuda_dispatch_launch(desc, stream, err);
 }
 
@@ -1569,9 +1574,9 @@ LLMPAR_DEF llmpar_status llmpar_cuda_permute(const llmpar_cuda_permute_desc *des
     LLMPARI_CUDA_TRY(llmpari_cuda_size("stride", desc->stride, most, err));
     if (desc->stride && desc->stride < desc->bytes) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "stride=%lld is below bytes=%lld", (long long)desc->stride, (long long)desc->bytes);
     const bool none = desc->rows == 0 || desc->k == 0 || desc->bytes == 0 || desc->count == 0;
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("x", desc->x, 1, none, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("to", desc->to, 4, none, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("y", desc->y, 1, none, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "x", desc->x, 1, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "to", desc->to, 4, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "y", desc->y, 1, err));
     return llmpari_cuda_permute_launch(desc, stream, err);
 }
 
@@ -1725,11 +1730,11 @@ LLMPAR_DEF llmpar_status llmpar_cuda_combine(const llmpar_cuda_combine_desc *des
                                      (long long)desc->n_experts);
     }
     const bool none = desc->tokens == 0 || desc->n == 0;
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("ids", desc->ids, 4, none || !desc->tree || desc->k == 0, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("from", desc->from, 4, none || desc->k == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || !desc->tree || desc->k == 0, "ids", desc->ids, 4, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || desc->k == 0, "from", desc->from, 4, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("weights", desc->weights, 4, true, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("y", desc->y, llmpari_cuda_bytes(desc->dtype), none || desc->count == 0 || desc->k == 0, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("out", desc->out, desc->out_f32 ? 4 : llmpari_cuda_bytes(desc->dtype), none, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || desc->count == 0 || desc->k == 0, "y", desc->y, llmpari_cuda_bytes(desc->dtype), err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "out", desc->out, desc->out_f32 ? 4 : llmpari_cuda_bytes(desc->dtype), err));
     return llmpari_cuda_combine_launch(desc, stream, err);
 }
 
@@ -1911,13 +1916,13 @@ LLMPAR_DEF llmpar_status llmpar_cuda_gemm(const llmpar_cuda_gemm_desc *desc, voi
         LLMPARI_CUDA_TRY(llmpari_cuda_size("pieces", desc->pieces, desc->depth, err));
         LLMPARI_CUDA_TRY(llmpari_cuda_size("piece_stride", desc->piece_stride, most, err));
         if (desc->accumulate) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "accumulate with granule=%lld: granules' sums are c, they are not added to it", (long long)desc->granule);
-        LLMPARI_CUDA_TRY(llmpari_cuda_check("merges", desc->merges, 1, desc->k == 0, err));
+        LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->k == 0, "merges", desc->merges, 1, err));
     }
     const bool none = desc->n == 0 || (!grouped && desc->m == 0);
     if (grouped) LLMPARI_CUDA_TRY(llmpari_cuda_check("offsets", desc->offsets, 8, false, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("a", desc->a, 4, none || desc->k == 0, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("b", desc->b, llmpari_cuda_bytes(desc->b_dtype), none || desc->k == 0, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("c", desc->c, 4, none, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || desc->k == 0, "a", desc->a, 4, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || desc->k == 0, "b", desc->b, llmpari_cuda_bytes(desc->b_dtype), err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "c", desc->c, 4, err));
     return llmpari_cuda_gemm_launch(desc, stream, err);
 }
 
