@@ -2689,6 +2689,11 @@ static llmpar_status llmpari_cuda_attention_launch(const llmpar_attention_args *
 #define LLMPARI_CUDA_UNROLL
 #endif
 
+// The check of an array that holds nothing where `none`: then its pointer is not looked at, it may be one past something.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_check_unless(bool none, const char *name, const void *pointer, int64_t align, llmpar_error *err) {
+    return none ? LLMPAR_OK : llmpari_cuda_check(name, pointer, align, false, err);
+}
+
 // The sum of x of the threads before this one, of a block of whole warps; *all = of all. sums: 33 of shared memory; may be used again at once.
 LLMPARI_DEVICE long long llmpari_cuda_block_before(long long x, long long *sums, long long *all) {
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, warps = ((int)blockDim.x + 31) / 32;
@@ -2760,9 +2765,9 @@ LLMPAR_DEF llmpar_status llmpar_cuda_embed(const llmpar_cuda_embed_desc *desc, v
     LLMPARI_CUDA_TRY(llmpari_cuda_size("n", desc->n, INT32_MAX, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("first", desc->first, INT32_MAX, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("count", desc->count, INT32_MAX, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("ids", desc->ids, 4, none, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("table", desc->table, llmpari_cuda_bytes(desc->dtype), none || desc->count == 0, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("y", desc->y, desc->out_f32 ? 4 : llmpari_cuda_bytes(desc->dtype), none, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "ids", desc->ids, 4, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || desc->count == 0, "table", desc->table, llmpari_cuda_bytes(desc->dtype), err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "y", desc->y, desc->out_f32 ? 4 : llmpari_cuda_bytes(desc->dtype), err));
     return llmpari_cuda_embed_launch(desc, stream, err);
 }
 
@@ -2913,26 +2918,26 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_entropy_check(const llmpar_cuda_entro
     LLMPARI_CUDA_TRY(llmpari_cuda_shard(desc->rows, desc->n, desc->first, desc->vocabulary, desc->stride, desc->ranks, desc->dtype, err));
     if (!(desc->smoothing >= 0 && desc->smoothing < 1)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "smoothing=%g; it must be 0 or more and below 1", (double)desc->smoothing);
     if (!(desc->z_loss >= 0 && desc->z_loss < INFINITY)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "z_loss=%g; it must be finite and 0 or more", (double)desc->z_loss);
-    if (logits) LLMPARI_CUDA_TRY(llmpari_cuda_check("logits", desc->logits, llmpari_cuda_bytes(desc->dtype), desc->rows == 0 || desc->n == 0, err));
-    return llmpari_cuda_check("labels", desc->labels, 4, desc->rows == 0, err);
+    if (logits) LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->rows == 0 || desc->n == 0, "logits", desc->logits, llmpari_cuda_bytes(desc->dtype), err));
+    return llmpari_cuda_check_unless(desc->rows == 0, "labels", desc->labels, 4, err);
 }
 LLMPAR_DEF llmpar_status llmpar_cuda_entropy_part(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err) {
     LLMPARI_CUDA_TRY(llmpari_cuda_entropy_check(desc, true, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("part", desc->part, 4, desc->rows == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->rows == 0, "part", desc->part, 4, err));
     return llmpari_cuda_entropy_part_launch(desc, stream, err);
 }
 LLMPAR_DEF llmpar_status llmpar_cuda_entropy(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err) {
     LLMPARI_CUDA_TRY(llmpari_cuda_entropy_check(desc, false, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("parts", desc->parts, 4, desc->rows == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->rows == 0, "parts", desc->parts, 4, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("loss", desc->loss, 4, true, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("lse", desc->lse, 4, desc->rows == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->rows == 0, "lse", desc->lse, 4, err));
     return llmpari_cuda_entropy_launch(desc, stream, err);
 }
 LLMPAR_DEF llmpar_status llmpar_cuda_entropy_backward(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err) {
     LLMPARI_CUDA_TRY(llmpari_cuda_entropy_check(desc, true, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("lse", desc->lse, 4, desc->rows == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->rows == 0, "lse", desc->lse, 4, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("d_loss", desc->d_loss, 4, true, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("d_logits", desc->d_logits, llmpari_cuda_bytes(desc->dtype), desc->rows == 0 || desc->n == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->rows == 0 || desc->n == 0, "d_logits", desc->d_logits, llmpari_cuda_bytes(desc->dtype), err));
     return llmpari_cuda_entropy_backward_launch(desc, stream, err);
 }
 
@@ -3183,10 +3188,10 @@ LLMPAR_DEF llmpar_status llmpar_cuda_sample_step(const llmpar_cuda_sample_desc *
     if (!(desc->temperature >= 0 && desc->temperature < INFINITY)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "temperature=%g; it must be finite and 0 or more", desc->temperature);
     if (!(desc->top_p >= 0 && desc->top_p <= 1)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "top_p=%g; it must be 0 to 1", desc->top_p);
     const bool none = desc->rows == 0;
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("logits", desc->logits, llmpari_cuda_bytes(desc->dtype), none || desc->n == 0, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("uniform", desc->uniform, 8, none || !(desc->temperature > 0), err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("token", desc->token, 4, none, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("workspace", desc->workspace, 8, none, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || desc->n == 0, "logits", desc->logits, llmpari_cuda_bytes(desc->dtype), err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || !(desc->temperature > 0), "uniform", desc->uniform, 8, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "token", desc->token, 4, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "workspace", desc->workspace, 8, err));
     return llmpari_cuda_sample_launch(desc, step, exchange, stream, err);
 }
 LLMPAR_DEF llmpar_status llmpar_cuda_sample(const llmpar_cuda_sample_desc *desc, void *stream, llmpar_error *err) {
@@ -3871,7 +3876,7 @@ template <typename T> LLMPARI_DEVICE float llmpari_cuda_route_weight(const llmpa
     return (float)llmpari_cuda_mul64(w, scale);
 }
 
-template <typename T> __global__ void __launch_bounds__(128) llmpari_cuda_route_kernel(llmpari_cuda_router r) {
+template <typename T> __global__ void __launch_bounds__(128, 8) llmpari_cuda_route_kernel(llmpari_cuda_router r) {
     LLMPARI_SHARED_DYNAMIC(long long, memory);
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, warps = (int)blockDim.x / 32;
     const bool masked = r.topk_groups < r.n_groups, softmax = r.score == LLMPAR_SCORE_SOFTMAX && (!r.by_logit || !r.renormalise);
@@ -3933,10 +3938,10 @@ LLMPAR_DEF llmpar_status llmpar_cuda_route(const llmpar_cuda_route_desc *desc, v
     if (desc->route.k > LLMPAR_CUDA_MAX_CHOSEN) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "k=%d; the kernel chooses up to %d experts", (int)desc->route.k, LLMPAR_CUDA_MAX_CHOSEN);
     LLMPARI_CUDA_TRY(llmpari_cuda_float("dtype", desc->dtype, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("rows", desc->rows, INT32_MAX, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("logits", desc->logits, llmpari_cuda_bytes(desc->dtype), !any, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(!any, "logits", desc->logits, llmpari_cuda_bytes(desc->dtype), err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("pad", desc->pad, 1, true, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("ids", desc->ids, 4, !any, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("weights", desc->weights, 4, !any, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(!any, "ids", desc->ids, 4, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(!any, "weights", desc->weights, 4, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("route.logit_bias", desc->route.logit_bias, 4, true, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("route.correction_bias", desc->route.correction_bias, 4, true, err));
     return llmpari_cuda_route_launch(desc, stream, err);
@@ -4123,7 +4128,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_dispatch(const llmpar_cuda_dispatch_desc *d
     if (llmpar_cuda_dispatch_room(desc) > most)
         return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "tokens=%lld with k=%lld in blocks of %lld can be %lld rows, the most is %lld; dispatch fewer at a time", (long long)desc->tokens,
                                  (long long)desc->k, (long long)desc->block, (long long)llmpar_cuda_dispatch_room(desc), (long long)most);
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("ids", desc->ids, 4, desc->tokens * desc->k == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->tokens * desc->k == 0, "ids", desc->ids, 4, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("counts", desc->counts, 4, true, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("offsets", desc->offsets, 8, true, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("padded", desc->padded, 8, true, err));
@@ -4131,7 +4136,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_dispatch(const llmpar_cuda_dispatch_desc *d
     LLMPARI_CUDA_TRY(llmpari_cuda_check("inverse", desc->inverse, 4, true, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("slots", desc->slots, 4, true, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("block_expert", desc->block_expert, 4, true, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("workspace", desc->workspace, 8, llmpar_cuda_dispatch_workspace(desc) == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(llmpar_cuda_dispatch_workspace(desc) == 0, "workspace", desc->workspace, 8, err));
     return llmpari_cuda_dispatch_launch(desc, stream, err);
 }
 
@@ -4181,9 +4186,9 @@ LLMPAR_DEF llmpar_status llmpar_cuda_permute(const llmpar_cuda_permute_desc *des
     LLMPARI_CUDA_TRY(llmpari_cuda_size("stride", desc->stride, most, err));
     if (desc->stride && desc->stride < desc->bytes) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "stride=%lld is below bytes=%lld", (long long)desc->stride, (long long)desc->bytes);
     const bool none = desc->rows == 0 || desc->k == 0 || desc->bytes == 0 || desc->count == 0;
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("x", desc->x, 1, none, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("to", desc->to, 4, none, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("y", desc->y, 1, none, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "x", desc->x, 1, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "to", desc->to, 4, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "y", desc->y, 1, err));
     return llmpari_cuda_permute_launch(desc, stream, err);
 }
 
@@ -4337,11 +4342,11 @@ LLMPAR_DEF llmpar_status llmpar_cuda_combine(const llmpar_cuda_combine_desc *des
                                      (long long)desc->n_experts);
     }
     const bool none = desc->tokens == 0 || desc->n == 0;
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("ids", desc->ids, 4, none || !desc->tree || desc->k == 0, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("from", desc->from, 4, none || desc->k == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || !desc->tree || desc->k == 0, "ids", desc->ids, 4, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || desc->k == 0, "from", desc->from, 4, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("weights", desc->weights, 4, true, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("y", desc->y, llmpari_cuda_bytes(desc->dtype), none || desc->count == 0 || desc->k == 0, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("out", desc->out, desc->out_f32 ? 4 : llmpari_cuda_bytes(desc->dtype), none, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || desc->count == 0 || desc->k == 0, "y", desc->y, llmpari_cuda_bytes(desc->dtype), err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "out", desc->out, desc->out_f32 ? 4 : llmpari_cuda_bytes(desc->dtype), err));
     return llmpari_cuda_combine_launch(desc, stream, err);
 }
 
@@ -4405,7 +4410,7 @@ template <typename T, bool FUSED> LLMPARI_DEVICE float llmpari_cuda_product_tile
 }
 
 // b[n, k]: a warp makes 4 x 4 elements of c.
-template <typename T, bool FUSED> __global__ void __launch_bounds__(256) llmpari_cuda_product_rows_kernel(llmpari_cuda_product p) {
+template <typename T, bool FUSED> __global__ void __launch_bounds__(256, 4) llmpari_cuda_product_rows_kernel(llmpari_cuda_product p) {
     LLMPARI_SHARED_DYNAMIC(float, stack);
     const int lane = (int)threadIdx.x % 32;
     const int64_t j0 = ((int64_t)blockIdx.x * ((int)blockDim.x / 32) + (int)threadIdx.x / 32) * 4;
@@ -4439,43 +4444,49 @@ template <typename T, bool FUSED> __global__ void __launch_bounds__(256) llmpari
     }
 }
 
-// b[k, n]: a thread makes one element of c, with its 32 partial sums.
-template <typename T, bool FUSED> __global__ void __launch_bounds__(128) llmpari_cuda_product_columns_kernel(llmpari_cuda_product p) {
+// b[k, n]: a warp makes 16 elements of a row of c. Lanes l and l + 16 share one, with 16 partial sums each.
+template <typename T, bool FUSED> __global__ void __launch_bounds__(256, 4) llmpari_cuda_product_columns_kernel(llmpari_cuda_product p) {
     LLMPARI_SHARED_DYNAMIC(float, stack);
-    const int64_t column = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (column >= p.n) return;
+    const int part = (int)threadIdx.x % 32 / 16 * 16;
+    const int64_t column = (int64_t)blockIdx.x * (blockDim.x / 2) + threadIdx.x / 32 * 16 + threadIdx.x % 16, safe = column < p.n ? column : 0;
     for (int64_t e = blockIdx.z; e < p.experts; e += gridDim.z) {
         const float *from;
         float *to;
         const int64_t m = llmpari_cuda_product_rows(p, e, &from, &to);
-        const T *b = (const T *)p.b + e * p.b_stride + column;
+        const T *b = (const T *)p.b + e * p.b_stride + safe;
         for (int64_t i = blockIdx.y; i < m; i += gridDim.y) {
             const float *a = from + i * p.lda;
             float *c = to + i * p.ldc + column;
+            const bool mine = part == 0 && column < p.n;
             llmpari_cuda_folding f = { 0.0f, -1 };
             for (int64_t g = 0, n = 0; g < p.k; g += p.granule, n++) {
                 const int64_t end = g + p.granule < p.k ? g + p.granule : p.k;
-                float value = p.accumulate ? *c : 0.0f;
+                float value = p.accumulate && mine ? *c : 0.0f;
                 for (int64_t k0 = g; k0 < end; k0 += LLMPARI_CUDA_KC) {
                     const int64_t k1 = k0 + LLMPARI_CUDA_KC < end ? k0 + LLMPARI_CUDA_KC : end;
-                    float sum[32];
+                    float sum[16];
                     LLMPARI_CUDA_UNROLL
-                    for (int l = 0; l < 32; l++) sum[l] = 0;
-                    for (int64_t at = k0; at < k1; at += 32) {
+                    for (int l = 0; l < 16; l++) sum[l] = 0;
+                    const float *x = a + k0 + part;
+                    const T *w = b + (k0 + part) * p.ldb;
+                    for (int left = (int)(k1 - k0) - part; left > 0; left -= 32, x += 32, w += 32 * p.ldb) {
                         LLMPARI_CUDA_UNROLL
-                        for (int l = 0; l < 32; l++)
-                            if (at + l < k1) sum[l] = llmpari_cuda_add_product<FUSED>(sum[l], a[at + l], llmpari_cuda_to_f32(b[(at + l) * p.ldb]));
+                        for (int l = 0; l < 16; l++)
+                            if (l < left) sum[l] = llmpari_cuda_add_product<FUSED>(sum[l], x[l], llmpari_cuda_to_f32(w[l * p.ldb]));
                     }
+                    __syncwarp();
                     LLMPARI_CUDA_UNROLL
-                    for (int with = 16; with > 0; with /= 2) {
+                    for (int l = 0; l < 16; l++) sum[l] = __fadd_rn(sum[l], __shfl_xor_sync(0xffffffffu, sum[l], 16));
+                    LLMPARI_CUDA_UNROLL
+                    for (int with = 8; with > 0; with /= 2) {
                         LLMPARI_CUDA_UNROLL
-                        for (int l = 0; l < 16; l++) if (l < with) sum[l] = __fadd_rn(sum[l], sum[l + with]);
+                        for (int l = 0; l < 8; l++) if (l < with) sum[l] = __fadd_rn(sum[l], sum[l + with]);
                     }
                     value = k0 > g || p.accumulate ? __fadd_rn(value, sum[0]) : sum[0];
                 }
                 llmpari_cuda_fold_push(&f, stack, value, p.merges ? p.merges[n] : 0);
             }
-            if (p.k > 0 || !p.accumulate) llmpari_cuda_fold_store(p, f, stack, c);
+            if (mine && (p.k > 0 || !p.accumulate)) llmpari_cuda_fold_store(p, f, stack, c);
         }
     }
 }
@@ -4490,7 +4501,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_gemm_launch(const llmpar_cuda_gemm_de
     p.granule = desc->granule ? desc->granule : llmpari_cuda_max(desc->k, 1);
     p.pieces = desc->granule ? desc->pieces : 1; p.piece_stride = desc->piece_stride; p.merges = desc->granule ? desc->merges : NULL;
     if (p.n == 0 || p.experts == 0 || (!grouped && p.m == 0)) return LLMPAR_OK;
-    const int64_t rows = desc->b_transposed ? 4 : 1, columns = desc->b_transposed ? 32 : 128, threads = desc->b_transposed ? 256 : 128;
+    const int64_t rows = desc->b_transposed ? 4 : 1, columns = desc->b_transposed ? 32 : 128, threads = 256;
     const dim3 block((unsigned)threads), grid((unsigned)llmpari_cuda_up(p.n, columns), (unsigned)(grouped ? 32 : llmpari_cuda_min(llmpari_cuda_up(p.m, rows), 65535)),
                                               (unsigned)llmpari_cuda_min(p.experts, 65535));
     const size_t bytes = desc->granule ? (size_t)(llmpari_cuda_max(desc->depth, 1) * threads * 4) : 0;
@@ -4517,13 +4528,13 @@ LLMPAR_DEF llmpar_status llmpar_cuda_gemm(const llmpar_cuda_gemm_desc *desc, voi
         LLMPARI_CUDA_TRY(llmpari_cuda_size("pieces", desc->pieces, desc->depth, err));
         LLMPARI_CUDA_TRY(llmpari_cuda_size("piece_stride", desc->piece_stride, most, err));
         if (desc->accumulate) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "accumulate with granule=%lld: granules' sums are c, they are not added to it", (long long)desc->granule);
-        LLMPARI_CUDA_TRY(llmpari_cuda_check("merges", desc->merges, 1, desc->k == 0, err));
+        LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->k == 0, "merges", desc->merges, 1, err));
     }
     const bool none = desc->n == 0 || (!grouped && desc->m == 0);
     if (grouped) LLMPARI_CUDA_TRY(llmpari_cuda_check("offsets", desc->offsets, 8, false, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("a", desc->a, 4, none || desc->k == 0, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("b", desc->b, llmpari_cuda_bytes(desc->b_dtype), none || desc->k == 0, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("c", desc->c, 4, none, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || desc->k == 0, "a", desc->a, 4, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || desc->k == 0, "b", desc->b, llmpari_cuda_bytes(desc->b_dtype), err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "c", desc->c, 4, err));
     return llmpari_cuda_gemm_launch(desc, stream, err);
 }
 
