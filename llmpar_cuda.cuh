@@ -622,6 +622,74 @@ LLMPAR_DEF llmpar_status llmpar_cuda_fold(const llmpar_cuda_fold_desc *desc, voi
 // ============================================================================================================
 // >>peer   collectives between GPUs of one process, over peer pointers          (uses: base, comm, device, norm)
 // ============================================================================================================
+// Ranks are GPUs of one process that read each other's memory, or, for one GPU, virtual ranks: all of them in one launch. Each rank has a mailbox on its GPU that all others read,
+// of two halves which calls use in turn, so that one barrier per phase is enough; barriers are flags in the mailboxes, one per block and rank, written by st.release.sys and read
+// by ld.acquire.sys. Reductions are f32 sums (or max, min) in rank order 0, 1, .. n-1, rounded once: the same bits on all ranks, and those of llmpar.h's other backends.
+//   one-shot   every rank copies its input to its mailbox and reads all mailboxes: one barrier, (n-1) V read per rank
+//   two-shot   a rank reduces one slice and puts it back into its mailbox, then everyone reads the slices: two barriers, 2 (n-1)/n V
+// All blocks of a call run at the same time: launches are cooperative, and no larger than the GPU takes at once. What a call needs to know lies on the device, so that it may be
+// captured in a graph. Messages that are longer than a mailbox go in pieces.
+// A rank that does not come: kernels look at the clock; after timeout_s they leave, note whom they waited for, and from then on every call fails with LLMPAR_TIMEOUT and that
+// rank's number. Results of a call that has failed so are undefined. Memory is freed by llmpar_cuda_peer_free alone.
+
+#define LLMPAR_CUDA_PEERS 8        // most ranks
+
+typedef struct llmpar_cuda_peer_desc {
+    int32_t          n_ranks;      // 1 to LLMPAR_CUDA_PEERS
+    const int32_t   *device;       // [n_ranks] GPU of each rank, all different; NULL = virtual ranks on the current device
+    void *const     *stream;       // [n_ranks] what each rank's calls run on; virtual ranks: [1], all on one. NULL = own streams (llmpar_cuda_peer_stream)
+    int64_t          buffer_bytes; // of a half of a mailbox; 0 = 8 MiB
+    int64_t          one_shot_bytes;   // AllReduces up to here go one-shot, beyond two-shot; 0 = 512 KiB up to 4 ranks, else 256 KiB (those of vLLM's custom_all_reduce), 2 ranks: always
+    double           timeout_s;    // 0 = 60 s; at most 1e9. Of the kernels, and at first of the communicators
+    int32_t          blocks;       // most blocks of 256 threads of a rank; 0 = 64, virtual ranks 256; less when the GPU cannot hold them at once
+    bool             stream_ordered;   // llmpar_wait returns when the call is on the stream: what comes after it there finds the result, the host does not. false: when it is done
+    llmpar_allocator allocator;    // of host memory
+} llmpar_cuda_peer_desc;
+typedef struct llmpar_cuda_peer llmpar_cuda_peer;
+// Errors: LLMPAR_UNSUPPORTED when a GPU cannot read another's memory, or has no cooperative launch.
+LLMPAR_DEF llmpar_status llmpar_cuda_peer_create(const llmpar_cuda_peer_desc *desc, llmpar_cuda_peer **peers, llmpar_error *err);
+LLMPAR_DEF void          llmpar_cuda_peer_free(llmpar_cuda_peer *peers);                   // when nothing runs any more; frees the groups too
+LLMPAR_DEF void         *llmpar_cuda_peer_stream(const llmpar_cuda_peer *peers, int32_t rank);
+// Waits for what was launched, at most the deadline; LLMPAR_TIMEOUT with the rank that was waited for in vain.
+LLMPAR_DEF llmpar_status llmpar_cuda_peer_wait(llmpar_cuda_peer *peers, llmpar_error *err);
+
+// A collective, launched for all ranks by one thread, or by each rank's thread for itself. Counts are in elements. Puts it on the streams and returns.
+typedef struct llmpar_cuda_peer_call {
+    llmpar_collective  kind;       // AllReduce, AllGather, ReduceScatter, AllToAll, Permute, Broadcast, Barrier
+    llmpar_dtype       dtype;      // reductions: f32, bf16, f16; else any
+    llmpar_reduce      reduce;
+    int32_t            way;        // AllReduce: 1 = one-shot, 2 = two-shot, 0 = by size
+    int32_t            root;       // Broadcast
+    int32_t            rank_plus_1;    // 0 = all ranks; 1 + rank: only this rank's part, while the others' threads do theirs (not with virtual ranks)
+    int64_t            count;      // AllReduce, Broadcast
+    const int64_t     *counts;     // [n] AllGather: what each gives, ReduceScatter: what each gets; [n, n] AllToAll, Permute: what rank i sends to rank j. The same on all ranks
+    const void *const *send;       // [n], of each rank that is launched; in-place rules as in llmpar_call. Aligned to elements where they are reduced
+    void *const       *recv;       // [n]
+} llmpar_cuda_peer_call;
+LLMPAR_DEF llmpar_status llmpar_cuda_peer_run(llmpar_cuda_peer *peers, const llmpar_cuda_peer_call *call, llmpar_error *err);
+
+// What follows an AllReduce in a transformer, in one kernel: s = the sum over ranks of send (in rank order, rounded to dtype), r = s + residual (rounded; replaces residual),
+// out = r / sqrt(mean(r^2) + eps) * weight. The same bits as the three steps one after the other; within 4 units of the last place of the formula's norm.
+typedef struct llmpar_cuda_peer_norm_desc {
+    const void *const *send;       // [n]: [rows, columns] of each rank
+    void *const       *residual;   // [n]: [rows, columns], in and out; NULL = no residual
+    const void *const *weight;     // [n]: [columns]
+    void *const       *out;        // [n]: [rows, columns]; may be send
+    int64_t            rows, columns;
+    llmpar_dtype       dtype;      // of all: f32, bf16, f16
+    float              eps;
+    int32_t            rank_plus_1;
+} llmpar_cuda_peer_norm_desc;
+LLMPAR_DEF llmpar_status llmpar_cuda_peer_norm(llmpar_cuda_peer *peers, const llmpar_cuda_peer_norm_desc *desc, llmpar_error *err);
+
+// Times both ways for doubling sizes on the spot (some milliseconds, while nothing else runs) and uses the largest size up to which one-shot wins from then on: *one_shot_bytes (may be
+// NULL). From one thread; not with several devices whose calls others are making.
+LLMPAR_DEF llmpar_status llmpar_cuda_peer_measure(llmpar_cuda_peer *peers, int64_t *one_shot_bytes, llmpar_error *err);
+
+// A rank's end as llmpar.h's communicator, for the rank's thread; owned by peers. Buffers are device memory. Virtual ranks: the call is launched when the last rank's thread has started it,
+// all work of all ranks must be on the one stream. Several GPUs: each thread launches its part, at the latest when it waits. Groups have mailboxes of their own. Send and Recv are
+// LLMPAR_UNSUPPORTED (a Permute does what a pipeline's step needs), and so are sums of integers.
+LLMPAR_DEF llmpar_comm  *llmpar_cuda_peer_comm(llmpar_cuda_peer *peers, int32_t rank);     // NULL: no such rank
 
 #ifdef LLMPAR_NCCL
 // ============================================================================================================
@@ -4859,6 +4927,1208 @@ LLMPAR_DEF llmpar_status llmpar_cuda_fold(const llmpar_cuda_fold_desc *desc, voi
 // ============================================================================================================
 // >>peer (impl)
 // ============================================================================================================
+
+#include <pthread.h>
+
+enum {
+    LLMPARI_PEERS        = LLMPAR_CUDA_PEERS,
+    LLMPARI_PEER_BLOCKS  = 256,    // most blocks of a rank
+    LLMPARI_PEER_THREADS = 256,
+    LLMPARI_PEER_FLAGS   = 256,    // a mailbox: its state, flag[block][rank], two halves
+    LLMPARI_PEER_DATA    = LLMPARI_PEER_FLAGS + LLMPARI_PEER_BLOCKS * LLMPARI_PEERS * 4,
+    LLMPARI_PEER_FLIGHT  = 16,     // calls of a communicator in flight
+    LLMPARI_PEER_ABORT   = 4 * LLMPARI_PEERS   // place of the word in pinned memory that stops waiting kernels
+};
+
+// ---- what one rank stores and others read
+
+#ifdef LLMPAR_CUDA_EMULATED
+static bool llmpari_cuda_peer_unfenced;    // a test's: flags without release, to see that this shows
+template <typename T> LLMPARI_DEVICE void llmpari_cuda_peer_store(T *to, const T &value) { emulator_store(to, &value, (int)sizeof value); }
+template <typename T> LLMPARI_DEVICE T    llmpari_cuda_peer_load(const T *from) { T value; emulator_load(&value, from, (int)sizeof value); return value; }
+LLMPARI_DEVICE void llmpari_cuda_peer_release(uint32_t *to, uint32_t value) {
+    if (llmpari_cuda_peer_unfenced) __atomic_store_n(to, value, __ATOMIC_RELAXED);
+    else emulator_store_release(to, value);
+}
+LLMPARI_DEVICE uint32_t llmpari_cuda_peer_acquire(const uint32_t *from) { return emulator_load_acquire(from); }
+LLMPARI_DEVICE void     llmpari_cuda_peer_pause(void) { emulator_spin(); }
+LLMPARI_DEVICE uint64_t llmpari_cuda_peer_clock(void) { return emulator_nanoseconds(); }
+#else
+template <typename T> LLMPARI_DEVICE void llmpari_cuda_peer_store(T *to, const T &value) { *to = value; }
+template <typename T> LLMPARI_DEVICE T    llmpari_cuda_peer_load(const T *from) { return *from; }
+// The release covers what other threads of the block stored before the __syncthreads that this thread has passed too (PTX memory model: release is cumulative).
+LLMPARI_DEVICE void llmpari_cuda_peer_release(uint32_t *to, uint32_t value) { asm volatile("st.release.sys.global.u32 [%0], %1;" :: "l"(to), "r"(value) : "memory"); }
+LLMPARI_DEVICE uint32_t llmpari_cuda_peer_acquire(const uint32_t *from) {
+    uint32_t value;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+    return value;
+}
+LLMPARI_DEVICE void     llmpari_cuda_peer_pause(void) {}
+LLMPARI_DEVICE uint64_t llmpari_cuda_peer_clock(void) {
+    uint64_t t;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
+    return t;
+}
+#endif
+
+// Begins a mailbox.
+typedef struct llmpari_cuda_peer_state {
+    uint32_t calls;                // finished; the next one uses half calls % 2 and flags 2 * calls + 1 and + 2
+    uint32_t blocks;               // of the running one, that are through
+    uint32_t failed;               // 1 + rank that did not come, 1 + LLMPARI_PEERS: stopped by the host
+} llmpari_cuda_peer_state;
+
+// Slots are parts of a half, each read by one rank, or one slot that all read. Tables: [rank][slot or rank], bytes.
+typedef struct llmpari_cuda_peer_args {
+    char       *memory[LLMPARI_PEERS];
+    const char *send[LLMPARI_PEERS];
+    char       *recv[LLMPARI_PEERS];
+    uint32_t   *host;              // [LLMPARI_PEERS][4] who, flag, block of a rank that waited in vain; the word to stop at
+    uint64_t    timeout_ns;
+    int64_t     half, slot;        // bytes
+    int64_t     bytes  [LLMPARI_PEERS * LLMPARI_PEERS];    // what a rank puts into a slot
+    int64_t     send_at[LLMPARI_PEERS * LLMPARI_PEERS];    // from where in its send
+    int64_t     recv_at[LLMPARI_PEERS * LLMPARI_PEERS];    // where what comes from a rank goes; reductions: [rank][0]
+    int32_t     n, first, slots, reduce;                   // ranks; the rank of blockIdx.y = 0
+} llmpari_cuda_peer_args;
+
+typedef struct llmpari_cuda_peer_norm_args {
+    llmpari_cuda_peer_args peer;
+    char       *residual[LLMPARI_PEERS];
+    const char *weight[LLMPARI_PEERS];
+    int64_t     rows, columns, row_bytes;  // of a row in the mailbox, rounded up to 16
+    float       eps;
+    bool        aligned;           // all rows to 16 bytes
+} llmpari_cuda_peer_norm_args;
+
+typedef llmpari_cuda_pack<uint32_t> llmpari_cuda_bits;     // 16 bytes of anything
+
+LLMPARI_DEVICE llmpari_cuda_peer_state *llmpari_cuda_peer_own(const llmpari_cuda_peer_args &a, int rank) { return reinterpret_cast<llmpari_cuda_peer_state *>(a.memory[rank]); }
+LLMPARI_DEVICE uint32_t *llmpari_cuda_peer_flag(const llmpari_cuda_peer_args &a, int of, int from) {
+    return reinterpret_cast<uint32_t *>(a.memory[of] + LLMPARI_PEER_FLAGS) + blockIdx.x * LLMPARI_PEERS + from;
+}
+LLMPARI_DEVICE char *llmpari_cuda_peer_half(const llmpari_cuda_peer_args &a, int rank, uint32_t calls) { return a.memory[rank] + LLMPARI_PEER_DATA + (calls & 1u) * a.half; }
+
+// word[0] = calls, word[1] = not 0 when the world has failed. False: leave.
+LLMPARI_DEVICE bool llmpari_cuda_peer_enter(const llmpari_cuda_peer_args &a, int rank, uint32_t *word) {
+    if (threadIdx.x == 0) {
+        word[0] = llmpari_cuda_peer_acquire(&llmpari_cuda_peer_own(a, rank)->calls);
+        word[1] = llmpari_cuda_peer_acquire(&llmpari_cuda_peer_own(a, rank)->failed);
+    }
+    __syncthreads();
+    return word[1] == 0;
+}
+// The last block of a rank counts the call: no block reads the count after that.
+LLMPARI_DEVICE void llmpari_cuda_peer_leave(const llmpari_cuda_peer_args &a, int rank, uint32_t calls) {
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    llmpari_cuda_peer_state *state = llmpari_cuda_peer_own(a, rank);
+    if (atomicAdd(&state->blocks, 1u) != gridDim.x - 1) return;
+    state->blocks = 0;
+    llmpari_cuda_peer_release(&state->calls, calls + 1);
+}
+
+LLMPARI_DEVICE bool llmpari_cuda_peer_wait_flag(const llmpari_cuda_peer_args &a, int rank, int peer, uint32_t flag) {
+    enum { LOOKS = 256 };          // at the flag, before one at the clock
+    const uint32_t *at = llmpari_cuda_peer_flag(a, rank, peer);
+    llmpari_cuda_peer_state *state = llmpari_cuda_peer_own(a, rank);
+    const uint64_t began = llmpari_cuda_peer_clock();
+    for (uint32_t look = 1; (int32_t)(llmpari_cuda_peer_acquire(at) - flag) < 0; look++) {
+        llmpari_cuda_peer_pause();
+        if (look % LOOKS) continue;
+        if (llmpari_cuda_peer_acquire(&state->failed)) return false;
+        if (llmpari_cuda_peer_acquire(a.host + LLMPARI_PEER_ABORT)) { atomicCAS(&state->failed, 0u, 1u + LLMPARI_PEERS); return false; }
+        if (llmpari_cuda_peer_clock() - began < a.timeout_ns) continue;
+        if (atomicCAS(&state->failed, 0u, 1u + (uint32_t)peer) == 0u) {
+            llmpari_cuda_peer_release(a.host + 4 * rank + 1, flag);
+            llmpari_cuda_peer_release(a.host + 4 * rank + 2, blockIdx.x);
+            llmpari_cuda_peer_release(a.host + 4 * rank, 1u + (uint32_t)peer);
+        }
+        return false;
+    }
+    return true;
+}
+
+// Block blockIdx.x of all ranks: what each has stored before is read by all after. False: leave, a rank did not come.
+LLMPARI_DEVICE bool llmpari_cuda_peer_barrier(const llmpari_cuda_peer_args &a, int rank, uint32_t flag, uint32_t *word) {
+    __syncthreads();
+    if ((int)threadIdx.x < a.n) {
+        llmpari_cuda_peer_release(llmpari_cuda_peer_flag(a, (int)threadIdx.x, rank), flag);
+        if (!llmpari_cuda_peer_wait_flag(a, rank, (int)threadIdx.x, flag)) atomicExch(&word[1], 1u);
+    }
+    __syncthreads();
+    return word[1] == 0;
+}
+
+// 16 bytes from or to memory that need not be aligned to more than U; beyond `valid` bytes zeros are read and nothing is written.
+template <typename U> LLMPARI_DEVICE llmpari_cuda_bits llmpari_cuda_peer_read(const char *from, int64_t valid, bool aligned) {
+    if (aligned && valid >= 16) return *reinterpret_cast<const llmpari_cuda_bits *>(from);
+    llmpari_cuda_pack<U> pack;
+    LLMPARI_CUDA_UNROLL
+    for (int j = 0; j < llmpari_cuda_pack<U>::n; j++) pack.at[j] = j * (int)sizeof(U) < valid ? reinterpret_cast<const U *>(from)[j] : (U)0;
+    llmpari_cuda_bits bits;
+    memcpy(&bits, &pack, 16);
+    return bits;
+}
+template <typename U> LLMPARI_DEVICE void llmpari_cuda_peer_write(char *to, const llmpari_cuda_bits &bits, int64_t valid, bool aligned) {
+    if (aligned && valid >= 16) { *reinterpret_cast<llmpari_cuda_bits *>(to) = bits; return; }
+    llmpari_cuda_pack<U> pack;
+    memcpy(&pack, &bits, 16);
+    LLMPARI_CUDA_UNROLL
+    for (int j = 0; j < llmpari_cuda_pack<U>::n; j++) if (j * (int)sizeof(U) < valid) reinterpret_cast<U *>(to)[j] = pack.at[j];
+}
+LLMPARI_DEVICE bool llmpari_cuda_peer_aligned(const char *at) { return (uintptr_t)at % 16 == 0; }
+
+// The units of 16 bytes of a slot that this block does; the same on every rank.
+LLMPARI_DEVICE void llmpari_cuda_peer_share(int64_t bytes, int64_t *first, int64_t *end) {
+    const int64_t units = (bytes + 15) / 16, part = (units + gridDim.x - 1) / gridDim.x;
+    *first = llmpari_cuda_least(part * blockIdx.x, units);
+    *end   = llmpari_cuda_least(*first + part, units);
+}
+
+// What the rank has for each slot, into its mailbox.
+template <typename U> LLMPARI_DEVICE void llmpari_cuda_peer_post(const llmpari_cuda_peer_args &a, int rank, char *half) {
+    for (int s = 0; s < a.slots; s++) {
+        const int64_t bytes = a.bytes[rank * LLMPARI_PEERS + s];
+        const char *from = a.send[rank] + a.send_at[rank * LLMPARI_PEERS + s];
+        llmpari_cuda_bits *to = reinterpret_cast<llmpari_cuda_bits *>(half + s * a.slot);
+        const bool aligned = llmpari_cuda_peer_aligned(from);
+        int64_t first, end;
+        llmpari_cuda_peer_share(bytes, &first, &end);
+        for (int64_t u = first + threadIdx.x; u < end; u += blockDim.x) llmpari_cuda_peer_store(to + u, llmpari_cuda_peer_read<U>(from + 16 * u, bytes - 16 * u, aligned));
+    }
+}
+
+LLMPARI_DEVICE float llmpari_cuda_peer_combine(float a, float v, int reduce) {
+    if (reduce == LLMPAR_SUM) return __fadd_rn(a, v);
+    return v != v || (reduce == LLMPAR_MAX ? v > a : v < a) ? v : a;                       // a NaN wins
+}
+
+// The same 16 bytes of all mailboxes, reduced in rank order in f32 and rounded.
+template <typename T> LLMPARI_DEVICE llmpari_cuda_pack<T> llmpari_cuda_peer_sum(const llmpari_cuda_peer_args &a, uint32_t calls, int64_t at) {
+    llmpari_cuda_pack<T> in[LLMPARI_PEERS], out;
+    float sum[llmpari_cuda_pack<T>::n];
+    LLMPARI_CUDA_UNROLL
+    for (int r = 0; r < LLMPARI_PEERS; r++)
+        if (r < a.n) in[r] = llmpari_cuda_peer_load(reinterpret_cast<const llmpari_cuda_pack<T> *>(llmpari_cuda_peer_half(a, r, calls) + at));
+    LLMPARI_CUDA_UNROLL
+    for (int j = 0; j < llmpari_cuda_pack<T>::n; j++) sum[j] = llmpari_cuda_to_f32(in[0].at[j]);
+    LLMPARI_CUDA_UNROLL
+    for (int r = 1; r < LLMPARI_PEERS; r++)
+        if (r < a.n) {
+            LLMPARI_CUDA_UNROLL
+            for (int j = 0; j < llmpari_cuda_pack<T>::n; j++) sum[j] = llmpari_cuda_peer_combine(sum[j], llmpari_cuda_to_f32(in[r].at[j]), a.reduce);
+        }
+    LLMPARI_CUDA_UNROLL
+    for (int j = 0; j < llmpari_cuda_pack<T>::n; j++) llmpari_cuda_from_f32(&out.at[j], sum[j]);
+    return out;
+}
+
+template <typename T> LLMPARI_DEVICE llmpari_cuda_bits llmpari_cuda_peer_bits(const llmpari_cuda_pack<T> &pack) { llmpari_cuda_bits bits; memcpy(&bits, &pack, 16); return bits; }
+template <typename T> LLMPARI_DEVICE llmpari_cuda_pack<T> llmpari_cuda_peer_unbits(const llmpari_cuda_bits &bits) { llmpari_cuda_pack<T> pack; memcpy(&pack, &bits, 16); return pack; }
+
+// The unsigned integer of an element's bytes.
+template <int N> struct llmpari_cuda_unsigned     { typedef uint32_t type; };
+template <>      struct llmpari_cuda_unsigned<2>  { typedef uint16_t type; };
+
+// ---- kernels: blocks of LLMPARI_PEER_THREADS; gridDim.y ranks
+
+// ReduceScatter, and the one-shot AllReduce: then there is one slot.
+template <typename T> __global__ void __launch_bounds__(256) llmpari_cuda_peer_reduce_kernel(const __grid_constant__ llmpari_cuda_peer_args a) {
+    typedef typename llmpari_cuda_unsigned<sizeof(T)>::type U;
+    LLMPARI_SHARED(uint32_t, word, 2);
+    const int rank = a.first + (int)blockIdx.y, slot = a.slots == 1 ? 0 : rank;
+    if (!llmpari_cuda_peer_enter(a, rank, &word[0])) return;
+    const uint32_t calls = word[0];
+    llmpari_cuda_peer_post<U>(a, rank, llmpari_cuda_peer_half(a, rank, calls));
+    if (!llmpari_cuda_peer_barrier(a, rank, 2 * calls + 1, &word[0])) return;
+    const int64_t bytes = a.bytes[rank * LLMPARI_PEERS + slot];
+    char *to = a.recv[rank] + a.recv_at[rank * LLMPARI_PEERS];
+    const bool aligned = llmpari_cuda_peer_aligned(to);
+    int64_t first, end;
+    llmpari_cuda_peer_share(bytes, &first, &end);
+    for (int64_t u = first + threadIdx.x; u < end; u += blockDim.x)
+        llmpari_cuda_peer_write<U>(to + 16 * u, llmpari_cuda_peer_bits(llmpari_cuda_peer_sum<T>(a, calls, slot * a.slot + 16 * u)), bytes - 16 * u, aligned);
+    llmpari_cuda_peer_leave(a, rank, calls);
+}
+
+// What the ranks have for this one, from their mailboxes; each rank begins with another.
+template <typename U> LLMPARI_DEVICE void llmpari_cuda_peer_fetch(const llmpari_cuda_peer_args &a, int rank, uint32_t calls, bool own_slots) {
+    if (!a.recv[rank]) return;
+    for (int i = 0; i < a.n; i++) {
+        const int from = rank + i < a.n ? rank + i : rank + i - a.n, slot = a.slots == 1 ? 0 : own_slots ? from : rank;
+        const int64_t bytes = a.bytes[from * LLMPARI_PEERS + slot];
+        const llmpari_cuda_bits *in = reinterpret_cast<const llmpari_cuda_bits *>(llmpari_cuda_peer_half(a, from, calls) + slot * a.slot);
+        char *to = a.recv[rank] + a.recv_at[rank * LLMPARI_PEERS + from];
+        const bool aligned = llmpari_cuda_peer_aligned(to);
+        int64_t first, end;
+        llmpari_cuda_peer_share(bytes, &first, &end);
+        for (int64_t u = first + threadIdx.x; u < end; u += blockDim.x) llmpari_cuda_peer_write<U>(to + 16 * u, llmpari_cuda_peer_load(in + u), bytes - 16 * u, aligned);
+    }
+}
+
+// The two-shot AllReduce: slot r is reduced by rank r, in place in its mailbox.
+template <typename T> __global__ void __launch_bounds__(256) llmpari_cuda_peer_two_shot_kernel(const __grid_constant__ llmpari_cuda_peer_args a) {
+    typedef typename llmpari_cuda_unsigned<sizeof(T)>::type U;
+    LLMPARI_SHARED(uint32_t, word, 2);
+    const int rank = a.first + (int)blockIdx.y;
+    if (!llmpari_cuda_peer_enter(a, rank, &word[0])) return;
+    const uint32_t calls = word[0];
+    char *half = llmpari_cuda_peer_half(a, rank, calls);
+    llmpari_cuda_peer_post<U>(a, rank, half);
+    if (!llmpari_cuda_peer_barrier(a, rank, 2 * calls + 1, &word[0])) return;
+    int64_t first, end;
+    llmpari_cuda_peer_share(a.bytes[rank * LLMPARI_PEERS + rank], &first, &end);
+    for (int64_t u = first + threadIdx.x; u < end; u += blockDim.x)
+        llmpari_cuda_peer_store(reinterpret_cast<llmpari_cuda_pack<T> *>(half + rank * a.slot) + u, llmpari_cuda_peer_sum<T>(a, calls, rank * a.slot + 16 * u));
+    if (!llmpari_cuda_peer_barrier(a, rank, 2 * calls + 2, &word[0])) return;
+    llmpari_cuda_peer_fetch<U>(a, rank, calls, true);
+    llmpari_cuda_peer_leave(a, rank, calls);
+}
+
+// AllGather, AllToAll, Permute, Broadcast, Barrier: bytes of whatever.
+template <typename U> __global__ void __launch_bounds__(256) llmpari_cuda_peer_exchange_kernel(const __grid_constant__ llmpari_cuda_peer_args a) {
+    LLMPARI_SHARED(uint32_t, word, 2);
+    const int rank = a.first + (int)blockIdx.y;
+    if (!llmpari_cuda_peer_enter(a, rank, &word[0])) return;
+    const uint32_t calls = word[0];
+    llmpari_cuda_peer_post<U>(a, rank, llmpari_cuda_peer_half(a, rank, calls));
+    if (!llmpari_cuda_peer_barrier(a, rank, 2 * calls + 1, &word[0])) return;
+    llmpari_cuda_peer_fetch<U>(a, rank, calls, false);
+    llmpari_cuda_peer_leave(a, rank, calls);
+}
+
+// One-shot AllReduce + residual + RMSNorm. A block does whole rows, the same ones on every rank. Between the sum and the norm a row lies where it goes: in residual, or in out.
+template <typename T> __global__ void __launch_bounds__(256) llmpari_cuda_peer_norm_kernel(const __grid_constant__ llmpari_cuda_peer_norm_args a) {
+    typedef typename llmpari_cuda_unsigned<sizeof(T)>::type U;
+    enum { N = llmpari_cuda_pack<T>::n };
+    LLMPARI_SHARED(uint32_t, word, 2);
+    LLMPARI_SHARED(float, sums, 33);
+    const int rank = a.peer.first + (int)blockIdx.y;
+    if (!llmpari_cuda_peer_enter(a.peer, rank, &word[0])) return;
+    const uint32_t calls = word[0];
+    const int64_t bytes = a.columns * (int64_t)sizeof(T), units = a.row_bytes / 16;
+    char *half = llmpari_cuda_peer_half(a.peer, rank, calls), *residual = a.residual[rank], *out = a.peer.recv[rank], *keep = residual ? residual : out;
+    for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x)
+        for (int64_t u = threadIdx.x; u < units; u += blockDim.x)
+            llmpari_cuda_peer_store(reinterpret_cast<llmpari_cuda_bits *>(half + row * a.row_bytes) + u,
+                                    llmpari_cuda_peer_read<U>(a.peer.send[rank] + row * bytes + 16 * u, bytes - 16 * u, a.aligned));
+    if (!llmpari_cuda_peer_barrier(a.peer, rank, 2 * calls + 1, &word[0])) return;
+    for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
+        float squares = 0;
+        for (int64_t u = threadIdx.x; u < units; u += blockDim.x) {
+            const int64_t at = row * bytes + 16 * u;
+            llmpari_cuda_pack<T> x = llmpari_cuda_peer_sum<T>(a.peer, calls, row * a.row_bytes + 16 * u);
+            if (residual) {
+                const llmpari_cuda_pack<T> r = llmpari_cuda_peer_unbits<T>(llmpari_cuda_peer_read<U>(residual + at, bytes - 16 * u, a.aligned));
+                LLMPARI_CUDA_UNROLL
+                for (int j = 0; j < N; j++) llmpari_cuda_from_f32(&x.at[j], __fadd_rn(llmpari_cuda_to_f32(x.at[j]), llmpari_cuda_to_f32(r.at[j])));
+            }
+            LLMPARI_CUDA_UNROLL
+            for (int j = 0; j < N; j++) squares = fmaf(llmpari_cuda_to_f32(x.at[j]), llmpari_cuda_to_f32(x.at[j]), squares);
+            llmpari_cuda_peer_write<U>(keep + at, llmpari_cuda_peer_bits(x), bytes - 16 * u, a.aligned);
+        }
+        const float scale = rsqrtf(llmpari_cuda_block_sum(squares, &sums[0]) / (float)a.columns + a.eps);
+        for (int64_t u = threadIdx.x; u < units; u += blockDim.x) {
+            const int64_t at = row * bytes + 16 * u;
+            llmpari_cuda_pack<T> x = llmpari_cuda_peer_unbits<T>(llmpari_cuda_peer_read<U>(keep + at, bytes - 16 * u, a.aligned));
+            const llmpari_cuda_pack<T> w = llmpari_cuda_peer_unbits<T>(llmpari_cuda_peer_read<U>(a.weight[rank] + 16 * u, bytes - 16 * u, a.aligned));
+            LLMPARI_CUDA_UNROLL
+            for (int j = 0; j < N; j++) llmpari_cuda_from_f32(&x.at[j], llmpari_cuda_to_f32(x.at[j]) * scale * llmpari_cuda_to_f32(w.at[j]));
+            llmpari_cuda_peer_write<U>(out + at, llmpari_cuda_peer_bits(x), bytes - 16 * u, a.aligned);
+        }
+    }
+    llmpari_cuda_peer_leave(a.peer, rank, calls);
+}
+
+// ---- the host's side
+
+typedef struct llmpari_cuda_peer_end { llmpar_comm comm; llmpar_cuda_peer *team; int32_t rank; int64_t started, launched; } llmpari_cuda_peer_end;
+
+// Call `seq - 1` of a team's communicators; a call uses slot number % LLMPARI_PEER_FLIGHT.
+typedef struct llmpari_cuda_peer_slot {
+    int64_t       seq;             // 0 = free
+    uint32_t      arrived, launched, retired;          // bit per rank
+    llmpar_status status;          // of all members
+    llmpar_call   call[LLMPARI_PEERS];
+    int64_t       counts[LLMPARI_PEERS * LLMPARI_PEERS];   // as in llmpar_cuda_peer_call
+    int64_t       expected[LLMPARI_PEERS * LLMPARI_PEERS]; // AllToAll: [rank][from]
+    cudaEvent_t   event[LLMPARI_PEERS];
+} llmpari_cuda_peer_slot;
+
+struct llmpar_cuda_peer {          // a group of ranks; the world is the first
+    llmpar_cuda_peer *root, *next, *parent;            // next: of all groups
+    llmpar_allocator  allocator;
+    int32_t  n, blocks, member[LLMPARI_PEERS], device[LLMPARI_PEERS];      // member: number in the world
+    bool     one_device, own_stream, stream_ordered;
+    void    *stream[LLMPARI_PEERS];
+    char    *memory[LLMPARI_PEERS];
+    uint32_t *host;                // pinned
+    int64_t  half, one_shot, id, groups;
+    double   timeout_s;
+    uint32_t joined, freed;        // of a group: who has it, who is done with it
+    llmpari_cuda_peer_end  end[LLMPARI_PEERS];
+    llmpari_cuda_peer_slot slot[LLMPARI_PEER_FLIGHT];
+    bool     locks;                // the root's, and what follows: under the mutex
+    pthread_mutex_t mutex;
+    pthread_cond_t  cond;
+    llmpar_status   stopped;       // why the world has stopped
+    char            why[512];
+};
+
+// Makes a device current until the scope ends.
+struct llmpari_cuda_on {
+    int was;
+    explicit llmpari_cuda_on(int device) : was(device) { (void)cudaGetDevice(&was); if (was != device) (void)cudaSetDevice(device); now = device; }
+    ~llmpari_cuda_on() { if (was != now) (void)cudaSetDevice(was); }
+    int now;
+};
+
+// The world stops for good: kernels that wait leave, later calls fail. The first reason stays. Under the mutex.
+LLMPARI_CUDA_FN void llmpari_cuda_peer_stop(llmpar_cuda_peer *team, llmpar_status status, const char *why) {
+    llmpar_cuda_peer *root = team->root;
+    if (root->stopped) return;
+    root->stopped = status;
+    snprintf(root->why, sizeof root->why, "%s", why);
+    for (llmpar_cuda_peer *t = root; t; t = t->next) __atomic_store_n(&t->host[LLMPARI_PEER_ABORT], 1u, __ATOMIC_RELEASE);
+    pthread_cond_broadcast(&root->cond);
+}
+
+// What kernels have found out: stops the world when one of its ranks has waited in vain. Under the mutex.
+LLMPARI_CUDA_FN void llmpari_cuda_peer_look(llmpar_cuda_peer *team) {
+    for (int32_t r = 0; r < team->n; r++) {
+        const uint32_t who = __atomic_load_n(&team->host[4 * r], __ATOMIC_ACQUIRE);
+        char why[200];
+        if (!who) continue;
+        snprintf(why, sizeof why, "rank %d waited %g s for rank %d, which did not come (flag %u, block %u)", (int)team->member[r], team->timeout_s, (int)team->member[who - 1],
+                 (unsigned)__atomic_load_n(&team->host[4 * r + 1], __ATOMIC_ACQUIRE), (unsigned)__atomic_load_n(&team->host[4 * r + 2], __ATOMIC_ACQUIRE));
+        llmpari_cuda_peer_stop(team, LLMPAR_TIMEOUT, why);
+        return;
+    }
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_sound(llmpar_cuda_peer *team, llmpar_error *err) {
+    pthread_mutex_lock(&team->root->mutex);
+    llmpari_cuda_peer_look(team);
+    const llmpar_status status = team->root->stopped ? LLMPARI_CUDA_FAIL(err, team->root->stopped, "%s", team->root->why) : LLMPAR_OK;
+    pthread_mutex_unlock(&team->root->mutex);
+    return status;
+}
+
+// ---- launching
+
+// A kernel for all ranks (rank < 0) or one of them.
+template <typename A> static llmpar_status llmpari_cuda_peer_start_kernel(const llmpar_cuda_peer *team, const char *name, void (*kernel)(A), A *args, llmpari_cuda_peer_args *peer, int64_t blocks,
+                                                                          int32_t rank, llmpar_error *err) {
+    const int32_t first = rank < 0 ? 0 : rank, end = rank < 0 && !team->one_device ? team->n : first + 1;
+    void *at[] = { (void *)args };
+    for (int32_t r = first; r < end; r++) {
+        const llmpari_cuda_on on(team->device[r]);
+        const dim3 grid((unsigned)blocks, team->one_device ? (unsigned)team->n : 1u);
+        peer->first = r;
+        const cudaError_t error = cudaLaunchCooperativeKernel(kernel, grid, dim3(LLMPARI_PEER_THREADS), at, 0, (cudaStream_t)team->stream[r]);
+        if (error != cudaSuccess) return llmpari_cuda_error(err, error, name, __LINE__, __func__);
+    }
+    return LLMPAR_OK;
+}
+
+// A call with every rank's counts.
+typedef struct llmpari_cuda_peer_work {
+    llmpar_collective kind;
+    llmpar_dtype  dtype;
+    llmpar_reduce reduce;
+    int32_t way, root;
+    int64_t count, counts[LLMPARI_PEERS * LLMPARI_PEERS];      // counts: AllGather, ReduceScatter: [n]; else [rank][to]
+    const void *send[LLMPARI_PEERS];
+    void       *recv[LLMPARI_PEERS];
+} llmpari_cuda_peer_work;
+
+LLMPARI_CUDA_FN void llmpari_cuda_peer_begin(const llmpar_cuda_peer *team, llmpari_cuda_peer_args *a) {
+    memset(a, 0, sizeof *a);
+    a->host       = team->host;
+    a->timeout_ns = (uint64_t)(1e9 * team->timeout_s);
+    a->half       = team->half;
+    a->n          = team->n;
+    a->slots      = 1;
+    for (int32_t r = 0; r < team->n; r++) a->memory[r] = team->memory[r];
+}
+
+LLMPARI_CUDA_FN int64_t llmpari_cuda_peer_part(int64_t count, int64_t at, int64_t most) { return llmpari_cuda_max(0, llmpari_cuda_min(count - at, most)); }
+
+// The tables of elements [at, at + most) of every slot (AllReduce: of the whole); *more: there is something beyond.
+LLMPARI_CUDA_FN void llmpari_cuda_peer_tables(const llmpari_cuda_peer_work *w, llmpari_cuda_peer_args *a, int64_t at, int64_t most, bool two_shot, bool *more) {
+    enum { P = LLMPARI_PEERS };
+    const int64_t bytes = llmpari_cuda_bytes(w->dtype), count = llmpari_cuda_peer_part(w->count, at, most);
+    const int64_t slice = llmpari_cuda_up(llmpari_cuda_up(count, a->n), 64) * 64;          // of a two-shot, in whole units
+    *more = false;
+    for (int r = 0; r < a->n; r++)
+        for (int s = 0, one = a->slots == 1; s < a->n; s++) {
+            int64_t part = 0, before = 0, recv_before = 0;
+            int64_t *to = &a->bytes[r * P + s];
+            if (w->kind == LLMPAR_ALL_REDUCE) {
+                part = two_shot ? llmpari_cuda_peer_part(count, s * slice, slice) : s ? 0 : count;
+                a->send_at[r * P + s] = a->recv_at[r * P + s] = (at + (two_shot ? s * slice : 0)) * bytes;
+                *more = *more || at + most < w->count;
+            } else if (w->kind == LLMPAR_REDUCE_SCATTER) {
+                for (int i = 0; i < s; i++) before += w->counts[i];
+                part = llmpari_cuda_peer_part(w->counts[s], at, most);
+                a->send_at[r * P + s] = (before + at) * bytes;
+                a->recv_at[r * P + s] = at * bytes;
+                *more = *more || at + most < w->counts[s];
+            } else if (w->kind == LLMPAR_ALL_GATHER || w->kind == LLMPAR_BROADCAST) {
+                const bool gather = w->kind == LLMPAR_ALL_GATHER;
+                const int64_t mine = gather ? w->counts[r] : r == w->root ? w->count : 0;
+                for (int i = 0; i < s && gather; i++) recv_before += w->counts[i];
+                part = s && one ? 0 : llmpari_cuda_peer_part(mine, at, most);
+                a->send_at[r * P + s] = at * bytes;
+                a->recv_at[r * P + s] = (recv_before + at) * bytes;
+                *more = *more || at + most < mine;
+            } else if (w->kind != LLMPAR_BARRIER) {
+                for (int i = 0; i < s; i++) { before += w->counts[r * P + i]; recv_before += w->counts[i * P + r]; }
+                part = llmpari_cuda_peer_part(w->counts[r * P + s], at, most);
+                a->send_at[r * P + s] = (before + at) * bytes;
+                a->recv_at[r * P + s] = (recv_before + at) * bytes;
+                *more = *more || at + most < w->counts[r * P + s];
+            }
+            *to = part * bytes;
+        }
+}
+
+// 4, 2 or 1 bytes: what everything that is copied is a multiple of. Only pointers of the ranks that this thread launches are known.
+LLMPARI_CUDA_FN int llmpari_cuda_peer_unit(const llmpari_cuda_peer_args *a, int64_t bytes) {
+    uint64_t bits = (uint64_t)bytes;
+    for (int r = 0; r < a->n; r++) bits |= (uint64_t)(uintptr_t)a->send[r] | (uint64_t)(uintptr_t)a->recv[r];
+    return bits % 4 == 0 ? 4 : bits % 2 == 0 ? 2 : 1;
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_window(const llmpar_cuda_peer *team, const llmpari_cuda_peer_work *w, llmpari_cuda_peer_args *a, bool two_shot, int32_t rank, llmpar_error *err) {
+    int64_t most = 0;
+    for (int i = 0; i < LLMPARI_PEERS * LLMPARI_PEERS; i++) most = llmpari_cuda_max(most, a->bytes[i]);
+    const int64_t blocks = llmpari_cuda_max(1, llmpari_cuda_min(team->blocks, llmpari_cuda_up(most, 16 * LLMPARI_PEER_THREADS)));
+    if (two_shot)
+        LLMPARI_CUDA_DISPATCH(w->dtype, T, return llmpari_cuda_peer_start_kernel(team, "two-shot AllReduce", llmpari_cuda_peer_two_shot_kernel<T>, a, a, blocks, rank, err));
+    if (w->kind == LLMPAR_ALL_REDUCE || w->kind == LLMPAR_REDUCE_SCATTER)
+        LLMPARI_CUDA_DISPATCH(w->dtype, T, return llmpari_cuda_peer_start_kernel(team, "AllReduce or ReduceScatter", llmpari_cuda_peer_reduce_kernel<T>, a, a, blocks, rank, err));
+    const int unit = llmpari_cuda_peer_unit(a, llmpari_cuda_bytes(w->dtype));
+    if (unit == 4) return llmpari_cuda_peer_start_kernel(team, "exchange", llmpari_cuda_peer_exchange_kernel<uint32_t>, a, a, blocks, rank, err);
+    if (unit == 2) return llmpari_cuda_peer_start_kernel(team, "exchange", llmpari_cuda_peer_exchange_kernel<uint16_t>, a, a, blocks, rank, err);
+    return llmpari_cuda_peer_start_kernel(team, "exchange", llmpari_cuda_peer_exchange_kernel<uint8_t>, a, a, blocks, rank, err);
+}
+
+// All of a call, without a look at pointers; rank -1 = all ranks.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_launch(const llmpar_cuda_peer *team, const llmpari_cuda_peer_work *w, int32_t rank, llmpar_error *err) {
+    const int64_t bytes = llmpari_cuda_bytes(w->dtype);
+    const bool two_shot = w->kind == LLMPAR_ALL_REDUCE && (w->way ? w->way == 2 : w->count * bytes > team->one_shot);
+    const bool slots = two_shot || w->kind == LLMPAR_REDUCE_SCATTER || w->kind == LLMPAR_ALL_TO_ALL || w->kind == LLMPAR_PERMUTE;
+    llmpari_cuda_peer_args a;
+    bool more = w->kind != LLMPAR_ALL_REDUCE || w->count > 0;
+    llmpari_cuda_peer_begin(team, &a);
+    a.reduce = (int32_t)w->reduce;
+    a.slots  = slots ? team->n : 1;
+    a.slot   = slots ? team->half / team->n / 256 * 256 : team->half;
+    for (int32_t r = 0; r < team->n; r++) {
+        const bool there = rank < 0 || r == rank, in_place = w->kind == LLMPAR_BROADCAST && r == w->root && w->recv[r] == w->send[r];
+        a.send[r] = there ? (const char *)w->send[r] : NULL;
+        a.recv[r] = there && !in_place ? (char *)w->recv[r] : NULL;
+    }
+    const int64_t most = a.slot / bytes * (two_shot ? team->n : 1);
+    for (int64_t at = 0; more; at += most) {
+        llmpari_cuda_peer_tables(w, &a, at, most, two_shot, &more);
+        LLMPARI_CUDA_TRY(llmpari_cuda_peer_window(team, w, &a, two_shot, rank, err));
+    }
+    return LLMPAR_OK;
+}
+
+// ---- calls from outside
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_pointer(const char *what, int32_t rank, const void *pointer, int64_t align, bool optional, llmpar_error *err) {
+    char name[40];
+    snprintf(name, sizeof name, "%s[%d]", what, (int)rank);
+    return llmpari_cuda_check(name, pointer, align, optional, err);
+}
+
+// Elements that a rank reads from send and writes to recv.
+LLMPARI_CUDA_FN void llmpari_cuda_peer_extent(const llmpari_cuda_peer_work *w, int32_t n, int32_t rank, int64_t *sends, int64_t *receives) {
+    int64_t sum = 0, out = 0, in = 0;
+    *sends = *receives = w->count;
+    if (w->kind == LLMPAR_ALL_REDUCE) return;
+    if (w->kind == LLMPAR_BROADCAST) { if (rank != w->root) *sends = 0; else if (!w->recv[rank]) *receives = 0; return; }
+    for (int32_t i = 0; i < n; i++) {
+        sum += w->counts[i];
+        out += w->counts[rank * LLMPARI_PEERS + i];
+        in  += w->counts[i * LLMPARI_PEERS + rank];
+    }
+    *sends    = w->kind == LLMPAR_BARRIER ? 0 : w->kind == LLMPAR_ALL_GATHER ? w->counts[rank] : w->kind == LLMPAR_REDUCE_SCATTER ? sum : out;
+    *receives = w->kind == LLMPAR_BARRIER ? 0 : w->kind == LLMPAR_ALL_GATHER ? sum : w->kind == LLMPAR_REDUCE_SCATTER ? w->counts[rank] : in;
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_check(const llmpar_cuda_peer *team, const llmpari_cuda_peer_work *w, int32_t rank, llmpar_error *err) {
+    const bool reduces = w->kind == LLMPAR_ALL_REDUCE || w->kind == LLMPAR_REDUCE_SCATTER;
+    for (int32_t r = rank < 0 ? 0 : rank; r < (rank < 0 ? team->n : rank + 1); r++) {
+        const llmpari_cuda_on on(team->device[r]);
+        int64_t sends, receives;
+        llmpari_cuda_peer_extent(w, team->n, r, &sends, &receives);
+        if (sends)    LLMPARI_CUDA_TRY(llmpari_cuda_peer_pointer("send", r, w->send[r], reduces ? llmpari_cuda_bytes(w->dtype) : 1, false, err));
+        if (receives) LLMPARI_CUDA_TRY(llmpari_cuda_peer_pointer("recv", r, w->recv[r], reduces ? llmpari_cuda_bytes(w->dtype) : 1, false, err));
+    }
+    return LLMPAR_OK;
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_kind(llmpar_collective kind, llmpar_dtype dtype, llmpar_error *err) {
+    const bool reduces = kind == LLMPAR_ALL_REDUCE || kind == LLMPAR_REDUCE_SCATTER;
+    if (kind == LLMPAR_SEND || kind == LLMPAR_RECV)
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "the peer-to-peer communicator has no Send and Recv; use a Permute, or the communicator over NCCL");
+    if (!reduces && kind != LLMPAR_ALL_GATHER && kind != LLMPAR_ALL_TO_ALL && kind != LLMPAR_PERMUTE && kind != LLMPAR_BROADCAST && kind != LLMPAR_BARRIER)
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "kind=%d is not a call that the peer-to-peer communicator can make", (int)kind);
+    if (reduces) return llmpari_cuda_float("dtype", dtype, err);
+    if ((int)dtype >= 0 && dtype < LLMPAR_DTYPE_COUNT) return LLMPAR_OK;
+    return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "dtype=%d is not known", (int)dtype);
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_rank(const llmpar_cuda_peer *team, int32_t rank_plus_1, llmpar_error *err) {
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("rank_plus_1", rank_plus_1, team->n, err));
+    if (rank_plus_1 && team->one_device)
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank_plus_1=%d, but virtual ranks run in one launch: pass 0 and every rank's pointers", (int)rank_plus_1);
+    return LLMPAR_OK;
+}
+
+// The counts of a call, checked, into the work.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_counts(const llmpar_cuda_peer *team, const llmpar_cuda_peer_call *call, llmpari_cuda_peer_work *w, llmpar_error *err) {
+    const bool pairs = call->kind == LLMPAR_ALL_TO_ALL || call->kind == LLMPAR_PERMUTE, list = pairs || call->kind == LLMPAR_ALL_GATHER || call->kind == LLMPAR_REDUCE_SCATTER;
+    const int64_t most = (int64_t)1 << 48;
+    char name[40];
+    if (!list) return call->kind == LLMPAR_BARRIER ? LLMPAR_OK : llmpari_cuda_size("count", call->count, most, err);
+    if (!call->counts) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "counts is NULL");
+    for (int32_t i = 0; i < (pairs ? team->n * team->n : team->n); i++) {
+        snprintf(name, sizeof name, "counts[%d]", (int)i);
+        LLMPARI_CUDA_TRY(llmpari_cuda_size(name, call->counts[i], most, err));
+        w->counts[pairs ? i / team->n * LLMPARI_PEERS + i % team->n : i] = call->counts[i];
+    }
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_cuda_peer_run(llmpar_cuda_peer *team, const llmpar_cuda_peer_call *call, llmpar_error *err) {
+    llmpari_cuda_peer_work w;
+    if (!team || !call) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is NULL", team ? "call" : "peers");
+    memset(&w, 0, sizeof w);
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_kind(call->kind, call->dtype, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_rank(team, call->rank_plus_1, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_counts(team, call, &w, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("reduce", (int64_t)call->reduce, LLMPAR_MIN, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("way", call->way, 2, err));
+    if (call->kind == LLMPAR_BROADCAST) LLMPARI_CUDA_TRY(llmpari_cuda_size("root", call->root, team->n - 1, err));
+    if (call->kind != LLMPAR_BARRIER && (!call->send || !call->recv)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is NULL", call->send ? "recv" : "send");
+    w.kind   = call->kind;
+    w.dtype  = call->dtype;
+    w.reduce = call->reduce;
+    w.way    = call->way;
+    w.root   = call->root;
+    w.count  = call->kind == LLMPAR_BARRIER ? 0 : call->count;
+    for (int32_t r = 0; r < team->n && call->kind != LLMPAR_BARRIER; r++) { w.send[r] = call->send[r]; w.recv[r] = call->recv[r]; }
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_check(team, &w, call->rank_plus_1 - 1, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_sound(team, err));
+    return llmpari_cuda_peer_launch(team, &w, call->rank_plus_1 - 1, err);
+}
+
+// Rows as many as a half holds at a time.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_norm_launch(const llmpar_cuda_peer *team, const llmpar_cuda_peer_norm_desc *d, llmpar_error *err) {
+    llmpari_cuda_peer_norm_args a;
+    const int64_t bytes = d->columns * llmpari_cuda_bytes(d->dtype);
+    uint64_t bits = (uint64_t)bytes;
+    memset(&a, 0, sizeof a);
+    llmpari_cuda_peer_begin(team, &a.peer);
+    a.columns   = d->columns;
+    a.row_bytes = llmpari_cuda_up(bytes, 16) * 16;
+    a.eps       = d->eps;
+    const int64_t most = team->half / a.row_bytes;
+    for (int64_t row = 0; row < d->rows; row += most) {
+        a.rows = llmpari_cuda_min(most, d->rows - row);
+        for (int32_t r = 0; r < team->n; r++) {
+            if (d->rank_plus_1 && r != d->rank_plus_1 - 1) continue;
+            a.peer.send[r] = (const char *)d->send[r] + row * bytes;
+            a.peer.recv[r] = (char *)d->out[r] + row * bytes;
+            a.residual[r]  = d->residual ? (char *)d->residual[r] + row * bytes : NULL;
+            a.weight[r]    = (const char *)d->weight[r];
+            bits |= (uint64_t)(uintptr_t)a.peer.send[r] | (uint64_t)(uintptr_t)a.peer.recv[r] | (uint64_t)(uintptr_t)a.residual[r] | (uint64_t)(uintptr_t)a.weight[r];
+        }
+        a.aligned = bits % 16 == 0;
+        const int64_t blocks = llmpari_cuda_min(team->blocks, a.rows);
+        LLMPARI_CUDA_DISPATCH(d->dtype, T, LLMPARI_CUDA_TRY(llmpari_cuda_peer_start_kernel(team, "AllReduce + RMSNorm", llmpari_cuda_peer_norm_kernel<T>, &a, &a.peer, blocks,
+                                                                                           d->rank_plus_1 - 1, err)));
+    }
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_cuda_peer_norm(llmpar_cuda_peer *team, const llmpar_cuda_peer_norm_desc *d, llmpar_error *err) {
+    if (!team || !d) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is NULL", team ? "desc" : "peers");
+    LLMPARI_CUDA_TRY(llmpari_cuda_float("dtype", d->dtype, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_rank(team, d->rank_plus_1, err));
+    const int64_t align = llmpari_cuda_bytes(d->dtype);
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("rows", d->rows, (int64_t)1 << 40, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("columns", d->columns, team->half / align / 16 * 16, err));
+    if (!(d->eps >= 0) || isinf(d->eps)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "eps=%g; it must be 0 or more", (double)d->eps);
+    if (!d->rows || !d->columns) return LLMPAR_OK;
+    if (!d->send || !d->weight || !d->out) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is NULL", !d->send ? "send" : !d->weight ? "weight" : "out");
+    for (int32_t r = 0; r < team->n; r++) {
+        const llmpari_cuda_on on(team->device[r]);
+        if (d->rank_plus_1 && r != d->rank_plus_1 - 1) continue;
+        LLMPARI_CUDA_TRY(llmpari_cuda_peer_pointer("send", r, d->send[r], align, false, err));
+        LLMPARI_CUDA_TRY(llmpari_cuda_peer_pointer("weight", r, d->weight[r], align, false, err));
+        LLMPARI_CUDA_TRY(llmpari_cuda_peer_pointer("out", r, d->out[r], align, false, err));
+        if (d->residual) LLMPARI_CUDA_TRY(llmpari_cuda_peer_pointer("residual", r, d->residual[r], align, false, err));
+    }
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_sound(team, err));
+    return llmpari_cuda_peer_norm_launch(team, d, err);
+}
+
+LLMPAR_DEF llmpar_status llmpar_cuda_peer_wait(llmpar_cuda_peer *team, llmpar_error *err) {
+    if (!team) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "peers is NULL");
+    const double until = llmpari_cuda_now() + 2 * team->timeout_s + 1;                     // a kernel gives up before
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t r = 0; r < (team->one_device ? 1 : team->n) && !status; r++) {
+        const llmpari_cuda_on on(team->device[r]);
+        cudaEvent_t event;
+        LLMPARI_CUDA_CALL(err, cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+        const cudaError_t error = cudaEventRecord(event, (cudaStream_t)team->stream[r]);
+        status = error == cudaSuccess ? llmpari_cuda_poll(event, until, err) : llmpari_cuda_error(err, error, "cudaEventRecord", __LINE__, __func__);
+        (void)cudaEventDestroy(event);
+    }
+    return status ? status : llmpari_cuda_peer_sound(team, err);
+}
+
+// ---- making and freeing
+
+LLMPARI_CUDA_FN void *llmpari_cuda_peer_alloc(const llmpar_allocator *allocator, size_t bytes) {
+    void *memory = allocator->alloc ? allocator->alloc(bytes, allocator->user) : malloc(bytes);
+    if (memory) memset(memory, 0, bytes);
+    return memory;
+}
+
+// Frees a team's own; groups are freed with the world.
+LLMPARI_CUDA_FN void llmpari_cuda_peer_drop(llmpar_cuda_peer *team) {
+    const llmpar_allocator allocator = team->allocator;
+    for (int32_t r = 0; r < team->n; r++) {
+        const llmpari_cuda_on on(team->device[r]);
+        for (int s = 0; s < LLMPARI_PEER_FLIGHT; s++) if (team->slot[s].event[r]) (void)cudaEventDestroy(team->slot[s].event[r]);
+        if (team->own_stream && team->stream[r] && (r == 0 || !team->one_device)) (void)cudaStreamDestroy((cudaStream_t)team->stream[r]);
+        if (team->memory[r]) (void)cudaFree(team->memory[r]);
+    }
+    if (team->host) (void)cudaFreeHost(team->host);
+    if (team->locks) { pthread_mutex_destroy(&team->mutex); pthread_cond_destroy(&team->cond); }
+    if (allocator.free) allocator.free(team, sizeof *team, allocator.user);
+    else free(team);
+}
+
+LLMPAR_DEF void llmpar_cuda_peer_free(llmpar_cuda_peer *peers) {
+    while (peers) {
+        llmpar_cuda_peer *next = peers->next;
+        llmpari_cuda_peer_drop(peers);
+        peers = next;
+    }
+}
+
+// A rank's mailbox, zeroed: on a stream of its own, for kernels of other streams may be waiting for this rank's host.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_mailbox(llmpar_cuda_peer *team, int32_t r, llmpar_error *err) {
+    const llmpari_cuda_on on(team->device[r]);
+    cudaStream_t stream;
+    void *memory = NULL;
+    LLMPARI_CUDA_CALL(err, cudaMalloc(&memory, (size_t)(LLMPARI_PEER_DATA + 2 * team->half)));
+    team->memory[r] = (char *)memory;
+    LLMPARI_CUDA_CALL(err, cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    cudaError_t error = cudaMemsetAsync(memory, 0, LLMPARI_PEER_DATA, stream);
+    if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+    (void)cudaStreamDestroy(stream);
+    LLMPARI_CUDA_CALL(err, error);
+    for (int s = 0; s < LLMPARI_PEER_FLIGHT && (r == 0 || !team->one_device); s++) LLMPARI_CUDA_CALL(err, cudaEventCreateWithFlags(&team->slot[s].event[r], cudaEventDisableTiming));
+    return LLMPAR_OK;
+}
+
+static const llmpar_comm_vtable *llmpari_cuda_peer_vtable(void);
+
+// Mailboxes, pinned words and ends of a team whose devices and streams are known.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_furnish(llmpar_cuda_peer *team, llmpar_error *err) {
+    void *host = NULL;
+    for (int32_t r = 0; r < team->n; r++) {
+        LLMPARI_CUDA_TRY(llmpari_cuda_peer_mailbox(team, r, err));
+        llmpari_cuda_peer_end *end = &team->end[r];
+        end->team = team;
+        end->rank = r;
+        end->comm.vtable    = llmpari_cuda_peer_vtable();
+        end->comm.rank      = r;
+        end->comm.size      = team->n;
+        end->comm.timeout_s = team->timeout_s;
+        end->comm.id        = team->id;
+        end->comm.late      = -1;
+        end->comm.impl      = end;
+    }
+    LLMPARI_CUDA_CALL(err, cudaHostAlloc(&host, 4 * (LLMPARI_PEER_ABORT + 1), cudaHostAllocPortable | cudaHostAllocMapped));
+    memset(host, 0, 4 * (LLMPARI_PEER_ABORT + 1));
+    team->host = (uint32_t *)host;
+    return LLMPAR_OK;
+}
+
+// Most blocks of a rank that all run at once, of any kernel.
+template <typename A> static cudaError_t llmpari_cuda_peer_fit(void (*kernel)(A), int *least) {
+    int blocks = 0;
+    const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, LLMPARI_PEER_THREADS, 0);
+    if (error == cudaSuccess && blocks < *least) *least = blocks;
+    return error;
+}
+template <typename T> static cudaError_t llmpari_cuda_peer_fit_all(int *least) {
+    cudaError_t error = llmpari_cuda_peer_fit(llmpari_cuda_peer_reduce_kernel<T>, least);
+    if (error == cudaSuccess) error = llmpari_cuda_peer_fit(llmpari_cuda_peer_two_shot_kernel<T>, least);
+    if (error == cudaSuccess) error = llmpari_cuda_peer_fit(llmpari_cuda_peer_norm_kernel<T>, least);
+    return error;
+}
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_blocks(llmpar_cuda_peer *team, int32_t wanted, llmpar_error *err) {
+    team->blocks = wanted ? wanted : team->one_device ? LLMPARI_PEER_BLOCKS : 64;
+    for (int32_t r = 0; r < team->n; r++) {
+        const llmpari_cuda_on on(team->device[r]);
+        int least = 32, processors = 0, together = 0;
+        LLMPARI_CUDA_CALL(err, cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, team->device[r]));
+        if (!together) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "device %d has no cooperative launch", (int)team->device[r]);
+        LLMPARI_CUDA_CALL(err, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, team->device[r]));
+        LLMPARI_CUDA_CALL(err, llmpari_cuda_peer_fit_all<float>(&least));
+        LLMPARI_CUDA_CALL(err, llmpari_cuda_peer_fit_all<__nv_bfloat16>(&least));
+        LLMPARI_CUDA_CALL(err, llmpari_cuda_peer_fit_all<__half>(&least));
+        LLMPARI_CUDA_CALL(err, llmpari_cuda_peer_fit(llmpari_cuda_peer_exchange_kernel<uint8_t>, &least));
+        LLMPARI_CUDA_CALL(err, llmpari_cuda_peer_fit(llmpari_cuda_peer_exchange_kernel<uint16_t>, &least));
+        LLMPARI_CUDA_CALL(err, llmpari_cuda_peer_fit(llmpari_cuda_peer_exchange_kernel<uint32_t>, &least));
+        const int64_t room = (int64_t)least * processors / (team->one_device ? team->n : 1);
+        if (room < 1) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "device %d cannot run a block of each of %d ranks at once", (int)team->device[r], (int)team->n);
+        team->blocks = (int32_t)llmpari_cuda_min(team->blocks, room);
+    }
+    return LLMPAR_OK;
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_devices(llmpar_cuda_peer *team, const llmpar_cuda_peer_desc *desc, llmpar_error *err) {
+    int current = 0;
+    const int n = llmpar_cuda_devices(NULL);
+    LLMPARI_CUDA_CALL(err, cudaGetDevice(&current));
+    team->one_device = !desc->device || desc->n_ranks == 1;
+    for (int32_t r = 0; r < team->n; r++) {
+        team->device[r] = desc->device ? desc->device[r] : current;
+        if (team->device[r] < 0 || team->device[r] >= n)
+            return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "device[%d]=%d, but this process sees devices 0 to %d", (int)r, (int)team->device[r], n - 1);
+        for (int32_t s = 0; s < r && desc->device; s++)
+            if (team->device[s] == team->device[r])
+                return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "ranks %d and %d are both on device %d; pass device = NULL to have all ranks on one", (int)s, (int)r, (int)team->device[r]);
+    }
+    for (int32_t r = 0; r < team->n && !team->one_device; r++)
+        for (int32_t s = 0; s < team->n; s++) {
+            const llmpari_cuda_on on(team->device[r]);
+            int can = 0;
+            if (s == r) continue;
+            LLMPARI_CUDA_CALL(err, cudaDeviceCanAccessPeer(&can, team->device[r], team->device[s]));
+            if (!can) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "device %d cannot read device %d's memory; use the communicator over NCCL", (int)team->device[r], (int)team->device[s]);
+            const cudaError_t error = cudaDeviceEnablePeerAccess(team->device[s], 0);
+            if (error == cudaErrorPeerAccessAlreadyEnabled) (void)cudaGetLastError();
+            else LLMPARI_CUDA_CALL(err, error);
+        }
+    return LLMPAR_OK;
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_open(llmpar_cuda_peer *team, const llmpar_cuda_peer_desc *desc, llmpar_error *err) {
+    team->root       = team;
+    team->freed      = 0;
+    team->half       = llmpari_cuda_up(desc->buffer_bytes ? desc->buffer_bytes : (int64_t)8 << 20, 4096) * 4096;
+    team->one_shot   = desc->one_shot_bytes ? desc->one_shot_bytes : team->n <= 2 ? INT64_MAX : team->n <= 4 ? 512 << 10 : 256 << 10;
+    team->timeout_s  = desc->timeout_s > 0 ? desc->timeout_s : 60;
+    team->own_stream = !desc->stream;
+    team->stream_ordered = desc->stream_ordered;
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_devices(team, desc, err));
+    for (int32_t r = 0; r < team->n; r++) {
+        const llmpari_cuda_on on(team->device[r]);
+        team->member[r] = r;
+        if (team->one_device && r > 0) team->stream[r] = team->stream[0];
+        else if (desc->stream) team->stream[r] = desc->stream[r];
+        else {
+            cudaStream_t stream;
+            LLMPARI_CUDA_CALL(err, cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+            team->stream[r] = (void *)stream;
+        }
+    }
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_blocks(team, desc->blocks, err));
+    return llmpari_cuda_peer_furnish(team, err);
+}
+
+LLMPAR_DEF llmpar_status llmpar_cuda_peer_create(const llmpar_cuda_peer_desc *desc, llmpar_cuda_peer **peers, llmpar_error *err) {
+    const char *why;
+    if (!peers) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "peers is NULL: where should they go?");
+    *peers = NULL;
+    if (!desc) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc is NULL");
+    if (desc->n_ranks < 1 || desc->n_ranks > LLMPARI_PEERS) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_ranks=%d; it must be 1 to %d", (int)desc->n_ranks, LLMPARI_PEERS);
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("buffer_bytes", desc->buffer_bytes, (int64_t)1 << 36, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("one_shot_bytes", desc->one_shot_bytes, INT64_MAX, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("blocks", desc->blocks, LLMPARI_PEER_BLOCKS, err));
+    if (!(desc->timeout_s >= 0 && desc->timeout_s <= 1e9)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "timeout_s=%g; it must be 0 (60 s) to 1e9", desc->timeout_s);
+    if (llmpar_cuda_devices(&why) == 0) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "no GPU: %s", why);
+    llmpar_cuda_peer *team = (llmpar_cuda_peer *)llmpari_cuda_peer_alloc(&desc->allocator, sizeof *team);
+    if (!team) return LLMPARI_CUDA_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d ranks' records", (int)desc->n_ranks);
+    team->allocator = desc->allocator;
+    team->n = desc->n_ranks;
+    pthread_mutex_init(&team->mutex, NULL);
+    pthread_cond_init(&team->cond, NULL);
+    team->locks = true;
+    const llmpar_status status = llmpari_cuda_peer_open(team, desc, err);
+    if (status) { llmpar_cuda_peer_free(team); return status; }
+    *peers = team;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void *llmpar_cuda_peer_stream(const llmpar_cuda_peer *peers, int32_t rank) { return rank >= 0 && rank < peers->n ? peers->stream[rank] : NULL; }
+LLMPAR_DEF llmpar_comm *llmpar_cuda_peer_comm(llmpar_cuda_peer *peers, int32_t rank) { return peers && rank >= 0 && rank < peers->n ? &peers->end[rank].comm : NULL; }
+
+// ---- the crossover, measured
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_time(llmpar_cuda_peer *team, void *const *buffer, int64_t bytes, int32_t way, double *seconds, llmpar_error *err) {
+    llmpari_cuda_peer_work w;
+    memset(&w, 0, sizeof w);
+    w.kind  = LLMPAR_ALL_REDUCE;
+    w.dtype = LLMPAR_BF16;
+    w.way   = way;
+    w.count = bytes / 2;
+    for (int32_t r = 0; r < team->n; r++) { w.send[r] = buffer[r]; w.recv[r] = buffer[r]; }
+    *seconds = INFINITY;
+    for (int turn = 0; turn < 4; turn++) {                     // the first one warms up
+        const double began = llmpari_cuda_now();
+        for (int run = 0; run < 10; run++) LLMPARI_CUDA_TRY(llmpari_cuda_peer_launch(team, &w, -1, err));
+        LLMPARI_CUDA_TRY(llmpar_cuda_peer_wait(team, err));
+        const double took = llmpari_cuda_now() - began;
+        if (turn && took < *seconds) *seconds = took;
+    }
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_cuda_peer_measure(llmpar_cuda_peer *team, int64_t *one_shot_bytes, llmpar_error *err) {
+    void *buffer[LLMPARI_PEERS] = { NULL };
+    llmpar_status status = LLMPAR_OK;
+    if (!team) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "peers is NULL");
+    const int64_t most = llmpari_cuda_min(team->half, (int64_t)4 << 20);
+    int64_t found = 0;
+    for (int32_t r = 0; r < team->n && !status; r++) {
+        const llmpari_cuda_on on(team->device[r]);
+        cudaError_t error = cudaMalloc(&buffer[r], (size_t)most);
+        if (error == cudaSuccess) error = cudaMemsetAsync(buffer[r], 0, (size_t)most, (cudaStream_t)team->stream[r]);
+        if (error != cudaSuccess) status = llmpari_cuda_error(err, error, "cudaMalloc", __LINE__, __func__);
+    }
+    for (int64_t bytes = most; bytes >= 4096 && !status; bytes /= 2) {                     // from above: the first size at which one-shot wins
+        double one = 0, two = 0;
+        status = llmpari_cuda_peer_time(team, buffer, bytes, 1, &one, err);
+        if (!status) status = llmpari_cuda_peer_time(team, buffer, bytes, 2, &two, err);
+        if (!status && one <= two) { found = bytes; break; }
+    }
+    for (int32_t r = 0; r < team->n; r++) {
+        const llmpari_cuda_on on(team->device[r]);
+        (void)cudaFree(buffer[r]);
+    }
+    if (status) return status;
+    team->one_shot = found;
+    if (one_shot_bytes) *one_shot_bytes = found;
+    return LLMPAR_OK;
+}
+
+// ---- communicators
+
+// "rank 1", "ranks 1, 3": those of the team that are not in `bits`.
+LLMPARI_CUDA_FN void llmpari_cuda_peer_missing(const llmpar_cuda_peer *team, uint32_t bits, char *text, size_t bytes) {
+    int n = 0;
+    size_t at = 0;
+    for (int32_t r = 0; r < team->n; r++) n += !(bits >> r & 1u);
+    at = (size_t)snprintf(text, bytes, "rank%s ", n == 1 ? "" : "s");
+    for (int32_t r = 0, k = 0; r < team->n; r++)
+        if (!(bits >> r & 1u) && at < bytes) at += (size_t)snprintf(text + at, bytes - at, "%s%d", k++ ? ", " : "", (int)team->member[r]);
+}
+
+// Waits under the mutex, at most 20 ms: the caller looks at the clock again.
+LLMPARI_CUDA_FN void llmpari_cuda_peer_nap(llmpar_cuda_peer *root) {
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_nsec += 20000000;
+    if (until.tv_nsec >= 1000000000) { until.tv_nsec -= 1000000000; until.tv_sec++; }
+    pthread_cond_timedwait(&root->cond, &root->mutex, &until);
+}
+
+LLMPARI_CUDA_FN void llmpari_cuda_peer_work_of(const llmpar_cuda_peer *team, const llmpari_cuda_peer_slot *slot, llmpari_cuda_peer_work *w) {
+    memset(w, 0, sizeof *w);
+    w->kind   = slot->call[0].kind;
+    w->dtype  = slot->call[0].dtype;
+    w->reduce = slot->call[0].reduce;
+    w->root   = slot->call[0].peer;
+    w->count  = w->kind == LLMPAR_ALL_REDUCE || w->kind == LLMPAR_BROADCAST ? slot->call[0].count : 0;
+    memcpy(w->counts, slot->counts, sizeof w->counts);
+    for (int32_t r = 0; r < team->n; r++) { w->send[r] = slot->call[r].send; w->recv[r] = slot->call[r].recv; }
+}
+
+// Does everyone ask for the same? All that is in the calls is known here.
+LLMPARI_CUDA_FN bool llmpari_cuda_peer_agree(const llmpar_cuda_peer *team, llmpari_cuda_peer_slot *slot, char *why, size_t bytes) {
+    const llmpar_call *first = &slot->call[0];
+    const bool pairs = first->kind == LLMPAR_ALL_TO_ALL || first->kind == LLMPAR_PERMUTE, list = first->kind == LLMPAR_ALL_GATHER || first->kind == LLMPAR_REDUCE_SCATTER;
+    for (int32_t r = 0; r < team->n; r++) {
+        const llmpar_call *call = &slot->call[r];
+        bool same = call->kind == first->kind && (call->kind == LLMPAR_BARRIER || call->dtype == first->dtype);
+        if (call->kind == LLMPAR_ALL_REDUCE || call->kind == LLMPAR_REDUCE_SCATTER) same = same && call->reduce == first->reduce;
+        if (call->kind == LLMPAR_ALL_REDUCE || call->kind == LLMPAR_BROADCAST) same = same && call->count == first->count;
+        if (call->kind == LLMPAR_BROADCAST) same = same && call->peer == first->peer;
+        for (int32_t s = 0; s < team->n && list; s++) same = same && slot->expected[r * LLMPARI_PEERS + s] == slot->expected[s];
+        if (!same) {
+            snprintf(why, bytes, "rank %d calls %s #%lld (dtype %d, reduction %d, count %lld, root %d), rank %d %s (dtype %d, reduction %d, count %lld, root %d), or their counts differ",
+                     (int)team->member[0], llmpar_collective_name(first->kind), (long long)slot->seq - 1, (int)first->dtype, (int)first->reduce, (long long)first->count, (int)first->peer,
+                     (int)team->member[r], llmpar_collective_name(call->kind), (int)call->dtype, (int)call->reduce, (long long)call->count, (int)call->peer);
+            return false;
+        }
+        for (int32_t s = 0; s < team->n && pairs; s++)
+            if (slot->counts[s * LLMPARI_PEERS + r] != slot->expected[r * LLMPARI_PEERS + s]) {
+                snprintf(why, bytes, "%s #%lld: rank %d sends %lld elements to rank %d, which expects %lld", llmpar_collective_name(first->kind), (long long)slot->seq - 1,
+                         (int)team->member[s], (long long)slot->counts[s * LLMPARI_PEERS + r], (int)team->member[r], (long long)slot->expected[r * LLMPARI_PEERS + s]);
+                return false;
+            }
+    }
+    if (list) memcpy(slot->counts, slot->expected, (size_t)team->n * sizeof slot->counts[0]);
+    return true;
+}
+
+// Launches what all have started: with virtual ranks for all, else the rank's own part; in the order of the calls. Under the mutex, so that no other call comes between.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_advance(llmpari_cuda_peer_end *end, llmpar_error *err) {
+    llmpar_cuda_peer *team = end->team;
+    const uint32_t all = (1u << team->n) - 1;
+    for (; end->launched < end->started; end->launched++) {
+        llmpari_cuda_peer_slot *slot = &team->slot[end->launched % LLMPARI_PEER_FLIGHT];
+        llmpari_cuda_peer_work w;
+        const int32_t r = team->one_device ? 0 : end->rank;
+        if (slot->seq != end->launched + 1 || slot->arrived != all || slot->status) return LLMPAR_OK;
+        if (slot->launched >> end->rank & 1u) continue;
+        const llmpari_cuda_on on(team->device[end->rank]);
+        llmpari_cuda_peer_work_of(team, slot, &w);
+        llmpar_status status = llmpari_cuda_peer_launch(team, &w, team->one_device ? -1 : end->rank, err);
+        const cudaError_t error = status ? cudaSuccess : cudaEventRecord(slot->event[r], (cudaStream_t)team->stream[r]);
+        if (error != cudaSuccess) status = llmpari_cuda_error(err, error, "cudaEventRecord", __LINE__, __func__);
+        if (status) { llmpari_cuda_peer_stop(team, status, err ? err->text : "a launch failed"); return status; }
+        slot->launched |= team->one_device ? all : 1u << end->rank;
+    }
+    return LLMPAR_OK;
+}
+
+// The world's end as a rank sees it that did not find it out itself.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_stopped(const llmpar_cuda_peer *team, llmpar_error *err) {
+    return LLMPARI_CUDA_FAIL(err, LLMPAR_ABORTED, "aborted: %s", team->root->why);
+}
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_give_up(llmpar_cuda_peer *team, llmpar_status status, llmpar_error *err, const char *why) {
+    llmpari_cuda_peer_stop(team, status, why);
+    return LLMPARI_CUDA_FAIL(err, status, "%s", why);
+}
+
+// The slot of the rank's next call, free or begun by others. Under the mutex; waits for those who still need it.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_claim(llmpari_cuda_peer_end *end, double timeout_s, llmpari_cuda_peer_slot **out, llmpar_error *err) {
+    llmpar_cuda_peer *team = end->team;
+    llmpari_cuda_peer_slot *slot = &team->slot[end->started % LLMPARI_PEER_FLIGHT];
+    const double until = llmpari_cuda_now() + timeout_s;
+    while (!team->root->stopped && slot->seq && slot->seq != end->started + 1) {
+        char who[80], why[200];
+        LLMPARI_CUDA_TRY(llmpari_cuda_peer_advance(end, err));
+        llmpari_cuda_peer_missing(team, slot->retired, who, sizeof who);
+        snprintf(why, sizeof why, "rank %d has %d calls in flight and waited %g s for %s to wait for the first of them", (int)team->member[end->rank], LLMPARI_PEER_FLIGHT, timeout_s, who);
+        if (llmpari_cuda_now() > until) return llmpari_cuda_peer_give_up(team, LLMPAR_TIMEOUT, err, why);
+        llmpari_cuda_peer_nap(team->root);
+    }
+    if (team->root->stopped) return llmpari_cuda_peer_stopped(team, err);
+    slot->seq = end->started + 1;
+    *out = slot;
+    return LLMPAR_OK;
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_post_call(llmpari_cuda_peer_end *end, const llmpar_call *call, llmpar_error *err) {
+    llmpar_cuda_peer *team = end->team;
+    llmpari_cuda_peer_slot *slot;
+    char why[400];
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_claim(end, call->timeout_s > 0 ? call->timeout_s : end->comm.timeout_s, &slot, err));
+    slot->call[end->rank] = *call;
+    for (int32_t s = 0; s < team->n; s++) {
+        slot->counts  [end->rank * LLMPARI_PEERS + s] = call->send_counts ? call->send_counts[s] : 0;
+        slot->expected[end->rank * LLMPARI_PEERS + s] = call->recv_counts ? call->recv_counts[s] : 0;
+    }
+    slot->arrived |= 1u << end->rank;
+    end->started++;
+    if (slot->arrived == (1u << team->n) - 1 && !llmpari_cuda_peer_agree(team, slot, why, sizeof why)) {
+        slot->status = LLMPAR_MISMATCH;
+        llmpari_cuda_peer_stop(team, LLMPAR_MISMATCH, why);
+    }
+    const llmpar_status status = slot->status ? LLMPAR_OK : llmpari_cuda_peer_advance(end, err);
+    pthread_cond_broadcast(&team->root->cond);
+    return status;
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_start(llmpar_comm *comm, const llmpar_call *call, int64_t *ticket, llmpar_error *err) {
+    llmpari_cuda_peer_end *end = (llmpari_cuda_peer_end *)comm->impl;
+    llmpar_cuda_peer *team = end->team;
+    llmpar_error own;
+    llmpari_cuda_peer_work w;
+    if (!err) err = &own;
+    llmpar_status status = llmpari_cuda_peer_kind(call->kind, call->dtype, err);
+    memset(&w, 0, sizeof w);
+    if (!status) {                                             // this rank's pointers, with what it says of counts
+        const bool pairs = call->kind == LLMPAR_ALL_TO_ALL || call->kind == LLMPAR_PERMUTE, list = call->kind == LLMPAR_ALL_GATHER || call->kind == LLMPAR_REDUCE_SCATTER;
+        w.kind  = call->kind;
+        w.dtype = call->dtype;
+        w.root  = call->peer;
+        w.count = call->count;
+        w.send[end->rank] = call->send;
+        w.recv[end->rank] = call->recv;
+        for (int32_t s = 0; s < team->n; s++) {
+            if (list) w.counts[s] = call->recv_counts[s];
+            if (pairs) { w.counts[end->rank * LLMPARI_PEERS + s] = call->send_counts[s]; w.counts[s * LLMPARI_PEERS + end->rank] = call->recv_counts[s]; }
+        }
+        status = llmpari_cuda_peer_check(team, &w, end->rank, err);
+    }
+    pthread_mutex_lock(&team->root->mutex);
+    *ticket = end->started;
+    if (!team->root->stopped) llmpari_cuda_peer_look(team);
+    if (team->root->stopped) status = llmpari_cuda_peer_stopped(team, err);
+    else if (status) {
+        char why[480];
+        snprintf(why, sizeof why, "rank %d: %.400s", (int)team->member[end->rank], err->text);
+        llmpari_cuda_peer_stop(team, status, why);
+    } else status = llmpari_cuda_peer_post_call(end, call, err);
+    pthread_mutex_unlock(&team->root->mutex);
+    return status;
+}
+
+LLMPARI_CUDA_FN void llmpari_cuda_peer_retire(llmpari_cuda_peer_end *end, llmpari_cuda_peer_slot *slot) {
+    slot->retired |= 1u << end->rank;
+    if (slot->retired != (1u << end->team->n) - 1) return;
+    slot->seq = 0;
+    slot->arrived = slot->launched = slot->retired = 0;
+    slot->status = LLMPAR_OK;
+    pthread_cond_broadcast(&end->team->root->cond);
+}
+
+// Until the call is launched; under the mutex. *launched false and OK: it is not, and block is false.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_await(llmpari_cuda_peer_end *end, llmpari_cuda_peer_slot *slot, bool block, double timeout_s, bool *launched, llmpar_error *err) {
+    llmpar_cuda_peer *team = end->team;
+    const double until = llmpari_cuda_now() + timeout_s;
+    for (;;) {
+        if (slot->status) return LLMPARI_CUDA_FAIL(err, slot->status, "%s", team->root->why);
+        if (!team->root->stopped) LLMPARI_CUDA_TRY(llmpari_cuda_peer_advance(end, err));
+        *launched = slot->launched >> end->rank & 1u;
+        if (*launched) return LLMPAR_OK;
+        if (team->root->stopped) return llmpari_cuda_peer_stopped(team, err);
+        if (!block) return LLMPAR_OK;
+        if (llmpari_cuda_now() > until) {
+            char who[80], why[200];
+            llmpari_cuda_peer_missing(team, slot->arrived, who, sizeof who);
+            snprintf(why, sizeof why, "rank %d waited %g s for %s to call %s #%lld", (int)team->member[end->rank], timeout_s, who,
+                     llmpar_collective_name(slot->call[end->rank].kind), (long long)slot->seq - 1);
+            return llmpari_cuda_peer_give_up(team, LLMPAR_TIMEOUT, err, why);
+        }
+        llmpari_cuda_peer_nap(team->root);
+    }
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_wait(llmpar_comm *comm, int64_t ticket, bool block, bool *done, llmpar_error *err) {
+    llmpari_cuda_peer_end *end = (llmpari_cuda_peer_end *)comm->impl;
+    llmpar_cuda_peer *team = end->team;
+    llmpari_cuda_peer_slot *slot = &team->slot[ticket % LLMPARI_PEER_FLIGHT];
+    bool launched = false;
+    pthread_mutex_lock(&team->root->mutex);
+    *done = slot->seq != ticket + 1 || (slot->retired >> end->rank & 1u);
+    if (*done) { pthread_mutex_unlock(&team->root->mutex); return LLMPAR_OK; }
+    const double timeout_s = slot->call[end->rank].timeout_s > 0 ? slot->call[end->rank].timeout_s : comm->timeout_s;
+    llmpar_status status = llmpari_cuda_peer_await(end, slot, block, timeout_s, &launched, err);
+    const cudaEvent_t event = slot->event[team->one_device ? 0 : end->rank];
+    pthread_mutex_unlock(&team->root->mutex);
+    if (!status && !launched) return LLMPAR_OK;
+    if (launched && !team->stream_ordered) {                   // even in a world that has stopped: nobody may touch the buffers when this returns
+        const llmpari_cuda_on on(team->device[end->rank]);
+        const cudaError_t now = block ? cudaErrorNotReady : cudaEventQuery(event);
+        if (!block && now == cudaErrorNotReady) return LLMPAR_OK;
+        if (block) status = llmpari_cuda_poll(event, llmpari_cuda_now() + timeout_s + 2 * team->timeout_s + 1, err);
+        else if (now != cudaSuccess) status = llmpari_cuda_error(err, now, "cudaEventQuery", __LINE__, __func__);
+    }
+    pthread_mutex_lock(&team->root->mutex);
+    if (!status) {
+        const bool before = team->root->stopped != LLMPAR_OK;
+        llmpari_cuda_peer_look(team);
+        if (team->root->stopped) status = before ? llmpari_cuda_peer_stopped(team, err) : LLMPARI_CUDA_FAIL(err, team->root->stopped, "%s", team->root->why);
+    }
+    llmpari_cuda_peer_retire(end, slot);
+    *done = true;
+    pthread_mutex_unlock(&team->root->mutex);
+    return status;
+}
+
+// A team of some of the ranks: the one that other members have begun, one that all have freed, or a new one. Under the mutex.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_team(llmpari_cuda_peer_end *end, const int32_t *members, int32_t n, int32_t me, llmpar_cuda_peer **out, llmpar_error *err) {
+    llmpar_cuda_peer *parent = end->team, *root = parent->root, **last = &root->next;
+    for (llmpar_cuda_peer *t = root->next; t; last = &t->next, t = t->next) {
+        bool same = t->parent == parent && t->n == n;
+        for (int32_t i = 0; i < n && same; i++) same = t->member[i] == parent->member[members[i]];
+        if (same && t->freed == (1u << n) - 1) { t->joined = t->freed = 0; t->id = ++root->groups; for (int32_t i = 0; i < n; i++) t->end[i].comm.id = t->id; }
+        if (same && !(t->joined >> me & 1u)) { *out = t; return LLMPAR_OK; }
+    }
+    llmpar_cuda_peer *team = (llmpar_cuda_peer *)llmpari_cuda_peer_alloc(&root->allocator, sizeof *team);
+    if (!team) return LLMPARI_CUDA_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a group of %d ranks", (int)n);
+    team->allocator = root->allocator;
+    team->root      = root;
+    team->parent    = parent;
+    team->n         = n;
+    team->blocks    = root->blocks;
+    team->one_device = parent->one_device || n == 1;
+    team->stream_ordered = root->stream_ordered;
+    team->half      = root->half;
+    team->one_shot  = n <= 2 && root->n > 2 ? INT64_MAX : root->one_shot;
+    team->timeout_s = root->timeout_s;
+    team->id        = ++root->groups;
+    for (int32_t i = 0; i < n; i++) {
+        team->member[i] = parent->member[members[i]];
+        team->device[i] = parent->device[members[i]];
+        team->stream[i] = parent->stream[members[i]];
+    }
+    const llmpar_status status = llmpari_cuda_peer_furnish(team, err);
+    if (status) { llmpari_cuda_peer_drop(team); return status; }
+    *last = team;
+    *out  = team;
+    return LLMPAR_OK;
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_group(llmpar_comm *comm, const int32_t *members, int32_t n, llmpar_comm **sub, llmpar_error *err) {
+    llmpari_cuda_peer_end *end = (llmpari_cuda_peer_end *)comm->impl;
+    llmpar_cuda_peer *root = end->team->root, *team = NULL;
+    int32_t me = 0;
+    while (me < n && members[me] != comm->rank) me++;
+    if (me == n) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d is not a member of the group that it asks for", (int)comm->rank);
+    pthread_mutex_lock(&root->mutex);
+    llmpar_status status = root->stopped ? llmpari_cuda_peer_stopped(end->team, err) : llmpari_cuda_peer_team(end, members, n, me, &team, err);
+    if (!status) {
+        team->joined |= 1u << me;
+        *sub = &team->end[me].comm;
+    }
+    pthread_mutex_unlock(&root->mutex);
+    return status;
+}
+
+LLMPARI_CUDA_FN void llmpari_cuda_peer_comm_abort(llmpar_comm *comm, const char *why) {
+    llmpari_cuda_peer_end *end = (llmpari_cuda_peer_end *)comm->impl;
+    char text[480];
+    snprintf(text, sizeof text, "rank %d: %.400s", (int)end->team->member[end->rank], why ? why : "no reason was given");
+    pthread_mutex_lock(&end->team->root->mutex);
+    llmpari_cuda_peer_stop(end->team, LLMPAR_ABORTED, text);
+    pthread_mutex_unlock(&end->team->root->mutex);
+}
+
+LLMPARI_CUDA_FN void llmpari_cuda_peer_comm_free(llmpar_comm *comm) {
+    llmpari_cuda_peer_end *end = (llmpari_cuda_peer_end *)comm->impl;
+    llmpar_cuda_peer *root = end->team->root;
+    if (end->team == root) return;
+    pthread_mutex_lock(&root->mutex);
+    end->team->freed |= 1u << end->rank;
+    pthread_mutex_unlock(&root->mutex);
+}
+
+static const llmpar_comm_vtable *llmpari_cuda_peer_vtable(void) {
+    static const llmpar_comm_vtable vtable = { llmpari_cuda_peer_comm_start, llmpari_cuda_peer_comm_wait, llmpari_cuda_peer_comm_group, llmpari_cuda_peer_comm_abort,
+                                               llmpari_cuda_peer_comm_free, NULL, NULL };
+    return &vtable;
+}
 #endif // LLMPARI_CUDA_KERNELS
 
 #ifdef LLMPAR_NCCL
