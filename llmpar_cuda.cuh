@@ -636,16 +636,6 @@ LLMPARI_CUDA_FN const char *llmpari_nccl_words(const llmpari_nccl *q, const llmp
     return text;
 }
 
-// What NCCL said about a call. A text of NCCL's may be of an older call, says its documentation; it is shown for what it is worth.
-LLMPARI_CUDA_FN llmpar_status llmpari_nccl_error(llmpari_nccl *q, ncclResult_t result, const char *call, llmpar_error *err) {
-    char what[160], last[400];
-    llmpari_nccl_lock(q->world);
-    snprintf(last, sizeof last, "%s", ncclGetLastError(q->nccl));
-    llmpari_nccl_unlock(q->world);
-    return llmpari_nccl_fail(q->world, llmpari_nccl_status(result), err, "%s: %s: NCCL says %s%s%s%s", llmpari_nccl_words(q, &q->last, what, sizeof what), call, ncclGetErrorString(result),
-                             last[0] ? " (" : "", last, last[0] ? ")" : "");
-}
-
 // Everybody of the comm says what it is doing; all that do so hear of all. Called when this rank has waited in vain; `why` says for what.
 LLMPARI_CUDA_FN llmpar_status llmpari_nccl_roll_call(llmpari_nccl *q, llmpar_status status, const char *why, llmpar_error *err) {
     const llmpar_allocator *a = &q->world->allocator;
@@ -664,7 +654,8 @@ LLMPARI_CUDA_FN llmpar_status llmpari_nccl_roll_call(llmpari_nccl *q, llmpar_sta
     if (!signs) return llmpari_nccl_fail(q->world, status, err, "%s: %s; no memory to ask the others", llmpari_nccl_words(q, &q->last, what, sizeof what), why);
     int64_t *counts = (int64_t *)(void *)(signs + n);
     for (int32_t i = 0; i < n; i++) counts[i] = (int64_t)sizeof *signs;
-    q->host->timeout_s = q->patience_s;
+    // A group asks for less long than the world, so that who waits for the group, in the world, hears of the one that the group misses.
+    q->host->timeout_s = q->patience_s * (0.5 + 0.5 * n / q->world->size);
     llmpar_status heard = llmpar_all_gather(q->host, &q->last, signs, counts, LLMPAR_U8, &told);
     int32_t odd = 0;
     while (!heard && odd < n) {
@@ -683,10 +674,21 @@ LLMPARI_CUDA_FN llmpar_status llmpari_nccl_roll_call(llmpari_nccl *q, llmpar_sta
     else if (heard == LLMPAR_ABORTED) {
         const char *text = strncmp(told.text, "aborted: ", 9) == 0 ? told.text + 9 : told.text;
         llmpari_nccl_stop(q->world, text, false);
-        status = LLMPARI_CUDA_FAIL(err, LLMPAR_ABORTED, "aborted: %s", q->world->why);
+        status = LLMPARI_CUDA_FAIL(err, LLMPAR_ABORTED, "aborted: %.500s; here %s: %s", q->world->why, what, why);
     } else status = llmpari_nccl_fail(q->world, status, err, "%s: %s; asked where they are: %s", what, why, told.text);
     llmpari_nccl_release(a, signs, bytes);
     return status;
+}
+
+// What NCCL says about a call: who is the lost peer that it speaks of, the others have to tell. A text of NCCL's may be of an older call, says its documentation; it is shown for what it is worth.
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_error(llmpari_nccl *q, ncclResult_t result, const char *call, llmpar_error *err) {
+    char what[160], last[400];
+    if (result == ncclRemoteError) return llmpari_nccl_roll_call(q, LLMPAR_ABORTED, "NCCL has lost a peer", err);
+    llmpari_nccl_lock(q->world);
+    snprintf(last, sizeof last, "%s", ncclGetLastError(q->nccl));
+    llmpari_nccl_unlock(q->world);
+    return llmpari_nccl_fail(q->world, llmpari_nccl_status(result), err, "%s: %s: NCCL says %s%s%s%s", llmpari_nccl_words(q, &q->last, what, sizeof what), call, ncclGetErrorString(result),
+                             last[0] ? " (" : "", last, last[0] ? ")" : "");
 }
 
 // ---- Giving calls to NCCL
@@ -707,7 +709,6 @@ LLMPARI_CUDA_FN llmpar_status llmpari_nccl_taken(llmpari_nccl *q, bool block, bo
         llmpari_nccl_unlock(q->world);
         if (result == ncclSuccess) result = state;
         if (result == ncclSuccess) { *done = true; return llmpari_nccl_sound(q->world, false, err); }
-        if (result == ncclRemoteError) return llmpari_nccl_roll_call(q, LLMPAR_ABORTED, "NCCL has lost a peer", err);
         if (result != ncclInProgress) return llmpari_nccl_error(q, result, q->last.number ? "given to NCCL" : "ncclCommInitRankConfig or ncclCommSplit", err);
         if (!block) return LLMPAR_OK;
         if (llmpari_cuda_now() - began > q->patience_s) {
@@ -891,7 +892,6 @@ LLMPARI_CUDA_FN llmpar_status llmpari_nccl_errors(llmpari_nccl_world *w, llmpar_
     }
     llmpari_nccl_unlock(w);
     if (!culprit) return LLMPAR_OK;
-    if (result == ncclRemoteError) return llmpari_nccl_roll_call(culprit, LLMPAR_ABORTED, "NCCL has lost a peer", err);
     return llmpari_nccl_error(culprit, result, "on the GPU", err);
 }
 

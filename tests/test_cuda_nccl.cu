@@ -5,7 +5,10 @@
 #endif
 #include "cuda_test.h"
 #include "jobs.h"
+#include <atomic>
+#include <memory>
 #include <sys/wait.h>
+#include <thread>
 #include <unistd.h>
 
 #ifdef LLMPAR_CUDA_EMULATED
@@ -301,11 +304,179 @@ static void test_bad_input(void) {
 #endif
 }
 
+#ifdef LLMPAR_CUDA_EMULATED
+// ---- faults: one rank is in trouble at a random call; every rank hears of it in time, with words for what happened, and those left go on
+
+enum { MISSING = 100, DEAD, DIFFERS, ABORTED, CALLS = 6 };
+static const struct { int kind; const char *name; bool hangs, goes; } troubles[] = {       // hangs: a deadline has to pass; goes: the culprit is lost
+    { STUB_FAIL_CALL, "fails", false, false }, { STUB_FAIL_ASYNC, "fails later", false, false }, { STUB_HANG_TAKE, "is not taken", true, false }, { STUB_HANG_RUN, "hangs", true, false },
+    { STUB_LATE_TAKE, "is taken late", false, false }, { STUB_LATE_RUN, "is late", false, false }, { STUB_INIT_FAIL, "init fails", false, true }, { STUB_INIT_HANG, "init hangs", true, true },
+    { MISSING, "does not come", true, true }, { DEAD, "is lost", true, true }, { DIFFERS, "calls something else", true, false }, { ABORTED, "aborts", false, false } };
+enum { TROUBLES = sizeof troubles / sizeof troubles[0] };
+typedef struct { llmpar_status status, after; char text[1100]; int left; bool created; } outcome;
+typedef struct { int what, n, culprit; long at; bool grouped, host_wait, wrong_order; double timeout_s; outcome out[MOST_RANKS]; std::atomic<int> told; } trouble;
+
+static llmpar_status sum_call(llmpar_comm *comm, int64_t count, llmpar_error *err) {
+    std::vector<int32_t> one((size_t)count, comm->rank + 1), sum((size_t)count);
+    int32_t *d = NULL;
+    NEED(cudaMalloc((void **)&d, 4 * one.size()) == cudaSuccess && cudaMemcpy(d, one.data(), 4 * one.size(), cudaMemcpyHostToDevice) == cudaSuccess);
+    llmpar_status status = llmpar_all_reduce(comm, d, d, count, LLMPAR_I32, LLMPAR_SUM, err);
+    if (!status) status = llmpar_nccl_wait(comm, err);
+    if (!status && cudaMemcpy(sum.data(), d, 4 * one.size(), cudaMemcpyDeviceToHost) != cudaSuccess) status = bad(err, "cannot copy back");
+    for (int32_t v : sum) if (!status && v != comm->size * (comm->size + 1) / 2) status = bad(err, "wrong sum");
+    if (cudaFree(d) != cudaSuccess && !status) status = bad(err, "cudaFree");              // at once, also after a failure: nobody writes there any more
+    return status;
+}
+
+static llmpar_status trouble_calls(llmpar_comm *world, llmpar_comm *group, trouble *t, llmpar_error *err) {
+    const int me = world->rank, kind = troubles[t->what].kind;
+    const bool culprit = me == t->culprit;
+    std::unique_ptr<std::thread> other;
+    llmpar_status status = LLMPAR_OK;
+    for (long k = 0; !status && k < (kind == ABORTED ? 1000000 : CALLS); k++) {
+        llmpar_comm *comm = group && k % 3 == 1 ? group : world;
+        if (troubles[t->what].hangs && k >= t->at) comm->timeout_s = t->timeout_s;
+        if (culprit && k == t->at && (kind == MISSING || kind == DEAD)) {
+            if (kind == DEAD) stub_lose(me);
+            while (t->told < t->n - 1) usleep(1000);
+            status = sum_call(comm, 9, err);                                               // comes when the others have given up
+            break;
+        }
+        if (culprit && k == t->at && kind == ABORTED) other.reset(new std::thread([world]() { usleep(2000); llmpar_comm_abort(world, "told to stop"); }));
+        status = sum_call(comm, culprit && k == t->at && kind == DIFFERS ? 8 : 9, err);
+    }
+    if (other) other->join();
+    return status;
+}
+
+static llmpar_status trouble_rank(llmpar_comm *host, void *user, llmpar_error *err) {
+    trouble *t = (trouble *)user;
+    outcome *o = &t->out[host->rank];
+    const int kind = troubles[t->what].kind;
+    const bool culprit = host->rank == t->culprit;
+    llmpar_comm *world = NULL, *group = NULL, *left = NULL;
+    llmpar_mesh mesh;
+    llmpar_nccl_desc desc = LLMPAR_ZERO;
+    this_is(host->rank);
+    desc.host = host;
+    desc.host_wait = t->host_wait;
+    desc.timeout_s = kind == STUB_INIT_HANG ? t->timeout_s : kind == DEAD ? 2 : 20;        // DEAD: NCCL may say so in any call, at once
+    o->status = llmpar_nccl_create(&desc, &world, err);
+    o->created = world != NULL;
+    if (!o->status && t->grouped) {
+        TRY(llmpar_mesh_parse("a=2,b=2", &mesh, err));
+        o->status = llmpar_comm_group(world, &mesh, 2, &group, err);
+    }
+    if (!o->status) o->status = trouble_calls(world, group, t, err);
+    snprintf(o->text, sizeof o->text, "%s", o->status ? err->text : "");
+    t->told++;
+    if (o->created && o->status && !(culprit && troubles[t->what].goes)) {
+        world->timeout_s = 20;
+        o->after = llmpar_comm_shrink(world, &left, err);
+        if (!o->after) o->after = sum_call(left, 100, err);
+        if (!o->after) o->left = left->size;
+        if (o->after) snprintf(o->text, sizeof o->text, "after: %.700s", err->text);
+    }
+    if (t->wrong_order && left) { llmpar_comm_free(left); left = NULL; }
+    if (world) llmpar_comm_free(world);
+    if (group) llmpar_comm_free(group);
+    if (left) llmpar_comm_free(left);
+    return LLMPAR_OK;
+}
+
+// Words that have to be in every rank's error.
+static bool trouble_named(const trouble *t, int rank) {
+    const outcome *o = &t->out[rank];
+    char name[32];
+    snprintf(name, sizeof name, "rank %d", t->culprit);
+    const bool own = rank == t->culprit, named = strstr(o->text, name) != NULL;
+    switch (troubles[t->what].kind) {
+    case STUB_LATE_TAKE: case STUB_LATE_RUN: return o->status == LLMPAR_OK;
+    case STUB_FAIL_CALL: case STUB_FAIL_ASYNC: case STUB_INIT_FAIL:
+        return (own ? o->status == LLMPAR_IO_FAILED : o->status == LLMPAR_ABORTED && named) && strstr(o->text, "NCCL says unhandled system error");
+    case STUB_HANG_TAKE: case STUB_HANG_RUN: return (o->status == LLMPAR_TIMEOUT || o->status == LLMPAR_ABORTED) && strstr(o->text, "a GPU or the network stands still");
+    case STUB_INIT_HANG: return (o->status == LLMPAR_MISMATCH || o->status == LLMPAR_TIMEOUT || o->status == LLMPAR_ABORTED) && named;
+    case MISSING: return (own ? o->status == LLMPAR_ABORTED : o->status == LLMPAR_TIMEOUT || o->status == LLMPAR_ABORTED) && named;
+    case DEAD:    return o->status == LLMPAR_ABORTED && named && (own || strstr(o->text, "NCCL has lost a peer") || strstr(o->text, " waited "));
+    case DIFFERS: return (o->status == LLMPAR_MISMATCH || o->status == LLMPAR_ABORTED) && named && strstr(o->text, "i32[8] sum") && strstr(o->text, "i32[9] sum");
+    default:      return o->status == LLMPAR_ABORTED && named && strstr(o->text, "told to stop");
+    }
+}
+
+static bool trouble_run(uint64_t seed) {
+    trouble *t = new trouble();
+    llmpar_error err = LLMPAR_ZERO;
+    uint64_t s = seed * 977 + 5;
+    t->what = (int)(seed % TROUBLES);
+    t->n = 2 + (int)rank_below(&s, 4);
+    t->culprit = (int)rank_below(&s, t->n);
+    t->at = (long)rank_below(&s, CALLS);
+    t->grouped = t->n == 4;
+    t->host_wait = rank_below(&s, 2);
+    t->wrong_order = rank_below(&s, 2);
+    t->timeout_s = 0.4;
+    stub_plan_t plan;
+    if (troubles[t->what].kind < MISSING) plan.kind = troubles[t->what].kind;
+    plan.rank = t->culprit; plan.at = t->at; plan.delay_s = 0.05;
+    stub_reset(plan, s);
+    const llmpar_status status = ranks_run(t->n, 20, trouble_rank, t, &err);
+    bool good = status == LLMPAR_OK && stub_misuse() == 0 && stub_live() == 0;
+    if (!good) printf("seed %llu: status %d \"%s\", %ld misuses, %ld communicators left\n", (unsigned long long)seed, (int)status, err.text, stub_misuse(), stub_live());
+    int left = 0;                                                  // that have to meet in the new world: those who had a world, and are not lost
+    for (int r = 0; r < t->n; r++) left += t->out[r].created && !(r == t->culprit && troubles[t->what].goes);
+    for (int r = 0; r < t->n; r++) {
+        const outcome *o = &t->out[r];
+        const bool goes = !o->created || !o->status || (r == t->culprit && troubles[t->what].goes);
+        if (trouble_named(t, r) && (goes || (o->after == LLMPAR_OK && o->left == left))) continue;
+        good = false;
+        printf("seed %llu: rank %d of %d %s at call %ld; rank %d: %d \"%s\", after %d with %d\n", (unsigned long long)seed, t->culprit, t->n, troubles[t->what].name, t->at, r, (int)o->status, o->text,
+               (int)o->after, o->left);
+    }
+    delete t;
+    return good;
+}
+
+// Most of it is waiting for deadlines: several processes at a time. A process that does not end is a hang.
+static void test_faults(void) {
+    enum { PROCESSES = 10 };
+    const int seeds = test_stress() ? 1000 : test_short() ? 24 : 100;
+    const char *one = getenv("NCCL_SEED");
+    pid_t child[PROCESSES];
+    int good = 0, count = 0;
+    TEST("NCCL that fails, hangs or is late: every rank is told in time, and those left go on") {
+        fflush(stdout);
+        if (one) { CHECK(trouble_run(strtoull(one, NULL, 10))); return; }
+        int pipes[2];
+        if (pipe(pipes)) { CHECK(0); return; }
+        for (int p = 0; p < PROCESSES; p++)
+            if ((child[p] = fork()) == 0) {
+                for (int seed = p; seed < seeds; seed += PROCESSES) {
+                    alarm(60);
+                    const char ok = trouble_run((uint64_t)seed) ? 1 : 0;
+                    fflush(stdout);
+                    if (write(pipes[1], &ok, 1) != 1) _exit(3);
+                }
+                _exit(0);
+            }
+        close(pipes[1]);
+        for (char ok; read(pipes[0], &ok, 1) == 1; count++) good += ok;
+        close(pipes[0]);
+        for (int p = 0; p < PROCESSES; p++) { int status = 0; CHECK(waitpid(child[p], &status, 0) == child[p]); CHECK_EQ(status, 0); }
+        printf("%d of %d seeds good\n", good, seeds);
+        CHECK_EQ(count, seeds);
+        CHECK_EQ(good, seeds);
+    }
+}
+#endif
+
 int main(void) {
     if (!cuda_test_begin()) return test_done();
     test_seed(1);
     uint64_t seed = test_random();
     test_collectives(&seed);
     test_bad_input();
+#ifdef LLMPAR_CUDA_EMULATED
+    test_faults();
+#endif
     return test_done();
 }
