@@ -1100,7 +1100,7 @@ LLMPAR_DEF llmpar_status llmpar_nccl_meet(const llmpar_nccl_desc *desc, llmpar_n
         m->size = at.size;
         at.master_port = d.port ? d.port : at.master_port ? at.master_port + 1 : 0;
         if (comm_id) snprintf(m->how, sizeof m->how, "NCCL_COMM_ID=%.280s", comm_id);
-        else if (at.size == 1) snprintf(m->how, sizeof m->how, "alone");
+        else if (at.size == 1) snprintf(m->how, sizeof m->how, "no other rank");
         else snprintf(m->how, sizeof m->how, "%s, %s port %d", llmpar_launcher_name(at.launcher), at.master_address, (int)at.master_port);
         if (!comm_id && at.size > 1 && (!at.master_address[0] || at.master_port < 1 || at.master_port > 65535))
             return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s says rank %d of %d, but not where ranks meet (address \"%s\", port %d); set MASTER_ADDR and MASTER_PORT, or NCCL_COMM_ID=address:port of "

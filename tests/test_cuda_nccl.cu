@@ -235,6 +235,7 @@ static llmpar_status bad_rank(llmpar_comm *host, void *user, llmpar_error *err) 
     return LLMPAR_OK;
 }
 
+#ifdef LLMPAR_CUDA_EMULATED
 static llmpar_status budget_rank(llmpar_comm *host, void *user, llmpar_error *err) {
     const task *t = (const task *)user;
     llmpar_nccl_desc desc = t->desc;
@@ -253,6 +254,7 @@ static llmpar_status budget_rank(llmpar_comm *host, void *user, llmpar_error *er
     llmpar_comm_free(world);
     return status ? LLMPAR_NO_MEMORY : LLMPAR_OK;
 }
+#endif
 
 static void test_bad_input(void) {
     llmpar_error err = LLMPAR_ZERO;
@@ -335,7 +337,7 @@ static llmpar_status trouble_calls(llmpar_comm *world, llmpar_comm *group, troub
     llmpar_status status = LLMPAR_OK;
     for (long k = 0; !status && k < (kind == ABORTED ? 1000000 : CALLS); k++) {
         llmpar_comm *comm = group && k % 3 == 1 ? group : world;
-        if (troubles[t->what].hangs && k >= t->at) comm->timeout_s = t->timeout_s;
+        if (troubles[t->what].hangs && kind != DEAD && k >= t->at) comm->timeout_s = t->timeout_s;
         if (culprit && k == t->at && (kind == MISSING || kind == DEAD)) {
             if (kind == DEAD) stub_lose(me);
             while (t->told < t->n - 1) usleep(1000);
