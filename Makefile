@@ -10,7 +10,8 @@ FUZZ_S  ?= 60
 B       := build
 STRICT  := -std=c99 -Wall -Wextra -Wpedantic -Wconversion -Wshadow
 
-EXAMPLES := $(patsubst examples/%.c,$(B)/%,$(wildcard examples/*.c))
+# nccl_plain_c needs NCCL: tests/nccl.sh builds it where that is.
+EXAMPLES := $(patsubst examples/%.c,$(B)/%,$(filter-out examples/nccl_%,$(wildcard examples/*.c)))
 TESTS    := $(patsubst tests/%.c,$(B)/%,$(wildcard tests/test_*.c))
 TOOLS    := $(B)/golden_check $(B)/make_synthetic $(B)/fault
 BENCHES  := $(patsubst tests/%.c,$(B)/%,$(filter-out tests/bench_comm_mpi.c tests/bench_mpi.c,$(wildcard tests/bench_*.c)))
@@ -87,10 +88,10 @@ demo: $(B)/llama
 	@sh tests/demo.sh
 
 test: all $(TESTS) $(REPLAYS) $(MPI_RUNS)
-	@sh tests/run.sh $(TESTS) $(REPLAYS) tests/cli.sh tests/golden.sh tests/mpi.sh tests/mpi_hosts.sh
+	@sh tests/run.sh $(TESTS) $(REPLAYS) tests/cli.sh tests/golden.sh tests/mpi.sh tests/mpi_hosts.sh tests/nccl.sh
 
 stress: all $(TESTS) $(REPLAYS) $(MPI_RUNS) $(B)/test_comm_random.thread $(B)/fault.address $(B)/fault.thread
-	@LLMPAR_STRESS=1 sh tests/run.sh $(TESTS) $(B)/test_comm_random.thread $(REPLAYS) tests/fault.sh tests/cli.sh tests/golden.sh tests/mpi.sh tests/mpi_hosts.sh
+	@LLMPAR_STRESS=1 sh tests/run.sh $(TESTS) $(B)/test_comm_random.thread $(REPLAYS) tests/fault.sh tests/cli.sh tests/golden.sh tests/mpi.sh tests/mpi_hosts.sh tests/nccl.sh
 
 bench: $(BENCHES) $(TOOLS) $(B)/llama
 	@sh tests/bench.sh

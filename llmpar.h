@@ -1655,6 +1655,7 @@ typedef struct llmpar_attention_args {
     const int32_t *position;       // [batch, queries]; NULL = s
     bool causal;
     int64_t window;                // 0 = none
+    int64_t kv_heads;              // of k and v; llmpar_ops_cpu does not look at it
     int64_t most_keys;             // what n_keys may be in another run of the same plan (a cache's slots): for kernels that are recorded and run again with other positions
     float scale;
     float *out;                    // [batch, queries, q_heads, d]
@@ -1713,7 +1714,7 @@ typedef struct llmpar_entropy_args { int32_t part; int64_t rows, n, first; const
 // y[to[r * k + j] - first][n] *= weights[r * k + j], where that lies inside [0, count)
 typedef struct llmpar_scale_args { int64_t rows, k, n, first, count; const int32_t *to; const float *weights; float *y; } llmpar_scale_args;
 // A product whose sum over k is taken granule by granule and added along the tree (section tree): gemm.k holds n granules, the last one may be shorter; after granule i the topmost
-// two of the stack of sums (at most `depth`) are added merges[i] times (host). The `pieces` that are left go to gemm.c, `stride` elements apart. gemm.accumulate is not looked at.
+// two of the stack of sums (at most `depth`) are added merges[i] times. The `pieces` that are left go to gemm.c, `stride` elements apart. gemm.accumulate is not looked at.
 typedef struct llmpar_granules_args { llmpar_gemm gemm; int64_t granule, stride; int32_t n, pieces, depth; const uint8_t *merges; } llmpar_granules_args;
 // out[n] = the pieces x[pieces, n], taken in the order `at`, added along the tree; x is spoilt. at, merges: host
 typedef struct llmpar_fold_args { int32_t pieces; int64_t n; const int32_t *at; const uint8_t *merges; float *x, *out; } llmpar_fold_args;
@@ -22144,7 +22145,7 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_einsum(llmpari_exec_prep *p) {
     if (c->tree.n) need.granules = &c->tree; else need.gemm = &c->gemm;
     const int64_t bytes = llmpari_ops_scratch(&p->exec->ops, &need);
     if (bytes > 0) c->gemm_at = llmpari_exec_prep_scratch(p, bytes);
-    return LLMPAR_OK;
+    return c->tree.n ? llmpari_exec_prep_constant(p, &c->tree.merges, c->tree.merges, c->tree.n) : LLMPAR_OK;
 }
 LLMPARI_ONCE_END
 
@@ -22865,8 +22866,8 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_experts(llmpari_exec_prep *p) {
     how->up_at      = llmpari_exec_prep_scratch(p, 4 * how->chunk * how->j);
     how->y_at       = llmpari_exec_prep_scratch(p, 4 * rows * how->h);
     llmpar_gemm up = LLMPAR_ZERO, down = LLMPAR_ZERO;
-    up.m = how->chunk; up.n = how->j; up.k = how->h;
-    down.m = how->chunk; down.n = how->h; down.k = how->j;
+    up.m = how->chunk; up.n = how->j; up.k = up.lda = how->h;
+    down.m = how->chunk; down.n = how->h; down.k = down.lda = how->j;
     up.b_dtype = down.b_dtype = how->dtype;
     up.b_transposed = down.b_transposed = true;
     need.combine = NULL; need.gemm = &up;
@@ -22991,6 +22992,7 @@ LLMPARI_FN llmpar_status llmpari_exec_prep_attention(llmpari_exec_prep *p) {
     if (p->op->decode_rows) LLMPARI_TRY(llmpari_exec_attend_cache(p, how));
     LLMPARI_TRY(llmpari_exec_prep_table(p, p->in[0], !p->op->decode_rows, &how->queries));
     args->most_keys = llmpari_max(how->tokens, how->slots);
+    args->kv_heads  = how->kv_heads;
     llmpar_scratch_args need = LLMPAR_ZERO;
     need.attention = args;
     how->at = llmpari_exec_prep_scratch(p, llmpari_ops_scratch(&p->exec->ops, &need));

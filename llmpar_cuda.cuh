@@ -134,8 +134,9 @@ typedef struct llmpar_cuda_gated_desc {
 } llmpar_cuda_gated_desc;
 LLMPAR_DEF llmpar_status llmpar_cuda_gated(const llmpar_cuda_gated_desc *desc, void *stream, llmpar_error *err);
 
-// dgate = dy * up * act'(gate), dup = dy * act(gate) in one pass. relu'(0) = 0. Errors before rounding, u = 2^-24: dup as forward; dgate |dy up| times
-// SILU 12 u s (1 + |x|), s = sigmoid(x); GELU 8 u (1 + |x|); GELU_TANH 16 u (1 + |w|) s (1 + |x w'|), s and w' of its exponent; SIGMOID 8 u s; EXP 6 u e^x; RELU, SQUARE, NEGATE 4 u |act'(x)|.
+// dgate = dy * up * act'(gate), dup = dy * act(gate) in one pass. relu'(0) = 0. Errors before rounding, u = 2^-24: dup as forward; dgate 2 u |dgate| and |dy up| times
+// SILU 12 u s (1 + |x|), s = sigmoid(x); GELU 8 u (1 + |x|); GELU_TANH (16 u (1 + |w|) s + 2^-125) (1 + |x w'|), s and w' of its exponent; SIGMOID 8 u s; EXP 6 u e^x;
+// RELU, SQUARE, NEGATE 4 u |act'(x)|; and 2^-125 (1 + |x|) more.
 typedef struct llmpar_cuda_gated_backward_desc {
     llmpar_dtype      dtype;
     llmpar_activation kind;
@@ -227,7 +228,7 @@ typedef struct llmpar_cuda_kv {
 // What lies between the QKV projection and attention, in one pass: x = qkv + bias; q and k: RMSNorm of each head (Qwen3), rotary embedding; q to q[T, q_heads, D], k and v to their
 // slots of the cache. The arithmetic is f32, rounded once. Rotary embedding: y_a = x_a cos - x_b sin, y_b = x_b cos + x_a sin with angle position * frequencies[i] for the pair (a, b) =
 // (i, i + D/2), as Hugging Face, or (2i, 2i + 1), GPT-J. Llama's, linear and Llama 3's scaling are all in the frequencies (llmpar_rope_frequencies). An odd D leaves its last element.
-// Error: of sine and cosine 2^-23, absolute, while |angle| < 2^40; of the result 2^-22 (|x_a| + |x_b|) (with norm: (D + 16) 2^-24 more, relative) and half a unit of dtype. Without
+// Error: of sine and cosine 2^-23, absolute, while |angle| < 2^40; of the result 5 * 2^-24 (|x_a| + |x_b|) (with norm: (D + 16) 2^-24 more, relative) and half a unit of dtype. Without
 // bias and norm, f32 has the bits of llmpar_ops_cpu's rope wherever sinf and cosf are the same (the emulator). Nothing may overlap.
 typedef struct llmpar_cuda_rope_desc {
     int64_t tokens;                // T
@@ -621,16 +622,150 @@ LLMPAR_DEF llmpar_status llmpar_cuda_fold(const llmpar_cuda_fold_desc *desc, voi
 // ============================================================================================================
 // >>peer   collectives between GPUs of one process, over peer pointers          (uses: base, comm, device, norm)
 // ============================================================================================================
+// Ranks are GPUs of one process that read each other's memory, or, for one GPU, virtual ranks: all of them in one launch. Each rank has a mailbox on its GPU that all others read,
+// of two halves which calls use in turn, so that one barrier per phase is enough; barriers are flags in the mailboxes, one per block and rank, written by st.release.sys and read
+// by ld.acquire.sys. Reductions are f32 sums (or max, min) in rank order 0, 1, .. n-1, rounded once: the same bits on all ranks, and those of llmpar.h's other backends.
+//   one-shot   every rank copies its input to its mailbox and reads all mailboxes: one barrier, (n-1) V read per rank
+//   two-shot   a rank reduces one slice and puts it back into its mailbox, then everyone reads the slices: two barriers, 2 (n-1)/n V
+// All blocks of a call run at the same time: launches are cooperative, and no larger than the GPU takes at once. What a call needs to know lies on the device, so that it may be
+// captured in a graph. Messages that are longer than a mailbox go in pieces.
+// A rank that does not come: kernels look at the clock; after timeout_s they leave, note whom they waited for, and from then on every call fails with LLMPAR_TIMEOUT and that
+// rank's number. Results of a call that has failed so are undefined. Memory is freed by llmpar_cuda_peer_free alone.
+
+#define LLMPAR_CUDA_PEERS 8        // most ranks
+
+typedef struct llmpar_cuda_peer_desc {
+    int32_t          n_ranks;      // 1 to LLMPAR_CUDA_PEERS
+    const int32_t   *device;       // [n_ranks] GPU of each rank, all different; NULL = virtual ranks on the current device
+    void *const     *stream;       // [n_ranks] what each rank's calls run on; virtual ranks: [1], all on one. NULL = own streams (llmpar_cuda_peer_stream)
+    int64_t          buffer_bytes; // of a half of a mailbox; 0 = 8 MiB
+    int64_t          one_shot_bytes;   // AllReduces up to here go one-shot, beyond two-shot; 0 = 512 KiB up to 4 ranks, else 256 KiB (those of vLLM's custom_all_reduce), 2 ranks: always
+    double           timeout_s;    // 0 = 60 s; at most 1e9. Of the kernels, and at first of the communicators
+    int32_t          blocks;       // most blocks of 256 threads of a rank; 0 = 64, virtual ranks 256; less when the GPU cannot hold them at once
+    bool             stream_ordered;   // llmpar_wait returns when the call is on the stream: what comes after it there finds the result, the host does not. false: when it is done
+    llmpar_allocator allocator;    // of host memory
+} llmpar_cuda_peer_desc;
+typedef struct llmpar_cuda_peer llmpar_cuda_peer;
+// Errors: LLMPAR_UNSUPPORTED when a GPU cannot read another's memory, or has no cooperative launch.
+LLMPAR_DEF llmpar_status llmpar_cuda_peer_create(const llmpar_cuda_peer_desc *desc, llmpar_cuda_peer **peers, llmpar_error *err);
+LLMPAR_DEF void          llmpar_cuda_peer_free(llmpar_cuda_peer *peers);                   // when nothing runs any more; frees the groups too
+LLMPAR_DEF void         *llmpar_cuda_peer_stream(const llmpar_cuda_peer *peers, int32_t rank);
+// Waits for what was launched, at most the deadline; LLMPAR_TIMEOUT with the rank that was waited for in vain.
+LLMPAR_DEF llmpar_status llmpar_cuda_peer_wait(llmpar_cuda_peer *peers, llmpar_error *err);
+
+// A collective, launched for all ranks by one thread, or by each rank's thread for itself. Counts are in elements. Puts it on the streams and returns.
+typedef struct llmpar_cuda_peer_call {
+    llmpar_collective  kind;       // AllReduce, AllGather, ReduceScatter, AllToAll, Permute, Broadcast, Barrier
+    llmpar_dtype       dtype;      // reductions: f32, bf16, f16; else any
+    llmpar_reduce      reduce;
+    int32_t            way;        // AllReduce: 1 = one-shot, 2 = two-shot, 0 = by size
+    int32_t            root;       // Broadcast
+    int32_t            rank_plus_1;    // 0 = all ranks; 1 + rank: only this rank's part, while the others' threads do theirs (not with virtual ranks)
+    int64_t            count;      // AllReduce, Broadcast
+    const int64_t     *counts;     // [n] AllGather: what each gives, ReduceScatter: what each gets; [n, n] AllToAll, Permute: what rank i sends to rank j. The same on all ranks
+    const void *const *send;       // [n], of each rank that is launched; in-place rules as in llmpar_call. Aligned to elements where they are reduced
+    void *const       *recv;       // [n]
+} llmpar_cuda_peer_call;
+LLMPAR_DEF llmpar_status llmpar_cuda_peer_run(llmpar_cuda_peer *peers, const llmpar_cuda_peer_call *call, llmpar_error *err);
+
+// What follows an AllReduce in a transformer, in one kernel: s = the sum over ranks of send (in rank order, rounded to dtype), r = s + residual (rounded; replaces residual),
+// out = r / sqrt(mean(r^2) + eps) * weight. The same bits as the three steps one after the other; within 4 units of the last place of the formula's norm.
+typedef struct llmpar_cuda_peer_norm_desc {
+    const void *const *send;       // [n]: [rows, columns] of each rank
+    void *const       *residual;   // [n]: [rows, columns], in and out; NULL = no residual
+    const void *const *weight;     // [n]: [columns]
+    void *const       *out;        // [n]: [rows, columns]; may be send
+    int64_t            rows, columns;
+    llmpar_dtype       dtype;      // of all: f32, bf16, f16
+    float              eps;
+    int32_t            rank_plus_1;
+} llmpar_cuda_peer_norm_desc;
+LLMPAR_DEF llmpar_status llmpar_cuda_peer_norm(llmpar_cuda_peer *peers, const llmpar_cuda_peer_norm_desc *desc, llmpar_error *err);
+
+// Times both ways for doubling sizes on the spot (some milliseconds, while nothing else runs) and uses the largest size up to which one-shot wins from then on: *one_shot_bytes (may be
+// NULL). From one thread; not with several devices whose calls others are making.
+LLMPAR_DEF llmpar_status llmpar_cuda_peer_measure(llmpar_cuda_peer *peers, int64_t *one_shot_bytes, llmpar_error *err);
+
+// A rank's end as llmpar.h's communicator, for the rank's thread; owned by peers. Buffers are device memory. Virtual ranks: the call is launched when the last rank's thread has started it,
+// all work of all ranks must be on the one stream. Several GPUs: each thread launches its part, at the latest when it waits. Groups have mailboxes of their own. Send and Recv are
+// LLMPAR_UNSUPPORTED (a Permute does what a pipeline's step needs), and so are sums of integers.
+LLMPAR_DEF llmpar_comm  *llmpar_cuda_peer_comm(llmpar_cuda_peer *peers, int32_t rank);     // NULL: no such rank
 
 #ifdef LLMPAR_NCCL
 // ============================================================================================================
 // >>nccl   llmpar.h's communicator over NCCL                                    (uses: base, comm, launch, device)
 // ============================================================================================================
+// A llmpar_comm (see llmpar.h, >>comm) whose buffers are memory of the device that is current when it is made; every thread that uses it has the same device current. All of llmpar.h's
+// calls work on it; what differs:
+//   - Calls go on a stream, and the GPU does them in the stream's order. llmpar_wait, and each blocking call, returns when NCCL has taken the call: work put on the stream after that sees
+//     the result, the host does not. llmpar_nccl_wait waits on the host until all that is on the stream is done; with `host_wait` every llmpar_wait does. llmpar_barrier always waits.
+//     Neither blocks inside CUDA or NCCL: they poll an event, NCCL's asynchronous errors and, with `host`, whether another rank has given up. CUDA's own waits have no deadline: a rank that
+//     calls cudaStreamSynchronize while another one is dead waits until llmpar_comm_abort is called by another thread.
+//   - Sums are NCCL's: their order, and so their bits, depend on the algorithm it picks (the number of ranks, bytes, hosts), bf16 and f16 are rounded where NCCL rounds, and a NaN need not win max
+//     and min. Where bits count, use >>peer or the tree of the invariant mode.
+//   - Buffers are aligned to their elements. Started Sends and Recvs go to NCCL together, as one group, in the thread's next wait, test or collective on any comm of this world: both directions
+//     of an exchange may be started and then waited for, in any order. None is buffered: a blocking Send lets the stream wait for its Recv.
+//   - Calls on different groups wait for each other on the stream: all ranks must put them there in an order without a circle, as NCCL asks for.
+//   - AllGather and ReduceScatter with equal counts are NCCL's own. Ragged ones never are padded (that needs a copy and memory, and moves no less): AllGather is one group of Sends and Recvs, one
+//     step, as long as the largest piece times (size - 1) is not more than the sum of all, else one group of Broadcasts, whose cost is the sum of all; ReduceScatter is one group of Reduces.
+//     By that count of bytes, not measured. AllToAll and Permute are one group of Sends and Recvs: ncclAlltoAll needs counts that are equal on all ranks, and a rank knows only its own.
+// Groups. With `host` and neither `split` nor NCCL_COMM_ID set: by an id of their own that goes through `host`, at the group's first call, so that only members take part, as llmpar.h says. Else by
+// ncclCommSplit when the group is made: every rank of the comm makes one at the same time (llmpar_comm_group with the same mesh and axes).
+// Errors stop the world as llmpar.h says: all its NCCL communicators on this rank are aborted, which ends their kernels, before the error is returned: buffers may be freed then, and not before
+// (cudaFree waits for kernels). `host` is stopped too; so the other ranks get LLMPAR_ABORTED with "rank R: ..." in the wait that they are in. A rank whose deadline has passed, or to which NCCL
+// reports a lost peer, asks the members of the group through `host` what they do; it takes at most timeout_s more. The error then names the rank that does not answer, or that is in another
+// call (LLMPAR_MISMATCH), or says that all are in the same one and the GPU or the network stands still. Sends and Recvs name the other end. Without `host` nobody can be asked, and the others run
+// into their own deadlines.
+// llmpar_comm_shrink, with `host` only: shrinks `host` and makes a new world of those left, by a new id; ncclCommShrink is not used, since it needs a communicator that was not aborted, whose
+// kernels would be running until then.
+
+typedef struct llmpar_nccl_desc {
+    llmpar_comm     *host;         // the same ranks on the host: llmpar_threads' (a GPU for each thread), llmpar_mpi_create's, ...; outlives the world. NULL: ranks meet as the environment says
+    void            *stream;       // what calls go on; NULL = CUDA's default stream
+    double           timeout_s;    // of all comms, see llmpar_comm; 0 = 60 s
+    bool             host_wait;    // llmpar_wait waits until the result is there
+    bool             split;        // groups by ncclCommSplit even with `host`
+    int32_t          port;         // where ranks meet without `host` and NCCL_COMM_ID: at the launcher's master address; 0 = its master port + 1
+    llmpar_allocator allocator;    // host memory; called by the thread that makes or frees a comm
+} llmpar_nccl_desc;
+
+// How ranks find each other: by `host`; else NCCL_COMM_ID=address:port, of rank 0, the same for all; else by TCP with rank 0 at the launcher's master address (torchrun: MASTER_ADDR, MASTER_PORT).
+typedef struct llmpar_nccl_meeting {
+    int32_t rank, size;
+    char    id[128];               // ncclUniqueId, the same on all ranks
+    char    how[320];              // "host communicator", "NCCL_COMM_ID=10.0.0.1:2345", "torchrun, 10.0.0.1 port 29501"
+} llmpar_nccl_meeting;
+// The meeting alone, which needs no GPU: rank 0's id, for an engine that calls NCCL itself. Waits for the other ranks, at most timeout_s. desc NULL = all defaults.
+LLMPAR_DEF llmpar_status llmpar_nccl_meet(const llmpar_nccl_desc *desc, llmpar_nccl_meeting *meeting, llmpar_error *err);
+// Collective over all ranks; each has its device current. Waits for them, at most timeout_s for the meeting and as long again for NCCL. Free groups and world in any order by llmpar_comm_free, each
+// on every rank; the last one frees what they share. Errors: LLMPAR_UNSUPPORTED without a GPU (with `host` on all ranks, naming the rank, and `host` stays sound), what llmpar_nccl_meet says, NCCL's.
+LLMPAR_DEF llmpar_status llmpar_nccl_create(const llmpar_nccl_desc *desc, llmpar_comm **world, llmpar_error *err);
+// Waits until all that is on the comm's stream is done, at most comm->timeout_s.
+LLMPAR_DEF llmpar_status llmpar_nccl_wait(llmpar_comm *comm, llmpar_error *err);
+// Later calls on this comm (not on others of the world) go on another stream of the same device; groups made of it inherit it.
+LLMPAR_DEF void          llmpar_nccl_set_stream(llmpar_comm *comm, void *stream);
+LLMPAR_DEF int           llmpar_nccl_version(void);                                          // of the library that is linked: 22809 = 2.28.9; 0 = it does not say
 #endif
 
 // ============================================================================================================
 // >>table   the op table of llmpar.h's executor on a GPU                        (uses: ops, exec, weights, all above)
 // ============================================================================================================
+// The table that puts llmpar's executor and engine on a GPU: ops.alloc gives the device's memory, kernels are those above on cuda's stream, GEMM is cuBLASLt's (f32 without TF32; with bf16
+// or f16 weights the activations are rounded to that dtype, products add up in f32), grouped GEMM a cuBLASLt call for each expert, attention the kernel of >>attend, prefill too (cuDNN is not
+// used). A run with no experts allocates nothing and waits for nothing, so that it can be captured in a CUDA graph:
+//
+//     cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal); llmpar_exec_run(exec, position, err); cudaStreamEndCapture(stream, &graph);
+//     llmpar_exec_positions(exec, next, err); ops.upload(ops.user, llmpar_exec_data(exec, ids, 0, NULL), &id, 4, err); cudaGraphLaunch(instance, stream);
+//
+// after at least one ordinary run (the first one looks for GEMM algorithms). Attention then looks at all slots of the cache that positions allow. The thread that calls the table or an exec
+// with it must have cuda's device current (llmpar_cuda_create does that for the thread that calls it). Kernels' errors are kept and returned by the next upload, download or wait.
+typedef struct llmpar_cuda_ops_desc {
+    bool    invariant;             // kernels with fixed orders of adding, those of llmpar_ops_cpu built without contraction: for invariant graphs. Slower
+    int64_t workspace_bytes;       // for cuBLASLt; 0 = 32 MiB
+} llmpar_cuda_ops_desc;
+// Belongs to cuda, which must outlive all execs with it. desc NULL = zeroed. Allocates the workspace and two pinned buffers of 4 MiB for uploads.
+LLMPAR_DEF llmpar_status llmpar_cuda_ops(llmpar_cuda *cuda, const llmpar_cuda_ops_desc *desc, llmpar_ops *ops, llmpar_error *err);
+
 
 #ifdef __cplusplus
 }
@@ -653,6 +788,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_fold(const llmpar_cuda_fold_desc *desc, voi
 // Kernels need nvcc; the tests' emulator says of itself that it can compile them too.
 #if defined(__CUDACC__) || defined(LLMPAR_CUDA_EMULATED)
 #define LLMPARI_CUDA_KERNELS
+#include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -719,12 +855,15 @@ LLMPAR_DEF int llmpar_cuda_devices(const char **why) {
     return n;
 }
 
+typedef struct llmpari_cuda_table llmpari_cuda_table;
 struct llmpar_cuda {
     int     device;
     bool    own_stream;
     double  timeout_s;
     void   *stream;
     cudaEvent_t event;             // llmpar_cuda_wait's
+    llmpari_cuda_table *tables;    // of llmpar_cuda_ops
+    void  (*destroy_table)(llmpari_cuda_table *table);
 };
 
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_open(const llmpar_cuda_desc *desc, llmpar_cuda *cuda, llmpar_error *err) {
@@ -770,6 +909,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_create(const llmpar_cuda_desc *desc, llmpar
 
 LLMPAR_DEF void llmpar_cuda_free(llmpar_cuda *cuda) {
     if (!cuda) return;
+    while (cuda->tables) cuda->destroy_table(cuda->tables);    // takes it out of the list
     if (cuda->event) (void)cudaEventDestroy(cuda->event);
     if (cuda->own_stream) (void)cudaStreamDestroy((cudaStream_t)cuda->stream);
     free(cuda);
@@ -916,7 +1056,7 @@ LLMPARI_DEVICE float llmpari_cuda_block_max(float x, float *sums) {
 #ifndef LLMPARI_CUDA_GRID
 #define LLMPARI_CUDA_GRID 65536        // most blocks of a launch; what is beyond, the same blocks do in further turns. Tests lower it
 #endif
-#define LLMPARI_CUDA_KEPT 4            // packs of 16 bytes of a row that a thread keeps in registers
+#define LLMPARI_CUDA_KEPT 16           // elements of a row that a thread keeps in registers
 
 // ---- checks of arrays of rows
 
@@ -939,10 +1079,8 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_check_shape(int64_t rows, int64_t n, 
 // `width` threads, whole warps of one block, share a row; thread `lane` of them has the packs lane, lane + width, ... whether or not alignment lets it read them as such. width
 // is a function of n alone, and so is every sum's order.
 
-static int llmpari_cuda_row_width(int64_t n, int pack) {
-    return (int)llmpari_cuda_min(1024, 32 * llmpari_cuda_up(llmpari_cuda_up(n, pack), 32 * LLMPARI_CUDA_KEPT));
-}
-static bool llmpari_cuda_row_is_kept(int64_t n, int pack) { return n <= 1024 * LLMPARI_CUDA_KEPT * pack; }
+LLMPARI_CUDA_FN int  llmpari_cuda_row_width(int64_t n) { return (int)llmpari_cuda_min(1024, 32 * llmpari_cuda_up(n, 32 * LLMPARI_CUDA_KEPT)); }
+LLMPARI_CUDA_FN bool llmpari_cuda_row_is_kept(int64_t n) { return n <= 1024 * LLMPARI_CUDA_KEPT; }
 
 // Over the threads of a row; every thread of the block calls it and gets its row's result. sums: 32 floats of shared memory, others than in the call before.
 LLMPARI_DEVICE float llmpari_cuda_row_sum(float x, int width, float *sums) {
@@ -962,33 +1100,38 @@ LLMPARI_DEVICE float llmpari_cuda_row_max(float x, int width, float *sums) {
     return llmpari_cuda_warp_max(lane < warps ? sums[warp / warps * warps + lane] : -INFINITY);
 }
 
-// Pack of the elements [at, at + its n) of a row of n, `fill` beyond. packs: all of the row's packs are whole and aligned.
-template <typename T> LLMPARI_DEVICE llmpari_cuda_pack<T> llmpari_cuda_row_load(const T *row, int64_t at, int64_t n, float fill, bool packs) {
+// A pack of a row of which `left` more elements exist (any number, also below 0); `fill` beyond. packs: all of the row's packs are whole and aligned.
+template <typename T> LLMPARI_DEVICE llmpari_cuda_pack<T> llmpari_cuda_row_load(const T *from, int left, float fill, bool packs) {
     llmpari_cuda_pack<T> x;
-    if (packs && at < n) return llmpari_cuda_load_pack(row + at);
+    if (packs && left > 0) return llmpari_cuda_load_pack(from);
     LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) {
         llmpari_cuda_from_f32(&x.at[i], fill);
-        if (at + i < n) x.at[i] = row[at + i];
+        if (i < left) x.at[i] = from[i];
     }
     return x;
 }
-template <typename T> LLMPARI_DEVICE void llmpari_cuda_row_store(T *row, int64_t at, int64_t n, const llmpari_cuda_pack<T> &x, bool packs) {
-    if (packs) { if (at < n) llmpari_cuda_store_pack(row + at, x); return; }
-    LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) if (at + i < n) row[at + i] = x.at[i];
+template <typename T> LLMPARI_DEVICE void llmpari_cuda_row_store(T *to, int left, const llmpari_cuda_pack<T> &x, bool packs) {
+    if (packs) { if (left > 0) llmpari_cuda_store_pack(to, x); return; }
+    LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) if (i < left) to[i] = x.at[i];
 }
-// All packs that a thread keeps, so that all loads are under way before the first is used.
-template <typename T> LLMPARI_DEVICE void llmpari_cuda_row_keep(llmpari_cuda_pack<T> (&x)[LLMPARI_CUDA_KEPT], const T *row, int lane, int width, int n, float fill, bool packs) {
+// All packs that a thread keeps of a row whose packs are whole and aligned: all loads are under way before the first is used.
+template <typename T> struct llmpari_cuda_kept { enum { n = LLMPARI_CUDA_KEPT / llmpari_cuda_pack<T>::n }; llmpari_cuda_pack<T> at[LLMPARI_CUDA_KEPT / llmpari_cuda_pack<T>::n]; };
+template <typename T> LLMPARI_DEVICE void llmpari_cuda_row_keep(llmpari_cuda_kept<T> &x, const T *row, int lane, int width, int n, float fill) {
     enum { N = llmpari_cuda_pack<T>::n };
-    if (packs) {
-        LLMPARI_CUDA_UNROLL for (int p = 0; p < LLMPARI_CUDA_KEPT; p++) {
-            if ((p * width + lane) * N < n) x[p] = llmpari_cuda_load_pack(row + (p * width + lane) * N);
-            else {
-                LLMPARI_CUDA_UNROLL for (int i = 0; i < N; i++) llmpari_cuda_from_f32(&x[p].at[i], fill);
-            }
-        }
-    } else {
-        LLMPARI_CUDA_UNROLL for (int p = 0; p < LLMPARI_CUDA_KEPT; p++) x[p] = llmpari_cuda_row_load(row, (p * width + lane) * N, n, fill, false);
-    }
+    LLMPARI_CUDA_UNROLL for (int p = 0; p < llmpari_cuda_kept<T>::n; p++) x.at[p] = llmpari_cuda_row_load(row + (p * width + lane) * N, n - (p * width + lane) * N, fill, true);
+}
+template <typename T> LLMPARI_DEVICE void llmpari_cuda_row_put(T *row, int lane, int width, int n, const llmpari_cuda_kept<T> &x) {
+    enum { N = llmpari_cuda_pack<T>::n };
+    LLMPARI_CUDA_UNROLL for (int p = 0; p < llmpari_cuda_kept<T>::n; p++) llmpari_cuda_row_store(row + (p * width + lane) * N, n - (p * width + lane) * N, x.at[p], true);
+}
+// v = a pack's elements in f32
+template <typename T> LLMPARI_DEVICE void llmpari_cuda_pack_widen(float *v, const llmpari_cuda_pack<T> &x) {
+    LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) v[i] = llmpari_cuda_to_f32(x.at[i]);
+}
+template <typename T> LLMPARI_DEVICE llmpari_cuda_pack<T> llmpari_cuda_pack_narrow(const float *v) {
+    llmpari_cuda_pack<T> x;
+    LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) llmpari_cuda_from_f32(&x.at[i], v[i]);
+    return x;
 }
 template <typename T> LLMPARI_DEVICE void llmpari_cuda_pack_add(llmpari_cuda_pack<T> &x, const llmpari_cuda_pack<T> &y) {
     LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) llmpari_cuda_from_f32(&x.at[i], llmpari_cuda_to_f32(x.at[i]) + llmpari_cuda_to_f32(y.at[i]));
@@ -999,88 +1142,97 @@ template <int N> LLMPARI_DEVICE float llmpari_cuda_pack_sum(float (&t)[N]) {
         LLMPARI_CUDA_UNROLL for (int i = 0; i < step; i++) t[i] += t[i + step];
     return t[0];
 }
-// t[i] += (x[i] - mean)^2, or x[i], for the elements of a row's pack that exist.
-template <typename T, int N> LLMPARI_DEVICE void llmpari_cuda_row_add(float (&t)[N], const llmpari_cuda_pack<T> &x, int64_t left, float mean, bool squared) {
-    LLMPARI_CUDA_UNROLL for (int i = 0; i < N; i++) {
-        const float v = i < left ? llmpari_cuda_to_f32(x.at[i]) - mean : 0.0f;
-        t[i] = squared ? fmaf(v, v, t[i]) : t[i] + v;
-    }
-}
-template <typename T> LLMPARI_DEVICE llmpari_cuda_pack<T> llmpari_cuda_norm_pack(const llmpar_cuda_norm_desc &d, llmpari_cuda_pack<T> x, const llmpari_cuda_pack<T> &weight, int64_t at,
-                                                                             float mean, float scale, bool packs) {
-    llmpari_cuda_pack<T> bias;
-    if (d.bias) bias = llmpari_cuda_row_load((const T *)d.bias, at, d.n, 0.0f, packs);
-    LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) {
-        float y = (llmpari_cuda_to_f32(x.at[i]) - mean) * scale;
-        if (d.weight) y *= llmpari_cuda_to_f32(weight.at[i]);
-        if (d.bias) y += llmpari_cuda_to_f32(bias.at[i]);
-        llmpari_cuda_from_f32(&x.at[i], y);
-    }
-    return x;
-}
 
 // ---- norm
+// What follows is spelt out, so that no compiler contracts it in one kernel and not in another: both give a row the same bits.
 
-// Rows that fit into the registers of at most 1024 threads are read once. A block has blockDim.x / width rows at a time.
-template <typename T> __global__ void __launch_bounds__(1024) llmpari_cuda_norm_kernel(const llmpar_cuda_norm_desc d, int width, bool packs) {
-    enum { N = llmpari_cuda_pack<T>::n };
+// t[i] += v[i], or its square, where i < left; v[i] -= mean before.
+template <int N> LLMPARI_DEVICE void llmpari_cuda_norm_add(float (&t)[N], const float *v, int left, float mean, bool squared) {
+    LLMPARI_CUDA_UNROLL for (int i = 0; i < N; i++) {
+        const float d = i < left ? __fadd_rn(v[i], -mean) : 0.0f;
+        t[i] = squared ? fmaf(d, d, t[i]) : __fadd_rn(t[i], d);
+    }
+}
+LLMPARI_DEVICE float llmpari_cuda_norm_scale(float sum, int64_t n, float eps) { return 1.0f / sqrtf(__fadd_rn(sum / (float)n, eps)); }
+// v = (v - mean) * scale; times a weight; plus a bias
+LLMPARI_DEVICE float llmpari_cuda_norm_value(float v, float mean, float scale) { return __fmul_rn(__fadd_rn(v, -mean), scale); }
+template <typename T> LLMPARI_DEVICE void llmpari_cuda_norm_weigh(float *v, const llmpari_cuda_pack<T> &weight) {
+    LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) v[i] = __fmul_rn(v[i], llmpari_cuda_to_f32(weight.at[i]));
+}
+template <typename T> LLMPARI_DEVICE void llmpari_cuda_norm_bias(float *v, const llmpari_cuda_pack<T> &bias) {
+    LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) v[i] = __fadd_rn(v[i], llmpari_cuda_to_f32(bias.at[i]));
+}
+
+// Rows of whole and aligned packs that fit into the registers of at most 1024 threads are read once. A block has blockDim.x / width rows at a time.
+template <typename T> __global__ void __launch_bounds__(1024) llmpari_cuda_norm_kernel(const llmpar_cuda_norm_desc d, int width) {
+    enum { N = llmpari_cuda_pack<T>::n, KEPT = llmpari_cuda_kept<T>::n };
     LLMPARI_SHARED(float, sums, 64);
     const int together = (int)blockDim.x / width, lane = (int)threadIdx.x % width, n = (int)d.n;
     int turn = 0;
     for (int64_t first = (int64_t)blockIdx.x * together; first < d.rows; first += (int64_t)gridDim.x * together) {
         const int64_t row = first + (int)threadIdx.x / width;
         const int here = row < d.rows ? n : 0;                                 // a row beyond the last has no elements, but takes part in the sums
-        llmpari_cuda_pack<T> x[LLMPARI_CUDA_KEPT], w[LLMPARI_CUDA_KEPT];
-        float mean = 0.0f;
-        llmpari_cuda_row_keep(x, (const T *)d.x + row * d.x_stride, lane, width, here, 0.0f, packs);
+        llmpari_cuda_kept<T> x, more;
+        float v[LLMPARI_CUDA_KEPT], mean = 0.0f;
+        llmpari_cuda_row_keep(x, (const T *)d.x + row * d.x_stride, lane, width, here, 0.0f);
         if (d.residual) {
-            llmpari_cuda_row_keep(w, (const T *)d.residual + row * d.residual_stride, lane, width, here, 0.0f, packs);
-            LLMPARI_CUDA_UNROLL for (int p = 0; p < LLMPARI_CUDA_KEPT; p++) {
-                llmpari_cuda_pack_add(x[p], w[p]);
-                if (d.sum) llmpari_cuda_row_store((T *)d.sum + row * d.sum_stride, (p * width + lane) * N, here, x[p], packs);
-            }
+            llmpari_cuda_row_keep(more, (const T *)d.residual + row * d.residual_stride, lane, width, here, 0.0f);
+            LLMPARI_CUDA_UNROLL for (int p = 0; p < KEPT; p++) llmpari_cuda_pack_add(x.at[p], more.at[p]);
+            if (d.sum) llmpari_cuda_row_put((T *)d.sum + row * d.sum_stride, lane, width, here, x);
         }
-        if (d.weight) llmpari_cuda_row_keep(w, (const T *)d.weight, lane, width, here, 0.0f, packs);
-        for (int squared = d.layer_norm ? 0 : 1; squared < 2; squared++) {
+        LLMPARI_CUDA_UNROLL for (int p = 0; p < KEPT; p++) llmpari_cuda_pack_widen(v + p * N, x.at[p]);
+        if (d.layer_norm) {
             float t[N] = { 0.0f };
-            LLMPARI_CUDA_UNROLL for (int p = 0; p < LLMPARI_CUDA_KEPT; p++) llmpari_cuda_row_add(t, x[p], here - (p * width + lane) * N, mean, squared);
-            const float sum = llmpari_cuda_row_sum(llmpari_cuda_pack_sum(t), width, sums + 32 * turn);
-            mean = squared ? mean : sum / (float)n;
+            LLMPARI_CUDA_UNROLL for (int p = 0; p < KEPT; p++) llmpari_cuda_norm_add(t, v + p * N, here - (p * width + lane) * N, 0.0f, false);
+            mean = llmpari_cuda_row_sum(llmpari_cuda_pack_sum(t), width, sums + 32 * turn) / (float)n;
             turn ^= 1;
-            if (squared) {
-                const float scale = 1.0f / sqrtf(sum / (float)n + d.eps);
-                LLMPARI_CUDA_UNROLL for (int p = 0; p < LLMPARI_CUDA_KEPT; p++) {
-                    const int at = (p * width + lane) * N;
-                    if (at < here) llmpari_cuda_row_store((T *)d.y + row * d.y_stride, at, here, llmpari_cuda_norm_pack(d, x[p], w[p], at, mean, scale, packs), packs);
-                }
-            }
         }
+        float t[N] = { 0.0f };
+        LLMPARI_CUDA_UNROLL for (int p = 0; p < KEPT; p++) llmpari_cuda_norm_add(t, v + p * N, here - (p * width + lane) * N, mean, true);
+        const float scale = llmpari_cuda_norm_scale(llmpari_cuda_row_sum(llmpari_cuda_pack_sum(t), width, sums + 32 * turn), n, d.eps);
+        turn ^= 1;
+        LLMPARI_CUDA_UNROLL for (int i = 0; i < LLMPARI_CUDA_KEPT; i++) v[i] = llmpari_cuda_norm_value(v[i], mean, scale);
+        if (d.weight) {
+            llmpari_cuda_row_keep(more, (const T *)d.weight, lane, width, here, 0.0f);
+            LLMPARI_CUDA_UNROLL for (int p = 0; p < KEPT; p++) llmpari_cuda_norm_weigh(v + p * N, more.at[p]);
+        }
+        if (d.bias) {
+            llmpari_cuda_row_keep(more, (const T *)d.bias, lane, width, here, 0.0f);
+            LLMPARI_CUDA_UNROLL for (int p = 0; p < KEPT; p++) llmpari_cuda_norm_bias(v + p * N, more.at[p]);
+        }
+        LLMPARI_CUDA_UNROLL for (int p = 0; p < KEPT; p++) x.at[p] = llmpari_cuda_pack_narrow<T>(v + p * N);
+        llmpari_cuda_row_put((T *)d.y + row * d.y_stride, lane, width, here, x);
     }
 }
 
-// Longer rows: 1024 threads a row, which is read two times, by LayerNorm three times.
-template <typename T> __global__ void __launch_bounds__(1024) llmpari_cuda_norm_long_kernel(const llmpar_cuda_norm_desc d, bool packs) {
+// Any rows, in the same order: they are read two times, by LayerNorm three times.
+template <typename T> __global__ void __launch_bounds__(1024) llmpari_cuda_norm_long_kernel(const llmpar_cuda_norm_desc d, int width, bool packs) {
     enum { N = llmpari_cuda_pack<T>::n };
     LLMPARI_SHARED(float, sums, 64);
-    const int64_t step = (int64_t)blockDim.x * N;
+    const int together = (int)blockDim.x / width, lane = (int)threadIdx.x % width;
     int turn = 0;
-    for (int64_t row = blockIdx.x; row < d.rows; row += gridDim.x) {
-        const T *from = (const T *)d.x + row * d.x_stride, *residual = (const T *)d.residual + row * d.residual_stride;
+    for (int64_t first = (int64_t)blockIdx.x * together; first < d.rows; first += (int64_t)gridDim.x * together) {
+        const int64_t row = first + (int)threadIdx.x / width, here = row < d.rows ? d.n : 0;
+        const T *from = (const T *)d.x + row * d.x_stride;
         float mean = 0.0f, scale = 0.0f;
         for (int pass = d.layer_norm ? 0 : 1; pass < 3; pass++) {              // mean, variance, y
             float t[N] = { 0.0f };
-            for (int64_t at = (int64_t)threadIdx.x * N; at < d.n; at += step) {
-                llmpari_cuda_pack<T> x = llmpari_cuda_row_load(from, at, d.n, 0.0f, packs);
-                if (d.residual) llmpari_cuda_pack_add(x, llmpari_cuda_row_load(residual, at, d.n, 0.0f, packs));
-                if (pass < 2) { llmpari_cuda_row_add(t, x, d.n - at, mean, pass == 1); continue; }
-                llmpari_cuda_pack<T> w;
-                if (d.weight) w = llmpari_cuda_row_load((const T *)d.weight, at, d.n, 0.0f, packs);
-                if (d.residual && d.sum) llmpari_cuda_row_store((T *)d.sum + row * d.sum_stride, at, d.n, x, packs);
-                llmpari_cuda_row_store((T *)d.y + row * d.y_stride, at, d.n, llmpari_cuda_norm_pack(d, x, w, at, mean, scale, packs), packs);
+            for (int64_t at = (int64_t)lane * N; at < here; at += (int64_t)width * N) {
+                const int left = (int)(here - at);
+                llmpari_cuda_pack<T> x = llmpari_cuda_row_load(from + at, left, 0.0f, packs);
+                if (d.residual) llmpari_cuda_pack_add(x, llmpari_cuda_row_load((const T *)d.residual + row * d.residual_stride + at, left, 0.0f, packs));
+                float v[N];
+                llmpari_cuda_pack_widen(v, x);
+                if (pass < 2) { llmpari_cuda_norm_add(t, v, left, mean, pass == 1); continue; }
+                if (d.residual && d.sum) llmpari_cuda_row_store((T *)d.sum + row * d.sum_stride + at, left, x, packs);
+                LLMPARI_CUDA_UNROLL for (int i = 0; i < N; i++) v[i] = llmpari_cuda_norm_value(v[i], mean, scale);
+                if (d.weight) llmpari_cuda_norm_weigh(v, llmpari_cuda_row_load((const T *)d.weight + at, left, 0.0f, packs));
+                if (d.bias) llmpari_cuda_norm_bias(v, llmpari_cuda_row_load((const T *)d.bias + at, left, 0.0f, packs));
+                llmpari_cuda_row_store((T *)d.y + row * d.y_stride + at, left, llmpari_cuda_pack_narrow<T>(v), packs);
             }
             if (pass == 2) break;
-            const float sum = llmpari_cuda_row_sum(llmpari_cuda_pack_sum(t), (int)blockDim.x, sums + 32 * turn);
-            if (pass == 0) mean = sum / (float)d.n; else scale = 1.0f / sqrtf(sum / (float)d.n + d.eps);
+            const float sum = llmpari_cuda_row_sum(llmpari_cuda_pack_sum(t), width, sums + 32 * turn);
+            if (pass == 0) mean = sum / (float)d.n; else scale = llmpari_cuda_norm_scale(sum, d.n, d.eps);
             turn ^= 1;
         }
     }
@@ -1126,13 +1278,13 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_norm_launch(const llmpar_cuda_norm_de
     const dim3 fours((unsigned)llmpari_cuda_min(LLMPARI_CUDA_GRID, llmpari_cuda_up(d->rows, 4)));
     if (d->exact) return llmpari_cuda_launch("norm", llmpari_cuda_norm_exact_kernel, fours, dim3(128), 0, stream, err, *d);
     LLMPARI_CUDA_DISPATCH(d->dtype, T,
-        const int pack = llmpari_cuda_pack<T>::n;
-        const int width = llmpari_cuda_row_width(d->n, pack);
+        const int width = llmpari_cuda_row_width(d->n);
         const int together = width < 128 ? 128 / width : 1;
         const bool packs = llmpari_cuda_norm_packs<T>(d);
         const dim3 grid((unsigned)llmpari_cuda_min(LLMPARI_CUDA_GRID, llmpari_cuda_up(d->rows, together)));
-        if (llmpari_cuda_row_is_kept(d->n, pack)) return llmpari_cuda_launch("norm", llmpari_cuda_norm_kernel<T>, grid, dim3((unsigned)(width * together)), 0, stream, err, *d, width, packs);
-        return llmpari_cuda_launch("norm", llmpari_cuda_norm_long_kernel<T>, grid, dim3(1024), 0, stream, err, *d, packs));
+        const dim3 block((unsigned)(width * together));
+        if (packs && llmpari_cuda_row_is_kept(d->n)) return llmpari_cuda_launch("norm", llmpari_cuda_norm_kernel<T>, grid, block, 0, stream, err, *d, width);
+        return llmpari_cuda_launch("norm", llmpari_cuda_norm_long_kernel<T>, grid, block, 0, stream, err, *d, width, packs));
 }
 
 LLMPAR_DEF llmpar_status llmpar_cuda_norm(const llmpar_cuda_norm_desc *desc, void *stream, llmpar_error *err) {
@@ -1177,45 +1329,44 @@ LLMPARI_DEVICE float llmpari_cuda_exp(float x) {
 // Where everything is -infinity the shift is 0.
 LLMPARI_DEVICE float llmpari_cuda_softmax_exp(float x, float largest) { return llmpari_cuda_exp(__fadd_rn(x, largest == -INFINITY ? 0.0f : -largest)); }
 
-static __global__ void __launch_bounds__(1024) llmpari_cuda_softmax_kernel(const llmpar_cuda_softmax_desc d, int width, bool packs) {
+static __global__ void __launch_bounds__(1024) llmpari_cuda_softmax_kernel(const llmpar_cuda_softmax_desc d, int width) {
     LLMPARI_SHARED(float, sums, 64);
     const int together = (int)blockDim.x / width, lane = (int)threadIdx.x % width, n = (int)d.n;
     for (int64_t first = (int64_t)blockIdx.x * together; first < d.rows; first += (int64_t)gridDim.x * together) {
         const int64_t row = first + (int)threadIdx.x / width;
         const int here = row < d.rows ? n : 0;
-        llmpari_cuda_pack<float> x[LLMPARI_CUDA_KEPT];
+        llmpari_cuda_kept<float> x;
         float largest = -INFINITY, t[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
-        llmpari_cuda_row_keep(x, d.x + row * d.x_stride, lane, width, here, -INFINITY, packs);
-        LLMPARI_CUDA_UNROLL for (int i = 0; i < 4 * LLMPARI_CUDA_KEPT; i++) largest = fmaxf(largest, x[i / 4].at[i % 4]);
+        llmpari_cuda_row_keep(x, d.x + row * d.x_stride, lane, width, here, -INFINITY);
+        LLMPARI_CUDA_UNROLL for (int i = 0; i < LLMPARI_CUDA_KEPT; i++) largest = fmaxf(largest, x.at[i / 4].at[i % 4]);
         largest = llmpari_cuda_row_max(largest, width, sums);
-        LLMPARI_CUDA_UNROLL for (int i = 0; i < 4 * LLMPARI_CUDA_KEPT; i++) t[i % 4] += x[i / 4].at[i % 4] = llmpari_cuda_softmax_exp(x[i / 4].at[i % 4], largest);
+        LLMPARI_CUDA_UNROLL for (int i = 0; i < LLMPARI_CUDA_KEPT; i++) t[i % 4] += x.at[i / 4].at[i % 4] = llmpari_cuda_softmax_exp(x.at[i / 4].at[i % 4], largest);
         const float scale = 1.0f / llmpari_cuda_row_sum(llmpari_cuda_pack_sum(t), width, sums + 32);
-        LLMPARI_CUDA_UNROLL for (int p = 0; p < LLMPARI_CUDA_KEPT; p++) {
-            LLMPARI_CUDA_UNROLL for (int i = 0; i < 4; i++) x[p].at[i] *= scale;
-            llmpari_cuda_row_store(d.y + row * d.y_stride, (p * width + lane) * 4, here, x[p], packs);
-        }
+        LLMPARI_CUDA_UNROLL for (int i = 0; i < LLMPARI_CUDA_KEPT; i++) x.at[i / 4].at[i % 4] *= scale;
+        llmpari_cuda_row_put(d.y + row * d.y_stride, lane, width, here, x);
     }
 }
 
-static __global__ void __launch_bounds__(1024) llmpari_cuda_softmax_long_kernel(const llmpar_cuda_softmax_desc d, bool packs) {
+static __global__ void __launch_bounds__(1024) llmpari_cuda_softmax_long_kernel(const llmpar_cuda_softmax_desc d, int width, bool packs) {
     LLMPARI_SHARED(float, sums, 64);
-    const int64_t step = (int64_t)blockDim.x * 4;
-    for (int64_t row = blockIdx.x; row < d.rows; row += gridDim.x) {
+    const int together = (int)blockDim.x / width, lane = (int)threadIdx.x % width;
+    for (int64_t first = (int64_t)blockIdx.x * together; first < d.rows; first += (int64_t)gridDim.x * together) {
+        const int64_t row = first + (int)threadIdx.x / width, here = row < d.rows ? d.n : 0;
         const float *from = d.x + row * d.x_stride;
         float largest = -INFINITY, scale = 0.0f;
         for (int pass = 0; pass < 3; pass++) {                                 // the largest, the sum, y
             float t[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
-            for (int64_t at = (int64_t)threadIdx.x * 4; at < d.n; at += step) {
-                llmpari_cuda_pack<float> x = llmpari_cuda_row_load(from, at, d.n, -INFINITY, packs);
+            for (int64_t at = (int64_t)lane * 4; at < here; at += (int64_t)width * 4) {
+                llmpari_cuda_pack<float> x = llmpari_cuda_row_load(from + at, (int)(here - at), -INFINITY, packs);
                 LLMPARI_CUDA_UNROLL for (int i = 0; i < 4; i++) {
                     if (pass == 0) largest = fmaxf(largest, x.at[i]);
                     else t[i] += x.at[i] = llmpari_cuda_softmax_exp(x.at[i], largest);
                     x.at[i] *= scale;
                 }
-                if (pass == 2) llmpari_cuda_row_store(d.y + row * d.y_stride, at, d.n, x, packs);
+                if (pass == 2) llmpari_cuda_row_store(d.y + row * d.y_stride + at, (int)(here - at), x, packs);
             }
-            if (pass == 0) largest = llmpari_cuda_row_max(largest, (int)blockDim.x, sums);
-            if (pass == 1) scale = 1.0f / llmpari_cuda_row_sum(llmpari_cuda_pack_sum(t), (int)blockDim.x, sums + 32);
+            if (pass == 0) largest = llmpari_cuda_row_max(largest, width, sums);
+            if (pass == 1) scale = 1.0f / llmpari_cuda_row_sum(llmpari_cuda_pack_sum(t), width, sums + 32);
         }
     }
 }
@@ -1236,12 +1387,13 @@ static __global__ void __launch_bounds__(128) llmpari_cuda_softmax_exact_kernel(
 
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_softmax_launch(const llmpar_cuda_softmax_desc *d, void *stream, llmpar_error *err) {
     if (d->rows == 0 || d->n == 0) return LLMPAR_OK;
-    const int width = llmpari_cuda_row_width(d->n, 4), together = d->exact ? 4 : width < 128 ? 128 / width : 1;
+    const int width = llmpari_cuda_row_width(d->n), together = d->exact ? 4 : width < 128 ? 128 / width : 1;
     const bool packs = d->n % 4 == 0 && llmpari_cuda_packs(d->x, d->x_stride) && llmpari_cuda_packs(d->y, d->y_stride);
     const dim3 grid((unsigned)llmpari_cuda_min(LLMPARI_CUDA_GRID, llmpari_cuda_up(d->rows, together)));
     if (d->exact) return llmpari_cuda_launch("softmax", llmpari_cuda_softmax_exact_kernel, grid, dim3(128), 0, stream, err, *d);
-    if (llmpari_cuda_row_is_kept(d->n, 4)) return llmpari_cuda_launch("softmax", llmpari_cuda_softmax_kernel, grid, dim3((unsigned)(width * together)), 0, stream, err, *d, width, packs);
-    return llmpari_cuda_launch("softmax", llmpari_cuda_softmax_long_kernel, grid, dim3(1024), 0, stream, err, *d, packs);
+    const dim3 block((unsigned)(width * together));
+    if (packs && llmpari_cuda_row_is_kept(d->n)) return llmpari_cuda_launch("softmax", llmpari_cuda_softmax_kernel, grid, block, 0, stream, err, *d, width);
+    return llmpari_cuda_launch("softmax", llmpari_cuda_softmax_long_kernel, grid, block, 0, stream, err, *d, width, packs);
 }
 
 LLMPAR_DEF llmpar_status llmpar_cuda_softmax(const llmpar_cuda_softmax_desc *desc, void *stream, llmpar_error *err) {
@@ -1300,6 +1452,7 @@ template <typename T, int K> LLMPARI_DEVICE float llmpari_cuda_act(float x) {
 // act(x), and its derivative in *slope. Where sigmoids are 0 or 1 to the last bit, x is held back, so that 0 * infinity does not come up.
 template <typename T, int K> LLMPARI_DEVICE float llmpari_cuda_act_slope(float x, float *slope) {
     const float held = fminf(fmaxf(x, -128.0f), 128.0f), y = llmpari_cuda_act<T, K>(x);
+    *slope = 1.0f;
     if (K == LLMPAR_SILU) {
         const float s = 1.0f / (1.0f + llmpari_cuda_exp_for<T>(-x));
         *slope = s * (1.0f + held * (1.0f - s));
@@ -1793,36 +1946,41 @@ LLMPAR_DEF llmpar_status llmpar_cuda_heads_maps(const llmpar_heads *heads, llmpa
 // ---- pieces that the kernels share
 
 #define LLMPARI_CUDA_MAX_HEADS 1024
+// Before a loop: all its rounds one after another, so that arrays stay in registers; or none, where a slow path would take registers from the fast one.
+#if !defined(LLMPARI_CUDA_UNROLL) && defined(LLMPAR_CUDA_EMULATED)
+#define LLMPARI_CUDA_UNROLL
+#elif !defined(LLMPARI_CUDA_UNROLL)
+#define LLMPARI_CUDA_UNROLL _Pragma("unroll")
+#endif
+#ifdef LLMPAR_CUDA_EMULATED
+#define LLMPARI_CUDA_ROLL
+#else
+#define LLMPARI_CUDA_ROLL _Pragma("unroll 1")
+#endif
 
 // N floats from and to N elements; `packed`: the address is aligned to 16 bytes and all N are there, else the first `left` are looked at and the others are 0. N elements are whole packs
 // where packed is true.
 template <typename T, int N> LLMPARI_DEVICE void llmpari_cuda_load_floats(const T *from, bool packed, int left, float *to) {
     enum { P = llmpari_cuda_pack<T>::n };
     if (N % P == 0 && packed) {
-#pragma unroll
-        for (int i = 0; i < N / P; i++) {
+        LLMPARI_CUDA_UNROLL for (int i = 0; i < N / P; i++) {
             const llmpari_cuda_pack<T> pack = llmpari_cuda_load_pack(from + i * P);
-#pragma unroll
-            for (int e = 0; e < P; e++) to[(i * P + e) % N] = llmpari_cuda_to_f32(pack.at[e]);
+            LLMPARI_CUDA_UNROLL for (int e = 0; e < P; e++) to[(i * P + e) % N] = llmpari_cuda_to_f32(pack.at[e]);
         }
     } else {
-#pragma unroll
-        for (int e = 0; e < N; e++) to[e] = e < left ? llmpari_cuda_to_f32(from[e]) : 0.0f;
+        LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) to[e] = e < left ? llmpari_cuda_to_f32(from[e]) : 0.0f;
     }
 }
 template <typename T, int N> LLMPARI_DEVICE void llmpari_cuda_store_floats(T *to, bool packed, int left, const float *from) {
     enum { P = llmpari_cuda_pack<T>::n };
     if (N % P == 0 && packed) {
-#pragma unroll
-        for (int i = 0; i < N / P; i++) {
+        LLMPARI_CUDA_UNROLL for (int i = 0; i < N / P; i++) {
             llmpari_cuda_pack<T> pack;
-#pragma unroll
-            for (int e = 0; e < P; e++) llmpari_cuda_from_f32(&pack.at[e], from[(i * P + e) % N]);
+            LLMPARI_CUDA_UNROLL for (int e = 0; e < P; e++) llmpari_cuda_from_f32(&pack.at[e], from[(i * P + e) % N]);
             llmpari_cuda_store_pack(to + i * P, pack);
         }
     } else {
-#pragma unroll
-        for (int e = 0; e < N; e++) if (e < left) llmpari_cuda_from_f32(to + e, from[e]);
+        LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) if (e < left) llmpari_cuda_from_f32(to + e, from[e]);
     }
 }
 
@@ -1962,14 +2120,11 @@ template <typename T, bool Packed> __global__ void __launch_bounds__(256) llmpar
                     llmpari_cuda_load_floats<T, N>(from + (a < half ? b : g.d - 1), Packed, a < half ? 1 : 0, hi);
                     if (bias) {
                         llmpari_cuda_load_floats<T, N>(bias + (a < half ? a : g.d - 1), Packed, 1, w);
-#pragma unroll
-                        for (int e = 0; e < N; e++) lo[e] += w[e];
+                        LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) lo[e] += w[e];
                         llmpari_cuda_load_floats<T, N>(bias + (a < half ? b : g.d - 1), Packed, a < half ? 1 : 0, w);
-#pragma unroll
-                        for (int e = 0; e < N; e++) hi[e] += w[e];
+                        LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) hi[e] += w[e];
                     }
-#pragma unroll
-                    for (int e = 0; e < N; e++) squares = fmaf(lo[e], lo[e], fmaf(hi[e], hi[e], squares));
+                    LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) squares = fmaf(lo[e], lo[e], fmaf(hi[e], hi[e], squares));
                 }
                 for (int m = g.lanes / 2; m > 0; m /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, m);
                 if (norm) scale = 1.0f / sqrtf(squares / (float)g.d + g.eps);
@@ -1983,46 +2138,38 @@ template <typename T, bool Packed> __global__ void __launch_bounds__(256) llmpar
                 llmpari_cuda_load_floats<T, N>(from + b, Packed, both, hi);
                 if (bias) {
                     llmpari_cuda_load_floats<T, N>(bias + a, Packed, 1, w);
-#pragma unroll
-                    for (int e = 0; e < N; e++) lo[e] += w[e];
+                    LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) lo[e] += w[e];
                     llmpari_cuda_load_floats<T, N>(bias + b, Packed, both, w);
-#pragma unroll
-                    for (int e = 0; e < N; e++) hi[e] += w[e];
+                    LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) hi[e] += w[e];
                 }
                 if (norm) {
                     llmpari_cuda_load_floats<T, N>(norm + a, Packed, 1, w);
-#pragma unroll
-                    for (int e = 0; e < N; e++) lo[e] = lo[e] * scale * w[e];
+                    LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) lo[e] = lo[e] * scale * w[e];
                     llmpari_cuda_load_floats<T, N>(norm + b, Packed, both, w);
-#pragma unroll
-                    for (int e = 0; e < N; e++) hi[e] = hi[e] * scale * w[e];
+                    LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) hi[e] = hi[e] * scale * w[e];
                 }
                 if (turn && !last) {
                     const float *cosine = table + token * half + pair, *sine = cosine + g.span * half;
-#pragma unroll
-                    for (int e = 0; e < N; e++) {                      // products and sums rounded one by one, as on the CPU
+                    LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) {                      // products and sums rounded one by one, as on the CPU
                         const bool flat = N > 1 && g.interleaved;      // the pair (2e, 2e + 1) of the 2N elements
                         const int i = 2 * e, j = 2 * e + 1;
                         const float x = flat ? (i < N ? lo[i % N] : hi[i % N]) : lo[e], y = flat ? (j < N ? lo[j % N] : hi[j % N]) : hi[e];
                         w[e] = __fadd_rn(__fmul_rn(x, cosine[e]), -__fmul_rn(y, sine[e]));
                     }
                     float z[N];
-#pragma unroll
-                    for (int e = 0; e < N; e++) {
+                    LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) {
                         const bool flat = N > 1 && g.interleaved;
                         const int i = 2 * e, j = 2 * e + 1;
                         const float x = flat ? (i < N ? lo[i % N] : hi[i % N]) : lo[e], y = flat ? (j < N ? lo[j % N] : hi[j % N]) : hi[e];
                         z[e] = __fadd_rn(__fmul_rn(y, cosine[e]), __fmul_rn(x, sine[e]));
                     }
-#pragma unroll
-                    for (int e = 0; e < N; e++) {
+                    LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) {
                         const bool flat = N > 1 && g.interleaved;
                         lo[e] = flat ? (e % 2 ? z[e / 2] : w[e / 2]) : w[e];
                         hi[e] = flat ? (e % 2 ? z[(N + e) / 2 % N] : w[(N + e) / 2 % N]) : z[e];
                     }
                 }
-#pragma unroll
-                for (int e = 0; e < N; e++) { lo[e] = zero ? 0.0f : lo[e]; hi[e] = zero ? 0.0f : hi[e]; }
+                LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) { lo[e] = zero ? 0.0f : lo[e]; hi[e] = zero ? 0.0f : hi[e]; }
                 llmpari_cuda_store_floats<T, N>(to + a, Packed, 1, lo);
                 llmpari_cuda_store_floats<T, N>(to + b, Packed, both, hi);
             }
@@ -2146,22 +2293,18 @@ template <typename T, typename O> __global__ void __launch_bounds__(256) llmpari
             for (int64_t i = 0; i < n; i++) { const float l = lse[i * rows + row]; sum += l == -INFINITY ? 0.0f : expf(l - shift); }
             for (int e0 = lane * E; e0 < d; e0 += lanes * E) {
                 float acc[E], x[E];
-#pragma unroll
-                for (int e = 0; e < E; e++) acc[e] = 0.0f;
+                LLMPARI_CUDA_UNROLL for (int e = 0; e < E; e++) acc[e] = 0.0f;
                 if (own != 0.0f) {
                     llmpari_cuda_load_floats<O, E>(out + row * d + e0, packed, d - e0, x);
-#pragma unroll
-                    for (int e = 0; e < E; e++) acc[e] = own * x[e];
+                    LLMPARI_CUDA_UNROLL for (int e = 0; e < E; e++) acc[e] = own * x[e];
                 }
                 for (int64_t i = 0; i < n; i++) {
                     const float l = lse[i * rows + row], w = l == -INFINITY ? 0.0f : expf(l - shift);
                     if (w == 0.0f) continue;
                     llmpari_cuda_load_floats<T, E>(parts + (i * rows + row) * d + e0, packed, d - e0, x);
-#pragma unroll
-                    for (int e = 0; e < E; e++) acc[e] = fmaf(w, x[e], acc[e]);
+                    LLMPARI_CUDA_UNROLL for (int e = 0; e < E; e++) acc[e] = fmaf(w, x[e], acc[e]);
                 }
-#pragma unroll
-                for (int e = 0; e < E; e++) acc[e] = sum == 0.0f ? 0.0f : acc[e] / sum;
+                LLMPARI_CUDA_UNROLL for (int e = 0; e < E; e++) acc[e] = sum == 0.0f ? 0.0f : acc[e] / sum;
                 llmpari_cuda_store_floats<O, E>(out + row * d + e0, packed, d - e0, acc);
             }
             total = sum == 0.0f ? -INFINITY : shift + logf(sum);
@@ -2192,8 +2335,8 @@ LLMPAR_DEF llmpar_status llmpar_cuda_merge(const llmpar_cuda_merge_desc *desc, v
     if (desc->dtype != desc->out_dtype && desc->dtype != LLMPAR_F32 && desc->out_dtype != LLMPAR_F32)
         return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "dtype=%d and out_dtype=%d; they must be equal, or one of them f32", (int)desc->dtype, (int)desc->out_dtype);
     if (!desc->tokens || !desc->heads || !desc->d) return LLMPAR_OK;
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("parts", desc->parts, llmpari_cuda_bytes(desc->dtype), desc->n == 0, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("lse", desc->lse, 4, desc->n == 0, err));
+    if (desc->n) LLMPARI_CUDA_TRY(llmpari_cuda_check("parts", desc->parts, llmpari_cuda_bytes(desc->dtype), false, err));
+    if (desc->n) LLMPARI_CUDA_TRY(llmpari_cuda_check("lse", desc->lse, 4, false, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("sinks", desc->sinks, 4, true, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("out", desc->out, llmpari_cuda_bytes(desc->out_dtype), false, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("out_lse", desc->out_lse, 4, !desc->accumulate, err));
@@ -2215,8 +2358,9 @@ template <typename T> struct llmpari_cuda_attend {
     int64_t batch, queries;
     int32_t n_keys, window;        // window 0 = none
     int32_t q_heads, kv_heads, d;
-    int32_t lanes, splits, chunks; // threads that share a key; blocks that share the keys; blocks that share the rows of a kv head
-    float scale, cap;
+    int32_t lanes, shift;          // threads that share a key, a power of two, and which
+    int32_t splits, chunks;        // blocks that share the keys; blocks that share the rows of a kv head
+    float scale, cap, inverse_cap; // cap 0 = none
     bool causal, packed;
     const T *q;
     T *out;
@@ -2234,27 +2378,21 @@ template <typename T> LLMPARI_DEVICE void llmpari_cuda_attend_sees(const llmpari
     *end   = first < last ? (int)last : 0;
 }
 
-// Bytes of a row of keys in shared memory, so that the lanes that read 16 bytes each of several keys meet different banks.
+#define LLMPARI_CUDA_TILE 132           // floats between the rows of scores of up to 128 keys: 4 keys of 8 rows are in different banks
+
+// Elements of a row of keys in shared memory, so that the lanes that read 16 bytes each of several keys meet different banks.
 template <typename T> LLMPARI_DEVICE int llmpari_cuda_attend_stride(int width, int lanes) { return width + (lanes < 8 ? lanes * (int)(16 / sizeof(T)) : 0); }
 
-// 16-byte packs part and part + lanes of slot j of k or v; zeros beyond `last` and where there is no block.
-template <typename T> LLMPARI_DEVICE void llmpari_cuda_attend_fetch(const llmpari_cuda_attend<T> &g, const T *from, int64_t at, bool live, int part, llmpari_cuda_pack<T> pack[2]) {
-    enum { N = llmpari_cuda_pack<T>::n };
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int e0 = (part + i * g.lanes) * N;
-        if (g.packed && live && e0 < g.d) pack[i] = llmpari_cuda_load_pack(from + at + e0);
-        else
-#pragma unroll
-            for (int e = 0; e < N; e++) {
-                if (live && e0 + e < g.d) pack[i].at[e] = from[at + e0 + e];
-                else llmpari_cuda_from_f32(&pack[i].at[e], 0.0f);
-            }
-    }
+// 16 bytes as words, which stay in four registers where elements of 2 bytes would take eight.
+typedef llmpari_cuda_pack<uint32_t> llmpari_cuda_words;
+template <typename T> LLMPARI_DEVICE llmpari_cuda_words llmpari_cuda_load_words(const T *from) { return *reinterpret_cast<const llmpari_cuda_words *>(from); }
+// Zeros where there is no key.
+template <typename T> LLMPARI_DEVICE void llmpari_cuda_attend_put(T *to, bool live, llmpari_cuda_words words) {
+    LLMPARI_CUDA_UNROLL for (int i = 0; i < 4; i++) words.at[i] = live ? words.at[i] : 0;
+    *reinterpret_cast<llmpari_cuda_words *>(to) = words;
 }
 
-// R rows (query, head) that share kv head blockIdx.y, against tiles of 256 / lanes keys. Of a tile: its packs come into registers while the tile before is worked on, then into shared
-// memory; `lanes` threads make the R scores of a key; a warp a row: running maximum and sum (Milakov & Gimelshein 2018); a thread takes two columns of v for some of the keys, R sums each.
+// R rows (query, head) that share kv head blockIdx.y, against tiles of 256 / lanes keys. A tile comes into shared memory; `lanes` threads make the R scores of a key; a warp a row: running maximum and sum (Milakov & Gimelshein 2018); a thread takes two columns of v for some of the keys, R sums each.
 template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_cuda_attend_kernel(const llmpari_cuda_attend<T> g) {
     enum { N = llmpari_cuda_pack<T>::n };
     LLMPARI_SHARED_DYNAMIC(float, shared);
@@ -2264,17 +2402,17 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
     LLMPARI_SHARED(int, row_query, R);         // -1 = there is no such row
     LLMPARI_SHARED(int, row_head, R);
     LLMPARI_SHARED(int, members_of, 1);
+    LLMPARI_SHARED(int, range, 4);             // keys of this split, [0] to [1]; those that all rows see, [2] to [3]
     LLMPARI_SHARED(float, shrink, R);
-    LLMPARI_SHARED(float, total, R);
-    const int tid = (int)threadIdx.x, lane = tid % 32, warp = tid / 32, part = tid % g.lanes, key = tid / g.lanes, tile = 256 / g.lanes;
+    const int tid = (int)threadIdx.x, lane = tid % 32, warp = tid / 32, part = tid & (g.lanes - 1), key = tid >> g.shift, tile = 256 >> g.shift;
     const int width = (g.d + 7) / 8 * 8, packs = width / N, stride = llmpari_cuda_attend_stride<T>(width, g.lanes), kv_head = (int)blockIdx.y;
     const int pairs = width / 2, subsets = 256 / pairs, subset = tid / pairs, column = (tid - subset * pairs) * 2;
-    float *q = shared, *p = q + R * width;     // [R][N / 4][packs][4], [R][tile]
-    T *k = reinterpret_cast<T *>(p + R * tile), *v = k + tile * stride;            // [tile][stride], [tile][width]
-    float *sums = p + R * tile;                // [subsets][R][width], at the end
+    float *q = shared, *p = q + R * 256;       // [R][256 or 2 halves of packs, 128 each], [R][LLMPARI_CUDA_TILE]: strides that are known make short addresses
+    T *k = reinterpret_cast<T *>(p + R * LLMPARI_CUDA_TILE), *v = k + tile * stride;       // [tile][stride], [tile][width]
+    float *sums = p + R * LLMPARI_CUDA_TILE;   // [subsets][R][width], at the end
     if (warp == 0) {
         int n = 0;
-        for (int base = 0; base < g.q_heads; base += 32) {
+        LLMPARI_CUDA_ROLL for (int base = 0; base < g.q_heads; base += 32) {
             const bool mine = base + lane < g.q_heads && (g.kv_of_q ? g.kv_of_q[base + lane] : (base + lane) / (g.q_heads / g.kv_heads)) == kv_head;
             const unsigned mask = __ballot_sync(0xffffffffu, mine);
             if (mine) member[n + __popc(mask & ((1u << lane) - 1))] = (short)(base + lane);
@@ -2284,83 +2422,81 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
     }
     __syncthreads();
     const int members = members_of[0], split = (int)blockIdx.x % g.splits;
-    const int64_t rows = g.queries * members;
-    for (int64_t b = blockIdx.z; b < g.batch; b += gridDim.z) for (int64_t row0 = (int64_t)(blockIdx.x / g.splits) * R; row0 < rows; row0 += (int64_t)g.chunks * R) {
+    const int rows = (int)g.queries * members;
+    for (int b = (int)blockIdx.z; b < g.batch; b += (int)gridDim.z) for (int row0 = (int)blockIdx.x / g.splits * R; row0 < rows; row0 += g.chunks * R) {
         __syncthreads();                                               // the rows before have been written
         if (tid < R) {
             const bool live = row0 + tid < rows;
-            const int64_t query = live ? (row0 + tid) / members : 0;
+            const int query = live ? (row0 + tid) / members : 0;
             int begin = 0, end = 0;
             if (live) llmpari_cuda_attend_sees(g, b, query, &begin, &end);
-            row_query[tid] = live ? (int)query : -1;
-            row_head[tid]  = member[live ? (row0 + tid) - query * members : 0];
+            row_query[tid] = live ? query : -1;
+            row_head[tid]  = member[live ? row0 + tid - query * members : 0];
             row_begin[tid] = begin;
             row_end[tid]   = end;
         }
         __syncthreads();
-        int low = 0x7fffffff, high = 0, inner_low = 0, inner_high = 0x7fffffff;     // keys that some row sees, that all do
-#pragma unroll
-        for (int r = 0; r < R; r++) if (row_end[r] > row_begin[r]) {
-            low = row_begin[r] < low ? row_begin[r] : low;
-            high = row_end[r] > high ? row_end[r] : high;
-            inner_low = row_begin[r] > inner_low ? row_begin[r] : inner_low;
-            inner_high = row_end[r] < inner_high ? row_end[r] : inner_high;
+        if (tid == 0) {
+            int low = 0x7fffffff, high = 0, inner_low = 0, inner_high = 0x7fffffff;
+            LLMPARI_CUDA_ROLL for (int r = 0; r < R; r++) if (row_end[r] > row_begin[r]) {
+                low = row_begin[r] < low ? row_begin[r] : low;
+                high = row_end[r] > high ? row_end[r] : high;
+                inner_low = row_begin[r] > inner_low ? row_begin[r] : inner_low;
+                inner_high = row_end[r] < inner_high ? row_end[r] : inner_high;
+            }
+            if (low > high) low = high;
+            const int per = ((high - low + tile - 1) / tile + g.splits - 1) / g.splits * tile;     // keys of a split
+            const int64_t first = low + (int64_t)split * per;
+            range[0] = first < high ? (int)first : high;
+            range[1] = high - range[0] < per ? high : range[0] + per;
+            range[2] = inner_low;
+            range[3] = inner_high;
         }
-        if (low > high) low = high;
-        for (int i = tid; i < R * packs; i += 256) {
+        LLMPARI_CUDA_ROLL for (int i = tid; i < R * packs; i += 256) {
             const int r = i / packs, c = i - r * packs;
             float x[N];
             if (row_query[r] >= 0) llmpari_cuda_load_floats<T, N>(g.q + ((b * g.queries + row_query[r]) * g.q_heads + row_head[r]) * g.d + c * N, g.packed, g.d - c * N, x);
-#pragma unroll
-            for (int e = 0; e < N; e++) q[r * width + (e / 4 * packs + c) * 4 + e % 4] = row_query[r] >= 0 ? x[e] * g.scale : 0.0f;
+            LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) q[r * 256 + e / 4 * 128 + c * 4 + e % 4] = row_query[r] >= 0 ? x[e] * g.scale : 0.0f;
         }
-        const int per = ((high - low + tile - 1) / tile + g.splits - 1) / g.splits * tile;         // keys of a split
-        const int64_t first64 = low + (int64_t)split * per;
-        const int first = first64 < high ? (int)first64 : high, last = high - first < per ? high : first + per;
+        __syncthreads();
+        const int first = range[0], last = range[1];
         float acc[R][2], most = -INFINITY, sum = 0.0f;                 // most, sum: of row `warp`
-#pragma unroll
-        for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = 0.0f;
-        llmpari_cuda_pack<T> next_k[2], next_v[2];
-        for (int j0 = first - tile; j0 < last; j0 += tile) {
-            if (j0 >= first) {
+        LLMPARI_CUDA_UNROLL for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = 0.0f;
+        LLMPARI_CUDA_ROLL for (int j0 = first; j0 < last; j0 += tile) {
+            int64_t at = j0 + key < last ? llmpari_cuda_cache_at(g.kv, b, j0 + key) : -1;
+            const bool live = at >= 0;
+            at += kv_head * g.kv.stride_head;
+            if (g.packed) {
+                llmpari_cuda_words k0 = {}, k1 = {}, v0 = {}, v1 = {};
+                const int e0 = part * N, e1 = e0 + g.lanes * N;
+                if (live && e0 < width) { k0 = llmpari_cuda_load_words(g.kv.k + at + e0); v0 = llmpari_cuda_load_words(g.kv.v + at + e0); }
+                if (live && e1 < width) { k1 = llmpari_cuda_load_words(g.kv.k + at + e1); v1 = llmpari_cuda_load_words(g.kv.v + at + e1); }
                 __syncthreads();                                       // the tile before has been read
-#pragma unroll
-                for (int i = 0; i < 2; i++) if (part + i * g.lanes < packs) {
-                    llmpari_cuda_store_pack(k + key * stride + (part + i * g.lanes) * N, next_k[i]);
-                    llmpari_cuda_store_pack(v + key * width + (part + i * g.lanes) * N, next_v[i]);
+                if (e0 < width) { llmpari_cuda_attend_put(k + key * stride + e0, live, k0); llmpari_cuda_attend_put(v + key * width + e0, live, v0); }
+                if (e1 < width) { llmpari_cuda_attend_put(k + key * stride + e1, live, k1); llmpari_cuda_attend_put(v + key * width + e1, live, v1); }
+            } else {
+                __syncthreads();
+                LLMPARI_CUDA_ROLL for (int e = part; e < width; e += g.lanes) {
+                    if (live && e < g.d) { k[key * stride + e] = g.kv.k[at + e]; v[key * width + e] = g.kv.v[at + e]; }
+                    else { llmpari_cuda_from_f32(k + key * stride + e, 0.0f); llmpari_cuda_from_f32(v + key * width + e, 0.0f); }
                 }
             }
-            if (j0 + tile < last) {
-                int64_t at = j0 + tile + key < last ? llmpari_cuda_cache_at(g.kv, b, j0 + tile + key) : -1;
-                const bool live = at >= 0;
-                at += kv_head * g.kv.stride_head;
-                llmpari_cuda_attend_fetch(g, (const T *)g.kv.k, at, live, part, next_k);
-                llmpari_cuda_attend_fetch(g, (const T *)g.kv.v, at, live, part, next_v);
-            }
-            if (j0 < first) continue;
             __syncthreads();
             float s[R];
-#pragma unroll
-            for (int r = 0; r < R; r++) s[r] = 0.0f;
-#pragma unroll 1
-            for (int c = part; c < packs; c += g.lanes) {
+            LLMPARI_CUDA_UNROLL for (int r = 0; r < R; r++) s[r] = 0.0f;
+            LLMPARI_CUDA_ROLL for (int c = part; c < packs; c += g.lanes) {
                 float x[N];
                 llmpari_cuda_load_floats<T, N>(k + key * stride + c * N, true, N, x);
-#pragma unroll
-                for (int r = 0; r < R; r++)
-#pragma unroll
-                    for (int w = 0; w < N / 4; w++) {
-                        const llmpari_cuda_pack<float> y = llmpari_cuda_load_pack(q + r * width + (w * packs + c) * 4);
-#pragma unroll
-                        for (int e = 0; e < 4; e++) s[r] = fmaf(x[w * 4 + e], y.at[e], s[r]);
+                LLMPARI_CUDA_UNROLL for (int r = 0; r < R; r++)
+                    LLMPARI_CUDA_UNROLL for (int w = 0; w < N / 4; w++) {
+                        const llmpari_cuda_pack<float> y = llmpari_cuda_load_pack(q + r * 256 + w * 128 + c * 4);
+                        LLMPARI_CUDA_UNROLL for (int e = 0; e < 4; e++) s[r] = fmaf(x[w * 4 + e], y.at[e], s[r]);
                     }
             }
             int m = g.lanes / 2, row = 0, held = R;                    // lanes exchange halves of their rows, then whole sums
-#pragma unroll
-            for (int h = R / 2; h > 0; h /= 2) if (m > 0) {
+            LLMPARI_CUDA_UNROLL for (int h = R / 2; h > 0; h /= 2) if (m > 0) {
                 const bool up = part & m;
-#pragma unroll
-                for (int i = 0; i < h; i++) {
+                LLMPARI_CUDA_UNROLL for (int i = 0; i < h; i++) {
                     const float keep = up ? s[i + h] : s[i], give = up ? s[i] : s[i + h];
                     s[i] = keep + __shfl_xor_sync(0xffffffffu, give, m);
                 }
@@ -2369,28 +2505,25 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
                 m /= 2;
             }
             for (; m > 0; m /= 2) s[0] += __shfl_xor_sync(0xffffffffu, s[0], m);
-            const bool writes = g.lanes <= R || part % (g.lanes / R) == 0;
-#pragma unroll
-            for (int i = 0; i < R; i++) if (i < held && writes) p[(row + i) * tile + key] = s[i];
+            const bool writes = g.lanes <= R || (part & (g.lanes / R - 1)) == 0;
+            LLMPARI_CUDA_UNROLL for (int i = 0; i < R; i++) if (i < held && writes) p[(row + i) * LLMPARI_CUDA_TILE + key] = s[i];
             __syncthreads();
             if (warp < R) {
                 float x[4], block = -INFINITY, terms = 0.0f;
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
+                LLMPARI_CUDA_UNROLL for (int i = 0; i < 4; i++) {
                     const int j = j0 + lane + 32 * i;
                     x[i] = -INFINITY;
                     if (lane + 32 * i < tile && j < last && j >= row_begin[warp] && j < row_end[warp]) {
-                        x[i] = p[warp * tile + lane + 32 * i];
-                        if (g.cap > 0.0f) x[i] = g.cap * tanhf(x[i] / g.cap);
+                        x[i] = p[warp * LLMPARI_CUDA_TILE + lane + 32 * i];
+                        if (g.cap > 0.0f) x[i] = g.cap * tanhf(x[i] * g.inverse_cap);
                     }
                     block = fmaxf(block, x[i]);
                 }
                 block = fmaxf(most, llmpari_cuda_warp_max(block));
                 const float shift = block == -INFINITY ? 0.0f : block, factor = expf(most - shift);
-#pragma unroll
-                for (int i = 0; i < 4; i++) if (lane + 32 * i < tile) {
+                LLMPARI_CUDA_UNROLL for (int i = 0; i < 4; i++) if (lane + 32 * i < tile) {
                     x[i] = expf(x[i] - shift);
-                    p[warp * tile + lane + 32 * i] = x[i];
+                    p[warp * LLMPARI_CUDA_TILE + lane + 32 * i] = x[i];
                     terms += x[i];
                 }
                 sum = sum * factor + llmpari_cuda_warp_sum(terms);
@@ -2398,21 +2531,17 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
                 if (lane == 0) shrink[warp] = factor;
             }
             __syncthreads();
-#pragma unroll
-            for (int r = 0; r < R; r++) { acc[r][0] *= shrink[r]; acc[r][1] *= shrink[r]; }
-            const bool all = j0 >= inner_low && (j0 + tile < last ? j0 + tile : last) <= inner_high;       // else a key that a row does not see might hold NaN
-            for (int four = subset; subset < subsets && four < tile / 4; four += subsets) {
+            LLMPARI_CUDA_UNROLL for (int r = 0; r < R; r++) { acc[r][0] *= shrink[r]; acc[r][1] *= shrink[r]; }
+            const bool all = j0 >= range[2] && (j0 + tile < last ? j0 + tile : last) <= range[3];       // else a key that a row does not see might hold NaN
+            LLMPARI_CUDA_ROLL for (int four = subset; subset < subsets && four < tile / 4; four += subsets) {
                 float x[4][2];
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
+                LLMPARI_CUDA_UNROLL for (int i = 0; i < 4; i++) {
                     x[i][0] = llmpari_cuda_to_f32(v[(four * 4 + i) * width + column]);
                     x[i][1] = llmpari_cuda_to_f32(v[(four * 4 + i) * width + column + 1]);
                 }
-#pragma unroll
-                for (int r = 0; r < R; r++) {
-                    const llmpari_cuda_pack<float> y = llmpari_cuda_load_pack(p + r * tile + four * 4);
-#pragma unroll
-                    for (int i = 0; i < 4; i++) if (all || y.at[i] != 0.0f) {
+                LLMPARI_CUDA_UNROLL for (int r = 0; r < R; r++) {
+                    const llmpari_cuda_pack<float> y = llmpari_cuda_load_pack(p + r * LLMPARI_CUDA_TILE + four * 4);
+                    LLMPARI_CUDA_UNROLL for (int i = 0; i < 4; i++) if (all || y.at[i] != 0.0f) {
                         acc[r][0] = fmaf(y.at[i], x[i][0], acc[r][0]);
                         acc[r][1] = fmaf(y.at[i], x[i][1], acc[r][1]);
                     }
@@ -2420,31 +2549,28 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
             }
         }
         __syncthreads();
-        if (subset < subsets)
-#pragma unroll
-            for (int r = 0; r < R; r++) { sums[(subset * R + r) * width + column] = acc[r][0]; sums[(subset * R + r) * width + column + 1] = acc[r][1]; }
+        if (subset < subsets) {
+            float *to = sums + subset * R * width + column;
+            LLMPARI_CUDA_UNROLL for (int r = 0; r < R; r++, to += width) { to[0] = acc[r][0]; to[1] = acc[r][1]; }
+        }
         if (warp < R && lane == 0) {
             const float sink = g.sinks && g.splits == 1 ? g.sinks[row_head[warp]] : -INFINITY, end = fmaxf(most, sink), shift = end == -INFINITY ? 0.0f : end;
             const float factor = sink == -INFINITY ? 1.0f : expf(most - shift);
             if (sink != -INFINITY) sum = sum * factor + expf(sink - shift);
-            total[warp]  = sum;
-            shrink[warp] = factor;
+            shrink[warp] = sum == 0.0f || row_end[warp] == 0 ? 0.0f : factor / sum;
             if (g.lse && row_query[warp] >= 0)
                 g.lse[((split * g.batch + b) * g.queries + row_query[warp]) * g.q_heads + row_head[warp]] = sum == 0.0f ? -INFINITY : shift + logf(sum);
         }
         __syncthreads();
-        for (int i = tid; i < R * packs; i += 256) {
+        LLMPARI_CUDA_ROLL for (int i = tid; i < R * packs; i += 256) {
             const int r = i / packs, c = i - r * packs;
             if (row_query[r] < 0) continue;
             const int64_t to = ((b * g.queries + row_query[r]) * g.q_heads + row_head[r]) * g.d + c * N;
             float x[N];
-#pragma unroll
-            for (int e = 0; e < N; e++) x[e] = 0.0f;
-            for (int n = 0; n < subsets; n++)
-#pragma unroll
-                for (int e = 0; e < N; e++) x[e] += sums[(n * R + r) * width + c * N + e];
-#pragma unroll
-            for (int e = 0; e < N; e++) x[e] = total[r] == 0.0f || row_end[r] == 0 ? 0.0f : x[e] * shrink[r] / total[r];
+            LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) x[e] = 0.0f;
+            LLMPARI_CUDA_ROLL for (int n = 0; n < subsets; n++)
+                LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) x[e] += sums[(n * R + r) * width + c * N + e];
+            LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) x[e] = shrink[r] == 0.0f ? 0.0f : x[e] * shrink[r];
             if (g.part) llmpari_cuda_store_floats<float, N>(g.part + (int64_t)split * g.batch * g.queries * g.q_heads * g.d + to, g.packed, g.d - c * N, x);
             else        llmpari_cuda_store_floats<T, N>(g.out + to, g.packed, g.d - c * N, x);
         }
@@ -2549,12 +2675,12 @@ template <typename T> static llmpar_status llmpari_cuda_attend_launch(llmpari_cu
     float *lse = g.lse;
     if (!tokens || !g.q_heads || !g.d) return LLMPAR_OK;
     g.chunks = (int32_t)llmpari_cuda_attend_chunks(g.queries, g.q_heads, g.kv_heads, &rows);
-    g.packed = g.d % llmpari_cuda_max(n, 4) == 0 && llmpari_cuda_packs(g.q, g.d) && llmpari_cuda_packs(g.out, g.d) && llmpari_cuda_cache_packs(g.kv);
-    g.lanes = 2;                                                       // tiles of at most 8 KiB: two packs of k and two of v a thread
-    while (256 / g.lanes * width * size > 8192) g.lanes *= 2;
+    g.packed = g.d % 8 == 0 && llmpari_cuda_packs(g.q, g.d) && llmpari_cuda_packs(g.out, g.d) && llmpari_cuda_cache_packs(g.kv);
+    g.lanes = 2; g.shift = 1;                                                    // tiles of at most 8 KiB: two packs of k and two of v a thread
+    while (256 / g.lanes * width * size > 8192) { g.lanes *= 2; g.shift++; }
     if (g.splits > 1) { g.part = workspace; g.lse = workspace + g.splits * tokens * g.q_heads * g.d; }
     const int64_t tile = 256 / g.lanes, stride = width + (g.lanes < 8 ? g.lanes * n : 0), subsets = 256 / (width / 2);
-    const int64_t bytes = rows * (width + tile) * 4 + llmpari_cuda_max(tile * (stride + width) * size, subsets * rows * width * 4);
+    const int64_t bytes = rows * (256 + LLMPARI_CUDA_TILE) * 4 + llmpari_cuda_max(tile * (stride + width) * size, subsets * rows * width * 4);
     const dim3 grid((unsigned)(g.chunks * (int64_t)g.splits), (unsigned)g.kv_heads, (unsigned)llmpari_cuda_min(g.batch, 65535));
     if (rows == 4) LLMPARI_CUDA_TRY(llmpari_cuda_launch("attention", llmpari_cuda_attend_kernel<T, 4>, grid, dim3(256), (size_t)bytes, stream, err, g));
     else           LLMPARI_CUDA_TRY(llmpari_cuda_launch("attention", llmpari_cuda_attend_kernel<T, 8>, grid, dim3(256), (size_t)bytes, stream, err, g));
@@ -2587,7 +2713,7 @@ template <typename T> static llmpar_status llmpari_cuda_attention_run(const llmp
     g.n_keys = (int32_t)llmpari_cuda_min(desc->n_keys && !desc->lengths ? desc->n_keys : g.kv.slots, g.kv.slots);
     g.window = (int32_t)llmpari_cuda_min(desc->window, INT32_MAX);
     g.scale = desc->scale != 0 ? desc->scale : (float)(1.0 / sqrt((double)desc->d));
-    g.cap = desc->soft_cap; g.causal = desc->causal;
+    g.cap = desc->soft_cap; g.inverse_cap = desc->soft_cap > 0 ? 1 / desc->soft_cap : 0; g.causal = desc->causal;
     g.q = (const T *)desc->q; g.out = (T *)desc->out; g.lse = desc->lse;
     g.kv_of_q = desc->kv_of_q; g.position = desc->position; g.lengths = desc->lengths; g.sinks = desc->sinks;
     g.splits = llmpari_cuda_attention_choice(desc);
@@ -2610,8 +2736,8 @@ static llmpar_status llmpari_cuda_attention_exact(const llmpar_cuda_attention_de
 
 static llmpar_status llmpari_cuda_attention_sizes(const llmpar_cuda_attention_desc *desc, llmpar_error *err) {
     LLMPARI_CUDA_TRY(llmpari_cuda_float("dtype", desc->dtype, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_size("batch", desc->batch, INT32_MAX, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_size("queries", desc->queries, INT32_MAX, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("batch", desc->batch, 1 << 30, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("queries", desc->queries, (1 << 30) / llmpari_cuda_max(1, desc->q_heads), err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("q_heads", desc->q_heads, LLMPARI_CUDA_MAX_HEADS, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("kv_heads", desc->kv_heads, LLMPARI_CUDA_MAX_HEADS, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("d", desc->d, desc->exact ? 65536 : 256, err));
@@ -2680,6 +2806,11 @@ static llmpar_status llmpari_cuda_attention_launch(const llmpar_attention_args *
 #else
 #define LLMPARI_CUDA_UNROLL
 #endif
+
+// The check of an array that holds nothing where `none`: then its pointer is not looked at, it may be one past something.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_check_unless(bool none, const char *name, const void *pointer, int64_t align, llmpar_error *err) {
+    return none ? LLMPAR_OK : llmpari_cuda_check(name, pointer, align, false, err);
+}
 
 // The sum of x of the threads before this one, of a block of whole warps; *all = of all. sums: 33 of shared memory; may be used again at once.
 LLMPARI_DEVICE long long llmpari_cuda_block_before(long long x, long long *sums, long long *all) {
@@ -2752,9 +2883,9 @@ LLMPAR_DEF llmpar_status llmpar_cuda_embed(const llmpar_cuda_embed_desc *desc, v
     LLMPARI_CUDA_TRY(llmpari_cuda_size("n", desc->n, INT32_MAX, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("first", desc->first, INT32_MAX, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("count", desc->count, INT32_MAX, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("ids", desc->ids, 4, none, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("table", desc->table, llmpari_cuda_bytes(desc->dtype), none || desc->count == 0, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("y", desc->y, desc->out_f32 ? 4 : llmpari_cuda_bytes(desc->dtype), none, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "ids", desc->ids, 4, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || desc->count == 0, "table", desc->table, llmpari_cuda_bytes(desc->dtype), err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "y", desc->y, desc->out_f32 ? 4 : llmpari_cuda_bytes(desc->dtype), err));
     return llmpari_cuda_embed_launch(desc, stream, err);
 }
 
@@ -2905,26 +3036,26 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_entropy_check(const llmpar_cuda_entro
     LLMPARI_CUDA_TRY(llmpari_cuda_shard(desc->rows, desc->n, desc->first, desc->vocabulary, desc->stride, desc->ranks, desc->dtype, err));
     if (!(desc->smoothing >= 0 && desc->smoothing < 1)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "smoothing=%g; it must be 0 or more and below 1", (double)desc->smoothing);
     if (!(desc->z_loss >= 0 && desc->z_loss < INFINITY)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "z_loss=%g; it must be finite and 0 or more", (double)desc->z_loss);
-    if (logits) LLMPARI_CUDA_TRY(llmpari_cuda_check("logits", desc->logits, llmpari_cuda_bytes(desc->dtype), desc->rows == 0 || desc->n == 0, err));
-    return llmpari_cuda_check("labels", desc->labels, 4, desc->rows == 0, err);
+    if (logits) LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->rows == 0 || desc->n == 0, "logits", desc->logits, llmpari_cuda_bytes(desc->dtype), err));
+    return llmpari_cuda_check_unless(desc->rows == 0, "labels", desc->labels, 4, err);
 }
 LLMPAR_DEF llmpar_status llmpar_cuda_entropy_part(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err) {
     LLMPARI_CUDA_TRY(llmpari_cuda_entropy_check(desc, true, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("part", desc->part, 4, desc->rows == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->rows == 0, "part", desc->part, 4, err));
     return llmpari_cuda_entropy_part_launch(desc, stream, err);
 }
 LLMPAR_DEF llmpar_status llmpar_cuda_entropy(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err) {
     LLMPARI_CUDA_TRY(llmpari_cuda_entropy_check(desc, false, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("parts", desc->parts, 4, desc->rows == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->rows == 0, "parts", desc->parts, 4, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("loss", desc->loss, 4, true, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("lse", desc->lse, 4, desc->rows == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->rows == 0, "lse", desc->lse, 4, err));
     return llmpari_cuda_entropy_launch(desc, stream, err);
 }
 LLMPAR_DEF llmpar_status llmpar_cuda_entropy_backward(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err) {
     LLMPARI_CUDA_TRY(llmpari_cuda_entropy_check(desc, true, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("lse", desc->lse, 4, desc->rows == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->rows == 0, "lse", desc->lse, 4, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("d_loss", desc->d_loss, 4, true, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("d_logits", desc->d_logits, llmpari_cuda_bytes(desc->dtype), desc->rows == 0 || desc->n == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->rows == 0 || desc->n == 0, "d_logits", desc->d_logits, llmpari_cuda_bytes(desc->dtype), err));
     return llmpari_cuda_entropy_backward_launch(desc, stream, err);
 }
 
@@ -3175,10 +3306,10 @@ LLMPAR_DEF llmpar_status llmpar_cuda_sample_step(const llmpar_cuda_sample_desc *
     if (!(desc->temperature >= 0 && desc->temperature < INFINITY)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "temperature=%g; it must be finite and 0 or more", desc->temperature);
     if (!(desc->top_p >= 0 && desc->top_p <= 1)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "top_p=%g; it must be 0 to 1", desc->top_p);
     const bool none = desc->rows == 0;
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("logits", desc->logits, llmpari_cuda_bytes(desc->dtype), none || desc->n == 0, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("uniform", desc->uniform, 8, none || !(desc->temperature > 0), err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("token", desc->token, 4, none, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("workspace", desc->workspace, 8, none, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || desc->n == 0, "logits", desc->logits, llmpari_cuda_bytes(desc->dtype), err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || !(desc->temperature > 0), "uniform", desc->uniform, 8, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "token", desc->token, 4, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "workspace", desc->workspace, 8, err));
     return llmpari_cuda_sample_launch(desc, step, exchange, stream, err);
 }
 LLMPAR_DEF llmpar_status llmpar_cuda_sample(const llmpar_cuda_sample_desc *desc, void *stream, llmpar_error *err) {
@@ -3863,7 +3994,7 @@ template <typename T> LLMPARI_DEVICE float llmpari_cuda_route_weight(const llmpa
     return (float)llmpari_cuda_mul64(w, scale);
 }
 
-template <typename T> __global__ void __launch_bounds__(128) llmpari_cuda_route_kernel(llmpari_cuda_router r) {
+template <typename T> __global__ void __launch_bounds__(128, 8) llmpari_cuda_route_kernel(llmpari_cuda_router r) {
     LLMPARI_SHARED_DYNAMIC(long long, memory);
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, warps = (int)blockDim.x / 32;
     const bool masked = r.topk_groups < r.n_groups, softmax = r.score == LLMPAR_SCORE_SOFTMAX && (!r.by_logit || !r.renormalise);
@@ -3925,10 +4056,10 @@ LLMPAR_DEF llmpar_status llmpar_cuda_route(const llmpar_cuda_route_desc *desc, v
     if (desc->route.k > LLMPAR_CUDA_MAX_CHOSEN) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "k=%d; the kernel chooses up to %d experts", (int)desc->route.k, LLMPAR_CUDA_MAX_CHOSEN);
     LLMPARI_CUDA_TRY(llmpari_cuda_float("dtype", desc->dtype, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("rows", desc->rows, INT32_MAX, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("logits", desc->logits, llmpari_cuda_bytes(desc->dtype), !any, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(!any, "logits", desc->logits, llmpari_cuda_bytes(desc->dtype), err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("pad", desc->pad, 1, true, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("ids", desc->ids, 4, !any, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("weights", desc->weights, 4, !any, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(!any, "ids", desc->ids, 4, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(!any, "weights", desc->weights, 4, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("route.logit_bias", desc->route.logit_bias, 4, true, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("route.correction_bias", desc->route.correction_bias, 4, true, err));
     return llmpari_cuda_route_launch(desc, stream, err);
@@ -4115,7 +4246,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_dispatch(const llmpar_cuda_dispatch_desc *d
     if (llmpar_cuda_dispatch_room(desc) > most)
         return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "tokens=%lld with k=%lld in blocks of %lld can be %lld rows, the most is %lld; dispatch fewer at a time", (long long)desc->tokens,
                                  (long long)desc->k, (long long)desc->block, (long long)llmpar_cuda_dispatch_room(desc), (long long)most);
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("ids", desc->ids, 4, desc->tokens * desc->k == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->tokens * desc->k == 0, "ids", desc->ids, 4, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("counts", desc->counts, 4, true, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("offsets", desc->offsets, 8, true, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("padded", desc->padded, 8, true, err));
@@ -4123,7 +4254,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_dispatch(const llmpar_cuda_dispatch_desc *d
     LLMPARI_CUDA_TRY(llmpari_cuda_check("inverse", desc->inverse, 4, true, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("slots", desc->slots, 4, true, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("block_expert", desc->block_expert, 4, true, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("workspace", desc->workspace, 8, llmpar_cuda_dispatch_workspace(desc) == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(llmpar_cuda_dispatch_workspace(desc) == 0, "workspace", desc->workspace, 8, err));
     return llmpari_cuda_dispatch_launch(desc, stream, err);
 }
 
@@ -4173,9 +4304,9 @@ LLMPAR_DEF llmpar_status llmpar_cuda_permute(const llmpar_cuda_permute_desc *des
     LLMPARI_CUDA_TRY(llmpari_cuda_size("stride", desc->stride, most, err));
     if (desc->stride && desc->stride < desc->bytes) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "stride=%lld is below bytes=%lld", (long long)desc->stride, (long long)desc->bytes);
     const bool none = desc->rows == 0 || desc->k == 0 || desc->bytes == 0 || desc->count == 0;
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("x", desc->x, 1, none, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("to", desc->to, 4, none, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("y", desc->y, 1, none, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "x", desc->x, 1, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "to", desc->to, 4, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "y", desc->y, 1, err));
     return llmpari_cuda_permute_launch(desc, stream, err);
 }
 
@@ -4329,11 +4460,11 @@ LLMPAR_DEF llmpar_status llmpar_cuda_combine(const llmpar_cuda_combine_desc *des
                                      (long long)desc->n_experts);
     }
     const bool none = desc->tokens == 0 || desc->n == 0;
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("ids", desc->ids, 4, none || !desc->tree || desc->k == 0, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("from", desc->from, 4, none || desc->k == 0, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || !desc->tree || desc->k == 0, "ids", desc->ids, 4, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || desc->k == 0, "from", desc->from, 4, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("weights", desc->weights, 4, true, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("y", desc->y, llmpari_cuda_bytes(desc->dtype), none || desc->count == 0 || desc->k == 0, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("out", desc->out, desc->out_f32 ? 4 : llmpari_cuda_bytes(desc->dtype), none, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || desc->count == 0 || desc->k == 0, "y", desc->y, llmpari_cuda_bytes(desc->dtype), err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "out", desc->out, desc->out_f32 ? 4 : llmpari_cuda_bytes(desc->dtype), err));
     return llmpari_cuda_combine_launch(desc, stream, err);
 }
 
@@ -4397,7 +4528,7 @@ template <typename T, bool FUSED> LLMPARI_DEVICE float llmpari_cuda_product_tile
 }
 
 // b[n, k]: a warp makes 4 x 4 elements of c.
-template <typename T, bool FUSED> __global__ void __launch_bounds__(256) llmpari_cuda_product_rows_kernel(llmpari_cuda_product p) {
+template <typename T, bool FUSED> __global__ void __launch_bounds__(256, 4) llmpari_cuda_product_rows_kernel(llmpari_cuda_product p) {
     LLMPARI_SHARED_DYNAMIC(float, stack);
     const int lane = (int)threadIdx.x % 32;
     const int64_t j0 = ((int64_t)blockIdx.x * ((int)blockDim.x / 32) + (int)threadIdx.x / 32) * 4;
@@ -4431,43 +4562,49 @@ template <typename T, bool FUSED> __global__ void __launch_bounds__(256) llmpari
     }
 }
 
-// b[k, n]: a thread makes one element of c, with its 32 partial sums.
-template <typename T, bool FUSED> __global__ void __launch_bounds__(128) llmpari_cuda_product_columns_kernel(llmpari_cuda_product p) {
+// b[k, n]: a warp makes 16 elements of a row of c. Lanes l and l + 16 share one, with 16 partial sums each.
+template <typename T, bool FUSED> __global__ void __launch_bounds__(256, 4) llmpari_cuda_product_columns_kernel(llmpari_cuda_product p) {
     LLMPARI_SHARED_DYNAMIC(float, stack);
-    const int64_t column = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (column >= p.n) return;
+    const int part = (int)threadIdx.x % 32 / 16 * 16;
+    const int64_t column = (int64_t)blockIdx.x * (blockDim.x / 2) + threadIdx.x / 32 * 16 + threadIdx.x % 16, safe = column < p.n ? column : 0;
     for (int64_t e = blockIdx.z; e < p.experts; e += gridDim.z) {
         const float *from;
         float *to;
         const int64_t m = llmpari_cuda_product_rows(p, e, &from, &to);
-        const T *b = (const T *)p.b + e * p.b_stride + column;
+        const T *b = (const T *)p.b + e * p.b_stride + safe;
         for (int64_t i = blockIdx.y; i < m; i += gridDim.y) {
             const float *a = from + i * p.lda;
             float *c = to + i * p.ldc + column;
+            const bool mine = part == 0 && column < p.n;
             llmpari_cuda_folding f = { 0.0f, -1 };
             for (int64_t g = 0, n = 0; g < p.k; g += p.granule, n++) {
                 const int64_t end = g + p.granule < p.k ? g + p.granule : p.k;
-                float value = p.accumulate ? *c : 0.0f;
+                float value = p.accumulate && mine ? *c : 0.0f;
                 for (int64_t k0 = g; k0 < end; k0 += LLMPARI_CUDA_KC) {
                     const int64_t k1 = k0 + LLMPARI_CUDA_KC < end ? k0 + LLMPARI_CUDA_KC : end;
-                    float sum[32];
+                    float sum[16];
                     LLMPARI_CUDA_UNROLL
-                    for (int l = 0; l < 32; l++) sum[l] = 0;
-                    for (int64_t at = k0; at < k1; at += 32) {
+                    for (int l = 0; l < 16; l++) sum[l] = 0;
+                    const float *x = a + k0 + part;
+                    const T *w = b + (k0 + part) * p.ldb;
+                    for (int left = (int)(k1 - k0) - part; left > 0; left -= 32, x += 32, w += 32 * p.ldb) {
                         LLMPARI_CUDA_UNROLL
-                        for (int l = 0; l < 32; l++)
-                            if (at + l < k1) sum[l] = llmpari_cuda_add_product<FUSED>(sum[l], a[at + l], llmpari_cuda_to_f32(b[(at + l) * p.ldb]));
+                        for (int l = 0; l < 16; l++)
+                            if (l < left) sum[l] = llmpari_cuda_add_product<FUSED>(sum[l], x[l], llmpari_cuda_to_f32(w[l * p.ldb]));
                     }
+                    __syncwarp();
                     LLMPARI_CUDA_UNROLL
-                    for (int with = 16; with > 0; with /= 2) {
+                    for (int l = 0; l < 16; l++) sum[l] = __fadd_rn(sum[l], __shfl_xor_sync(0xffffffffu, sum[l], 16));
+                    LLMPARI_CUDA_UNROLL
+                    for (int with = 8; with > 0; with /= 2) {
                         LLMPARI_CUDA_UNROLL
-                        for (int l = 0; l < 16; l++) if (l < with) sum[l] = __fadd_rn(sum[l], sum[l + with]);
+                        for (int l = 0; l < 8; l++) if (l < with) sum[l] = __fadd_rn(sum[l], sum[l + with]);
                     }
                     value = k0 > g || p.accumulate ? __fadd_rn(value, sum[0]) : sum[0];
                 }
                 llmpari_cuda_fold_push(&f, stack, value, p.merges ? p.merges[n] : 0);
             }
-            if (p.k > 0 || !p.accumulate) llmpari_cuda_fold_store(p, f, stack, c);
+            if (mine && (p.k > 0 || !p.accumulate)) llmpari_cuda_fold_store(p, f, stack, c);
         }
     }
 }
@@ -4482,7 +4619,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_gemm_launch(const llmpar_cuda_gemm_de
     p.granule = desc->granule ? desc->granule : llmpari_cuda_max(desc->k, 1);
     p.pieces = desc->granule ? desc->pieces : 1; p.piece_stride = desc->piece_stride; p.merges = desc->granule ? desc->merges : NULL;
     if (p.n == 0 || p.experts == 0 || (!grouped && p.m == 0)) return LLMPAR_OK;
-    const int64_t rows = desc->b_transposed ? 4 : 1, columns = desc->b_transposed ? 32 : 128, threads = desc->b_transposed ? 256 : 128;
+    const int64_t rows = desc->b_transposed ? 4 : 1, columns = desc->b_transposed ? 32 : 128, threads = 256;
     const dim3 block((unsigned)threads), grid((unsigned)llmpari_cuda_up(p.n, columns), (unsigned)(grouped ? 32 : llmpari_cuda_min(llmpari_cuda_up(p.m, rows), 65535)),
                                               (unsigned)llmpari_cuda_min(p.experts, 65535));
     const size_t bytes = desc->granule ? (size_t)(llmpari_cuda_max(desc->depth, 1) * threads * 4) : 0;
@@ -4509,13 +4646,13 @@ LLMPAR_DEF llmpar_status llmpar_cuda_gemm(const llmpar_cuda_gemm_desc *desc, voi
         LLMPARI_CUDA_TRY(llmpari_cuda_size("pieces", desc->pieces, desc->depth, err));
         LLMPARI_CUDA_TRY(llmpari_cuda_size("piece_stride", desc->piece_stride, most, err));
         if (desc->accumulate) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "accumulate with granule=%lld: granules' sums are c, they are not added to it", (long long)desc->granule);
-        LLMPARI_CUDA_TRY(llmpari_cuda_check("merges", desc->merges, 1, desc->k == 0, err));
+        LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->k == 0, "merges", desc->merges, 1, err));
     }
     const bool none = desc->n == 0 || (!grouped && desc->m == 0);
     if (grouped) LLMPARI_CUDA_TRY(llmpari_cuda_check("offsets", desc->offsets, 8, false, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("a", desc->a, 4, none || desc->k == 0, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("b", desc->b, llmpari_cuda_bytes(desc->b_dtype), none || desc->k == 0, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("c", desc->c, 4, none, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || desc->k == 0, "a", desc->a, 4, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || desc->k == 0, "b", desc->b, llmpari_cuda_bytes(desc->b_dtype), err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "c", desc->c, 4, err));
     return llmpari_cuda_gemm_launch(desc, stream, err);
 }
 
@@ -4549,7 +4686,10 @@ template <typename T> __global__ void __launch_bounds__(256) llmpari_cuda_square
     double total = 0.0;
     for (int64_t at = ((int64_t)blockIdx.x * 256 + threadIdx.x) * N; at < n; at += WAYS * step) {
         llmpari_cuda_pack<T> v[WAYS];
-        LLMPARI_CUDA_UNROLL for (int w = 0; w < WAYS; w++) v[w] = llmpari_cuda_row_load(x, at + w * step, n, 0.0f, at + w * step < whole);
+        LLMPARI_CUDA_UNROLL for (int w = 0; w < WAYS; w++) {
+            const int64_t here = at + w * step;
+            v[w] = llmpari_cuda_row_load(x + here, n - here < N ? (int)(n - here) : (int)N, 0.0f, here < whole);
+        }
         LLMPARI_CUDA_UNROLL for (int w = 0; w < WAYS; w++) {
             float t = 0.0f;
             LLMPARI_CUDA_UNROLL for (int i = 0; i < N; i++) t = fmaf(llmpari_cuda_to_f32(v[w].at[i]), llmpari_cuda_to_f32(v[w].at[i]), t);
@@ -4837,18 +4977,2608 @@ LLMPAR_DEF llmpar_status llmpar_cuda_fold(const llmpar_cuda_fold_desc *desc, voi
 // ============================================================================================================
 // >>peer (impl)
 // ============================================================================================================
+
+#include <pthread.h>
+
+enum {
+    LLMPARI_PEERS        = LLMPAR_CUDA_PEERS,
+    LLMPARI_PEER_BLOCKS  = 256,    // most blocks of a rank
+    LLMPARI_PEER_THREADS = 256,
+    LLMPARI_PEER_FLAGS   = 256,    // a mailbox: its state, flag[block][rank], two halves
+    LLMPARI_PEER_DATA    = LLMPARI_PEER_FLAGS + LLMPARI_PEER_BLOCKS * LLMPARI_PEERS * 4,
+    LLMPARI_PEER_FLIGHT  = 16,     // calls of a communicator in flight
+    LLMPARI_PEER_ABORT   = 4 * LLMPARI_PEERS   // place of the word in pinned memory that stops waiting kernels
+};
+
+// ---- what one rank stores and others read
+
+#ifdef LLMPAR_CUDA_EMULATED
+static bool llmpari_cuda_peer_unfenced;    // a test's: flags without release, to see that this shows
+template <typename T> LLMPARI_DEVICE void llmpari_cuda_peer_store(T *to, const T &value) { emulator_store(to, &value, (int)sizeof value); }
+template <typename T> LLMPARI_DEVICE T    llmpari_cuda_peer_load(const T *from) { T value; emulator_load(&value, from, (int)sizeof value); return value; }
+LLMPARI_DEVICE void llmpari_cuda_peer_release(uint32_t *to, uint32_t value) {
+    if (llmpari_cuda_peer_unfenced) __atomic_store_n(to, value, __ATOMIC_RELAXED);
+    else emulator_store_release(to, value);
+}
+LLMPARI_DEVICE uint32_t llmpari_cuda_peer_acquire(const uint32_t *from) { return emulator_load_acquire(from); }
+LLMPARI_DEVICE void     llmpari_cuda_peer_pause(void) { emulator_spin(); }
+LLMPARI_DEVICE uint64_t llmpari_cuda_peer_clock(void) { return emulator_nanoseconds(); }
+#else
+template <typename T> LLMPARI_DEVICE void llmpari_cuda_peer_store(T *to, const T &value) { *to = value; }
+template <typename T> LLMPARI_DEVICE T    llmpari_cuda_peer_load(const T *from) { return *from; }
+// The release covers what other threads of the block stored before the __syncthreads that this thread has passed too (PTX memory model: release is cumulative).
+LLMPARI_DEVICE void llmpari_cuda_peer_release(uint32_t *to, uint32_t value) { asm volatile("st.release.sys.global.u32 [%0], %1;" :: "l"(to), "r"(value) : "memory"); }
+LLMPARI_DEVICE uint32_t llmpari_cuda_peer_acquire(const uint32_t *from) {
+    uint32_t value;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+    return value;
+}
+LLMPARI_DEVICE void     llmpari_cuda_peer_pause(void) {}
+LLMPARI_DEVICE uint64_t llmpari_cuda_peer_clock(void) {
+    uint64_t t;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
+    return t;
+}
+#endif
+
+// Begins a mailbox.
+typedef struct llmpari_cuda_peer_state {
+    uint32_t calls;                // finished; the next one uses half calls % 2 and flags 2 * calls + 1 and + 2
+    uint32_t blocks;               // of the running one, that are through
+    uint32_t failed;               // 1 + rank that did not come, 1 + LLMPARI_PEERS: stopped by the host
+} llmpari_cuda_peer_state;
+
+// Slots are parts of a half, each read by one rank, or one slot that all read. Tables: [rank][slot or rank], bytes.
+typedef struct llmpari_cuda_peer_args {
+    char       *memory[LLMPARI_PEERS];
+    const char *send[LLMPARI_PEERS];
+    char       *recv[LLMPARI_PEERS];
+    uint32_t   *host;              // [LLMPARI_PEERS][4] who, flag, block of a rank that waited in vain; the word to stop at
+    uint64_t    timeout_ns;
+    int64_t     half, slot;        // bytes
+    int64_t     bytes  [LLMPARI_PEERS * LLMPARI_PEERS];    // what a rank puts into a slot
+    int64_t     send_at[LLMPARI_PEERS * LLMPARI_PEERS];    // from where in its send
+    int64_t     recv_at[LLMPARI_PEERS * LLMPARI_PEERS];    // where what comes from a rank goes; reductions: [rank][0]
+    int32_t     n, first, slots, reduce;                   // ranks; the rank of blockIdx.y = 0
+} llmpari_cuda_peer_args;
+
+typedef struct llmpari_cuda_peer_norm_args {
+    llmpari_cuda_peer_args peer;
+    char       *residual[LLMPARI_PEERS];
+    const char *weight[LLMPARI_PEERS];
+    int64_t     rows, columns, row_bytes;  // of a row in the mailbox, rounded up to 16
+    float       eps;
+    bool        aligned;           // all rows to 16 bytes
+} llmpari_cuda_peer_norm_args;
+
+typedef llmpari_cuda_pack<uint32_t> llmpari_cuda_bits;     // 16 bytes of anything
+
+LLMPARI_DEVICE llmpari_cuda_peer_state *llmpari_cuda_peer_own(const llmpari_cuda_peer_args &a, int rank) { return reinterpret_cast<llmpari_cuda_peer_state *>(a.memory[rank]); }
+LLMPARI_DEVICE uint32_t *llmpari_cuda_peer_flag(const llmpari_cuda_peer_args &a, int of, int from) {
+    return reinterpret_cast<uint32_t *>(a.memory[of] + LLMPARI_PEER_FLAGS) + blockIdx.x * LLMPARI_PEERS + from;
+}
+LLMPARI_DEVICE char *llmpari_cuda_peer_half(const llmpari_cuda_peer_args &a, int rank, uint32_t calls) { return a.memory[rank] + LLMPARI_PEER_DATA + (calls & 1u) * a.half; }
+
+// word[0] = calls, word[1] = not 0 when the world has failed. False: leave.
+LLMPARI_DEVICE bool llmpari_cuda_peer_enter(const llmpari_cuda_peer_args &a, int rank, uint32_t *word) {
+    if (threadIdx.x == 0) {
+        word[0] = llmpari_cuda_peer_acquire(&llmpari_cuda_peer_own(a, rank)->calls);
+        word[1] = llmpari_cuda_peer_acquire(&llmpari_cuda_peer_own(a, rank)->failed);
+    }
+    __syncthreads();
+    return word[1] == 0;
+}
+// The last block of a rank counts the call: no block reads the count after that.
+LLMPARI_DEVICE void llmpari_cuda_peer_leave(const llmpari_cuda_peer_args &a, int rank, uint32_t calls) {
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    llmpari_cuda_peer_state *state = llmpari_cuda_peer_own(a, rank);
+    if (atomicAdd(&state->blocks, 1u) != gridDim.x - 1) return;
+    state->blocks = 0;
+    llmpari_cuda_peer_release(&state->calls, calls + 1);
+}
+
+LLMPARI_DEVICE bool llmpari_cuda_peer_wait_flag(const llmpari_cuda_peer_args &a, int rank, int peer, uint32_t flag) {
+    enum { LOOKS = 256 };          // at the flag, before one at the clock
+    const uint32_t *at = llmpari_cuda_peer_flag(a, rank, peer);
+    llmpari_cuda_peer_state *state = llmpari_cuda_peer_own(a, rank);
+    const uint64_t began = llmpari_cuda_peer_clock();
+    for (uint32_t look = 1; (int32_t)(llmpari_cuda_peer_acquire(at) - flag) < 0; look++) {
+        llmpari_cuda_peer_pause();
+        if (look % LOOKS) continue;
+        if (llmpari_cuda_peer_acquire(&state->failed)) return false;
+        if (llmpari_cuda_peer_acquire(a.host + LLMPARI_PEER_ABORT)) { atomicCAS(&state->failed, 0u, 1u + LLMPARI_PEERS); return false; }
+        if (llmpari_cuda_peer_clock() - began < a.timeout_ns) continue;
+        if (atomicCAS(&state->failed, 0u, 1u + (uint32_t)peer) == 0u) {
+            llmpari_cuda_peer_release(a.host + 4 * rank + 1, flag);
+            llmpari_cuda_peer_release(a.host + 4 * rank + 2, blockIdx.x);
+            llmpari_cuda_peer_release(a.host + 4 * rank, 1u + (uint32_t)peer);
+        }
+        return false;
+    }
+    return true;
+}
+
+// Block blockIdx.x of all ranks: what each has stored before is read by all after. False: leave, a rank did not come.
+LLMPARI_DEVICE bool llmpari_cuda_peer_barrier(const llmpari_cuda_peer_args &a, int rank, uint32_t flag, uint32_t *word) {
+    __syncthreads();
+    if ((int)threadIdx.x < a.n) {
+        llmpari_cuda_peer_release(llmpari_cuda_peer_flag(a, (int)threadIdx.x, rank), flag);
+        if (!llmpari_cuda_peer_wait_flag(a, rank, (int)threadIdx.x, flag)) atomicExch(&word[1], 1u);
+    }
+    __syncthreads();
+    return word[1] == 0;
+}
+
+// 16 bytes from or to memory that need not be aligned to more than U; beyond `valid` bytes zeros are read and nothing is written.
+template <typename U> LLMPARI_DEVICE llmpari_cuda_bits llmpari_cuda_peer_read(const char *from, int64_t valid, bool aligned) {
+    if (aligned && valid >= 16) return *reinterpret_cast<const llmpari_cuda_bits *>(from);
+    llmpari_cuda_pack<U> pack;
+    LLMPARI_CUDA_UNROLL
+    for (int j = 0; j < llmpari_cuda_pack<U>::n; j++) pack.at[j] = j * (int)sizeof(U) < valid ? reinterpret_cast<const U *>(from)[j] : (U)0;
+    llmpari_cuda_bits bits;
+    memcpy(&bits, &pack, 16);
+    return bits;
+}
+template <typename U> LLMPARI_DEVICE void llmpari_cuda_peer_write(char *to, const llmpari_cuda_bits &bits, int64_t valid, bool aligned) {
+    if (aligned && valid >= 16) { *reinterpret_cast<llmpari_cuda_bits *>(to) = bits; return; }
+    llmpari_cuda_pack<U> pack;
+    memcpy(&pack, &bits, 16);
+    LLMPARI_CUDA_UNROLL
+    for (int j = 0; j < llmpari_cuda_pack<U>::n; j++) if (j * (int)sizeof(U) < valid) reinterpret_cast<U *>(to)[j] = pack.at[j];
+}
+LLMPARI_DEVICE bool llmpari_cuda_peer_aligned(const char *at) { return (uintptr_t)at % 16 == 0; }
+
+// The units of 16 bytes of a slot that this block does; the same on every rank.
+LLMPARI_DEVICE void llmpari_cuda_peer_share(int64_t bytes, int64_t *first, int64_t *end) {
+    const int64_t units = (bytes + 15) / 16, part = (units + gridDim.x - 1) / gridDim.x;
+    *first = llmpari_cuda_least(part * blockIdx.x, units);
+    *end   = llmpari_cuda_least(*first + part, units);
+}
+
+// What the rank has for each slot, into its mailbox.
+template <typename U> LLMPARI_DEVICE void llmpari_cuda_peer_post(const llmpari_cuda_peer_args &a, int rank, char *half) {
+    for (int s = 0; s < a.slots; s++) {
+        const int64_t bytes = a.bytes[rank * LLMPARI_PEERS + s];
+        const char *from = a.send[rank] + a.send_at[rank * LLMPARI_PEERS + s];
+        llmpari_cuda_bits *to = reinterpret_cast<llmpari_cuda_bits *>(half + s * a.slot);
+        const bool aligned = llmpari_cuda_peer_aligned(from);
+        int64_t first, end;
+        llmpari_cuda_peer_share(bytes, &first, &end);
+        for (int64_t u = first + threadIdx.x; u < end; u += blockDim.x) llmpari_cuda_peer_store(to + u, llmpari_cuda_peer_read<U>(from + 16 * u, bytes - 16 * u, aligned));
+    }
+}
+
+LLMPARI_DEVICE float llmpari_cuda_peer_combine(float a, float v, int reduce) {
+    if (reduce == LLMPAR_SUM) return __fadd_rn(a, v);
+    return v != v || (reduce == LLMPAR_MAX ? v > a : v < a) ? v : a;                       // a NaN wins
+}
+
+// The same 16 bytes of all mailboxes, reduced in rank order in f32 and rounded.
+template <typename T> LLMPARI_DEVICE llmpari_cuda_pack<T> llmpari_cuda_peer_sum(const llmpari_cuda_peer_args &a, uint32_t calls, int64_t at) {
+    llmpari_cuda_pack<T> in[LLMPARI_PEERS], out;
+    float sum[llmpari_cuda_pack<T>::n];
+    LLMPARI_CUDA_UNROLL
+    for (int r = 0; r < LLMPARI_PEERS; r++)
+        if (r < a.n) in[r] = llmpari_cuda_peer_load(reinterpret_cast<const llmpari_cuda_pack<T> *>(llmpari_cuda_peer_half(a, r, calls) + at));
+    LLMPARI_CUDA_UNROLL
+    for (int j = 0; j < llmpari_cuda_pack<T>::n; j++) sum[j] = llmpari_cuda_to_f32(in[0].at[j]);
+    LLMPARI_CUDA_UNROLL
+    for (int r = 1; r < LLMPARI_PEERS; r++)
+        if (r < a.n) {
+            LLMPARI_CUDA_UNROLL
+            for (int j = 0; j < llmpari_cuda_pack<T>::n; j++) sum[j] = llmpari_cuda_peer_combine(sum[j], llmpari_cuda_to_f32(in[r].at[j]), a.reduce);
+        }
+    LLMPARI_CUDA_UNROLL
+    for (int j = 0; j < llmpari_cuda_pack<T>::n; j++) llmpari_cuda_from_f32(&out.at[j], sum[j]);
+    return out;
+}
+
+template <typename T> LLMPARI_DEVICE llmpari_cuda_bits llmpari_cuda_peer_bits(const llmpari_cuda_pack<T> &pack) { llmpari_cuda_bits bits; memcpy(&bits, &pack, 16); return bits; }
+template <typename T> LLMPARI_DEVICE llmpari_cuda_pack<T> llmpari_cuda_peer_unbits(const llmpari_cuda_bits &bits) { llmpari_cuda_pack<T> pack; memcpy(&pack, &bits, 16); return pack; }
+
+// The unsigned integer of an element's bytes.
+template <int N> struct llmpari_cuda_unsigned     { typedef uint32_t type; };
+template <>      struct llmpari_cuda_unsigned<2>  { typedef uint16_t type; };
+
+// ---- kernels: blocks of LLMPARI_PEER_THREADS; gridDim.y ranks
+
+// ReduceScatter, and the one-shot AllReduce: then there is one slot.
+template <typename T> __global__ void __launch_bounds__(256) llmpari_cuda_peer_reduce_kernel(const __grid_constant__ llmpari_cuda_peer_args a) {
+    typedef typename llmpari_cuda_unsigned<sizeof(T)>::type U;
+    LLMPARI_SHARED(uint32_t, word, 2);
+    const int rank = a.first + (int)blockIdx.y, slot = a.slots == 1 ? 0 : rank;
+    if (!llmpari_cuda_peer_enter(a, rank, &word[0])) return;
+    const uint32_t calls = word[0];
+    llmpari_cuda_peer_post<U>(a, rank, llmpari_cuda_peer_half(a, rank, calls));
+    if (!llmpari_cuda_peer_barrier(a, rank, 2 * calls + 1, &word[0])) return;
+    const int64_t bytes = a.bytes[rank * LLMPARI_PEERS + slot];
+    char *to = a.recv[rank] + a.recv_at[rank * LLMPARI_PEERS];
+    const bool aligned = llmpari_cuda_peer_aligned(to);
+    int64_t first, end;
+    llmpari_cuda_peer_share(bytes, &first, &end);
+    for (int64_t u = first + threadIdx.x; u < end; u += blockDim.x)
+        llmpari_cuda_peer_write<U>(to + 16 * u, llmpari_cuda_peer_bits(llmpari_cuda_peer_sum<T>(a, calls, slot * a.slot + 16 * u)), bytes - 16 * u, aligned);
+    llmpari_cuda_peer_leave(a, rank, calls);
+}
+
+// What the ranks have for this one, from their mailboxes; each rank begins with another.
+template <typename U> LLMPARI_DEVICE void llmpari_cuda_peer_fetch(const llmpari_cuda_peer_args &a, int rank, uint32_t calls, bool own_slots) {
+    if (!a.recv[rank]) return;
+    for (int i = 0; i < a.n; i++) {
+        const int from = rank + i < a.n ? rank + i : rank + i - a.n, slot = a.slots == 1 ? 0 : own_slots ? from : rank;
+        const int64_t bytes = a.bytes[from * LLMPARI_PEERS + slot];
+        const llmpari_cuda_bits *in = reinterpret_cast<const llmpari_cuda_bits *>(llmpari_cuda_peer_half(a, from, calls) + slot * a.slot);
+        char *to = a.recv[rank] + a.recv_at[rank * LLMPARI_PEERS + from];
+        const bool aligned = llmpari_cuda_peer_aligned(to);
+        int64_t first, end;
+        llmpari_cuda_peer_share(bytes, &first, &end);
+        for (int64_t u = first + threadIdx.x; u < end; u += blockDim.x) llmpari_cuda_peer_write<U>(to + 16 * u, llmpari_cuda_peer_load(in + u), bytes - 16 * u, aligned);
+    }
+}
+
+// The two-shot AllReduce: slot r is reduced by rank r, in place in its mailbox.
+template <typename T> __global__ void __launch_bounds__(256) llmpari_cuda_peer_two_shot_kernel(const __grid_constant__ llmpari_cuda_peer_args a) {
+    typedef typename llmpari_cuda_unsigned<sizeof(T)>::type U;
+    LLMPARI_SHARED(uint32_t, word, 2);
+    const int rank = a.first + (int)blockIdx.y;
+    if (!llmpari_cuda_peer_enter(a, rank, &word[0])) return;
+    const uint32_t calls = word[0];
+    char *half = llmpari_cuda_peer_half(a, rank, calls);
+    llmpari_cuda_peer_post<U>(a, rank, half);
+    if (!llmpari_cuda_peer_barrier(a, rank, 2 * calls + 1, &word[0])) return;
+    int64_t first, end;
+    llmpari_cuda_peer_share(a.bytes[rank * LLMPARI_PEERS + rank], &first, &end);
+    for (int64_t u = first + threadIdx.x; u < end; u += blockDim.x)
+        llmpari_cuda_peer_store(reinterpret_cast<llmpari_cuda_pack<T> *>(half + rank * a.slot) + u, llmpari_cuda_peer_sum<T>(a, calls, rank * a.slot + 16 * u));
+    if (!llmpari_cuda_peer_barrier(a, rank, 2 * calls + 2, &word[0])) return;
+    llmpari_cuda_peer_fetch<U>(a, rank, calls, true);
+    llmpari_cuda_peer_leave(a, rank, calls);
+}
+
+// AllGather, AllToAll, Permute, Broadcast, Barrier: bytes of whatever.
+template <typename U> __global__ void __launch_bounds__(256) llmpari_cuda_peer_exchange_kernel(const __grid_constant__ llmpari_cuda_peer_args a) {
+    LLMPARI_SHARED(uint32_t, word, 2);
+    const int rank = a.first + (int)blockIdx.y;
+    if (!llmpari_cuda_peer_enter(a, rank, &word[0])) return;
+    const uint32_t calls = word[0];
+    llmpari_cuda_peer_post<U>(a, rank, llmpari_cuda_peer_half(a, rank, calls));
+    if (!llmpari_cuda_peer_barrier(a, rank, 2 * calls + 1, &word[0])) return;
+    llmpari_cuda_peer_fetch<U>(a, rank, calls, false);
+    llmpari_cuda_peer_leave(a, rank, calls);
+}
+
+// One-shot AllReduce + residual + RMSNorm. A block does whole rows, the same ones on every rank. Between the sum and the norm a row lies where it goes: in residual, or in out.
+template <typename T> __global__ void __launch_bounds__(256) llmpari_cuda_peer_norm_kernel(const __grid_constant__ llmpari_cuda_peer_norm_args a) {
+    typedef typename llmpari_cuda_unsigned<sizeof(T)>::type U;
+    enum { N = llmpari_cuda_pack<T>::n };
+    LLMPARI_SHARED(uint32_t, word, 2);
+    LLMPARI_SHARED(float, sums, 33);
+    const int rank = a.peer.first + (int)blockIdx.y;
+    if (!llmpari_cuda_peer_enter(a.peer, rank, &word[0])) return;
+    const uint32_t calls = word[0];
+    const int64_t bytes = a.columns * (int64_t)sizeof(T), units = a.row_bytes / 16;
+    char *half = llmpari_cuda_peer_half(a.peer, rank, calls), *residual = a.residual[rank], *out = a.peer.recv[rank], *keep = residual ? residual : out;
+    for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x)
+        for (int64_t u = threadIdx.x; u < units; u += blockDim.x)
+            llmpari_cuda_peer_store(reinterpret_cast<llmpari_cuda_bits *>(half + row * a.row_bytes) + u,
+                                    llmpari_cuda_peer_read<U>(a.peer.send[rank] + row * bytes + 16 * u, bytes - 16 * u, a.aligned));
+    if (!llmpari_cuda_peer_barrier(a.peer, rank, 2 * calls + 1, &word[0])) return;
+    for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
+        float squares = 0;
+        for (int64_t u = threadIdx.x; u < units; u += blockDim.x) {
+            const int64_t at = row * bytes + 16 * u;
+            llmpari_cuda_pack<T> x = llmpari_cuda_peer_sum<T>(a.peer, calls, row * a.row_bytes + 16 * u);
+            if (residual) {
+                const llmpari_cuda_pack<T> r = llmpari_cuda_peer_unbits<T>(llmpari_cuda_peer_read<U>(residual + at, bytes - 16 * u, a.aligned));
+                LLMPARI_CUDA_UNROLL
+                for (int j = 0; j < N; j++) llmpari_cuda_from_f32(&x.at[j], __fadd_rn(llmpari_cuda_to_f32(x.at[j]), llmpari_cuda_to_f32(r.at[j])));
+            }
+            LLMPARI_CUDA_UNROLL
+            for (int j = 0; j < N; j++) squares = fmaf(llmpari_cuda_to_f32(x.at[j]), llmpari_cuda_to_f32(x.at[j]), squares);
+            llmpari_cuda_peer_write<U>(keep + at, llmpari_cuda_peer_bits(x), bytes - 16 * u, a.aligned);
+        }
+        const float scale = rsqrtf(llmpari_cuda_block_sum(squares, &sums[0]) / (float)a.columns + a.eps);
+        for (int64_t u = threadIdx.x; u < units; u += blockDim.x) {
+            const int64_t at = row * bytes + 16 * u;
+            llmpari_cuda_pack<T> x = llmpari_cuda_peer_unbits<T>(llmpari_cuda_peer_read<U>(keep + at, bytes - 16 * u, a.aligned));
+            const llmpari_cuda_pack<T> w = llmpari_cuda_peer_unbits<T>(llmpari_cuda_peer_read<U>(a.weight[rank] + 16 * u, bytes - 16 * u, a.aligned));
+            LLMPARI_CUDA_UNROLL
+            for (int j = 0; j < N; j++) llmpari_cuda_from_f32(&x.at[j], llmpari_cuda_to_f32(x.at[j]) * scale * llmpari_cuda_to_f32(w.at[j]));
+            llmpari_cuda_peer_write<U>(out + at, llmpari_cuda_peer_bits(x), bytes - 16 * u, a.aligned);
+        }
+    }
+    llmpari_cuda_peer_leave(a.peer, rank, calls);
+}
+
+// ---- the host's side
+
+typedef struct llmpari_cuda_peer_end { llmpar_comm comm; llmpar_cuda_peer *team; int32_t rank; int64_t started, launched; } llmpari_cuda_peer_end;
+
+// Call `seq - 1` of a team's communicators; a call uses slot number % LLMPARI_PEER_FLIGHT.
+typedef struct llmpari_cuda_peer_slot {
+    int64_t       seq;             // 0 = free
+    uint32_t      arrived, launched, retired;          // bit per rank
+    llmpar_status status;          // of all members
+    llmpar_call   call[LLMPARI_PEERS];
+    int64_t       counts[LLMPARI_PEERS * LLMPARI_PEERS];   // as in llmpar_cuda_peer_call
+    int64_t       expected[LLMPARI_PEERS * LLMPARI_PEERS]; // AllToAll: [rank][from]
+    cudaEvent_t   event[LLMPARI_PEERS];
+} llmpari_cuda_peer_slot;
+
+struct llmpar_cuda_peer {          // a group of ranks; the world is the first
+    llmpar_cuda_peer *root, *next, *parent;            // next: of all groups
+    llmpar_allocator  allocator;
+    int32_t  n, blocks, member[LLMPARI_PEERS], device[LLMPARI_PEERS];      // member: number in the world
+    bool     one_device, own_stream, stream_ordered;
+    void    *stream[LLMPARI_PEERS];
+    char    *memory[LLMPARI_PEERS];
+    uint32_t *host;                // pinned
+    int64_t  half, one_shot, id, groups;
+    double   timeout_s;
+    uint32_t joined, freed;        // of a group: who has it, who is done with it
+    llmpari_cuda_peer_end  end[LLMPARI_PEERS];
+    llmpari_cuda_peer_slot slot[LLMPARI_PEER_FLIGHT];
+    bool     locks;                // the root's, and what follows: under the mutex
+    pthread_mutex_t mutex;
+    pthread_cond_t  cond;
+    llmpar_status   stopped;       // why the world has stopped
+    char            why[512];
+};
+
+// Makes a device current until the scope ends.
+struct llmpari_cuda_on {
+    int was;
+    explicit llmpari_cuda_on(int device) : was(device) { (void)cudaGetDevice(&was); if (was != device) (void)cudaSetDevice(device); now = device; }
+    ~llmpari_cuda_on() { if (was != now) (void)cudaSetDevice(was); }
+    int now;
+};
+
+// The world stops for good: kernels that wait leave, later calls fail. The first reason stays. Under the mutex.
+LLMPARI_CUDA_FN void llmpari_cuda_peer_stop(llmpar_cuda_peer *team, llmpar_status status, const char *why) {
+    llmpar_cuda_peer *root = team->root;
+    if (root->stopped) return;
+    root->stopped = status;
+    snprintf(root->why, sizeof root->why, "%s", why);
+    for (llmpar_cuda_peer *t = root; t; t = t->next) __atomic_store_n(&t->host[LLMPARI_PEER_ABORT], 1u, __ATOMIC_RELEASE);
+    pthread_cond_broadcast(&root->cond);
+}
+
+// What kernels have found out: stops the world when one of its ranks has waited in vain. Under the mutex.
+LLMPARI_CUDA_FN void llmpari_cuda_peer_look(llmpar_cuda_peer *team) {
+    for (int32_t r = 0; r < team->n; r++) {
+        const uint32_t who = __atomic_load_n(&team->host[4 * r], __ATOMIC_ACQUIRE);
+        char why[200];
+        if (!who) continue;
+        snprintf(why, sizeof why, "rank %d waited %g s for rank %d, which did not come (flag %u, block %u)", (int)team->member[r], team->timeout_s, (int)team->member[who - 1],
+                 (unsigned)__atomic_load_n(&team->host[4 * r + 1], __ATOMIC_ACQUIRE), (unsigned)__atomic_load_n(&team->host[4 * r + 2], __ATOMIC_ACQUIRE));
+        llmpari_cuda_peer_stop(team, LLMPAR_TIMEOUT, why);
+        return;
+    }
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_sound(llmpar_cuda_peer *team, llmpar_error *err) {
+    pthread_mutex_lock(&team->root->mutex);
+    llmpari_cuda_peer_look(team);
+    const llmpar_status status = team->root->stopped ? LLMPARI_CUDA_FAIL(err, team->root->stopped, "%s", team->root->why) : LLMPAR_OK;
+    pthread_mutex_unlock(&team->root->mutex);
+    return status;
+}
+
+// ---- launching
+
+// A kernel for all ranks (rank < 0) or one of them.
+template <typename A> static llmpar_status llmpari_cuda_peer_start_kernel(const llmpar_cuda_peer *team, const char *name, void (*kernel)(A), A *args, llmpari_cuda_peer_args *peer, int64_t blocks,
+                                                                          int32_t rank, llmpar_error *err) {
+    const int32_t first = rank < 0 ? 0 : rank, end = rank < 0 && !team->one_device ? team->n : first + 1;
+    void *at[] = { (void *)args };
+    for (int32_t r = first; r < end; r++) {
+        const llmpari_cuda_on on(team->device[r]);
+        const dim3 grid((unsigned)blocks, team->one_device ? (unsigned)team->n : 1u);
+        peer->first = r;
+        const cudaError_t error = cudaLaunchCooperativeKernel(kernel, grid, dim3(LLMPARI_PEER_THREADS), at, 0, (cudaStream_t)team->stream[r]);
+        if (error != cudaSuccess) return llmpari_cuda_error(err, error, name, __LINE__, __func__);
+    }
+    return LLMPAR_OK;
+}
+
+// A call with every rank's counts.
+typedef struct llmpari_cuda_peer_work {
+    llmpar_collective kind;
+    llmpar_dtype  dtype;
+    llmpar_reduce reduce;
+    int32_t way, root;
+    int64_t count, counts[LLMPARI_PEERS * LLMPARI_PEERS];      // counts: AllGather, ReduceScatter: [n]; else [rank][to]
+    const void *send[LLMPARI_PEERS];
+    void       *recv[LLMPARI_PEERS];
+} llmpari_cuda_peer_work;
+
+LLMPARI_CUDA_FN void llmpari_cuda_peer_begin(const llmpar_cuda_peer *team, llmpari_cuda_peer_args *a) {
+    memset(a, 0, sizeof *a);
+    a->host       = team->host;
+    a->timeout_ns = (uint64_t)(1e9 * team->timeout_s);
+    a->half       = team->half;
+    a->n          = team->n;
+    a->slots      = 1;
+    for (int32_t r = 0; r < team->n; r++) a->memory[r] = team->memory[r];
+}
+
+LLMPARI_CUDA_FN int64_t llmpari_cuda_peer_part(int64_t count, int64_t at, int64_t most) { return llmpari_cuda_max(0, llmpari_cuda_min(count - at, most)); }
+
+// The tables of elements [at, at + most) of every slot (AllReduce: of the whole); *more: there is something beyond.
+LLMPARI_CUDA_FN void llmpari_cuda_peer_tables(const llmpari_cuda_peer_work *w, llmpari_cuda_peer_args *a, int64_t at, int64_t most, bool two_shot, bool *more) {
+    enum { P = LLMPARI_PEERS };
+    const int64_t bytes = llmpari_cuda_bytes(w->dtype), count = llmpari_cuda_peer_part(w->count, at, most);
+    const int64_t slice = llmpari_cuda_up(llmpari_cuda_up(count, a->n), 64) * 64;          // of a two-shot, in whole units
+    *more = false;
+    for (int r = 0; r < a->n; r++)
+        for (int s = 0, one = a->slots == 1; s < a->n; s++) {
+            int64_t part = 0, before = 0, recv_before = 0;
+            int64_t *to = &a->bytes[r * P + s];
+            if (w->kind == LLMPAR_ALL_REDUCE) {
+                part = two_shot ? llmpari_cuda_peer_part(count, s * slice, slice) : s ? 0 : count;
+                a->send_at[r * P + s] = a->recv_at[r * P + s] = (at + (two_shot ? s * slice : 0)) * bytes;
+                *more = *more || at + most < w->count;
+            } else if (w->kind == LLMPAR_REDUCE_SCATTER) {
+                for (int i = 0; i < s; i++) before += w->counts[i];
+                part = llmpari_cuda_peer_part(w->counts[s], at, most);
+                a->send_at[r * P + s] = (before + at) * bytes;
+                a->recv_at[r * P + s] = at * bytes;
+                *more = *more || at + most < w->counts[s];
+            } else if (w->kind == LLMPAR_ALL_GATHER || w->kind == LLMPAR_BROADCAST) {
+                const bool gather = w->kind == LLMPAR_ALL_GATHER;
+                const int64_t mine = gather ? w->counts[r] : r == w->root ? w->count : 0;
+                for (int i = 0; i < s && gather; i++) recv_before += w->counts[i];
+                part = s && one ? 0 : llmpari_cuda_peer_part(mine, at, most);
+                a->send_at[r * P + s] = at * bytes;
+                a->recv_at[r * P + s] = (recv_before + at) * bytes;
+                *more = *more || at + most < mine;
+            } else if (w->kind != LLMPAR_BARRIER) {
+                for (int i = 0; i < s; i++) { before += w->counts[r * P + i]; recv_before += w->counts[i * P + r]; }
+                part = llmpari_cuda_peer_part(w->counts[r * P + s], at, most);
+                a->send_at[r * P + s] = (before + at) * bytes;
+                a->recv_at[r * P + s] = (recv_before + at) * bytes;
+                *more = *more || at + most < w->counts[r * P + s];
+            }
+            *to = part * bytes;
+        }
+}
+
+// 4, 2 or 1 bytes: what everything that is copied is a multiple of. Only pointers of the ranks that this thread launches are known.
+LLMPARI_CUDA_FN int llmpari_cuda_peer_unit(const llmpari_cuda_peer_args *a, int64_t bytes) {
+    uint64_t bits = (uint64_t)bytes;
+    for (int r = 0; r < a->n; r++) bits |= (uint64_t)(uintptr_t)a->send[r] | (uint64_t)(uintptr_t)a->recv[r];
+    return bits % 4 == 0 ? 4 : bits % 2 == 0 ? 2 : 1;
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_window(const llmpar_cuda_peer *team, const llmpari_cuda_peer_work *w, llmpari_cuda_peer_args *a, bool two_shot, int32_t rank, llmpar_error *err) {
+    int64_t most = 0;
+    for (int i = 0; i < LLMPARI_PEERS * LLMPARI_PEERS; i++) most = llmpari_cuda_max(most, a->bytes[i]);
+    const int64_t blocks = llmpari_cuda_max(1, llmpari_cuda_min(team->blocks, llmpari_cuda_up(most, 16 * LLMPARI_PEER_THREADS)));
+    if (two_shot)
+        LLMPARI_CUDA_DISPATCH(w->dtype, T, return llmpari_cuda_peer_start_kernel(team, "two-shot AllReduce", llmpari_cuda_peer_two_shot_kernel<T>, a, a, blocks, rank, err));
+    if (w->kind == LLMPAR_ALL_REDUCE || w->kind == LLMPAR_REDUCE_SCATTER)
+        LLMPARI_CUDA_DISPATCH(w->dtype, T, return llmpari_cuda_peer_start_kernel(team, "AllReduce or ReduceScatter", llmpari_cuda_peer_reduce_kernel<T>, a, a, blocks, rank, err));
+    const int unit = llmpari_cuda_peer_unit(a, llmpari_cuda_bytes(w->dtype));
+    if (unit == 4) return llmpari_cuda_peer_start_kernel(team, "exchange", llmpari_cuda_peer_exchange_kernel<uint32_t>, a, a, blocks, rank, err);
+    if (unit == 2) return llmpari_cuda_peer_start_kernel(team, "exchange", llmpari_cuda_peer_exchange_kernel<uint16_t>, a, a, blocks, rank, err);
+    return llmpari_cuda_peer_start_kernel(team, "exchange", llmpari_cuda_peer_exchange_kernel<uint8_t>, a, a, blocks, rank, err);
+}
+
+// All of a call, without a look at pointers; rank -1 = all ranks.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_launch(const llmpar_cuda_peer *team, const llmpari_cuda_peer_work *w, int32_t rank, llmpar_error *err) {
+    const int64_t bytes = llmpari_cuda_bytes(w->dtype);
+    const bool two_shot = w->kind == LLMPAR_ALL_REDUCE && (w->way ? w->way == 2 : w->count * bytes > team->one_shot);
+    const bool slots = two_shot || w->kind == LLMPAR_REDUCE_SCATTER || w->kind == LLMPAR_ALL_TO_ALL || w->kind == LLMPAR_PERMUTE;
+    llmpari_cuda_peer_args a;
+    bool more = w->kind != LLMPAR_ALL_REDUCE || w->count > 0;
+    llmpari_cuda_peer_begin(team, &a);
+    a.reduce = (int32_t)w->reduce;
+    a.slots  = slots ? team->n : 1;
+    a.slot   = slots ? team->half / team->n / 256 * 256 : team->half;
+    for (int32_t r = 0; r < team->n; r++) {
+        const bool there = rank < 0 || r == rank, in_place = w->kind == LLMPAR_BROADCAST && r == w->root && w->recv[r] == w->send[r];
+        a.send[r] = there ? (const char *)w->send[r] : NULL;
+        a.recv[r] = there && !in_place ? (char *)w->recv[r] : NULL;
+    }
+    const int64_t most = a.slot / bytes * (two_shot ? team->n : 1);
+    for (int64_t at = 0; more; at += most) {
+        llmpari_cuda_peer_tables(w, &a, at, most, two_shot, &more);
+        LLMPARI_CUDA_TRY(llmpari_cuda_peer_window(team, w, &a, two_shot, rank, err));
+    }
+    return LLMPAR_OK;
+}
+
+// ---- calls from outside
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_pointer(const char *what, int32_t rank, const void *pointer, int64_t align, bool optional, llmpar_error *err) {
+    char name[40];
+    snprintf(name, sizeof name, "%s[%d]", what, (int)rank);
+    return llmpari_cuda_check(name, pointer, align, optional, err);
+}
+
+// Elements that a rank reads from send and writes to recv.
+LLMPARI_CUDA_FN void llmpari_cuda_peer_extent(const llmpari_cuda_peer_work *w, int32_t n, int32_t rank, int64_t *sends, int64_t *receives) {
+    int64_t sum = 0, out = 0, in = 0;
+    *sends = *receives = w->count;
+    if (w->kind == LLMPAR_ALL_REDUCE) return;
+    if (w->kind == LLMPAR_BROADCAST) { if (rank != w->root) *sends = 0; else if (!w->recv[rank]) *receives = 0; return; }
+    for (int32_t i = 0; i < n; i++) {
+        sum += w->counts[i];
+        out += w->counts[rank * LLMPARI_PEERS + i];
+        in  += w->counts[i * LLMPARI_PEERS + rank];
+    }
+    *sends    = w->kind == LLMPAR_BARRIER ? 0 : w->kind == LLMPAR_ALL_GATHER ? w->counts[rank] : w->kind == LLMPAR_REDUCE_SCATTER ? sum : out;
+    *receives = w->kind == LLMPAR_BARRIER ? 0 : w->kind == LLMPAR_ALL_GATHER ? sum : w->kind == LLMPAR_REDUCE_SCATTER ? w->counts[rank] : in;
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_check(const llmpar_cuda_peer *team, const llmpari_cuda_peer_work *w, int32_t rank, llmpar_error *err) {
+    const bool reduces = w->kind == LLMPAR_ALL_REDUCE || w->kind == LLMPAR_REDUCE_SCATTER;
+    for (int32_t r = rank < 0 ? 0 : rank; r < (rank < 0 ? team->n : rank + 1); r++) {
+        const llmpari_cuda_on on(team->device[r]);
+        int64_t sends, receives;
+        llmpari_cuda_peer_extent(w, team->n, r, &sends, &receives);
+        if (sends)    LLMPARI_CUDA_TRY(llmpari_cuda_peer_pointer("send", r, w->send[r], reduces ? llmpari_cuda_bytes(w->dtype) : 1, false, err));
+        if (receives) LLMPARI_CUDA_TRY(llmpari_cuda_peer_pointer("recv", r, w->recv[r], reduces ? llmpari_cuda_bytes(w->dtype) : 1, false, err));
+    }
+    return LLMPAR_OK;
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_kind(llmpar_collective kind, llmpar_dtype dtype, llmpar_error *err) {
+    const bool reduces = kind == LLMPAR_ALL_REDUCE || kind == LLMPAR_REDUCE_SCATTER;
+    if (kind == LLMPAR_SEND || kind == LLMPAR_RECV)
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "the peer-to-peer communicator has no Send and Recv; use a Permute, or the communicator over NCCL");
+    if (!reduces && kind != LLMPAR_ALL_GATHER && kind != LLMPAR_ALL_TO_ALL && kind != LLMPAR_PERMUTE && kind != LLMPAR_BROADCAST && kind != LLMPAR_BARRIER)
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "kind=%d is not a call that the peer-to-peer communicator can make", (int)kind);
+    if (reduces) return llmpari_cuda_float("dtype", dtype, err);
+    if ((int)dtype >= 0 && dtype < LLMPAR_DTYPE_COUNT) return LLMPAR_OK;
+    return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "dtype=%d is not known", (int)dtype);
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_rank(const llmpar_cuda_peer *team, int32_t rank_plus_1, llmpar_error *err) {
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("rank_plus_1", rank_plus_1, team->n, err));
+    if (rank_plus_1 && team->one_device)
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank_plus_1=%d, but virtual ranks run in one launch: pass 0 and every rank's pointers", (int)rank_plus_1);
+    return LLMPAR_OK;
+}
+
+// The counts of a call, checked, into the work.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_counts(const llmpar_cuda_peer *team, const llmpar_cuda_peer_call *call, llmpari_cuda_peer_work *w, llmpar_error *err) {
+    const bool pairs = call->kind == LLMPAR_ALL_TO_ALL || call->kind == LLMPAR_PERMUTE, list = pairs || call->kind == LLMPAR_ALL_GATHER || call->kind == LLMPAR_REDUCE_SCATTER;
+    const int64_t most = (int64_t)1 << 48;
+    char name[40];
+    if (!list) return call->kind == LLMPAR_BARRIER ? LLMPAR_OK : llmpari_cuda_size("count", call->count, most, err);
+    if (!call->counts) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "counts is NULL");
+    for (int32_t i = 0; i < (pairs ? team->n * team->n : team->n); i++) {
+        snprintf(name, sizeof name, "counts[%d]", (int)i);
+        LLMPARI_CUDA_TRY(llmpari_cuda_size(name, call->counts[i], most, err));
+        w->counts[pairs ? i / team->n * LLMPARI_PEERS + i % team->n : i] = call->counts[i];
+    }
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_cuda_peer_run(llmpar_cuda_peer *team, const llmpar_cuda_peer_call *call, llmpar_error *err) {
+    llmpari_cuda_peer_work w;
+    if (!team || !call) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is NULL", team ? "call" : "peers");
+    memset(&w, 0, sizeof w);
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_kind(call->kind, call->dtype, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_rank(team, call->rank_plus_1, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_counts(team, call, &w, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("reduce", (int64_t)call->reduce, LLMPAR_MIN, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("way", call->way, 2, err));
+    if (call->kind == LLMPAR_BROADCAST) LLMPARI_CUDA_TRY(llmpari_cuda_size("root", call->root, team->n - 1, err));
+    if (call->kind != LLMPAR_BARRIER && (!call->send || !call->recv)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is NULL", call->send ? "recv" : "send");
+    w.kind   = call->kind;
+    w.dtype  = call->dtype;
+    w.reduce = call->reduce;
+    w.way    = call->way;
+    w.root   = call->root;
+    w.count  = call->kind == LLMPAR_BARRIER ? 0 : call->count;
+    for (int32_t r = 0; r < team->n && call->kind != LLMPAR_BARRIER; r++) { w.send[r] = call->send[r]; w.recv[r] = call->recv[r]; }
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_check(team, &w, call->rank_plus_1 - 1, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_sound(team, err));
+    return llmpari_cuda_peer_launch(team, &w, call->rank_plus_1 - 1, err);
+}
+
+// Rows as many as a half holds at a time.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_norm_launch(const llmpar_cuda_peer *team, const llmpar_cuda_peer_norm_desc *d, llmpar_error *err) {
+    llmpari_cuda_peer_norm_args a;
+    const int64_t bytes = d->columns * llmpari_cuda_bytes(d->dtype);
+    uint64_t bits = (uint64_t)bytes;
+    memset(&a, 0, sizeof a);
+    llmpari_cuda_peer_begin(team, &a.peer);
+    a.columns   = d->columns;
+    a.row_bytes = llmpari_cuda_up(bytes, 16) * 16;
+    a.eps       = d->eps;
+    const int64_t most = team->half / a.row_bytes;
+    for (int64_t row = 0; row < d->rows; row += most) {
+        a.rows = llmpari_cuda_min(most, d->rows - row);
+        for (int32_t r = 0; r < team->n; r++) {
+            if (d->rank_plus_1 && r != d->rank_plus_1 - 1) continue;
+            a.peer.send[r] = (const char *)d->send[r] + row * bytes;
+            a.peer.recv[r] = (char *)d->out[r] + row * bytes;
+            a.residual[r]  = d->residual ? (char *)d->residual[r] + row * bytes : NULL;
+            a.weight[r]    = (const char *)d->weight[r];
+            bits |= (uint64_t)(uintptr_t)a.peer.send[r] | (uint64_t)(uintptr_t)a.peer.recv[r] | (uint64_t)(uintptr_t)a.residual[r] | (uint64_t)(uintptr_t)a.weight[r];
+        }
+        a.aligned = bits % 16 == 0;
+        const int64_t blocks = llmpari_cuda_min(team->blocks, a.rows);
+        LLMPARI_CUDA_DISPATCH(d->dtype, T, LLMPARI_CUDA_TRY(llmpari_cuda_peer_start_kernel(team, "AllReduce + RMSNorm", llmpari_cuda_peer_norm_kernel<T>, &a, &a.peer, blocks,
+                                                                                           d->rank_plus_1 - 1, err)));
+    }
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_cuda_peer_norm(llmpar_cuda_peer *team, const llmpar_cuda_peer_norm_desc *d, llmpar_error *err) {
+    if (!team || !d) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is NULL", team ? "desc" : "peers");
+    LLMPARI_CUDA_TRY(llmpari_cuda_float("dtype", d->dtype, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_rank(team, d->rank_plus_1, err));
+    const int64_t align = llmpari_cuda_bytes(d->dtype);
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("rows", d->rows, (int64_t)1 << 40, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("columns", d->columns, team->half / align / 16 * 16, err));
+    if (!(d->eps >= 0) || isinf(d->eps)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "eps=%g; it must be 0 or more", (double)d->eps);
+    if (!d->rows || !d->columns) return LLMPAR_OK;
+    if (!d->send || !d->weight || !d->out) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is NULL", !d->send ? "send" : !d->weight ? "weight" : "out");
+    for (int32_t r = 0; r < team->n; r++) {
+        const llmpari_cuda_on on(team->device[r]);
+        if (d->rank_plus_1 && r != d->rank_plus_1 - 1) continue;
+        LLMPARI_CUDA_TRY(llmpari_cuda_peer_pointer("send", r, d->send[r], align, false, err));
+        LLMPARI_CUDA_TRY(llmpari_cuda_peer_pointer("weight", r, d->weight[r], align, false, err));
+        LLMPARI_CUDA_TRY(llmpari_cuda_peer_pointer("out", r, d->out[r], align, false, err));
+        if (d->residual) LLMPARI_CUDA_TRY(llmpari_cuda_peer_pointer("residual", r, d->residual[r], align, false, err));
+    }
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_sound(team, err));
+    return llmpari_cuda_peer_norm_launch(team, d, err);
+}
+
+LLMPAR_DEF llmpar_status llmpar_cuda_peer_wait(llmpar_cuda_peer *team, llmpar_error *err) {
+    if (!team) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "peers is NULL");
+    const double until = llmpari_cuda_now() + 2 * team->timeout_s + 1;                     // a kernel gives up before
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t r = 0; r < (team->one_device ? 1 : team->n) && !status; r++) {
+        const llmpari_cuda_on on(team->device[r]);
+        cudaEvent_t event;
+        LLMPARI_CUDA_CALL(err, cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+        const cudaError_t error = cudaEventRecord(event, (cudaStream_t)team->stream[r]);
+        status = error == cudaSuccess ? llmpari_cuda_poll(event, until, err) : llmpari_cuda_error(err, error, "cudaEventRecord", __LINE__, __func__);
+        (void)cudaEventDestroy(event);
+    }
+    return status ? status : llmpari_cuda_peer_sound(team, err);
+}
+
+// ---- making and freeing
+
+LLMPARI_CUDA_FN void *llmpari_cuda_peer_alloc(const llmpar_allocator *allocator, size_t bytes) {
+    void *memory = allocator->alloc ? allocator->alloc(bytes, allocator->user) : malloc(bytes);
+    if (memory) memset(memory, 0, bytes);
+    return memory;
+}
+
+// Frees a team's own; groups are freed with the world.
+LLMPARI_CUDA_FN void llmpari_cuda_peer_drop(llmpar_cuda_peer *team) {
+    const llmpar_allocator allocator = team->allocator;
+    for (int32_t r = 0; r < team->n; r++) {
+        const llmpari_cuda_on on(team->device[r]);
+        for (int s = 0; s < LLMPARI_PEER_FLIGHT; s++) if (team->slot[s].event[r]) (void)cudaEventDestroy(team->slot[s].event[r]);
+        if (team->own_stream && team->stream[r] && (r == 0 || !team->one_device)) (void)cudaStreamDestroy((cudaStream_t)team->stream[r]);
+        if (team->memory[r]) (void)cudaFree(team->memory[r]);
+    }
+    if (team->host) (void)cudaFreeHost(team->host);
+    if (team->locks) { pthread_mutex_destroy(&team->mutex); pthread_cond_destroy(&team->cond); }
+    if (allocator.free) allocator.free(team, sizeof *team, allocator.user);
+    else free(team);
+}
+
+LLMPAR_DEF void llmpar_cuda_peer_free(llmpar_cuda_peer *peers) {
+    while (peers) {
+        llmpar_cuda_peer *next = peers->next;
+        llmpari_cuda_peer_drop(peers);
+        peers = next;
+    }
+}
+
+// A rank's mailbox, zeroed: on a stream of its own, for kernels of other streams may be waiting for this rank's host.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_mailbox(llmpar_cuda_peer *team, int32_t r, llmpar_error *err) {
+    const llmpari_cuda_on on(team->device[r]);
+    cudaStream_t stream;
+    void *memory = NULL;
+    LLMPARI_CUDA_CALL(err, cudaMalloc(&memory, (size_t)(LLMPARI_PEER_DATA + 2 * team->half)));
+    team->memory[r] = (char *)memory;
+    LLMPARI_CUDA_CALL(err, cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    cudaError_t error = cudaMemsetAsync(memory, 0, LLMPARI_PEER_DATA, stream);
+    if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+    (void)cudaStreamDestroy(stream);
+    LLMPARI_CUDA_CALL(err, error);
+    for (int s = 0; s < LLMPARI_PEER_FLIGHT && (r == 0 || !team->one_device); s++) LLMPARI_CUDA_CALL(err, cudaEventCreateWithFlags(&team->slot[s].event[r], cudaEventDisableTiming));
+    return LLMPAR_OK;
+}
+
+static const llmpar_comm_vtable *llmpari_cuda_peer_vtable(void);
+
+// Mailboxes, pinned words and ends of a team whose devices and streams are known.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_furnish(llmpar_cuda_peer *team, llmpar_error *err) {
+    void *host = NULL;
+    for (int32_t r = 0; r < team->n; r++) {
+        LLMPARI_CUDA_TRY(llmpari_cuda_peer_mailbox(team, r, err));
+        llmpari_cuda_peer_end *end = &team->end[r];
+        end->team = team;
+        end->rank = r;
+        end->comm.vtable    = llmpari_cuda_peer_vtable();
+        end->comm.rank      = r;
+        end->comm.size      = team->n;
+        end->comm.timeout_s = team->timeout_s;
+        end->comm.id        = team->id;
+        end->comm.late      = -1;
+        end->comm.impl      = end;
+    }
+    LLMPARI_CUDA_CALL(err, cudaHostAlloc(&host, 4 * (LLMPARI_PEER_ABORT + 1), cudaHostAllocPortable | cudaHostAllocMapped));
+    memset(host, 0, 4 * (LLMPARI_PEER_ABORT + 1));
+    team->host = (uint32_t *)host;
+    return LLMPAR_OK;
+}
+
+// Most blocks of a rank that all run at once, of any kernel.
+template <typename A> static cudaError_t llmpari_cuda_peer_fit(void (*kernel)(A), int *least) {
+    int blocks = 0;
+    const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, LLMPARI_PEER_THREADS, 0);
+    if (error == cudaSuccess && blocks < *least) *least = blocks;
+    return error;
+}
+template <typename T> static cudaError_t llmpari_cuda_peer_fit_all(int *least) {
+    cudaError_t error = llmpari_cuda_peer_fit(llmpari_cuda_peer_reduce_kernel<T>, least);
+    if (error == cudaSuccess) error = llmpari_cuda_peer_fit(llmpari_cuda_peer_two_shot_kernel<T>, least);
+    if (error == cudaSuccess) error = llmpari_cuda_peer_fit(llmpari_cuda_peer_norm_kernel<T>, least);
+    return error;
+}
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_blocks(llmpar_cuda_peer *team, int32_t wanted, llmpar_error *err) {
+    team->blocks = wanted ? wanted : team->one_device ? LLMPARI_PEER_BLOCKS : 64;
+    for (int32_t r = 0; r < team->n; r++) {
+        const llmpari_cuda_on on(team->device[r]);
+        int least = 32, processors = 0, together = 0;
+        LLMPARI_CUDA_CALL(err, cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, team->device[r]));
+        if (!together) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "device %d has no cooperative launch", (int)team->device[r]);
+        LLMPARI_CUDA_CALL(err, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, team->device[r]));
+        LLMPARI_CUDA_CALL(err, llmpari_cuda_peer_fit_all<float>(&least));
+        LLMPARI_CUDA_CALL(err, llmpari_cuda_peer_fit_all<__nv_bfloat16>(&least));
+        LLMPARI_CUDA_CALL(err, llmpari_cuda_peer_fit_all<__half>(&least));
+        LLMPARI_CUDA_CALL(err, llmpari_cuda_peer_fit(llmpari_cuda_peer_exchange_kernel<uint8_t>, &least));
+        LLMPARI_CUDA_CALL(err, llmpari_cuda_peer_fit(llmpari_cuda_peer_exchange_kernel<uint16_t>, &least));
+        LLMPARI_CUDA_CALL(err, llmpari_cuda_peer_fit(llmpari_cuda_peer_exchange_kernel<uint32_t>, &least));
+        const int64_t room = (int64_t)least * processors / (team->one_device ? team->n : 1);
+        if (room < 1) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "device %d cannot run a block of each of %d ranks at once", (int)team->device[r], (int)team->n);
+        team->blocks = (int32_t)llmpari_cuda_min(team->blocks, room);
+    }
+    return LLMPAR_OK;
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_devices(llmpar_cuda_peer *team, const llmpar_cuda_peer_desc *desc, llmpar_error *err) {
+    int current = 0;
+    const int n = llmpar_cuda_devices(NULL);
+    LLMPARI_CUDA_CALL(err, cudaGetDevice(&current));
+    team->one_device = !desc->device || desc->n_ranks == 1;
+    for (int32_t r = 0; r < team->n; r++) {
+        team->device[r] = desc->device ? desc->device[r] : current;
+        if (team->device[r] < 0 || team->device[r] >= n)
+            return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "device[%d]=%d, but this process sees devices 0 to %d", (int)r, (int)team->device[r], n - 1);
+        for (int32_t s = 0; s < r && desc->device; s++)
+            if (team->device[s] == team->device[r])
+                return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "ranks %d and %d are both on device %d; pass device = NULL to have all ranks on one", (int)s, (int)r, (int)team->device[r]);
+    }
+    for (int32_t r = 0; r < team->n && !team->one_device; r++)
+        for (int32_t s = 0; s < team->n; s++) {
+            const llmpari_cuda_on on(team->device[r]);
+            int can = 0;
+            if (s == r) continue;
+            LLMPARI_CUDA_CALL(err, cudaDeviceCanAccessPeer(&can, team->device[r], team->device[s]));
+            if (!can) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "device %d cannot read device %d's memory; use the communicator over NCCL", (int)team->device[r], (int)team->device[s]);
+            const cudaError_t error = cudaDeviceEnablePeerAccess(team->device[s], 0);
+            if (error == cudaErrorPeerAccessAlreadyEnabled) (void)cudaGetLastError();
+            else LLMPARI_CUDA_CALL(err, error);
+        }
+    return LLMPAR_OK;
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_open(llmpar_cuda_peer *team, const llmpar_cuda_peer_desc *desc, llmpar_error *err) {
+    team->root       = team;
+    team->freed      = 0;
+    team->half       = llmpari_cuda_up(desc->buffer_bytes ? desc->buffer_bytes : (int64_t)8 << 20, 4096) * 4096;
+    team->one_shot   = desc->one_shot_bytes ? desc->one_shot_bytes : team->n <= 2 ? INT64_MAX : team->n <= 4 ? 512 << 10 : 256 << 10;
+    team->timeout_s  = desc->timeout_s > 0 ? desc->timeout_s : 60;
+    team->own_stream = !desc->stream;
+    team->stream_ordered = desc->stream_ordered;
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_devices(team, desc, err));
+    for (int32_t r = 0; r < team->n; r++) {
+        const llmpari_cuda_on on(team->device[r]);
+        team->member[r] = r;
+        if (team->one_device && r > 0) team->stream[r] = team->stream[0];
+        else if (desc->stream) team->stream[r] = desc->stream[r];
+        else {
+            cudaStream_t stream;
+            LLMPARI_CUDA_CALL(err, cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+            team->stream[r] = (void *)stream;
+        }
+    }
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_blocks(team, desc->blocks, err));
+    return llmpari_cuda_peer_furnish(team, err);
+}
+
+LLMPAR_DEF llmpar_status llmpar_cuda_peer_create(const llmpar_cuda_peer_desc *desc, llmpar_cuda_peer **peers, llmpar_error *err) {
+    const char *why;
+    if (!peers) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "peers is NULL: where should they go?");
+    *peers = NULL;
+    if (!desc) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc is NULL");
+    if (desc->n_ranks < 1 || desc->n_ranks > LLMPARI_PEERS) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_ranks=%d; it must be 1 to %d", (int)desc->n_ranks, LLMPARI_PEERS);
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("buffer_bytes", desc->buffer_bytes, (int64_t)1 << 36, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("one_shot_bytes", desc->one_shot_bytes, INT64_MAX, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("blocks", desc->blocks, LLMPARI_PEER_BLOCKS, err));
+    if (!(desc->timeout_s >= 0 && desc->timeout_s <= 1e9)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "timeout_s=%g; it must be 0 (60 s) to 1e9", desc->timeout_s);
+    if (llmpar_cuda_devices(&why) == 0) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "no GPU: %s", why);
+    llmpar_cuda_peer *team = (llmpar_cuda_peer *)llmpari_cuda_peer_alloc(&desc->allocator, sizeof *team);
+    if (!team) return LLMPARI_CUDA_FAIL(err, LLMPAR_NO_MEMORY, "no memory for %d ranks' records", (int)desc->n_ranks);
+    team->allocator = desc->allocator;
+    team->n = desc->n_ranks;
+    pthread_mutex_init(&team->mutex, NULL);
+    pthread_cond_init(&team->cond, NULL);
+    team->locks = true;
+    const llmpar_status status = llmpari_cuda_peer_open(team, desc, err);
+    if (status) { llmpar_cuda_peer_free(team); return status; }
+    *peers = team;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void *llmpar_cuda_peer_stream(const llmpar_cuda_peer *peers, int32_t rank) { return rank >= 0 && rank < peers->n ? peers->stream[rank] : NULL; }
+LLMPAR_DEF llmpar_comm *llmpar_cuda_peer_comm(llmpar_cuda_peer *peers, int32_t rank) { return peers && rank >= 0 && rank < peers->n ? &peers->end[rank].comm : NULL; }
+
+// ---- the crossover, measured
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_time(llmpar_cuda_peer *team, void *const *buffer, int64_t bytes, int32_t way, double *seconds, llmpar_error *err) {
+    llmpari_cuda_peer_work w;
+    memset(&w, 0, sizeof w);
+    w.kind  = LLMPAR_ALL_REDUCE;
+    w.dtype = LLMPAR_BF16;
+    w.way   = way;
+    w.count = bytes / 2;
+    for (int32_t r = 0; r < team->n; r++) { w.send[r] = buffer[r]; w.recv[r] = buffer[r]; }
+    *seconds = INFINITY;
+    for (int turn = 0; turn < 4; turn++) {                     // the first one warms up
+        const double began = llmpari_cuda_now();
+        for (int run = 0; run < 10; run++) LLMPARI_CUDA_TRY(llmpari_cuda_peer_launch(team, &w, -1, err));
+        LLMPARI_CUDA_TRY(llmpar_cuda_peer_wait(team, err));
+        const double took = llmpari_cuda_now() - began;
+        if (turn && took < *seconds) *seconds = took;
+    }
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_cuda_peer_measure(llmpar_cuda_peer *team, int64_t *one_shot_bytes, llmpar_error *err) {
+    void *buffer[LLMPARI_PEERS] = { NULL };
+    llmpar_status status = LLMPAR_OK;
+    if (!team) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "peers is NULL");
+    const int64_t most = llmpari_cuda_min(team->half, (int64_t)4 << 20);
+    int64_t found = 0;
+    for (int32_t r = 0; r < team->n && !status; r++) {
+        const llmpari_cuda_on on(team->device[r]);
+        cudaError_t error = cudaMalloc(&buffer[r], (size_t)most);
+        if (error == cudaSuccess) error = cudaMemsetAsync(buffer[r], 0, (size_t)most, (cudaStream_t)team->stream[r]);
+        if (error != cudaSuccess) status = llmpari_cuda_error(err, error, "cudaMalloc", __LINE__, __func__);
+    }
+    for (int64_t bytes = most; bytes >= 4096 && !status; bytes /= 2) {                     // from above: the first size at which one-shot wins
+        double one = 0, two = 0;
+        status = llmpari_cuda_peer_time(team, buffer, bytes, 1, &one, err);
+        if (!status) status = llmpari_cuda_peer_time(team, buffer, bytes, 2, &two, err);
+        if (!status && one <= two) { found = bytes; break; }
+    }
+    for (int32_t r = 0; r < team->n; r++) {
+        const llmpari_cuda_on on(team->device[r]);
+        (void)cudaFree(buffer[r]);
+    }
+    if (status) return status;
+    team->one_shot = found;
+    if (one_shot_bytes) *one_shot_bytes = found;
+    return LLMPAR_OK;
+}
+
+// ---- communicators
+
+// "rank 1", "ranks 1, 3": those of the team that are not in `bits`.
+LLMPARI_CUDA_FN void llmpari_cuda_peer_missing(const llmpar_cuda_peer *team, uint32_t bits, char *text, size_t bytes) {
+    int n = 0;
+    size_t at = 0;
+    for (int32_t r = 0; r < team->n; r++) n += !(bits >> r & 1u);
+    at = (size_t)snprintf(text, bytes, "rank%s ", n == 1 ? "" : "s");
+    for (int32_t r = 0, k = 0; r < team->n; r++)
+        if (!(bits >> r & 1u) && at < bytes) at += (size_t)snprintf(text + at, bytes - at, "%s%d", k++ ? ", " : "", (int)team->member[r]);
+}
+
+// Waits under the mutex, at most 20 ms: the caller looks at the clock again.
+LLMPARI_CUDA_FN void llmpari_cuda_peer_nap(llmpar_cuda_peer *root) {
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_nsec += 20000000;
+    if (until.tv_nsec >= 1000000000) { until.tv_nsec -= 1000000000; until.tv_sec++; }
+    pthread_cond_timedwait(&root->cond, &root->mutex, &until);
+}
+
+LLMPARI_CUDA_FN void llmpari_cuda_peer_work_of(const llmpar_cuda_peer *team, const llmpari_cuda_peer_slot *slot, llmpari_cuda_peer_work *w) {
+    memset(w, 0, sizeof *w);
+    w->kind   = slot->call[0].kind;
+    w->dtype  = slot->call[0].dtype;
+    w->reduce = slot->call[0].reduce;
+    w->root   = slot->call[0].peer;
+    w->count  = w->kind == LLMPAR_ALL_REDUCE || w->kind == LLMPAR_BROADCAST ? slot->call[0].count : 0;
+    memcpy(w->counts, slot->counts, sizeof w->counts);
+    for (int32_t r = 0; r < team->n; r++) { w->send[r] = slot->call[r].send; w->recv[r] = slot->call[r].recv; }
+}
+
+// Does everyone ask for the same? All that is in the calls is known here.
+LLMPARI_CUDA_FN bool llmpari_cuda_peer_agree(const llmpar_cuda_peer *team, llmpari_cuda_peer_slot *slot, char *why, size_t bytes) {
+    const llmpar_call *first = &slot->call[0];
+    const bool pairs = first->kind == LLMPAR_ALL_TO_ALL || first->kind == LLMPAR_PERMUTE, list = first->kind == LLMPAR_ALL_GATHER || first->kind == LLMPAR_REDUCE_SCATTER;
+    for (int32_t r = 0; r < team->n; r++) {
+        const llmpar_call *call = &slot->call[r];
+        bool same = call->kind == first->kind && (call->kind == LLMPAR_BARRIER || call->dtype == first->dtype);
+        if (call->kind == LLMPAR_ALL_REDUCE || call->kind == LLMPAR_REDUCE_SCATTER) same = same && call->reduce == first->reduce;
+        if (call->kind == LLMPAR_ALL_REDUCE || call->kind == LLMPAR_BROADCAST) same = same && call->count == first->count;
+        if (call->kind == LLMPAR_BROADCAST) same = same && call->peer == first->peer;
+        for (int32_t s = 0; s < team->n && list; s++) same = same && slot->expected[r * LLMPARI_PEERS + s] == slot->expected[s];
+        if (!same) {
+            snprintf(why, bytes, "rank %d calls %s #%lld (dtype %d, reduction %d, count %lld, root %d), rank %d %s (dtype %d, reduction %d, count %lld, root %d), or their counts differ",
+                     (int)team->member[0], llmpar_collective_name(first->kind), (long long)slot->seq - 1, (int)first->dtype, (int)first->reduce, (long long)first->count, (int)first->peer,
+                     (int)team->member[r], llmpar_collective_name(call->kind), (int)call->dtype, (int)call->reduce, (long long)call->count, (int)call->peer);
+            return false;
+        }
+        for (int32_t s = 0; s < team->n && pairs; s++)
+            if (slot->counts[s * LLMPARI_PEERS + r] != slot->expected[r * LLMPARI_PEERS + s]) {
+                snprintf(why, bytes, "%s #%lld: rank %d sends %lld elements to rank %d, which expects %lld", llmpar_collective_name(first->kind), (long long)slot->seq - 1,
+                         (int)team->member[s], (long long)slot->counts[s * LLMPARI_PEERS + r], (int)team->member[r], (long long)slot->expected[r * LLMPARI_PEERS + s]);
+                return false;
+            }
+    }
+    if (list) memcpy(slot->counts, slot->expected, (size_t)team->n * sizeof slot->counts[0]);
+    return true;
+}
+
+// Launches what all have started: with virtual ranks for all, else the rank's own part; in the order of the calls. Under the mutex, so that no other call comes between.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_advance(llmpari_cuda_peer_end *end, llmpar_error *err) {
+    llmpar_cuda_peer *team = end->team;
+    const uint32_t all = (1u << team->n) - 1;
+    for (; end->launched < end->started; end->launched++) {
+        llmpari_cuda_peer_slot *slot = &team->slot[end->launched % LLMPARI_PEER_FLIGHT];
+        llmpari_cuda_peer_work w;
+        const int32_t r = team->one_device ? 0 : end->rank;
+        if (slot->seq != end->launched + 1 || slot->arrived != all || slot->status) return LLMPAR_OK;
+        if (slot->launched >> end->rank & 1u) continue;
+        const llmpari_cuda_on on(team->device[end->rank]);
+        llmpari_cuda_peer_work_of(team, slot, &w);
+        llmpar_status status = llmpari_cuda_peer_launch(team, &w, team->one_device ? -1 : end->rank, err);
+        const cudaError_t error = status ? cudaSuccess : cudaEventRecord(slot->event[r], (cudaStream_t)team->stream[r]);
+        if (error != cudaSuccess) status = llmpari_cuda_error(err, error, "cudaEventRecord", __LINE__, __func__);
+        if (status) { llmpari_cuda_peer_stop(team, status, err ? err->text : "a launch failed"); return status; }
+        slot->launched |= team->one_device ? all : 1u << end->rank;
+    }
+    return LLMPAR_OK;
+}
+
+// The world's end as a rank sees it that did not find it out itself.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_stopped(const llmpar_cuda_peer *team, llmpar_error *err) {
+    return LLMPARI_CUDA_FAIL(err, LLMPAR_ABORTED, "aborted: %s", team->root->why);
+}
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_give_up(llmpar_cuda_peer *team, llmpar_status status, llmpar_error *err, const char *why) {
+    llmpari_cuda_peer_stop(team, status, why);
+    return LLMPARI_CUDA_FAIL(err, status, "%s", why);
+}
+
+// The slot of the rank's next call, free or begun by others. Under the mutex; waits for those who still need it.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_claim(llmpari_cuda_peer_end *end, double timeout_s, llmpari_cuda_peer_slot **out, llmpar_error *err) {
+    llmpar_cuda_peer *team = end->team;
+    llmpari_cuda_peer_slot *slot = &team->slot[end->started % LLMPARI_PEER_FLIGHT];
+    const double until = llmpari_cuda_now() + timeout_s;
+    while (!team->root->stopped && slot->seq && slot->seq != end->started + 1) {
+        char who[80], why[200];
+        LLMPARI_CUDA_TRY(llmpari_cuda_peer_advance(end, err));
+        llmpari_cuda_peer_missing(team, slot->retired, who, sizeof who);
+        snprintf(why, sizeof why, "rank %d has %d calls in flight and waited %g s for %s to wait for the first of them", (int)team->member[end->rank], LLMPARI_PEER_FLIGHT, timeout_s, who);
+        if (llmpari_cuda_now() > until) return llmpari_cuda_peer_give_up(team, LLMPAR_TIMEOUT, err, why);
+        llmpari_cuda_peer_nap(team->root);
+    }
+    if (team->root->stopped) return llmpari_cuda_peer_stopped(team, err);
+    slot->seq = end->started + 1;
+    *out = slot;
+    return LLMPAR_OK;
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_post_call(llmpari_cuda_peer_end *end, const llmpar_call *call, llmpar_error *err) {
+    llmpar_cuda_peer *team = end->team;
+    llmpari_cuda_peer_slot *slot;
+    char why[400];
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_claim(end, call->timeout_s > 0 ? call->timeout_s : end->comm.timeout_s, &slot, err));
+    slot->call[end->rank] = *call;
+    for (int32_t s = 0; s < team->n; s++) {
+        slot->counts  [end->rank * LLMPARI_PEERS + s] = call->send_counts ? call->send_counts[s] : 0;
+        slot->expected[end->rank * LLMPARI_PEERS + s] = call->recv_counts ? call->recv_counts[s] : 0;
+    }
+    slot->arrived |= 1u << end->rank;
+    end->started++;
+    if (slot->arrived == (1u << team->n) - 1 && !llmpari_cuda_peer_agree(team, slot, why, sizeof why)) {
+        slot->status = LLMPAR_MISMATCH;
+        llmpari_cuda_peer_stop(team, LLMPAR_MISMATCH, why);
+    }
+    const llmpar_status status = slot->status ? LLMPAR_OK : llmpari_cuda_peer_advance(end, err);
+    pthread_cond_broadcast(&team->root->cond);
+    return status;
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_start(llmpar_comm *comm, const llmpar_call *call, int64_t *ticket, llmpar_error *err) {
+    llmpari_cuda_peer_end *end = (llmpari_cuda_peer_end *)comm->impl;
+    llmpar_cuda_peer *team = end->team;
+    llmpar_error own;
+    llmpari_cuda_peer_work w;
+    if (!err) err = &own;
+    llmpar_status status = llmpari_cuda_peer_kind(call->kind, call->dtype, err);
+    memset(&w, 0, sizeof w);
+    if (!status) {                                             // this rank's pointers, with what it says of counts
+        const bool pairs = call->kind == LLMPAR_ALL_TO_ALL || call->kind == LLMPAR_PERMUTE, list = call->kind == LLMPAR_ALL_GATHER || call->kind == LLMPAR_REDUCE_SCATTER;
+        w.kind  = call->kind;
+        w.dtype = call->dtype;
+        w.root  = call->peer;
+        w.count = call->count;
+        w.send[end->rank] = call->send;
+        w.recv[end->rank] = call->recv;
+        for (int32_t s = 0; s < team->n; s++) {
+            if (list) w.counts[s] = call->recv_counts[s];
+            if (pairs) { w.counts[end->rank * LLMPARI_PEERS + s] = call->send_counts[s]; w.counts[s * LLMPARI_PEERS + end->rank] = call->recv_counts[s]; }
+        }
+        status = llmpari_cuda_peer_check(team, &w, end->rank, err);
+    }
+    pthread_mutex_lock(&team->root->mutex);
+    *ticket = end->started;
+    if (!team->root->stopped) llmpari_cuda_peer_look(team);
+    if (team->root->stopped) status = llmpari_cuda_peer_stopped(team, err);
+    else if (status) {
+        char why[480];
+        snprintf(why, sizeof why, "rank %d: %.400s", (int)team->member[end->rank], err->text);
+        llmpari_cuda_peer_stop(team, status, why);
+    } else status = llmpari_cuda_peer_post_call(end, call, err);
+    pthread_mutex_unlock(&team->root->mutex);
+    return status;
+}
+
+LLMPARI_CUDA_FN void llmpari_cuda_peer_retire(llmpari_cuda_peer_end *end, llmpari_cuda_peer_slot *slot) {
+    slot->retired |= 1u << end->rank;
+    if (slot->retired != (1u << end->team->n) - 1) return;
+    slot->seq = 0;
+    slot->arrived = slot->launched = slot->retired = 0;
+    slot->status = LLMPAR_OK;
+    pthread_cond_broadcast(&end->team->root->cond);
+}
+
+// Until the call is launched; under the mutex. *launched false and OK: it is not, and block is false.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_await(llmpari_cuda_peer_end *end, llmpari_cuda_peer_slot *slot, bool block, double timeout_s, bool *launched, llmpar_error *err) {
+    llmpar_cuda_peer *team = end->team;
+    const double until = llmpari_cuda_now() + timeout_s;
+    for (;;) {
+        if (slot->status) return LLMPARI_CUDA_FAIL(err, slot->status, "%s", team->root->why);
+        if (!team->root->stopped) LLMPARI_CUDA_TRY(llmpari_cuda_peer_advance(end, err));
+        *launched = slot->launched >> end->rank & 1u;
+        if (*launched) return LLMPAR_OK;
+        if (team->root->stopped) return llmpari_cuda_peer_stopped(team, err);
+        if (!block) return LLMPAR_OK;
+        if (llmpari_cuda_now() > until) {
+            char who[80], why[200];
+            llmpari_cuda_peer_missing(team, slot->arrived, who, sizeof who);
+            snprintf(why, sizeof why, "rank %d waited %g s for %s to call %s #%lld", (int)team->member[end->rank], timeout_s, who,
+                     llmpar_collective_name(slot->call[end->rank].kind), (long long)slot->seq - 1);
+            return llmpari_cuda_peer_give_up(team, LLMPAR_TIMEOUT, err, why);
+        }
+        llmpari_cuda_peer_nap(team->root);
+    }
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_wait(llmpar_comm *comm, int64_t ticket, bool block, bool *done, llmpar_error *err) {
+    llmpari_cuda_peer_end *end = (llmpari_cuda_peer_end *)comm->impl;
+    llmpar_cuda_peer *team = end->team;
+    llmpari_cuda_peer_slot *slot = &team->slot[ticket % LLMPARI_PEER_FLIGHT];
+    bool launched = false;
+    pthread_mutex_lock(&team->root->mutex);
+    *done = slot->seq != ticket + 1 || (slot->retired >> end->rank & 1u);
+    if (*done) { pthread_mutex_unlock(&team->root->mutex); return LLMPAR_OK; }
+    const double timeout_s = slot->call[end->rank].timeout_s > 0 ? slot->call[end->rank].timeout_s : comm->timeout_s;
+    llmpar_status status = llmpari_cuda_peer_await(end, slot, block, timeout_s, &launched, err);
+    const cudaEvent_t event = slot->event[team->one_device ? 0 : end->rank];
+    pthread_mutex_unlock(&team->root->mutex);
+    if (!status && !launched) return LLMPAR_OK;
+    if (launched && !team->stream_ordered) {                   // even in a world that has stopped: nobody may touch the buffers when this returns
+        const llmpari_cuda_on on(team->device[end->rank]);
+        const cudaError_t now = block ? cudaErrorNotReady : cudaEventQuery(event);
+        if (!block && now == cudaErrorNotReady) return LLMPAR_OK;
+        if (block) status = llmpari_cuda_poll(event, llmpari_cuda_now() + timeout_s + 2 * team->timeout_s + 1, err);
+        else if (now != cudaSuccess) status = llmpari_cuda_error(err, now, "cudaEventQuery", __LINE__, __func__);
+    }
+    pthread_mutex_lock(&team->root->mutex);
+    if (!status) {
+        const bool before = team->root->stopped != LLMPAR_OK;
+        llmpari_cuda_peer_look(team);
+        if (team->root->stopped) status = before ? llmpari_cuda_peer_stopped(team, err) : LLMPARI_CUDA_FAIL(err, team->root->stopped, "%s", team->root->why);
+    }
+    llmpari_cuda_peer_retire(end, slot);
+    *done = true;
+    pthread_mutex_unlock(&team->root->mutex);
+    return status;
+}
+
+// A team of some of the ranks: the one that other members have begun, one that all have freed, or a new one. Under the mutex.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_team(llmpari_cuda_peer_end *end, const int32_t *members, int32_t n, int32_t me, llmpar_cuda_peer **out, llmpar_error *err) {
+    llmpar_cuda_peer *parent = end->team, *root = parent->root, **last = &root->next;
+    for (llmpar_cuda_peer *t = root->next; t; last = &t->next, t = t->next) {
+        bool same = t->parent == parent && t->n == n;
+        for (int32_t i = 0; i < n && same; i++) same = t->member[i] == parent->member[members[i]];
+        if (same && t->freed == (1u << n) - 1) { t->joined = t->freed = 0; t->id = ++root->groups; for (int32_t i = 0; i < n; i++) t->end[i].comm.id = t->id; }
+        if (same && !(t->joined >> me & 1u)) { *out = t; return LLMPAR_OK; }
+    }
+    llmpar_cuda_peer *team = (llmpar_cuda_peer *)llmpari_cuda_peer_alloc(&root->allocator, sizeof *team);
+    if (!team) return LLMPARI_CUDA_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a group of %d ranks", (int)n);
+    team->allocator = root->allocator;
+    team->root      = root;
+    team->parent    = parent;
+    team->n         = n;
+    team->blocks    = root->blocks;
+    team->one_device = parent->one_device || n == 1;
+    team->stream_ordered = root->stream_ordered;
+    team->half      = root->half;
+    team->one_shot  = n <= 2 && root->n > 2 ? INT64_MAX : root->one_shot;
+    team->timeout_s = root->timeout_s;
+    team->id        = ++root->groups;
+    for (int32_t i = 0; i < n; i++) {
+        team->member[i] = parent->member[members[i]];
+        team->device[i] = parent->device[members[i]];
+        team->stream[i] = parent->stream[members[i]];
+    }
+    const llmpar_status status = llmpari_cuda_peer_furnish(team, err);
+    if (status) { llmpari_cuda_peer_drop(team); return status; }
+    *last = team;
+    *out  = team;
+    return LLMPAR_OK;
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_group(llmpar_comm *comm, const int32_t *members, int32_t n, llmpar_comm **sub, llmpar_error *err) {
+    llmpari_cuda_peer_end *end = (llmpari_cuda_peer_end *)comm->impl;
+    llmpar_cuda_peer *root = end->team->root, *team = NULL;
+    int32_t me = 0;
+    while (me < n && members[me] != comm->rank) me++;
+    if (me == n) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d is not a member of the group that it asks for", (int)comm->rank);
+    pthread_mutex_lock(&root->mutex);
+    llmpar_status status = root->stopped ? llmpari_cuda_peer_stopped(end->team, err) : llmpari_cuda_peer_team(end, members, n, me, &team, err);
+    if (!status) {
+        team->joined |= 1u << me;
+        *sub = &team->end[me].comm;
+    }
+    pthread_mutex_unlock(&root->mutex);
+    return status;
+}
+
+LLMPARI_CUDA_FN void llmpari_cuda_peer_comm_abort(llmpar_comm *comm, const char *why) {
+    llmpari_cuda_peer_end *end = (llmpari_cuda_peer_end *)comm->impl;
+    char text[480];
+    snprintf(text, sizeof text, "rank %d: %.400s", (int)end->team->member[end->rank], why ? why : "no reason was given");
+    pthread_mutex_lock(&end->team->root->mutex);
+    llmpari_cuda_peer_stop(end->team, LLMPAR_ABORTED, text);
+    pthread_mutex_unlock(&end->team->root->mutex);
+}
+
+LLMPARI_CUDA_FN void llmpari_cuda_peer_comm_free(llmpar_comm *comm) {
+    llmpari_cuda_peer_end *end = (llmpari_cuda_peer_end *)comm->impl;
+    llmpar_cuda_peer *root = end->team->root;
+    if (end->team == root) return;
+    pthread_mutex_lock(&root->mutex);
+    end->team->freed |= 1u << end->rank;
+    pthread_mutex_unlock(&root->mutex);
+}
+
+static const llmpar_comm_vtable *llmpari_cuda_peer_vtable(void) {
+    static const llmpar_comm_vtable vtable = { llmpari_cuda_peer_comm_start, llmpari_cuda_peer_comm_wait, llmpari_cuda_peer_comm_group, llmpari_cuda_peer_comm_abort,
+                                               llmpari_cuda_peer_comm_free, NULL, NULL };
+    return &vtable;
+}
 #endif // LLMPARI_CUDA_KERNELS
 
 #ifdef LLMPAR_NCCL
 // ============================================================================================================
 // >>nccl (impl)
 // ============================================================================================================
+#include <errno.h>
+#include <fcntl.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+#ifndef LLMPAR_NO_THREADS
+#include <pthread.h>
+#endif
+
+enum {
+    LLMPARI_NCCL_MAIL = 64,        // Sends and Recvs of one comm that wait to go off together
+    LLMPARI_NCCL_SPIN = 64,        // polls before the first nap
+    LLMPARI_NCCL_LOOK = 16         // every so many polls: has another rank given up?
+};
+
+// What a member is doing, for the others' words: sent as it is, so all ranks have the same byte order.
+typedef struct llmpari_nccl_sign { int64_t number, count; int32_t kind, dtype, reduce, peer; } llmpari_nccl_sign;
+
+// What the comms of one rank share. `lock` is held for every call of NCCL, none of which blocks, and never while waiting; so an abort from any thread is quick.
+typedef struct llmpari_nccl_world {
+#ifndef LLMPAR_NO_THREADS
+    pthread_mutex_t   lock;
+#endif
+    llmpar_allocator  allocator;
+    struct llmpari_nccl *first;    // all comms
+    llmpar_comm      *user_host;   // desc.host, or NULL; shrinks
+    bool              own_host;    // user_host came from a shrink
+    llmpar_comm      *watch;       // of the same ranks, this world's own: stopped by whoever fails. NULL: alone, or no host
+    llmpar_request    watching;    // a Recv from itself that is there only to fail when the host's world is stopped
+    unsigned char     watched, token;
+    llmpar_nccl_desc  desc;
+    int32_t           rank, size;
+    int32_t          *scratch;     // device, for barriers
+    bool              stopped, split;
+    char              why[900];    // "rank 2: ..."
+} llmpari_nccl_world;
+
+typedef struct llmpari_nccl {
+    llmpar_comm         comm;
+    llmpari_nccl_world *world;
+    struct llmpari_nccl *next;
+    ncclComm_t          nccl;      // NULL: not made yet, or aborted
+    llmpar_comm        *host;      // of the same members, or NULL
+    int32_t            *ranks;     // [size] of the members in the world
+    void               *stream;
+    cudaEvent_t         event;
+    int64_t             tickets;   // calls so far
+    int64_t             barrier;   // ticket of the last one
+    int64_t             marked, done;   // tickets up to which `event` stands on the stream, and which it has passed
+    double              patience_s;
+    bool                taking;    // NCCL has not said yet that it took the last group
+    llmpari_nccl_sign   last;      // what was asked for last
+    int32_t             n_mail;
+    llmpar_call         mail[LLMPARI_NCCL_MAIL];   // Sends and Recvs not given to NCCL yet
+#ifndef LLMPAR_NO_THREADS
+    pthread_t           thread;    // that started the last call
+#endif
+} llmpari_nccl;
+
+#ifndef LLMPAR_NO_THREADS
+LLMPARI_CUDA_FN void llmpari_nccl_lock(llmpari_nccl_world *w)   { pthread_mutex_lock(&w->lock); }
+LLMPARI_CUDA_FN void llmpari_nccl_unlock(llmpari_nccl_world *w) { pthread_mutex_unlock(&w->lock); }
+LLMPARI_CUDA_FN void llmpari_nccl_mine(llmpari_nccl *q)         { llmpari_nccl_lock(q->world); q->thread = pthread_self(); llmpari_nccl_unlock(q->world); }
+LLMPARI_CUDA_FN bool llmpari_nccl_is_mine(const llmpari_nccl *q) { return pthread_equal(q->thread, pthread_self()) != 0; }
+#else
+LLMPARI_CUDA_FN void llmpari_nccl_lock(llmpari_nccl_world *w)   { (void)w; }
+LLMPARI_CUDA_FN void llmpari_nccl_unlock(llmpari_nccl_world *w) { (void)w; }
+LLMPARI_CUDA_FN void llmpari_nccl_mine(llmpari_nccl *q)         { (void)q; }
+LLMPARI_CUDA_FN bool llmpari_nccl_is_mine(const llmpari_nccl *q) { (void)q; return true; }
+#endif
+
+LLMPARI_CUDA_FN void *llmpari_nccl_alloc(const llmpar_allocator *a, size_t bytes) {
+    void *memory = a->alloc ? a->alloc(bytes, a->user) : malloc(bytes);
+    if (memory) memset(memory, 0, bytes);
+    return memory;
+}
+LLMPARI_CUDA_FN void llmpari_nccl_release(const llmpar_allocator *a, void *memory, size_t bytes) {
+    if (!memory) return;
+    if (a->alloc) a->free(memory, bytes, a->user); else free(memory);
+}
+
+LLMPARI_CUDA_FN void llmpari_nccl_nap(long turn) {
+    struct timespec nap = { 0, 50000 };
+    if (turn > LLMPARI_NCCL_SPIN) nanosleep(&nap, NULL);
+}
+
+// ---- Failing: what stops one rank stops all
+
+// Aborts this rank's NCCL communicators, which ends their kernels. The first reason stays. `why` names the rank. `tell`: the others do not know yet.
+LLMPARI_CUDA_FN void llmpari_nccl_stop(llmpari_nccl_world *w, const char *why, bool tell) {
+    bool first;
+    llmpari_nccl_lock(w);
+    first = !w->stopped;
+    w->stopped = true;
+    if (first) snprintf(w->why, sizeof w->why, "%s", why);
+    for (llmpari_nccl *q = w->first; q; q = q->next) {
+        if (q->nccl) (void)ncclCommAbort(q->nccl);
+        q->nccl   = NULL;
+        q->taking = false;
+    }
+    llmpari_nccl_unlock(w);
+    if (first && tell && w->watch) llmpar_comm_abort(w->watch, strncmp(why, "rank ", 5) == 0 && strchr(why, ':') ? strchr(why, ':') + 2 : why);
+}
+
+// Stops the world with this text and returns the status.
+LLMPARI_CUDA_PRINTF(4, 5)
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_fail(llmpari_nccl_world *w, llmpar_status status, llmpar_error *err, const char *format, ...) {
+    char text[800], why[840];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    snprintf(why, sizeof why, "rank %d: %s", (int)w->rank, text);
+    llmpari_nccl_stop(w, why, true);
+    return LLMPARI_CUDA_FAIL(err, status, "%s", text);
+}
+
+// Is the world stopped, by this rank or, as far as is known, by another one?
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_sound(llmpari_nccl_world *w, bool look, llmpar_error *err) {
+    llmpar_error told;
+    bool stopped, done = false;
+    llmpar_status status = LLMPAR_OK;
+    memset(&told, 0, sizeof told);
+    llmpari_nccl_lock(w);
+    stopped = w->stopped;
+    if (!stopped && look && w->watch) status = llmpar_test(&w->watching, &done, &told);
+    llmpari_nccl_unlock(w);
+    if (status) {
+        const char *text = strncmp(told.text, "aborted: ", 9) == 0 ? told.text + 9 : told.text;
+        llmpari_nccl_stop(w, text, false);
+        stopped = true;
+    }
+    return stopped ? LLMPARI_CUDA_FAIL(err, LLMPAR_ABORTED, "aborted: %s", w->why) : LLMPAR_OK;
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_status(ncclResult_t result) {
+    return result == ncclInvalidArgument || result == ncclInvalidUsage ? LLMPAR_BAD_ARGUMENT : result == ncclSystemError ? LLMPAR_IO_FAILED : LLMPAR_ABORTED;
+}
+
+// "AllReduce #17 f32[4096] sum", "Recv from rank 3 #2 bf16[512]"
+LLMPARI_CUDA_FN const char *llmpari_nccl_words(const llmpari_nccl *q, const llmpari_nccl_sign *s, char *text, size_t bytes) {
+    static const char *const reduce[] = { " sum", " max", " min" };
+    char peer[32] = "";
+    const bool reduces = s->kind == LLMPAR_ALL_REDUCE || s->kind == LLMPAR_REDUCE_SCATTER;
+    if (s->number == 0) { snprintf(text, bytes, "making the communicator"); return text; }
+    if (s->kind == LLMPAR_BROADCAST || s->kind == LLMPAR_RECV) snprintf(peer, sizeof peer, " from rank %d", (int)q->ranks[s->peer]);
+    if (s->kind == LLMPAR_SEND) snprintf(peer, sizeof peer, " to rank %d", (int)q->ranks[s->peer]);
+    if (s->kind == LLMPAR_BARRIER) snprintf(text, bytes, "Barrier #%lld", (long long)s->number);
+    else snprintf(text, bytes, "%s%s #%lld %s[%lld]%s", llmpar_collective_name((llmpar_collective)s->kind), peer, (long long)s->number, llmpar_dtype_name((llmpar_dtype)s->dtype),
+                  (long long)s->count, reduces ? reduce[s->reduce] : "");
+    return text;
+}
+
+// Everybody of the comm says what it is doing; all that do so hear of all. Called when this rank has waited in vain; `why` says for what.
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_roll_call(llmpari_nccl *q, llmpar_status status, const char *why, llmpar_error *err) {
+    const llmpar_allocator *a = &q->world->allocator;
+    const int32_t n = q->comm.size;
+    const size_t bytes = (size_t)n * (sizeof(int64_t) + sizeof(llmpari_nccl_sign));
+    char what[160], other[160];
+    llmpar_error told;
+    memset(&told, 0, sizeof told);
+    if (q->last.kind == LLMPAR_SEND || q->last.kind == LLMPAR_RECV)
+        return llmpari_nccl_fail(q->world, status, err, "%s: %s; rank %d has not come to its end of it, or waits itself", llmpari_nccl_words(q, &q->last, what, sizeof what), why,
+                                 (int)q->ranks[q->last.peer]);
+    if (!q->host || n == 1)
+        return llmpari_nccl_fail(q->world, status, err, "%s: %s; %s", llmpari_nccl_words(q, &q->last, what, sizeof what), why,
+                                 n == 1 ? "the GPU stands still" : "without a host communicator nobody can say who is missing");
+    llmpari_nccl_sign *signs = (llmpari_nccl_sign *)llmpari_nccl_alloc(a, bytes);
+    if (!signs) return llmpari_nccl_fail(q->world, status, err, "%s: %s; no memory to ask the others", llmpari_nccl_words(q, &q->last, what, sizeof what), why);
+    int64_t *counts = (int64_t *)(void *)(signs + n);
+    for (int32_t i = 0; i < n; i++) counts[i] = (int64_t)sizeof *signs;
+    // A group asks for less long than the world, so that who waits for the group, in the world, hears of the one that the group misses.
+    q->host->timeout_s = q->patience_s * (0.5 + 0.5 * n / q->world->size);
+    llmpar_status heard = llmpar_all_gather(q->host, &q->last, signs, counts, LLMPAR_U8, &told);
+    int32_t odd = 0;
+    while (!heard && odd < n) {
+        const llmpari_nccl_sign *s = &signs[odd];
+        const bool ragged = s->kind == LLMPAR_ALL_TO_ALL || s->kind == LLMPAR_PERMUTE;
+        if (s->kind != q->last.kind || s->number != q->last.number || s->dtype != q->last.dtype || s->reduce != q->last.reduce || s->peer != q->last.peer
+            || (s->count != q->last.count && !ragged)) break;
+        odd++;
+    }
+    llmpari_nccl_words(q, &q->last, what, sizeof what);
+    if (!heard && odd < n)
+        status = llmpari_nccl_fail(q->world, LLMPAR_MISMATCH, err, "rank %d is in %s, rank %d in %s", (int)q->ranks[odd], llmpari_nccl_words(q, &signs[odd], other, sizeof other),
+                                   (int)q->world->rank, what);
+    else if (!heard)
+        status = llmpari_nccl_fail(q->world, status, err, "%s: %s; all %d ranks are in it: a GPU or the network stands still", what, why, (int)n);
+    else if (heard == LLMPAR_ABORTED) {
+        const char *text = strncmp(told.text, "aborted: ", 9) == 0 ? told.text + 9 : told.text;
+        llmpari_nccl_stop(q->world, text, false);
+        status = LLMPARI_CUDA_FAIL(err, LLMPAR_ABORTED, "aborted: %.500s; here %s: %s", q->world->why, what, why);
+    } else status = llmpari_nccl_fail(q->world, status, err, "%s: %s; asked where they are: %s", what, why, told.text);
+    llmpari_nccl_release(a, signs, bytes);
+    return status;
+}
+
+// What NCCL says about a call: who is the lost peer that it speaks of, the others have to tell. A text of NCCL's may be of an older call, says its documentation; it is shown for what it is worth.
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_error(llmpari_nccl *q, ncclResult_t result, const char *call, llmpar_error *err) {
+    char what[160], last[400];
+    if (result == ncclRemoteError) return llmpari_nccl_roll_call(q, LLMPAR_ABORTED, "NCCL has lost a peer", err);
+    llmpari_nccl_lock(q->world);
+    snprintf(last, sizeof last, "%s", ncclGetLastError(q->nccl));
+    llmpari_nccl_unlock(q->world);
+    return llmpari_nccl_fail(q->world, llmpari_nccl_status(result), err, "%s: %s: NCCL says %s%s%s%s", llmpari_nccl_words(q, &q->last, what, sizeof what), call, ncclGetErrorString(result),
+                             last[0] ? " (" : "", last, last[0] ? ")" : "");
+}
+
+// ---- Giving calls to NCCL
+
+// Polls until NCCL has taken what it was given last, or has made the communicator. block false: looks once.
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_taken(llmpari_nccl *q, bool block, bool *done, llmpar_error *err) {
+    const double began = llmpari_cuda_now();
+    char why[96];
+    *done = false;
+    for (long turn = 0;; turn++) {
+        ncclResult_t result = ncclSuccess, state = ncclSuccess;
+        LLMPARI_CUDA_TRY(llmpari_nccl_sound(q->world, turn % LLMPARI_NCCL_LOOK == LLMPARI_NCCL_LOOK - 1 || !block, err));
+        llmpari_nccl_lock(q->world);
+        if (q->taking && q->nccl) {
+            result = ncclCommGetAsyncError(q->nccl, &state);
+            if (result == ncclSuccess && state != ncclInProgress) q->taking = false;
+        }
+        llmpari_nccl_unlock(q->world);
+        if (result == ncclSuccess) result = state;
+        if (result == ncclSuccess) { *done = true; return llmpari_nccl_sound(q->world, false, err); }
+        if (result != ncclInProgress) return llmpari_nccl_error(q, result, q->last.number ? "given to NCCL" : "ncclCommInitRankConfig or ncclCommSplit", err);
+        if (!block) return LLMPAR_OK;
+        if (llmpari_cuda_now() - began > q->patience_s) {
+            snprintf(why, sizeof why, "NCCL has not taken it within %g s", q->patience_s);
+            return llmpari_nccl_roll_call(q, LLMPAR_TIMEOUT, why, err);
+        }
+        llmpari_nccl_nap(turn);
+    }
+}
+
+LLMPARI_CUDA_FN ncclConfig_t llmpari_nccl_config(void) {
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.blocking = 0;
+    return config;
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_init(llmpari_nccl *q, const ncclUniqueId *id, llmpar_error *err) {
+    ncclConfig_t config = llmpari_nccl_config();
+    bool done;
+    llmpari_nccl_lock(q->world);
+    ncclResult_t result = q->world->stopped ? ncclSuccess : ncclCommInitRankConfig(&q->nccl, q->comm.size, *id, q->comm.rank, &config);
+    q->taking = q->nccl != NULL;
+    llmpari_nccl_unlock(q->world);
+    if (result != ncclSuccess && result != ncclInProgress) return llmpari_nccl_error(q, result, "ncclCommInitRankConfig", err);
+    return llmpari_nccl_taken(q, true, &done, err);
+}
+
+LLMPARI_CUDA_FN ncclDataType_t llmpari_nccl_type(llmpar_dtype dtype) {
+    return dtype == LLMPAR_F32 ? ncclFloat32 : dtype == LLMPAR_BF16 ? ncclBfloat16 : dtype == LLMPAR_F16 ? ncclFloat16 : dtype == LLMPAR_I32 ? ncclInt32
+         : dtype == LLMPAR_I64 ? ncclInt64 : ncclUint8;
+}
+
+// One part of a group: its error, if there was none before.
+#define LLMPARI_NCCL_PART(result, call) do { if ((result) == ncclSuccess || (result) == ncclInProgress) (result) = (call); } while (0)
+
+// AllGather and ReduceScatter. Equal counts: NCCL's own; else see the banner.
+LLMPARI_CUDA_FN ncclResult_t llmpari_nccl_ragged(llmpari_nccl *q, const llmpar_call *c, ncclRedOp_t op, cudaStream_t stream) {
+    const ncclDataType_t type = llmpari_nccl_type(c->dtype);
+    const int64_t element = llmpar_dtype_bytes(c->dtype);
+    const int32_t n = q->comm.size, me = q->comm.rank;
+    const int64_t *counts = c->recv_counts;
+    const bool gather = c->kind == LLMPAR_ALL_GATHER;
+    const char *send = (const char *)c->send;
+    char *recv = (char *)c->recv;
+    int64_t most = 0, least = counts[0], sum = 0, at = 0;
+    ncclResult_t r = ncclSuccess;
+    for (int32_t i = 0; i < n; i++) { most = llmpari_cuda_max(most, counts[i]); least = llmpari_cuda_min(least, counts[i]); sum += counts[i]; }
+    if (most == least) return gather ? ncclAllGather(send, recv, (size_t)most, type, q->nccl, stream) : ncclReduceScatter(send, recv, (size_t)most, type, op, q->nccl, stream);
+    const bool pairs = gather && (n - 1) * most <= sum;
+    for (int32_t i = 0; i < n; at += counts[i++] * element) {
+        if (counts[i] == 0 && !(pairs && counts[me] > 0)) continue;
+        if (!gather) LLMPARI_NCCL_PART(r, ncclReduce(send + at, i == me ? recv : NULL, (size_t)counts[i], type, op, i, q->nccl, stream));
+        else if (!pairs) LLMPARI_NCCL_PART(r, ncclBroadcast(i == me ? send : recv + at, recv + at, (size_t)counts[i], type, i, q->nccl, stream));
+        else {
+            if (i == me && send == recv + at) continue;
+            if (counts[me] > 0) LLMPARI_NCCL_PART(r, ncclSend(send, (size_t)counts[me], type, i, q->nccl, stream));
+            if (counts[i] > 0)  LLMPARI_NCCL_PART(r, ncclRecv(recv + at, (size_t)counts[i], type, i, q->nccl, stream));
+        }
+    }
+    return r;
+}
+
+LLMPARI_CUDA_FN ncclResult_t llmpari_nccl_enqueue(llmpari_nccl *q, const llmpar_call *c) {
+    const cudaStream_t stream = (cudaStream_t)q->stream;
+    const ncclRedOp_t op = c->reduce == LLMPAR_MAX ? ncclMax : c->reduce == LLMPAR_MIN ? ncclMin : ncclSum;
+    const ncclDataType_t type = llmpari_nccl_type(c->dtype);
+    const size_t count = (size_t)c->count;
+    const char *send = (const char *)c->send;
+    char *recv = (char *)c->recv;
+    ncclResult_t r = ncclSuccess;
+    switch (c->kind) {
+    case LLMPAR_BARRIER:    return ncclAllReduce(q->world->scratch, q->world->scratch, 1, ncclInt32, ncclMax, q->nccl, stream);
+    case LLMPAR_ALL_REDUCE: return count ? ncclAllReduce(send, recv, count, type, op, q->nccl, stream) : r;
+    case LLMPAR_BROADCAST: {
+        const bool root = c->peer == q->comm.rank;                                          // its recv may be NULL, and so may the others' send
+        return count ? ncclBroadcast(root ? send : recv, root && !recv ? (void *)(uintptr_t)send : recv, count, type, c->peer, q->nccl, stream) : r;
+    }
+    case LLMPAR_ALL_GATHER: case LLMPAR_REDUCE_SCATTER: return llmpari_nccl_ragged(q, c, op, stream);
+    case LLMPAR_SEND: return count ? ncclSend(send, count, type, c->peer, q->nccl, stream) : r;
+    case LLMPAR_RECV: return count ? ncclRecv(recv, count, type, c->peer, q->nccl, stream) : r;
+    case LLMPAR_ALL_TO_ALL: case LLMPAR_PERMUTE:
+        for (int32_t i = 0; i < q->comm.size; i++) {
+            const int64_t out = c->send_counts[i], in = c->recv_counts[i], element = llmpar_dtype_bytes(c->dtype);
+            if (out > 0) LLMPARI_NCCL_PART(r, ncclSend(send, (size_t)out, type, i, q->nccl, stream));
+            if (in  > 0) LLMPARI_NCCL_PART(r, ncclRecv(recv, (size_t)in,  type, i, q->nccl, stream));
+            send = out > 0 ? send + out * element : send;
+            recv = in  > 0 ? recv + in  * element : recv;
+        }
+        return r;
+    default: return ncclInvalidArgument;
+    }
+}
+
+// A comm that this thread used last with Sends and Recvs to go off (mail), or with a group that NCCL has not taken yet.
+LLMPARI_CUDA_FN llmpari_nccl *llmpari_nccl_find(llmpari_nccl_world *w, bool mail) {
+    llmpari_nccl *q;
+    llmpari_nccl_lock(w);
+    for (q = w->first; q; q = q->next) if (llmpari_nccl_is_mine(q) && (mail ? q->n_mail > 0 : q->taking)) break;
+    llmpari_nccl_unlock(w);
+    return q;
+}
+
+// Gives n calls to NCCL as one group, after what it has not taken yet of this thread's.
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_give(llmpari_nccl *q, const llmpar_call *calls, int32_t n, llmpar_error *err) {
+    ncclResult_t r = ncclSuccess, end;
+    bool done;
+    for (llmpari_nccl *p; (p = llmpari_nccl_find(q->world, false)) != NULL; ) LLMPARI_CUDA_TRY(llmpari_nccl_taken(p, true, &done, err));
+    llmpari_nccl_lock(q->world);
+    if (q->nccl) {
+        r = ncclGroupStart();
+        for (int32_t i = 0; i < n; i++) LLMPARI_NCCL_PART(r, llmpari_nccl_enqueue(q, &calls[i]));
+        end = ncclGroupEnd();
+        LLMPARI_NCCL_PART(r, end);
+        q->taking = r == ncclInProgress;
+    }
+    llmpari_nccl_unlock(q->world);
+    if (r != ncclSuccess && r != ncclInProgress) return llmpari_nccl_error(q, r, "given to NCCL", err);
+    return llmpari_nccl_sound(q->world, false, err);
+}
+
+// Sends and Recvs of this thread that wait, on any comm.
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_flush(llmpari_nccl_world *w, llmpar_error *err) {
+    for (llmpari_nccl *q; (q = llmpari_nccl_find(w, true)) != NULL; ) {
+        const int32_t n = q->n_mail;
+        q->n_mail = 0;
+        LLMPARI_CUDA_TRY(llmpari_nccl_give(q, q->mail, n, err));
+    }
+    return LLMPAR_OK;
+}
+
+// Bytes that a call reads and writes here; the counts are checked already.
+LLMPARI_CUDA_FN void llmpari_nccl_extent(const llmpari_nccl *q, const llmpar_call *c, int64_t *send, int64_t *recv, int64_t *total) {
+    int64_t out = 0, in = 0;
+    const bool pairs = c->kind == LLMPAR_ALL_TO_ALL || c->kind == LLMPAR_PERMUTE, gather = c->kind == LLMPAR_ALL_GATHER, scatter = c->kind == LLMPAR_REDUCE_SCATTER;
+    for (int32_t i = 0; i < q->comm.size && (pairs || gather || scatter); i++) { out += pairs ? c->send_counts[i] : 0; in += c->recv_counts[i]; }
+    *total = pairs ? out : gather || scatter ? in : c->kind == LLMPAR_BARRIER ? 0 : c->count;
+    *send  = pairs ? out : gather ? c->recv_counts[q->comm.rank] : scatter ? in : c->kind == LLMPAR_RECV || (c->kind == LLMPAR_BROADCAST && c->peer != q->comm.rank) ? 0 : *total;
+    *recv  = pairs || gather ? in : scatter ? c->recv_counts[q->comm.rank] : c->kind == LLMPAR_SEND || (c->kind == LLMPAR_BROADCAST && c->peer == q->comm.rank && !c->recv) ? 0 : *total;
+}
+
+// ---- The vtable
+
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_start(llmpar_comm *comm, const llmpar_call *call, int64_t *ticket, llmpar_error *err) {
+    llmpari_nccl *q = (llmpari_nccl *)comm->impl;
+    const int64_t element = llmpar_dtype_bytes(call->dtype);
+    int64_t send, recv, total;
+    llmpar_error told;
+    llmpar_status status = LLMPAR_OK;
+    memset(&told, 0, sizeof told);
+    LLMPARI_CUDA_TRY(llmpari_nccl_sound(q->world, false, err));
+    llmpari_nccl_mine(q);
+    llmpari_nccl_extent(q, call, &send, &recv, &total);
+    if (send > 0) status = llmpari_cuda_check("send", call->send, element, false, &told);
+    if (!status && recv > 0) status = llmpari_cuda_check("recv", call->recv, element, false, &told);
+    if (status) return llmpari_nccl_fail(q->world, status, err, "%s: %s", llmpar_collective_name(call->kind), told.text);
+    *ticket = ++q->tickets;
+    q->last.number = *ticket; q->last.count = total; q->last.kind = (int32_t)call->kind; q->last.dtype = (int32_t)call->dtype;
+    q->last.reduce = (int32_t)call->reduce; q->last.peer = call->kind == LLMPAR_BROADCAST || call->kind == LLMPAR_SEND || call->kind == LLMPAR_RECV ? call->peer : 0;
+    q->patience_s  = call->timeout_s > 0 ? call->timeout_s : comm->timeout_s;
+    if (call->kind == LLMPAR_SEND || call->kind == LLMPAR_RECV) {
+        if (q->n_mail == LLMPARI_NCCL_MAIL) LLMPARI_CUDA_TRY(llmpari_nccl_flush(q->world, err));
+        q->mail[q->n_mail++] = *call;
+        return LLMPAR_OK;
+    }
+    if (call->kind == LLMPAR_BARRIER) q->barrier = *ticket;
+    LLMPARI_CUDA_TRY(llmpari_nccl_flush(q->world, err));
+    return llmpari_nccl_give(q, call, 1, err);
+}
+
+// An asynchronous error of any comm that this thread used last: a stream that stands still may do so for another one's sake.
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_errors(llmpari_nccl_world *w, llmpar_error *err) {
+    llmpari_nccl *culprit = NULL;
+    ncclResult_t result = ncclSuccess, state;
+    llmpari_nccl_lock(w);
+    for (llmpari_nccl *q = w->first; q && !culprit; q = q->next) {
+        if (!llmpari_nccl_is_mine(q)) continue;
+        state = ncclSuccess;
+        if (q->nccl) result = ncclCommGetAsyncError(q->nccl, &state);
+        if (result == ncclSuccess && state != ncclInProgress) result = state;
+        if (result != ncclSuccess) culprit = q;
+    }
+    llmpari_nccl_unlock(w);
+    if (!culprit) return LLMPAR_OK;
+    return llmpari_nccl_error(culprit, result, "on the GPU", err);
+}
+
+// Polls until the stream has passed `ticket`, or once.
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_passed(llmpari_nccl *q, int64_t ticket, bool block, bool *done, llmpar_error *err) {
+    const double began = llmpari_cuda_now();
+    char why[96];
+    for (long turn = 0;; turn++) {
+        cudaError_t error = cudaSuccess;
+        llmpar_error told;
+        if (q->done >= ticket) { *done = true; return LLMPAR_OK; }
+        if (q->marked <= q->done) { error = cudaEventRecord(q->event, (cudaStream_t)q->stream); q->marked = q->tickets; }
+        if (error == cudaSuccess) error = cudaEventQuery(q->event);
+        if (error != cudaSuccess && error != cudaErrorNotReady) {
+            llmpar_status status = llmpari_cuda_error(&told, error, "cudaEventQuery", __LINE__, __func__);
+            return llmpari_nccl_fail(q->world, status, err, "%s: %s", llmpari_nccl_words(q, &q->last, why, sizeof why), told.text);
+        }
+        // An aborted kernel ends too: only a world that is sound when the event has passed has done the call.
+        LLMPARI_CUDA_TRY(llmpari_nccl_sound(q->world, turn % LLMPARI_NCCL_LOOK == LLMPARI_NCCL_LOOK - 1 || !block, err));
+        LLMPARI_CUDA_TRY(llmpari_nccl_errors(q->world, err));
+        if (error == cudaSuccess) { q->done = q->marked; continue; }
+        if (!block) return LLMPAR_OK;
+        if (llmpari_cuda_now() - began > q->patience_s) {
+            snprintf(why, sizeof why, "not done on the GPU within %g s", q->patience_s);
+            return llmpari_nccl_roll_call(q, LLMPAR_TIMEOUT, why, err);
+        }
+        llmpari_nccl_nap(turn);
+    }
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_finish(llmpar_comm *comm, int64_t ticket, bool block, bool *done, llmpar_error *err) {
+    llmpari_nccl *q = (llmpari_nccl *)comm->impl;
+    *done = false;
+    LLMPARI_CUDA_TRY(llmpari_nccl_sound(q->world, false, err));
+    LLMPARI_CUDA_TRY(llmpari_nccl_flush(q->world, err));
+    LLMPARI_CUDA_TRY(llmpari_nccl_taken(q, block, done, err));
+    if (!*done || (!q->world->desc.host_wait && ticket != q->barrier)) return LLMPAR_OK;
+    *done = false;
+    return llmpari_nccl_passed(q, ticket, block, done, err);
+}
+
+LLMPARI_CUDA_FN void llmpari_nccl_abort(llmpar_comm *comm, const char *why) {
+    llmpari_nccl_world *w = ((llmpari_nccl *)comm->impl)->world;
+    char text[700];
+    snprintf(text, sizeof text, "rank %d: %s", (int)w->rank, why ? why : "no reason was given");
+    llmpari_nccl_stop(w, text, true);
+}
+
+// ---- Meeting
+
+// What rank 0 tells the others: its id, or why there is none.
+typedef struct llmpari_nccl_news { int32_t status; char text[388]; ncclUniqueId id; } llmpari_nccl_news;
+
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_new_id(ncclUniqueId *id, llmpar_error *err) {
+    ncclResult_t result = ncclGetUniqueId(id);
+    if (result == ncclSuccess) return LLMPAR_OK;
+    const char *at = getenv("NCCL_COMM_ID");
+    return LLMPARI_CUDA_FAIL(err, llmpari_nccl_status(result), "ncclGetUniqueId: NCCL says %s (%s)%s%.200s", ncclGetErrorString(result), ncclGetLastError(NULL),
+                             at ? "; NCCL_COMM_ID must be address:port, and is " : "", at ? at : "");
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_meet_host(llmpar_comm *host, ncclUniqueId *id, llmpar_error *err) {
+    llmpari_nccl_news news;
+    llmpar_error told;
+    memset(&news, 0, sizeof news);
+    memset(&told, 0, sizeof told);
+    if (host->rank == 0) {
+        news.status = (int32_t)llmpari_nccl_new_id(&news.id, &told);
+        snprintf(news.text, sizeof news.text, "%.380s", told.text);
+    }
+    LLMPARI_CUDA_TRY(llmpar_broadcast(host, &news, (int64_t)sizeof news, LLMPAR_U8, 0, err));
+    if (news.status) return LLMPARI_CUDA_FAIL(err, (llmpar_status)news.status, "rank 0: %s", news.text);
+    *id = news.id;
+    return LLMPAR_OK;
+}
+
+// Waits for a socket; false: the deadline passed.
+LLMPARI_CUDA_FN bool llmpari_nccl_socket_wait(int fd, short events, double until) {
+    for (;;) {
+        struct pollfd p = { 0, 0, 0 };
+        const double left = until - llmpari_cuda_now();
+        if (left <= 0) return false;
+        p.fd = fd; p.events = events;
+        const int n = poll(&p, 1, left > 1 ? 1000 : (int)(left * 1000) + 1);
+        if (n > 0 || (n < 0 && errno != EINTR)) return n > 0;
+    }
+}
+LLMPARI_CUDA_FN bool llmpari_nccl_socket_bytes(int fd, bool send_them, void *data, size_t bytes, double until) {
+    for (size_t at = 0; at < bytes; ) {
+        if (!llmpari_nccl_socket_wait(fd, send_them ? POLLOUT : POLLIN, until)) return false;
+        const ssize_t n = send_them ? send(fd, (char *)data + at, bytes - at, MSG_NOSIGNAL) : recv(fd, (char *)data + at, bytes - at, 0);
+        if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR && errno != EWOULDBLOCK)) return false;
+        if (n > 0) at += (size_t)n;
+    }
+    return true;
+}
+
+// What a rank says when it comes, so that a stranger, or a rank of another job, is not taken for one.
+typedef struct llmpari_nccl_hello { char magic[8]; int32_t rank, size; } llmpari_nccl_hello;
+enum { LLMPARI_NCCL_COMERS = 4096 };
+
+// Rank 0: gives the id to each of the others once.
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_serve(int fd, const llmpar_launch *at, const llmpari_nccl_news *news, double until, const llmpar_allocator *a, llmpar_error *err) {
+    int32_t left = at->size - 1;
+    bool *seen = (bool *)llmpari_nccl_alloc(a, (size_t)at->size);
+    if (!seen) return LLMPARI_CUDA_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a list of %d ranks", (int)at->size);
+    while (left > 0 && llmpari_nccl_socket_wait(fd, POLLIN, until)) {
+        llmpari_nccl_hello hello;
+        llmpari_nccl_news copy = *news;
+        const int peer = accept(fd, NULL, NULL);
+        if (peer < 0) continue;
+        const double patience = llmpari_cuda_now() + 1 < until ? llmpari_cuda_now() + 1 : until;          // a stranger that says nothing
+        fcntl(peer, F_SETFL, O_NONBLOCK);
+        if (llmpari_nccl_socket_bytes(peer, false, &hello, sizeof hello, patience) && memcmp(hello.magic, "llmpar01", 8) == 0 && hello.size == at->size
+            && hello.rank > 0 && hello.rank < at->size && !seen[hello.rank] && llmpari_nccl_socket_bytes(peer, true, &copy, sizeof copy, patience)) {
+            seen[hello.rank] = true;
+            left--;
+        }
+        close(peer);
+    }
+    int32_t missing = 1;
+    while (missing < at->size && seen[missing]) missing++;
+    llmpari_nccl_release(a, seen, (size_t)at->size);
+    if (left == 0) return LLMPAR_OK;
+    return LLMPARI_CUDA_FAIL(err, LLMPAR_TIMEOUT, "rank %d%s has not come to %s port %d", (int)missing, left > 1 ? " (and others)" : "", at->master_address, (int)at->master_port);
+}
+
+// At master_address and master_port of `at`: rank 0 listens, the others connect until somebody listens.
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_meet_tcp(const llmpar_launch *at, double timeout_s, const llmpar_allocator *a, ncclUniqueId *id, llmpar_error *err) {
+    const double until = llmpari_cuda_now() + timeout_s;
+    struct addrinfo hints, *list = NULL;
+    llmpari_nccl_news news;
+    llmpari_nccl_hello hello = { { 'l', 'l', 'm', 'p', 'a', 'r', '0', '1' }, at->rank, at->size };
+    llmpar_status status = LLMPAR_OK;
+    llmpar_error told;
+    char port[16];
+    int fd = -1, on = 1, failed = 0;
+    memset(&hints, 0, sizeof hints);
+    memset(&news, 0, sizeof news);
+    memset(&told, 0, sizeof told);
+    hints.ai_socktype = SOCK_STREAM;
+    snprintf(port, sizeof port, "%d", (int)at->master_port);
+    const int bad = getaddrinfo(at->master_address, port, &hints, &list);
+    if (bad) return LLMPARI_CUDA_FAIL(err, LLMPAR_IO_FAILED, "the master address %s is not known here: %s", at->master_address, gai_strerror(bad));
+    if (at->rank == 0) {
+        news.status = (int32_t)llmpari_nccl_new_id(&news.id, &told);
+        snprintf(news.text, sizeof news.text, "%.380s", told.text);
+        fd = socket(list->ai_family, SOCK_STREAM, 0);
+        if (fd < 0 || setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) || bind(fd, list->ai_addr, list->ai_addrlen) || listen(fd, LLMPARI_NCCL_COMERS) || fcntl(fd, F_SETFL, O_NONBLOCK))
+            status = LLMPARI_CUDA_FAIL(err, LLMPAR_IO_FAILED, "rank 0 cannot listen at %s port %d: %s; choose another desc.port, or set NCCL_COMM_ID", at->master_address, (int)at->master_port, strerror(errno));
+        else status = llmpari_nccl_serve(fd, at, &news, until, a, err);
+    }
+    bool met = at->rank == 0;
+    for (long turn = 0; !met && !status; turn++) {
+        int error = 0;
+        socklen_t size = sizeof error;
+        fd = socket(list->ai_family, SOCK_STREAM, 0);
+        if (fd >= 0 && fcntl(fd, F_SETFL, O_NONBLOCK) == 0) {
+            if (connect(fd, list->ai_addr, list->ai_addrlen) && errno != EINPROGRESS) error = errno;
+            if (!error && !llmpari_nccl_socket_wait(fd, POLLOUT, until)) error = ETIMEDOUT;
+            if (!error && getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &size)) error = errno;
+            if (!error && llmpari_nccl_socket_bytes(fd, true, &hello, sizeof hello, until) && llmpari_nccl_socket_bytes(fd, false, &news, sizeof news, until)) met = true;
+            else failed = error ? error : ECONNRESET;
+        } else failed = errno;
+        if (met) break;
+        if (fd >= 0) close(fd);
+        fd = -1;
+        if (llmpari_cuda_now() > until)
+            status = LLMPARI_CUDA_FAIL(err, LLMPAR_TIMEOUT, "rank 0 was not met at %s port %d within %g s: %s", at->master_address, (int)at->master_port, timeout_s, strerror(failed));
+        else { struct timespec nap = { 0, 10000000 }; nanosleep(&nap, NULL); }
+    }
+    if (fd >= 0) close(fd);
+    freeaddrinfo(list);
+    if (status) return status;
+    if (news.status) return LLMPARI_CUDA_FAIL(err, (llmpar_status)news.status, "rank 0: %s", at->rank == 0 ? told.text : news.text);
+    *id = news.id;
+    return LLMPAR_OK;
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_desc_check(const llmpar_nccl_desc *desc, llmpar_error *err) {
+    if (!(desc->timeout_s >= 0)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "timeout_s=%g; pass 0 (60 s) or more", desc->timeout_s);
+    if (desc->port < 0 || desc->port > 65535) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "port=%d; it must be 0 (the launcher's master port + 1) to 65535", (int)desc->port);
+    if (!desc->allocator.alloc != !desc->allocator.free) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "the allocator has one of alloc and free; it needs both or neither");
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_nccl_meet(const llmpar_nccl_desc *desc, llmpar_nccl_meeting *m, llmpar_error *err) {
+    llmpar_nccl_desc d;
+    llmpar_launch at;
+    ncclUniqueId id;
+    const char *comm_id = getenv("NCCL_COMM_ID");
+    memset(&d, 0, sizeof d);
+    memset(&id, 0, sizeof id);
+    if (desc) d = *desc;
+    if (!m) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "meeting is NULL: where should the id go?");
+    memset(m, 0, sizeof *m);
+    LLMPARI_CUDA_TRY(llmpari_nccl_desc_check(&d, err));
+    if (d.host) {
+        m->rank = d.host->rank;
+        m->size = d.host->size;
+        snprintf(m->how, sizeof m->how, "host communicator");
+        LLMPARI_CUDA_TRY(llmpari_nccl_meet_host(d.host, &id, err));
+    } else {
+        LLMPARI_CUDA_TRY(llmpar_launch_read(NULL, NULL, &at, err));
+        m->rank = at.rank;
+        m->size = at.size;
+        at.master_port = d.port ? d.port : at.master_port ? at.master_port + 1 : 0;
+        if (comm_id) snprintf(m->how, sizeof m->how, "NCCL_COMM_ID=%.280s", comm_id);
+        else if (at.size == 1) snprintf(m->how, sizeof m->how, "no other rank");
+        else snprintf(m->how, sizeof m->how, "%s, %s port %d", llmpar_launcher_name(at.launcher), at.master_address, (int)at.master_port);
+        if (!comm_id && at.size > 1 && (!at.master_address[0] || at.master_port < 1 || at.master_port > 65535))
+            return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s says rank %d of %d, but not where ranks meet (address \"%s\", port %d); set MASTER_ADDR and MASTER_PORT, or NCCL_COMM_ID=address:port of "
+                                     "rank 0, or give a host communicator", llmpar_launcher_name(at.launcher), (int)at.rank, (int)at.size, at.master_address, (int)at.master_port);
+        if (comm_id || at.size == 1) LLMPARI_CUDA_TRY(llmpari_nccl_new_id(&id, err));
+        else LLMPARI_CUDA_TRY(llmpari_nccl_meet_tcp(&at, d.timeout_s > 0 ? d.timeout_s : 60, &d.allocator, &id, err));
+    }
+    memcpy(m->id, &id, sizeof m->id);
+    return LLMPAR_OK;
+}
+
+// ---- Making and freeing
+
+LLMPARI_CUDA_FN void          llmpari_nccl_free(llmpar_comm *comm);
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_group(llmpar_comm *comm, const int32_t *members, int32_t n, llmpar_comm **sub, llmpar_error *err);
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_shrink(llmpar_comm *comm, llmpar_comm **survivors, llmpar_error *err);
+static const llmpar_comm_vtable llmpari_nccl_vtable = { llmpari_nccl_start, llmpari_nccl_finish, llmpari_nccl_group, llmpari_nccl_abort, llmpari_nccl_free, llmpari_nccl_shrink, NULL };
+
+// Lets NCCL finish, or gives it up, and unlinks the comm; true: it was the last of its world.
+LLMPARI_CUDA_FN bool llmpari_nccl_close(llmpari_nccl *q) {
+    llmpari_nccl_world *w = q->world;
+    ncclResult_t state = ncclSuccess;
+    bool done = false, good = false;
+    if (!llmpari_nccl_sound(w, true, NULL) && !llmpari_nccl_taken(q, true, &done, NULL)) {
+        llmpari_nccl_lock(w);
+        if (q->nccl) { state = ncclCommFinalize(q->nccl); q->taking = state == ncclInProgress; }
+        llmpari_nccl_unlock(w);
+        good = (state == ncclSuccess || state == ncclInProgress) && !llmpari_nccl_taken(q, true, &done, NULL);
+    }
+    llmpari_nccl_lock(w);
+    if (q->nccl) (void)(good ? ncclCommDestroy(q->nccl) : ncclCommAbort(q->nccl));
+    q->nccl = NULL;
+    for (llmpari_nccl **at = &w->first; *at; at = &(*at)->next) if (*at == q) { *at = q->next; break; }
+    const bool last = w->first == NULL;
+    llmpari_nccl_unlock(w);
+    return last;
+}
+
+LLMPARI_CUDA_FN void llmpari_nccl_world_free(llmpari_nccl_world *w) {
+    const llmpar_allocator a = w->allocator;
+    if (w->watching.comm) {
+        if (!w->stopped) (void)llmpar_send(w->watch, &w->token, 1, LLMPAR_U8, w->watch->rank, NULL);
+        (void)llmpar_wait(&w->watching, NULL);
+    }
+    if (w->watch) llmpar_comm_free(w->watch);
+    if (w->own_host) llmpar_comm_free(w->user_host);
+    if (w->scratch) (void)cudaFree(w->scratch);
+#ifndef LLMPAR_NO_THREADS
+    pthread_mutex_destroy(&w->lock);
+#endif
+    llmpari_nccl_release(&a, w, sizeof *w);
+}
+
+LLMPARI_CUDA_FN void llmpari_nccl_free(llmpar_comm *comm) {
+    llmpari_nccl *q = (llmpari_nccl *)comm->impl;
+    llmpari_nccl_world *w = q->world;
+    const bool last = llmpari_nccl_close(q);
+    if (q->host)  llmpar_comm_free(q->host);
+    if (q->event) (void)cudaEventDestroy(q->event);
+    llmpari_nccl_release(&w->allocator, q->ranks, (size_t)q->comm.size * sizeof *q->ranks);
+    llmpari_nccl_release(&w->allocator, q, sizeof *q);
+    if (last) llmpari_nccl_world_free(w);
+}
+
+// A comm of these members (of `parent`; NULL: of the world), on this side of NCCL: everything but NCCL's part. On failure it is linked all the same, for llmpari_nccl_free.
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_open(llmpari_nccl_world *w, const llmpari_nccl *parent, const int32_t *members, int32_t n, int32_t me, llmpari_nccl **out, llmpar_error *err) {
+    llmpari_nccl *q = (llmpari_nccl *)llmpari_nccl_alloc(&w->allocator, sizeof *q);
+    if (!q) return LLMPARI_CUDA_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a communicator of %d ranks", (int)n);
+    *out = q;
+    q->world = w;
+    q->comm.vtable = &llmpari_nccl_vtable;
+    q->comm.impl = q;
+    q->comm.rank = me;
+    q->comm.size = n;
+    q->comm.late = -1;
+    q->comm.timeout_s = q->patience_s = parent ? (parent->comm.timeout_s > 0 ? parent->comm.timeout_s : 60) : w->desc.timeout_s > 0 ? w->desc.timeout_s : 60;
+    q->stream = parent ? parent->stream : w->desc.stream;
+    llmpari_nccl_mine(q);
+    llmpari_nccl_lock(w);
+    q->next = w->first;
+    w->first = q;
+    llmpari_nccl_unlock(w);
+    q->ranks = (int32_t *)llmpari_nccl_alloc(&w->allocator, (size_t)n * sizeof *q->ranks);
+    if (!q->ranks) return LLMPARI_CUDA_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a list of %d ranks", (int)n);
+    for (int32_t i = 0; i < n; i++) q->ranks[i] = parent ? parent->ranks[members[i]] : i;
+    LLMPARI_CUDA_CALL(err, cudaEventCreateWithFlags(&q->event, cudaEventDisableTiming));
+    llmpar_comm *host = parent ? parent->host : w->user_host;
+    if (!host || n == 1) return LLMPAR_OK;
+    LLMPARI_CUDA_TRY(host->vtable->group(host, parent ? members : q->ranks, n, &q->host, err));
+    q->comm.id = q->host->id;
+    return LLMPAR_OK;
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_split(llmpari_nccl *parent, llmpari_nccl *q, const int32_t *members, llmpar_error *err) {
+    ncclConfig_t config = llmpari_nccl_config();
+    ncclResult_t result = ncclSuccess;
+    int colour = members[0];
+    bool done;
+    for (int32_t i = 1; i < q->comm.size; i++) colour = members[i] < colour ? members[i] : colour;
+    LLMPARI_CUDA_TRY(llmpari_nccl_taken(parent, true, &done, err));
+    llmpari_nccl_lock(q->world);
+    if (parent->nccl) result = ncclCommSplit(parent->nccl, colour, q->comm.rank, &q->nccl, &config);
+    parent->taking = parent->nccl && result == ncclInProgress;
+    llmpari_nccl_unlock(q->world);
+    if (result != ncclSuccess && result != ncclInProgress) return llmpari_nccl_error(parent, result, "ncclCommSplit", err);
+    LLMPARI_CUDA_TRY(llmpari_nccl_taken(parent, true, &done, err));
+    llmpari_nccl_lock(q->world);
+    q->taking = q->nccl != NULL;
+    llmpari_nccl_unlock(q->world);
+    return llmpari_nccl_taken(q, true, &done, err);
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_group(llmpar_comm *comm, const int32_t *members, int32_t n, llmpar_comm **sub, llmpar_error *err) {
+    llmpari_nccl *parent = (llmpari_nccl *)comm->impl, *q = NULL;
+    llmpari_nccl_world *w = parent->world;
+    llmpar_error told;
+    ncclUniqueId id;
+    int32_t me = 0;
+    memset(&told, 0, sizeof told);
+    memset(&id, 0, sizeof id);
+    LLMPARI_CUDA_TRY(llmpari_nccl_sound(w, false, err));
+    LLMPARI_CUDA_TRY(llmpari_nccl_flush(w, err));
+    while (me < n && members[me] != comm->rank) me++;
+    llmpar_status status = llmpari_nccl_open(w, parent, members, n, me, &q, &told);
+    if (status) llmpari_nccl_fail(w, status, err, "making a group of %d: %s", (int)n, told.text);
+    else if (w->split) status = llmpari_nccl_split(parent, q, members, err);
+    else {
+        if (q->host) q->host->timeout_s = q->patience_s;
+        status = q->host ? llmpari_nccl_meet_host(q->host, &id, &told) : llmpari_nccl_new_id(&id, &told);
+        if (!status) status = llmpari_nccl_init(q, &id, err);
+        else if (status == LLMPAR_ABORTED && llmpari_nccl_sound(w, true, err)) status = LLMPAR_ABORTED;
+        else llmpari_nccl_fail(w, status, err, "making a group of %d: %s", (int)n, told.text);
+    }
+    if (!status) { *sub = &q->comm; return LLMPAR_OK; }
+    if (q) llmpari_nccl_free(&q->comm);
+    return status;
+}
+
+// Can every rank begin? Who cannot is named to all, and `host` stays sound. `own`: this rank's status and text.
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_agree(llmpar_comm *host, llmpar_status status, const llmpar_error *own, llmpar_error *err) {
+    struct { int32_t status; char text[252]; } word;
+    int32_t culprit = status ? host->rank + 1 : 0, worst = 0;
+    memset(&word, 0, sizeof word);
+    word.status = (int32_t)status;
+    if (status) snprintf(word.text, sizeof word.text, "%.250s", own->text);
+    LLMPARI_CUDA_TRY(llmpar_all_reduce(host, &culprit, &worst, 1, LLMPAR_I32, LLMPAR_MAX, err));
+    if (worst == 0) return LLMPAR_OK;
+    LLMPARI_CUDA_TRY(llmpar_broadcast(host, &word, (int64_t)sizeof word, LLMPAR_U8, worst - 1, err));
+    if (status) return LLMPARI_CUDA_FAIL(err, status, "%s", own->text);
+    return LLMPARI_CUDA_FAIL(err, (llmpar_status)word.status, "rank %d cannot begin: %s", (int)worst - 1, word.text);
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_watch(llmpari_nccl_world *w, const llmpari_nccl *q, llmpar_error *err) {
+    llmpar_call call;
+    memset(&call, 0, sizeof call);
+    LLMPARI_CUDA_TRY(w->user_host->vtable->group(w->user_host, q->ranks, w->size, &w->watch, err));
+    w->watch->timeout_s = INFINITY;
+    w->token = 1;
+    call.kind = LLMPAR_RECV; call.recv = &w->watched; call.count = 1; call.dtype = LLMPAR_U8; call.peer = w->watch->rank; call.timeout_s = INFINITY;
+    return llmpar_start(w->watch, &call, &w->watching, err);
+}
+
+// What can be done without the other ranks. *out is made as far as it goes, for llmpari_nccl_free.
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_begin(const llmpar_nccl_desc *d, llmpari_nccl_world *w, llmpari_nccl **out, llmpar_error *err) {
+    const char *why;
+    if (llmpar_cuda_devices(&why) == 0) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "NCCL needs a GPU for each rank: %s", why);
+    w->desc = *d;
+    LLMPARI_CUDA_CALL(err, cudaMalloc((void **)&w->scratch, sizeof *w->scratch));
+    LLMPARI_CUDA_CALL(err, cudaMemset(w->scratch, 0, sizeof *w->scratch));
+    LLMPARI_CUDA_TRY(llmpari_nccl_open(w, NULL, NULL, w->size, w->rank, out, err));
+    return w->user_host && w->size > 1 ? llmpari_nccl_watch(w, *out, err) : LLMPAR_OK;
+}
+
+// own_host: the world frees desc->host, also when this fails.
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_make(const llmpar_nccl_desc *d, bool own_host, llmpar_comm **world, llmpar_error *err) {
+    llmpar_nccl_meeting m;
+    llmpar_launch at;
+    ncclUniqueId id;
+    llmpari_nccl *q = NULL;
+    llmpar_error own;
+    llmpar_status status = llmpari_nccl_desc_check(d, &own);
+    memset(&at, 0, sizeof at);
+    if (!status && !d->host) status = llmpar_launch_read(NULL, NULL, &at, &own);
+    llmpari_nccl_world *w = status ? NULL : (llmpari_nccl_world *)llmpari_nccl_alloc(&d->allocator, sizeof *w);
+    if (!status && !w) status = LLMPARI_CUDA_FAIL(&own, LLMPAR_NO_MEMORY, "no memory for a communicator's world");
+    if (w) {
+        w->allocator = d->allocator;
+        w->user_host = d->host;
+        w->own_host  = own_host;
+        w->rank      = d->host ? d->host->rank : at.rank;
+        w->size      = d->host ? d->host->size : at.size;
+        w->split     = d->split || !d->host || getenv("NCCL_COMM_ID") != NULL;
+#ifndef LLMPAR_NO_THREADS
+        pthread_mutex_init(&w->lock, NULL);
+#endif
+        status = llmpari_nccl_begin(d, w, &q, &own);
+    }
+    if (d->host) status = llmpari_nccl_agree(d->host, status, &own, err);
+    else if (status && err) *err = own;
+    if (!status) status = llmpar_nccl_meet(d, &m, err);
+    if (!status) {
+        memcpy(&id, m.id, sizeof id);
+        status = llmpari_nccl_init(q, &id, err);
+    }
+    if (!status) { *world = &q->comm; return LLMPAR_OK; }
+    if (q) llmpari_nccl_free(&q->comm);
+    else if (w) llmpari_nccl_world_free(w);
+    else if (own_host) llmpar_comm_free(d->host);
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_nccl_create(const llmpar_nccl_desc *desc, llmpar_comm **world, llmpar_error *err) {
+    llmpar_nccl_desc zero;
+    if (!world) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "world is NULL: where should it go?");
+    *world = NULL;
+    memset(&zero, 0, sizeof zero);
+    return llmpari_nccl_make(desc ? desc : &zero, false, world, err);
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_shrink(llmpar_comm *comm, llmpar_comm **survivors, llmpar_error *err) {
+    llmpari_nccl_world *w = ((llmpari_nccl *)comm->impl)->world;
+    llmpar_nccl_desc d = w->desc;
+    bool stopped = llmpari_nccl_sound(w, true, NULL) != LLMPAR_OK;
+    if (!stopped) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_comm_shrink: the world is sound: no rank is lost");
+    if (!w->user_host) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "llmpar_comm_shrink: without a host communicator the ranks that are left cannot agree");
+    w->user_host->timeout_s = comm->timeout_s;
+    LLMPARI_CUDA_TRY(llmpar_comm_shrink(w->user_host, &d.host, err));
+    d.timeout_s = comm->timeout_s;
+    return llmpari_nccl_make(&d, true, survivors, err);
+}
+
+LLMPAR_DEF llmpar_status llmpar_nccl_wait(llmpar_comm *comm, llmpar_error *err) {
+    bool done = false;
+    if (!comm || comm->vtable != &llmpari_nccl_vtable) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_nccl_wait: comm is %s", comm ? "not NCCL's" : "NULL");
+    llmpari_nccl *q = (llmpari_nccl *)comm->impl;
+    if (comm->timeout_s == 0) comm->timeout_s = 60;
+    if (!(comm->timeout_s > 0)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "the communicator's timeout_s is %g; it must be >= 0 (0 = 60 s)", comm->timeout_s);
+    q->patience_s = comm->timeout_s;
+    LLMPARI_CUDA_TRY(llmpari_nccl_sound(q->world, false, err));
+    llmpari_nccl_mine(q);
+    LLMPARI_CUDA_TRY(llmpari_nccl_flush(q->world, err));
+    for (llmpari_nccl *p; (p = llmpari_nccl_find(q->world, false)) != NULL; ) LLMPARI_CUDA_TRY(llmpari_nccl_taken(p, true, &done, err));
+    return llmpari_nccl_passed(q, ++q->tickets, true, &done, err);
+}
+
+LLMPAR_DEF void llmpar_nccl_set_stream(llmpar_comm *comm, void *stream) {
+    if (comm && comm->vtable == &llmpari_nccl_vtable) ((llmpari_nccl *)comm->impl)->stream = stream;
+}
+
+LLMPAR_DEF int llmpar_nccl_version(void) {
+    int version = 0;
+    return ncclGetVersion(&version) == ncclSuccess ? version : 0;
+}
 #endif // LLMPAR_NCCL
 
 #ifdef LLMPARI_CUDA_KERNELS
 // ============================================================================================================
 // >>table (impl)
 // ============================================================================================================
+#define LLMPARI_CUDA_STAGING ((size_t)4 << 20)
+#define LLMPARI_CUDA_TICKETS 16
+#define LLMPARI_CUDA_PLANS   512   // shapes of GEMM whose algorithm is remembered; a power of 2
+
+typedef struct llmpari_cuda_gemm_key { int64_t m, n, k, lda, ldb, ldc, dtype, transposed, align_a, align_b, align_c; } llmpari_cuda_gemm_key;
+typedef struct llmpari_cuda_gemm_plan { llmpari_cuda_gemm_key key; bool used; cublasLtMatmulAlgo_t algo; } llmpari_cuda_gemm_plan;
+
+struct llmpari_cuda_table {
+    llmpar_cuda     *cuda;
+    llmpari_cuda_table *next;      // of cuda's tables
+    bool             exact;
+    llmpar_error     error;        // of the first kernel that failed
+    cublasLtHandle_t lt;
+    void            *workspace;
+    size_t           workspace_bytes;
+    char            *staging[2];   // pinned
+    cudaEvent_t      staged[2], ticket[LLMPARI_CUDA_TICKETS];
+    int64_t          tickets;      // given out
+    llmpari_cuda_gemm_plan *plan;  // [LLMPARI_CUDA_PLANS]
+};
+
+// A kernel's error is kept for the next call that can return it; what follows is not launched.
+#define LLMPARI_CUDA_KEEP(t, ...) do { if ((t)->error.status == LLMPAR_OK) { llmpar_error *err = &(t)->error; (void)err; (void)(__VA_ARGS__); } } while (0)
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_table_told(llmpari_cuda_table *t, llmpar_error *err) {
+    if (t->error.status == LLMPAR_OK) return LLMPAR_OK;
+    const llmpar_status status = t->error.status;
+    if (err) *err = t->error;
+    memset(&t->error, 0, sizeof t->error);
+    return status;
+}
+LLMPARI_CUDA_FN bool llmpari_cuda_table_captured(const llmpari_cuda_table *t) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    if (cudaStreamIsCapturing((cudaStream_t)t->cuda->stream, &status) != cudaSuccess) { (void)cudaGetLastError(); return false; }
+    return status != cudaStreamCaptureStatusNone;
+}
+
+// ---- memory
+
+LLMPARI_CUDA_FN void *llmpari_cuda_table_alloc(void *user, size_t bytes) {
+    void *memory = NULL;
+    if (cudaSetDevice(((llmpari_cuda_table *)user)->cuda->device) != cudaSuccess || cudaMalloc(&memory, bytes) != cudaSuccess) { (void)cudaGetLastError(); return NULL; }
+    return memory;
+}
+LLMPARI_CUDA_FN void llmpari_cuda_table_free(void *user, void *memory, size_t) {
+    (void)llmpar_cuda_wait(((llmpari_cuda_table *)user)->cuda, NULL);
+    (void)cudaFree(memory);
+}
+LLMPARI_CUDA_FN void *llmpari_cuda_table_alloc_host(void *user, size_t bytes) {
+    void *memory = NULL;
+    if (cudaSetDevice(((llmpari_cuda_table *)user)->cuda->device) != cudaSuccess || cudaMallocHost(&memory, bytes) != cudaSuccess) { (void)cudaGetLastError(); return NULL; }
+    return memory;
+}
+LLMPARI_CUDA_FN void llmpari_cuda_table_free_host(void *user, void *memory, size_t) {
+    (void)llmpar_cuda_wait(((llmpari_cuda_table *)user)->cuda, NULL);
+    (void)cudaFreeHost(memory);
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_table_wait_event(llmpari_cuda_table *t, cudaEvent_t event, llmpar_error *err) {
+    return llmpari_cuda_poll(event, llmpari_cuda_now() + t->cuda->timeout_s, err);
+}
+
+// By way of the two pinned buffers: while one is on its way the other one is filled.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_table_upload(void *user, void *to, const void *from, size_t bytes, llmpar_error *err) {
+    llmpari_cuda_table *t = (llmpari_cuda_table *)user;
+    LLMPARI_CUDA_TRY(llmpari_cuda_table_told(t, err));
+    if (llmpari_cuda_table_captured(t)) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "an upload while the stream is captured: the graph would repeat today's values");
+    for (size_t done = 0, n; done < bytes; done += n) {
+        const int i = (int)(done / LLMPARI_CUDA_STAGING % 2);
+        n = bytes - done < LLMPARI_CUDA_STAGING ? bytes - done : LLMPARI_CUDA_STAGING;
+        LLMPARI_CUDA_TRY(llmpari_cuda_table_wait_event(t, t->staged[i], err));
+        memcpy(t->staging[i], (const char *)from + done, n);
+        LLMPARI_CUDA_CALL(err, cudaMemcpyAsync((char *)to + done, t->staging[i], n, cudaMemcpyHostToDevice, (cudaStream_t)t->cuda->stream));
+        LLMPARI_CUDA_CALL(err, cudaEventRecord(t->staged[i], (cudaStream_t)t->cuda->stream));
+    }
+    return LLMPAR_OK;
+}
+// Pinned memory is written by the device itself, other memory by way of a pinned buffer: a copy to it would wait without a deadline.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_table_download(void *user, void *to, const void *from, size_t bytes, llmpar_error *err) {
+    llmpari_cuda_table *t = (llmpari_cuda_table *)user;
+    struct cudaPointerAttributes at;
+    if (llmpari_cuda_table_captured(t)) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "a download while the stream is captured: a run with experts cannot be captured");
+    if (cudaPointerGetAttributes(&at, to) != cudaSuccess) { (void)cudaGetLastError(); at.type = cudaMemoryTypeUnregistered; }
+    const bool pinned = at.type == cudaMemoryTypeHost;
+    for (size_t done = 0, n; done < bytes; done += n) {
+        n = pinned || bytes - done < LLMPARI_CUDA_STAGING ? bytes - done : LLMPARI_CUDA_STAGING;
+        LLMPARI_CUDA_CALL(err, cudaMemcpyAsync(pinned ? to : t->staging[0], (const char *)from + done, n, cudaMemcpyDeviceToHost, (cudaStream_t)t->cuda->stream));
+        LLMPARI_CUDA_TRY(llmpar_cuda_wait(t->cuda, err));
+        if (!pinned) memcpy((char *)to + done, t->staging[0], n);
+    }
+    return llmpari_cuda_table_told(t, err);
+}
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_table_upload_from(void *user, void *to, const void *from, size_t bytes, int64_t *ticket, llmpar_error *err) {
+    llmpari_cuda_table *t = (llmpari_cuda_table *)user;
+    LLMPARI_CUDA_TRY(llmpari_cuda_table_told(t, err));
+    LLMPARI_CUDA_CALL(err, cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, (cudaStream_t)t->cuda->stream));
+    *ticket = 0;
+    if (llmpari_cuda_table_captured(t)) return LLMPAR_OK;      // the graph reads it in each of its runs
+    LLMPARI_CUDA_CALL(err, cudaEventRecord(t->ticket[t->tickets % LLMPARI_CUDA_TICKETS], (cudaStream_t)t->cuda->stream));
+    *ticket = ++t->tickets;
+    return LLMPAR_OK;
+}
+// An event that was recorded anew since says more than was asked for.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_table_wait(void *user, int64_t ticket, llmpar_error *err) {
+    llmpari_cuda_table *t = (llmpari_cuda_table *)user;
+    if (llmpari_cuda_table_captured(t)) return LLMPAR_OK;
+    if (ticket > 0) LLMPARI_CUDA_TRY(llmpari_cuda_table_wait_event(t, t->ticket[(ticket - 1) % LLMPARI_CUDA_TICKETS], err));
+    else LLMPARI_CUDA_TRY(llmpar_cuda_wait(t->cuda, err));
+    return llmpari_cuda_table_told(t, err);
+}
+
+// ---- products
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_lt(cublasStatus_t status, const char *what, llmpar_error *err) {
+    if (status == CUBLAS_STATUS_SUCCESS) return LLMPAR_OK;
+    return LLMPARI_CUDA_FAIL(err, status == CUBLAS_STATUS_ALLOC_FAILED ? LLMPAR_NO_MEMORY : status == CUBLAS_STATUS_NOT_SUPPORTED ? LLMPAR_UNSUPPORTED : LLMPAR_ABORTED,
+                             "%s: cuBLASLt says %d", what, (int)status);
+}
+#define LLMPARI_CUDA_LT(call) LLMPARI_CUDA_TRY(llmpari_cuda_lt((call), #call, err))
+
+// The largest power of 2 up to 16 that divides an address: what an algorithm may count on.
+LLMPARI_CUDA_FN uint32_t llmpari_cuda_alignment(const void *pointer) {
+    uint32_t align = 16;
+    while ((uintptr_t)pointer % align) align /= 2;
+    return align;
+}
+
+// Row-major c[m, n] = a[m, k] b' is, to cuBLAS, whose arrays are column-major, c'[n, m] = b a': b is its A. Strides that are never used must be legal all the same.
+typedef struct llmpari_cuda_lt_call {
+    cublasLtMatmulDescOpaque_t   desc;
+    cublasLtMatrixLayoutOpaque_t a, b, c;
+} llmpari_cuda_lt_call;
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_lt_describe(const llmpari_cuda_gemm_key *key, llmpari_cuda_lt_call *call, llmpar_error *err) {
+    const cudaDataType_t type = key->dtype == LLMPAR_F32 ? CUDA_R_32F : key->dtype == LLMPAR_BF16 ? CUDA_R_16BF : CUDA_R_16F;
+    const cublasOperation_t transa = key->transposed ? CUBLAS_OP_T : CUBLAS_OP_N, transb = CUBLAS_OP_N;
+    const int64_t rows = key->transposed ? key->k : key->n, columns = key->transposed ? key->n : key->k;
+    LLMPARI_CUDA_LT(cublasLtMatmulDescInit(&call->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    LLMPARI_CUDA_LT(cublasLtMatmulDescSetAttribute(&call->desc, CUBLASLT_MATMUL_DESC_TRANSA, &transa, sizeof transa));
+    LLMPARI_CUDA_LT(cublasLtMatmulDescSetAttribute(&call->desc, CUBLASLT_MATMUL_DESC_TRANSB, &transb, sizeof transb));
+    LLMPARI_CUDA_LT(cublasLtMatrixLayoutInit(&call->a, type, (uint64_t)rows, (uint64_t)columns, columns == 1 ? llmpari_cuda_max(key->ldb, rows) : key->ldb));
+    LLMPARI_CUDA_LT(cublasLtMatrixLayoutInit(&call->b, type, (uint64_t)key->k, (uint64_t)key->m, key->m == 1 ? llmpari_cuda_max(key->lda, key->k) : key->lda));
+    LLMPARI_CUDA_LT(cublasLtMatrixLayoutInit(&call->c, CUDA_R_32F, (uint64_t)key->n, (uint64_t)key->m, key->m == 1 ? llmpari_cuda_max(key->ldc, key->n) : key->ldc));
+    return LLMPAR_OK;
+}
+
+// The algorithm for a shape: cuBLASLt's first choice, asked for once.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_lt_plan(llmpari_cuda_table *t, const llmpari_cuda_gemm_key *key, llmpari_cuda_lt_call *call, const cublasLtMatmulAlgo_t **algo, llmpar_error *err) {
+    uint64_t hash = 14695981039346656037u;
+    const int64_t *word = &key->m;
+    for (size_t i = 0; i < sizeof *key / sizeof *word; i++) hash = (hash ^ (uint64_t)word[i]) * 1099511628211u;
+    llmpari_cuda_gemm_plan *plan = &t->plan[(hash ^ hash >> 32) % LLMPARI_CUDA_PLANS];     // another shape in its place is forgotten
+    *algo = &plan->algo;
+    if (plan->used && memcmp(&plan->key, key, sizeof *key) == 0) return LLMPAR_OK;
+    cublasLtMatmulPreferenceOpaque_t preference;
+    cublasLtMatmulHeuristicResult_t found;
+    int n = 0;
+    const uint64_t bytes = t->workspace_bytes;
+    const uint32_t align[3] = { (uint32_t)key->align_b, (uint32_t)key->align_a, (uint32_t)key->align_c };
+    LLMPARI_CUDA_LT(cublasLtMatmulPreferenceInit(&preference));
+    LLMPARI_CUDA_LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof bytes));
+    LLMPARI_CUDA_LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &align[0], sizeof align[0]));
+    LLMPARI_CUDA_LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &align[1], sizeof align[1]));
+    LLMPARI_CUDA_LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &align[2], sizeof align[2]));
+    LLMPARI_CUDA_LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &align[2], sizeof align[2]));
+    LLMPARI_CUDA_LT(cublasLtMatmulAlgoGetHeuristic(t->lt, &call->desc, &call->a, &call->b, &call->c, &call->c, &preference, 1, &found, &n));
+    if (!n) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "cuBLASLt has no algorithm for a product of m=%lld n=%lld k=%lld", (long long)key->m, (long long)key->n, (long long)key->k);
+    plan->key  = *key;
+    plan->algo = found.algo;
+    plan->used = true;
+    return LLMPAR_OK;
+}
+
+LLMPARI_CUDA_FN int64_t llmpari_cuda_gemm_bytes(const llmpar_gemm *g) {      // a in the dtype of b
+    return g->b_dtype == LLMPAR_F32 || g->m <= 0 || g->k <= 0 ? 0 : ((g->m - 1) * llmpari_cuda_max(g->lda, g->k) + g->k) * 2;
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_matmul(llmpari_cuda_table *t, const llmpar_gemm *g, llmpar_error *err) {
+    llmpari_cuda_gemm_key key;
+    llmpari_cuda_lt_call call;
+    const cublasLtMatmulAlgo_t *algo;
+    const float one = 1, beta = g->accumulate ? 1.0f : 0.0f;
+    const void *a = g->a;
+    if (g->m <= 0 || g->n <= 0) return LLMPAR_OK;
+    if (g->k <= 0) {
+        for (int64_t i = 0; i < g->m && !g->accumulate; i++) LLMPARI_CUDA_CALL(err, cudaMemsetAsync(g->c + i * g->ldc, 0, (size_t)g->n * 4, (cudaStream_t)t->cuda->stream));
+        return LLMPAR_OK;
+    }
+    if (g->b_dtype != LLMPAR_F32) {
+        llmpar_cuda_convert_desc convert;
+        convert.from_dtype = LLMPAR_F32; convert.to_dtype = g->b_dtype;
+        convert.n    = llmpari_cuda_gemm_bytes(g) / 2;
+        convert.from = g->a; convert.to = g->scratch;
+        LLMPARI_CUDA_TRY(llmpari_cuda_convert_launch(&convert, t->cuda->stream, err));
+        a = g->scratch;
+    }
+    key.m = g->m; key.n = g->n; key.k = g->k; key.lda = g->lda; key.ldb = g->ldb; key.ldc = g->ldc;
+    key.dtype = g->b_dtype; key.transposed = g->b_transposed;
+    key.align_a = llmpari_cuda_alignment(a); key.align_b = llmpari_cuda_alignment(g->b); key.align_c = llmpari_cuda_alignment(g->c);
+    LLMPARI_CUDA_TRY(llmpari_cuda_lt_describe(&key, &call, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_lt_plan(t, &key, &call, &algo, err));
+    LLMPARI_CUDA_LT(cublasLtMatmul(t->lt, &call.desc, &one, g->b, &call.a, a, &call.b, &beta, g->c, &call.c, g->c, &call.c, algo, t->workspace, t->workspace_bytes, (cudaStream_t)t->cuda->stream));
+    return LLMPAR_OK;
+}
+
+// The exact product: the order of adding of llmpar.h's portable kernels.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_exact(llmpari_cuda_table *t, const llmpar_gemm *g, const llmpar_granules_args *tree, llmpar_error *err) {
+    llmpar_cuda_gemm_desc d;
+    memset(&d, 0, sizeof d);
+    d.m = g->m; d.n = g->n; d.k = g->k;
+    d.a = g->a; d.lda = g->lda; d.b = g->b; d.ldb = g->ldb; d.c = g->c; d.ldc = g->ldc;
+    d.b_dtype = g->b_dtype; d.b_transposed = g->b_transposed;
+    d.accumulate = g->accumulate && !tree;
+    if (tree) { d.granule = tree->granule; d.pieces = tree->pieces; d.piece_stride = tree->stride; d.depth = tree->depth; d.merges = tree->merges; }
+    return llmpari_cuda_gemm_launch(&d, t->cuda->stream, err);
+}
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_product_of(llmpari_cuda_table *t, const llmpar_gemm *g, llmpar_error *err) {
+    return t->exact ? llmpari_cuda_exact(t, g, NULL, err) : llmpari_cuda_matmul(t, g, err);
+}
+LLMPARI_CUDA_FN void llmpari_cuda_op_gemm(void *user, const llmpar_gemm *g) {
+    llmpari_cuda_table *t = (llmpari_cuda_table *)user;
+    LLMPARI_CUDA_KEEP(t, llmpari_cuda_product_of(t, g, err));
+}
+LLMPARI_CUDA_FN void llmpari_cuda_op_granules(void *user, const llmpar_granules_args *g) {
+    llmpari_cuda_table *t = (llmpari_cuda_table *)user;
+    LLMPARI_CUDA_KEEP(t, llmpari_cuda_exact(t, &g->gemm, g, err));
+}
+LLMPARI_CUDA_FN void llmpari_cuda_op_grouped(void *user, const llmpar_grouped_args *g) {
+    llmpari_cuda_table *t = (llmpari_cuda_table *)user;
+    llmpar_gemm one = g->gemm;
+    for (int64_t e = 0; e < g->experts; e++) {
+        const int64_t row = g->offsets[e] - g->offsets[0];
+        one.m = g->offsets[e + 1] - g->offsets[e];
+        one.a = g->gemm.a + row * one.lda;
+        one.b = (const char *)g->gemm.b + e * g->b_stride * llmpari_cuda_bytes(one.b_dtype);
+        one.c = g->gemm.c + row * one.ldc;
+        LLMPARI_CUDA_KEEP(t, llmpari_cuda_product_of(t, &one, err));
+    }
+}
+
+// ---- kernels that only this table needs
+
+// One thread an element of the result: its index from the number, then a sum in the order of the dims.
+static __global__ void __launch_bounds__(256) llmpari_cuda_loops_kernel(const __grid_constant__ llmpar_loops_args g, int64_t results, int64_t terms) {
+    const int n_out = g.n - g.n_sums;
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < results; i += (int64_t)gridDim.x * blockDim.x) {
+        int64_t a = 0, b = 0, c = 0, rest = i;
+        for (int d = n_out - 1; d >= 0; d--) {
+            const int64_t at = rest % g.size[d];
+            rest /= g.size[d];
+            a += at * g.step[0][d]; b += at * g.step[1][d]; c += at * g.step[2][d];
+        }
+        float sum = 0;
+        for (int64_t s = 0; s < terms; s++) {
+            int64_t x = a, y = b, left = s;
+            for (int d = g.n - 1; d >= n_out; d--) {
+                const int64_t at = left % g.size[d];
+                left /= g.size[d];
+                x += at * g.step[0][d]; y += at * g.step[1][d];
+            }
+            sum = __fadd_rn(sum, __fmul_rn(g.a[x], g.b[y]));
+        }
+        g.c[c] = sum;
+    }
+}
+
+static __global__ void __launch_bounds__(256) llmpari_cuda_scale_kernel(llmpar_scale_args g) {
+    for (int64_t i = blockIdx.x; i < g.rows * g.k; i += gridDim.x) {
+        const int64_t at = g.to[i] - g.first;
+        if (at < 0 || at >= g.count) continue;
+        const float w = g.weights[i];
+        for (int64_t c = threadIdx.x; c < g.n; c += blockDim.x) g.y[at * g.n + c] *= w;
+    }
+}
+
+// A block a row; part 2 a thread a row.
+static __global__ void __launch_bounds__(256) llmpari_cuda_entropy_args_kernel(llmpar_entropy_args g) {
+    LLMPARI_SHARED(float, sums, 33);
+    if (g.part == 2) {
+        for (int64_t r = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; r < g.rows; r += (int64_t)gridDim.x * blockDim.x)
+            g.loss[r] = g.labels[r] < 0 ? 0.0f : logf(g.sum[r]) + g.largest[r] - g.picked[r];
+        return;
+    }
+    for (int64_t r = blockIdx.x; r < g.rows; r += gridDim.x) {
+        const float *x = g.x + r * g.n;
+        float value = g.part ? 0.0f : -INFINITY;
+        if (g.part) for (int64_t i = threadIdx.x; i < g.n; i += blockDim.x) value += expf(x[i] - g.largest[r]);
+        else        for (int64_t i = threadIdx.x; i < g.n; i += blockDim.x) value = fmaxf(value, x[i]);
+        value = g.part ? llmpari_cuda_block_sum(value, sums) : llmpari_cuda_block_max(value, sums);
+        if (threadIdx.x != 0) continue;
+        if (g.part == 0) { g.largest[r] = value; continue; }
+        const int64_t label = g.labels[r] - g.first;
+        g.sum[r]    = value;
+        g.picked[r] = g.labels[r] >= 0 && label >= 0 && label < g.n ? x[label] : 0.0f;
+    }
+}
+LLMPARI_CUDA_FN dim3 llmpari_cuda_blocks(int64_t n) { return dim3((unsigned)llmpari_cuda_max(1, llmpari_cuda_min(n, 65535))); }
+
+// ---- the table's functions: arguments of llmpar.h to those of the sections above
+
+#define LLMPARI_CUDA_OP(name, type) LLMPARI_CUDA_FN void llmpari_cuda_op_##name(void *user, const type *g)
+#define LLMPARI_CUDA_TABLE llmpari_cuda_table *t = (llmpari_cuda_table *)user; void *stream = t->cuda->stream
+
+LLMPARI_CUDA_OP(norm, llmpar_norm_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_cuda_norm_desc d;
+    memset(&d, 0, sizeof d);
+    d.dtype = LLMPAR_F32; d.layer_norm = g->layer_norm; d.exact = t->exact; d.eps = g->eps; d.rows = g->rows; d.n = g->n;
+    d.x_stride = d.y_stride = g->n;
+    d.x = g->x; d.weight = g->weight; d.bias = g->bias; d.y = g->y;
+    LLMPARI_CUDA_KEEP(t, llmpari_cuda_norm_launch(&d, stream, err));
+}
+LLMPARI_CUDA_OP(rope, llmpar_rope_args) { LLMPARI_CUDA_TABLE; LLMPARI_CUDA_KEEP(t, llmpari_cuda_rope_launch(g, stream, err)); }
+
+LLMPARI_CUDA_FN int64_t llmpari_cuda_attention_floats(const llmpari_cuda_table *t, const llmpar_attention_args *g) {
+    const int64_t keys = llmpari_cuda_max(g->n_keys, g->most_keys);
+    if (t->exact || g->batch <= 0 || g->queries <= 0 || g->q_heads <= 0 || g->d <= 0 || keys <= 0) return 0;
+    return llmpari_cuda_attend_splits(g->batch, g->queries, g->q_heads, g->kv_heads, keys) * g->batch * g->queries * g->q_heads * (g->d + 1);
+}
+LLMPARI_CUDA_OP(attention, llmpar_attention_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_attention_args all = *g;
+    if (g->causal && g->most_keys > g->n_keys && llmpari_cuda_table_captured(t)) all.n_keys = g->most_keys;        // positions say which of them count
+    LLMPARI_CUDA_KEEP(t, llmpari_cuda_attention_launch(&all, llmpari_cuda_attention_floats(t, g), g->kv_heads, t->exact, stream, err));
+}
+LLMPARI_CUDA_OP(unary, llmpar_unary_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_cuda_unary_desc d;
+    memset(&d, 0, sizeof d);
+    d.dtype = LLMPAR_F32; d.kind = g->kind; d.n = g->n; d.x = g->x; d.y = g->y;
+    if (d.n > 0) LLMPARI_CUDA_KEEP(t, llmpari_cuda_unary_launch(&d, stream, err));
+}
+LLMPARI_CUDA_FN void llmpari_cuda_table_binary(llmpari_cuda_table *t, int64_t rows, int64_t n, const float *a, const float *b, float *y, bool multiply, bool row) {
+    llmpar_cuda_binary_desc d;
+    memset(&d, 0, sizeof d);
+    d.dtype = LLMPAR_F32; d.multiply = multiply; d.row = row; d.rows = rows; d.n = n;
+    d.a_stride = d.b_stride = d.y_stride = n;
+    d.a = a; d.b = b; d.y = y;
+    if (rows > 0 && n > 0) LLMPARI_CUDA_KEEP(t, llmpari_cuda_binary_launch(&d, t->cuda->stream, err));
+}
+LLMPARI_CUDA_OP(binary, llmpar_binary_args) { llmpari_cuda_table_binary((llmpari_cuda_table *)user, 1, g->n, g->a, g->b, g->y, g->multiply, false); }
+LLMPARI_CUDA_OP(bias, llmpar_bias_args)     { llmpari_cuda_table_binary((llmpari_cuda_table *)user, g->rows, g->n, g->x, g->bias, g->y, false, true); }
+LLMPARI_CUDA_OP(gated, llmpar_gated_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_cuda_gated_desc d;
+    memset(&d, 0, sizeof d);
+    d.dtype = LLMPAR_F32; d.kind = g->kind; d.rows = 1; d.n = d.gate_stride = d.up_stride = d.y_stride = g->n;
+    d.gate = g->gate; d.up = g->up; d.y = g->y;
+    if (d.n > 0) LLMPARI_CUDA_KEEP(t, llmpari_cuda_gated_launch(&d, stream, err));
+}
+LLMPARI_CUDA_OP(softmax, llmpar_softmax_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_cuda_softmax_desc d;
+    memset(&d, 0, sizeof d);
+    d.exact = t->exact; d.rows = g->rows; d.n = d.x_stride = d.y_stride = g->n; d.x = g->x; d.y = g->y;
+    LLMPARI_CUDA_KEEP(t, llmpari_cuda_softmax_launch(&d, stream, err));
+}
+LLMPARI_CUDA_OP(embed, llmpar_embed_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_cuda_embed_desc d;
+    memset(&d, 0, sizeof d);
+    d.rows = g->rows; d.n = g->n; d.first = g->first; d.count = g->count; d.dtype = g->dtype; d.out_f32 = true; d.ids = g->ids; d.table = g->table; d.y = g->y;
+    LLMPARI_CUDA_KEEP(t, llmpari_cuda_embed_launch(&d, stream, err));
+}
+LLMPARI_CUDA_OP(permute, llmpar_permute_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_cuda_permute_desc d;
+    memset(&d, 0, sizeof d);
+    d.rows = g->rows; d.k = g->k; d.bytes = g->bytes; d.first = g->first; d.count = g->count; d.stride = g->stride; d.x = g->x; d.to = g->to; d.y = g->y;
+    LLMPARI_CUDA_KEEP(t, llmpari_cuda_permute_launch(&d, stream, err));
+}
+LLMPARI_CUDA_OP(combine, llmpar_combine_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_cuda_combine_desc d;
+    memset(&d, 0, sizeof d);
+    d.tokens = g->tokens; d.k = g->k; d.n = g->n; d.dtype = LLMPAR_F32; d.out_f32 = true; d.tree = true; d.pieces = g->pieces; d.n_experts = g->n_experts; d.experts = g->experts;
+    d.ids = g->ids; d.from = g->from; d.weights = g->weights; d.y = g->y; d.first = g->first; d.count = (int64_t)1 << 40; d.out = g->out; d.stride = g->stride;
+    if (g->k > LLMPAR_CUDA_MAX_SUM) { LLMPARI_CUDA_KEEP(t, llmpari_cuda_size("k", g->k, LLMPAR_CUDA_MAX_SUM, err)); return; }
+    LLMPARI_CUDA_KEEP(t, llmpari_cuda_combine_launch(&d, stream, err));
+}
+LLMPARI_CUDA_OP(box, llmpar_box_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_cuda_box box;
+    box.n = g->box->n; box.elements = g->box->elements; box.to_at = g->box->to_at; box.from_at = g->box->from_at;
+    memcpy(box.size, g->box->size, sizeof box.size);
+    memcpy(box.to, g->box->to, sizeof box.to);
+    memcpy(box.from, g->box->from, sizeof box.from);
+    if (box.elements > 0) LLMPARI_CUDA_KEEP(t, llmpari_cuda_boxes_launch(&box, 1, g->to, g->from, g->bytes, stream, err));
+}
+LLMPARI_CUDA_OP(broadcast, llmpar_broadcast_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_cuda_broadcast_desc d;
+    memset(&d, 0, sizeof d);
+    d.dtype = LLMPAR_F32; d.mode = !g->a ? LLMPAR_CUDA_COPY : g->multiply ? LLMPAR_CUDA_MULTIPLY : LLMPAR_CUDA_ADD; d.n_dims = g->n; d.a = g->a; d.b = g->b; d.y = g->y;
+    memcpy(d.size, g->size, sizeof d.size);
+    memcpy(d.b_stride, g->b_stride, sizeof d.b_stride);
+    LLMPARI_CUDA_KEEP(t, llmpari_cuda_broadcast_launch(&d, stream, err));
+}
+LLMPARI_CUDA_OP(loops, llmpar_loops_args) {
+    LLMPARI_CUDA_TABLE;
+    int64_t results = 1, terms = 1;
+    for (int d = 0; d < g->n; d++) *(d < g->n - g->n_sums ? &results : &terms) *= g->size[d];
+    if (results > 0) LLMPARI_CUDA_KEEP(t, llmpari_cuda_launch("loops", llmpari_cuda_loops_kernel, llmpari_cuda_blocks(llmpari_cuda_up(results, 256)), dim3(256), 0, stream, err, *g, results, terms));
+}
+LLMPARI_CUDA_OP(take, llmpar_take_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_cuda_take_desc d;
+    memset(&d, 0, sizeof d);
+    d.dtype = LLMPAR_F32; d.batch = g->batch; d.before = g->before; d.first = g->first; d.count = g->count; d.after = g->after; d.x = g->x; d.ids = g->ids; d.y = g->y;
+    if (d.batch > 0 && d.before > 0 && d.after > 0) LLMPARI_CUDA_KEEP(t, llmpari_cuda_take_launch(&d, stream, err));
+}
+LLMPARI_CUDA_OP(append, llmpar_append_args) {
+    LLMPARI_CUDA_TABLE;
+    LLMPARI_CUDA_KEEP(t, llmpari_cuda_append_launch(g->batch, g->tokens, g->heads, g->d, g->slots, g->position, g->k, g->v, g->k_cache, g->v_cache, stream, err));
+}
+LLMPARI_CUDA_OP(convert, llmpar_convert_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_cuda_convert_desc d;
+    memset(&d, 0, sizeof d);
+    d.from_dtype = g->dtype; d.to_dtype = LLMPAR_F32; d.n = g->n; d.from = g->x; d.to = g->y;
+    if (d.n > 0) LLMPARI_CUDA_KEEP(t, llmpari_cuda_convert_launch(&d, stream, err));
+}
+LLMPARI_CUDA_OP(entropy, llmpar_entropy_args) {
+    LLMPARI_CUDA_TABLE;
+    if (g->rows > 0) LLMPARI_CUDA_KEEP(t, llmpari_cuda_launch("entropy", llmpari_cuda_entropy_args_kernel, llmpari_cuda_blocks(g->rows), dim3(256), 0, stream, err, *g));
+}
+LLMPARI_CUDA_OP(scale, llmpar_scale_args) {
+    LLMPARI_CUDA_TABLE;
+    if (g->rows > 0 && g->k > 0) LLMPARI_CUDA_KEEP(t, llmpari_cuda_launch("scale", llmpari_cuda_scale_kernel, llmpari_cuda_blocks(g->rows * g->k), dim3(256), 0, stream, err, *g));
+}
+LLMPARI_CUDA_OP(fold, llmpar_fold_args) {
+    LLMPARI_CUDA_TABLE;
+    llmpar_cuda_fold_desc d;
+    memset(&d, 0, sizeof d);
+    d.piece = g->x; d.out = g->out; d.merges = g->merges; d.at = g->at; d.pieces = g->pieces; d.columns = g->n;
+    if (g->pieces > LLMPAR_CUDA_FOLD_PIECES) { LLMPARI_CUDA_KEEP(t, llmpari_cuda_size("pieces", g->pieces, LLMPAR_CUDA_FOLD_PIECES, err)); return; }
+    if (g->pieces > 0 && g->n > 0) LLMPARI_CUDA_KEEP(t, llmpari_cuda_fold_launch(&d, stream, err));
+}
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_table_clear(llmpari_cuda_table *t, void *to, size_t bytes, llmpar_error *err) {
+    LLMPARI_CUDA_CALL(err, cudaMemsetAsync(to, 0, bytes, (cudaStream_t)t->cuda->stream));
+    return LLMPAR_OK;
+}
+LLMPARI_CUDA_FN void llmpari_cuda_op_zero(void *user, void *to, size_t bytes) {
+    llmpari_cuda_table *t = (llmpari_cuda_table *)user;
+    if (bytes) LLMPARI_CUDA_KEEP(t, llmpari_cuda_table_clear(t, to, bytes, err));
+}
+LLMPARI_CUDA_FN int64_t llmpari_cuda_table_scratch(void *user, const llmpar_scratch_args *g) {
+    const llmpari_cuda_table *t = (const llmpari_cuda_table *)user;
+    if (g->attention) return 4 * llmpari_cuda_attention_floats(t, g->attention);
+    return g->gemm && !t->exact ? llmpari_cuda_gemm_bytes(g->gemm) : 0;
+}
+
+// ---- making it
+
+LLMPARI_CUDA_FN void llmpari_cuda_table_destroy(llmpari_cuda_table *t) {
+    if (t->cuda->tables == t) t->cuda->tables = t->next;
+    (void)cudaSetDevice(t->cuda->device);
+    for (int i = 0; i < 2; i++) {
+        if (t->staging[i]) (void)cudaFreeHost(t->staging[i]);
+        if (t->staged[i])  (void)cudaEventDestroy(t->staged[i]);
+    }
+    for (int i = 0; i < LLMPARI_CUDA_TICKETS; i++) if (t->ticket[i]) (void)cudaEventDestroy(t->ticket[i]);
+    if (t->workspace) (void)cudaFree(t->workspace);
+    if (t->lt) (void)cublasLtDestroy(t->lt);
+    free(t->plan);
+    free(t);
+}
+
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_table_open(llmpari_cuda_table *t, llmpar_error *err) {
+    LLMPARI_CUDA_CALL(err, cudaSetDevice(t->cuda->device));
+    t->plan = (llmpari_cuda_gemm_plan *)calloc(LLMPARI_CUDA_PLANS, sizeof *t->plan);
+    if (!t->plan) return LLMPARI_CUDA_FAIL(err, LLMPAR_NO_MEMORY, "no memory for the table's %d shapes", LLMPARI_CUDA_PLANS);
+    LLMPARI_CUDA_LT(cublasLtCreate(&t->lt));
+    LLMPARI_CUDA_CALL(err, cudaMalloc(&t->workspace, t->workspace_bytes));
+    for (int i = 0; i < 2; i++) {
+        void *pinned;
+        LLMPARI_CUDA_CALL(err, cudaMallocHost(&pinned, LLMPARI_CUDA_STAGING));
+        t->staging[i] = (char *)pinned;
+        LLMPARI_CUDA_CALL(err, cudaEventCreateWithFlags(&t->staged[i], cudaEventDisableTiming));
+    }
+    for (int i = 0; i < LLMPARI_CUDA_TICKETS; i++) LLMPARI_CUDA_CALL(err, cudaEventCreateWithFlags(&t->ticket[i], cudaEventDisableTiming));
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_cuda_ops(llmpar_cuda *cuda, const llmpar_cuda_ops_desc *desc, llmpar_ops *ops, llmpar_error *err) {
+    if (!cuda || !ops) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is NULL", cuda ? "ops" : "cuda");
+    memset(ops, 0, sizeof *ops);
+    if (desc && desc->workspace_bytes < 0) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "workspace_bytes=%lld; pass 0 (32 MiB) or more", (long long)desc->workspace_bytes);
+    llmpari_cuda_table *t = (llmpari_cuda_table *)calloc(1, sizeof *t);
+    if (!t) return LLMPARI_CUDA_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a table of %d bytes", (int)sizeof *t);
+    t->cuda  = cuda;
+    t->exact = desc && desc->invariant;
+    t->workspace_bytes = desc && desc->workspace_bytes ? (size_t)desc->workspace_bytes : (size_t)32 << 20;
+    const llmpar_status status = llmpari_cuda_table_open(t, err);
+    if (status) { llmpari_cuda_table_destroy(t); return status; }
+    t->next = cuda->tables;
+    cuda->tables = t;
+    cuda->destroy_table = llmpari_cuda_table_destroy;
+    ops->user = t;
+#define LLMPARI_CUDA_SET(name) ops->name = llmpari_cuda_op_##name;
+    LLMPARI_CUDA_SET(gemm) LLMPARI_CUDA_SET(norm) LLMPARI_CUDA_SET(rope) LLMPARI_CUDA_SET(attention) LLMPARI_CUDA_SET(unary) LLMPARI_CUDA_SET(binary) LLMPARI_CUDA_SET(gated)
+    LLMPARI_CUDA_SET(bias) LLMPARI_CUDA_SET(softmax) LLMPARI_CUDA_SET(embed) LLMPARI_CUDA_SET(permute) LLMPARI_CUDA_SET(grouped) LLMPARI_CUDA_SET(combine) LLMPARI_CUDA_SET(box)
+    LLMPARI_CUDA_SET(broadcast) LLMPARI_CUDA_SET(loops) LLMPARI_CUDA_SET(take) LLMPARI_CUDA_SET(append) LLMPARI_CUDA_SET(convert) LLMPARI_CUDA_SET(entropy) LLMPARI_CUDA_SET(scale)
+    LLMPARI_CUDA_SET(fold) LLMPARI_CUDA_SET(granules) LLMPARI_CUDA_SET(zero)
+#undef LLMPARI_CUDA_SET
+    ops->scratch     = llmpari_cuda_table_scratch;
+    ops->alloc       = llmpari_cuda_table_alloc;
+    ops->free        = llmpari_cuda_table_free;
+    ops->alloc_host  = llmpari_cuda_table_alloc_host;
+    ops->free_host   = llmpari_cuda_table_free_host;
+    ops->upload      = llmpari_cuda_table_upload;
+    ops->download    = llmpari_cuda_table_download;
+    ops->upload_from = llmpari_cuda_table_upload_from;
+    ops->wait        = llmpari_cuda_table_wait;
+    ops->invariant   = t->exact;
+    return LLMPAR_OK;
+}
 #endif // LLMPARI_CUDA_KERNELS
 
 #endif // LLMPAR_CUDA_IMPLEMENTATION

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Warnings with every compiler and standard at hand, static mode, no threads, double inclusion, symbols, contents, README snippets, cost of including.
 # Compiles run side by side, one per core; each text is compiled optimised once per compiler, since some warnings come from the optimiser only.
-B=${B:-build}; D=$B/hygiene; rm -rf "$D"; mkdir -p "$D"; passed=0; failed=0; skipped=0; jobs=0
+B=${B:-build}; D=$B/hygiene; rm -rf "$D"; mkdir -p "$D"; passed=0; failed=0; skipped=0; jobs=0; CUDA=${CUDA:-/usr/local/cuda}
 ok()   { passed=$((passed + 1)); }
 bad()  { failed=$((failed + 1)); echo "FAIL $*"; }
 skip() { skipped=$((skipped + 1)); echo "SKIP $*"; }
@@ -38,7 +38,10 @@ for cc in gcc clang; do
     job "$cc gnu99 twice" $cc -std=gnu99 $c_warnings -I. -c "$D/twice.c" -o /dev/null
     job "$cc: no word about _POSIX_C_SOURCE" "$cc -std=c99 -I. -c $D/twice.c -o /dev/null 2>&1 | grep 'error.*_POSIX_C_SOURCE' > /dev/null"
     job "$cc c99 declarations" $cc -std=c99 $c_warnings -I. -c "$D/declare.c" -o /dev/null
-    for file in examples/*.c; do job "$cc $file" $cc -std=c99 $c_warnings -I. -c "$file" -o /dev/null; done
+    for file in examples/*.c; do
+        case $file in */nccl_*) [ -f "$CUDA/include/nccl.h" ] || { skip "$file" "no nccl.h in $CUDA/include"; continue; } ;; esac
+        job "$cc $file" $cc -std=c99 $c_warnings -I. -isystem "$CUDA/include" -c "$file" -o /dev/null
+    done
     for file in tests/*.c; do job "$cc $file" $cc -std=c99 -D_POSIX_C_SOURCE=200809L -DLLMPAR_STATIC -DFUZZ_MAIN $c_warnings -I. -Itests -fsyntax-only "$file"; done
 done
 # With MPI, where it is: C and C++, with and without threads, and the programs that use it.
