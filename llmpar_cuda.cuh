@@ -6112,7 +6112,15 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_team(llmpari_cuda_peer_end *end,
     for (llmpar_cuda_peer *t = root->next; t; last = &t->next, t = t->next) {
         bool same = t->parent == parent && t->n == n;
         for (int32_t i = 0; i < n && same; i++) same = t->member[i] == parent->member[members[i]];
-        if (same && t->freed == (1u << n) - 1) { t->joined = t->freed = 0; t->id = ++root->groups; for (int32_t i = 0; i < n; i++) t->end[i].comm.id = t->id; }
+        if (same && t->freed == (1u << n) - 1) {                                           // nobody's any more: its mailboxes serve the new one
+            t->joined = t->freed = 0;
+            t->id = ++root->groups;
+            for (int32_t i = 0; i < n; i++) {
+                llmpar_comm *comm = &t->end[i].comm;
+                comm->id = t->id;
+                memset(&comm->stats, 0, sizeof comm->stats);
+            }
+        }
         if (same && !(t->joined >> me & 1u)) { *out = t; return LLMPAR_OK; }
     }
     llmpar_cuda_peer *team = (llmpar_cuda_peer *)llmpari_cuda_peer_alloc(&root->allocator, sizeof *team);
