@@ -893,7 +893,8 @@ struct CUstream_st {
     int device = 0;
     std::deque<std::function<bool()>> ops;     // true: done; false: call it again
     std::atomic<int> pending{0};
-    emulator_worker *owner = nullptr;
+    std::recursive_mutex lock;                 // of ops and owner: several OS threads may use one stream
+    emulator_worker *owner = nullptr;          // who has begun the first of ops; it goes on with it
     uint64_t capture = 0;                      // which capture it takes part in; it may be over
     bool origin = false;
 };
@@ -957,7 +958,16 @@ inline bool emulator_drive() {
     me.driving = 1;
     for (size_t i = 0; i < me.streams.size();) {
         cudaStream_t s = me.streams[i];
-        while (!s->ops.empty() && s->ops.front()()) { s->ops.pop_front(); s->pending--; progress = true; }
+        std::unique_lock<std::recursive_mutex> hold(s->lock, std::try_to_lock);
+        if (!hold.owns_lock()) { i++; continue; }
+        while (!s->ops.empty() && (!s->owner || s->owner == &me)) {
+            s->owner = &me;
+            if (!s->ops.front()()) break;
+            s->ops.pop_front();
+            s->owner = nullptr;
+            s->pending--;
+            progress = true;
+        }
         if (s->ops.empty()) me.streams.erase(me.streams.begin() + (std::ptrdiff_t)i); else i++;
     }
     me.driving = 0;
@@ -979,10 +989,12 @@ inline cudaError_t emulator_put(cudaStream_t stream, std::function<std::function
     cudaStream_t s = emulator_stream(stream);
     if (CUgraph_st *graph = emulator_graph(s->capture)) { graph->ops.push_back(std::move(make)); return cudaSuccess; }
     emulator_worker &me = emulator_me();
-    if (s->owner && s->owner != &me && s->pending > 0) EMULATOR_TRY(emulator_wait([s]() { return s->pending == 0; }));
-    s->owner = &me;
-    s->ops.push_back(make());
-    if (s->pending++ == 0 && std::find(me.streams.begin(), me.streams.end(), s) == me.streams.end()) me.streams.push_back(s);
+    {
+        std::lock_guard<std::recursive_mutex> hold(s->lock);
+        s->ops.push_back(make());
+        s->pending++;
+    }
+    if (std::find(me.streams.begin(), me.streams.end(), s) == me.streams.end()) me.streams.push_back(s);
     for (int round = 0; s->pending > 0 && round < 4; round++) if (emulator_drive()) round = 0;
     return emulator_late_error();
 }
