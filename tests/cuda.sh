@@ -24,7 +24,7 @@ done
 programs=""
 if [ "${1:-}" != library ]; then
     case $CUDA_ARCH in compute_*) gencode="-gencode arch=$CUDA_ARCH,code=$CUDA_ARCH" ;; *) gencode="-arch=$CUDA_ARCH" ;; esac
-    for source in tests/test_cuda_*.cu examples/*.cu; do
+    for source in tests/test_cuda_*.cu tests/bench_cuda.cu examples/*.cu; do
         [ -f "$source" ] || continue
         sed -n '1,5p' "$source" | grep -qi 'emulator only' && continue
         o=$D/$(basename "$source" .cu); programs="$programs $o"
@@ -44,6 +44,16 @@ for todo in "$D"/*.todo; do
     rm -f "$todo" "$todo.done" "${todo%.todo}.name"
 done
 for arch in $archs; do [ -f "$D/library.sm_$arch.o" ] || [ $failed -gt 0 ] || failed=1; done
+# golden_check as an engine in C that links the library's object: for the second of the architectures, or the only one.
+if [ "${1:-}" != library ] && [ $failed = 0 ]; then
+    set -- $archs; arch=${2:-$1}; o=$D/golden_check
+    if stale "$o" tests/golden_check.c; then
+        include=$(printf '#include <cuda_runtime_api.h>\n' | "$NVCC" -x cu -M - 2> /dev/null | tr ' ' '\n' | sed -n 's|/cuda_runtime_api.h$||p' | head -n 1)
+        if ${CC:-cc} -O2 -std=c99 -Wall -Wextra -Wpedantic -Wconversion -Wshadow -DGOLDEN_CUDA -I. -Itests -isystem "$include" -c tests/golden_check.c -o "$o.o" > "$o.log" 2>&1 &&
+            "$NVCC" "$o.o" "$D/library.sm_$arch.o" -o "$o" -lcublasLt -lcublas ${nccl:+-lnccl} -lpthread -lm >> "$o.log" 2>&1 && [ ! -s "$o.log" ]; then passed=$((passed + 1)); n=$((n + 1))
+        else failed=$((failed + 1)); echo "FAIL $o"; head -n 20 "$o.log"; rm -f "$o"; fi
+    fi
+fi
 echo "make cuda: $n compiled in $(($(date +%s) - start)) s, the rest kept; library for sm_$(echo $archs | sed 's/ /, sm_/g')${programs:+, programs for $CUDA_ARCH}"
 [ "$n" -gt 0 ] || passed=1
 echo "$passed passed, $failed failed"
