@@ -540,13 +540,13 @@ inline uint64_t emulator_warp(int kind, unsigned mask, uint64_t value, int sourc
     if (group.kind != kind || group.bytes != bytes)
         EMULATOR_FAULT("%s of %d bytes in line %d: lane %d is at a %s of %d bytes in line %d", emulator_warp_call(kind), bytes, line, __builtin_ctz(group.arrived), emulator_warp_call(group.kind), group.bytes, group.line);
     group.arrived |= 1u << lane;
-    EMULATOR_RELEASE(&warp);
+    if (kind == EMULATOR_SYNCWARP) EMULATOR_RELEASE(&warp);    // of the warp's calls it alone orders memory
     if (group.arrived == mask) {
         group = warp.group[--warp.groups];
         emulator_warp_resolve(&block->threads[(size_t)first], mask, kind);
-        warp.epoch++;
+        warp.epoch += kind == EMULATOR_SYNCWARP;
     } else { t->state = EMULATOR_WARP; emulator_leave(); }
-    EMULATOR_ACQUIRE(&warp);
+    if (kind == EMULATOR_SYNCWARP) EMULATOR_ACQUIRE(&warp);
     return t->result;
 }
 template <typename T> inline T emulator_shfl(unsigned mask, T v, int source, int line) {
