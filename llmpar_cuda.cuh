@@ -132,8 +132,8 @@ LLMPAR_DEF llmpar_status llmpar_cuda_rope(const llmpar_cuda_rope_desc *desc, voi
 
 // out[b, s, i] = softmax_j(q[b, s, i] . k[b, j, kv_of_q[i]] * scale) . v[b, j, kv_of_q[i]] over the keys j that query (b, s) sees: j < n = lengths[b] or n_keys; with p =
 // position[b, s]: j <= p when causal, j > p - window when window > 0. p < 0 is padding. A query that sees nothing gets zeros and lse -infinity (with a sink: the sink's logit).
-// Decode: queries 1 or a few, lengths. Prefill and chunks: many queries. The queries that share a kv head go 8 (4) at a time: K and V come from memory once for a group of up to 8, 2 * S *
-// kv_heads * D elements a row. Keys are split over blocks where there would be too few (flash-decoding, Dao et al. 2023), and llmpar_cuda_merge's kernel adds the parts: same bits in every run.
+// Decode: queries 1 or a few, lengths. Prefill and chunks: many queries. The queries that share a kv head go 4 at a time (f32: up to 8), each time past all keys: K and V are read from
+// memory once, 2 * S * kv_heads * D elements a row, and for each further 4 from the second-level cache as far as it holds them. Keys are split over blocks where there would be too few (flash-decoding, Dao et al. 2023), and llmpar_cuda_merge's kernel adds the parts: same bits in every run.
 // Error, n keys: of a score e = (D + 8) 2^-24 scale sum_i |q_i k_i| (+ 2^-22 soft_cap); of the result (2 e + (n + 64) 2^-24) sum_j softmax_j |v_j|, and half a unit of dtype.
 typedef struct llmpar_cuda_attention_desc {
     int64_t batch, queries;        // a query block [batch, queries]
@@ -1250,17 +1250,18 @@ LLMPAR_DEF int32_t llmpar_cuda_attention_splits(int64_t blocks, int64_t n_keys, 
     return (int32_t)llmpari_cuda_max(1, llmpari_cuda_min(llmpari_cuda_min(wanted, n_keys / 128), 64));
 }
 
-// The blocks of a kv head without splitting, for groups of the mean size; larger ones take turns. rows: how many (query, head) pairs a block takes.
-static int64_t llmpari_cuda_attend_chunks(int64_t queries, int64_t q_heads, int64_t kv_heads, int *rows) {
+// The blocks of a kv head without splitting, for groups of the mean size; larger ones take turns. rows: how many (query, head) pairs a block takes at a time. 16-bit: 4, because 8 sums of 8
+// products each do not fit into 64 registers (sm_90, sm_100).
+static int64_t llmpari_cuda_attend_chunks(int64_t bytes, int64_t queries, int64_t q_heads, int64_t kv_heads, int *rows) {
     const int64_t pairs = queries * llmpari_cuda_up(q_heads, kv_heads);
-    *rows = pairs <= 4 ? 4 : 8;
+    *rows = pairs <= 4 || bytes == 2 ? 4 : 8;
     return llmpari_cuda_min(llmpari_cuda_up(pairs, *rows), 1 << 20);
 }
-static int32_t llmpari_cuda_attend_splits(int64_t batch, int64_t queries, int64_t q_heads, int64_t kv_heads, int64_t n_keys) {
+static int32_t llmpari_cuda_attend_splits(int64_t bytes, int64_t batch, int64_t queries, int64_t q_heads, int64_t kv_heads, int64_t n_keys) {
     int rows, device = 0, sms = 0;
     if (batch <= 0 || queries <= 0 || q_heads <= 0 || kv_heads <= 0) return 1;
     if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) { (void)cudaGetLastError(); return 1; }
-    return llmpar_cuda_attention_splits(batch * kv_heads * llmpari_cuda_attend_chunks(queries, q_heads, kv_heads, &rows), n_keys, sms);
+    return llmpar_cuda_attention_splits(batch * kv_heads * llmpari_cuda_attend_chunks(bytes, queries, q_heads, kv_heads, &rows), n_keys, sms);
 }
 
 // g complete but for lanes and chunks; splits > 1 needs part. Then, or with `exact`, launches.
@@ -1269,7 +1270,7 @@ template <typename T> static llmpar_status llmpari_cuda_attend_launch(llmpari_cu
     const int64_t n = (int64_t)(16 / sizeof(T)), size = (int64_t)sizeof(T), width = llmpari_cuda_up(g.d, 8) * 8, tokens = g.batch * g.queries;
     float *lse = g.lse;
     if (!tokens || !g.q_heads || !g.d) return LLMPAR_OK;
-    g.chunks = (int32_t)llmpari_cuda_attend_chunks(g.queries, g.q_heads, g.kv_heads, &rows);
+    g.chunks = (int32_t)llmpari_cuda_attend_chunks(size, g.queries, g.q_heads, g.kv_heads, &rows);
     g.packed = g.d % 8 == 0 && llmpari_cuda_packs(g.q, g.d) && llmpari_cuda_packs(g.out, g.d) && llmpari_cuda_cache_packs(g.kv);
     g.lanes = 2; g.shift = 1;                                                    // tiles of at most 8 KiB: two packs of k and two of v a thread
     while (256 / g.lanes * width * size > 8192) { g.lanes *= 2; g.shift++; }
@@ -1278,7 +1279,7 @@ template <typename T> static llmpar_status llmpari_cuda_attend_launch(llmpari_cu
     const int64_t bytes = rows * (256 + LLMPARI_CUDA_TILE) * 4 + llmpari_cuda_max(g.tile * (g.stride + width) * size, g.subsets * rows * width * 4);
     const dim3 grid((unsigned)(g.chunks * (int64_t)g.splits), (unsigned)g.kv_heads, (unsigned)llmpari_cuda_min(g.batch, 65535));
     if (rows == 4) LLMPARI_CUDA_TRY(llmpari_cuda_launch("attention", llmpari_cuda_attend_kernel<T, 4>, grid, dim3(256), (size_t)bytes, stream, err, g));
-    else           LLMPARI_CUDA_TRY(llmpari_cuda_launch("attention", llmpari_cuda_attend_kernel<T, 8>, grid, dim3(256), (size_t)bytes, stream, err, g));
+    else if constexpr (sizeof(T) == 4) LLMPARI_CUDA_TRY(llmpari_cuda_launch("attention", llmpari_cuda_attend_kernel<T, 8>, grid, dim3(256), (size_t)bytes, stream, err, g));
     if (g.splits == 1) return LLMPAR_OK;
     return llmpari_cuda_merge_launch(g.splits, tokens, g.q_heads, g.d, (const float *)g.part, g.lse, false, g.sinks, g.out, lse, stream, err);
 }
@@ -1291,7 +1292,7 @@ static llmpar_status llmpari_cuda_attend_exact_launch(const llmpari_cuda_attend<
 static int32_t llmpari_cuda_attention_choice(const llmpar_cuda_attention_desc *desc) {
     const int64_t slots = desc->kv.slots ? desc->kv.slots : desc->kv.block_table ? desc->kv.max_blocks * desc->kv.block_size : 0;
     if (desc->exact) return 1;
-    return desc->splits ? desc->splits : llmpari_cuda_attend_splits(desc->batch, desc->queries, desc->q_heads, desc->kv_heads, desc->n_keys ? llmpari_cuda_min(desc->n_keys, slots) : slots);
+    return desc->splits ? desc->splits : llmpari_cuda_attend_splits(llmpari_cuda_bytes(desc->dtype), desc->batch, desc->queries, desc->q_heads, desc->kv_heads, desc->n_keys ? llmpari_cuda_min(desc->n_keys, slots) : slots);
 }
 LLMPAR_DEF int64_t llmpar_cuda_attention_workspace(const llmpar_cuda_attention_desc *desc) {
     const int64_t splits = llmpari_cuda_attention_choice(desc);
@@ -1388,7 +1389,7 @@ static llmpar_status llmpari_cuda_attention_launch(const llmpar_attention_args *
     g.kv.stride_row = args->kv_stride_batch; g.kv.stride_slot = args->kv_stride_token; g.kv.stride_head = args->kv_stride_head;
     if (exact) return llmpari_cuda_attend_exact_launch(g, stream, err);
     const int64_t floats = args->batch * args->queries * args->q_heads * (args->d + 1);
-    g.splits = (int32_t)llmpari_cuda_max(1, llmpari_cuda_min(llmpari_cuda_attend_splits(g.batch, g.queries, g.q_heads, kv_heads, g.n_keys), args->scratch ? scratch_floats / floats : 1));
+    g.splits = (int32_t)llmpari_cuda_max(1, llmpari_cuda_min(llmpari_cuda_attend_splits(4, g.batch, g.queries, g.q_heads, kv_heads, g.n_keys), args->scratch ? scratch_floats / floats : 1));
     return llmpari_cuda_attend_launch(g, args->scratch, stream, err);
 }
 
