@@ -133,7 +133,8 @@ LLMPAR_DEF llmpar_status llmpar_cuda_rope(const llmpar_cuda_rope_desc *desc, voi
 // out[b, s, i] = softmax_j(q[b, s, i] . k[b, j, kv_of_q[i]] * scale) . v[b, j, kv_of_q[i]] over the keys j that query (b, s) sees: j < n = lengths[b] or n_keys; with p =
 // position[b, s]: j <= p when causal, j > p - window when window > 0. p < 0 is padding. A query that sees nothing gets zeros and lse -infinity (with a sink: the sink's logit).
 // Decode: queries 1 or a few, lengths. Prefill and chunks: many queries. The queries that share a kv head go 4 at a time (f32: up to 8), each time past all keys: K and V are read from
-// memory once, 2 * S * kv_heads * D elements a row, and for each further 4 from the second-level cache as far as it holds them. Keys are split over blocks where there would be too few (flash-decoding, Dao et al. 2023), and llmpar_cuda_merge's kernel adds the parts: same bits in every run.
+// memory once, 2 * S * kv_heads * D elements a row, and for each further 4 from the second-level cache as far as it holds them. Keys are split over blocks where there would be too few
+// (flash-decoding, Dao et al. 2023), and llmpar_cuda_merge's kernel adds the parts: same bits in every run.
 // Error, n keys: of a score e = (D + 8) 2^-24 scale sum_i |q_i k_i| (+ 2^-22 soft_cap); of the result (2 e + (n + 64) 2^-24) sum_j softmax_j |v_j|, and half a unit of dtype.
 typedef struct llmpar_cuda_attention_desc {
     int64_t batch, queries;        // a query block [batch, queries]
@@ -845,8 +846,8 @@ static llmpar_status llmpari_cuda_append_launch(int64_t batch, int64_t tokens, i
 // ---- merging partial results
 
 // A row (token, head) belongs to `lanes` threads of a warp, each of which takes E elements at a time.
-template <typename T, typename O> __global__ void __launch_bounds__(256) llmpari_cuda_merge_kernel(int64_t rows, int64_t n, int heads, int d, int lanes, bool packed, bool accumulate, const T *parts, const float *lse,
-                                                                                                 const float *sinks, O *out, float *out_lse) {
+template <typename T, typename O> __global__ void __launch_bounds__(256) llmpari_cuda_merge_kernel(int64_t rows, int64_t n, int heads, int d, int lanes, bool packed, bool accumulate,
+                                                                                                    const T *parts, const float *lse, const float *sinks, O *out, float *out_lse) {
     enum { E = sizeof(T) == 4 && sizeof(O) == 4 ? 4 : 8 };
     const int lane = (int)threadIdx.x % lanes, groups = (int)blockDim.x / lanes;
     for (int64_t row0 = (int64_t)blockIdx.x * groups; row0 < rows; row0 += (int64_t)gridDim.x * groups) {
@@ -883,8 +884,8 @@ template <typename T, typename O> __global__ void __launch_bounds__(256) llmpari
     }
 }
 
-template <typename T, typename O> static llmpar_status llmpari_cuda_merge_launch(int64_t n, int64_t tokens, int32_t heads, int32_t d, const T *parts, const float *lse, bool accumulate, const float *sinks,
-                                                                                O *out, float *out_lse, void *stream, llmpar_error *err) {
+template <typename T, typename O> static llmpar_status llmpari_cuda_merge_launch(int64_t n, int64_t tokens, int32_t heads, int32_t d, const T *parts, const float *lse, bool accumulate,
+                                                                                const float *sinks, O *out, float *out_lse, void *stream, llmpar_error *err) {
     const int64_t rows = tokens * heads, e = sizeof(T) == 4 && sizeof(O) == 4 ? 4 : 8;
     const int32_t lanes = llmpari_cuda_lanes(llmpari_cuda_up(d, e));
     const bool packed = d % e == 0 && llmpari_cuda_packs(parts, d) && llmpari_cuda_packs(out, d);
@@ -969,7 +970,8 @@ LLMPARI_DEVICE int llmpari_cuda_again(int x) {
     return x;
 }
 
-// R rows (query, head) that share kv head blockIdx.y, against tiles of 256 / lanes keys. A tile comes into shared memory; `lanes` threads make the R scores of a key; a warp a row: running maximum and sum (Milakov & Gimelshein 2018); a thread takes two columns of v for some of the keys, R sums each.
+// R rows (query, head) that share kv head blockIdx.y, against tiles of 256 / lanes keys. A tile comes into shared memory; `lanes` threads make the R scores of a
+// key; a warp a row: running maximum and sum (Milakov & Gimelshein 2018); a thread takes two columns of v for some of the keys, R sums each.
 template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_cuda_attend_kernel(const llmpari_cuda_attend<T> g) {
     enum { N = llmpari_cuda_pack<T>::n };
     LLMPARI_SHARED_DYNAMIC(float, shared);
@@ -1275,7 +1277,8 @@ template <typename T> static llmpar_status llmpari_cuda_attend_launch(llmpari_cu
     g.lanes = 2; g.shift = 1;                                                    // tiles of at most 8 KiB: two packs of k and two of v a thread
     while (256 / g.lanes * width * size > 8192) { g.lanes *= 2; g.shift++; }
     if (g.splits > 1) { g.part = workspace; g.lse = workspace + g.splits * tokens * g.q_heads * g.d; }
-    g.tile = 256 / g.lanes; g.width = (int32_t)width; g.stride = (int32_t)(width + (g.lanes < 8 ? g.lanes * n : 0)); g.packs = (int32_t)(width / n); g.subsets = (int32_t)(512 / width); g.inverse = (int32_t)(131072 / width + 1);
+    g.tile = 256 / g.lanes; g.width = (int32_t)width; g.stride = (int32_t)(width + (g.lanes < 8 ? g.lanes * n : 0));
+    g.packs = (int32_t)(width / n); g.subsets = (int32_t)(512 / width); g.inverse = (int32_t)(131072 / width + 1);
     const int64_t bytes = rows * (256 + LLMPARI_CUDA_TILE) * 4 + llmpari_cuda_max(g.tile * (g.stride + width) * size, g.subsets * rows * width * 4);
     const dim3 grid((unsigned)(g.chunks * (int64_t)g.splits), (unsigned)g.kv_heads, (unsigned)llmpari_cuda_min(g.batch, 65535));
     if (rows == 4) LLMPARI_CUDA_TRY(llmpari_cuda_launch("attention", llmpari_cuda_attend_kernel<T, 4>, grid, dim3(256), (size_t)bytes, stream, err, g));
@@ -1292,7 +1295,8 @@ static llmpar_status llmpari_cuda_attend_exact_launch(const llmpari_cuda_attend<
 static int32_t llmpari_cuda_attention_choice(const llmpar_cuda_attention_desc *desc) {
     const int64_t slots = desc->kv.slots ? desc->kv.slots : desc->kv.block_table ? desc->kv.max_blocks * desc->kv.block_size : 0;
     if (desc->exact) return 1;
-    return desc->splits ? desc->splits : llmpari_cuda_attend_splits(llmpari_cuda_bytes(desc->dtype), desc->batch, desc->queries, desc->q_heads, desc->kv_heads, desc->n_keys ? llmpari_cuda_min(desc->n_keys, slots) : slots);
+    const int64_t n_keys = desc->n_keys ? llmpari_cuda_min(desc->n_keys, slots) : slots;
+    return desc->splits ? desc->splits : llmpari_cuda_attend_splits(llmpari_cuda_bytes(desc->dtype), desc->batch, desc->queries, desc->q_heads, desc->kv_heads, n_keys);
 }
 LLMPAR_DEF int64_t llmpar_cuda_attention_workspace(const llmpar_cuda_attention_desc *desc) {
     const int64_t splits = llmpari_cuda_attention_choice(desc);
