@@ -30,9 +30,9 @@ static std::vector<int64_t> some_cuts(int64_t n, int ranks) {
 
 // ---- embedding
 
-static void test_embed_case(void) {
+static void test_embed_case(bool many) {
     const llmpar_dtype dtype = some_dtype((int)test_below(3));
-    const int64_t rows = test_below(12), n = test_below(3) ? 8 * test_below(40) : test_below(test_below(3) ? 70 : 2500), count = test_below(20), first = test_below(10), shift = test_below(3) ? 0 : 1;
+    const int64_t rows = many ? 8 * LLMPARI_CUDA_GRID + 3 : test_below(12), n = many ? 3 : test_below(3) ? 8 * test_below(40) : test_below(test_below(3) ? 70 : 2500), count = test_below(20), first = test_below(10), shift = test_below(3) ? 0 : 1;
     std::vector<double> table = rounded(normals(count * n, 2), dtype);
     for (double &x : table) if (test_below(20) == 0) x = -0.0;
     std::vector<int32_t> ids((size_t)rows);
@@ -57,8 +57,9 @@ static void test_embed_case(void) {
 static void test_embed(void) {
     for (int order = 0; order < thread_orders(); order++) {
         thread_order(order);
-        TEST("embed: rows of the shard, zeros elsewhere, exactly") for (int i = 0; i < rounds(60); i++) test_embed_case();
+        TEST("embed: rows of the shard, zeros elsewhere, exactly") for (int i = 0; i < rounds(60); i++) test_embed_case(false);
     }
+    TEST("embed: more rows than the grid takes at a time") test_embed_case(true);
     TEST("embed: bad input") {
         llmpar_cuda_embed_desc good, d;
         llmpar_error err;
@@ -79,10 +80,10 @@ static void test_embed(void) {
 
 // ---- cross entropy
 
-static void test_entropy_case(int i) {
+static void test_entropy_case(int i) {                                    // i < 0: more rows than blocks
     const llmpar_dtype dtype = some_dtype((int)test_below(3));
     const int ranks = 1 + (int)test_below(4);
-    const int64_t rows = i % 9 ? 1 + test_below(4) : 0, vocabulary = 1 + test_below(i % 6 ? 300 : 9000);
+    const int64_t rows = i < 0 ? LLMPARI_CUDA_GRID + 9 : i % 9 ? 1 + test_below(4) : 0, vocabulary = i < 0 ? 7 : 1 + test_below(i % 6 ? 300 : 9000);
     const std::vector<int64_t> cut = some_cuts(vocabulary, ranks);
     std::vector<double> x = normals(rows * vocabulary, test_below(2) ? 4 : 30), d_loss = rounded(normals(rows, 1), LLMPAR_F32);
     if (test_below(3) == 0) for (double &v : x) if (test_below(5) == 0) v = -INFINITY;
@@ -151,6 +152,7 @@ static void test_entropy(void) {
         thread_order(order);
         TEST("entropy: loss, lse, gradient over 1 to 4 ranks against the formula") for (int i = 0; i < rounds(60); i++) test_entropy_case(i);
     }
+    TEST("entropy: more rows than blocks") test_entropy_case(-1);
     TEST("entropy: NaN and infinities show") {
         const std::vector<float> x = { NAN, 1, 2, INFINITY, 0, 0, -INFINITY, -INFINITY, -INFINITY };
         llmpar_cuda_entropy_desc d;
