@@ -877,8 +877,8 @@ LLMPARI_DEVICE float llmpari_cuda_sample_largest(long long key) {
     const unsigned sorted = (unsigned)((unsigned long long)key >> 31);
     return __uint_as_float(sorted & 0x80000000u ? sorted & 0x7fffffffu : ~sorted);
 }
-// Does the row have a token at all?
-LLMPARI_DEVICE bool llmpari_cuda_sample_any(long long key) { return key > 0 && key < 0x7fffffffffffffffLL && llmpari_cuda_sample_largest(key) > -INFINITY; }
+// Does the row have a token at all? The keys of NaN, and of no columns, are NaN here.
+LLMPARI_DEVICE bool llmpari_cuda_sample_any(long long key) { return llmpari_cuda_sample_largest(key) > -INFINITY; }
 
 // A mass as on the CPU, then as an integer. p <= 1 has 24 bits: those lost are below half a unit.
 LLMPARI_DEVICE float llmpari_cuda_sample_p(float x, float largest, double temperature) { return x >= largest ? 1.0f : (float)exp(((double)x - (double)largest) / temperature); }

@@ -1,5 +1,6 @@
 // Section experts of llmpar_cuda.cuh: router, dispatch, permute, combine, GEMM in the portable kernels' order.
 #include "cuda_test.h"
+#include <utility>
 
 static int rounds(int n) { return test_stress() ? 10 * n : test_short() ? n / 5 : n; }
 static llmpar_dtype some_dtype(int i) { return i % 3 == 0 ? LLMPAR_F32 : i % 3 == 1 ? LLMPAR_BF16 : LLMPAR_F16; }
@@ -51,7 +52,7 @@ static void plain_route(const llmpar_route_desc &d, const double *x, std::vector
             }
         }
         std::vector<double> sorted = group;
-        for (int i = 0; i < groups; i++) for (int j = i + 1; j < groups; j++) if (sorted[(size_t)j] > sorted[(size_t)i]) { const double t = sorted[(size_t)i]; sorted[(size_t)i] = sorted[(size_t)j]; sorted[(size_t)j] = t; }
+        for (int i = 0; i < groups; i++) for (int j = i + 1; j < groups; j++) if (sorted[(size_t)j] > sorted[(size_t)i]) std::swap(sorted[(size_t)i], sorted[(size_t)j]);
         *gap = sorted[(size_t)kept - 1] - sorted[(size_t)kept];
         for (int i = 0; i < n; i++) if (group[(size_t)(i / size)] < sorted[(size_t)kept - 1]) choice[(size_t)i] = d.fill_zero ? 0 : -INFINITY;
     }
@@ -314,7 +315,7 @@ static void test_permute_case(bool many) {
     for (unsigned char &b : x) b = (unsigned char)test_below(256);
     std::vector<int32_t> to((size_t)n);
     for (int64_t i = 0; i < n; i++) to[(size_t)i] = (int32_t)i;
-    for (int64_t i = n - 1; i > 0; i--) { const int64_t j = test_below(i + 1); const int32_t t = to[(size_t)i]; to[(size_t)i] = to[(size_t)j]; to[(size_t)j] = t; }
+    for (int64_t i = n - 1; i > 0; i--) { std::swap(to[(size_t)i], to[(size_t)test_below(i + 1)]); }
     for (int64_t i = 0; i < n; i++) if (test_below(6) == 0) to[(size_t)i] = -1;
     std::vector<unsigned char> want((size_t)(count * bytes), 0xff);
     llmpar_permute_args args = { rows, k, bytes, first, count, stride, x.data(), to.data(), want.data() };
