@@ -556,14 +556,32 @@ static void sweep_test(void) {
     CHECK_EQ(llmpar_cuda_peer_create(&desc, &peers, &err), LLMPAR_NO_MEMORY);
     budget.left = -1;
     for (int64_t call = 1; call < 200; call++, failed++) {
+        const int64_t before = emulator_calls();
         emulator_fail(call, cudaErrorMemoryAllocation);
         const llmpar_status status = llmpar_cuda_peer_create(&desc, &peers, &err);
         emulator_fail(0);
-        if (!status) break;
+        if (!status && emulator_calls() - before < call) break;
+        if (!status) { llmpar_cuda_peer_free(peers); continue; }                           // it did without: which device is current
         CHECK(peers == NULL && err.text[0]);
         CHECK_EQ(budget.held, 0);
     }
     CHECK(failed > 20 && failed < 199 && peers != NULL);
+    for (int64_t call = 1; call < 200 && peers; call++) {      // a group of one: the world stops when it cannot be made
+        llmpar_mesh mesh;
+        llmpar_comm *group = NULL, *world = llmpar_cuda_peer_comm(peers, 0);
+        CHECK_OK(llmpar_mesh_parse("tp=2", &mesh, &err), err);
+        const int64_t before = emulator_calls();
+        emulator_fail(call, cudaErrorMemoryAllocation);
+        const llmpar_status status = llmpar_comm_group(world, &mesh, 0, &group, &err);
+        emulator_fail(0);
+        if (!status && emulator_calls() - before < call) { CHECK(call > 15); break; }
+        if (!status) continue;
+        CHECK_EQ(status, LLMPAR_NO_MEMORY);
+        CHECK_EQ(llmpar_comm_group(world, &mesh, 0, &group, &err), LLMPAR_ABORTED);
+        llmpar_cuda_peer_free(peers);
+        CHECK_EQ(budget.held, 0);
+        CHECK_OK(llmpar_cuda_peer_create(&desc, &peers, &err), err);
+    }
     llmpar_cuda_peer_free(peers);
     CHECK_EQ(budget.held, 0);
 }
