@@ -402,7 +402,7 @@ static void errors_test(void) {
     c = call; c.kind = LLMPAR_SEND;        CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_UNSUPPORTED, err, "Send");
     c = call; c.kind = LLMPAR_SLICE;       CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_UNSUPPORTED, err, "kind=0");
     c = call; c.dtype = LLMPAR_I32;        CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_UNSUPPORTED, err, "dtype=3");
-    c = call; c.kind = LLMPAR_BROADCAST; c.dtype = (llmpar_dtype)9; CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_BAD_ARGUMENT, err, "dtype=9");
+    c = call; c.kind = LLMPAR_BROADCAST; c.dtype = LLMPAR_DTYPE_COUNT; CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_BAD_ARGUMENT, err, "dtype=6");
     c = call; c.reduce = (llmpar_reduce)3; CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_BAD_ARGUMENT, err, "reduce=3");
     c = call; c.way = 3;                   CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_BAD_ARGUMENT, err, "way=3");
     c = call; c.rank_plus_1 = 3;           CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_BAD_ARGUMENT, err, "rank_plus_1=3");
