@@ -3366,9 +3366,11 @@ LLMPAR_DEF llmpar_status llmpar_cuda_sample(const llmpar_cuda_sample_desc *desc,
 // ============================================================================================================
 
 #ifdef __CUDACC__
-#define LLMPARI_CUDA_UNROLL _Pragma("unroll")
+#define LLMPARI_CUDA_UNROLL    _Pragma("unroll")
+#define LLMPARI_CUDA_NO_UNROLL _Pragma("unroll 1")
 #else
 #define LLMPARI_CUDA_UNROLL
+#define LLMPARI_CUDA_NO_UNROLL
 #endif
 LLMPARI_DEVICE int64_t llmpari_cuda_least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -5180,11 +5182,11 @@ LLMPARI_DEVICE void llmpari_cuda_peer_share(int64_t bytes, int64_t *first, int64
 }
 
 // What the rank has for each slot, into its mailbox.
-template <typename U> LLMPARI_DEVICE void llmpari_cuda_peer_post(const llmpari_cuda_peer_args &a, int rank, char *half) {
+template <typename U> LLMPARI_DEVICE void llmpari_cuda_peer_post(const llmpari_cuda_peer_args &a, int rank, char *box) {
     for (int s = 0; s < a.slots; s++) {
         const int64_t bytes = a.bytes[rank * LLMPARI_PEERS + s];
         const char *from = a.send[rank] + a.send_at[rank * LLMPARI_PEERS + s];
-        llmpari_cuda_bits *to = reinterpret_cast<llmpari_cuda_bits *>(half + s * a.slot);
+        llmpari_cuda_bits *to = reinterpret_cast<llmpari_cuda_bits *>(box + s * a.slot);
         const bool aligned = llmpari_cuda_peer_aligned(from);
         int64_t first, end;
         llmpari_cuda_peer_share(bytes, &first, &end);
@@ -5199,21 +5201,27 @@ LLMPARI_DEVICE float llmpari_cuda_peer_combine(float a, float v, int reduce) {
 
 // The same 16 bytes of all mailboxes, reduced in rank order in f32 and rounded.
 template <typename T> LLMPARI_DEVICE llmpari_cuda_pack<T> llmpari_cuda_peer_sum(const llmpari_cuda_peer_args &a, uint32_t calls, int64_t at) {
-    llmpari_cuda_pack<T> in[LLMPARI_PEERS], out;
-    float sum[llmpari_cuda_pack<T>::n];
-    LLMPARI_CUDA_UNROLL
-    for (int r = 0; r < LLMPARI_PEERS; r++)
-        if (r < a.n) in[r] = llmpari_cuda_peer_load(reinterpret_cast<const llmpari_cuda_pack<T> *>(llmpari_cuda_peer_half(a, r, calls) + at));
-    LLMPARI_CUDA_UNROLL
-    for (int j = 0; j < llmpari_cuda_pack<T>::n; j++) sum[j] = llmpari_cuda_to_f32(in[0].at[j]);
-    LLMPARI_CUDA_UNROLL
-    for (int r = 1; r < LLMPARI_PEERS; r++)
-        if (r < a.n) {
+    enum { N = llmpari_cuda_pack<T>::n, AHEAD = sizeof(T) == 4 ? 4 : 2 };      // loads in flight: what 64 registers hold
+    llmpari_cuda_pack<T> out;
+    float sum[N];
+    LLMPARI_CUDA_NO_UNROLL
+    for (int first = 0; first < a.n; first += AHEAD) {
+        llmpari_cuda_pack<T> in[AHEAD];
+        LLMPARI_CUDA_UNROLL
+        for (int r = 0; r < AHEAD; r++)
+            if (first + r < a.n) in[r] = llmpari_cuda_peer_load(reinterpret_cast<const llmpari_cuda_pack<T> *>(llmpari_cuda_peer_half(a, first + r, calls) + at));
+        LLMPARI_CUDA_UNROLL
+        for (int r = 0; r < AHEAD; r++) {
+            if (first + r >= a.n) continue;
             LLMPARI_CUDA_UNROLL
-            for (int j = 0; j < llmpari_cuda_pack<T>::n; j++) sum[j] = llmpari_cuda_peer_combine(sum[j], llmpari_cuda_to_f32(in[r].at[j]), a.reduce);
+            for (int j = 0; j < N; j++) {
+                const float v = llmpari_cuda_to_f32(in[r].at[j]);
+                sum[j] = first + r == 0 ? v : llmpari_cuda_peer_combine(sum[j], v, a.reduce);
+            }
         }
+    }
     LLMPARI_CUDA_UNROLL
-    for (int j = 0; j < llmpari_cuda_pack<T>::n; j++) llmpari_cuda_from_f32(&out.at[j], sum[j]);
+    for (int j = 0; j < N; j++) llmpari_cuda_from_f32(&out.at[j], sum[j]);
     return out;
 }
 
@@ -5227,7 +5235,7 @@ template <>      struct llmpari_cuda_unsigned<2>  { typedef uint16_t type; };
 // ---- kernels: blocks of LLMPARI_PEER_THREADS; gridDim.y ranks
 
 // ReduceScatter, and the one-shot AllReduce: then there is one slot.
-template <typename T> __global__ void __launch_bounds__(256) llmpari_cuda_peer_reduce_kernel(const __grid_constant__ llmpari_cuda_peer_args a) {
+template <typename T> __global__ void __launch_bounds__(256, 4) llmpari_cuda_peer_reduce_kernel(const __grid_constant__ llmpari_cuda_peer_args a) {
     typedef typename llmpari_cuda_unsigned<sizeof(T)>::type U;
     LLMPARI_SHARED(uint32_t, word, 2);
     const int rank = a.first + (int)blockIdx.y, slot = a.slots == 1 ? 0 : rank;
@@ -5261,26 +5269,26 @@ template <typename U> LLMPARI_DEVICE void llmpari_cuda_peer_fetch(const llmpari_
 }
 
 // The two-shot AllReduce: slot r is reduced by rank r, in place in its mailbox.
-template <typename T> __global__ void __launch_bounds__(256) llmpari_cuda_peer_two_shot_kernel(const __grid_constant__ llmpari_cuda_peer_args a) {
+template <typename T> __global__ void __launch_bounds__(256, 4) llmpari_cuda_peer_two_shot_kernel(const __grid_constant__ llmpari_cuda_peer_args a) {
     typedef typename llmpari_cuda_unsigned<sizeof(T)>::type U;
     LLMPARI_SHARED(uint32_t, word, 2);
     const int rank = a.first + (int)blockIdx.y;
     if (!llmpari_cuda_peer_enter(a, rank, &word[0])) return;
     const uint32_t calls = word[0];
-    char *half = llmpari_cuda_peer_half(a, rank, calls);
-    llmpari_cuda_peer_post<U>(a, rank, half);
+    char *box = llmpari_cuda_peer_half(a, rank, calls);
+    llmpari_cuda_peer_post<U>(a, rank, box);
     if (!llmpari_cuda_peer_barrier(a, rank, 2 * calls + 1, &word[0])) return;
     int64_t first, end;
     llmpari_cuda_peer_share(a.bytes[rank * LLMPARI_PEERS + rank], &first, &end);
     for (int64_t u = first + threadIdx.x; u < end; u += blockDim.x)
-        llmpari_cuda_peer_store(reinterpret_cast<llmpari_cuda_pack<T> *>(half + rank * a.slot) + u, llmpari_cuda_peer_sum<T>(a, calls, rank * a.slot + 16 * u));
+        llmpari_cuda_peer_store(reinterpret_cast<llmpari_cuda_pack<T> *>(box + rank * a.slot) + u, llmpari_cuda_peer_sum<T>(a, calls, rank * a.slot + 16 * u));
     if (!llmpari_cuda_peer_barrier(a, rank, 2 * calls + 2, &word[0])) return;
     llmpari_cuda_peer_fetch<U>(a, rank, calls, true);
     llmpari_cuda_peer_leave(a, rank, calls);
 }
 
 // AllGather, AllToAll, Permute, Broadcast, Barrier: bytes of whatever.
-template <typename U> __global__ void __launch_bounds__(256) llmpari_cuda_peer_exchange_kernel(const __grid_constant__ llmpari_cuda_peer_args a) {
+template <typename U> __global__ void __launch_bounds__(256, 4) llmpari_cuda_peer_exchange_kernel(const __grid_constant__ llmpari_cuda_peer_args a) {
     LLMPARI_SHARED(uint32_t, word, 2);
     const int rank = a.first + (int)blockIdx.y;
     if (!llmpari_cuda_peer_enter(a, rank, &word[0])) return;
@@ -5292,7 +5300,7 @@ template <typename U> __global__ void __launch_bounds__(256) llmpari_cuda_peer_e
 }
 
 // One-shot AllReduce + residual + RMSNorm. A block does whole rows, the same ones on every rank. Between the sum and the norm a row lies where it goes: in residual, or in out.
-template <typename T> __global__ void __launch_bounds__(256) llmpari_cuda_peer_norm_kernel(const __grid_constant__ llmpari_cuda_peer_norm_args a) {
+template <typename T> __global__ void __launch_bounds__(256, 4) llmpari_cuda_peer_norm_kernel(const __grid_constant__ llmpari_cuda_peer_norm_args a) {
     typedef typename llmpari_cuda_unsigned<sizeof(T)>::type U;
     enum { N = llmpari_cuda_pack<T>::n };
     LLMPARI_SHARED(uint32_t, word, 2);
@@ -5301,10 +5309,10 @@ template <typename T> __global__ void __launch_bounds__(256) llmpari_cuda_peer_n
     if (!llmpari_cuda_peer_enter(a.peer, rank, &word[0])) return;
     const uint32_t calls = word[0];
     const int64_t bytes = a.columns * (int64_t)sizeof(T), units = a.row_bytes / 16;
-    char *half = llmpari_cuda_peer_half(a.peer, rank, calls), *residual = a.residual[rank], *out = a.peer.recv[rank], *keep = residual ? residual : out;
+    char *box = llmpari_cuda_peer_half(a.peer, rank, calls), *residual = a.residual[rank], *out = a.peer.recv[rank], *keep = residual ? residual : out;
     for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x)
         for (int64_t u = threadIdx.x; u < units; u += blockDim.x)
-            llmpari_cuda_peer_store(reinterpret_cast<llmpari_cuda_bits *>(half + row * a.row_bytes) + u,
+            llmpari_cuda_peer_store(reinterpret_cast<llmpari_cuda_bits *>(box + row * a.row_bytes) + u,
                                     llmpari_cuda_peer_read<U>(a.peer.send[rank] + row * bytes + 16 * u, bytes - 16 * u, a.aligned));
     if (!llmpari_cuda_peer_barrier(a.peer, rank, 2 * calls + 1, &word[0])) return;
     for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
@@ -5360,6 +5368,7 @@ struct llmpar_cuda_peer {          // a group of ranks; the world is the first
     int64_t  half, one_shot, id, groups;
     double   timeout_s;
     uint32_t joined, freed;        // of a group: who has it, who is done with it
+    int32_t  ready;                // of a group: 0 while a member makes it, 1, -1 = it could not be made
     llmpari_cuda_peer_end  end[LLMPARI_PEERS];
     llmpari_cuda_peer_slot slot[LLMPARI_PEER_FLIGHT];
     bool     locks;                // the root's, and what follows: under the mutex
@@ -5371,10 +5380,12 @@ struct llmpar_cuda_peer {          // a group of ranks; the world is the first
 
 // Makes a device current until the scope ends.
 struct llmpari_cuda_on {
-    int was;
-    explicit llmpari_cuda_on(int device) : was(device) { (void)cudaGetDevice(&was); if (was != device) (void)cudaSetDevice(device); now = device; }
-    ~llmpari_cuda_on() { if (was != now) (void)cudaSetDevice(was); }
-    int now;
+    int was, now;
+    explicit llmpari_cuda_on(int device) : was(-1), now(device) {
+        if (cudaGetDevice(&was) != cudaSuccess) was = -1;
+        if (was != now) (void)cudaSetDevice(now);
+    }
+    ~llmpari_cuda_on() { if (was >= 0 && was != now) (void)cudaSetDevice(was); }
 };
 
 // The world stops for good: kernels that wait leave, later calls fail. The first reason stays. Under the mutex.
@@ -5383,7 +5394,7 @@ LLMPARI_CUDA_FN void llmpari_cuda_peer_stop(llmpar_cuda_peer *team, llmpar_statu
     if (root->stopped) return;
     root->stopped = status;
     snprintf(root->why, sizeof root->why, "%s", why);
-    for (llmpar_cuda_peer *t = root; t; t = t->next) __atomic_store_n(&t->host[LLMPARI_PEER_ABORT], 1u, __ATOMIC_RELEASE);
+    for (llmpar_cuda_peer *t = root; t; t = t->next) if (t == root || t->ready > 0) __atomic_store_n(&t->host[LLMPARI_PEER_ABORT], 1u, __ATOMIC_RELEASE);
     pthread_cond_broadcast(&root->cond);
 }
 
@@ -5760,7 +5771,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_furnish(llmpar_cuda_peer *team, 
     return LLMPAR_OK;
 }
 
-// Most blocks of a rank that all run at once, of any kernel.
+// Most blocks of a rank that all run at once, of any kernel. Asking loads the kernels too: later, loading one could wait for another that waits for it.
 template <typename A> static cudaError_t llmpari_cuda_peer_fit(void (*kernel)(A), int *least) {
     int blocks = 0;
     const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, LLMPARI_PEER_THREADS, 0);
@@ -5823,7 +5834,6 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_devices(llmpar_cuda_peer *team, 
 
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_open(llmpar_cuda_peer *team, const llmpar_cuda_peer_desc *desc, llmpar_error *err) {
     team->root       = team;
-    team->freed      = 0;
     team->half       = llmpari_cuda_up(desc->buffer_bytes ? desc->buffer_bytes : (int64_t)8 << 20, 4096) * 4096;
     team->one_shot   = desc->one_shot_bytes ? desc->one_shot_bytes : team->n <= 2 ? INT64_MAX : team->n <= 4 ? 512 << 10 : 256 << 10;
     team->timeout_s  = desc->timeout_s > 0 ? desc->timeout_s : 60;
@@ -6032,7 +6042,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_claim(llmpari_cuda_peer_end *end
 
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_post_call(llmpari_cuda_peer_end *end, const llmpar_call *call, llmpar_error *err) {
     llmpar_cuda_peer *team = end->team;
-    llmpari_cuda_peer_slot *slot;
+    llmpari_cuda_peer_slot *slot = NULL;
     char why[400];
     LLMPARI_CUDA_TRY(llmpari_cuda_peer_claim(end, call->timeout_s > 0 ? call->timeout_s : end->comm.timeout_s, &slot, err));
     slot->call[end->rank] = *call;
@@ -6149,11 +6159,12 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_wait(llmpar_comm *comm, int
     return status;
 }
 
-// A team of some of the ranks: the one that other members have begun, one that all have freed, or a new one. Under the mutex.
-LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_team(llmpari_cuda_peer_end *end, const int32_t *members, int32_t n, int32_t me, llmpar_cuda_peer **out, llmpar_error *err) {
+// A team of some of the ranks: the one that another member makes or has made, one that all have freed, or a new one that is still to be furnished (*fresh). Under the mutex.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_team(llmpari_cuda_peer_end *end, const int32_t *members, int32_t n, int32_t me, llmpar_cuda_peer **out, bool *fresh, llmpar_error *err) {
     llmpar_cuda_peer *parent = end->team, *root = parent->root, **last = &root->next;
+    *fresh = false;
     for (llmpar_cuda_peer *t = root->next; t; last = &t->next, t = t->next) {
-        bool same = t->parent == parent && t->n == n;
+        bool same = t->parent == parent && t->n == n && t->ready >= 0;
         for (int32_t i = 0; i < n && same; i++) same = t->member[i] == parent->member[members[i]];
         if (same && t->freed == (1u << n) - 1) {                                           // nobody's any more: its mailboxes serve the new one
             t->joined = t->freed = 0;
@@ -6184,25 +6195,37 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_team(llmpari_cuda_peer_end *end,
         team->device[i] = parent->device[members[i]];
         team->stream[i] = parent->stream[members[i]];
     }
-    const llmpar_status status = llmpari_cuda_peer_furnish(team, err);
-    if (status) { llmpari_cuda_peer_drop(team); return status; }
+    *fresh = true;
     *last = team;
     *out  = team;
     return LLMPAR_OK;
 }
 
+// The first member that comes makes the group's memory, without the mutex: CUDA may wait for kernels that wait for other ranks' launches. The others wait for it.
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_group(llmpar_comm *comm, const int32_t *members, int32_t n, llmpar_comm **sub, llmpar_error *err) {
     llmpari_cuda_peer_end *end = (llmpari_cuda_peer_end *)comm->impl;
     llmpar_cuda_peer *root = end->team->root, *team = NULL;
     int32_t me = 0;
+    bool fresh = false;
     while (me < n && members[me] != comm->rank) me++;
     if (me == n) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d is not a member of the group that it asks for", (int)comm->rank);
     pthread_mutex_lock(&root->mutex);
-    llmpar_status status = root->stopped ? llmpari_cuda_peer_stopped(end->team, err) : llmpari_cuda_peer_team(end, members, n, me, &team, err);
-    if (!status) {
-        team->joined |= 1u << me;
-        *sub = &team->end[me].comm;
+    llmpar_status status = root->stopped ? llmpari_cuda_peer_stopped(end->team, err) : llmpari_cuda_peer_team(end, members, n, me, &team, &fresh, err);
+    if (!status) team->joined |= 1u << me;
+    if (fresh) {
+        pthread_mutex_unlock(&root->mutex);
+        status = llmpari_cuda_peer_furnish(team, err);
+        pthread_mutex_lock(&root->mutex);
+        team->ready = status ? -1 : 1;
+        if (status) llmpari_cuda_peer_stop(end->team, status, err ? err->text : "a group could not be made");
+        pthread_cond_broadcast(&root->cond);
     }
+    while (!status && !team->ready) {
+        status = root->stopped ? llmpari_cuda_peer_stopped(end->team, err) : llmpari_cuda_peer_advance(end, err);
+        if (!status) llmpari_cuda_peer_nap(root);
+    }
+    if (!status && team->ready < 0) status = llmpari_cuda_peer_stopped(end->team, err);
+    if (!status) *sub = &team->end[me].comm;
     pthread_mutex_unlock(&root->mutex);
     return status;
 }
