@@ -575,7 +575,8 @@ LLMPAR_DEF llmpar_status llmpar_cuda_clip(const llmpar_cuda_clip_desc *desc, voi
 // AdamW (arXiv 1711.05101, algorithm 2, with the decay multiplied by the learning rate as PyTorch does) on n parameters; everything elementwise:
 //   g = gradient * scale * *factor;  m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
 //   p = p (1 - lr weight_decay) - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
-// Errors, u = 2^-24: m 6 u (|beta1 m| + |(1 - beta1) g|), v 8 u v + 2^-149, p 3 u |p| + 16 u lr / (1 - beta1^step) (|beta1 m| + |(1 - beta1) g|) / denominator; the copy is p rounded.
+// Errors, u = 2^-24, M = |beta1 m| + |(1 - beta1) g|: m 6 u M, v 8 u v, p 3 u |p| + 20 u lr / (1 - beta1^step) M / denominator, 2^-148 more each; the copy is p rounded. A parameter's
+// bits do not depend on where in a shard it lies.
 // 28 bytes are moved for a parameter (bf16 gradient and copy). Shards that begin at a multiple of 8 elements are read in packs of 16 bytes.
 typedef struct llmpar_cuda_adamw_desc {
     int64_t        n;
@@ -1449,26 +1450,27 @@ template <typename T, int K> LLMPARI_DEVICE float llmpari_cuda_act(float x) {
     return __fadd_rn(x, 0.0f);
 }
 
-// act(x), and its derivative in *slope. Where sigmoids are 0 or 1 to the last bit, x is held back, so that 0 * infinity does not come up.
+// act(x), and its derivative in *slope. Where sigmoids are 0 or 1 to the last bit, x is held back, so that 0 * infinity does not come up. Roundings are spelt out here too, so that
+// an element has the same bits in a pack and alone.
 template <typename T, int K> LLMPARI_DEVICE float llmpari_cuda_act_slope(float x, float *slope) {
-    const float held = fminf(fmaxf(x, -128.0f), 128.0f), y = llmpari_cuda_act<T, K>(x);
+    const float held = fminf(fmaxf(x, -128.0f), 128.0f);
     *slope = 1.0f;
-    if (K == LLMPAR_SILU) {
-        const float s = 1.0f / (1.0f + llmpari_cuda_exp_for<T>(-x));
-        *slope = s * (1.0f + held * (1.0f - s));
-        return x * s;
+    if (K == LLMPAR_SILU || K == LLMPAR_GELU_TANH) {           // x sigmoid(-w) with w = -x, or GELU_TANH's
+        const float s = 1.0f / __fadd_rn(1.0f, llmpari_cuda_exp_for<T>(K == LLMPAR_SILU ? -x : llmpari_cuda_gelu_tanh_of(x)));
+        const float by = K == LLMPAR_SILU ? held : __fmul_rn(held, fmaf(__fmul_rn(0.21406444881f, held), held, 1.59576912160573071f));
+        *slope = __fmul_rn(s, fmaf(by, __fadd_rn(1.0f, -s), 1.0f));
+        return __fmul_rn(x, s);
     }
-    if (K == LLMPAR_GELU)      *slope = 0.5f * (1.0f + erff(x * 0.70710678118654752f)) + held * 0.39894228040143268f * llmpari_cuda_exp_for<T>(-0.5f * held * held);
-    if (K == LLMPAR_GELU_TANH) {
-        const float s = 1.0f / (1.0f + llmpari_cuda_exp_for<T>(llmpari_cuda_gelu_tanh_of(x)));
-        *slope = s * (1.0f + held * (1.0f - s) * (1.59576912160573071f + 0.21406444881f * held * held));
-        return x * s;
+    const float y = llmpari_cuda_act<T, K>(x);
+    if (K == LLMPAR_GELU) {
+        const float density = __fmul_rn(0.39894228040143268f, llmpari_cuda_exp_for<T>(__fmul_rn(__fmul_rn(-0.5f, held), held)));
+        *slope = fmaf(held, density, __fmul_rn(0.5f, __fadd_rn(1.0f, erff(__fmul_rn(x, 0.70710678118654752f)))));
     }
-    if (K == LLMPAR_RELU)      *slope = x > 0.0f ? 1.0f : 0.0f;
-    if (K == LLMPAR_EXP)       *slope = y;
-    if (K == LLMPAR_SQUARE)    *slope = 2.0f * x;
-    if (K == LLMPAR_NEGATE)    *slope = -1.0f;
-    if (K == LLMPAR_SIGMOID)   *slope = y * (1.0f - y);
+    if (K == LLMPAR_RELU)    *slope = x > 0.0f ? 1.0f : 0.0f;
+    if (K == LLMPAR_EXP)     *slope = y;
+    if (K == LLMPAR_SQUARE)  *slope = 2.0f * x;
+    if (K == LLMPAR_NEGATE)  *slope = -1.0f;
+    if (K == LLMPAR_SIGMOID) *slope = __fmul_rn(y, __fadd_rn(1.0f, -y));
     return y;
 }
 
@@ -1569,8 +1571,8 @@ LLMPAR_DEF llmpar_status llmpar_cuda_gated(const llmpar_cuda_gated_desc *desc, v
 template <typename T, int K> LLMPARI_DEVICE void llmpari_cuda_gated_gradient(T *gate, T *up, float dy) {
     float slope;
     const float y = llmpari_cuda_act_slope<T, K>(llmpari_cuda_to_f32(*gate), &slope);
-    llmpari_cuda_from_f32(gate, dy * llmpari_cuda_to_f32(*up) * slope);
-    llmpari_cuda_from_f32(up, dy * y);
+    llmpari_cuda_from_f32(gate, __fmul_rn(__fmul_rn(dy, llmpari_cuda_to_f32(*up)), slope));
+    llmpari_cuda_from_f32(up, __fmul_rn(dy, y));
 }
 template <typename T, int K> LLMPARI_DEVICE void llmpari_cuda_gated_gradient_pack(llmpari_cuda_pack<T> &gate, llmpari_cuda_pack<T> &up, const llmpari_cuda_pack<T> &dy) {
     LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) llmpari_cuda_gated_gradient<T, K>(&gate.at[i], &up.at[i], llmpari_cuda_to_f32(dy.at[i]));
@@ -4721,7 +4723,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_squares(const llmpar_cuda_squares_desc *des
     if (!desc) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc is NULL");
     LLMPARI_CUDA_TRY(llmpari_cuda_float("dtype", desc->dtype, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check_shape(1, desc->n, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("x", desc->x, llmpari_cuda_bytes(desc->dtype), desc->n == 0, err));
+    if (desc->n) LLMPARI_CUDA_TRY(llmpari_cuda_check("x", desc->x, llmpari_cuda_bytes(desc->dtype), false, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("sum", desc->sum, 4, false, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("workspace", desc->workspace, 8, false, err));
     return llmpari_cuda_squares_launch(desc, stream, err);
@@ -4766,9 +4768,9 @@ template <typename T> struct llmpari_cuda_adamw_op {
     float scale, beta1, rest1, beta2, rest2, decay, rate, root, eps;   // rest = 1 - beta, decay = 1 - lr weight_decay, rate = lr / (1 - beta1^step), root = 1 / sqrt(1 - beta2^step)
     LLMPARI_CUDA_MEMBER bool skip() const { return no && *no; }
     LLMPARI_CUDA_MEMBER void step(float g, float &p_, float &m_, float &v_) const {
-        m_ = beta1 * m_ + rest1 * g;
-        v_ = beta2 * v_ + rest2 * g * g;
-        p_ = decay * p_ - rate * (m_ / (sqrtf(v_) * root + eps));
+        m_ = fmaf(beta1, m_, __fmul_rn(rest1, g));
+        v_ = fmaf(beta2, v_, __fmul_rn(__fmul_rn(rest2, g), g));
+        p_ = fmaf(decay, p_, -__fmul_rn(rate, m_ / fmaf(sqrtf(v_), root, eps)));
     }
     LLMPARI_CUDA_MEMBER void load(packs &in, int64_t, int64_t at) const {
         in.g = llmpari_cuda_load_pack(gradient + at);
