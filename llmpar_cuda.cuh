@@ -3325,9 +3325,11 @@ LLMPAR_DEF llmpar_status llmpar_cuda_sample(const llmpar_cuda_sample_desc *desc,
 // ============================================================================================================
 
 #ifdef __CUDACC__
-#define LLMPARI_CUDA_UNROLL _Pragma("unroll")
+#define LLMPARI_CUDA_UNROLL    _Pragma("unroll")
+#define LLMPARI_CUDA_NO_UNROLL _Pragma("unroll 1")
 #else
 #define LLMPARI_CUDA_UNROLL
+#define LLMPARI_CUDA_NO_UNROLL
 #endif
 LLMPARI_DEVICE int64_t llmpari_cuda_least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -5139,11 +5141,11 @@ LLMPARI_DEVICE void llmpari_cuda_peer_share(int64_t bytes, int64_t *first, int64
 }
 
 // What the rank has for each slot, into its mailbox.
-template <typename U> LLMPARI_DEVICE void llmpari_cuda_peer_post(const llmpari_cuda_peer_args &a, int rank, char *half) {
+template <typename U> LLMPARI_DEVICE void llmpari_cuda_peer_post(const llmpari_cuda_peer_args &a, int rank, char *box) {
     for (int s = 0; s < a.slots; s++) {
         const int64_t bytes = a.bytes[rank * LLMPARI_PEERS + s];
         const char *from = a.send[rank] + a.send_at[rank * LLMPARI_PEERS + s];
-        llmpari_cuda_bits *to = reinterpret_cast<llmpari_cuda_bits *>(half + s * a.slot);
+        llmpari_cuda_bits *to = reinterpret_cast<llmpari_cuda_bits *>(box + s * a.slot);
         const bool aligned = llmpari_cuda_peer_aligned(from);
         int64_t first, end;
         llmpari_cuda_peer_share(bytes, &first, &end);
@@ -5158,21 +5160,27 @@ LLMPARI_DEVICE float llmpari_cuda_peer_combine(float a, float v, int reduce) {
 
 // The same 16 bytes of all mailboxes, reduced in rank order in f32 and rounded.
 template <typename T> LLMPARI_DEVICE llmpari_cuda_pack<T> llmpari_cuda_peer_sum(const llmpari_cuda_peer_args &a, uint32_t calls, int64_t at) {
-    llmpari_cuda_pack<T> in[LLMPARI_PEERS], out;
-    float sum[llmpari_cuda_pack<T>::n];
-    LLMPARI_CUDA_UNROLL
-    for (int r = 0; r < LLMPARI_PEERS; r++)
-        if (r < a.n) in[r] = llmpari_cuda_peer_load(reinterpret_cast<const llmpari_cuda_pack<T> *>(llmpari_cuda_peer_half(a, r, calls) + at));
-    LLMPARI_CUDA_UNROLL
-    for (int j = 0; j < llmpari_cuda_pack<T>::n; j++) sum[j] = llmpari_cuda_to_f32(in[0].at[j]);
-    LLMPARI_CUDA_UNROLL
-    for (int r = 1; r < LLMPARI_PEERS; r++)
-        if (r < a.n) {
+    enum { N = llmpari_cuda_pack<T>::n, AHEAD = sizeof(T) == 4 ? 4 : 2 };      // loads in flight: what 64 registers hold
+    llmpari_cuda_pack<T> out;
+    float sum[N];
+    LLMPARI_CUDA_NO_UNROLL
+    for (int first = 0; first < a.n; first += AHEAD) {
+        llmpari_cuda_pack<T> in[AHEAD];
+        LLMPARI_CUDA_UNROLL
+        for (int r = 0; r < AHEAD; r++)
+            if (first + r < a.n) in[r] = llmpari_cuda_peer_load(reinterpret_cast<const llmpari_cuda_pack<T> *>(llmpari_cuda_peer_half(a, first + r, calls) + at));
+        LLMPARI_CUDA_UNROLL
+        for (int r = 0; r < AHEAD; r++) {
+            if (first + r >= a.n) continue;
             LLMPARI_CUDA_UNROLL
-            for (int j = 0; j < llmpari_cuda_pack<T>::n; j++) sum[j] = llmpari_cuda_peer_combine(sum[j], llmpari_cuda_to_f32(in[r].at[j]), a.reduce);
+            for (int j = 0; j < N; j++) {
+                const float v = llmpari_cuda_to_f32(in[r].at[j]);
+                sum[j] = first + r == 0 ? v : llmpari_cuda_peer_combine(sum[j], v, a.reduce);
+            }
         }
+    }
     LLMPARI_CUDA_UNROLL
-    for (int j = 0; j < llmpari_cuda_pack<T>::n; j++) llmpari_cuda_from_f32(&out.at[j], sum[j]);
+    for (int j = 0; j < N; j++) llmpari_cuda_from_f32(&out.at[j], sum[j]);
     return out;
 }
 
@@ -5186,7 +5194,7 @@ template <>      struct llmpari_cuda_unsigned<2>  { typedef uint16_t type; };
 // ---- kernels: blocks of LLMPARI_PEER_THREADS; gridDim.y ranks
 
 // ReduceScatter, and the one-shot AllReduce: then there is one slot.
-template <typename T> __global__ void __launch_bounds__(256) llmpari_cuda_peer_reduce_kernel(const __grid_constant__ llmpari_cuda_peer_args a) {
+template <typename T> __global__ void __launch_bounds__(256, 4) llmpari_cuda_peer_reduce_kernel(const __grid_constant__ llmpari_cuda_peer_args a) {
     typedef typename llmpari_cuda_unsigned<sizeof(T)>::type U;
     LLMPARI_SHARED(uint32_t, word, 2);
     const int rank = a.first + (int)blockIdx.y, slot = a.slots == 1 ? 0 : rank;
@@ -5220,26 +5228,26 @@ template <typename U> LLMPARI_DEVICE void llmpari_cuda_peer_fetch(const llmpari_
 }
 
 // The two-shot AllReduce: slot r is reduced by rank r, in place in its mailbox.
-template <typename T> __global__ void __launch_bounds__(256) llmpari_cuda_peer_two_shot_kernel(const __grid_constant__ llmpari_cuda_peer_args a) {
+template <typename T> __global__ void __launch_bounds__(256, 4) llmpari_cuda_peer_two_shot_kernel(const __grid_constant__ llmpari_cuda_peer_args a) {
     typedef typename llmpari_cuda_unsigned<sizeof(T)>::type U;
     LLMPARI_SHARED(uint32_t, word, 2);
     const int rank = a.first + (int)blockIdx.y;
     if (!llmpari_cuda_peer_enter(a, rank, &word[0])) return;
     const uint32_t calls = word[0];
-    char *half = llmpari_cuda_peer_half(a, rank, calls);
-    llmpari_cuda_peer_post<U>(a, rank, half);
+    char *box = llmpari_cuda_peer_half(a, rank, calls);
+    llmpari_cuda_peer_post<U>(a, rank, box);
     if (!llmpari_cuda_peer_barrier(a, rank, 2 * calls + 1, &word[0])) return;
     int64_t first, end;
     llmpari_cuda_peer_share(a.bytes[rank * LLMPARI_PEERS + rank], &first, &end);
     for (int64_t u = first + threadIdx.x; u < end; u += blockDim.x)
-        llmpari_cuda_peer_store(reinterpret_cast<llmpari_cuda_pack<T> *>(half + rank * a.slot) + u, llmpari_cuda_peer_sum<T>(a, calls, rank * a.slot + 16 * u));
+        llmpari_cuda_peer_store(reinterpret_cast<llmpari_cuda_pack<T> *>(box + rank * a.slot) + u, llmpari_cuda_peer_sum<T>(a, calls, rank * a.slot + 16 * u));
     if (!llmpari_cuda_peer_barrier(a, rank, 2 * calls + 2, &word[0])) return;
     llmpari_cuda_peer_fetch<U>(a, rank, calls, true);
     llmpari_cuda_peer_leave(a, rank, calls);
 }
 
 // AllGather, AllToAll, Permute, Broadcast, Barrier: bytes of whatever.
-template <typename U> __global__ void __launch_bounds__(256) llmpari_cuda_peer_exchange_kernel(const __grid_constant__ llmpari_cuda_peer_args a) {
+template <typename U> __global__ void __launch_bounds__(256, 4) llmpari_cuda_peer_exchange_kernel(const __grid_constant__ llmpari_cuda_peer_args a) {
     LLMPARI_SHARED(uint32_t, word, 2);
     const int rank = a.first + (int)blockIdx.y;
     if (!llmpari_cuda_peer_enter(a, rank, &word[0])) return;
@@ -5251,7 +5259,7 @@ template <typename U> __global__ void __launch_bounds__(256) llmpari_cuda_peer_e
 }
 
 // One-shot AllReduce + residual + RMSNorm. A block does whole rows, the same ones on every rank. Between the sum and the norm a row lies where it goes: in residual, or in out.
-template <typename T> __global__ void __launch_bounds__(256) llmpari_cuda_peer_norm_kernel(const __grid_constant__ llmpari_cuda_peer_norm_args a) {
+template <typename T> __global__ void __launch_bounds__(256, 4) llmpari_cuda_peer_norm_kernel(const __grid_constant__ llmpari_cuda_peer_norm_args a) {
     typedef typename llmpari_cuda_unsigned<sizeof(T)>::type U;
     enum { N = llmpari_cuda_pack<T>::n };
     LLMPARI_SHARED(uint32_t, word, 2);
@@ -5260,10 +5268,10 @@ template <typename T> __global__ void __launch_bounds__(256) llmpari_cuda_peer_n
     if (!llmpari_cuda_peer_enter(a.peer, rank, &word[0])) return;
     const uint32_t calls = word[0];
     const int64_t bytes = a.columns * (int64_t)sizeof(T), units = a.row_bytes / 16;
-    char *half = llmpari_cuda_peer_half(a.peer, rank, calls), *residual = a.residual[rank], *out = a.peer.recv[rank], *keep = residual ? residual : out;
+    char *box = llmpari_cuda_peer_half(a.peer, rank, calls), *residual = a.residual[rank], *out = a.peer.recv[rank], *keep = residual ? residual : out;
     for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x)
         for (int64_t u = threadIdx.x; u < units; u += blockDim.x)
-            llmpari_cuda_peer_store(reinterpret_cast<llmpari_cuda_bits *>(half + row * a.row_bytes) + u,
+            llmpari_cuda_peer_store(reinterpret_cast<llmpari_cuda_bits *>(box + row * a.row_bytes) + u,
                                     llmpari_cuda_peer_read<U>(a.peer.send[rank] + row * bytes + 16 * u, bytes - 16 * u, a.aligned));
     if (!llmpari_cuda_peer_barrier(a.peer, rank, 2 * calls + 1, &word[0])) return;
     for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
@@ -5991,7 +5999,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_claim(llmpari_cuda_peer_end *end
 
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_post_call(llmpari_cuda_peer_end *end, const llmpar_call *call, llmpar_error *err) {
     llmpar_cuda_peer *team = end->team;
-    llmpari_cuda_peer_slot *slot;
+    llmpari_cuda_peer_slot *slot = NULL;
     char why[400];
     LLMPARI_CUDA_TRY(llmpari_cuda_peer_claim(end, call->timeout_s > 0 ? call->timeout_s : end->comm.timeout_s, &slot, err));
     slot->call[end->rank] = *call;
