@@ -1480,16 +1480,16 @@ template <typename T, int K> LLMPARI_DEVICE float llmpari_cuda_act_slope(float x
 #define LLMPARI_CUDA_MEMBER __device__ __forceinline__
 struct llmpari_cuda_each { LLMPARI_CUDA_MEMBER bool skip() const { return false; } };
 
-template <typename Op> __global__ void __launch_bounds__(256) llmpari_cuda_each_kernel(const Op op, int64_t rows, int64_t n, int shift, bool packs) {
+template <typename Op> __global__ void __launch_bounds__(256, 4) llmpari_cuda_each_kernel(const Op op, int64_t rows, int64_t n, int shift, bool packs) {
     if (op.skip()) return;
     const int64_t width = (int64_t)1 << shift, lane = threadIdx.x & (width - 1), all = packs ? n / Op::n : 0;
-    for (int64_t row = (int64_t)blockIdx.y * (256 >> shift) + (threadIdx.x >> shift); row < rows; row += (int64_t)gridDim.y * (256 >> shift)) {
-        for (int64_t c = blockIdx.x * width * Op::ways + lane; c < all; c += gridDim.x * width * Op::ways) {
+    LLMPARI_CUDA_UNROLL_BY(1) for (int64_t row = (int64_t)blockIdx.y * (256 >> shift) + (threadIdx.x >> shift); row < rows; row += (int64_t)gridDim.y * (256 >> shift)) {
+        LLMPARI_CUDA_UNROLL_BY(1) for (int64_t c = blockIdx.x * width * Op::ways + lane; c < all; c += gridDim.x * width * Op::ways) {
             typename Op::packs in[Op::ways];
             LLMPARI_CUDA_UNROLL for (int u = 0; u < Op::ways; u++) if (u == 0 || c + u * width < all) op.load(in[u], row, (c + u * width) * Op::n);
             LLMPARI_CUDA_UNROLL for (int u = 0; u < Op::ways; u++) if (u == 0 || c + u * width < all) op.run(in[u], row, (c + u * width) * Op::n);
         }
-        for (int64_t at = all * Op::n + blockIdx.x * width + lane; at < n; at += gridDim.x * width) op.one(row, at);
+        LLMPARI_CUDA_UNROLL_BY(1) for (int64_t at = all * Op::n + blockIdx.x * width + lane; at < n; at += gridDim.x * width) op.one(row, at);
     }
 }
 
