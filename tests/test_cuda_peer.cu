@@ -253,7 +253,7 @@ static void comm_rank(llmpar_comm *comm, void *user) {
         for (int i = 0; i < 3 && !done; i++) if (llmpar_test(&request[waited % 4], &done, &err)) goto failed;
         if (llmpar_wait(&request[waited % 4], &err)) goto failed;
     }
-    if (!llmpar_barrier(comm, &err)) return;
+    if (!llmpar_barrier(comm, &err) && cudaDeviceSynchronize() == cudaSuccess) return;     // the emulator's kernels go on in calls of the thread that launched them
 failed:
     printf("rank %d: %s\n", (int)comm->rank, err.text);
     thread_wrong++;
@@ -276,7 +276,6 @@ static void comm_test(int cases, const int *device, bool ordered) {
                 unsigned char *send, *recv;
                 if (device) (void)cudaSetDevice(device[r]);
                 job_buffers(s.jobs.back(), r, &send, &recv);
-                if (s.jobs.back().kind == LLMPAR_BROADCAST && s.jobs.back().in_place) {}
                 s.send.push_back(send);
                 s.recv.push_back(recv);
             }
