@@ -65,6 +65,8 @@ $(TOOLS) $(BENCHES): $(B)/%: tests/%.c llmpar.h tests/test.h | $(B)
 
 $(CUDA_TESTS): $(B)/%: tests/%.cu llmpar.h llmpar_cuda.cuh tests/test.h tests/cuda_test.h $(wildcard tests/emulator/*.h) | $(B)
 	$(CXX) -x c++ -std=c++17 -O1 -g -DLLMPAR_STATIC -Wall -Wextra -Wshadow -Itests/emulator -I. -Itests $< -o $@ $(LDLIBS)
+$(B)/llama_cuda_emulated: examples/llama_cuda.cu llmpar.h llmpar_cuda.cuh $(wildcard tests/emulator/*.h) | $(B)
+	$(CXX) -x c++ -std=c++17 -O1 -g -DLLMPAR_STATIC -Wall -Wextra -Wshadow -Itests/emulator -I. $< -o $@ $(LDLIBS)
 cuda:
 	@sh tests/cuda.sh
 gpu:
@@ -77,6 +79,7 @@ $(B)/golden_check_emulated: tests/golden_check.c tests/golden.h tests/traffic.h 
 	$(CXX) $@.o $(B)/llmpar_cuda_emulated.o -o $@ $(LDLIBS)
 
 $(B)/test_comm: tests/jobs.h
+$(B)/test_exec $(B)/test_device: tests/far.h
 $(B)/test_comm_random: tests/jobs.h tests/sequence.h
 # The same under TSan, which looks at a tenth as many sequences: `make stress` alone.
 $(B)/test_comm_random.thread: tests/test_comm_random.c llmpar.h tests/test.h tests/jobs.h tests/sequence.h | $(B)
@@ -104,11 +107,11 @@ $(B)/llama_mpi: examples/llama.c llmpar.h | $(B)
 demo: $(B)/llama
 	@sh tests/demo.sh
 
-test: all $(TESTS) $(CUDA_TESTS) $(REPLAYS) $(MPI_RUNS) $(B)/golden_check_emulated
-	@sh tests/run.sh $(TESTS) $(CUDA_TESTS) $(REPLAYS) tests/cli.sh tests/golden.sh tests/cuda_golden.sh tests/mpi.sh tests/mpi_hosts.sh tests/nccl.sh tests/cuda_registers.sh
+test: all $(TESTS) $(CUDA_TESTS) $(B)/llama_cuda_emulated $(REPLAYS) $(MPI_RUNS) $(B)/golden_check_emulated
+	@sh tests/run.sh $(TESTS) $(CUDA_TESTS) $(REPLAYS) tests/cli.sh tests/golden.sh tests/cuda_golden.sh tests/mpi.sh tests/mpi_hosts.sh tests/nccl.sh tests/cuda_registers.sh tests/llama_cuda.sh
 
-stress: all $(TESTS) $(CUDA_TESTS) $(REPLAYS) $(MPI_RUNS) $(B)/test_comm_random.thread $(B)/fault.address $(B)/fault.thread $(B)/golden_check_emulated
-	@LLMPAR_STRESS=1 sh tests/run.sh $(TESTS) $(CUDA_TESTS) $(B)/test_comm_random.thread $(REPLAYS) tests/fault.sh tests/cli.sh tests/golden.sh tests/cuda_golden.sh tests/mpi.sh tests/mpi_hosts.sh tests/nccl.sh
+stress: all $(TESTS) $(CUDA_TESTS) $(B)/llama_cuda_emulated $(REPLAYS) $(MPI_RUNS) $(B)/test_comm_random.thread $(B)/fault.address $(B)/fault.thread $(B)/golden_check_emulated
+	@LLMPAR_STRESS=1 sh tests/run.sh $(TESTS) $(CUDA_TESTS) $(B)/test_comm_random.thread $(REPLAYS) tests/fault.sh tests/cli.sh tests/golden.sh tests/cuda_golden.sh tests/mpi.sh tests/mpi_hosts.sh tests/nccl.sh tests/llama_cuda.sh
 
 bench: $(BENCHES) $(TOOLS) $(B)/llama
 	@sh tests/bench.sh
