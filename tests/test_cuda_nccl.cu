@@ -316,9 +316,10 @@ static const struct { int kind; const char *name; bool hangs, goes; } troubles[]
     { MISSING, "does not come", true, true }, { DEAD, "is lost", true, true }, { DIFFERS, "calls something else", true, false }, { ABORTED, "aborts", false, false } };
 enum { TROUBLES = sizeof troubles / sizeof troubles[0] };
 typedef struct { llmpar_status status, after; char text[1100]; int left; bool created; } outcome;
-typedef struct { int what, n, culprit; long at; bool grouped, host_wait, wrong_order; double timeout_s; outcome out[MOST_RANKS]; std::atomic<int> told; } trouble;
+typedef struct { int what, n, culprit; long at; bool grouped, host_wait, wrong_order, keep, bad_shrink; double timeout_s; outcome out[MOST_RANKS]; std::atomic<int> told; } trouble;
 
-static llmpar_status sum_call(llmpar_comm *comm, int64_t count, llmpar_error *err) {
+// in_use: gets the buffer of a call that failed, where NCCL may still be in it (keep); NULL: it is freed at once.
+static llmpar_status sum_call(llmpar_comm *comm, int64_t count, void **in_use, llmpar_error *err) {
     std::vector<int32_t> one((size_t)count, comm->rank + 1), sum((size_t)count);
     int32_t *d = NULL;
     NEED(cudaMalloc((void **)&d, 4 * one.size()) == cudaSuccess && cudaMemcpy(d, one.data(), 4 * one.size(), cudaMemcpyHostToDevice) == cudaSuccess);
@@ -326,11 +327,12 @@ static llmpar_status sum_call(llmpar_comm *comm, int64_t count, llmpar_error *er
     if (!status) status = llmpar_nccl_wait(comm, err);
     if (!status && cudaMemcpy(sum.data(), d, 4 * one.size(), cudaMemcpyDeviceToHost) != cudaSuccess) status = bad(err, "cannot copy back");
     for (int32_t v : sum) if (!status && v != comm->size * (comm->size + 1) / 2) status = bad(err, "wrong sum");
+    if (status && in_use) { *in_use = d; return status; }
     if (cudaFree(d) != cudaSuccess && !status) status = bad(err, "cudaFree");              // at once, also after a failure: nobody writes there any more
     return status;
 }
 
-static llmpar_status trouble_calls(llmpar_comm *world, llmpar_comm *group, trouble *t, llmpar_error *err) {
+static llmpar_status trouble_calls(llmpar_comm *world, llmpar_comm *group, trouble *t, void **in_use, llmpar_error *err) {
     const int me = world->rank, kind = troubles[t->what].kind;
     const bool culprit = me == t->culprit;
     std::unique_ptr<std::thread> other;
@@ -341,11 +343,11 @@ static llmpar_status trouble_calls(llmpar_comm *world, llmpar_comm *group, troub
         if (culprit && k == t->at && (kind == MISSING || kind == DEAD)) {
             if (kind == DEAD) stub_lose(me);
             while (t->told < t->n - 1) usleep(1000);
-            status = sum_call(comm, 9, err);                                               // comes when the others have given up
+            status = sum_call(comm, 9, in_use, err);                                               // comes when the others have given up
             break;
         }
         if (culprit && k == t->at && kind == ABORTED) other.reset(new std::thread([world]() { usleep(2000); llmpar_comm_abort(world, "told to stop"); }));
-        status = sum_call(comm, culprit && k == t->at && kind == DIFFERS ? 8 : 9, err);
+        status = sum_call(comm, culprit && k == t->at && kind == DIFFERS ? 8 : 9, in_use, err);
     }
     if (other) other->join();
     return status;
@@ -357,11 +359,13 @@ static llmpar_status trouble_rank(llmpar_comm *host, void *user, llmpar_error *e
     const int kind = troubles[t->what].kind;
     const bool culprit = host->rank == t->culprit;
     llmpar_comm *world = NULL, *group = NULL, *left = NULL;
+    void *in_use = NULL;
     llmpar_mesh mesh;
     llmpar_nccl_desc desc = LLMPAR_ZERO;
     this_is(host->rank);
     desc.host = host;
     desc.host_wait = t->host_wait;
+    desc.keep = t->keep;
     desc.timeout_s = kind == STUB_INIT_HANG ? t->timeout_s : kind == DEAD ? 2 : 20;        // DEAD: NCCL may say so in any call, at once
     o->status = llmpar_nccl_create(&desc, &world, err);
     o->created = world != NULL;
@@ -369,16 +373,18 @@ static llmpar_status trouble_rank(llmpar_comm *host, void *user, llmpar_error *e
         TRY(llmpar_mesh_parse("a=2,b=2", &mesh, err));
         o->status = llmpar_comm_group(world, &mesh, 2, &group, err);
     }
-    if (!o->status) o->status = trouble_calls(world, group, t, err);
+    if (!o->status) o->status = trouble_calls(world, group, t, t->keep ? &in_use : NULL, err);
     snprintf(o->text, sizeof o->text, "%s", o->status ? err->text : "");
     t->told++;
     if (o->created && o->status && !(culprit && troubles[t->what].goes)) {
         world->timeout_s = 20;
         o->after = llmpar_comm_shrink(world, &left, err);
-        if (!o->after) o->after = sum_call(left, 100, err);
+        if (!o->after) o->after = sum_call(left, 100, NULL, err);
         if (!o->after) o->left = left->size;
         if (o->after) snprintf(o->text, sizeof o->text, "after: %.700s", err->text);
     }
+    if (o->created && o->status && (culprit && troubles[t->what].goes)) { llmpar_comm_free(world); world = NULL; }
+    if (in_use) NEED(cudaFree(in_use) == cudaSuccess);             // llmpar_comm_shrink or llmpar_comm_free came before
     if (t->wrong_order && left) { llmpar_comm_free(left); left = NULL; }
     if (world) llmpar_comm_free(world);
     if (group) llmpar_comm_free(group);
@@ -416,14 +422,19 @@ static bool trouble_run(uint64_t seed) {
     t->grouped = t->n == 4;
     t->host_wait = rank_below(&s, 2);
     t->wrong_order = rank_below(&s, 2);
+    t->keep = rank_below(&s, 2);
+    t->bad_shrink = rank_below(&s, 4) == 0;
     t->timeout_s = 0.4;
     stub_plan_t plan;
     if (troubles[t->what].kind < MISSING) plan.kind = troubles[t->what].kind;
     plan.rank = t->culprit; plan.at = t->at; plan.delay_s = 0.05;
+    if (t->bad_shrink) plan.bad_shrink = (t->culprit + 1) % t->n;
     stub_reset(plan, s);
     const llmpar_status status = ranks_run(t->n, 20, trouble_rank, t, &err);
     bool good = status == LLMPAR_OK && stub_misuse() == 0 && stub_live() == 0;
-    if (!good) printf("seed %llu: status %d \"%s\", %ld misuses, %ld communicators left\n", (unsigned long long)seed, (int)status, err.text, stub_misuse(), stub_live());
+    const bool shrinks = t->keep && troubles[t->what].kind == MISSING;                     // all kernels stand on the GPU: all communicators are kept
+    if (shrinks ? stub().shrinks == 0 && !(t->bad_shrink && t->n == 2) : !t->keep && stub().shrinks > 0) good = false;
+    if (!good) printf("seed %llu: status %d \"%s\", %ld misuses, %ld communicators left, %ld shrunk\n", (unsigned long long)seed, (int)status, err.text, stub_misuse(), stub_live(), stub().shrinks);
     int left = 0;                                                  // that have to meet in the new world: those who had a world, and are not lost
     for (int r = 0; r < t->n; r++) left += t->out[r].created && !(r == t->culprit && troubles[t->what].goes);
     for (int r = 0; r < t->n; r++) {
