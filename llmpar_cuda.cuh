@@ -1304,15 +1304,19 @@ LLMPARI_CUDA_FN llmpar_status llmpari_nccl_inherit(llmpari_nccl *q, llmpari_nccl
     llmpar_status status = llmpar_all_reduce(host, &good, &all, 1, LLMPAR_I32, LLMPAR_MIN, err);
     if (!status && all) {
         ncclConfig_t config = llmpari_nccl_config();
-        const double until = llmpari_cuda_now() + q->patience_s;
         present[old->comm.rank] = 1;
         status = llmpar_all_reduce(host, present, present, n, LLMPAR_I32, LLMPAR_MAX, err);
         for (int32_t i = 0; i < n; i++) if (!present[i]) lost[n_lost++] = i;
         if (!status && n_lost > 0) {
             const ncclResult_t result = ncclCommShrink(old->nccl, lost, n_lost, &q->nccl, &config, NCCL_SHRINK_ABORT);
-            good = (result == ncclSuccess || result == ncclInProgress) && llmpari_nccl_settled(old->nccl, until) && llmpari_nccl_settled(q->nccl, until);
+            good = result == ncclSuccess || result == ncclInProgress;
         } else good = 0;                                                                    // nobody is lost: NCCL has nothing to exclude
         if (!status) status = llmpar_all_reduce(host, &good, &all, 1, LLMPAR_I32, LLMPAR_MIN, err);
+    }
+    if (!status && all) {                                                                   // taken by all: less long than the others wait for this rank
+        const double until = llmpari_cuda_now() + 0.5 * q->patience_s;
+        good = llmpari_nccl_settled(old->nccl, until) && llmpari_nccl_settled(q->nccl, until);
+        status = llmpar_all_reduce(host, &good, &all, 1, LLMPAR_I32, LLMPAR_MIN, err);
     }
     *made = !status && all;
     if (!*made && q->nccl) { (void)ncclCommAbort(q->nccl); q->nccl = NULL; }
