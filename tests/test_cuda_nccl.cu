@@ -449,6 +449,92 @@ static bool trouble_run(uint64_t seed) {
     return good;
 }
 
+// One rank, no host, everything; whatever CUDA says.
+static llmpar_status alone(llmpar_error *err) {
+    llmpar_nccl_desc desc = LLMPAR_ZERO;
+    llmpar_comm *world = NULL;
+    int32_t *d = NULL;
+    this_is(0);
+    desc.timeout_s = 5;
+    TRY(llmpar_nccl_create(&desc, &world, err));
+    llmpar_status status = cudaMalloc((void **)&d, 64) == cudaSuccess ? LLMPAR_OK : LLMPAR_NO_MEMORY;
+    if (status) snprintf(err->text, sizeof err->text, "CUDA says no");
+    if (!status) status = llmpar_all_reduce(world, d, d, 16, LLMPAR_I32, LLMPAR_SUM, err);
+    if (!status) status = llmpar_barrier(world, err);
+    if (!status) status = llmpar_nccl_wait(world, err);
+    llmpar_comm_free(world);
+    emulator_option().fail = 0;
+    (void)cudaFree(d);
+    return status;
+}
+
+// Rank 1 does not send what rank 0 expects; both directions of an exchange by blocking calls.
+static llmpar_status lonely_rank(llmpar_comm *host, void *user, llmpar_error *err) {
+    llmpar_comm *world = NULL;
+    int32_t *d = NULL;
+    this_is(host->rank);
+    TRY(open_world(host, (const task *)user, &world, err));
+    NEED(cudaMalloc((void **)&d, 64) == cudaSuccess);
+    world->timeout_s = host->rank == 0 ? 0.2 : 20;
+    llmpar_status status = host->rank == 0 ? llmpar_recv(world, d, 16, LLMPAR_I32, 1, err) : llmpar_all_reduce(world, d, d, 4, LLMPAR_I32, LLMPAR_SUM, err);
+    NEED(status == LLMPAR_OK);                                     // taken
+    status = llmpar_nccl_wait(world, err);
+    NEED(status == (host->rank == 0 ? LLMPAR_TIMEOUT : LLMPAR_ABORTED));
+    NEED(strstr(err->text, "Recv from rank 1 #1 i32[16]: not done on the GPU within 0.2 s; rank 1 has not come to its end of it"));
+    NEED(host->rank == 0 || strstr(err->text, "aborted: rank 0: "));
+    NEED(cudaFree(d) == cudaSuccess);
+    llmpar_comm_free(world);
+    return LLMPAR_OK;
+}
+
+static void test_errors(void) {
+    llmpar_error err = LLMPAR_ZERO;
+    TEST("each call of CUDA fails once") {
+        llmpar_status status = LLMPAR_ABORTED;
+        int failed = 0;
+        for (int k = 1; k < 60 && status; k++) {
+            stub_new_test((uint64_t)k);
+            memset(&err, 0, sizeof err);
+            emulator_option().fail_error = cudaErrorLaunchFailure;
+            emulator_option().fail = k;
+            status = alone(&err);
+            const bool all_made = emulator_option().fail == 0;
+            failed += status != LLMPAR_OK;
+            CHECK(status == LLMPAR_OK || strstr(err.text, "CUDA says") || strstr(err.text, "no GPU") || strstr(err.text, "needs a GPU") || strstr(err.text, "host memory"));
+            CHECK(stub_clean() && all_made);
+            (void)cudaGetLastError();
+        }
+        emulator_option().fail = 0;
+        CHECK(failed >= 8);
+    }
+    TEST("a Recv that nobody sends names the other end") {
+        task t = task();
+        stub_new_test(7);
+        CHECK_OK(ranks_run(2, 20, lonely_rank, &t, &err), err);
+        CHECK(stub_clean());
+    }
+    TEST("alone, a GPU that stands still") {
+        stub_plan_t plan;
+        plan.kind = STUB_HANG_RUN;
+        stub_reset(plan, 3);
+        llmpar_nccl_desc desc = LLMPAR_ZERO;
+        llmpar_comm *world = NULL;
+        int32_t *d = NULL;
+        this_is(0);
+        CHECK_OK(llmpar_nccl_create(&desc, &world, &err), err);
+        CHECK(cudaMalloc((void **)&d, 64) == cudaSuccess);
+        world->timeout_s = 0.1;
+        CHECK_OK(llmpar_all_reduce(world, d, d, 16, LLMPAR_I32, LLMPAR_SUM, &err), err);
+        CHECK_FAIL(llmpar_nccl_wait(world, &err), LLMPAR_TIMEOUT, err, "AllReduce #1 i32[16] sum: not done on the GPU within 0.1 s; the GPU stands still");
+        CHECK_FAIL(llmpar_nccl_wait(world, &err), LLMPAR_ABORTED, err, "aborted: rank 0: AllReduce #1");
+        llmpar_comm *left = NULL;
+        CHECK_FAIL(llmpar_comm_shrink(world, &left, &err), LLMPAR_UNSUPPORTED, err, "without a host communicator");
+        llmpar_comm_free(world);
+        CHECK(cudaFree(d) == cudaSuccess);
+        CHECK(stub_clean());
+    }
+}
+
 // Most of it is waiting for deadlines: several processes at a time. A process that does not end is a hang.
 static void test_faults(void) {
     enum { PROCESSES = 10 };
@@ -489,6 +575,7 @@ int main(void) {
     test_collectives(&seed);
     test_bad_input();
 #ifdef LLMPAR_CUDA_EMULATED
+    test_errors();
     test_faults();
 #endif
     return test_done();
