@@ -12,9 +12,7 @@ struct __half {
     operator float() const;
     operator __half_raw() const { return __half_raw{x}; }
 };
-typedef __half half;
 struct __half2 { __half x, y; };
-typedef __half2 half2;
 inline __half __float2half_rn(float f) {
     __half to;
     const unsigned u = __float_as_uint(f), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;

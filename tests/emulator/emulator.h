@@ -204,16 +204,21 @@ __attribute__((naked, noinline, unused)) static void emulator_swap(void **, void
 }
 #endif
 
-enum { EMULATOR_READY, EMULATOR_BARRIER, EMULATOR_WARP, EMULATOR_SPIN, EMULATOR_DONE };
+enum { EMULATOR_READY, EMULATOR_BARRIER, EMULATOR_WARP, EMULATOR_SPIN, EMULATOR_DONE, EMULATOR_DROPPED };
 enum { EMULATOR_GUARD = 256, EMULATOR_BUFFER = 256 };
 
+enum { EMULATOR_SYNC, EMULATOR_SHFL, EMULATOR_BALLOT, EMULATOR_SYNCWARP, EMULATOR_MATCH, EMULATOR_ADD, EMULATOR_MIN, EMULATOR_MAX, EMULATOR_AND, EMULATOR_OR, EMULATOR_XOR };
+inline const char *emulator_warp_call(int kind) {
+    return kind == EMULATOR_SHFL ? "shuffle" : kind == EMULATOR_BALLOT ? "vote" : kind == EMULATOR_SYNCWARP ? "__syncwarp" : kind == EMULATOR_MATCH ? "__match_any_sync" : "__reduce_sync";
+}
+
 struct emulator_store_entry { void *to; unsigned char bytes[16]; int n; struct emulator_thread *thread; int64_t epoch, warp_epoch; };
-struct emulator_warp_state { int64_t epoch; };
+struct emulator_group { unsigned mask, arrived; int kind, bytes, line; };       // lanes that wait for the rest of a mask
+struct emulator_warp_state { int64_t epoch; unsigned exited; int groups; emulator_group group[32]; };
 struct emulator_thread {
     uint3 index;
-    int number, state, line, kind;            // kind: of the barrier or the warp's call
-    unsigned mask;
-    int source, bytes;                        // of a shuffle
+    int number, state, line;
+    int kind, source;                         // of the warp's call; the lane a shuffle reads
     uint64_t value, result;
     emulator_fiber *fiber;
     struct emulator_block *block;
@@ -224,7 +229,7 @@ struct emulator_block {
     uint3 index;
     int n, done;
     std::vector<emulator_thread> threads;
-    std::vector<int64_t> warp_epochs;
+    std::vector<emulator_warp_state> warps;
     std::vector<emulator_shared_array> shared;
     size_t static_bytes;
     int64_t epoch;
@@ -269,7 +274,11 @@ struct emulator_worker {                      // one per OS thread
     char error[2000] = "";
     ~emulator_worker();
 };
-inline emulator_worker &emulator_me() { static thread_local emulator_worker worker; return worker; }
+inline thread_local emulator_worker *emulator_mine;
+inline emulator_worker &emulator_me() {
+    if (!emulator_mine) { static thread_local emulator_worker worker; emulator_mine = &worker; }
+    return *emulator_mine;
+}
 
 inline uint64_t emulator_random(uint64_t *state) {
     uint64_t z = (*state += 0x9e3779b97f4a7c15u);
@@ -329,6 +338,13 @@ inline void emulator_to(emulator_fiber *from, emulator_fiber *to, void *tsan, bo
 inline void emulator_leave(bool last = false) {                // from a fiber to the scheduler
     emulator_worker &me = emulator_me();
     emulator_to(emulator_self->fiber, &me.main, me.tsan, last);
+#ifdef EMULATOR_TSAN
+    if (emulator_self->state == EMULATOR_DROPPED) {            // called once more, to end what it ignores: its launch has failed
+        EMULATOR_RELEASE(&emulator_self->block->launch->end);
+        AnnotateIgnoreWritesEnd(__FILE__, __LINE__); AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+        for (;;) emulator_to(emulator_self->fiber, &me.main, me.tsan, true);
+    }
+#endif
 }
 // A fault in a kernel: the launch is over, this fiber never goes on.
 #define EMULATOR_FAULT(...) do { char emulator_text[600]; snprintf(emulator_text, sizeof emulator_text, __VA_ARGS__); emulator_fault(emulator_text); } while (0)
@@ -348,12 +364,21 @@ extern "C" __attribute__((unused)) inline void emulator_enter() {
     { const void *bottom; size_t bytes; __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes); emulator_me().main.low = (unsigned char *)(uintptr_t)bottom; emulator_me().main.bytes = bytes; }
 #endif
     emulator_thread *self = emulator_self;
+#ifdef EMULATOR_TSAN
+    if (self->state == EMULATOR_DROPPED) for (;;) emulator_to(self->fiber, &emulator_me().main, emulator_me().tsan, true);          // dropped before it began
+#endif
     EMULATOR_ACQUIRE(&self->block->launch->begin);
     self->block->launch->body();
     EMULATOR_RELEASE(&self->block->launch->end);
-    emulator_ignore quiet;
-    self->state = EMULATOR_DONE;
-    self->block->done++;
+    {
+        emulator_ignore quiet;
+        emulator_warp_state &warp = self->block->warps[(size_t)self->number / 32];
+        warp.exited |= 1u << self->number % 32;
+        for (int g = 0; g < warp.groups; g++)
+            if (warp.group[g].mask & warp.exited) EMULATOR_FAULT("exits, but lane %d waits for it in a %s in line %d", __builtin_ctz(warp.group[g].arrived), emulator_warp_call(warp.group[g].kind), warp.group[g].line);
+        self->state = EMULATOR_DONE;
+        self->block->done++;
+    }
     for (;;) emulator_leave(true);
 }
 inline emulator_fiber *emulator_new_fiber() {
@@ -453,7 +478,6 @@ template <typename T> struct emulator_array {                  // behaves like T
 
 // ---- barriers, shuffles, votes
 
-enum { EMULATOR_SYNC, EMULATOR_SHFL, EMULATOR_BALLOT, EMULATOR_SYNCWARP, EMULATOR_MATCH, EMULATOR_ADD, EMULATOR_MIN, EMULATOR_MAX, EMULATOR_AND, EMULATOR_OR, EMULATOR_XOR };
 
 inline int emulator_barrier(int predicate, int line) {         // how many of the block's threads gave a predicate that is not 0
     emulator_ignore quiet;
@@ -469,61 +493,60 @@ inline int  __syncthreads_count(int p, int line = __builtin_LINE()) { return emu
 inline int  __syncthreads_or(int p, int line = __builtin_LINE())   { return emulator_barrier(p, line) > 0; }
 inline int  __syncthreads_and(int p, int line = __builtin_LINE())  { return emulator_barrier(!p, line) == 0; }
 
-inline const char *emulator_warp_call(int kind) {
-    return kind == EMULATOR_SHFL ? "shuffle" : kind == EMULATOR_BALLOT ? "vote" : kind == EMULATOR_SYNCWARP ? "__syncwarp" : kind == EMULATOR_MATCH ? "__match_any_sync" : "__reduce_sync";
-}
-inline uint64_t emulator_warp_result(emulator_thread *warp, emulator_thread *t) {
-    uint64_t r = 0;
-    if (t->kind == EMULATOR_SHFL) return warp[t->source].value;
-    for (int i = 0, first = 1; i < 32; i++) {
-        if (!((t->mask >> i) & 1u)) continue;
+inline void emulator_warp_resolve(emulator_thread *warp, unsigned mask, int kind) {
+    uint64_t all = 0;
+    bool first = true;
+    for (unsigned left = mask; left && kind != EMULATOR_SHFL && kind != EMULATOR_MATCH; left &= left - 1) {
+        const int i = __builtin_ctz(left);
         const uint64_t v = warp[i].value;
-        if (t->kind == EMULATOR_BALLOT) r |= (uint64_t)(v != 0) << i;
-        else if (t->kind == EMULATOR_MATCH) r |= (uint64_t)(v == t->value) << i;
-        else if (first) r = v;
-        else switch (t->kind) {
-            case EMULATOR_ADD: r += v; break;
-            case EMULATOR_MIN: r = (int64_t)v < (int64_t)r ? v : r; break;
-            case EMULATOR_MAX: r = (int64_t)v > (int64_t)r ? v : r; break;
-            case EMULATOR_AND: r &= v; break;
-            case EMULATOR_OR:  r |= v; break;
-            case EMULATOR_XOR: r ^= v; break;
+        if (kind == EMULATOR_BALLOT) all |= (uint64_t)(v != 0) << i;
+        else if (first) all = v;
+        else switch (kind) {
+            case EMULATOR_ADD: all += v; break;
+            case EMULATOR_MIN: all = (int64_t)v < (int64_t)all ? v : all; break;
+            case EMULATOR_MAX: all = (int64_t)v > (int64_t)all ? v : all; break;
+            case EMULATOR_AND: all &= v; break;
+            case EMULATOR_OR:  all |= v; break;
+            case EMULATOR_XOR: all ^= v; break;
             default: break;
         }
-        first = 0;
+        first = false;
     }
-    return r;
+    for (unsigned left = mask; left; left &= left - 1) {
+        emulator_thread &t = warp[__builtin_ctz(left)];
+        t.result = kind == EMULATOR_SHFL ? warp[t.source].value : all;
+        if (kind == EMULATOR_MATCH) for (int i = 0; i < 32; i++) t.result |= (uint64_t)(((mask >> i) & 1u) && warp[i].value == t.value) << i;
+        t.state = EMULATOR_READY;
+    }
 }
 // Every lane of the mask brings (value, source); the last one resolves for all.
 inline uint64_t emulator_warp(int kind, unsigned mask, uint64_t value, int source, int bytes, int line) {
     emulator_ignore quiet;
-    emulator_thread *t = emulator_self, *warp;
+    emulator_thread *t = emulator_self;
     emulator_block *block = t->block;
     const int lane = t->number % 32, first = t->number - lane;
-    warp = &block->threads[(size_t)first];
-    t->kind = kind; t->mask = mask; t->value = value; t->source = source; t->bytes = bytes; t->line = line;
+    emulator_warp_state &warp = block->warps[(size_t)first / 32];
+    t->value = value; t->source = source; t->line = line; t->kind = kind;
     if (!((mask >> lane) & 1u)) EMULATOR_FAULT("%s in line %d: lane %d calls it with mask %08x, which it is not in", emulator_warp_call(kind), line, lane, mask);
     if (kind == EMULATOR_SHFL && !((mask >> source) & 1u)) EMULATOR_FAULT("shuffle in line %d: lane %d reads lane %d, which is not in mask %08x", line, lane, source, mask);
-    bool all = true;
-    for (int i = 0; i < 32; i++) {
-        if (!((mask >> i) & 1u) || i == lane) continue;
-        if (first + i >= block->n || warp[i].state == EMULATOR_DONE)
-            EMULATOR_FAULT("%s in line %d: mask %08x has lane %d, which %s", emulator_warp_call(kind), line, mask, i, first + i >= block->n ? "the block does not have" : "has exited");
-        if (warp[i].state != EMULATOR_WARP) { all = false; continue; }
-        if (warp[i].mask == mask && (warp[i].kind != kind || warp[i].bytes != bytes))
-            EMULATOR_FAULT("%s in line %d: lane %d is at a %s in line %d", emulator_warp_call(kind), line, i, emulator_warp_call(warp[i].kind), warp[i].line);
-        if (warp[i].mask != mask && (warp[i].mask >> lane) & 1u)
-            EMULATOR_FAULT("%s in line %d with mask %08x: lane %d waits in line %d with mask %08x", emulator_warp_call(kind), line, mask, i, warp[i].line, warp[i].mask);
-        if (warp[i].mask != mask) all = false;
+    if (mask & warp.exited) {
+        const int gone = __builtin_ctz(mask & warp.exited);
+        EMULATOR_FAULT("%s in line %d: mask %08x has lane %d, which %s", emulator_warp_call(kind), line, mask, gone, first + gone >= block->n ? "the block does not have" : "has exited");
     }
-    char *mark = (char *)&block->warp_epochs[(size_t)first / 32];
-    EMULATOR_RELEASE(mark);
-    if (all) {
-        for (int i = 0; i < 32; i++) if ((mask >> i) & 1u) warp[i].result = emulator_warp_result(warp, &warp[i]);
-        for (int i = 0; i < 32; i++) if ((mask >> i) & 1u) warp[i].state = EMULATOR_READY;
-        block->warp_epochs[(size_t)first / 32]++;
+    int g = 0;
+    while (g < warp.groups && warp.group[g].mask != mask) g++;
+    emulator_group &group = warp.group[g];
+    if (g == warp.groups) { group = { mask, 0, kind, bytes, line }; warp.groups++; }
+    if (group.kind != kind || group.bytes != bytes)
+        EMULATOR_FAULT("%s of %d bytes in line %d: lane %d is at a %s of %d bytes in line %d", emulator_warp_call(kind), bytes, line, __builtin_ctz(group.arrived), emulator_warp_call(group.kind), group.bytes, group.line);
+    group.arrived |= 1u << lane;
+    EMULATOR_RELEASE(&warp);
+    if (group.arrived == mask) {
+        group = warp.group[--warp.groups];
+        emulator_warp_resolve(&block->threads[(size_t)first], mask, kind);
+        warp.epoch++;
     } else { t->state = EMULATOR_WARP; emulator_leave(); }
-    EMULATOR_ACQUIRE(mark);
+    EMULATOR_ACQUIRE(&warp);
     return t->result;
 }
 template <typename T> inline T emulator_shfl(unsigned mask, T v, int source, int line) {
@@ -594,24 +617,26 @@ inline void emulator_flush() {
     for (size_t i = 0; i < launch->buffer.size();) {
         const emulator_store_entry &e = launch->buffer[i];
         const bool known = e.thread == t || (e.thread && e.thread->block == t->block && (e.epoch < t->block->epoch ||
-                           (e.thread->number / 32 == t->number / 32 && e.warp_epoch < t->block->warp_epochs[(size_t)t->number / 32])));
+                           (e.thread->number / 32 == t->number / 32 && e.warp_epoch < t->block->warps[(size_t)t->number / 32].epoch)));
         if (known) emulator_drain(launch, i); else i++;
     }
 }
 inline void emulator_store(void *to, const void *from, int bytes) {
     if (!emulator_option().buffer) { emulator_copy(to, from, bytes); return; }
+    emulator_ignore quiet;
     emulator_thread *t = emulator_self;
     emulator_launch *launch = t->block->launch;
     while (launch->buffer.size() >= EMULATOR_BUFFER * 16 || emulator_random(&launch->random) % 64 == 0) { emulator_drain_some(launch); if (launch->buffer.empty()) break; }
     for (int done = 0; done < bytes; done += 16) {
-        emulator_store_entry e{ (char *)to + done, {}, std::min(bytes - done, 16), t, t->block->epoch, t->block->warp_epochs[(size_t)t->number / 32] };
+        emulator_store_entry e{ (char *)to + done, {}, std::min(bytes - done, 16), t, t->block->epoch, t->block->warps[(size_t)t->number / 32].epoch };
         memcpy(e.bytes, (const char *)from + done, (size_t)e.n);
         launch->buffer.push_back(e);
     }
 }
 inline void emulator_load(void *to, const void *from, int bytes) {             // memory, and over it what this block has stored
+    if (!emulator_option().buffer) { emulator_copy(to, from, bytes); return; }
+    emulator_ignore quiet;
     emulator_copy(to, from, bytes);
-    if (!emulator_option().buffer) return;
     for (const emulator_store_entry &e : emulator_self->block->launch->buffer)
         if (e.thread && e.thread->block == emulator_self->block)
             for (int i = 0; i < e.n; i++) {
@@ -619,7 +644,12 @@ inline void emulator_load(void *to, const void *from, int bytes) {             /
                 if (at >= 0 && at < bytes) ((unsigned char *)to)[at] = e.bytes[i];
             }
 }
-inline void emulator_fence_system() { if (emulator_option().buffer) { emulator_ignore quiet; emulator_flush(); } __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void emulator_fence_system() {
+    if (emulator_option().buffer) { emulator_ignore quiet; emulator_flush(); }
+#ifndef EMULATOR_TSAN
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);                   // ThreadSanitizer knows no fences
+#endif
+}
 inline void emulator_store_release(uint32_t *to, uint32_t v) { if (emulator_option().buffer) { emulator_ignore quiet; emulator_flush(); } __atomic_store_n(to, v, __ATOMIC_RELEASE); }
 inline uint32_t emulator_load_acquire(const uint32_t *from) { return __atomic_load_n(from, __ATOMIC_ACQUIRE); }
 inline void emulator_spin() {
@@ -668,7 +698,9 @@ inline emulator_block *emulator_new_block(emulator_launch *launch) {
     b->index = { (unsigned)(i % launch->grid.x), (unsigned)(i / launch->grid.x % launch->grid.y), (unsigned)(i / launch->grid.x / launch->grid.y) };
     b->n = (int)(launch->block.x * launch->block.y * launch->block.z);
     if (b->threads.size() < (size_t)b->n) b->threads.resize((size_t)b->n);
-    b->warp_epochs.assign(((size_t)b->n + 31) / 32, 0);
+    b->warps.resize(((size_t)b->n + 31) / 32);
+    for (emulator_warp_state &w : b->warps) { w.epoch = 0; w.exited = 0; w.groups = 0; }
+    if (b->n % 32) b->warps.back().exited = ~0u << b->n % 32;
     for (int t = 0; t < b->n; t++) {
         emulator_thread &thread = b->threads[(size_t)t];
         const unsigned u = (unsigned)t;
@@ -687,6 +719,9 @@ inline void emulator_free_block(emulator_block *b) {
     for (int t = 0; t < b->n; t++) {
         emulator_thread &thread = b->threads[(size_t)t];
         if (thread.state == EMULATOR_DONE) continue;           // of a block that failed: its stack is left as it is
+#ifdef EMULATOR_TSAN
+        if (thread.fiber) { thread.state = EMULATOR_DROPPED; emulator_run_thread(&thread); }
+#endif
         if (thread.fiber) { EMULATOR_UNPOISON(thread.fiber->low, thread.fiber->bytes); me.fibers.push_back(thread.fiber); thread.fiber = nullptr; }
 #ifdef EMULATOR_TSAN
         if (thread.tsan) { __tsan_destroy_fiber(thread.tsan); thread.tsan = nullptr; }
@@ -694,19 +729,20 @@ inline void emulator_free_block(emulator_block *b) {
     }
     me.blocks.push_back(b);
 }
-inline void emulator_list_waiting(emulator_block *b, char *text, size_t bytes) {
+inline void emulator_list_waiting(emulator_block *b, char *text, size_t bytes) {               // "32 threads at __syncthreads in line 7, the first (0,0,0)", one for each place
     size_t used = 0;
-    int shown = 0, waiting = 0;
-    text[0] = 0;
+    std::map<std::pair<const char *, int>, std::pair<int, const emulator_thread *>> places;
     for (int i = 0; i < b->n; i++) {
         const emulator_thread &t = b->threads[(size_t)i];
         if (t.state == EMULATOR_DONE) continue;
-        waiting++;
-        if (shown++ < 8 && used + 80 < bytes)
-            used += (size_t)snprintf(text + used, bytes - used, "%s(%u,%u,%u) at %s in line %d", used ? ", " : "", t.index.x, t.index.y, t.index.z,
-                                     t.state == EMULATOR_BARRIER ? "__syncthreads" : emulator_warp_call(t.kind), t.line);
+        auto &at = places[{ t.state == EMULATOR_BARRIER ? "__syncthreads" : emulator_warp_call(t.kind), t.line }];
+        if (at.first++ == 0) at.second = &t;
     }
-    if (waiting > 8) snprintf(text + used, bytes - used, " and %d more", waiting - 8);
+    text[0] = 0;
+    for (auto &p : places)
+        if (used + 120 < bytes)
+            used += (size_t)snprintf(text + used, bytes - used, "%s%d thread%s at %s in line %d, the first (%u,%u,%u)", used ? "; " : "", p.second.first, p.second.first > 1 ? "s" : "", p.first.first,
+                                     p.first.second, p.second.second->index.x, p.second.second->index.y, p.second.second->index.z);
 }
 // All that are left wait for each other: for a barrier, or for ever.
 inline bool emulator_release_barrier(emulator_block *b) {
@@ -732,7 +768,7 @@ inline bool emulator_release_barrier(emulator_block *b) {
     }
     for (int i = 0; i < b->n; i++) { emulator_thread &t = b->threads[(size_t)i]; if (t.state == EMULATOR_BARRIER) { t.state = EMULATOR_READY; t.result = (uint64_t)count; } }
     b->epoch++;
-    for (int64_t &e : b->warp_epochs) e++;
+    for (emulator_warp_state &w : b->warps) w.epoch++;
     return true;
 }
 // Runs what can run. Returns true when the block is done (or has failed), false when it spins.
@@ -852,16 +888,34 @@ inline size_t emulator_allocations() { emulator_memory &heap = emulator_heap(); 
 
 struct CUgraph_st { std::vector<std::function<std::function<bool()>()>> ops; };           // each makes a fresh op
 struct CUgraphExec_st { CUgraph_st graph; };
-struct CUevent_st { std::atomic<int> pending{0}; double time = 0; CUgraph_st *graph = nullptr; struct CUstream_st *origin = nullptr; };
+struct CUevent_st { std::atomic<int> pending{0}; double time = 0; uint64_t capture = 0; };
 struct CUstream_st {
     int device = 0;
     std::deque<std::function<bool()>> ops;     // true: done; false: call it again
     std::atomic<int> pending{0};
     emulator_worker *owner = nullptr;
-    CUgraph_st *graph = nullptr;               // being captured
-    bool origin = false, invalid = false;
+    uint64_t capture = 0;                      // which capture it takes part in; it may be over
+    bool origin = false;
 };
+// Captures that are under way, by number.
+struct emulator_captures_list { std::mutex lock; std::map<uint64_t, CUgraph_st *> map; uint64_t last = 0; };
+inline emulator_captures_list &emulator_capture_list() { static emulator_captures_list *list = new emulator_captures_list; return *list; }
+inline CUgraph_st *emulator_graph(uint64_t capture) {
+    emulator_captures_list &list = emulator_capture_list();
+    if (!capture) return nullptr;
+    std::lock_guard<std::mutex> hold(list.lock);
+    auto it = list.map.find(capture);
+    return it == list.map.end() ? nullptr : it->second;
+}
+inline CUgraph_st *emulator_end_capture(uint64_t capture) {
+    emulator_captures_list &list = emulator_capture_list();
+    std::lock_guard<std::mutex> hold(list.lock);
+    CUgraph_st *graph = list.map[capture];
+    list.map.erase(capture);
+    return graph;
+}
 inline emulator_worker::~emulator_worker() {
+    emulator_ignore quiet;
 #ifndef EMULATOR_TSAN
     for (emulator_fiber *f : fibers) { munmap(f->low - 4096, f->bytes + 4096); delete f; }
 #endif
@@ -917,13 +971,13 @@ template <typename F> inline cudaError_t emulator_wait(F done) {
         if (emulator_drive()) { since = emulator_seconds(); continue; }
         if (done()) break;
         sched_yield();
-        if (emulator_seconds() - since > emulator_option().patience) { emulator_say("what is waited for does not end: a kernel spins, or nobody records the event"); return cudaErrorLaunchFailure; }
+        if (emulator_seconds() - since > emulator_option().patience + 5) { emulator_say("what is waited for does not end: a kernel spins, or nobody records the event"); return cudaErrorLaunchFailure; }
     }
     return emulator_late_error();
 }
 inline cudaError_t emulator_put(cudaStream_t stream, std::function<std::function<bool()>()> make) {
     cudaStream_t s = emulator_stream(stream);
-    if (s->graph) { s->graph->ops.push_back(std::move(make)); return cudaSuccess; }
+    if (CUgraph_st *graph = emulator_graph(s->capture)) { graph->ops.push_back(std::move(make)); return cudaSuccess; }
     emulator_worker &me = emulator_me();
     if (s->owner && s->owner != &me && s->pending > 0) EMULATOR_TRY(emulator_wait([s]() { return s->pending == 0; }));
     s->owner = &me;
@@ -1250,7 +1304,7 @@ EMULATOR_API cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsi
 EMULATOR_API cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     if (!stream) return emulator_return(cudaErrorInvalidResourceHandle);
     (void)emulator_wait([stream]() { return stream->pending == 0; });
-    if (stream->graph && stream->origin) { delete stream->graph; emulator_captures--; }
+    if (stream->origin) { delete emulator_end_capture(stream->capture); emulator_captures--; }
     delete stream;
     return cudaSuccess;
 }
@@ -1282,15 +1336,15 @@ EMULATOR_API cudaError_t cudaEventDestroy(cudaEvent_t event) {
 EMULATOR_API cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     EMULATOR_CALL();
     cudaStream_t s = emulator_stream(stream);
-    event->graph = s->graph;
-    if (s->graph) return cudaSuccess;                          // its place in the capture is kept by the order of the ops
+    event->capture = emulator_graph(s->capture) ? s->capture : 0;
+    if (event->capture) return cudaSuccess;                        // its place in the capture is kept by the order of the ops
     event->pending++;
     return emulator_return(emulator_put_now(s, [event]() { event->time = emulator_seconds(); event->pending--; }));
 }
 EMULATOR_API cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned int) {
     EMULATOR_CALL();
     cudaStream_t s = emulator_stream(stream);
-    if (event->graph) { if (!s->graph) s->graph = event->graph; return cudaSuccess; }         // this stream joins the capture
+    if (emulator_graph(event->capture)) { if (!s->origin) s->capture = event->capture; return cudaSuccess; }         // this stream joins the capture
     if (event->pending == 0) return cudaSuccess;
     return emulator_return(emulator_put(s, [event]() { return [event]() { return event->pending == 0; }; }));
 }
@@ -1307,8 +1361,9 @@ EMULATOR_API cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t fu
 EMULATOR_API cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode) {
     EMULATOR_CALL();
     if (!stream || stream == cudaStreamLegacy) return emulator_return(cudaErrorStreamCaptureUnsupported);
-    if (stream->graph) return emulator_return(cudaErrorInvalidValue);
-    stream->graph = new CUgraph_st;
+    if (emulator_graph(stream->capture)) return emulator_return(cudaErrorInvalidValue);
+    emulator_captures_list &list = emulator_capture_list();
+    { std::lock_guard<std::mutex> hold(list.lock); stream->capture = ++list.last; list.map[stream->capture] = new CUgraph_st; }
     stream->origin = true;
     emulator_captures++;
     return cudaSuccess;
@@ -1316,15 +1371,15 @@ EMULATOR_API cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaSt
 EMULATOR_API cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
     EMULATOR_CALL();
     *graph = nullptr;
-    if (!stream || !stream->graph || !stream->origin) return emulator_return(cudaErrorInvalidValue);
-    *graph = stream->graph;
-    stream->graph = nullptr; stream->origin = false;
+    if (!stream || !stream->origin) return emulator_return(cudaErrorInvalidValue);
+    *graph = emulator_end_capture(stream->capture);
+    stream->capture = 0; stream->origin = false;
     emulator_captures--;
     return cudaSuccess;
 }
 EMULATOR_API cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
     EMULATOR_CALL();
-    *status = emulator_stream(stream)->graph ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+    *status = emulator_graph(emulator_stream(stream)->capture) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
     return cudaSuccess;
 }
 EMULATOR_API cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long) { EMULATOR_CALL(); *exec = new CUgraphExec_st{ *graph }; return cudaSuccess; }
