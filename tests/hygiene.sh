@@ -73,7 +73,37 @@ for file in "$D"/readme*.c "$D/first.c"; do
     if ! grep -q 'int main' "$file"; then bad "README snippet $(basename "$file") is not a whole program"; continue; fi
     job "snippet $(basename "$file")" "${CC:-cc} -std=c99 $c_warnings -I. $file -o $file.run -lpthread -lm && $file.run > $file.out && [ -s $file.out ]"
 done
+# llmpar_cuda.cuh: the host's part as C99 and C++11 with CUDA's headers where they are, else with the emulator's; all of it on the emulator.
+printf '#define LLMPAR_CUDA_IMPLEMENTATION\n#include "llmpar_cuda.cuh"\n#include "llmpar_cuda.cuh"\nint main(void) { return llmpar_cuda_devices(NULL) < 0; }\n' > "$D/cuda.c"
+printf '#define LLMPAR_STATIC\n#define LLMPAR_IMPLEMENTATION\n' | cat - "$D/cuda.c" > "$D/cuda_static.c"
+printf '#include "llmpar_cuda.cuh"\nint llmpar_test_only_declares;\n' > "$D/cuda_declare.c"
+for file in cuda cuda_static cuda_declare; do cp "$D/$file.c" "$D/$file.cpp"; done
+toolkit=${CUDA_HOME:-/usr/local/cuda}/include
+if [ ! -f "$toolkit/cuda_runtime_api.h" ]; then toolkit=tests/emulator; skip "llmpar_cuda.cuh with CUDA's headers" "not installed"; fi
+nccl=""; [ -f "$toolkit/nccl.h" ] && nccl=-DLLMPAR_NCCL
+for cc in gcc clang; do
+    command -v $cc > /dev/null || continue
+    for file in cuda cuda_declare; do
+        job "$cc c99 $file" $cc -std=c99 -D_POSIX_C_SOURCE=200809L $c_warnings -isystem $toolkit -I. -c "$D/$file.c" -o "$D/$file-$cc-plain.o"
+        job "$cc c99 $file ${nccl#-D}" $cc -std=c99 -D_POSIX_C_SOURCE=200809L $c_warnings $nccl -isystem $toolkit -I. -c "$D/$file.c" -o "$D/$file-$cc.o"
+    done
+done
+job "${CC:-cc} c99 cuda static" ${CC:-cc} -std=c99 -D_POSIX_C_SOURCE=200809L $c_warnings $nccl -isystem $toolkit -I. -c "$D/cuda_static.c" -o /dev/null
+for cxx in g++ clang++; do
+    command -v $cxx > /dev/null || continue
+    [ $toolkit = tests/emulator ] || job "$cxx c++11 cuda" $cxx -std=c++11 -Wall -Wextra $nccl -isystem $toolkit -I. -c "$D/cuda.cpp" -o /dev/null
+    job "$cxx c++17 cuda, emulated" $cxx -std=c++17 -Wall -Wextra -Wshadow -isystem tests/emulator -I. -c "$D/cuda.cpp" -o /dev/null
+done
+job "${CXX:-c++} c++17 cuda static, emulated" ${CXX:-c++} -std=c++17 -Wall -Wextra -Wshadow -isystem tests/emulator -I. -c "$D/cuda_static.cpp" -o /dev/null
 run_jobs
+
+# llmpar_cuda.cuh's symbols: llmpar_* alone (and what the emulator's headers define, weakly), nothing that can be written; it exits, aborts and prints nowhere.
+if [ -f "$D/cuda-gcc.o" ]; then
+    foreign=$(nm -g --defined-only "$D/cuda-gcc.o" | awk '{print $3}' | grep -v -e '^llmpar_' -e '^main$')
+    ends=$(nm -u "$D/cuda-gcc.o" | grep -E ' (exit|_exit|abort|printf|puts|putchar|perror)$')
+    writable=$(nm -f sysv "$D/cuda-gcc.o" | awk -F '|' '$3 ~ /[bBdDsSC]/ && $7 !~ /^ *\.data\.rel\.ro/ {print $1}')
+    if [ -z "$foreign$ends$writable" ] && nm -g --defined-only "$D/cuda-gcc.o" | grep -q llmpar_cuda_create; then ok; else bad "llmpar_cuda.cuh: foreign symbols, ends or writable data: $foreign $ends $writable"; fi
+fi
 
 # Symbols: only llmpar_*, and nothing that can be written. Const tables of pointers lie in .data.rel.ro: the loader fills them in and then makes them read-only.
 object="$D/gcc.o"; [ -f "$object" ] || object="$D/clang.o"
@@ -105,6 +135,21 @@ for name in $(printf '%s' "$declared" | tr -d '>'); do
     [ "$name" = licence ] && continue
     if ls tests/test_"$name".c > /dev/null 2>&1 || { [ "$name" = graph ] || [ "$name" = solve ]; } && [ -f tests/test_optimal.c ]; then ok; else bad "no tests/test_$name.c"; fi
 done
+# The same of llmpar_cuda.cuh.
+contents=$(sed -n '/^\/\/ Contents/,/^$/p' llmpar_cuda.cuh | sed 1d | grep -o '>>[a-z]*' | order)
+declared=$(grep -E '^// >>[a-z]+( |$)' llmpar_cuda.cuh | grep -v '(impl)' | grep -o '>>[a-z]*' | order)
+implemented=$(grep -E '^// >>[a-z]+ \(impl\)' llmpar_cuda.cuh | grep -o '>>[a-z]*' | order)
+if [ -n "$contents" ] && [ "$contents" = "$declared" ]; then ok; else bad "llmpar_cuda.cuh: contents and banners differ:"; printf '    %s\n' "$contents" "$declared"; fi
+if [ "$declared" = "$implemented" ]; then ok; else bad "llmpar_cuda.cuh: the implementation's banners differ:"; printf '    %s\n' "$declared" "$implemented"; fi
+for name in $(printf '%s' "$declared" | tr -d '>'); do if [ -f tests/test_cuda_"$name".cu ]; then ok; else bad "no tests/test_cuda_$name.cu"; fi; done
+leaked=$(grep -oE '^ *# *define +[A-Za-z_0-9]+' llmpar_cuda.cuh | awk '{ print $NF }' | grep -v -E '^LLMPARI?_' | sort -u | order)
+[ -z "$leaked" ] && ok || bad "llmpar_cuda.cuh: macros of foreign names: $leaked"
+long=$(awk 'length > 200' llmpar_cuda.cuh | wc -l)
+[ "$long" -eq 0 ] && ok || bad "$long lines of llmpar_cuda.cuh are longer than 200 columns"
+# Kernels are launched by llmpari_cuda_launch alone and declare shared memory by its macros: the emulator sees both.
+plain=$(grep -nE '<<<|__shared__' llmpar_cuda.cuh | grep -v -E '#define LLMPARI_SHARED|^[0-9]+:// ')
+[ -z "$plain" ] && ok || bad "llmpar_cuda.cuh: not for the emulator: $plain"
+
 # Macros that leak: all of them begin with LLMPAR_ or LLMPARI_.
 leaked=$(grep -oE '^ *# *define +[A-Za-z_0-9]+' llmpar.h | awk '{ print $NF }' | grep -v -E '^(LLMPARI?_|_POSIX_C_SOURCE$)' | grep -v '^LLMPAR_H$' | sort -u | order)
 [ -z "$leaked" ] && ok || bad "macros of foreign names: $leaked"

@@ -232,9 +232,9 @@ static void test_softmax_edges(void) {
         for (int i = 12; i < 16; i++) CHECK_NEAR(y[(size_t)i], i == 13, 0);
         device_release();
     }
-    const int step = test_stress() ? 97 : 40009;
+    const int step = test_stress() ? 97 : 9973;
     int64_t differ = 0;
-    for (uint64_t bits = 0; bits < 1ull << 32; bits += (uint64_t)step * 16) {
+    for (uint64_t bits = 0; bits < 1ull << 32; bits += (uint64_t)step) {
 #ifdef LLMPAR_CUDA_EMULATED
         const uint32_t b = (uint32_t)bits;
         float x, mine, theirs;
