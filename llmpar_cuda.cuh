@@ -253,8 +253,9 @@ LLMPAR_DEF llmpar_status llmpar_cuda_rope(const llmpar_cuda_rope_desc *desc, voi
 
 // out[b, s, i] = softmax_j(q[b, s, i] . k[b, j, kv_of_q[i]] * scale) . v[b, j, kv_of_q[i]] over the keys j that query (b, s) sees: j < n = lengths[b] or n_keys; with p =
 // position[b, s]: j <= p when causal, j > p - window when window > 0. p < 0 is padding. A query that sees nothing gets zeros and lse -infinity (with a sink: the sink's logit).
-// Decode: queries 1 or a few, lengths. Prefill and chunks: many queries. The queries that share a kv head go 8 (4) at a time: K and V come from memory once for a group of up to 8, 2 * S *
-// kv_heads * D elements a row. Keys are split over blocks where there would be too few (flash-decoding, Dao et al. 2023), and llmpar_cuda_merge's kernel adds the parts: same bits in every run.
+// Decode: queries 1 or a few, lengths. Prefill and chunks: many queries. The queries that share a kv head go 4 at a time (f32: up to 8), each time past all keys: K and V are read from
+// memory once, 2 * S * kv_heads * D elements a row, and for each further 4 from the second-level cache as far as it holds them. Keys are split over blocks where there would be too few
+// (flash-decoding, Dao et al. 2023), and llmpar_cuda_merge's kernel adds the parts: same bits in every run.
 // Error, n keys: of a score e = (D + 8) 2^-24 scale sum_i |q_i k_i| (+ 2^-22 soft_cap); of the result (2 e + (n + 64) 2^-24) sum_j softmax_j |v_j|, and half a unit of dtype.
 typedef struct llmpar_cuda_attention_desc {
     int64_t batch, queries;        // a query block [batch, queries]
@@ -2278,8 +2279,8 @@ static llmpar_status llmpari_cuda_append_launch(int64_t batch, int64_t tokens, i
 // ---- merging partial results
 
 // A row (token, head) belongs to `lanes` threads of a warp, each of which takes E elements at a time.
-template <typename T, typename O> __global__ void __launch_bounds__(256) llmpari_cuda_merge_kernel(int64_t rows, int64_t n, int heads, int d, int lanes, bool packed, bool accumulate, const T *parts, const float *lse,
-                                                                                                 const float *sinks, O *out, float *out_lse) {
+template <typename T, typename O> __global__ void __launch_bounds__(256) llmpari_cuda_merge_kernel(int64_t rows, int64_t n, int heads, int d, int lanes, bool packed, bool accumulate,
+                                                                                                    const T *parts, const float *lse, const float *sinks, O *out, float *out_lse) {
     enum { E = sizeof(T) == 4 && sizeof(O) == 4 ? 4 : 8 };
     const int lane = (int)threadIdx.x % lanes, groups = (int)blockDim.x / lanes;
     for (int64_t row0 = (int64_t)blockIdx.x * groups; row0 < rows; row0 += (int64_t)gridDim.x * groups) {
@@ -2316,8 +2317,8 @@ template <typename T, typename O> __global__ void __launch_bounds__(256) llmpari
     }
 }
 
-template <typename T, typename O> static llmpar_status llmpari_cuda_merge_launch(int64_t n, int64_t tokens, int32_t heads, int32_t d, const T *parts, const float *lse, bool accumulate, const float *sinks,
-                                                                                O *out, float *out_lse, void *stream, llmpar_error *err) {
+template <typename T, typename O> static llmpar_status llmpari_cuda_merge_launch(int64_t n, int64_t tokens, int32_t heads, int32_t d, const T *parts, const float *lse, bool accumulate,
+                                                                                const float *sinks, O *out, float *out_lse, void *stream, llmpar_error *err) {
     const int64_t rows = tokens * heads, e = sizeof(T) == 4 && sizeof(O) == 4 ? 4 : 8;
     const int32_t lanes = llmpari_cuda_lanes(llmpari_cuda_up(d, e));
     const bool packed = d % e == 0 && llmpari_cuda_packs(parts, d) && llmpari_cuda_packs(out, d);
@@ -2361,6 +2362,9 @@ template <typename T> struct llmpari_cuda_attend {
     int32_t n_keys, window;        // window 0 = none
     int32_t q_heads, kv_heads, d;
     int32_t lanes, shift;          // threads that share a key, a power of two, and which
+    int32_t tile, width, stride;   // keys of a tile; d rounded up to 8; elements from key to key in shared memory, so that lanes of several keys meet different banks
+    int32_t packs, subsets;        // of 16 bytes in a row; parts of a tile's keys that are added up apart
+    int32_t inverse;               // t * inverse >> 16 = t / (width / 2) for t < 256
     int32_t splits, chunks;        // blocks that share the keys; blocks that share the rows of a kv head
     float scale, cap, inverse_cap; // cap 0 = none
     bool causal, packed;
@@ -2382,9 +2386,6 @@ template <typename T> LLMPARI_DEVICE void llmpari_cuda_attend_sees(const llmpari
 
 #define LLMPARI_CUDA_TILE 132           // floats between the rows of scores of up to 128 keys: 4 keys of 8 rows are in different banks
 
-// Elements of a row of keys in shared memory, so that the lanes that read 16 bytes each of several keys meet different banks.
-template <typename T> LLMPARI_DEVICE int llmpari_cuda_attend_stride(int width, int lanes) { return width + (lanes < 8 ? lanes * (int)(16 / sizeof(T)) : 0); }
-
 // 16 bytes as words, which stay in four registers where elements of 2 bytes would take eight.
 typedef llmpari_cuda_pack<uint32_t> llmpari_cuda_words;
 template <typename T> LLMPARI_DEVICE llmpari_cuda_words llmpari_cuda_load_words(const T *from) { return *reinterpret_cast<const llmpari_cuda_words *>(from); }
@@ -2394,7 +2395,16 @@ template <typename T> LLMPARI_DEVICE void llmpari_cuda_attend_put(T *to, bool li
     *reinterpret_cast<llmpari_cuda_words *>(to) = words;
 }
 
-// R rows (query, head) that share kv head blockIdx.y, against tiles of 256 / lanes keys. A tile comes into shared memory; `lanes` threads make the R scores of a key; a warp a row: running maximum and sum (Milakov & Gimelshein 2018); a thread takes two columns of v for some of the keys, R sums each.
+// x, of which the compiler does not know that it is x: what a round of a loop makes of it is made in that round, and not before the loop, in registers that the round has not got.
+LLMPARI_DEVICE int llmpari_cuda_again(int x) {
+#ifndef LLMPAR_CUDA_EMULATED
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+
+// R rows (query, head) that share kv head blockIdx.y, against tiles of 256 / lanes keys. A tile comes into shared memory; `lanes` threads make the R scores of a
+// key; a warp a row: running maximum and sum (Milakov & Gimelshein 2018); a thread takes two columns of v for some of the keys, R sums each.
 template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_cuda_attend_kernel(const llmpari_cuda_attend<T> g) {
     enum { N = llmpari_cuda_pack<T>::n };
     LLMPARI_SHARED_DYNAMIC(float, shared);
@@ -2403,39 +2413,41 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
     LLMPARI_SHARED(int, row_end, R);
     LLMPARI_SHARED(int, row_query, R);         // -1 = there is no such row
     LLMPARI_SHARED(int, row_head, R);
-    LLMPARI_SHARED(int, members_of, 1);
+    LLMPARI_SHARED(int, at_now, 4);            // row of the cache, first of the R rows, split, query heads of this kv head
     LLMPARI_SHARED(int, range, 4);             // keys of this split, [0] to [1]; those that all rows see, [2] to [3]
     LLMPARI_SHARED(float, shrink, R);
-    const int tid = (int)threadIdx.x, lane = tid % 32, warp = tid / 32, part = tid & (g.lanes - 1), key = tid >> g.shift, tile = 256 >> g.shift;
-    const int width = (g.d + 7) / 8 * 8, packs = width / N, stride = llmpari_cuda_attend_stride<T>(width, g.lanes), kv_head = (int)blockIdx.y;
-    const int pairs = width / 2, subsets = 256 / pairs, subset = tid / pairs, column = (tid - subset * pairs) * 2;
-    float *q = shared, *p = q + R * 256;       // [R][256 or 2 halves of packs, 128 each], [R][LLMPARI_CUDA_TILE]: strides that are known make short addresses
-    T *k = reinterpret_cast<T *>(p + R * LLMPARI_CUDA_TILE), *v = k + tile * stride;       // [tile][stride], [tile][width]
+    LLMPARI_SHARED(float, row_most, R);
+    LLMPARI_SHARED(float, row_sum, R);
+    const int tid = (int)threadIdx.x;
+    float *q = shared, *p = q + R * 256;       // [R][256 or 2 halves of g.packs, 128 each], [R][LLMPARI_CUDA_TILE]: strides that are known make short addresses
+    T *k = reinterpret_cast<T *>(p + R * LLMPARI_CUDA_TILE), *v = k + g.tile * g.stride;       // [tile][stride], [tile][width]
     float *sums = p + R * LLMPARI_CUDA_TILE;   // [subsets][R][width], at the end
-    if (warp == 0) {
+    if (tid < 32) {
+        const int lane = tid;
         int n = 0;
         LLMPARI_CUDA_ROLL for (int base = 0; base < g.q_heads; base += 32) {
-            const bool mine = base + lane < g.q_heads && (g.kv_of_q ? g.kv_of_q[base + lane] : (base + lane) / (g.q_heads / g.kv_heads)) == kv_head;
+            const bool mine = base + lane < g.q_heads && (g.kv_of_q ? g.kv_of_q[base + lane] : (base + lane) / (g.q_heads / g.kv_heads)) == (int)blockIdx.y;
             const unsigned mask = __ballot_sync(0xffffffffu, mine);
             if (mine) member[n + __popc(mask & ((1u << lane) - 1))] = (short)(base + lane);
             n += __popc(mask);
         }
-        if (lane == 0) members_of[0] = n;
+        if (lane == 0) { at_now[0] = (int)blockIdx.z; at_now[1] = (int)blockIdx.x / g.splits * R; at_now[2] = (int)blockIdx.x % g.splits; at_now[3] = n; }
     }
     __syncthreads();
-    const int members = members_of[0], split = (int)blockIdx.x % g.splits;
-    const int rows = (int)g.queries * members;
-    for (int b = (int)blockIdx.z; b < g.batch; b += (int)gridDim.z) for (int row0 = (int)blockIdx.x / g.splits * R; row0 < rows; row0 += g.chunks * R) {
-        __syncthreads();                                               // the rows before have been written
+    if (at_now[1] >= (int)g.queries * at_now[3]) return;
+    while (at_now[0] < g.batch) {
         if (tid < R) {
-            const bool live = row0 + tid < rows;
-            const int query = live ? (row0 + tid) / members : 0;
+            const int members = at_now[3], row = at_now[1] + tid;
+            const bool live = row < (int)g.queries * members;
+            const int query = live ? row / members : 0;
             int begin = 0, end = 0;
-            if (live) llmpari_cuda_attend_sees(g, b, query, &begin, &end);
+            if (live) llmpari_cuda_attend_sees(g, at_now[0], query, &begin, &end);
             row_query[tid] = live ? query : -1;
-            row_head[tid]  = member[live ? row0 + tid - query * members : 0];
+            row_head[tid]  = member[live ? row - query * members : 0];
             row_begin[tid] = begin;
             row_end[tid]   = end;
+            row_most[tid]  = -INFINITY;
+            row_sum[tid]   = 0.0f;
         }
         __syncthreads();
         if (tid == 0) {
@@ -2447,48 +2459,50 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
                 inner_high = row_end[r] < inner_high ? row_end[r] : inner_high;
             }
             if (low > high) low = high;
-            const int per = ((high - low + tile - 1) / tile + g.splits - 1) / g.splits * tile;     // keys of a split
-            const int64_t first = low + (int64_t)split * per;
+            const int per = ((high - low + g.tile - 1) / g.tile + g.splits - 1) / g.splits * g.tile;     // keys of a split
+            const int64_t first = low + (int64_t)at_now[2] * per;
             range[0] = first < high ? (int)first : high;
             range[1] = high - range[0] < per ? high : range[0] + per;
             range[2] = inner_low;
             range[3] = inner_high;
         }
-        LLMPARI_CUDA_ROLL for (int i = tid; i < R * packs; i += 256) {
-            const int r = i / packs, c = i - r * packs;
-            float x[N];
-            if (row_query[r] >= 0) llmpari_cuda_load_floats<T, N>(g.q + ((b * g.queries + row_query[r]) * g.q_heads + row_head[r]) * g.d + c * N, g.packed, g.d - c * N, x);
-            LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) q[r * 256 + e / 4 * 128 + c * 4 + e % 4] = row_query[r] >= 0 ? x[e] * g.scale : 0.0f;
+        LLMPARI_CUDA_ROLL for (int i = tid; i < R * (g.width / 4); i += 256) {
+            const int r = i / (g.width / 4), c = i - r * (g.width / 4);
+            float x[4];
+            LLMPARI_CUDA_UNROLL for (int e = 0; e < 4; e++) x[e] = 0.0f;
+            if (row_query[r] >= 0) llmpari_cuda_load_floats<T, 4>(g.q + ((at_now[0] * g.queries + row_query[r]) * g.q_heads + row_head[r]) * g.d + c * 4, g.packed, g.d - c * 4, x);
+            float *to = q + r * 256 + c % (N / 4) * 128 + c / (N / 4) * 4;
+            LLMPARI_CUDA_UNROLL for (int e = 0; e < 4; e++) to[e] = x[e] * g.scale;
         }
         __syncthreads();
-        const int first = range[0], last = range[1];
-        float acc[R][2], most = -INFINITY, sum = 0.0f;                 // most, sum: of row `warp`
+                float acc[R][2];
         LLMPARI_CUDA_UNROLL for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = 0.0f;
-        LLMPARI_CUDA_ROLL for (int j0 = first; j0 < last; j0 += tile) {
-            int64_t at = j0 + key < last ? llmpari_cuda_cache_at(g.kv, b, j0 + key) : -1;
+        LLMPARI_CUDA_ROLL for (int j0 = range[0]; j0 < range[1]; j0 += g.tile) {
+            const int first = llmpari_cuda_again(tid), part = first & (g.lanes - 1), key = first >> g.shift;
+            int64_t at = j0 + key < range[1] ? llmpari_cuda_cache_at(g.kv, at_now[0], j0 + key) : -1;
             const bool live = at >= 0;
-            at += kv_head * g.kv.stride_head;
+            at += (int64_t)blockIdx.y * g.kv.stride_head;
             if (g.packed) {
                 llmpari_cuda_words k0 = {}, k1 = {}, v0 = {}, v1 = {};
                 const int e0 = part * N, e1 = e0 + g.lanes * N;
-                if (live && e0 < width) { k0 = llmpari_cuda_load_words(g.kv.k + at + e0); v0 = llmpari_cuda_load_words(g.kv.v + at + e0); }
-                if (live && e1 < width) { k1 = llmpari_cuda_load_words(g.kv.k + at + e1); v1 = llmpari_cuda_load_words(g.kv.v + at + e1); }
+                if (live && e0 < g.width) { k0 = llmpari_cuda_load_words(g.kv.k + at + e0); v0 = llmpari_cuda_load_words(g.kv.v + at + e0); }
+                if (live && e1 < g.width) { k1 = llmpari_cuda_load_words(g.kv.k + at + e1); v1 = llmpari_cuda_load_words(g.kv.v + at + e1); }
                 __syncthreads();                                       // the tile before has been read
-                if (e0 < width) { llmpari_cuda_attend_put(k + key * stride + e0, live, k0); llmpari_cuda_attend_put(v + key * width + e0, live, v0); }
-                if (e1 < width) { llmpari_cuda_attend_put(k + key * stride + e1, live, k1); llmpari_cuda_attend_put(v + key * width + e1, live, v1); }
+                if (e0 < g.width) { llmpari_cuda_attend_put(k + key * g.stride + e0, live, k0); llmpari_cuda_attend_put(v + key * g.width + e0, live, v0); }
+                if (e1 < g.width) { llmpari_cuda_attend_put(k + key * g.stride + e1, live, k1); llmpari_cuda_attend_put(v + key * g.width + e1, live, v1); }
             } else {
                 __syncthreads();
-                LLMPARI_CUDA_ROLL for (int e = part; e < width; e += g.lanes) {
-                    if (live && e < g.d) { k[key * stride + e] = g.kv.k[at + e]; v[key * width + e] = g.kv.v[at + e]; }
-                    else { llmpari_cuda_from_f32(k + key * stride + e, 0.0f); llmpari_cuda_from_f32(v + key * width + e, 0.0f); }
+                LLMPARI_CUDA_ROLL for (int e = part; e < g.width; e += g.lanes) {
+                    if (live && e < g.d) { k[key * g.stride + e] = g.kv.k[at + e]; v[key * g.width + e] = g.kv.v[at + e]; }
+                    else { llmpari_cuda_from_f32(k + key * g.stride + e, 0.0f); llmpari_cuda_from_f32(v + key * g.width + e, 0.0f); }
                 }
             }
             __syncthreads();
             float s[R];
             LLMPARI_CUDA_UNROLL for (int r = 0; r < R; r++) s[r] = 0.0f;
-            LLMPARI_CUDA_ROLL for (int c = part; c < packs; c += g.lanes) {
+            LLMPARI_CUDA_ROLL for (int c = part; c < g.packs; c += g.lanes) {
                 float x[N];
-                llmpari_cuda_load_floats<T, N>(k + key * stride + c * N, true, N, x);
+                llmpari_cuda_load_floats<T, N>(k + key * g.stride + c * N, true, N, x);
                 LLMPARI_CUDA_UNROLL for (int r = 0; r < R; r++)
                     LLMPARI_CUDA_UNROLL for (int w = 0; w < N / 4; w++) {
                         const llmpari_cuda_pack<float> y = llmpari_cuda_load_pack(q + r * 256 + w * 128 + c * 4);
@@ -2510,36 +2524,39 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
             const bool writes = g.lanes <= R || (part & (g.lanes / R - 1)) == 0;
             LLMPARI_CUDA_UNROLL for (int i = 0; i < R; i++) if (i < held && writes) p[(row + i) * LLMPARI_CUDA_TILE + key] = s[i];
             __syncthreads();
+            const int third = llmpari_cuda_again(tid), lane = third % 32, warp = third / 32;
             if (warp < R) {
                 float x[4], block = -INFINITY, terms = 0.0f;
                 LLMPARI_CUDA_UNROLL for (int i = 0; i < 4; i++) {
                     const int j = j0 + lane + 32 * i;
                     x[i] = -INFINITY;
-                    if (lane + 32 * i < tile && j < last && j >= row_begin[warp] && j < row_end[warp]) {
+                    if (lane + 32 * i < g.tile && j < range[1] && j >= row_begin[warp] && j < row_end[warp]) {
                         x[i] = p[warp * LLMPARI_CUDA_TILE + lane + 32 * i];
                         if (g.cap > 0.0f) x[i] = g.cap * tanhf(x[i] * g.inverse_cap);
                     }
                     block = fmaxf(block, x[i]);
                 }
+                const float most = row_most[warp];
                 block = fmaxf(most, llmpari_cuda_warp_max(block));
                 const float shift = block == -INFINITY ? 0.0f : block, factor = expf(most - shift);
-                LLMPARI_CUDA_UNROLL for (int i = 0; i < 4; i++) if (lane + 32 * i < tile) {
+                LLMPARI_CUDA_UNROLL for (int i = 0; i < 4; i++) if (lane + 32 * i < g.tile) {
                     x[i] = expf(x[i] - shift);
                     p[warp * LLMPARI_CUDA_TILE + lane + 32 * i] = x[i];
                     terms += x[i];
                 }
-                sum = sum * factor + llmpari_cuda_warp_sum(terms);
-                most = block;
-                if (lane == 0) shrink[warp] = factor;
+                terms = llmpari_cuda_warp_sum(terms);
+                __syncwarp();                                          // all lanes have read the row's
+                if (lane == 0) { shrink[warp] = factor; row_most[warp] = block; row_sum[warp] = row_sum[warp] * factor + terms; }
             }
             __syncthreads();
             LLMPARI_CUDA_UNROLL for (int r = 0; r < R; r++) { acc[r][0] *= shrink[r]; acc[r][1] *= shrink[r]; }
-            const bool all = j0 >= range[2] && (j0 + tile < last ? j0 + tile : last) <= range[3];       // else a key that a row does not see might hold NaN
-            LLMPARI_CUDA_ROLL for (int four = subset; subset < subsets && four < tile / 4; four += subsets) {
+            const int fourth = llmpari_cuda_again(tid), subset = fourth * g.inverse >> 16, column = fourth * 2 - subset * g.width;
+            const bool all = j0 >= range[2] && (j0 + g.tile < range[1] ? j0 + g.tile : range[1]) <= range[3];       // else a key that a row does not see might hold NaN
+            LLMPARI_CUDA_ROLL for (int four = subset; subset < g.subsets && four < g.tile / 4; four += g.subsets) {
                 float x[4][2];
                 LLMPARI_CUDA_UNROLL for (int i = 0; i < 4; i++) {
-                    x[i][0] = llmpari_cuda_to_f32(v[(four * 4 + i) * width + column]);
-                    x[i][1] = llmpari_cuda_to_f32(v[(four * 4 + i) * width + column + 1]);
+                    x[i][0] = llmpari_cuda_to_f32(v[(four * 4 + i) * g.width + column]);
+                    x[i][1] = llmpari_cuda_to_f32(v[(four * 4 + i) * g.width + column + 1]);
                 }
                 LLMPARI_CUDA_UNROLL for (int r = 0; r < R; r++) {
                     const llmpari_cuda_pack<float> y = llmpari_cuda_load_pack(p + r * LLMPARI_CUDA_TILE + four * 4);
@@ -2551,31 +2568,42 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
             }
         }
         __syncthreads();
-        if (subset < subsets) {
-            float *to = sums + subset * R * width + column;
-            LLMPARI_CUDA_UNROLL for (int r = 0; r < R; r++, to += width) { to[0] = acc[r][0]; to[1] = acc[r][1]; }
+        const int subset = tid * g.inverse >> 16;
+        if (subset < g.subsets) {
+            float *to = sums + subset * (R - 1) * g.width + tid * 2;                           // column tid * 2 - subset * width
+            LLMPARI_CUDA_UNROLL for (int r = 0; r < R; r++, to += g.width) { to[0] = acc[r][0]; to[1] = acc[r][1]; }
         }
-        if (warp < R && lane == 0) {
-            const float sink = g.sinks && g.splits == 1 ? g.sinks[row_head[warp]] : -INFINITY, end = fmaxf(most, sink), shift = end == -INFINITY ? 0.0f : end;
+        const int warp = tid / 32;
+        if (warp < R && tid % 32 == 0) {
+            float sum = row_sum[warp];
+            const float most = row_most[warp], sink = g.sinks && g.splits == 1 ? g.sinks[row_head[warp]] : -INFINITY, end = fmaxf(most, sink), shift = end == -INFINITY ? 0.0f : end;
             const float factor = sink == -INFINITY ? 1.0f : expf(most - shift);
             if (sink != -INFINITY) sum = sum * factor + expf(sink - shift);
             shrink[warp] = sum == 0.0f || row_end[warp] == 0 ? 0.0f : factor / sum;
             if (g.lse && row_query[warp] >= 0)
-                g.lse[((split * g.batch + b) * g.queries + row_query[warp]) * g.q_heads + row_head[warp]] = sum == 0.0f ? -INFINITY : shift + logf(sum);
+                g.lse[((at_now[2] * g.batch + at_now[0]) * g.queries + row_query[warp]) * g.q_heads + row_head[warp]] = sum == 0.0f ? -INFINITY : shift + logf(sum);
         }
         __syncthreads();
-        LLMPARI_CUDA_ROLL for (int i = tid; i < R * packs; i += 256) {
-            const int r = i / packs, c = i - r * packs;
+        LLMPARI_CUDA_ROLL for (int i = tid; i < R * (g.width / 4); i += 256) {
+            const int r = i / (g.width / 4), c = i - r * (g.width / 4);
             if (row_query[r] < 0) continue;
-            const int64_t to = ((b * g.queries + row_query[r]) * g.q_heads + row_head[r]) * g.d + c * N;
-            float x[N];
-            LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) x[e] = 0.0f;
-            LLMPARI_CUDA_ROLL for (int n = 0; n < subsets; n++)
-                LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) x[e] += sums[(n * R + r) * width + c * N + e];
-            LLMPARI_CUDA_UNROLL for (int e = 0; e < N; e++) x[e] = shrink[r] == 0.0f ? 0.0f : x[e] * shrink[r];
-            if (g.part) llmpari_cuda_store_floats<float, N>(g.part + (int64_t)split * g.batch * g.queries * g.q_heads * g.d + to, g.packed, g.d - c * N, x);
-            else        llmpari_cuda_store_floats<T, N>(g.out + to, g.packed, g.d - c * N, x);
+            const int64_t to = ((at_now[0] * g.queries + row_query[r]) * g.q_heads + row_head[r]) * g.d + c * 4;
+            float x[4];
+            LLMPARI_CUDA_UNROLL for (int e = 0; e < 4; e++) x[e] = 0.0f;
+            LLMPARI_CUDA_ROLL for (int n = 0; n < g.subsets; n++) {
+                const llmpari_cuda_pack<float> y = llmpari_cuda_load_pack(sums + (n * R + r) * g.width + c * 4);
+                LLMPARI_CUDA_UNROLL for (int e = 0; e < 4; e++) x[e] += y.at[e];
+            }
+            LLMPARI_CUDA_UNROLL for (int e = 0; e < 4; e++) x[e] = shrink[r] == 0.0f ? 0.0f : x[e] * shrink[r];
+            if (g.part) llmpari_cuda_store_floats<float, 4>(g.part + at_now[2] * g.batch * g.queries * g.q_heads * g.d + to, g.packed, g.d - c * 4, x);
+            else        llmpari_cuda_store_floats<T, 4>(g.out + to, g.packed, g.d - c * 4, x);
         }
+        __syncthreads();
+        if (tid == 0) {
+            at_now[1] += g.chunks * R;
+            if (at_now[1] >= (int)g.queries * at_now[3]) { at_now[1] = (int)blockIdx.x / g.splits * R; at_now[0] += (int)gridDim.z; }
+        }
+        __syncthreads();
     }
 }
 
@@ -2600,7 +2628,7 @@ LLMPARI_DEVICE float llmpari_cuda_exp_exact(float x) {
 
 // A warp a row (query, head), in the order of llmpar.h's llmpari_op_attention: blocks of 128 keys, 32 partial sums of a product added as a tree, running maximum and sum, then v key after
 // key; nothing contracted. The sums over v stay in `out`.
-static __global__ void __launch_bounds__(128) llmpari_cuda_attend_exact_kernel(const llmpari_cuda_attend<float> g) {
+static __global__ void __launch_bounds__(128, 8) llmpari_cuda_attend_exact_kernel(const llmpari_cuda_attend<float> g) {
     LLMPARI_SHARED(float, scores, 4 * 128);
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     float *p = scores + warp * 128;
@@ -2657,17 +2685,18 @@ LLMPAR_DEF int32_t llmpar_cuda_attention_splits(int64_t blocks, int64_t n_keys, 
     return (int32_t)llmpari_cuda_max(1, llmpari_cuda_min(llmpari_cuda_min(wanted, n_keys / 128), 64));
 }
 
-// The blocks of a kv head without splitting, for groups of the mean size; larger ones take turns. rows: how many (query, head) pairs a block takes.
-static int64_t llmpari_cuda_attend_chunks(int64_t queries, int64_t q_heads, int64_t kv_heads, int *rows) {
+// The blocks of a kv head without splitting, for groups of the mean size; larger ones take turns. rows: how many (query, head) pairs a block takes at a time. 16-bit: 4, because 8 sums of 8
+// products each do not fit into 64 registers (sm_90, sm_100).
+static int64_t llmpari_cuda_attend_chunks(int64_t bytes, int64_t queries, int64_t q_heads, int64_t kv_heads, int *rows) {
     const int64_t pairs = queries * llmpari_cuda_up(q_heads, kv_heads);
-    *rows = pairs <= 4 ? 4 : 8;
+    *rows = pairs <= 4 || bytes == 2 ? 4 : 8;
     return llmpari_cuda_min(llmpari_cuda_up(pairs, *rows), 1 << 20);
 }
-static int32_t llmpari_cuda_attend_splits(int64_t batch, int64_t queries, int64_t q_heads, int64_t kv_heads, int64_t n_keys) {
+static int32_t llmpari_cuda_attend_splits(int64_t bytes, int64_t batch, int64_t queries, int64_t q_heads, int64_t kv_heads, int64_t n_keys) {
     int rows, device = 0, sms = 0;
     if (batch <= 0 || queries <= 0 || q_heads <= 0 || kv_heads <= 0) return 1;
     if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) { (void)cudaGetLastError(); return 1; }
-    return llmpar_cuda_attention_splits(batch * kv_heads * llmpari_cuda_attend_chunks(queries, q_heads, kv_heads, &rows), n_keys, sms);
+    return llmpar_cuda_attention_splits(batch * kv_heads * llmpari_cuda_attend_chunks(bytes, queries, q_heads, kv_heads, &rows), n_keys, sms);
 }
 
 // g complete but for lanes and chunks; splits > 1 needs part. Then, or with `exact`, launches.
@@ -2676,16 +2705,17 @@ template <typename T> static llmpar_status llmpari_cuda_attend_launch(llmpari_cu
     const int64_t n = (int64_t)(16 / sizeof(T)), size = (int64_t)sizeof(T), width = llmpari_cuda_up(g.d, 8) * 8, tokens = g.batch * g.queries;
     float *lse = g.lse;
     if (!tokens || !g.q_heads || !g.d) return LLMPAR_OK;
-    g.chunks = (int32_t)llmpari_cuda_attend_chunks(g.queries, g.q_heads, g.kv_heads, &rows);
+    g.chunks = (int32_t)llmpari_cuda_attend_chunks(size, g.queries, g.q_heads, g.kv_heads, &rows);
     g.packed = g.d % 8 == 0 && llmpari_cuda_packs(g.q, g.d) && llmpari_cuda_packs(g.out, g.d) && llmpari_cuda_cache_packs(g.kv);
     g.lanes = 2; g.shift = 1;                                                    // tiles of at most 8 KiB: two packs of k and two of v a thread
     while (256 / g.lanes * width * size > 8192) { g.lanes *= 2; g.shift++; }
     if (g.splits > 1) { g.part = workspace; g.lse = workspace + g.splits * tokens * g.q_heads * g.d; }
-    const int64_t tile = 256 / g.lanes, stride = width + (g.lanes < 8 ? g.lanes * n : 0), subsets = 256 / (width / 2);
-    const int64_t bytes = rows * (256 + LLMPARI_CUDA_TILE) * 4 + llmpari_cuda_max(tile * (stride + width) * size, subsets * rows * width * 4);
+    g.tile = 256 / g.lanes; g.width = (int32_t)width; g.stride = (int32_t)(width + (g.lanes < 8 ? g.lanes * n : 0));
+    g.packs = (int32_t)(width / n); g.subsets = (int32_t)(512 / width); g.inverse = (int32_t)(131072 / width + 1);
+    const int64_t bytes = rows * (256 + LLMPARI_CUDA_TILE) * 4 + llmpari_cuda_max(g.tile * (g.stride + width) * size, g.subsets * rows * width * 4);
     const dim3 grid((unsigned)(g.chunks * (int64_t)g.splits), (unsigned)g.kv_heads, (unsigned)llmpari_cuda_min(g.batch, 65535));
     if (rows == 4) LLMPARI_CUDA_TRY(llmpari_cuda_launch("attention", llmpari_cuda_attend_kernel<T, 4>, grid, dim3(256), (size_t)bytes, stream, err, g));
-    else           LLMPARI_CUDA_TRY(llmpari_cuda_launch("attention", llmpari_cuda_attend_kernel<T, 8>, grid, dim3(256), (size_t)bytes, stream, err, g));
+    else if constexpr (sizeof(T) == 4) LLMPARI_CUDA_TRY(llmpari_cuda_launch("attention", llmpari_cuda_attend_kernel<T, 8>, grid, dim3(256), (size_t)bytes, stream, err, g));
     if (g.splits == 1) return LLMPAR_OK;
     return llmpari_cuda_merge_launch(g.splits, tokens, g.q_heads, g.d, (const float *)g.part, g.lse, false, g.sinks, g.out, lse, stream, err);
 }
@@ -2698,7 +2728,8 @@ static llmpar_status llmpari_cuda_attend_exact_launch(const llmpari_cuda_attend<
 static int32_t llmpari_cuda_attention_choice(const llmpar_cuda_attention_desc *desc) {
     const int64_t slots = desc->kv.slots ? desc->kv.slots : desc->kv.block_table ? desc->kv.max_blocks * desc->kv.block_size : 0;
     if (desc->exact) return 1;
-    return desc->splits ? desc->splits : llmpari_cuda_attend_splits(desc->batch, desc->queries, desc->q_heads, desc->kv_heads, desc->n_keys ? llmpari_cuda_min(desc->n_keys, slots) : slots);
+    const int64_t n_keys = desc->n_keys ? llmpari_cuda_min(desc->n_keys, slots) : slots;
+    return desc->splits ? desc->splits : llmpari_cuda_attend_splits(llmpari_cuda_bytes(desc->dtype), desc->batch, desc->queries, desc->q_heads, desc->kv_heads, n_keys);
 }
 LLMPAR_DEF int64_t llmpar_cuda_attention_workspace(const llmpar_cuda_attention_desc *desc) {
     const int64_t splits = llmpari_cuda_attention_choice(desc);
@@ -2795,7 +2826,7 @@ static llmpar_status llmpari_cuda_attention_launch(const llmpar_attention_args *
     g.kv.stride_row = args->kv_stride_batch; g.kv.stride_slot = args->kv_stride_token; g.kv.stride_head = args->kv_stride_head;
     if (exact) return llmpari_cuda_attend_exact_launch(g, stream, err);
     const int64_t floats = args->batch * args->queries * args->q_heads * (args->d + 1);
-    g.splits = (int32_t)llmpari_cuda_max(1, llmpari_cuda_min(llmpari_cuda_attend_splits(g.batch, g.queries, g.q_heads, kv_heads, g.n_keys), args->scratch ? scratch_floats / floats : 1));
+    g.splits = (int32_t)llmpari_cuda_max(1, llmpari_cuda_min(llmpari_cuda_attend_splits(4, g.batch, g.queries, g.q_heads, kv_heads, g.n_keys), args->scratch ? scratch_floats / floats : 1));
     return llmpari_cuda_attend_launch(g, args->scratch, stream, err);
 }
 
