@@ -2840,6 +2840,15 @@ static llmpar_status llmpari_cuda_attention_launch(const llmpar_attention_args *
 #define LLMPARI_CUDA_UNROLL
 #endif
 
+// Blocks of a grid whose rows are more are given several, one after another: enough to fill any GPU.
+#define LLMPARI_CUDA_GRID 2048
+// Threads of a block for a row of n elements in packs: 32 to 256.
+LLMPARI_CUDA_FN int64_t llmpari_cuda_threads(int64_t n, llmpar_dtype dtype) {
+    int64_t threads = 32;
+    while (threads < 256 && threads * (16 / llmpari_cuda_bytes(dtype)) < n) threads *= 2;
+    return threads;
+}
+
 // The check of an array that holds nothing where `none`: then its pointer is not looked at, it may be one past something.
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_check_unless(bool none, const char *name, const void *pointer, int64_t align, llmpar_error *err) {
     return none ? LLMPAR_OK : llmpari_cuda_check(name, pointer, align, false, err);
@@ -2902,7 +2911,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_embed_launch(const llmpar_cuda_embed_
     llmpari_cuda_embedding p = { desc->rows, desc->n, desc->first, desc->count, desc->ids, desc->table, desc->y, 32, packs, desc->no_minus_zero };
     if (desc->rows == 0 || desc->n == 0) return LLMPAR_OK;
     while (p.width < 256 && p.width * pack < p.n) p.width *= 2;
-    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(p.rows, 256 / p.width), 1 << 20)), block(256);
+    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(p.rows, 256 / p.width), LLMPARI_CUDA_GRID)), block(256);
     if (desc->dtype == LLMPAR_F32)  return llmpari_cuda_launch("embed", llmpari_cuda_embed_kernel<float, float>, grid, block, 0, stream, err, p);
     if (desc->dtype == LLMPAR_BF16) return llmpari_cuda_launch("embed", desc->out_f32 ? llmpari_cuda_embed_kernel<__nv_bfloat16, float> : llmpari_cuda_embed_kernel<__nv_bfloat16, __nv_bfloat16>,
                                                                grid, block, 0, stream, err, p);
@@ -3037,19 +3046,20 @@ LLMPARI_CUDA_FN llmpari_cuda_entropy llmpari_cuda_entropy_of(const llmpar_cuda_e
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_entropy_part_launch(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err) {
     llmpari_cuda_entropy p = llmpari_cuda_entropy_of(desc);
     if (p.rows == 0) return LLMPAR_OK;
-    const dim3 grid((unsigned)llmpari_cuda_min(p.rows, 1 << 20)), block(256);
+    const dim3 grid((unsigned)llmpari_cuda_min(p.rows, LLMPARI_CUDA_GRID)), block((unsigned)llmpari_cuda_threads(p.n, desc->dtype));
     LLMPARI_CUDA_DISPATCH(desc->dtype, T, return llmpari_cuda_launch("entropy_part", llmpari_cuda_entropy_part_kernel<T>, grid, block, 0, stream, err, p));
 }
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_entropy_launch(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err) {
     const llmpari_cuda_entropy p = llmpari_cuda_entropy_of(desc);
     if (p.rows == 0) return LLMPAR_OK;
-    return llmpari_cuda_launch("entropy", llmpari_cuda_entropy_kernel, dim3((unsigned)llmpari_cuda_min(llmpari_cuda_up(p.rows, 256), 1 << 20)), dim3(256), 0, stream, err, p);
+    return llmpari_cuda_launch("entropy", llmpari_cuda_entropy_kernel, dim3((unsigned)llmpari_cuda_min(llmpari_cuda_up(p.rows, 256), LLMPARI_CUDA_GRID)), dim3(256), 0, stream, err, p);
 }
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_entropy_backward_launch(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err) {
     const llmpari_cuda_entropy p = llmpari_cuda_entropy_of(desc);
     if (p.rows == 0 || p.n == 0) return LLMPAR_OK;
     const int64_t pack = 16 / llmpari_cuda_bytes(desc->dtype);
-    const dim3 grid((unsigned)llmpari_cuda_min(p.rows, 1 << 20), (unsigned)llmpari_cuda_min(llmpari_cuda_up(p.n, 4 * 256 * pack), 65535)), block(256);
+    const dim3 grid((unsigned)llmpari_cuda_min(p.rows, LLMPARI_CUDA_GRID), (unsigned)llmpari_cuda_min(llmpari_cuda_up(p.n, 4 * 256 * pack), 65535));
+    const dim3 block((unsigned)llmpari_cuda_threads(p.n, desc->dtype));
     LLMPARI_CUDA_DISPATCH(desc->dtype, T, return llmpari_cuda_launch("entropy_backward", llmpari_cuda_entropy_backward_kernel<T>, grid, block, 0, stream, err, p));
 }
 
@@ -3126,8 +3136,8 @@ LLMPARI_DEVICE float llmpari_cuda_sample_largest(long long key) {
     const unsigned sorted = (unsigned)((unsigned long long)key >> 31);
     return __uint_as_float(sorted & 0x80000000u ? sorted & 0x7fffffffu : ~sorted);
 }
-// Does the row have a token at all?
-LLMPARI_DEVICE bool llmpari_cuda_sample_any(long long key) { return key > 0 && key < 0x7fffffffffffffffLL && llmpari_cuda_sample_largest(key) > -INFINITY; }
+// Does the row have a token at all? The keys of NaN, and of no columns, are NaN here.
+LLMPARI_DEVICE bool llmpari_cuda_sample_any(long long key) { return llmpari_cuda_sample_largest(key) > -INFINITY; }
 
 // A mass as on the CPU, then as an integer. p <= 1 has 24 bits: those lost are below half a unit.
 LLMPARI_DEVICE float llmpari_cuda_sample_p(float x, float largest, double temperature) { return x >= largest ? 1.0f : (float)exp(((double)x - (double)largest) / temperature); }
@@ -3150,7 +3160,7 @@ LLMPARI_DEVICE void llmpari_cuda_sample_narrow(const long long *bins, llmpari_cu
     s->above = found[1];
     __syncthreads();
 }
-LLMPARI_DEVICE long long llmpari_cuda_clamp64(double x, long long least, long long most) { return x >= (double)most ? most : x <= (double)least ? least : (long long)x; }
+LLMPARI_DEVICE long long llmpari_cuda_clamp64(double x, long long least, long long most) { return x > (double)least ? x >= (double)most ? most : (long long)x : least; }
 
 // The state before histogram `round`, from the one before it and its sums over all ranks; round ROUNDS: the draw's mass is found.
 LLMPARI_DEVICE llmpari_cuda_sample_state llmpari_cuda_sample_advance(const llmpari_cuda_sampler &p, int64_t row, int round, long long *sums, long long *found) {
@@ -4080,7 +4090,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_route_launch(const llmpar_cuda_route_
     r.by_logit = !d->correction_bias && (!d->logit_bias || d->score == LLMPAR_SCORE_CHOSEN) && (r.group_top == 1 || r.topk_groups == r.n_groups);
     const int64_t bytes = 8 * (int64_t)(r.n + (r.topk_groups < r.n_groups ? r.n_groups : 0));
     const int warps = (int)llmpari_cuda_max(1, llmpari_cuda_min(4, 20480 / bytes));
-    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(r.rows, warps), 1 << 20)), block((unsigned)(32 * warps));
+    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(r.rows, warps), LLMPARI_CUDA_GRID)), block((unsigned)(32 * warps));
     LLMPARI_CUDA_DISPATCH(desc->dtype, T, return llmpari_cuda_launch("route", llmpari_cuda_route_kernel<T>, grid, block, (size_t)(bytes * warps), stream, err, r));
 }
 
@@ -4323,7 +4333,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_permute_launch(const llmpar_cuda_perm
     llmpari_cuda_permute p = { desc->rows, desc->k, units, stride / unit, desc->first, desc->count, 32, desc->x, desc->to, desc->y };
     if (desc->rows == 0 || desc->k == 0 || desc->bytes == 0 || desc->count == 0) return LLMPAR_OK;
     while (p.width < 256 && 2 * p.width < units) p.width *= 2;
-    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(p.rows, 256 / p.width), 1 << 20)), block(256);
+    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(p.rows, 256 / p.width), LLMPARI_CUDA_GRID)), block(256);
     if (unit == 16) return llmpari_cuda_launch("permute", llmpari_cuda_permute_kernel<llmpari_cuda_pack<float> >, grid, block, 0, stream, err, p);
     if (unit == 4)  return llmpari_cuda_launch("permute", llmpari_cuda_permute_kernel<uint32_t>, grid, block, 0, stream, err, p);
     return llmpari_cuda_launch("permute", llmpari_cuda_permute_kernel<uint8_t>, grid, block, 0, stream, err, p);
@@ -4459,10 +4469,10 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_combine_launch(const llmpar_cuda_comb
     // What waits on the stack has falling levels, each below that of all ids.
     if (desc->tree) for (int64_t all = 1; all < desc->n_experts; all *= 2) c.depth++;
     c.depth = (int)llmpari_cuda_max(0, llmpari_cuda_min(c.depth + 1, desc->k - 1));
-    int64_t threads = 256;
-    while (threads > 32 && (threads / 2 >= llmpari_cuda_up(c.n, pack) || c.depth * pack * threads * 4 > 65536)) threads /= 2;
+    int64_t threads = llmpari_cuda_threads(c.n, desc->dtype);
+    while (threads > 32 && c.depth * pack * threads * 4 > 65536) threads /= 2;
     const size_t bytes = (size_t)(desc->tree ? c.depth * pack * threads * 4 : 0);
-    const dim3 grid((unsigned)llmpari_cuda_min(c.tokens, 1 << 20)), block((unsigned)threads);
+    const dim3 grid((unsigned)llmpari_cuda_min(c.tokens, LLMPARI_CUDA_GRID)), block((unsigned)threads);
     for (int32_t p = 0; p < pieces; p++) {
         llmpar_status status;
         c.e_first = piece[p].first; c.e_count = piece[p].count;

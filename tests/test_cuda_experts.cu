@@ -1,5 +1,6 @@
 // Section experts of llmpar_cuda.cuh: router, dispatch, permute, combine, GEMM in the portable kernels' order.
 #include "cuda_test.h"
+#include <utility>
 
 static int rounds(int n) { return test_stress() ? 10 * n : test_short() ? n / 5 : n; }
 static llmpar_dtype some_dtype(int i) { return i % 3 == 0 ? LLMPAR_F32 : i % 3 == 1 ? LLMPAR_BF16 : LLMPAR_F16; }
@@ -51,7 +52,7 @@ static void plain_route(const llmpar_route_desc &d, const double *x, std::vector
             }
         }
         std::vector<double> sorted = group;
-        for (int i = 0; i < groups; i++) for (int j = i + 1; j < groups; j++) if (sorted[(size_t)j] > sorted[(size_t)i]) { const double t = sorted[(size_t)i]; sorted[(size_t)i] = sorted[(size_t)j]; sorted[(size_t)j] = t; }
+        for (int i = 0; i < groups; i++) for (int j = i + 1; j < groups; j++) if (sorted[(size_t)j] > sorted[(size_t)i]) std::swap(sorted[(size_t)i], sorted[(size_t)j]);
         *gap = sorted[(size_t)kept - 1] - sorted[(size_t)kept];
         for (int i = 0; i < n; i++) if (group[(size_t)(i / size)] < sorted[(size_t)kept - 1]) choice[(size_t)i] = d.fill_zero ? 0 : -INFINITY;
     }
@@ -108,11 +109,12 @@ static llmpar_route_desc some_route(int i, std::vector<float> *logit_bias, std::
     return d;
 }
 
-static void test_route_case(int i, bool wild) {
+static void test_route_case(int i, bool wild) {                           // i < 0: more rows than the grid has warps
     std::vector<float> logit_bias, correction;
-    const llmpar_route_desc d = some_route(i, &logit_bias, &correction);
+    llmpar_route_desc d = some_route(i < 0 ? 0 : i, &logit_bias, &correction);
     const llmpar_dtype dtype = some_dtype((int)test_below(3));
-    const int64_t rows = test_below(20) ? 1 + test_below(9) : 0, n = d.n_experts, k = d.k ? d.k : 1;
+    if (i < 0) d.n_experts = 4, d.k = 1;
+    const int64_t rows = i < 0 ? 4 * LLMPARI_CUDA_GRID + 5 : test_below(20) ? 1 + test_below(9) : 0, n = d.n_experts, k = d.k ? d.k : 1;
     std::vector<double> x = normals(rows * n, 4), rounded;
     for (double &v : x) if (wild) {                                        // ties, NaN, infinities
         const int64_t what = test_below(12);
@@ -166,6 +168,20 @@ static void test_route(void) {
         thread_order(order);
         TEST("route: presets and random conventions, ids of the formula, bits of llmpar_route") for (int i = 0; i < rounds(60); i++) test_route_case(i, false);
         TEST("route: ties, NaN, infinities as llmpar_route") for (int i = 0; i < rounds(60); i++) test_route_case(i, true);
+        TEST("route: more rows than warps") test_route_case(-1, false);
+        TEST("route: the kept group is all -infinity, one that is not kept is NaN") for (int fill = 0; fill < 2; fill++) {
+            llmpar_cuda_route_desc c;
+            llmpar_error err;
+            memset(&c, 0, sizeof c);
+            c.route.n_experts = 8; c.route.k = 3; c.route.n_groups = 2; c.route.topk_groups = 1; c.route.fill_zero = fill;
+            c.rows = 1;
+            const std::vector<float> x = { NAN, NAN, NAN, NAN, -INFINITY, -INFINITY, -INFINITY, -INFINITY };
+            c.logits = device(x); c.ids = device_room<int32_t>(3); c.weights = device_room<float>(3);
+            CHECK_OK(llmpar_cuda_route(&c, NULL, &err), err);
+            CHECK(host(c.ids, 3) == (std::vector<int32_t>{ 4, 5, 6 }));
+            for (float w : host(c.weights, 3)) CHECK_NEAR(w, 0.25, 0);
+            device_release();
+        }
         TEST("route: 2048 experts, 32 of them") {
             llmpar_cuda_route_desc c;
             llmpar_error err;
@@ -291,18 +307,19 @@ static void test_dispatch(void) {
 
 // ---- permute
 
-static void test_permute_case(void) {
-    const int64_t rows = test_below(12), k = test_below(5), unit = test_below(3) ? 16 : test_below(2) ? 4 : 1, bytes = unit * test_below(test_below(3) ? 20 : 700);
+static void test_permute_case(bool many) {
+    const int64_t rows = many ? 8 * LLMPARI_CUDA_GRID + 3 : test_below(12), k = many ? 1 : test_below(5), unit = test_below(3) ? 16 : test_below(2) ? 4 : 1;
+    const int64_t bytes = unit * (many ? 1 : test_below(test_below(3) ? 20 : 700));
     const int64_t stride = test_below(2) ? 0 : bytes + unit * test_below(3), n = rows * k, first = test_below(3), count = test_below(n + 3);
     std::vector<unsigned char> x((size_t)(rows * (stride ? stride : bytes)));
     for (unsigned char &b : x) b = (unsigned char)test_below(256);
     std::vector<int32_t> to((size_t)n);
     for (int64_t i = 0; i < n; i++) to[(size_t)i] = (int32_t)i;
-    for (int64_t i = n - 1; i > 0; i--) { const int64_t j = test_below(i + 1); const int32_t t = to[(size_t)i]; to[(size_t)i] = to[(size_t)j]; to[(size_t)j] = t; }
+    for (int64_t i = n - 1; i > 0; i--) { std::swap(to[(size_t)i], to[(size_t)test_below(i + 1)]); }
     for (int64_t i = 0; i < n; i++) if (test_below(6) == 0) to[(size_t)i] = -1;
     std::vector<unsigned char> want((size_t)(count * bytes), 0xff);
     llmpar_permute_args args = { rows, k, bytes, first, count, stride, x.data(), to.data(), want.data() };
-    llmpari_op_permute(NULL, &args);
+    if (bytes > 0) llmpari_op_permute(NULL, &args);                        // an empty vector has no address, and memcpy wants one
     llmpar_cuda_permute_desc d;
     llmpar_error err;
     memset(&d, 0, sizeof d);
@@ -319,7 +336,8 @@ static void test_permute_case(void) {
 static void test_permute(void) {
     for (int order = 0; order < thread_orders(); order++) {
         thread_order(order);
-        TEST("permute: as llmpar.h, any bytes, stride and alignment") for (int i = 0; i < rounds(60); i++) test_permute_case();
+        TEST("permute: as llmpar.h, any bytes, stride and alignment") for (int i = 0; i < rounds(60); i++) test_permute_case(false);
+        TEST("permute: more rows than the grid takes at a time") test_permute_case(true);
     }
     TEST("permute: bad input") {
         llmpar_cuda_permute_desc good, d;
@@ -343,10 +361,11 @@ static void test_permute(void) {
 
 // ---- combine
 
-static void test_combine_case(int i) {
-    const bool tree = i % 2, out_f32 = test_below(2);
+static void test_combine_case(int i) {                                    // i < 0: more tokens than blocks
+    const bool tree = i < 0 || i % 2, out_f32 = test_below(2);
     const llmpar_dtype dtype = some_dtype((int)test_below(3));
-    const int64_t tokens = test_below(6), k = test_below(i % 7 ? 10 : 60), n = test_below(4) ? 8 * test_below(12) : test_below(i % 5 ? 50 : 3000), n_experts = k + test_below(300);
+    const int64_t tokens = i < 0 ? LLMPARI_CUDA_GRID + 40 : test_below(6), k = i < 0 ? 5 : test_below(i % 7 ? 10 : 60);
+    const int64_t n = i < 0 ? 500 : test_below(4) ? 8 * test_below(12) : test_below(i % 5 ? 50 : 3000), n_experts = k + test_below(300);
     const int64_t rows = tokens * k;
     llmpar_range experts = { 0, n_experts };
     if (test_below(2)) { experts.first = test_below(n_experts + 1); experts.count = test_below(n_experts - experts.first + 1); }
@@ -408,6 +427,7 @@ static void test_combine(void) {
         thread_order(order);
         TEST("combine: the formula; along the tree with llmpar.h's bits, pieces too") for (int i = 0; i < rounds(80); i++) test_combine_case(i);
     }
+    TEST("combine: more tokens than blocks") test_combine_case(-1);
     TEST("combine: bad input") {
         llmpar_cuda_combine_desc good, d;
         llmpar_error err;

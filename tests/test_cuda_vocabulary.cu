@@ -1,5 +1,6 @@
 // Section vocabulary of llmpar_cuda.cuh: embedding, cross entropy, sampling, on shards of the vocabulary.
 #include "cuda_test.h"
+#include <utility>
 
 static int rounds(int n) { return test_stress() ? 10 * n : test_short() ? n / 5 : n; }
 static llmpar_dtype some_dtype(int i) { return i % 3 == 0 ? LLMPAR_F32 : i % 3 == 1 ? LLMPAR_BF16 : LLMPAR_F16; }
@@ -30,9 +31,10 @@ static std::vector<int64_t> some_cuts(int64_t n, int ranks) {
 
 // ---- embedding
 
-static void test_embed_case(void) {
+static void test_embed_case(bool many) {
     const llmpar_dtype dtype = some_dtype((int)test_below(3));
-    const int64_t rows = test_below(12), n = test_below(3) ? 8 * test_below(40) : test_below(test_below(3) ? 70 : 2500), count = test_below(20), first = test_below(10), shift = test_below(3) ? 0 : 1;
+    const int64_t rows = many ? 8 * LLMPARI_CUDA_GRID + 3 : test_below(12), n = many ? 3 : test_below(3) ? 8 * test_below(40) : test_below(test_below(3) ? 70 : 2500);
+    const int64_t count = test_below(20), first = test_below(10), shift = test_below(3) ? 0 : 1;
     std::vector<double> table = rounded(normals(count * n, 2), dtype);
     for (double &x : table) if (test_below(20) == 0) x = -0.0;
     std::vector<int32_t> ids((size_t)rows);
@@ -57,8 +59,9 @@ static void test_embed_case(void) {
 static void test_embed(void) {
     for (int order = 0; order < thread_orders(); order++) {
         thread_order(order);
-        TEST("embed: rows of the shard, zeros elsewhere, exactly") for (int i = 0; i < rounds(60); i++) test_embed_case();
+        TEST("embed: rows of the shard, zeros elsewhere, exactly") for (int i = 0; i < rounds(60); i++) test_embed_case(false);
     }
+    TEST("embed: more rows than the grid takes at a time") test_embed_case(true);
     TEST("embed: bad input") {
         llmpar_cuda_embed_desc good, d;
         llmpar_error err;
@@ -79,10 +82,10 @@ static void test_embed(void) {
 
 // ---- cross entropy
 
-static void test_entropy_case(int i) {
+static void test_entropy_case(int i) {                                    // i < 0: more rows than blocks
     const llmpar_dtype dtype = some_dtype((int)test_below(3));
     const int ranks = 1 + (int)test_below(4);
-    const int64_t rows = i % 9 ? 1 + test_below(4) : 0, vocabulary = 1 + test_below(i % 6 ? 300 : 9000);
+    const int64_t rows = i < 0 ? LLMPARI_CUDA_GRID + 9 : i % 9 ? 1 + test_below(4) : 0, vocabulary = i < 0 ? 7 : 1 + test_below(i % 6 ? 300 : 9000);
     const std::vector<int64_t> cut = some_cuts(vocabulary, ranks);
     std::vector<double> x = normals(rows * vocabulary, test_below(2) ? 4 : 30), d_loss = rounded(normals(rows, 1), LLMPAR_F32);
     if (test_below(3) == 0) for (double &v : x) if (test_below(5) == 0) v = -INFINITY;
@@ -151,6 +154,7 @@ static void test_entropy(void) {
         thread_order(order);
         TEST("entropy: loss, lse, gradient over 1 to 4 ranks against the formula") for (int i = 0; i < rounds(60); i++) test_entropy_case(i);
     }
+    TEST("entropy: more rows than blocks") test_entropy_case(-1);
     TEST("entropy: NaN and infinities show") {
         const std::vector<float> x = { NAN, 1, 2, INFINITY, 0, 0, -INFINITY, -INFINITY, -INFINITY };
         llmpar_cuda_entropy_desc d;
@@ -233,7 +237,7 @@ static bool near_edge(const double *x, int64_t n, double temperature, double top
     kept = total;
     if (top) {                                                             // likeliest first
         for (int64_t i = 1; i < n; i++)
-            for (int64_t j = i; j > 0 && (p[(size_t)order[(size_t)j]] > p[(size_t)order[(size_t)j - 1]]); j--) { const int64_t t = order[(size_t)j]; order[(size_t)j] = order[(size_t)j - 1]; order[(size_t)j - 1] = t; }
+            for (int64_t j = i; j > 0 && p[(size_t)order[(size_t)j]] > p[(size_t)order[(size_t)j - 1]]; j--) std::swap(order[(size_t)j], order[(size_t)j - 1]);
         kept = 0;
         for (int64_t i = 0; i < n && (i == 0 || kept < top_p * total - slack * total); i++) kept += p[(size_t)order[(size_t)i]];
     }
@@ -286,7 +290,8 @@ static void test_sample_case(int i) {
         sample_edge++;
         int bits = 0;
         while ((int64_t)1 << bits < vocabulary) bits++;
-        CHECK(temperature > 0 && near_edge(&x[(size_t)(r * vocabulary)], vocabulary, temperature, top_p, uniform[(size_t)r], one[(size_t)r], (double)vocabulary * ldexp(1, bits - 61) + ldexp(1, -40)));
+        const double slack = (double)vocabulary * ldexp(1, bits - 61) + ldexp(1, -40);
+        CHECK(temperature > 0 && near_edge(&x[(size_t)(r * vocabulary)], vocabulary, temperature, top_p, uniform[(size_t)r], one[(size_t)r], slack));
     }
     const std::vector<int64_t> cut = some_cuts(vocabulary, ranks);
     std::vector<llmpar_cuda_sample_desc> d;
