@@ -1295,7 +1295,7 @@ LLMPARI_DEVICE void llmpari_cuda_peer_leave(const llmpari_cuda_peer_args &a, int
     if (threadIdx.x != 0) return;
     llmpari_cuda_peer_state *state = llmpari_cuda_peer_own(a, rank);
     if (atomicAdd(&state->blocks, 1u) != gridDim.x - 1) return;
-    state->blocks = 0;
+    (void)atomicExch(&state->blocks, 0u);
     llmpari_cuda_peer_release(&state->calls, calls + 1);
 }
 
