@@ -5119,7 +5119,7 @@ LLMPARI_DEVICE void llmpari_cuda_peer_leave(const llmpari_cuda_peer_args &a, int
     if (threadIdx.x != 0) return;
     llmpari_cuda_peer_state *state = llmpari_cuda_peer_own(a, rank);
     if (atomicAdd(&state->blocks, 1u) != gridDim.x - 1) return;
-    state->blocks = 0;
+    (void)atomicExch(&state->blocks, 0u);
     llmpari_cuda_peer_release(&state->calls, calls + 1);
 }
 
@@ -5368,6 +5368,7 @@ struct llmpar_cuda_peer {          // a group of ranks; the world is the first
     int64_t  half, one_shot, id, groups;
     double   timeout_s;
     uint32_t joined, freed;        // of a group: who has it, who is done with it
+    int32_t  ready;                // of a group: 0 while a member makes it, 1, -1 = it could not be made
     llmpari_cuda_peer_end  end[LLMPARI_PEERS];
     llmpari_cuda_peer_slot slot[LLMPARI_PEER_FLIGHT];
     bool     locks;                // the root's, and what follows: under the mutex
@@ -5379,10 +5380,12 @@ struct llmpar_cuda_peer {          // a group of ranks; the world is the first
 
 // Makes a device current until the scope ends.
 struct llmpari_cuda_on {
-    int was;
-    explicit llmpari_cuda_on(int device) : was(device) { (void)cudaGetDevice(&was); if (was != device) (void)cudaSetDevice(device); now = device; }
-    ~llmpari_cuda_on() { if (was != now) (void)cudaSetDevice(was); }
-    int now;
+    int was, now;
+    explicit llmpari_cuda_on(int device) : was(-1), now(device) {
+        if (cudaGetDevice(&was) != cudaSuccess) was = -1;
+        if (was != now) (void)cudaSetDevice(now);
+    }
+    ~llmpari_cuda_on() { if (was >= 0 && was != now) (void)cudaSetDevice(was); }
 };
 
 // The world stops for good: kernels that wait leave, later calls fail. The first reason stays. Under the mutex.
@@ -5391,7 +5394,7 @@ LLMPARI_CUDA_FN void llmpari_cuda_peer_stop(llmpar_cuda_peer *team, llmpar_statu
     if (root->stopped) return;
     root->stopped = status;
     snprintf(root->why, sizeof root->why, "%s", why);
-    for (llmpar_cuda_peer *t = root; t; t = t->next) __atomic_store_n(&t->host[LLMPARI_PEER_ABORT], 1u, __ATOMIC_RELEASE);
+    for (llmpar_cuda_peer *t = root; t; t = t->next) if (t == root || t->ready > 0) __atomic_store_n(&t->host[LLMPARI_PEER_ABORT], 1u, __ATOMIC_RELEASE);
     pthread_cond_broadcast(&root->cond);
 }
 
@@ -5768,7 +5771,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_furnish(llmpar_cuda_peer *team, 
     return LLMPAR_OK;
 }
 
-// Most blocks of a rank that all run at once, of any kernel.
+// Most blocks of a rank that all run at once, of any kernel. Asking loads the kernels too: later, loading one could wait for another that waits for it.
 template <typename A> static cudaError_t llmpari_cuda_peer_fit(void (*kernel)(A), int *least) {
     int blocks = 0;
     const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, LLMPARI_PEER_THREADS, 0);
@@ -5831,7 +5834,6 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_devices(llmpar_cuda_peer *team, 
 
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_open(llmpar_cuda_peer *team, const llmpar_cuda_peer_desc *desc, llmpar_error *err) {
     team->root       = team;
-    team->freed      = 0;
     team->half       = llmpari_cuda_up(desc->buffer_bytes ? desc->buffer_bytes : (int64_t)8 << 20, 4096) * 4096;
     team->one_shot   = desc->one_shot_bytes ? desc->one_shot_bytes : team->n <= 2 ? INT64_MAX : team->n <= 4 ? 512 << 10 : 256 << 10;
     team->timeout_s  = desc->timeout_s > 0 ? desc->timeout_s : 60;
@@ -6157,11 +6159,12 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_wait(llmpar_comm *comm, int
     return status;
 }
 
-// A team of some of the ranks: the one that other members have begun, one that all have freed, or a new one. Under the mutex.
-LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_team(llmpari_cuda_peer_end *end, const int32_t *members, int32_t n, int32_t me, llmpar_cuda_peer **out, llmpar_error *err) {
+// A team of some of the ranks: the one that another member makes or has made, one that all have freed, or a new one that is still to be furnished (*fresh). Under the mutex.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_team(llmpari_cuda_peer_end *end, const int32_t *members, int32_t n, int32_t me, llmpar_cuda_peer **out, bool *fresh, llmpar_error *err) {
     llmpar_cuda_peer *parent = end->team, *root = parent->root, **last = &root->next;
+    *fresh = false;
     for (llmpar_cuda_peer *t = root->next; t; last = &t->next, t = t->next) {
-        bool same = t->parent == parent && t->n == n;
+        bool same = t->parent == parent && t->n == n && t->ready >= 0;
         for (int32_t i = 0; i < n && same; i++) same = t->member[i] == parent->member[members[i]];
         if (same && t->freed == (1u << n) - 1) { t->joined = t->freed = 0; t->id = ++root->groups; for (int32_t i = 0; i < n; i++) t->end[i].comm.id = t->id; }
         if (same && !(t->joined >> me & 1u)) { *out = t; return LLMPAR_OK; }
@@ -6184,25 +6187,37 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_team(llmpari_cuda_peer_end *end,
         team->device[i] = parent->device[members[i]];
         team->stream[i] = parent->stream[members[i]];
     }
-    const llmpar_status status = llmpari_cuda_peer_furnish(team, err);
-    if (status) { llmpari_cuda_peer_drop(team); return status; }
+    *fresh = true;
     *last = team;
     *out  = team;
     return LLMPAR_OK;
 }
 
+// The first member that comes makes the group's memory, without the mutex: CUDA may wait for kernels that wait for other ranks' launches. The others wait for it.
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_group(llmpar_comm *comm, const int32_t *members, int32_t n, llmpar_comm **sub, llmpar_error *err) {
     llmpari_cuda_peer_end *end = (llmpari_cuda_peer_end *)comm->impl;
     llmpar_cuda_peer *root = end->team->root, *team = NULL;
     int32_t me = 0;
+    bool fresh = false;
     while (me < n && members[me] != comm->rank) me++;
     if (me == n) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d is not a member of the group that it asks for", (int)comm->rank);
     pthread_mutex_lock(&root->mutex);
-    llmpar_status status = root->stopped ? llmpari_cuda_peer_stopped(end->team, err) : llmpari_cuda_peer_team(end, members, n, me, &team, err);
-    if (!status) {
-        team->joined |= 1u << me;
-        *sub = &team->end[me].comm;
+    llmpar_status status = root->stopped ? llmpari_cuda_peer_stopped(end->team, err) : llmpari_cuda_peer_team(end, members, n, me, &team, &fresh, err);
+    if (!status) team->joined |= 1u << me;
+    if (fresh) {
+        pthread_mutex_unlock(&root->mutex);
+        status = llmpari_cuda_peer_furnish(team, err);
+        pthread_mutex_lock(&root->mutex);
+        team->ready = status ? -1 : 1;
+        if (status) llmpari_cuda_peer_stop(end->team, status, err ? err->text : "a group could not be made");
+        pthread_cond_broadcast(&root->cond);
     }
+    while (!status && !team->ready) {
+        status = root->stopped ? llmpari_cuda_peer_stopped(end->team, err) : llmpari_cuda_peer_advance(end, err);
+        if (!status) llmpari_cuda_peer_nap(root);
+    }
+    if (!status && team->ready < 0) status = llmpari_cuda_peer_stopped(end->team, err);
+    if (!status) *sub = &team->end[me].comm;
     pthread_mutex_unlock(&root->mutex);
     return status;
 }

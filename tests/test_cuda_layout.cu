@@ -104,8 +104,10 @@ static void pieces_test(int cases) {
             CHECK_OK(llmpar_cuda_copy_pieces(&desc, NULL, &err), err);
             CHECK(host(d_flat, (int64_t)want.size()) == want);
             for (int i = 0; i < n && unpack; i++)
-                if (elements[(size_t)i])
-                    CHECK(host(pointer[(size_t)i], elements[(size_t)i] * bytes) == std::vector<uint8_t>(flat.begin() + at[(size_t)i] * bytes, flat.begin() + (at[(size_t)i] + elements[(size_t)i]) * bytes));
+                if (elements[(size_t)i]) {
+                    const auto first = flat.begin() + at[(size_t)i] * bytes;
+                    CHECK(host(pointer[(size_t)i], elements[(size_t)i] * bytes) == std::vector<uint8_t>(first, first + elements[(size_t)i] * bytes));
+                }
             device_release();
         }
     }

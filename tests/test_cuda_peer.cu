@@ -50,9 +50,11 @@ struct job {
     std::vector<bytes_t> send, want;
 };
 static job random_job(int n, int64_t most) {
-    static const llmpar_collective kinds[7] = { LLMPAR_ALL_REDUCE, LLMPAR_ALL_REDUCE, LLMPAR_ALL_GATHER, LLMPAR_REDUCE_SCATTER, LLMPAR_ALL_TO_ALL, LLMPAR_PERMUTE, LLMPAR_BROADCAST };
+    static const llmpar_collective kinds[8] = { LLMPAR_ALL_REDUCE, LLMPAR_ALL_REDUCE, LLMPAR_ALL_REDUCE, LLMPAR_ALL_GATHER, LLMPAR_REDUCE_SCATTER,
+                                                LLMPAR_ALL_TO_ALL, LLMPAR_PERMUTE, LLMPAR_BROADCAST };
     job j;
-    j.kind = kinds[test_below(7)]; j.dtype = dtypes[test_below(3)]; j.reduce = (llmpar_reduce)(test_below(3) ? 0 : test_below(3)); j.n = n; j.way = (int)test_below(3); j.root = (int)test_below(n);
+    j.kind = kinds[test_below(8)]; j.dtype = dtypes[test_below(3)]; j.reduce = (llmpar_reduce)(test_below(3) ? 0 : test_below(3)); j.n = n;
+    j.way = test_below(2) ? 2 : (int)test_below(2); j.root = (int)test_below(n);
     const bool reduces = j.kind == LLMPAR_ALL_REDUCE || j.kind == LLMPAR_REDUCE_SCATTER, pairs = j.kind == LLMPAR_ALL_TO_ALL || j.kind == LLMPAR_PERMUTE;
     if (!reduces && test_below(3) == 0) j.dtype = test_below(2) ? LLMPAR_U8 : LLMPAR_I64;
     const int64_t bytes = dtype_bytes(j.dtype);
@@ -161,7 +163,6 @@ static void sequence_test(int rounds, int n) {
 // ---- AllReduce + residual + RMSNorm
 
 static double rounding(llmpar_dtype dtype) { return ldexp(1, dtype == LLMPAR_F32 ? -24 : dtype == LLMPAR_BF16 ? -8 : -11); }
-static double as_stored(double x, llmpar_dtype dtype) { unsigned char b[8]; to_dtype(b, dtype, 0, x); return from_dtype(b, dtype, 0); }
 
 static void norm_test(int cases) {
     llmpar_error err;
@@ -215,7 +216,6 @@ static void norm_test(int cases) {
         }
         llmpar_cuda_peer_free(peers);
     }
-    (void)as_stored;
 }
 
 // ---- communicators: a thread per rank
@@ -358,7 +358,8 @@ static void wrong_test(void) {
         for (int r = 0; r < 4; r++) {
             if (kind == 0 && r == 2) continue;
             CHECK(w.status[r] != LLMPAR_OK);
-            if (kind == 0) { told += w.status[r] == LLMPAR_TIMEOUT; CHECK(strstr(w.err[r].text, "rank 2 to call AllReduce") != NULL); CHECK(w.status[r] == LLMPAR_TIMEOUT || w.status[r] == LLMPAR_ABORTED); }
+            if (kind == 0) { told += w.status[r] == LLMPAR_TIMEOUT; CHECK(w.status[r] == LLMPAR_TIMEOUT || w.status[r] == LLMPAR_ABORTED); }
+            if (kind == 0) CHECK(strstr(w.err[r].text, "rank 2 to call AllReduce") != NULL);
             if (kind == 1) { CHECK_EQ(w.status[r], LLMPAR_MISMATCH); CHECK(strstr(w.err[r].text, "count 7") != NULL); }
             if (kind == 2 && r != 1) { CHECK_EQ(w.status[r], LLMPAR_ABORTED); CHECK(strstr(w.err[r].text, "rank 1: has had enough") != NULL); }
             if (kind == 3) { CHECK_EQ(w.status[r], r == 1 ? LLMPAR_UNSUPPORTED : LLMPAR_ABORTED); CHECK(strstr(w.err[r].text, "no Send and Recv") != NULL); }
@@ -401,7 +402,7 @@ static void errors_test(void) {
     c = call; c.kind = LLMPAR_SEND;        CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_UNSUPPORTED, err, "Send");
     c = call; c.kind = LLMPAR_SLICE;       CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_UNSUPPORTED, err, "kind=0");
     c = call; c.dtype = LLMPAR_I32;        CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_UNSUPPORTED, err, "dtype=3");
-    c = call; c.kind = LLMPAR_BROADCAST; c.dtype = (llmpar_dtype)9; CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_BAD_ARGUMENT, err, "dtype=9");
+    c = call; c.kind = LLMPAR_BROADCAST; c.dtype = LLMPAR_DTYPE_COUNT; CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_BAD_ARGUMENT, err, "dtype=6");
     c = call; c.reduce = (llmpar_reduce)3; CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_BAD_ARGUMENT, err, "reduce=3");
     c = call; c.way = 3;                   CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_BAD_ARGUMENT, err, "way=3");
     c = call; c.rank_plus_1 = 3;           CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_BAD_ARGUMENT, err, "rank_plus_1=3");
@@ -546,18 +547,44 @@ static void graph_test(void) {
     llmpar_cuda_peer_free(peers);
 }
 
-// Every CUDA call and every allocation of creation fails once.
+// Every CUDA call and the allocation of creation fails once: an error, and nothing is left behind. What a failed creation makes of a group stops the world.
 static void sweep_test(void) {
     llmpar_error err;
     test_budget budget = { 0, 0 };
     llmpar_cuda_peer_desc desc = {};
     llmpar_cuda_peer *peers = NULL;
+    int failed = 0;
     desc.n_ranks = 2; desc.buffer_bytes = 4096;
     desc.allocator.alloc = test_budget_alloc; desc.allocator.free = test_budget_free; desc.allocator.user = &budget;
     CHECK_EQ(llmpar_cuda_peer_create(&desc, &peers, &err), LLMPAR_NO_MEMORY);
-    CHECK_EQ(budget.held, 0);
     budget.left = -1;
-    CHECK_OK(llmpar_cuda_peer_create(&desc, &peers, &err), err);
+    for (int64_t call = 1; call < 200; call++, failed++) {
+        const int64_t before = emulator_calls();
+        emulator_fail(call, cudaErrorMemoryAllocation);
+        const llmpar_status status = llmpar_cuda_peer_create(&desc, &peers, &err);
+        emulator_fail(0);
+        if (!status && emulator_calls() - before < call) break;
+        if (!status) { llmpar_cuda_peer_free(peers); continue; }                           // it did without: which device is current
+        CHECK(peers == NULL && err.text[0]);
+        CHECK_EQ(budget.held, 0);
+    }
+    CHECK(failed > 20 && failed < 199 && peers != NULL);
+    for (int64_t call = 1; call < 200 && peers; call++) {      // a group of one: the world stops when it cannot be made
+        llmpar_mesh mesh;
+        llmpar_comm *group = NULL, *world = llmpar_cuda_peer_comm(peers, 0);
+        CHECK_OK(llmpar_mesh_parse("tp=2", &mesh, &err), err);
+        const int64_t before = emulator_calls();
+        emulator_fail(call, cudaErrorMemoryAllocation);
+        const llmpar_status status = llmpar_comm_group(world, &mesh, 0, &group, &err);
+        emulator_fail(0);
+        if (!status && emulator_calls() - before < call) { CHECK(call > 15); break; }
+        if (!status) continue;
+        CHECK_EQ(status, LLMPAR_NO_MEMORY);
+        CHECK_EQ(llmpar_comm_group(world, &mesh, 0, &group, &err), LLMPAR_ABORTED);
+        llmpar_cuda_peer_free(peers);
+        CHECK_EQ(budget.held, 0);
+        CHECK_OK(llmpar_cuda_peer_create(&desc, &peers, &err), err);
+    }
     llmpar_cuda_peer_free(peers);
     CHECK_EQ(budget.held, 0);
 }
@@ -565,7 +592,7 @@ static void sweep_test(void) {
 
 int main(void) {
     if (!cuda_test_begin()) return test_done();
-    const int cases = test_stress() ? 150 : test_short() ? 3 : 12;
+    const int cases = test_stress() ? 300 : test_short() ? 3 : 40;
     test_seed(403);
     TEST("1 to 8 virtual ranks, every collective: sums in rank order, bit by bit") virtual_test(cases);
     TEST("calls one after the other on the stream") { sequence_test(test_short() ? 10 : 40, 3); sequence_test(test_short() ? 10 : 40, 8); }
