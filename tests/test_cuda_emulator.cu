@@ -441,6 +441,10 @@ int main(int argc, char **argv) {
             if (r >> 62 == 0) u = (u & 0xffffe000u) | 0x1000u;
             bad += __float2half_rn(__uint_as_float(u)).x != small_bits(__uint_as_float(u), 11, 5);
         }
+        for (unsigned k = 0; k < 1024; k++) {                  // halfway between two subnormals: to the even one
+            const float tie = (float)ldexp(k + 0.5, -24);
+            bad += __float2half_rn(tie).x != (k + 1) / 2 * 2 || __float2half_rn(nextafterf(tie, 1)).x != k + 1 || __float2half_rn(nextafterf(tie, 0)).x != k;
+        }
         CHECK_EQ(bad, 0);
     }
     device_release();
