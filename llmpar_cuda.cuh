@@ -138,7 +138,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_wait(llmpar_cuda *cuda, llmpar_error *err);
 // call (LLMPAR_MISMATCH), or says that all are in the same one and the GPU or the network stands still. Sends and Recvs name the other end. Without `host` nobody can be asked, and the others run
 // into their own deadlines.
 // llmpar_comm_shrink, with `host` only: shrinks `host`, and makes a new world of those left by a new id; or, where all of them have `keep`, by ncclCommShrink (NCCL 2.27), and if that fails by an id.
-// Captured in a CUDA graph, calls were not tried.
+// NCCL_COMM_ID names the host of rank 0: where that one is lost, no new id is met there. Captured in a CUDA graph, calls were not tried.
 
 typedef struct llmpar_nccl_desc {
     llmpar_comm     *host;         // the same ranks on the host: llmpar_threads' (a GPU for each thread), llmpar_mpi_create's, ...; outlives the world. NULL: ranks meet as the environment says
@@ -1050,7 +1050,8 @@ LLMPARI_CUDA_FN llmpar_status llmpari_nccl_meet_tcp(const llmpar_launch *at, dou
         snprintf(news.text, sizeof news.text, "%.380s", told.text);
         fd = socket(list->ai_family, SOCK_STREAM, 0);
         if (fd < 0 || setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) || bind(fd, list->ai_addr, list->ai_addrlen) || listen(fd, LLMPARI_NCCL_COMERS) || fcntl(fd, F_SETFL, O_NONBLOCK))
-            status = LLMPARI_CUDA_FAIL(err, LLMPAR_IO_FAILED, "rank 0 cannot listen at %s port %d: %s; choose another desc.port, or set NCCL_COMM_ID", at->master_address, (int)at->master_port, strerror(errno));
+            status = LLMPARI_CUDA_FAIL(err, LLMPAR_IO_FAILED, "rank 0 cannot listen at %s port %d: %s; choose another desc.port, or set NCCL_COMM_ID", at->master_address,
+                                       (int)at->master_port, strerror(errno));
         else status = llmpari_nccl_serve(fd, at, &news, until, a, err);
     }
     bool met = at->rank == 0;
@@ -1112,8 +1113,9 @@ LLMPAR_DEF llmpar_status llmpar_nccl_meet(const llmpar_nccl_desc *desc, llmpar_n
         else if (at.size == 1) snprintf(m->how, sizeof m->how, "no other rank");
         else snprintf(m->how, sizeof m->how, "%s, %s port %d", llmpar_launcher_name(at.launcher), at.master_address, (int)at.master_port);
         if (!comm_id && at.size > 1 && (!at.master_address[0] || at.master_port < 1 || at.master_port > 65535))
-            return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s says rank %d of %d, but not where ranks meet (address \"%s\", port %d); set MASTER_ADDR and MASTER_PORT, or NCCL_COMM_ID=address:port of "
-                                     "rank 0, or give a host communicator", llmpar_launcher_name(at.launcher), (int)at.rank, (int)at.size, at.master_address, (int)at.master_port);
+            return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s says rank %d of %d, but not where ranks meet (address \"%s\", port %d); set MASTER_ADDR and MASTER_PORT, or "
+                                     "NCCL_COMM_ID=address:port of rank 0, or give a host communicator", llmpar_launcher_name(at.launcher), (int)at.rank, (int)at.size, at.master_address,
+                                     (int)at.master_port);
         if (comm_id || at.size == 1) LLMPARI_CUDA_TRY(llmpari_nccl_new_id(&id, err));
         else LLMPARI_CUDA_TRY(llmpari_nccl_meet_tcp(&at, d.timeout_s > 0 ? d.timeout_s : 60, &d.allocator, &id, err));
     }
