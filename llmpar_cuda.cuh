@@ -711,15 +711,15 @@ LLMPAR_DEF llmpar_comm  *llmpar_cuda_peer_comm(llmpar_cuda_peer *peers, int32_t 
 //   - AllGather and ReduceScatter with equal counts are NCCL's own. Ragged ones never are padded (that needs a copy and memory, and moves no less): AllGather is one group of Sends and Recvs, one
 //     step, as long as the largest piece times (size - 1) is not more than the sum of all, else one group of Broadcasts, whose cost is the sum of all; ReduceScatter is one group of Reduces.
 //     By that count of bytes, not measured. AllToAll and Permute are one group of Sends and Recvs: ncclAlltoAll needs counts that are equal on all ranks, and a rank knows only its own.
-// Groups. With `host` and neither `split` nor NCCL_COMM_ID set: by an id of their own that goes through `host`, at the group's first call, so that only members take part, as llmpar.h says. Else by
-// ncclCommSplit when the group is made: every rank of the comm makes one at the same time (llmpar_comm_group with the same mesh and axes).
+// Groups wait until all their members make them (llmpar.h's other backends do not wait), so ranks make the groups that they share in the same order. With `host`, and neither `split` nor NCCL_COMM_ID:
+// by an id of their own that goes through `host`: only the members take part. Else by ncclCommSplit: every rank of the comm takes part, with the same mesh and axes.
 // Errors stop the world as llmpar.h says: all its NCCL communicators on this rank are aborted, which ends their kernels, before the error is returned: buffers may be freed then, and not before
 // (cudaFree waits for kernels). `host` is stopped too; so the other ranks get LLMPAR_ABORTED with "rank R: ..." in the wait that they are in. A rank whose deadline has passed, or to which NCCL
 // reports a lost peer, asks the members of the group through `host` what they do; it takes at most timeout_s more. The error then names the rank that does not answer, or that is in another
 // call (LLMPAR_MISMATCH), or says that all are in the same one and the GPU or the network stands still. Sends and Recvs name the other end. Without `host` nobody can be asked, and the others run
 // into their own deadlines.
-// llmpar_comm_shrink, with `host` only: shrinks `host` and makes a new world of those left, by a new id; ncclCommShrink is not used, since it needs a communicator that was not aborted, whose
-// kernels would be running until then.
+// llmpar_comm_shrink, with `host` only: shrinks `host`, and makes a new world of those left by a new id; or, where all of them have `keep`, by ncclCommShrink (NCCL 2.27), and if that fails by an id.
+// NCCL_COMM_ID names the host of rank 0: where that one is lost, no new id is met there. Captured in a CUDA graph, calls were not tried.
 
 typedef struct llmpar_nccl_desc {
     llmpar_comm     *host;         // the same ranks on the host: llmpar_threads' (a GPU for each thread), llmpar_mpi_create's, ...; outlives the world. NULL: ranks meet as the environment says
@@ -727,6 +727,8 @@ typedef struct llmpar_nccl_desc {
     double           timeout_s;    // of all comms, see llmpar_comm; 0 = 60 s
     bool             host_wait;    // llmpar_wait waits until the result is there
     bool             split;        // groups by ncclCommSplit even with `host`
+    bool             keep;         // an error leaves NCCL's communicator of the whole world, and its kernels on the GPU, as they are until llmpar_comm_shrink, which goes by ncclCommShrink, or
+                                   // llmpar_comm_free: buffers that were in use may not be freed before. Not before NCCL 2.27, nor without `host`
     int32_t          port;         // where ranks meet without `host` and NCCL_COMM_ID: at the launcher's master address; 0 = its master port + 1
     llmpar_allocator allocator;    // host memory; called by the thread that makes or frees a comm
 } llmpar_nccl_desc;
@@ -2841,7 +2843,7 @@ static llmpar_status llmpari_cuda_attention_launch(const llmpar_attention_args *
 #endif
 
 // Blocks of a grid whose rows are more are given several, one after another: enough to fill any GPU.
-#define LLMPARI_CUDA_GRID 2048
+#define LLMPARI_CUDA_ROWS_GRID 2048
 // Threads of a block for a row of n elements in packs: 32 to 256.
 LLMPARI_CUDA_FN int64_t llmpari_cuda_threads(int64_t n, llmpar_dtype dtype) {
     int64_t threads = 32;
@@ -2911,7 +2913,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_embed_launch(const llmpar_cuda_embed_
     llmpari_cuda_embedding p = { desc->rows, desc->n, desc->first, desc->count, desc->ids, desc->table, desc->y, 32, packs, desc->no_minus_zero };
     if (desc->rows == 0 || desc->n == 0) return LLMPAR_OK;
     while (p.width < 256 && p.width * pack < p.n) p.width *= 2;
-    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(p.rows, 256 / p.width), LLMPARI_CUDA_GRID)), block(256);
+    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(p.rows, 256 / p.width), LLMPARI_CUDA_ROWS_GRID)), block(256);
     if (desc->dtype == LLMPAR_F32)  return llmpari_cuda_launch("embed", llmpari_cuda_embed_kernel<float, float>, grid, block, 0, stream, err, p);
     if (desc->dtype == LLMPAR_BF16) return llmpari_cuda_launch("embed", desc->out_f32 ? llmpari_cuda_embed_kernel<__nv_bfloat16, float> : llmpari_cuda_embed_kernel<__nv_bfloat16, __nv_bfloat16>,
                                                                grid, block, 0, stream, err, p);
@@ -3046,19 +3048,19 @@ LLMPARI_CUDA_FN llmpari_cuda_entropy llmpari_cuda_entropy_of(const llmpar_cuda_e
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_entropy_part_launch(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err) {
     llmpari_cuda_entropy p = llmpari_cuda_entropy_of(desc);
     if (p.rows == 0) return LLMPAR_OK;
-    const dim3 grid((unsigned)llmpari_cuda_min(p.rows, LLMPARI_CUDA_GRID)), block((unsigned)llmpari_cuda_threads(p.n, desc->dtype));
+    const dim3 grid((unsigned)llmpari_cuda_min(p.rows, LLMPARI_CUDA_ROWS_GRID)), block((unsigned)llmpari_cuda_threads(p.n, desc->dtype));
     LLMPARI_CUDA_DISPATCH(desc->dtype, T, return llmpari_cuda_launch("entropy_part", llmpari_cuda_entropy_part_kernel<T>, grid, block, 0, stream, err, p));
 }
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_entropy_launch(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err) {
     const llmpari_cuda_entropy p = llmpari_cuda_entropy_of(desc);
     if (p.rows == 0) return LLMPAR_OK;
-    return llmpari_cuda_launch("entropy", llmpari_cuda_entropy_kernel, dim3((unsigned)llmpari_cuda_min(llmpari_cuda_up(p.rows, 256), LLMPARI_CUDA_GRID)), dim3(256), 0, stream, err, p);
+    return llmpari_cuda_launch("entropy", llmpari_cuda_entropy_kernel, dim3((unsigned)llmpari_cuda_min(llmpari_cuda_up(p.rows, 256), LLMPARI_CUDA_ROWS_GRID)), dim3(256), 0, stream, err, p);
 }
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_entropy_backward_launch(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err) {
     const llmpari_cuda_entropy p = llmpari_cuda_entropy_of(desc);
     if (p.rows == 0 || p.n == 0) return LLMPAR_OK;
     const int64_t pack = 16 / llmpari_cuda_bytes(desc->dtype);
-    const dim3 grid((unsigned)llmpari_cuda_min(p.rows, LLMPARI_CUDA_GRID), (unsigned)llmpari_cuda_min(llmpari_cuda_up(p.n, 4 * 256 * pack), 65535));
+    const dim3 grid((unsigned)llmpari_cuda_min(p.rows, LLMPARI_CUDA_ROWS_GRID), (unsigned)llmpari_cuda_min(llmpari_cuda_up(p.n, 4 * 256 * pack), 65535));
     const dim3 block((unsigned)llmpari_cuda_threads(p.n, desc->dtype));
     LLMPARI_CUDA_DISPATCH(desc->dtype, T, return llmpari_cuda_launch("entropy_backward", llmpari_cuda_entropy_backward_kernel<T>, grid, block, 0, stream, err, p));
 }
@@ -4090,7 +4092,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_route_launch(const llmpar_cuda_route_
     r.by_logit = !d->correction_bias && (!d->logit_bias || d->score == LLMPAR_SCORE_CHOSEN) && (r.group_top == 1 || r.topk_groups == r.n_groups);
     const int64_t bytes = 8 * (int64_t)(r.n + (r.topk_groups < r.n_groups ? r.n_groups : 0));
     const int warps = (int)llmpari_cuda_max(1, llmpari_cuda_min(4, 20480 / bytes));
-    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(r.rows, warps), LLMPARI_CUDA_GRID)), block((unsigned)(32 * warps));
+    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(r.rows, warps), LLMPARI_CUDA_ROWS_GRID)), block((unsigned)(32 * warps));
     LLMPARI_CUDA_DISPATCH(desc->dtype, T, return llmpari_cuda_launch("route", llmpari_cuda_route_kernel<T>, grid, block, (size_t)(bytes * warps), stream, err, r));
 }
 
@@ -4333,7 +4335,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_permute_launch(const llmpar_cuda_perm
     llmpari_cuda_permute p = { desc->rows, desc->k, units, stride / unit, desc->first, desc->count, 32, desc->x, desc->to, desc->y };
     if (desc->rows == 0 || desc->k == 0 || desc->bytes == 0 || desc->count == 0) return LLMPAR_OK;
     while (p.width < 256 && 2 * p.width < units) p.width *= 2;
-    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(p.rows, 256 / p.width), LLMPARI_CUDA_GRID)), block(256);
+    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(p.rows, 256 / p.width), LLMPARI_CUDA_ROWS_GRID)), block(256);
     if (unit == 16) return llmpari_cuda_launch("permute", llmpari_cuda_permute_kernel<llmpari_cuda_pack<float> >, grid, block, 0, stream, err, p);
     if (unit == 4)  return llmpari_cuda_launch("permute", llmpari_cuda_permute_kernel<uint32_t>, grid, block, 0, stream, err, p);
     return llmpari_cuda_launch("permute", llmpari_cuda_permute_kernel<uint8_t>, grid, block, 0, stream, err, p);
@@ -4472,7 +4474,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_combine_launch(const llmpar_cuda_comb
     int64_t threads = llmpari_cuda_threads(c.n, desc->dtype);
     while (threads > 32 && c.depth * pack * threads * 4 > 65536) threads /= 2;
     const size_t bytes = (size_t)(desc->tree ? c.depth * pack * threads * 4 : 0);
-    const dim3 grid((unsigned)llmpari_cuda_min(c.tokens, LLMPARI_CUDA_GRID)), block((unsigned)threads);
+    const dim3 grid((unsigned)llmpari_cuda_min(c.tokens, LLMPARI_CUDA_ROWS_GRID)), block((unsigned)threads);
     for (int32_t p = 0; p < pieces; p++) {
         llmpar_status status;
         c.e_first = piece[p].first; c.e_count = piece[p].count;
@@ -6262,6 +6264,10 @@ static const llmpar_comm_vtable *llmpari_cuda_peer_vtable(void) {
 #include <pthread.h>
 #endif
 
+#if NCCL_VERSION_CODE >= NCCL_VERSION(2, 27, 0)
+#define LLMPARI_NCCL_SHRINKS
+#endif
+
 enum {
     LLMPARI_NCCL_MAIL = 64,        // Sends and Recvs of one comm that wait to go off together
     LLMPARI_NCCL_SPIN = 64,        // polls before the first nap
@@ -6286,7 +6292,7 @@ typedef struct llmpari_nccl_world {
     llmpar_nccl_desc  desc;
     int32_t           rank, size;
     int32_t          *scratch;     // device, for barriers
-    bool              stopped, split;
+    bool              stopped, split, keep;
     char              why[900];    // "rank 2: ..."
 } llmpari_nccl_world;
 
@@ -6303,6 +6309,7 @@ typedef struct llmpari_nccl {
     int64_t             barrier;   // ticket of the last one
     int64_t             marked, done;   // tickets up to which `event` stands on the stream, and which it has passed
     double              patience_s;
+    bool                whole;     // the world's, made by NCCL
     bool                taking;    // NCCL has not said yet that it took the last group
     llmpari_nccl_sign   last;      // what was asked for last
     int32_t             n_mail;
@@ -6341,7 +6348,7 @@ LLMPARI_CUDA_FN void llmpari_nccl_nap(long turn) {
 
 // ---- Failing: what stops one rank stops all
 
-// Aborts this rank's NCCL communicators, which ends their kernels. The first reason stays. `why` names the rank. `tell`: the others do not know yet.
+// Aborts this rank's NCCL communicators (but for what `keep` keeps), which ends their kernels. The first reason stays. `why` names the rank. `tell`: the others do not know yet.
 LLMPARI_CUDA_FN void llmpari_nccl_stop(llmpari_nccl_world *w, const char *why, bool tell) {
     bool first;
     llmpari_nccl_lock(w);
@@ -6349,8 +6356,10 @@ LLMPARI_CUDA_FN void llmpari_nccl_stop(llmpari_nccl_world *w, const char *why, b
     w->stopped = true;
     if (first) snprintf(w->why, sizeof w->why, "%s", why);
     for (llmpari_nccl *q = w->first; q; q = q->next) {
-        if (q->nccl) (void)ncclCommAbort(q->nccl);
-        q->nccl   = NULL;
+        if (!w->keep || !q->whole || q->taking) {
+            if (q->nccl) (void)ncclCommAbort(q->nccl);
+            q->nccl = NULL;
+        }
         q->taking = false;
     }
     llmpari_nccl_unlock(w);
@@ -6587,7 +6596,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_nccl_give(llmpari_nccl *q, const llmpar_ca
     bool done;
     for (llmpari_nccl *p; (p = llmpari_nccl_find(q->world, false)) != NULL; ) LLMPARI_CUDA_TRY(llmpari_nccl_taken(p, true, &done, err));
     llmpari_nccl_lock(q->world);
-    if (q->nccl) {
+    if (q->nccl && !q->world->stopped) {
         r = ncclGroupStart();
         for (int32_t i = 0; i < n; i++) LLMPARI_NCCL_PART(r, llmpari_nccl_enqueue(q, &calls[i]));
         end = ncclGroupEnd();
@@ -6680,7 +6689,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_nccl_passed(llmpari_nccl *q, int64_t ticke
             return llmpari_nccl_fail(q->world, status, err, "%s: %s", llmpari_nccl_words(q, &q->last, why, sizeof why), told.text);
         }
         // An aborted kernel ends too: only a world that is sound when the event has passed has done the call.
-        LLMPARI_CUDA_TRY(llmpari_nccl_sound(q->world, turn % LLMPARI_NCCL_LOOK == LLMPARI_NCCL_LOOK - 1 || !block, err));
+        LLMPARI_CUDA_TRY(llmpari_nccl_sound(q->world, turn % LLMPARI_NCCL_LOOK == LLMPARI_NCCL_LOOK - 1 || error == cudaSuccess || !block, err));
         LLMPARI_CUDA_TRY(llmpari_nccl_errors(q->world, err));
         if (error == cudaSuccess) { q->done = q->marked; continue; }
         if (!block) return LLMPAR_OK;
@@ -6811,7 +6820,8 @@ LLMPARI_CUDA_FN llmpar_status llmpari_nccl_meet_tcp(const llmpar_launch *at, dou
         snprintf(news.text, sizeof news.text, "%.380s", told.text);
         fd = socket(list->ai_family, SOCK_STREAM, 0);
         if (fd < 0 || setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) || bind(fd, list->ai_addr, list->ai_addrlen) || listen(fd, LLMPARI_NCCL_COMERS) || fcntl(fd, F_SETFL, O_NONBLOCK))
-            status = LLMPARI_CUDA_FAIL(err, LLMPAR_IO_FAILED, "rank 0 cannot listen at %s port %d: %s; choose another desc.port, or set NCCL_COMM_ID", at->master_address, (int)at->master_port, strerror(errno));
+            status = LLMPARI_CUDA_FAIL(err, LLMPAR_IO_FAILED, "rank 0 cannot listen at %s port %d: %s; choose another desc.port, or set NCCL_COMM_ID", at->master_address,
+                                       (int)at->master_port, strerror(errno));
         else status = llmpari_nccl_serve(fd, at, &news, until, a, err);
     }
     bool met = at->rank == 0;
@@ -6873,8 +6883,9 @@ LLMPAR_DEF llmpar_status llmpar_nccl_meet(const llmpar_nccl_desc *desc, llmpar_n
         else if (at.size == 1) snprintf(m->how, sizeof m->how, "no other rank");
         else snprintf(m->how, sizeof m->how, "%s, %s port %d", llmpar_launcher_name(at.launcher), at.master_address, (int)at.master_port);
         if (!comm_id && at.size > 1 && (!at.master_address[0] || at.master_port < 1 || at.master_port > 65535))
-            return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s says rank %d of %d, but not where ranks meet (address \"%s\", port %d); set MASTER_ADDR and MASTER_PORT, or NCCL_COMM_ID=address:port of "
-                                     "rank 0, or give a host communicator", llmpar_launcher_name(at.launcher), (int)at.rank, (int)at.size, at.master_address, (int)at.master_port);
+            return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s says rank %d of %d, but not where ranks meet (address \"%s\", port %d); set MASTER_ADDR and MASTER_PORT, or "
+                                     "NCCL_COMM_ID=address:port of rank 0, or give a host communicator", llmpar_launcher_name(at.launcher), (int)at.rank, (int)at.size, at.master_address,
+                                     (int)at.master_port);
         if (comm_id || at.size == 1) LLMPARI_CUDA_TRY(llmpari_nccl_new_id(&id, err));
         else LLMPARI_CUDA_TRY(llmpari_nccl_meet_tcp(&at, d.timeout_s > 0 ? d.timeout_s : 60, &d.allocator, &id, err));
     }
@@ -6972,7 +6983,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_nccl_split(llmpari_nccl *parent, llmpari_n
     for (int32_t i = 1; i < q->comm.size; i++) colour = members[i] < colour ? members[i] : colour;
     LLMPARI_CUDA_TRY(llmpari_nccl_taken(parent, true, &done, err));
     llmpari_nccl_lock(q->world);
-    if (parent->nccl) result = ncclCommSplit(parent->nccl, colour, q->comm.rank, &q->nccl, &config);
+    if (parent->nccl && !q->world->stopped) result = ncclCommSplit(parent->nccl, colour, q->comm.rank, &q->nccl, &config);
     parent->taking = parent->nccl && result == ncclInProgress;
     llmpari_nccl_unlock(q->world);
     if (result != ncclSuccess && result != ncclInProgress) return llmpari_nccl_error(parent, result, "ncclCommSplit", err);
@@ -7033,19 +7044,61 @@ LLMPARI_CUDA_FN llmpar_status llmpari_nccl_watch(llmpari_nccl_world *w, const ll
     return llmpar_start(w->watch, &call, &w->watching, err);
 }
 
-// What can be done without the other ranks. *out is made as far as it goes, for llmpari_nccl_free.
+// The barriers' word. After NCCL is done with an old world: cudaMalloc and cudaMemset wait for kernels.
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_scratch(llmpari_nccl_world *w, llmpar_error *err) {
+    LLMPARI_CUDA_CALL(err, cudaMalloc((void **)&w->scratch, sizeof *w->scratch));
+    LLMPARI_CUDA_CALL(err, cudaMemset(w->scratch, 0, sizeof *w->scratch));
+    return LLMPAR_OK;
+}
+
+// What can be done without the other ranks, and without waiting for the GPU. *out is made as far as it goes, for llmpari_nccl_free.
 LLMPARI_CUDA_FN llmpar_status llmpari_nccl_begin(const llmpar_nccl_desc *d, llmpari_nccl_world *w, llmpari_nccl **out, llmpar_error *err) {
     const char *why;
     if (llmpar_cuda_devices(&why) == 0) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "NCCL needs a GPU for each rank: %s", why);
     w->desc = *d;
-    LLMPARI_CUDA_CALL(err, cudaMalloc((void **)&w->scratch, sizeof *w->scratch));
-    LLMPARI_CUDA_CALL(err, cudaMemset(w->scratch, 0, sizeof *w->scratch));
     LLMPARI_CUDA_TRY(llmpari_nccl_open(w, NULL, NULL, w->size, w->rank, out, err));
     return w->user_host && w->size > 1 ? llmpari_nccl_watch(w, *out, err) : LLMPAR_OK;
 }
 
-// own_host: the world frees desc->host, also when this fails.
-LLMPARI_CUDA_FN llmpar_status llmpari_nccl_make(const llmpar_nccl_desc *d, bool own_host, llmpar_comm **world, llmpar_error *err) {
+#ifdef LLMPARI_NCCL_SHRINKS
+// Polls a communicator outside of any world's order.
+LLMPARI_CUDA_FN bool llmpari_nccl_settled(ncclComm_t nccl, double until) {
+    ncclResult_t state = ncclInProgress;
+    for (long turn = 0; nccl && ncclCommGetAsyncError(nccl, &state) == ncclSuccess && state == ncclInProgress && llmpari_cuda_now() < until; turn++) llmpari_nccl_nap(turn);
+    return nccl && state == ncclSuccess;
+}
+// Makes q of what is left of the world's `old` by ncclCommShrink, if that works for all of q's members; else q is left as it was. Status: of `host` alone.
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_inherit(llmpari_nccl *q, llmpari_nccl *old, llmpar_comm *host, bool *made, llmpar_error *err) {
+    const int32_t n = old->comm.size;
+    const size_t bytes = 2 * (size_t)n * sizeof(int32_t);
+    int32_t *present = (int32_t *)llmpari_nccl_alloc(&q->world->allocator, bytes), *lost = present + (present ? n : 0), n_lost = 0;
+    int32_t good = old->nccl && present, all = 0;
+    llmpar_status status = llmpar_all_reduce(host, &good, &all, 1, LLMPAR_I32, LLMPAR_MIN, err);
+    if (!status && all) {
+        ncclConfig_t config = llmpari_nccl_config();
+        present[old->comm.rank] = 1;
+        status = llmpar_all_reduce(host, present, present, n, LLMPAR_I32, LLMPAR_MAX, err);
+        for (int32_t i = 0; i < n; i++) if (!present[i]) lost[n_lost++] = i;
+        if (!status && n_lost > 0) {
+            const ncclResult_t result = ncclCommShrink(old->nccl, lost, n_lost, &q->nccl, &config, NCCL_SHRINK_ABORT);
+            good = result == ncclSuccess || result == ncclInProgress;
+        } else good = 0;                                                                    // nobody is lost: NCCL has nothing to exclude
+        if (!status) status = llmpar_all_reduce(host, &good, &all, 1, LLMPAR_I32, LLMPAR_MIN, err);
+    }
+    if (!status && all) {                                                                   // taken by all: less long than the others wait for this rank
+        const double until = llmpari_cuda_now() + 0.5 * q->patience_s;
+        good = llmpari_nccl_settled(old->nccl, until) && llmpari_nccl_settled(q->nccl, until);
+        status = llmpar_all_reduce(host, &good, &all, 1, LLMPAR_I32, LLMPAR_MIN, err);
+    }
+    *made = !status && all;
+    if (!*made && q->nccl) { (void)ncclCommAbort(q->nccl); q->nccl = NULL; }
+    llmpari_nccl_release(&q->world->allocator, present, bytes);
+    return status;
+}
+#endif
+
+// own_host: the world frees desc->host, also when this fails. old: of the world that was shrunk, or NULL.
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_make(const llmpar_nccl_desc *d, bool own_host, llmpari_nccl *old, llmpar_comm **world, llmpar_error *err) {
     llmpar_nccl_meeting m;
     llmpar_launch at;
     ncclUniqueId id;
@@ -7063,6 +7116,9 @@ LLMPARI_CUDA_FN llmpar_status llmpari_nccl_make(const llmpar_nccl_desc *d, bool 
         w->rank      = d->host ? d->host->rank : at.rank;
         w->size      = d->host ? d->host->size : at.size;
         w->split     = d->split || !d->host || getenv("NCCL_COMM_ID") != NULL;
+#ifdef LLMPARI_NCCL_SHRINKS
+        w->keep      = d->keep && d->host;
+#endif
 #ifndef LLMPAR_NO_THREADS
         pthread_mutex_init(&w->lock, NULL);
 #endif
@@ -7070,12 +7126,18 @@ LLMPARI_CUDA_FN llmpar_status llmpari_nccl_make(const llmpar_nccl_desc *d, bool 
     }
     if (d->host) status = llmpari_nccl_agree(d->host, status, &own, err);
     else if (status && err) *err = own;
-    if (!status) status = llmpar_nccl_meet(d, &m, err);
-    if (!status) {
+    bool made = false;
+#ifdef LLMPARI_NCCL_SHRINKS
+    if (!status && old && old->world->keep) status = llmpari_nccl_inherit(q, old, d->host, &made, err);
+#endif
+    if (old && old->nccl) { (void)ncclCommAbort(old->nccl); old->nccl = NULL; }
+    if (!status && !made) status = llmpar_nccl_meet(d, &m, err);
+    if (!status && !made) {
         memcpy(&id, m.id, sizeof id);
         status = llmpari_nccl_init(q, &id, err);
     }
-    if (!status) { *world = &q->comm; return LLMPAR_OK; }
+    if (!status && (status = llmpari_nccl_scratch(w, &own)) != LLMPAR_OK) llmpari_nccl_fail(w, status, err, "%s", own.text);
+    if (!status) { q->whole = true; *world = &q->comm; return LLMPAR_OK; }
     if (q) llmpari_nccl_free(&q->comm);
     else if (w) llmpari_nccl_world_free(w);
     else if (own_host) llmpar_comm_free(d->host);
@@ -7087,7 +7149,7 @@ LLMPAR_DEF llmpar_status llmpar_nccl_create(const llmpar_nccl_desc *desc, llmpar
     if (!world) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "world is NULL: where should it go?");
     *world = NULL;
     memset(&zero, 0, sizeof zero);
-    return llmpari_nccl_make(desc ? desc : &zero, false, world, err);
+    return llmpari_nccl_make(desc ? desc : &zero, false, NULL, world, err);
 }
 
 LLMPARI_CUDA_FN llmpar_status llmpari_nccl_shrink(llmpar_comm *comm, llmpar_comm **survivors, llmpar_error *err) {
@@ -7099,7 +7161,9 @@ LLMPARI_CUDA_FN llmpar_status llmpari_nccl_shrink(llmpar_comm *comm, llmpar_comm
     w->user_host->timeout_s = comm->timeout_s;
     LLMPARI_CUDA_TRY(llmpar_comm_shrink(w->user_host, &d.host, err));
     d.timeout_s = comm->timeout_s;
-    return llmpari_nccl_make(&d, true, survivors, err);
+    llmpari_nccl *old = w->first;
+    while (old && !old->whole) old = old->next;
+    return llmpari_nccl_make(&d, true, old, survivors, err);
 }
 
 LLMPAR_DEF llmpar_status llmpar_nccl_wait(llmpar_comm *comm, llmpar_error *err) {
@@ -7445,7 +7509,7 @@ LLMPARI_CUDA_OP(rope, llmpar_rope_args) { LLMPARI_CUDA_TABLE; LLMPARI_CUDA_KEEP(
 LLMPARI_CUDA_FN int64_t llmpari_cuda_attention_floats(const llmpari_cuda_table *t, const llmpar_attention_args *g) {
     const int64_t keys = llmpari_cuda_max(g->n_keys, g->most_keys);
     if (t->exact || g->batch <= 0 || g->queries <= 0 || g->q_heads <= 0 || g->d <= 0 || keys <= 0) return 0;
-    return llmpari_cuda_attend_splits(g->batch, g->queries, g->q_heads, g->kv_heads, keys) * g->batch * g->queries * g->q_heads * (g->d + 1);
+    return llmpari_cuda_attend_splits(4, g->batch, g->queries, g->q_heads, g->kv_heads, keys) * g->batch * g->queries * g->q_heads * (g->d + 1);
 }
 LLMPARI_CUDA_OP(attention, llmpar_attention_args) {
     LLMPARI_CUDA_TABLE;

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Warnings with every compiler and standard at hand, static mode, no threads, double inclusion, symbols, contents, README snippets, cost of including.
 # Compiles run side by side, one per core; each text is compiled optimised once per compiler, since some warnings come from the optimiser only.
-B=${B:-build}; D=$B/hygiene; rm -rf "$D"; mkdir -p "$D"; passed=0; failed=0; skipped=0; jobs=0; CUDA=${CUDA:-/usr/local/cuda}
+B=${B:-build}; D=$B/hygiene; rm -rf "$D"; mkdir -p "$D"; passed=0; failed=0; skipped=0; jobs=0; toolkit=${CUDA_HOME:-/usr/local/cuda}/include
 ok()   { passed=$((passed + 1)); }
 bad()  { failed=$((failed + 1)); echo "FAIL $*"; }
 skip() { skipped=$((skipped + 1)); echo "SKIP $*"; }
@@ -40,8 +40,8 @@ for cc in gcc clang; do
     job "$cc: no word about _POSIX_C_SOURCE" "$cc -std=c99 -I. -c $D/twice.c -o /dev/null 2>&1 | grep 'error.*_POSIX_C_SOURCE' > /dev/null"
     job "$cc c99 declarations" $cc -std=c99 $c_warnings -I. -c "$D/declare.c" -o /dev/null
     for file in examples/*.c; do
-        case $file in */nccl_*) [ -f "$CUDA/include/nccl.h" ] || { skip "$file" "no nccl.h in $CUDA/include"; continue; } ;; esac
-        job "$cc $file" $cc -std=c99 $c_warnings -I. -isystem "$CUDA/include" -c "$file" -o /dev/null
+        case $file in */nccl_*) [ -f "$toolkit/nccl.h" ] || { skip "$file" "no nccl.h in $toolkit"; continue; } ;; esac
+        job "$cc $file" $cc -std=c99 $c_warnings -I. -isystem "$toolkit" -c "$file" -o /dev/null
     done
     for file in tests/*.c; do job "$cc $file" $cc -std=c99 -D_POSIX_C_SOURCE=200809L -DLLMPAR_STATIC -DFUZZ_MAIN $c_warnings -I. -Itests -fsyntax-only "$file"; done
 done
@@ -78,9 +78,8 @@ printf '#define LLMPAR_CUDA_IMPLEMENTATION\n#include "llmpar_cuda.cuh"\n#include
 printf '#define LLMPAR_STATIC\n#define LLMPAR_IMPLEMENTATION\n' | cat - "$D/cuda.c" > "$D/cuda_static.c"
 printf '#include "llmpar_cuda.cuh"\nint llmpar_test_only_declares;\n' > "$D/cuda_declare.c"
 for file in cuda cuda_static cuda_declare; do cp "$D/$file.c" "$D/$file.cpp"; done
-toolkit=${CUDA_HOME:-/usr/local/cuda}/include
 if [ ! -f "$toolkit/cuda_runtime_api.h" ]; then toolkit=tests/emulator; skip "llmpar_cuda.cuh with CUDA's headers" "not installed"; fi
-nccl=""; [ -f "$toolkit/nccl.h" ] && nccl=-DLLMPAR_NCCL
+nccl=""; [ $toolkit != tests/emulator ] && [ -f "$toolkit/nccl.h" ] && nccl=-DLLMPAR_NCCL
 for cc in gcc clang; do
     command -v $cc > /dev/null || continue
     for file in cuda cuda_declare; do

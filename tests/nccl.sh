@@ -2,7 +2,7 @@
 # The installed NCCL as far as it goes without a GPU, by examples/nccl_plain_c.c, which gcc -std=c99 compiles: its version; ranks that are threads, processes of each MPI, and processes with a
 # launcher's environment (by hand, by torchrun, by NCCL_COMM_ID) all see the same id; without a GPU a clear error in at most a second. With GPUs: the sum over all ranks. SKIP: what is not installed.
 B=${B:-build}; passed=0; failed=0; skipped=0
-CUDA=${CUDA:-/usr/local/cuda}; TORCHRUN=${TORCHRUN:-$(command -v torchrun)}
+CUDA=${CUDA_HOME:-/usr/local/cuda}; TORCHRUN=${TORCHRUN:-$(command -v torchrun)}
 skip() { skipped=$((skipped + 1)); echo "SKIP NCCL: $1"; }
 ok()   { passed=$((passed + 1)); }
 bad()  { failed=$((failed + 1)); echo "FAIL $1"; printf '%s\n' "$2" | grep -v 'UCX  WARN\|yaksa' | tail -n 20; }

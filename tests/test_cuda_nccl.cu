@@ -56,7 +56,8 @@ static llmpar_status place(const job *j, int me, llmpar_collective side, uint64_
 static llmpar_status unplace(const job *j, placed *p, llmpar_error *err) {
     llmpar_status status = LLMPAR_OK;
     if (cudaMemcpy(p->b.memory, p->device, (size_t)p->b.bytes, cudaMemcpyDeviceToHost) != cudaSuccess) status = bad(err, "cannot copy back");
-    else if (!job_good(j, &p->b)) status = bad(err, "%s %s %d, %d ranks, %lld elements: wrong result", llmpar_collective_name(j->kind), llmpar_dtype_name(j->dtype), j->reduce, j->n, (long long)j->count);
+    else if (!job_good(j, &p->b)) status = bad(err, "%s %s %d, %d ranks, %lld elements: wrong result", llmpar_collective_name(j->kind), llmpar_dtype_name(j->dtype),
+                                                   j->reduce, j->n, (long long)j->count);
     if (cudaFree(p->device) != cudaSuccess && !status) status = bad(err, "a write around a buffer");
     free(p->b.memory);
     return status;
@@ -316,9 +317,10 @@ static const struct { int kind; const char *name; bool hangs, goes; } troubles[]
     { MISSING, "does not come", true, true }, { DEAD, "is lost", true, true }, { DIFFERS, "calls something else", true, false }, { ABORTED, "aborts", false, false } };
 enum { TROUBLES = sizeof troubles / sizeof troubles[0] };
 typedef struct { llmpar_status status, after; char text[1100]; int left; bool created; } outcome;
-typedef struct { int what, n, culprit; long at; bool grouped, host_wait, wrong_order; double timeout_s; outcome out[MOST_RANKS]; std::atomic<int> told; } trouble;
+typedef struct { int what, n, culprit; long at; bool grouped, host_wait, wrong_order, keep, bad_shrink; double timeout_s; outcome out[MOST_RANKS]; std::atomic<int> told; } trouble;
 
-static llmpar_status sum_call(llmpar_comm *comm, int64_t count, llmpar_error *err) {
+// in_use: gets the buffer of a call that failed, where NCCL may still be in it (keep); NULL: it is freed at once.
+static llmpar_status sum_call(llmpar_comm *comm, int64_t count, void **in_use, llmpar_error *err) {
     std::vector<int32_t> one((size_t)count, comm->rank + 1), sum((size_t)count);
     int32_t *d = NULL;
     NEED(cudaMalloc((void **)&d, 4 * one.size()) == cudaSuccess && cudaMemcpy(d, one.data(), 4 * one.size(), cudaMemcpyHostToDevice) == cudaSuccess);
@@ -326,11 +328,12 @@ static llmpar_status sum_call(llmpar_comm *comm, int64_t count, llmpar_error *er
     if (!status) status = llmpar_nccl_wait(comm, err);
     if (!status && cudaMemcpy(sum.data(), d, 4 * one.size(), cudaMemcpyDeviceToHost) != cudaSuccess) status = bad(err, "cannot copy back");
     for (int32_t v : sum) if (!status && v != comm->size * (comm->size + 1) / 2) status = bad(err, "wrong sum");
+    if (status && in_use) { *in_use = d; return status; }
     if (cudaFree(d) != cudaSuccess && !status) status = bad(err, "cudaFree");              // at once, also after a failure: nobody writes there any more
     return status;
 }
 
-static llmpar_status trouble_calls(llmpar_comm *world, llmpar_comm *group, trouble *t, llmpar_error *err) {
+static llmpar_status trouble_calls(llmpar_comm *world, llmpar_comm *group, trouble *t, void **in_use, llmpar_error *err) {
     const int me = world->rank, kind = troubles[t->what].kind;
     const bool culprit = me == t->culprit;
     std::unique_ptr<std::thread> other;
@@ -341,11 +344,11 @@ static llmpar_status trouble_calls(llmpar_comm *world, llmpar_comm *group, troub
         if (culprit && k == t->at && (kind == MISSING || kind == DEAD)) {
             if (kind == DEAD) stub_lose(me);
             while (t->told < t->n - 1) usleep(1000);
-            status = sum_call(comm, 9, err);                                               // comes when the others have given up
+            status = sum_call(comm, 9, in_use, err);                                               // comes when the others have given up
             break;
         }
         if (culprit && k == t->at && kind == ABORTED) other.reset(new std::thread([world]() { usleep(2000); llmpar_comm_abort(world, "told to stop"); }));
-        status = sum_call(comm, culprit && k == t->at && kind == DIFFERS ? 8 : 9, err);
+        status = sum_call(comm, culprit && k == t->at && kind == DIFFERS ? 8 : 9, in_use, err);
     }
     if (other) other->join();
     return status;
@@ -357,11 +360,13 @@ static llmpar_status trouble_rank(llmpar_comm *host, void *user, llmpar_error *e
     const int kind = troubles[t->what].kind;
     const bool culprit = host->rank == t->culprit;
     llmpar_comm *world = NULL, *group = NULL, *left = NULL;
+    void *in_use = NULL;
     llmpar_mesh mesh;
     llmpar_nccl_desc desc = LLMPAR_ZERO;
     this_is(host->rank);
     desc.host = host;
     desc.host_wait = t->host_wait;
+    desc.keep = t->keep;
     desc.timeout_s = kind == STUB_INIT_HANG ? t->timeout_s : kind == DEAD ? 2 : 20;        // DEAD: NCCL may say so in any call, at once
     o->status = llmpar_nccl_create(&desc, &world, err);
     o->created = world != NULL;
@@ -369,16 +374,18 @@ static llmpar_status trouble_rank(llmpar_comm *host, void *user, llmpar_error *e
         TRY(llmpar_mesh_parse("a=2,b=2", &mesh, err));
         o->status = llmpar_comm_group(world, &mesh, 2, &group, err);
     }
-    if (!o->status) o->status = trouble_calls(world, group, t, err);
+    if (!o->status) o->status = trouble_calls(world, group, t, t->keep ? &in_use : NULL, err);
     snprintf(o->text, sizeof o->text, "%s", o->status ? err->text : "");
     t->told++;
     if (o->created && o->status && !(culprit && troubles[t->what].goes)) {
         world->timeout_s = 20;
         o->after = llmpar_comm_shrink(world, &left, err);
-        if (!o->after) o->after = sum_call(left, 100, err);
+        if (!o->after) o->after = sum_call(left, 100, NULL, err);
         if (!o->after) o->left = left->size;
         if (o->after) snprintf(o->text, sizeof o->text, "after: %.700s", err->text);
     }
+    if (o->created && o->status && (culprit && troubles[t->what].goes)) { llmpar_comm_free(world); world = NULL; }
+    if (in_use) NEED(cudaFree(in_use) == cudaSuccess);             // llmpar_comm_shrink or llmpar_comm_free came before
     if (t->wrong_order && left) { llmpar_comm_free(left); left = NULL; }
     if (world) llmpar_comm_free(world);
     if (group) llmpar_comm_free(group);
@@ -416,14 +423,19 @@ static bool trouble_run(uint64_t seed) {
     t->grouped = t->n == 4;
     t->host_wait = rank_below(&s, 2);
     t->wrong_order = rank_below(&s, 2);
+    t->keep = rank_below(&s, 2);
+    t->bad_shrink = rank_below(&s, 4) == 0;
     t->timeout_s = 0.4;
     stub_plan_t plan;
     if (troubles[t->what].kind < MISSING) plan.kind = troubles[t->what].kind;
     plan.rank = t->culprit; plan.at = t->at; plan.delay_s = 0.05;
+    if (t->bad_shrink) plan.bad_shrink = (t->culprit + 1) % t->n;
     stub_reset(plan, s);
     const llmpar_status status = ranks_run(t->n, 20, trouble_rank, t, &err);
     bool good = status == LLMPAR_OK && stub_misuse() == 0 && stub_live() == 0;
-    if (!good) printf("seed %llu: status %d \"%s\", %ld misuses, %ld communicators left\n", (unsigned long long)seed, (int)status, err.text, stub_misuse(), stub_live());
+    const bool shrinks = t->keep && troubles[t->what].kind == MISSING;                     // all kernels stand on the GPU: all communicators are kept
+    if (shrinks ? stub().shrinks == 0 && !(t->bad_shrink && t->n == 2) : !t->keep && stub().shrinks > 0) good = false;
+    if (!good) printf("seed %llu: status %d \"%s\", %ld misuses, %ld communicators left, %ld shrunk\n", (unsigned long long)seed, (int)status, err.text, stub_misuse(), stub_live(), stub().shrinks);
     int left = 0;                                                  // that have to meet in the new world: those who had a world, and are not lost
     for (int r = 0; r < t->n; r++) left += t->out[r].created && !(r == t->culprit && troubles[t->what].goes);
     for (int r = 0; r < t->n; r++) {
@@ -436,6 +448,93 @@ static bool trouble_run(uint64_t seed) {
     }
     delete t;
     return good;
+}
+
+// One rank, no host, everything; whatever CUDA says.
+static llmpar_status alone(llmpar_error *err) {
+    llmpar_nccl_desc desc = LLMPAR_ZERO;
+    llmpar_comm *world = NULL;
+    int32_t *d = NULL;
+    this_is(0);
+    desc.timeout_s = 5;
+    TRY(llmpar_nccl_create(&desc, &world, err));
+    llmpar_status status = cudaMalloc((void **)&d, 64) == cudaSuccess ? LLMPAR_OK : LLMPAR_NO_MEMORY;
+    if (status) snprintf(err->text, sizeof err->text, "CUDA says no");
+    if (!status) status = llmpar_all_reduce(world, d, d, 16, LLMPAR_I32, LLMPAR_SUM, err);
+    if (!status) status = llmpar_barrier(world, err);
+    if (!status) status = llmpar_nccl_wait(world, err);
+    llmpar_comm_free(world);
+    emulator_option().fail = 0;
+    (void)cudaFree(d);
+    return status;
+}
+
+// Rank 1 does not send what rank 0 expects; both directions of an exchange by blocking calls.
+static llmpar_status lonely_rank(llmpar_comm *host, void *user, llmpar_error *err) {
+    llmpar_comm *world = NULL;
+    int32_t *d = NULL;
+    this_is(host->rank);
+    TRY(open_world(host, (const task *)user, &world, err));
+    NEED(cudaMalloc((void **)&d, 64) == cudaSuccess);
+    world->timeout_s = host->rank == 0 ? 0.2 : 20;
+    llmpar_status status = host->rank == 0 ? llmpar_recv(world, d, 16, LLMPAR_I32, 1, err) : llmpar_all_reduce(world, d, d, 4, LLMPAR_I32, LLMPAR_SUM, err);
+    NEED(status == LLMPAR_OK);                                     // taken
+    status = llmpar_nccl_wait(world, err);
+    NEED(status == (host->rank == 0 ? LLMPAR_TIMEOUT : LLMPAR_ABORTED));
+    NEED(strstr(err->text, "Recv from rank 1 #1 i32[16]: not done on the GPU within 0.2 s; rank 1 has not come to its end of it"));
+    NEED(host->rank == 0 || strstr(err->text, "aborted: rank 0: "));
+    NEED(cudaFree(d) == cudaSuccess);
+    llmpar_comm_free(world);
+    return LLMPAR_OK;
+}
+
+static void test_errors(void) {
+    llmpar_error err = LLMPAR_ZERO;
+    TEST("each call of CUDA fails once") {
+        llmpar_status status = LLMPAR_ABORTED;
+        int failed = 0;
+        for (int k = 1; k < 60 && status; k++) {
+            stub_new_test((uint64_t)k);
+            memset(&err, 0, sizeof err);
+            emulator_option().fail_error = cudaErrorLaunchFailure;
+            emulator_option().fail = k;
+            status = alone(&err);
+            const bool all_made = emulator_option().fail == 0;
+            failed += status != LLMPAR_OK;
+            CHECK(status == LLMPAR_OK || strstr(err.text, "CUDA says") || strstr(err.text, "no GPU") || strstr(err.text, "needs a GPU") || strstr(err.text, "host memory"));
+            CHECK(stub_clean() && all_made);
+            (void)cudaGetLastError();
+        }
+        emulator_option().fail = 0;
+        CHECK(failed >= 8);
+    }
+    TEST("a Recv that nobody sends names the other end") {
+        task t = task();
+        stub_new_test(7);
+        CHECK_OK(ranks_run(2, 20, lonely_rank, &t, &err), err);
+        CHECK(stub_clean());
+    }
+    TEST("alone, a GPU that stands still") {
+        stub_plan_t plan;
+        plan.kind = STUB_HANG_RUN;
+        stub_reset(plan, 3);
+        llmpar_nccl_desc desc = LLMPAR_ZERO;
+        llmpar_comm *world = NULL;
+        int32_t *d = NULL;
+        this_is(0);
+        CHECK_OK(llmpar_nccl_create(&desc, &world, &err), err);
+        if (!world) return;
+        CHECK(cudaMalloc((void **)&d, 64) == cudaSuccess);
+        world->timeout_s = 0.1;
+        CHECK_OK(llmpar_all_reduce(world, d, d, 16, LLMPAR_I32, LLMPAR_SUM, &err), err);
+        CHECK_FAIL(llmpar_nccl_wait(world, &err), LLMPAR_TIMEOUT, err, "AllReduce #1 i32[16] sum: not done on the GPU within 0.1 s; the GPU stands still");
+        CHECK_FAIL(llmpar_nccl_wait(world, &err), LLMPAR_ABORTED, err, "aborted: rank 0: AllReduce #1");
+        llmpar_comm *left = NULL;
+        CHECK_FAIL(llmpar_comm_shrink(world, &left, &err), LLMPAR_UNSUPPORTED, err, "without a host communicator");
+        llmpar_comm_free(world);
+        CHECK(cudaFree(d) == cudaSuccess);
+        CHECK(stub_clean());
+    }
 }
 
 // Most of it is waiting for deadlines: several processes at a time. A process that does not end is a hang.
@@ -478,6 +577,7 @@ int main(void) {
     test_collectives(&seed);
     test_bad_input();
 #ifdef LLMPAR_CUDA_EMULATED
+    test_errors();
     test_faults();
 #endif
     return test_done();

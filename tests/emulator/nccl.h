@@ -29,7 +29,8 @@ typedef struct { int blocking; } ncclConfig_t;
 // ---- on command
 
 enum stub_kind { STUB_GOOD, STUB_FAIL_CALL, STUB_FAIL_ASYNC, STUB_HANG_TAKE, STUB_HANG_RUN, STUB_LATE_TAKE, STUB_LATE_RUN, STUB_INIT_FAIL, STUB_INIT_HANG };
-struct stub_plan_t { int kind = STUB_GOOD, rank = 0; long at = 0; double delay_s = 0; };      // at: number of the rank's group, from 0
+struct stub_plan_t { int kind = STUB_GOOD, rank = 0; long at = 0; double delay_s = 0; int bad_shrink = -1; };   // bad_shrink: the rank whose ncclCommShrink fails
+                                                    // at: number of the rank's group, from 0
 
 enum stub_what { STUB_ALL_REDUCE, STUB_REDUCE, STUB_BROADCAST, STUB_ALL_GATHER, STUB_REDUCE_SCATTER, STUB_SEND, STUB_RECV };
 struct stub_part { stub_what what; const char *send; char *recv; size_t count; ncclDataType_t type; ncclRedOp_t op; int peer; long number = -1; bool done = false; };
@@ -59,7 +60,7 @@ struct stub_world {
     std::map<std::string, std::shared_ptr<stub_clique>> by_id;
     std::vector<std::unique_ptr<ncclComm>> comms;
     std::map<int, long> groups;                // given so far by each rank
-    long ids = 0, misuse = 0, live = 0;
+    long ids = 0, misuse = 0, live = 0, shrinks = 0;
     uint64_t seed = 1;
 };
 inline stub_world &stub() { static stub_world *w = new stub_world; return *w; }
@@ -69,7 +70,7 @@ inline thread_local std::vector<std::pair<ncclComm_t, std::pair<cudaStream_t, st
 // All communicators of before are gone.
 inline void stub_reset(const stub_plan_t &plan, uint64_t seed) {
     std::lock_guard<std::mutex> hold(stub().lock);
-    stub().plan = plan; stub().seed = seed; stub().by_id.clear(); stub().comms.clear(); stub().groups.clear(); stub().misuse = stub().live = 0;
+    stub().plan = plan; stub().seed = seed; stub().by_id.clear(); stub().comms.clear(); stub().groups.clear(); stub().misuse = stub().live = stub().shrinks = 0;
 }
 inline long stub_misuse() { std::lock_guard<std::mutex> hold(stub().lock); return stub().misuse; }
 inline long stub_live()   { std::lock_guard<std::mutex> hold(stub().lock); return stub().live; }
@@ -196,7 +197,9 @@ inline bool stub_step(const stub_ref &l) {
 // ---- NCCL's functions
 
 inline ncclResult_t ncclGetVersion(int *version) { *version = NCCL_VERSION_CODE; return ncclSuccess; }
-inline const char *ncclGetErrorString(ncclResult_t r) { return r == ncclSystemError ? "unhandled system error" : r == ncclRemoteError ? "remote process exited or there was a network error" : r == ncclInvalidUsage ? "invalid usage" : "an error"; }
+inline const char *ncclGetErrorString(ncclResult_t r) {
+    return r == ncclSystemError ? "unhandled system error" : r == ncclRemoteError ? "remote process exited or there was a network error" : r == ncclInvalidUsage ? "invalid usage" : "an error";
+}
 inline const char *ncclGetLastError(ncclComm_t c) { return c ? c->last.c_str() : ""; }
 inline ncclResult_t ncclGetUniqueId(ncclUniqueId *id) {
     std::lock_guard<std::mutex> hold(stub().lock);
@@ -280,6 +283,24 @@ inline void stub_end(ncclComm_t c) {
     for (stub_ref &l : c->launched) l->killed = true;
     c->waiting.clear(); c->launched.clear();
 }
+#define NCCL_SHRINK_ABORT 1
+inline ncclResult_t ncclCommShrink(ncclComm_t c, int *lost, int n_lost, ncclComm_t *out, ncclConfig_t *config, int flags) {
+    std::lock_guard<std::mutex> hold(stub().lock);
+    if (!c || c->ended || c->making || config->blocking != 0 || flags != NCCL_SHRINK_ABORT || n_lost < 1) return stub_wrong(c, "ncclCommShrink of what cannot be shrunk");
+    for (stub_ref &l : c->waiting)  l->killed = true;
+    for (stub_ref &l : c->launched) l->killed = true;
+    c->waiting.clear(); c->launched.clear();
+    c->state = ncclInProgress; c->polls = stub_random(6); c->hung = false;
+    if (stub().plan.bad_shrink == stub_me) { c->state = ncclSystemError; c->last = "cannot shrink"; return ncclSystemError; }
+    std::string name = "shrink " + std::to_string((uintptr_t)c->clique.get());
+    int rank = c->rank;
+    for (int i = 0; i < n_lost; i++) { name += " " + std::to_string(lost[i]); rank -= lost[i] < c->rank; }
+    std::shared_ptr<stub_clique> &clique = stub().by_id[name];
+    if (!clique) { clique.reset(new stub_clique); clique->n = c->clique->n - n_lost; clique->member.resize((size_t)clique->n); }
+    *out = stub_new(clique, rank);
+    stub().shrinks++;
+    return ncclInProgress;
+}
 inline ncclResult_t ncclCommFinalize(ncclComm_t c) {
     std::lock_guard<std::mutex> hold(stub().lock);
     const ncclResult_t r = stub_check(c);
@@ -342,10 +363,14 @@ inline ncclResult_t stub_call(ncclComm_t c, cudaStream_t stream, stub_what what,
     return ncclSuccess;
 }
 inline ncclResult_t ncclAllReduce(const void *s, void *r, size_t n, ncclDataType_t t, ncclRedOp_t op, ncclComm_t c, cudaStream_t on) { return stub_call(c, on, STUB_ALL_REDUCE, s, r, n, t, op, 0); }
-inline ncclResult_t ncclReduce(const void *s, void *r, size_t n, ncclDataType_t t, ncclRedOp_t op, int root, ncclComm_t c, cudaStream_t on) { return stub_call(c, on, STUB_REDUCE, s, r, n, t, op, root); }
+inline ncclResult_t ncclReduce(const void *s, void *r, size_t n, ncclDataType_t t, ncclRedOp_t op, int root, ncclComm_t c, cudaStream_t on) {
+    return stub_call(c, on, STUB_REDUCE, s, r, n, t, op, root);
+}
 inline ncclResult_t ncclBroadcast(const void *s, void *r, size_t n, ncclDataType_t t, int root, ncclComm_t c, cudaStream_t on) { return stub_call(c, on, STUB_BROADCAST, s, r, n, t, ncclSum, root); }
 inline ncclResult_t ncclAllGather(const void *s, void *r, size_t n, ncclDataType_t t, ncclComm_t c, cudaStream_t on) { return stub_call(c, on, STUB_ALL_GATHER, s, r, n, t, ncclSum, 0); }
-inline ncclResult_t ncclReduceScatter(const void *s, void *r, size_t n, ncclDataType_t t, ncclRedOp_t op, ncclComm_t c, cudaStream_t on) { return stub_call(c, on, STUB_REDUCE_SCATTER, s, r, n, t, op, 0); }
+inline ncclResult_t ncclReduceScatter(const void *s, void *r, size_t n, ncclDataType_t t, ncclRedOp_t op, ncclComm_t c, cudaStream_t on) {
+    return stub_call(c, on, STUB_REDUCE_SCATTER, s, r, n, t, op, 0);
+}
 inline ncclResult_t ncclSend(const void *s, size_t n, ncclDataType_t t, int peer, ncclComm_t c, cudaStream_t on) { return stub_call(c, on, STUB_SEND, s, nullptr, n, t, ncclSum, peer); }
 inline ncclResult_t ncclRecv(void *r, size_t n, ncclDataType_t t, int peer, ncclComm_t c, cudaStream_t on) { return stub_call(c, on, STUB_RECV, nullptr, r, n, t, ncclSum, peer); }
 #endif
