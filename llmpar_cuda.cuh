@@ -719,7 +719,7 @@ LLMPAR_DEF llmpar_comm  *llmpar_cuda_peer_comm(llmpar_cuda_peer *peers, int32_t 
 // call (LLMPAR_MISMATCH), or says that all are in the same one and the GPU or the network stands still. Sends and Recvs name the other end. Without `host` nobody can be asked, and the others run
 // into their own deadlines.
 // llmpar_comm_shrink, with `host` only: shrinks `host`, and makes a new world of those left by a new id; or, where all of them have `keep`, by ncclCommShrink (NCCL 2.27), and if that fails by an id.
-// Captured in a CUDA graph, calls were not tried.
+// NCCL_COMM_ID names the host of rank 0: where that one is lost, no new id is met there. Captured in a CUDA graph, calls were not tried.
 
 typedef struct llmpar_nccl_desc {
     llmpar_comm     *host;         // the same ranks on the host: llmpar_threads' (a GPU for each thread), llmpar_mpi_create's, ...; outlives the world. NULL: ranks meet as the environment says
@@ -2843,7 +2843,7 @@ static llmpar_status llmpari_cuda_attention_launch(const llmpar_attention_args *
 #endif
 
 // Blocks of a grid whose rows are more are given several, one after another: enough to fill any GPU.
-#define LLMPARI_CUDA_GRID 2048
+#define LLMPARI_CUDA_ROWS_GRID 2048
 // Threads of a block for a row of n elements in packs: 32 to 256.
 LLMPARI_CUDA_FN int64_t llmpari_cuda_threads(int64_t n, llmpar_dtype dtype) {
     int64_t threads = 32;
@@ -2913,7 +2913,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_embed_launch(const llmpar_cuda_embed_
     llmpari_cuda_embedding p = { desc->rows, desc->n, desc->first, desc->count, desc->ids, desc->table, desc->y, 32, packs, desc->no_minus_zero };
     if (desc->rows == 0 || desc->n == 0) return LLMPAR_OK;
     while (p.width < 256 && p.width * pack < p.n) p.width *= 2;
-    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(p.rows, 256 / p.width), LLMPARI_CUDA_GRID)), block(256);
+    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(p.rows, 256 / p.width), LLMPARI_CUDA_ROWS_GRID)), block(256);
     if (desc->dtype == LLMPAR_F32)  return llmpari_cuda_launch("embed", llmpari_cuda_embed_kernel<float, float>, grid, block, 0, stream, err, p);
     if (desc->dtype == LLMPAR_BF16) return llmpari_cuda_launch("embed", desc->out_f32 ? llmpari_cuda_embed_kernel<__nv_bfloat16, float> : llmpari_cuda_embed_kernel<__nv_bfloat16, __nv_bfloat16>,
                                                                grid, block, 0, stream, err, p);
@@ -3048,19 +3048,19 @@ LLMPARI_CUDA_FN llmpari_cuda_entropy llmpari_cuda_entropy_of(const llmpar_cuda_e
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_entropy_part_launch(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err) {
     llmpari_cuda_entropy p = llmpari_cuda_entropy_of(desc);
     if (p.rows == 0) return LLMPAR_OK;
-    const dim3 grid((unsigned)llmpari_cuda_min(p.rows, LLMPARI_CUDA_GRID)), block((unsigned)llmpari_cuda_threads(p.n, desc->dtype));
+    const dim3 grid((unsigned)llmpari_cuda_min(p.rows, LLMPARI_CUDA_ROWS_GRID)), block((unsigned)llmpari_cuda_threads(p.n, desc->dtype));
     LLMPARI_CUDA_DISPATCH(desc->dtype, T, return llmpari_cuda_launch("entropy_part", llmpari_cuda_entropy_part_kernel<T>, grid, block, 0, stream, err, p));
 }
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_entropy_launch(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err) {
     const llmpari_cuda_entropy p = llmpari_cuda_entropy_of(desc);
     if (p.rows == 0) return LLMPAR_OK;
-    return llmpari_cuda_launch("entropy", llmpari_cuda_entropy_kernel, dim3((unsigned)llmpari_cuda_min(llmpari_cuda_up(p.rows, 256), LLMPARI_CUDA_GRID)), dim3(256), 0, stream, err, p);
+    return llmpari_cuda_launch("entropy", llmpari_cuda_entropy_kernel, dim3((unsigned)llmpari_cuda_min(llmpari_cuda_up(p.rows, 256), LLMPARI_CUDA_ROWS_GRID)), dim3(256), 0, stream, err, p);
 }
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_entropy_backward_launch(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err) {
     const llmpari_cuda_entropy p = llmpari_cuda_entropy_of(desc);
     if (p.rows == 0 || p.n == 0) return LLMPAR_OK;
     const int64_t pack = 16 / llmpari_cuda_bytes(desc->dtype);
-    const dim3 grid((unsigned)llmpari_cuda_min(p.rows, LLMPARI_CUDA_GRID), (unsigned)llmpari_cuda_min(llmpari_cuda_up(p.n, 4 * 256 * pack), 65535));
+    const dim3 grid((unsigned)llmpari_cuda_min(p.rows, LLMPARI_CUDA_ROWS_GRID), (unsigned)llmpari_cuda_min(llmpari_cuda_up(p.n, 4 * 256 * pack), 65535));
     const dim3 block((unsigned)llmpari_cuda_threads(p.n, desc->dtype));
     LLMPARI_CUDA_DISPATCH(desc->dtype, T, return llmpari_cuda_launch("entropy_backward", llmpari_cuda_entropy_backward_kernel<T>, grid, block, 0, stream, err, p));
 }
@@ -4092,7 +4092,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_route_launch(const llmpar_cuda_route_
     r.by_logit = !d->correction_bias && (!d->logit_bias || d->score == LLMPAR_SCORE_CHOSEN) && (r.group_top == 1 || r.topk_groups == r.n_groups);
     const int64_t bytes = 8 * (int64_t)(r.n + (r.topk_groups < r.n_groups ? r.n_groups : 0));
     const int warps = (int)llmpari_cuda_max(1, llmpari_cuda_min(4, 20480 / bytes));
-    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(r.rows, warps), LLMPARI_CUDA_GRID)), block((unsigned)(32 * warps));
+    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(r.rows, warps), LLMPARI_CUDA_ROWS_GRID)), block((unsigned)(32 * warps));
     LLMPARI_CUDA_DISPATCH(desc->dtype, T, return llmpari_cuda_launch("route", llmpari_cuda_route_kernel<T>, grid, block, (size_t)(bytes * warps), stream, err, r));
 }
 
@@ -4335,7 +4335,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_permute_launch(const llmpar_cuda_perm
     llmpari_cuda_permute p = { desc->rows, desc->k, units, stride / unit, desc->first, desc->count, 32, desc->x, desc->to, desc->y };
     if (desc->rows == 0 || desc->k == 0 || desc->bytes == 0 || desc->count == 0) return LLMPAR_OK;
     while (p.width < 256 && 2 * p.width < units) p.width *= 2;
-    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(p.rows, 256 / p.width), LLMPARI_CUDA_GRID)), block(256);
+    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(p.rows, 256 / p.width), LLMPARI_CUDA_ROWS_GRID)), block(256);
     if (unit == 16) return llmpari_cuda_launch("permute", llmpari_cuda_permute_kernel<llmpari_cuda_pack<float> >, grid, block, 0, stream, err, p);
     if (unit == 4)  return llmpari_cuda_launch("permute", llmpari_cuda_permute_kernel<uint32_t>, grid, block, 0, stream, err, p);
     return llmpari_cuda_launch("permute", llmpari_cuda_permute_kernel<uint8_t>, grid, block, 0, stream, err, p);
@@ -4474,7 +4474,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_combine_launch(const llmpar_cuda_comb
     int64_t threads = llmpari_cuda_threads(c.n, desc->dtype);
     while (threads > 32 && c.depth * pack * threads * 4 > 65536) threads /= 2;
     const size_t bytes = (size_t)(desc->tree ? c.depth * pack * threads * 4 : 0);
-    const dim3 grid((unsigned)llmpari_cuda_min(c.tokens, LLMPARI_CUDA_GRID)), block((unsigned)threads);
+    const dim3 grid((unsigned)llmpari_cuda_min(c.tokens, LLMPARI_CUDA_ROWS_GRID)), block((unsigned)threads);
     for (int32_t p = 0; p < pieces; p++) {
         llmpar_status status;
         c.e_first = piece[p].first; c.e_count = piece[p].count;
@@ -5121,7 +5121,7 @@ LLMPARI_DEVICE void llmpari_cuda_peer_leave(const llmpari_cuda_peer_args &a, int
     if (threadIdx.x != 0) return;
     llmpari_cuda_peer_state *state = llmpari_cuda_peer_own(a, rank);
     if (atomicAdd(&state->blocks, 1u) != gridDim.x - 1) return;
-    state->blocks = 0;
+    (void)atomicExch(&state->blocks, 0u);
     llmpari_cuda_peer_release(&state->calls, calls + 1);
 }
 
@@ -6828,7 +6828,8 @@ LLMPARI_CUDA_FN llmpar_status llmpari_nccl_meet_tcp(const llmpar_launch *at, dou
         snprintf(news.text, sizeof news.text, "%.380s", told.text);
         fd = socket(list->ai_family, SOCK_STREAM, 0);
         if (fd < 0 || setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) || bind(fd, list->ai_addr, list->ai_addrlen) || listen(fd, LLMPARI_NCCL_COMERS) || fcntl(fd, F_SETFL, O_NONBLOCK))
-            status = LLMPARI_CUDA_FAIL(err, LLMPAR_IO_FAILED, "rank 0 cannot listen at %s port %d: %s; choose another desc.port, or set NCCL_COMM_ID", at->master_address, (int)at->master_port, strerror(errno));
+            status = LLMPARI_CUDA_FAIL(err, LLMPAR_IO_FAILED, "rank 0 cannot listen at %s port %d: %s; choose another desc.port, or set NCCL_COMM_ID", at->master_address,
+                                       (int)at->master_port, strerror(errno));
         else status = llmpari_nccl_serve(fd, at, &news, until, a, err);
     }
     bool met = at->rank == 0;
@@ -6890,8 +6891,9 @@ LLMPAR_DEF llmpar_status llmpar_nccl_meet(const llmpar_nccl_desc *desc, llmpar_n
         else if (at.size == 1) snprintf(m->how, sizeof m->how, "no other rank");
         else snprintf(m->how, sizeof m->how, "%s, %s port %d", llmpar_launcher_name(at.launcher), at.master_address, (int)at.master_port);
         if (!comm_id && at.size > 1 && (!at.master_address[0] || at.master_port < 1 || at.master_port > 65535))
-            return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s says rank %d of %d, but not where ranks meet (address \"%s\", port %d); set MASTER_ADDR and MASTER_PORT, or NCCL_COMM_ID=address:port of "
-                                     "rank 0, or give a host communicator", llmpar_launcher_name(at.launcher), (int)at.rank, (int)at.size, at.master_address, (int)at.master_port);
+            return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s says rank %d of %d, but not where ranks meet (address \"%s\", port %d); set MASTER_ADDR and MASTER_PORT, or "
+                                     "NCCL_COMM_ID=address:port of rank 0, or give a host communicator", llmpar_launcher_name(at.launcher), (int)at.rank, (int)at.size, at.master_address,
+                                     (int)at.master_port);
         if (comm_id || at.size == 1) LLMPARI_CUDA_TRY(llmpari_nccl_new_id(&id, err));
         else LLMPARI_CUDA_TRY(llmpari_nccl_meet_tcp(&at, d.timeout_s > 0 ? d.timeout_s : 60, &d.allocator, &id, err));
     }
@@ -7515,7 +7517,7 @@ LLMPARI_CUDA_OP(rope, llmpar_rope_args) { LLMPARI_CUDA_TABLE; LLMPARI_CUDA_KEEP(
 LLMPARI_CUDA_FN int64_t llmpari_cuda_attention_floats(const llmpari_cuda_table *t, const llmpar_attention_args *g) {
     const int64_t keys = llmpari_cuda_max(g->n_keys, g->most_keys);
     if (t->exact || g->batch <= 0 || g->queries <= 0 || g->q_heads <= 0 || g->d <= 0 || keys <= 0) return 0;
-    return llmpari_cuda_attend_splits(g->batch, g->queries, g->q_heads, g->kv_heads, keys) * g->batch * g->queries * g->q_heads * (g->d + 1);
+    return llmpari_cuda_attend_splits(4, g->batch, g->queries, g->q_heads, g->kv_heads, keys) * g->batch * g->queries * g->q_heads * (g->d + 1);
 }
 LLMPARI_CUDA_OP(attention, llmpar_attention_args) {
     LLMPARI_CUDA_TABLE;

@@ -3,8 +3,8 @@
 //
 //   cc -std=c99 -O2 -I. -isystem /usr/local/cuda/include examples/nccl_plain_c.c -o build/nccl_plain_c -L/usr/local/cuda/lib64 -lnccl -lcudart -lpthread -lm
 //   build/nccl_plain_c --threads 2 --demo       2 GPUs of this process, a thread each
-//   torchrun --no-python --nproc_per_node 2 build/nccl_plain_c       or srun, or by hand: RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500, or NCCL_COMM_ID=address:port
-//   mpirun -np 2 build/nccl_plain_c_mpi --mpi   built by mpicc with -DLLMPAR_MPI
+//   # torchrun --no-python --nproc_per_node 2 build/nccl_plain_c      or srun, or by hand: RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500, or NCCL_COMM_ID=address:port
+//   # mpirun -np 2 build/nccl_plain_c_mpi --mpi    built by mpicc with -DLLMPAR_MPI
 //
 // The first prints, where there is a GPU for each (the id differs from run to run; without GPUs a sentence about that instead of the sums, and exit 1 unless --demo):
 //   NCCL ...

@@ -22,20 +22,46 @@ static void far_catch_up(far_memory *f) {
     for (int i = 0; i < f->n_later; i++) memcpy(f->later[i].to, f->later[i].from, f->later[i].bytes);
     f->n_later = 0;
 }
-#define FAR_KERNEL(name, type) \
-    static void far_##name(void *user, const type *args) { \
+// What a kernel is given must lie in the memory; NULL and empty arrays may be anywhere.
+static void far_check(const far_memory *f, const char *kernel, const void *const *pointer, int n, bool empty) {
+    for (int i = 0; i < n && !empty; i++)
+        if (pointer[i] && ((const char *)pointer[i] < f->at || (const char *)pointer[i] >= f->at + f->bytes)) { printf("FAIL pointer %d of kernel %s is not in far memory\n", i, kernel); exit(1); }
+}
+#define FAR_KERNEL(name, type, empty, ...) \
+    static void far_##name(void *user, const type *g) { \
         far_memory *f = (far_memory *)user; \
+        const void *const pointer[] = { __VA_ARGS__ }; \
+        far_check(f, #name, pointer, (int)(sizeof pointer / sizeof *pointer), empty); \
         far_open(f); far_catch_up(f); \
-        f->cpu.name(f->cpu.user, args); \
+        f->cpu.name(f->cpu.user, g); \
         far_close(f); \
     }
-FAR_KERNEL(gemm, llmpar_gemm) FAR_KERNEL(norm, llmpar_norm_args) FAR_KERNEL(rope, llmpar_rope_args) FAR_KERNEL(attention, llmpar_attention_args) FAR_KERNEL(unary, llmpar_unary_args)
-FAR_KERNEL(binary, llmpar_binary_args) FAR_KERNEL(gated, llmpar_gated_args) FAR_KERNEL(bias, llmpar_bias_args) FAR_KERNEL(softmax, llmpar_softmax_args) FAR_KERNEL(embed, llmpar_embed_args)
-FAR_KERNEL(permute, llmpar_permute_args) FAR_KERNEL(grouped, llmpar_grouped_args) FAR_KERNEL(combine, llmpar_combine_args) FAR_KERNEL(box, llmpar_box_args)
-FAR_KERNEL(broadcast, llmpar_broadcast_args) FAR_KERNEL(loops, llmpar_loops_args) FAR_KERNEL(take, llmpar_take_args) FAR_KERNEL(append, llmpar_append_args)
-FAR_KERNEL(convert, llmpar_convert_args) FAR_KERNEL(entropy, llmpar_entropy_args) FAR_KERNEL(scale, llmpar_scale_args) FAR_KERNEL(fold, llmpar_fold_args)
+FAR_KERNEL(gemm, llmpar_gemm, false, g->a, g->b, g->c, g->scratch)
+FAR_KERNEL(norm, llmpar_norm_args, false, g->x, g->weight, g->bias, g->y)
+FAR_KERNEL(rope, llmpar_rope_args, false, g->x, g->y, g->position, g->d > 1 ? g->frequencies : NULL)
+FAR_KERNEL(attention, llmpar_attention_args, false, g->q, g->k, g->v, g->kv_of_q, g->position, g->out, g->scratch)
+FAR_KERNEL(unary, llmpar_unary_args, false, g->x, g->y)
+FAR_KERNEL(binary, llmpar_binary_args, false, g->a, g->b, g->y)
+FAR_KERNEL(gated, llmpar_gated_args, false, g->gate, g->up, g->y)
+FAR_KERNEL(bias, llmpar_bias_args, false, g->x, g->bias, g->y)
+FAR_KERNEL(softmax, llmpar_softmax_args, false, g->x, g->y)
+FAR_KERNEL(embed, llmpar_embed_args, false, g->ids, g->table, g->y)
+FAR_KERNEL(permute, llmpar_permute_args, false, g->x, g->to, g->y)
+FAR_KERNEL(grouped, llmpar_grouped_args, false, g->gemm.a, g->gemm.b, g->gemm.c, g->gemm.scratch)
+FAR_KERNEL(combine, llmpar_combine_args, false, g->ids, g->from, g->weights, g->y, g->out, g->scratch)
+FAR_KERNEL(box, llmpar_box_args, false, g->to, g->from)
+FAR_KERNEL(broadcast, llmpar_broadcast_args, false, g->a, g->b, g->y)
+FAR_KERNEL(loops, llmpar_loops_args, false, g->a, g->b, g->c)
+FAR_KERNEL(take, llmpar_take_args, false, g->x, g->ids, g->y)
+FAR_KERNEL(append, llmpar_append_args, g->batch * g->tokens * g->heads == 0, g->position, g->k, g->v, g->k_cache, g->v_cache)
+FAR_KERNEL(convert, llmpar_convert_args, false, g->x, g->y)
+FAR_KERNEL(entropy, llmpar_entropy_args, false, g->x, g->labels, g->largest, g->sum, g->picked, g->loss)
+FAR_KERNEL(scale, llmpar_scale_args, false, g->to, g->weights, g->y)
+FAR_KERNEL(fold, llmpar_fold_args, false, g->x, g->out)
 static void far_granules(void *user, const llmpar_granules_args *args) {
     far_memory *f = (far_memory *)user;
+    const void *const pointer[] = { args->gemm.a, args->gemm.b, args->gemm.c, args->gemm.scratch, args->n ? args->merges : NULL };
+    far_check(f, "granules", pointer, 5, false);
     far_open(f); far_catch_up(f);
     llmpari_ops_granules(&f->cpu, args);
     far_close(f);
@@ -99,6 +125,8 @@ typedef struct far_comm { far_memory *far; llmpar_comm *inner; } far_comm;
 static llmpar_comm *far_comm_new(far_memory *f, llmpar_comm *inner);
 static llmpar_status far_start(llmpar_comm *comm, const llmpar_call *call, int64_t *ticket, llmpar_error *err) {
     far_comm *c = (far_comm *)comm->impl;
+    const void *const pointer[] = { call->send, call->recv };
+    far_check(c->far, "communicator", pointer, 2, call->kind == LLMPAR_BARRIER);
     far_open(c->far); far_catch_up(c->far);
     const llmpar_status status = llmpari_comm_call(c->inner, call, err);
     far_close(c->far);

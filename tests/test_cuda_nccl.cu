@@ -56,7 +56,8 @@ static llmpar_status place(const job *j, int me, llmpar_collective side, uint64_
 static llmpar_status unplace(const job *j, placed *p, llmpar_error *err) {
     llmpar_status status = LLMPAR_OK;
     if (cudaMemcpy(p->b.memory, p->device, (size_t)p->b.bytes, cudaMemcpyDeviceToHost) != cudaSuccess) status = bad(err, "cannot copy back");
-    else if (!job_good(j, &p->b)) status = bad(err, "%s %s %d, %d ranks, %lld elements: wrong result", llmpar_collective_name(j->kind), llmpar_dtype_name(j->dtype), j->reduce, j->n, (long long)j->count);
+    else if (!job_good(j, &p->b)) status = bad(err, "%s %s %d, %d ranks, %lld elements: wrong result", llmpar_collective_name(j->kind), llmpar_dtype_name(j->dtype),
+                                                   j->reduce, j->n, (long long)j->count);
     if (cudaFree(p->device) != cudaSuccess && !status) status = bad(err, "a write around a buffer");
     free(p->b.memory);
     return status;
@@ -522,6 +523,7 @@ static void test_errors(void) {
         int32_t *d = NULL;
         this_is(0);
         CHECK_OK(llmpar_nccl_create(&desc, &world, &err), err);
+        if (!world) return;
         CHECK(cudaMalloc((void **)&d, 64) == cudaSuccess);
         world->timeout_s = 0.1;
         CHECK_OK(llmpar_all_reduce(world, d, d, 16, LLMPAR_I32, LLMPAR_SUM, &err), err);

@@ -86,14 +86,18 @@ void  AnnotateIgnoreWritesEnd(const char *file, int line);
 }
 #define EMULATOR_ACQUIRE(at) __tsan_acquire((void *)(at))
 #define EMULATOR_RELEASE(at) __tsan_release((void *)(at))
-// What the emulator itself reads and writes is no kernel's race.
+// What the emulator itself reads and writes is no kernel's race. Beginning to ignore costs a look-up of the call stack: what every thread does often is EMULATOR_RAW instead.
+inline thread_local int *emulator_ignoring;                    // how deep the running CUDA thread ignores; NULL: none runs
 struct emulator_ignore {
-    emulator_ignore()  { AnnotateIgnoreReadsBegin(__FILE__, __LINE__); AnnotateIgnoreWritesBegin(__FILE__, __LINE__); }
-    ~emulator_ignore() { AnnotateIgnoreWritesEnd(__FILE__, __LINE__); AnnotateIgnoreReadsEnd(__FILE__, __LINE__); }
+    int *deep;
+    emulator_ignore() : deep(emulator_ignoring) { AnnotateIgnoreReadsBegin(__FILE__, __LINE__); AnnotateIgnoreWritesBegin(__FILE__, __LINE__); if (deep) ++*deep; }
+    ~emulator_ignore() { if (deep) --*deep; AnnotateIgnoreWritesEnd(__FILE__, __LINE__); AnnotateIgnoreReadsEnd(__FILE__, __LINE__); }
 };
+#define EMULATOR_RAW __attribute__((no_sanitize("thread"), noinline))
 #else
 #define EMULATOR_ACQUIRE(at) ((void)(at))
 #define EMULATOR_RELEASE(at) ((void)(at))
+#define EMULATOR_RAW
 struct emulator_ignore { emulator_ignore() {} };
 #endif
 
@@ -223,6 +227,7 @@ struct emulator_thread {
     emulator_fiber *fiber;
     struct emulator_block *block;
     void *tsan;
+    int ignoring;
 };
 struct emulator_shared_array { const void *key; unsigned char *memory; size_t bytes; };
 struct emulator_block {
@@ -335,13 +340,13 @@ inline void emulator_to(emulator_fiber *from, emulator_fiber *to, void *tsan, bo
     __sanitizer_finish_switch_fiber(from->fake, nullptr, nullptr);
 #endif
 }
-inline void emulator_leave(bool last = false) {                // from a fiber to the scheduler
+inline EMULATOR_RAW void emulator_leave(bool last = false) {                // from a fiber to the scheduler
     emulator_worker &me = emulator_me();
     emulator_to(emulator_self->fiber, &me.main, me.tsan, last);
 #ifdef EMULATOR_TSAN
     if (emulator_self->state == EMULATOR_DROPPED) {            // called once more, to end what it ignores: its launch has failed
         EMULATOR_RELEASE(&emulator_self->block->launch->end);
-        AnnotateIgnoreWritesEnd(__FILE__, __LINE__); AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+        for (; emulator_self->ignoring > 0; emulator_self->ignoring--) { AnnotateIgnoreWritesEnd(__FILE__, __LINE__); AnnotateIgnoreReadsEnd(__FILE__, __LINE__); }
         for (;;) emulator_to(emulator_self->fiber, &me.main, me.tsan, true);
     }
 #endif
@@ -355,11 +360,12 @@ inline void emulator_fault_at(emulator_block *block, emulator_thread *t, const c
     else   emulator_say("block (%u,%u,%u): %s", block->index.x, block->index.y, block->index.z, text);
 }
 inline void emulator_fault(const char *text) {
+    emulator_ignore quiet;
     emulator_fault_at(emulator_self->block, emulator_self, text);
     for (;;) emulator_leave();
 }
 
-extern "C" __attribute__((unused)) inline void emulator_enter() {
+extern "C" __attribute__((unused)) inline EMULATOR_RAW void emulator_enter() {
 #ifdef EMULATOR_ASAN
     { const void *bottom; size_t bytes; __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes); emulator_me().main.low = (unsigned char *)(uintptr_t)bottom; emulator_me().main.bytes = bytes; }
 #endif
@@ -371,7 +377,6 @@ extern "C" __attribute__((unused)) inline void emulator_enter() {
     self->block->launch->body();
     EMULATOR_RELEASE(&self->block->launch->end);
     {
-        emulator_ignore quiet;
         emulator_warp_state &warp = self->block->warps[(size_t)self->number / 32];
         warp.exited |= 1u << self->number % 32;
         for (int g = 0; g < warp.groups; g++)
@@ -401,6 +406,7 @@ inline void emulator_begin_thread(emulator_thread *t) {
     emulator_fiber *f = t->fiber;
     EMULATOR_UNPOISON(f->low, f->bytes);
     f->fake = nullptr;
+    t->ignoring = 0;
 #if defined(__x86_64__)
     void **top = (void **)(void *)(f->low + f->bytes) - 1;
     *top-- = nullptr;                                          // emulator_enter's return address, for alignment and debuggers
@@ -421,7 +427,13 @@ inline void emulator_run_thread(emulator_thread *t) {
     if (!t->fiber) emulator_begin_thread(t);
     emulator_self = t;
     threadIdx = t->index;
+#ifdef EMULATOR_TSAN
+    emulator_ignoring = &t->ignoring;
+#endif
     emulator_to(&me.main, t->fiber, t->tsan, false);
+#ifdef EMULATOR_TSAN
+    emulator_ignoring = nullptr;
+#endif
     emulator_self = nullptr;
 #ifndef EMULATOR_TSAN
     if (t->state == EMULATOR_DONE) { me.fibers.push_back(t->fiber); t->fiber = nullptr; }        // under TSan a thread keeps its stack: the next one is no successor
@@ -446,11 +458,11 @@ inline void emulator_free_shared(emulator_block *block) {
     block->shared.clear();
 }
 // The block's array of this key: one per declaration in the source, per instantiation; key NULL: the launch's dynamic memory.
-inline void *emulator_shared_at(const void *key, size_t bytes) {
-    emulator_ignore quiet;
+inline EMULATOR_RAW void *emulator_shared_at(const void *key, size_t bytes) {
     emulator_block *block = emulator_self->block;
+    for (const emulator_shared_array &a : block->shared) if (a.key == key) return a.memory + EMULATOR_GUARD;
+    emulator_ignore quiet;
     if (!key) bytes = block->launch->dynamic_bytes;
-    for (emulator_shared_array &a : block->shared) if (a.key == key) return a.memory + EMULATOR_GUARD;
     if (key && (block->static_bytes += bytes) > 48 * 1024) EMULATOR_FAULT("more than 48 KiB of static shared memory");
     emulator_shared_array a = { key, nullptr, bytes };
     a.memory = (unsigned char *)aligned_alloc(128, (bytes + 2 * EMULATOR_GUARD + 127) / 128 * 128);
@@ -479,8 +491,7 @@ template <typename T> struct emulator_array {                  // behaves like T
 // ---- barriers, shuffles, votes
 
 
-inline int emulator_barrier(int predicate, int line) {         // how many of the block's threads gave a predicate that is not 0
-    emulator_ignore quiet;
+inline EMULATOR_RAW int emulator_barrier(int predicate, int line) {            // how many of the block's threads gave a predicate that is not 0
     emulator_thread *t = emulator_self;
     t->state = EMULATOR_BARRIER; t->line = line; t->value = predicate != 0;
     EMULATOR_RELEASE(&t->block->epoch);
@@ -493,7 +504,7 @@ inline int  __syncthreads_count(int p, int line = __builtin_LINE()) { return emu
 inline int  __syncthreads_or(int p, int line = __builtin_LINE())   { return emulator_barrier(p, line) > 0; }
 inline int  __syncthreads_and(int p, int line = __builtin_LINE())  { return emulator_barrier(!p, line) == 0; }
 
-inline void emulator_warp_resolve(emulator_thread *warp, unsigned mask, int kind) {
+inline EMULATOR_RAW void emulator_warp_resolve(emulator_thread *warp, unsigned mask, int kind) {
     uint64_t all = 0;
     bool first = true;
     for (unsigned left = mask; left && kind != EMULATOR_SHFL && kind != EMULATOR_MATCH; left &= left - 1) {
@@ -520,8 +531,7 @@ inline void emulator_warp_resolve(emulator_thread *warp, unsigned mask, int kind
     }
 }
 // Every lane of the mask brings (value, source); the last one resolves for all.
-inline uint64_t emulator_warp(int kind, unsigned mask, uint64_t value, int source, int bytes, int line) {
-    emulator_ignore quiet;
+inline EMULATOR_RAW uint64_t emulator_warp(int kind, unsigned mask, uint64_t value, int source, int bytes, int line) {
     emulator_thread *t = emulator_self;
     emulator_block *block = t->block;
     const int lane = t->number % 32, first = t->number - lane;

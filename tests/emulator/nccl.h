@@ -197,7 +197,9 @@ inline bool stub_step(const stub_ref &l) {
 // ---- NCCL's functions
 
 inline ncclResult_t ncclGetVersion(int *version) { *version = NCCL_VERSION_CODE; return ncclSuccess; }
-inline const char *ncclGetErrorString(ncclResult_t r) { return r == ncclSystemError ? "unhandled system error" : r == ncclRemoteError ? "remote process exited or there was a network error" : r == ncclInvalidUsage ? "invalid usage" : "an error"; }
+inline const char *ncclGetErrorString(ncclResult_t r) {
+    return r == ncclSystemError ? "unhandled system error" : r == ncclRemoteError ? "remote process exited or there was a network error" : r == ncclInvalidUsage ? "invalid usage" : "an error";
+}
 inline const char *ncclGetLastError(ncclComm_t c) { return c ? c->last.c_str() : ""; }
 inline ncclResult_t ncclGetUniqueId(ncclUniqueId *id) {
     std::lock_guard<std::mutex> hold(stub().lock);
@@ -361,10 +363,14 @@ inline ncclResult_t stub_call(ncclComm_t c, cudaStream_t stream, stub_what what,
     return ncclSuccess;
 }
 inline ncclResult_t ncclAllReduce(const void *s, void *r, size_t n, ncclDataType_t t, ncclRedOp_t op, ncclComm_t c, cudaStream_t on) { return stub_call(c, on, STUB_ALL_REDUCE, s, r, n, t, op, 0); }
-inline ncclResult_t ncclReduce(const void *s, void *r, size_t n, ncclDataType_t t, ncclRedOp_t op, int root, ncclComm_t c, cudaStream_t on) { return stub_call(c, on, STUB_REDUCE, s, r, n, t, op, root); }
+inline ncclResult_t ncclReduce(const void *s, void *r, size_t n, ncclDataType_t t, ncclRedOp_t op, int root, ncclComm_t c, cudaStream_t on) {
+    return stub_call(c, on, STUB_REDUCE, s, r, n, t, op, root);
+}
 inline ncclResult_t ncclBroadcast(const void *s, void *r, size_t n, ncclDataType_t t, int root, ncclComm_t c, cudaStream_t on) { return stub_call(c, on, STUB_BROADCAST, s, r, n, t, ncclSum, root); }
 inline ncclResult_t ncclAllGather(const void *s, void *r, size_t n, ncclDataType_t t, ncclComm_t c, cudaStream_t on) { return stub_call(c, on, STUB_ALL_GATHER, s, r, n, t, ncclSum, 0); }
-inline ncclResult_t ncclReduceScatter(const void *s, void *r, size_t n, ncclDataType_t t, ncclRedOp_t op, ncclComm_t c, cudaStream_t on) { return stub_call(c, on, STUB_REDUCE_SCATTER, s, r, n, t, op, 0); }
+inline ncclResult_t ncclReduceScatter(const void *s, void *r, size_t n, ncclDataType_t t, ncclRedOp_t op, ncclComm_t c, cudaStream_t on) {
+    return stub_call(c, on, STUB_REDUCE_SCATTER, s, r, n, t, op, 0);
+}
 inline ncclResult_t ncclSend(const void *s, size_t n, ncclDataType_t t, int peer, ncclComm_t c, cudaStream_t on) { return stub_call(c, on, STUB_SEND, s, nullptr, n, t, ncclSum, peer); }
 inline ncclResult_t ncclRecv(void *r, size_t n, ncclDataType_t t, int peer, ncclComm_t c, cudaStream_t on) { return stub_call(c, on, STUB_RECV, nullptr, r, n, t, ncclSum, peer); }
 #endif
