@@ -67,9 +67,10 @@ inline stub_world &stub() { static stub_world *w = new stub_world; return *w; }
 inline thread_local int stub_me = 0;           // the rank that this thread is, for the plan
 inline thread_local int stub_depth = 0;
 inline thread_local std::vector<std::pair<ncclComm_t, std::pair<cudaStream_t, stub_part>>> stub_group;
-// All communicators of before are gone.
+// All communicators of before are gone; what a test that failed has left on a stream ends.
 inline void stub_reset(const stub_plan_t &plan, uint64_t seed) {
     std::lock_guard<std::mutex> hold(stub().lock);
+    for (auto &c : stub().comms) for (auto *list : { &c->waiting, &c->launched }) for (stub_ref &l : *list) l->killed = true;
     stub().plan = plan; stub().seed = seed; stub().by_id.clear(); stub().comms.clear(); stub().groups.clear(); stub().misuse = stub().live = stub().shrinks = 0;
 }
 inline long stub_misuse() { std::lock_guard<std::mutex> hold(stub().lock); return stub().misuse; }
