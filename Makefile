@@ -17,6 +17,8 @@ TOOLS    := $(B)/golden_check $(B)/make_synthetic $(B)/fault
 BENCHES  := $(patsubst tests/%.c,$(B)/%,$(filter-out tests/bench_comm_mpi.c tests/bench_mpi.c,$(wildcard tests/bench_*.c)))
 # bench_comm's peers, one for each MPI whose compiler is found.
 PEERS    := $(foreach mpi,openmpi mpich,$(if $(shell command -v mpicc.$(mpi)),$(B)/bench_comm_$(mpi)))
+# llmpar_cuda.cuh's tests: the emulator of tests/emulator stands for CUDA, so that neither GPU nor toolkit is needed. nvcc compiles the same files in `make cuda`.
+CUDA_TESTS := $(patsubst tests/%.cu,$(B)/%,$(wildcard tests/test_cuda_*.cu))
 FUZZERS  := $(patsubst tests/%.c,$(B)/%,$(wildcard tests/fuzz_*.c))
 REPLAYS  := $(patsubst tests/%.c,$(B)/%_main,$(wildcard tests/fuzz_*.c))
 
@@ -34,7 +36,7 @@ endif
 mpicc     = $(if $(filter default,$(1)),mpicc,mpicc.$(1))
 MPI_RUNS := $(foreach mpi,$(MPICCS),$(B)/test_mpi.$(mpi) $(B)/golden_check.$(mpi) $(B)/fault.$(mpi))
 
-.PHONY: all help demo test stress bench hygiene sanitize fuzz clean
+.PHONY: all help demo test stress bench hygiene sanitize fuzz cuda clean
 all: $(EXAMPLES) $(TOOLS) $(B)/bench_comm $(PEERS) $(if $(MPICCS),$(B)/llama_mpi)
 
 help:
@@ -45,6 +47,7 @@ help:
 	@echo "make bench      speed of planner, pipeline schedules, experts, kernels, collectives (beside MPI's), decode and prefill, with ratios to this machine's limits"
 	@echo "make hygiene    warnings, language standards, symbols, contents, README snippets"
 	@echo "make sanitize   all tests under ASan+UBSan and under TSan"
+	@echo "make cuda       with nvcc, where it is: llmpar_cuda.cuh for sm_80, sm_90 and sm_100, its tests and examples; CUDA_ARCH=native: those for this machine's GPU"
 	@echo "make fuzz       libFuzzer on every parser, FUZZ_S=60 seconds each"
 	@echo "make clean      remove build/"
 	@echo "variables: CC CXX CFLAGS CBLAS=1 FUZZ_S LLMPAR_SEED"
@@ -59,7 +62,15 @@ $(TESTS): $(B)/%: tests/%.c llmpar.h tests/test.h | $(B)
 $(TOOLS) $(BENCHES): $(B)/%: tests/%.c llmpar.h tests/test.h | $(B)
 	$(CC) $(CFLAGS) $(STRICT) -I. -Itests $< -o $@ $(LDLIBS)
 
+$(CUDA_TESTS): $(B)/%: tests/%.cu llmpar.h llmpar_cuda.cuh tests/test.h tests/cuda_test.h $(wildcard tests/emulator/*.h) | $(B)
+	$(CXX) -x c++ -std=c++17 -O1 -g -DLLMPAR_STATIC -Wall -Wextra -Wshadow -Itests/emulator -I. -Itests $< -o $@ $(LDLIBS)
+$(B)/llama_cuda_emulated: examples/llama_cuda.cu llmpar.h llmpar_cuda.cuh $(wildcard tests/emulator/*.h) | $(B)
+	$(CXX) -x c++ -std=c++17 -O1 -g -DLLMPAR_STATIC -Wall -Wextra -Wshadow -Itests/emulator -I. $< -o $@ $(LDLIBS)
+cuda:
+	@sh tests/cuda.sh
+
 $(B)/test_comm: tests/jobs.h
+$(B)/test_exec $(B)/test_device: tests/far.h
 $(B)/test_comm_random: tests/jobs.h tests/sequence.h
 # The same under TSan, which looks at a tenth as many sequences: `make stress` alone.
 $(B)/test_comm_random.thread: tests/test_comm_random.c llmpar.h tests/test.h tests/jobs.h tests/sequence.h | $(B)
@@ -87,11 +98,11 @@ $(B)/llama_mpi: examples/llama.c llmpar.h | $(B)
 demo: $(B)/llama
 	@sh tests/demo.sh
 
-test: all $(TESTS) $(REPLAYS) $(MPI_RUNS)
-	@sh tests/run.sh $(TESTS) $(REPLAYS) tests/cli.sh tests/golden.sh tests/mpi.sh tests/mpi_hosts.sh tests/nccl.sh
+test: all $(TESTS) $(CUDA_TESTS) $(B)/llama_cuda_emulated $(REPLAYS) $(MPI_RUNS)
+	@sh tests/run.sh $(TESTS) $(CUDA_TESTS) $(REPLAYS) tests/cli.sh tests/golden.sh tests/mpi.sh tests/mpi_hosts.sh tests/nccl.sh tests/cuda_registers.sh tests/llama_cuda.sh
 
-stress: all $(TESTS) $(REPLAYS) $(MPI_RUNS) $(B)/test_comm_random.thread $(B)/fault.address $(B)/fault.thread
-	@LLMPAR_STRESS=1 sh tests/run.sh $(TESTS) $(B)/test_comm_random.thread $(REPLAYS) tests/fault.sh tests/cli.sh tests/golden.sh tests/mpi.sh tests/mpi_hosts.sh tests/nccl.sh
+stress: all $(TESTS) $(CUDA_TESTS) $(B)/llama_cuda_emulated $(REPLAYS) $(MPI_RUNS) $(B)/test_comm_random.thread $(B)/fault.address $(B)/fault.thread
+	@LLMPAR_STRESS=1 sh tests/run.sh $(TESTS) $(CUDA_TESTS) $(B)/test_comm_random.thread $(REPLAYS) tests/fault.sh tests/cli.sh tests/golden.sh tests/mpi.sh tests/mpi_hosts.sh tests/nccl.sh tests/llama_cuda.sh
 
 bench: $(BENCHES) $(TOOLS) $(B)/llama
 	@sh tests/bench.sh

@@ -599,7 +599,8 @@ LLMPAR_DEF llmpar_status llmpar_cuda_clip(const llmpar_cuda_clip_desc *desc, voi
 // AdamW (arXiv 1711.05101, algorithm 2, with the decay multiplied by the learning rate as PyTorch does) on n parameters; everything elementwise:
 //   g = gradient * scale * *factor;  m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
 //   p = p (1 - lr weight_decay) - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
-// Errors, u = 2^-24: m 6 u (|beta1 m| + |(1 - beta1) g|), v 8 u v + 2^-149, p 3 u |p| + 16 u lr / (1 - beta1^step) (|beta1 m| + |(1 - beta1) g|) / denominator; the copy is p rounded.
+// Errors, u = 2^-24, M = |beta1 m| + |(1 - beta1) g|: m 6 u M, v 8 u v, p 3 u |p| + 20 u lr / (1 - beta1^step) M / denominator, 2^-148 more each; the copy is p rounded. A parameter's
+// bits do not depend on where in a shard it lies.
 // 28 bytes are moved for a parameter (bf16 gradient and copy). Shards that begin at a multiple of 8 elements are read in packs of 16 bytes.
 typedef struct llmpar_cuda_adamw_desc {
     int64_t        n;
@@ -1489,26 +1490,27 @@ template <typename T, int K> LLMPARI_DEVICE float llmpari_cuda_act(float x) {
     return __fadd_rn(x, 0.0f);
 }
 
-// act(x), and its derivative in *slope. Where sigmoids are 0 or 1 to the last bit, x is held back, so that 0 * infinity does not come up.
+// act(x), and its derivative in *slope. Where sigmoids are 0 or 1 to the last bit, x is held back, so that 0 * infinity does not come up. Roundings are spelt out here too, so that
+// an element has the same bits in a pack and alone.
 template <typename T, int K> LLMPARI_DEVICE float llmpari_cuda_act_slope(float x, float *slope) {
-    const float held = fminf(fmaxf(x, -128.0f), 128.0f), y = llmpari_cuda_act<T, K>(x);
+    const float held = fminf(fmaxf(x, -128.0f), 128.0f);
     *slope = 1.0f;
-    if (K == LLMPAR_SILU) {
-        const float s = 1.0f / (1.0f + llmpari_cuda_exp_for<T>(-x));
-        *slope = s * (1.0f + held * (1.0f - s));
-        return x * s;
+    if (K == LLMPAR_SILU || K == LLMPAR_GELU_TANH) {           // x sigmoid(-w) with w = -x, or GELU_TANH's
+        const float s = 1.0f / __fadd_rn(1.0f, llmpari_cuda_exp_for<T>(K == LLMPAR_SILU ? -x : llmpari_cuda_gelu_tanh_of(x)));
+        const float by = K == LLMPAR_SILU ? held : __fmul_rn(held, fmaf(__fmul_rn(0.21406444881f, held), held, 1.59576912160573071f));
+        *slope = __fmul_rn(s, fmaf(by, __fadd_rn(1.0f, -s), 1.0f));
+        return __fmul_rn(x, s);
     }
-    if (K == LLMPAR_GELU)      *slope = 0.5f * (1.0f + erff(x * 0.70710678118654752f)) + held * 0.39894228040143268f * llmpari_cuda_exp_for<T>(-0.5f * held * held);
-    if (K == LLMPAR_GELU_TANH) {
-        const float s = 1.0f / (1.0f + llmpari_cuda_exp_for<T>(llmpari_cuda_gelu_tanh_of(x)));
-        *slope = s * (1.0f + held * (1.0f - s) * (1.59576912160573071f + 0.21406444881f * held * held));
-        return x * s;
+    const float y = llmpari_cuda_act<T, K>(x);
+    if (K == LLMPAR_GELU) {
+        const float density = __fmul_rn(0.39894228040143268f, llmpari_cuda_exp_for<T>(__fmul_rn(__fmul_rn(-0.5f, held), held)));
+        *slope = fmaf(held, density, __fmul_rn(0.5f, __fadd_rn(1.0f, erff(__fmul_rn(x, 0.70710678118654752f)))));
     }
-    if (K == LLMPAR_RELU)      *slope = x > 0.0f ? 1.0f : 0.0f;
-    if (K == LLMPAR_EXP)       *slope = y;
-    if (K == LLMPAR_SQUARE)    *slope = 2.0f * x;
-    if (K == LLMPAR_NEGATE)    *slope = -1.0f;
-    if (K == LLMPAR_SIGMOID)   *slope = y * (1.0f - y);
+    if (K == LLMPAR_RELU)    *slope = x > 0.0f ? 1.0f : 0.0f;
+    if (K == LLMPAR_EXP)     *slope = y;
+    if (K == LLMPAR_SQUARE)  *slope = 2.0f * x;
+    if (K == LLMPAR_NEGATE)  *slope = -1.0f;
+    if (K == LLMPAR_SIGMOID) *slope = __fmul_rn(y, __fadd_rn(1.0f, -y));
     return y;
 }
 
@@ -1518,16 +1520,16 @@ template <typename T, int K> LLMPARI_DEVICE float llmpari_cuda_act_slope(float x
 #define LLMPARI_CUDA_MEMBER __device__ __forceinline__
 struct llmpari_cuda_each { LLMPARI_CUDA_MEMBER bool skip() const { return false; } };
 
-template <typename Op> __global__ void __launch_bounds__(256) llmpari_cuda_each_kernel(const Op op, int64_t rows, int64_t n, int shift, bool packs) {
+template <typename Op> __global__ void __launch_bounds__(256, 4) llmpari_cuda_each_kernel(const Op op, int64_t rows, int64_t n, int shift, bool packs) {
     if (op.skip()) return;
     const int64_t width = (int64_t)1 << shift, lane = threadIdx.x & (width - 1), all = packs ? n / Op::n : 0;
-    for (int64_t row = (int64_t)blockIdx.y * (256 >> shift) + (threadIdx.x >> shift); row < rows; row += (int64_t)gridDim.y * (256 >> shift)) {
-        for (int64_t c = blockIdx.x * width * Op::ways + lane; c < all; c += gridDim.x * width * Op::ways) {
+    LLMPARI_CUDA_UNROLL_BY(1) for (int64_t row = (int64_t)blockIdx.y * (256 >> shift) + (threadIdx.x >> shift); row < rows; row += (int64_t)gridDim.y * (256 >> shift)) {
+        LLMPARI_CUDA_UNROLL_BY(1) for (int64_t c = blockIdx.x * width * Op::ways + lane; c < all; c += gridDim.x * width * Op::ways) {
             typename Op::packs in[Op::ways];
             LLMPARI_CUDA_UNROLL for (int u = 0; u < Op::ways; u++) if (u == 0 || c + u * width < all) op.load(in[u], row, (c + u * width) * Op::n);
             LLMPARI_CUDA_UNROLL for (int u = 0; u < Op::ways; u++) if (u == 0 || c + u * width < all) op.run(in[u], row, (c + u * width) * Op::n);
         }
-        for (int64_t at = all * Op::n + blockIdx.x * width + lane; at < n; at += gridDim.x * width) op.one(row, at);
+        LLMPARI_CUDA_UNROLL_BY(1) for (int64_t at = all * Op::n + blockIdx.x * width + lane; at < n; at += gridDim.x * width) op.one(row, at);
     }
 }
 
@@ -1609,8 +1611,8 @@ LLMPAR_DEF llmpar_status llmpar_cuda_gated(const llmpar_cuda_gated_desc *desc, v
 template <typename T, int K> LLMPARI_DEVICE void llmpari_cuda_gated_gradient(T *gate, T *up, float dy) {
     float slope;
     const float y = llmpari_cuda_act_slope<T, K>(llmpari_cuda_to_f32(*gate), &slope);
-    llmpari_cuda_from_f32(gate, dy * llmpari_cuda_to_f32(*up) * slope);
-    llmpari_cuda_from_f32(up, dy * y);
+    llmpari_cuda_from_f32(gate, __fmul_rn(__fmul_rn(dy, llmpari_cuda_to_f32(*up)), slope));
+    llmpari_cuda_from_f32(up, __fmul_rn(dy, y));
 }
 template <typename T, int K> LLMPARI_DEVICE void llmpari_cuda_gated_gradient_pack(llmpari_cuda_pack<T> &gate, llmpari_cuda_pack<T> &up, const llmpari_cuda_pack<T> &dy) {
     LLMPARI_CUDA_UNROLL for (int i = 0; i < llmpari_cuda_pack<T>::n; i++) llmpari_cuda_gated_gradient<T, K>(&gate.at[i], &up.at[i], llmpari_cuda_to_f32(dy.at[i]));
@@ -3624,9 +3626,11 @@ LLMPAR_DEF llmpar_status llmpar_cuda_sample(const llmpar_cuda_sample_desc *desc,
 // ============================================================================================================
 
 #ifdef __CUDACC__
-#define LLMPARI_CUDA_UNROLL _Pragma("unroll")
+#define LLMPARI_CUDA_UNROLL    _Pragma("unroll")
+#define LLMPARI_CUDA_NO_UNROLL _Pragma("unroll 1")
 #else
 #define LLMPARI_CUDA_UNROLL
+#define LLMPARI_CUDA_NO_UNROLL
 #endif
 LLMPARI_DEVICE int64_t llmpari_cuda_least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -5022,7 +5026,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_squares(const llmpar_cuda_squares_desc *des
     if (!desc) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc is NULL");
     LLMPARI_CUDA_TRY(llmpari_cuda_float("dtype", desc->dtype, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check_shape(1, desc->n, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check("x", desc->x, llmpari_cuda_bytes(desc->dtype), desc->n == 0, err));
+    if (desc->n) LLMPARI_CUDA_TRY(llmpari_cuda_check("x", desc->x, llmpari_cuda_bytes(desc->dtype), false, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("sum", desc->sum, 4, false, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("workspace", desc->workspace, 8, false, err));
     return llmpari_cuda_squares_launch(desc, stream, err);
@@ -5067,9 +5071,9 @@ template <typename T> struct llmpari_cuda_adamw_op {
     float scale, beta1, rest1, beta2, rest2, decay, rate, root, eps;   // rest = 1 - beta, decay = 1 - lr weight_decay, rate = lr / (1 - beta1^step), root = 1 / sqrt(1 - beta2^step)
     LLMPARI_CUDA_MEMBER bool skip() const { return no && *no; }
     LLMPARI_CUDA_MEMBER void step(float g, float &p_, float &m_, float &v_) const {
-        m_ = beta1 * m_ + rest1 * g;
-        v_ = beta2 * v_ + rest2 * g * g;
-        p_ = decay * p_ - rate * (m_ / (sqrtf(v_) * root + eps));
+        m_ = fmaf(beta1, m_, __fmul_rn(rest1, g));
+        v_ = fmaf(beta2, v_, __fmul_rn(__fmul_rn(rest2, g), g));
+        p_ = fmaf(decay, p_, -__fmul_rn(rate, m_ / fmaf(sqrtf(v_), root, eps)));
     }
     LLMPARI_CUDA_MEMBER void load(packs &in, int64_t, int64_t at) const {
         in.g = llmpari_cuda_load_pack(gradient + at);
@@ -5438,11 +5442,11 @@ LLMPARI_DEVICE void llmpari_cuda_peer_share(int64_t bytes, int64_t *first, int64
 }
 
 // What the rank has for each slot, into its mailbox.
-template <typename U> LLMPARI_DEVICE void llmpari_cuda_peer_post(const llmpari_cuda_peer_args &a, int rank, char *half) {
+template <typename U> LLMPARI_DEVICE void llmpari_cuda_peer_post(const llmpari_cuda_peer_args &a, int rank, char *box) {
     for (int s = 0; s < a.slots; s++) {
         const int64_t bytes = a.bytes[rank * LLMPARI_PEERS + s];
         const char *from = a.send[rank] + a.send_at[rank * LLMPARI_PEERS + s];
-        llmpari_cuda_bits *to = reinterpret_cast<llmpari_cuda_bits *>(half + s * a.slot);
+        llmpari_cuda_bits *to = reinterpret_cast<llmpari_cuda_bits *>(box + s * a.slot);
         const bool aligned = llmpari_cuda_peer_aligned(from);
         int64_t first, end;
         llmpari_cuda_peer_share(bytes, &first, &end);
@@ -5457,21 +5461,27 @@ LLMPARI_DEVICE float llmpari_cuda_peer_combine(float a, float v, int reduce) {
 
 // The same 16 bytes of all mailboxes, reduced in rank order in f32 and rounded.
 template <typename T> LLMPARI_DEVICE llmpari_cuda_pack<T> llmpari_cuda_peer_sum(const llmpari_cuda_peer_args &a, uint32_t calls, int64_t at) {
-    llmpari_cuda_pack<T> in[LLMPARI_PEERS], out;
-    float sum[llmpari_cuda_pack<T>::n];
-    LLMPARI_CUDA_UNROLL
-    for (int r = 0; r < LLMPARI_PEERS; r++)
-        if (r < a.n) in[r] = llmpari_cuda_peer_load(reinterpret_cast<const llmpari_cuda_pack<T> *>(llmpari_cuda_peer_half(a, r, calls) + at));
-    LLMPARI_CUDA_UNROLL
-    for (int j = 0; j < llmpari_cuda_pack<T>::n; j++) sum[j] = llmpari_cuda_to_f32(in[0].at[j]);
-    LLMPARI_CUDA_UNROLL
-    for (int r = 1; r < LLMPARI_PEERS; r++)
-        if (r < a.n) {
+    enum { N = llmpari_cuda_pack<T>::n, AHEAD = sizeof(T) == 4 ? 4 : 2 };      // loads in flight: what 64 registers hold
+    llmpari_cuda_pack<T> out;
+    float sum[N];
+    LLMPARI_CUDA_NO_UNROLL
+    for (int first = 0; first < a.n; first += AHEAD) {
+        llmpari_cuda_pack<T> in[AHEAD];
+        LLMPARI_CUDA_UNROLL
+        for (int r = 0; r < AHEAD; r++)
+            if (first + r < a.n) in[r] = llmpari_cuda_peer_load(reinterpret_cast<const llmpari_cuda_pack<T> *>(llmpari_cuda_peer_half(a, first + r, calls) + at));
+        LLMPARI_CUDA_UNROLL
+        for (int r = 0; r < AHEAD; r++) {
+            if (first + r >= a.n) continue;
             LLMPARI_CUDA_UNROLL
-            for (int j = 0; j < llmpari_cuda_pack<T>::n; j++) sum[j] = llmpari_cuda_peer_combine(sum[j], llmpari_cuda_to_f32(in[r].at[j]), a.reduce);
+            for (int j = 0; j < N; j++) {
+                const float v = llmpari_cuda_to_f32(in[r].at[j]);
+                sum[j] = first + r == 0 ? v : llmpari_cuda_peer_combine(sum[j], v, a.reduce);
+            }
         }
+    }
     LLMPARI_CUDA_UNROLL
-    for (int j = 0; j < llmpari_cuda_pack<T>::n; j++) llmpari_cuda_from_f32(&out.at[j], sum[j]);
+    for (int j = 0; j < N; j++) llmpari_cuda_from_f32(&out.at[j], sum[j]);
     return out;
 }
 
@@ -5485,7 +5495,7 @@ template <>      struct llmpari_cuda_unsigned<2>  { typedef uint16_t type; };
 // ---- kernels: blocks of LLMPARI_PEER_THREADS; gridDim.y ranks
 
 // ReduceScatter, and the one-shot AllReduce: then there is one slot.
-template <typename T> __global__ void __launch_bounds__(256) llmpari_cuda_peer_reduce_kernel(const __grid_constant__ llmpari_cuda_peer_args a) {
+template <typename T> __global__ void __launch_bounds__(256, 4) llmpari_cuda_peer_reduce_kernel(const __grid_constant__ llmpari_cuda_peer_args a) {
     typedef typename llmpari_cuda_unsigned<sizeof(T)>::type U;
     LLMPARI_SHARED(uint32_t, word, 2);
     const int rank = a.first + (int)blockIdx.y, slot = a.slots == 1 ? 0 : rank;
@@ -5519,26 +5529,26 @@ template <typename U> LLMPARI_DEVICE void llmpari_cuda_peer_fetch(const llmpari_
 }
 
 // The two-shot AllReduce: slot r is reduced by rank r, in place in its mailbox.
-template <typename T> __global__ void __launch_bounds__(256) llmpari_cuda_peer_two_shot_kernel(const __grid_constant__ llmpari_cuda_peer_args a) {
+template <typename T> __global__ void __launch_bounds__(256, 4) llmpari_cuda_peer_two_shot_kernel(const __grid_constant__ llmpari_cuda_peer_args a) {
     typedef typename llmpari_cuda_unsigned<sizeof(T)>::type U;
     LLMPARI_SHARED(uint32_t, word, 2);
     const int rank = a.first + (int)blockIdx.y;
     if (!llmpari_cuda_peer_enter(a, rank, &word[0])) return;
     const uint32_t calls = word[0];
-    char *half = llmpari_cuda_peer_half(a, rank, calls);
-    llmpari_cuda_peer_post<U>(a, rank, half);
+    char *box = llmpari_cuda_peer_half(a, rank, calls);
+    llmpari_cuda_peer_post<U>(a, rank, box);
     if (!llmpari_cuda_peer_barrier(a, rank, 2 * calls + 1, &word[0])) return;
     int64_t first, end;
     llmpari_cuda_peer_share(a.bytes[rank * LLMPARI_PEERS + rank], &first, &end);
     for (int64_t u = first + threadIdx.x; u < end; u += blockDim.x)
-        llmpari_cuda_peer_store(reinterpret_cast<llmpari_cuda_pack<T> *>(half + rank * a.slot) + u, llmpari_cuda_peer_sum<T>(a, calls, rank * a.slot + 16 * u));
+        llmpari_cuda_peer_store(reinterpret_cast<llmpari_cuda_pack<T> *>(box + rank * a.slot) + u, llmpari_cuda_peer_sum<T>(a, calls, rank * a.slot + 16 * u));
     if (!llmpari_cuda_peer_barrier(a, rank, 2 * calls + 2, &word[0])) return;
     llmpari_cuda_peer_fetch<U>(a, rank, calls, true);
     llmpari_cuda_peer_leave(a, rank, calls);
 }
 
 // AllGather, AllToAll, Permute, Broadcast, Barrier: bytes of whatever.
-template <typename U> __global__ void __launch_bounds__(256) llmpari_cuda_peer_exchange_kernel(const __grid_constant__ llmpari_cuda_peer_args a) {
+template <typename U> __global__ void __launch_bounds__(256, 4) llmpari_cuda_peer_exchange_kernel(const __grid_constant__ llmpari_cuda_peer_args a) {
     LLMPARI_SHARED(uint32_t, word, 2);
     const int rank = a.first + (int)blockIdx.y;
     if (!llmpari_cuda_peer_enter(a, rank, &word[0])) return;
@@ -5550,7 +5560,7 @@ template <typename U> __global__ void __launch_bounds__(256) llmpari_cuda_peer_e
 }
 
 // One-shot AllReduce + residual + RMSNorm. A block does whole rows, the same ones on every rank. Between the sum and the norm a row lies where it goes: in residual, or in out.
-template <typename T> __global__ void __launch_bounds__(256) llmpari_cuda_peer_norm_kernel(const __grid_constant__ llmpari_cuda_peer_norm_args a) {
+template <typename T> __global__ void __launch_bounds__(256, 4) llmpari_cuda_peer_norm_kernel(const __grid_constant__ llmpari_cuda_peer_norm_args a) {
     typedef typename llmpari_cuda_unsigned<sizeof(T)>::type U;
     enum { N = llmpari_cuda_pack<T>::n };
     LLMPARI_SHARED(uint32_t, word, 2);
@@ -5559,10 +5569,10 @@ template <typename T> __global__ void __launch_bounds__(256) llmpari_cuda_peer_n
     if (!llmpari_cuda_peer_enter(a.peer, rank, &word[0])) return;
     const uint32_t calls = word[0];
     const int64_t bytes = a.columns * (int64_t)sizeof(T), units = a.row_bytes / 16;
-    char *half = llmpari_cuda_peer_half(a.peer, rank, calls), *residual = a.residual[rank], *out = a.peer.recv[rank], *keep = residual ? residual : out;
+    char *box = llmpari_cuda_peer_half(a.peer, rank, calls), *residual = a.residual[rank], *out = a.peer.recv[rank], *keep = residual ? residual : out;
     for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x)
         for (int64_t u = threadIdx.x; u < units; u += blockDim.x)
-            llmpari_cuda_peer_store(reinterpret_cast<llmpari_cuda_bits *>(half + row * a.row_bytes) + u,
+            llmpari_cuda_peer_store(reinterpret_cast<llmpari_cuda_bits *>(box + row * a.row_bytes) + u,
                                     llmpari_cuda_peer_read<U>(a.peer.send[rank] + row * bytes + 16 * u, bytes - 16 * u, a.aligned));
     if (!llmpari_cuda_peer_barrier(a.peer, rank, 2 * calls + 1, &word[0])) return;
     for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
@@ -6290,7 +6300,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_claim(llmpari_cuda_peer_end *end
 
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_post_call(llmpari_cuda_peer_end *end, const llmpar_call *call, llmpar_error *err) {
     llmpar_cuda_peer *team = end->team;
-    llmpari_cuda_peer_slot *slot;
+    llmpari_cuda_peer_slot *slot = NULL;
     char why[400];
     LLMPARI_CUDA_TRY(llmpari_cuda_peer_claim(end, call->timeout_s > 0 ? call->timeout_s : end->comm.timeout_s, &slot, err));
     slot->call[end->rank] = *call;

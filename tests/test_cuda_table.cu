@@ -398,6 +398,138 @@ static void compare(const char *model, const char *mesh, bool invariant, bool ke
     printf("%s %s%s: \"%s\" - \"%s\"\n", model, mesh, invariant ? " invariant" : "", strncmp(cpu.prompt, "ROMEO", 5) ? cpu.prompt : "ROMEO: What ", text);
 }
 
+// ---- a decode step as a graph: one llmpar_exec_run captured, launched for every following token
+
+struct replay { const char *folder; int32_t eager[TOKENS], text[TOKENS]; size_t nodes; };
+
+static llmpar_status decode_captured(llmpar_engine *engine, const llmpar_ops *ops, void *stream, replay *p, int32_t next, int64_t used, llmpar_error *err) {
+    const llmpar_engine_stage *stage = llmpar_engine_stage_at(engine, 0);
+    llmpar_exec *exec = stage->exec[1];
+    const llmpar_graph *g = stage->plan[1]->graph;
+    const int64_t v = llmpar_engine_model(engine)->vocabulary;
+    std::vector<float> logits((size_t)v);
+    cudaGraph_t graph;
+    cudaGraphExec_t instance;
+    int32_t position = (int32_t)used;
+    TRY(llmpar_exec_use_cache(exec, 0, err));
+    CUDA_TEST_OK(cudaStreamBeginCapture((cudaStream_t)stream, cudaStreamCaptureModeThreadLocal));
+    const llmpar_status status = llmpar_exec_run(exec, &position, err);
+    CUDA_TEST_OK(cudaStreamEndCapture((cudaStream_t)stream, &graph));
+    if (status) { CUDA_TEST_OK(cudaGraphDestroy(graph)); return status; }
+    CUDA_TEST_OK(cudaGraphGetNodes(graph, NULL, &p->nodes));
+    CUDA_TEST_OK(cudaGraphInstantiate(&instance, graph, 0));
+    for (int s = 0; s < TOKENS; s++) {
+        position = (int32_t)(used + s);
+        TRY(llmpar_exec_positions(exec, &position, err));
+        TRY(ops->upload(ops->user, llmpar_exec_data(exec, llmpar_find(g, "ids"), 0, NULL), &next, 4, err));
+        CUDA_TEST_OK(cudaGraphLaunch(instance, (cudaStream_t)stream));
+        TRY(ops->download(ops->user, logits.data(), llmpar_exec_output(exec, "logits", NULL), (size_t)v * 4, err));
+        p->text[s] = next = largest(logits.data(), v);
+    }
+    CUDA_TEST_OK(cudaGraphExecDestroy(instance));
+    CUDA_TEST_OK(cudaGraphDestroy(graph));
+    return LLMPAR_OK;
+}
+static llmpar_status run_replay(llmpar_comm *world, void *user, llmpar_error *err) {
+    replay *p = (replay *)user;
+    llmpar_engine_desc desc = LLMPAR_ZERO;
+    llmpar_mesh mesh;
+    llmpar_cuda *cuda;
+    llmpar_ops ops;
+    llmpar_engine *engine;
+    const float *logits;
+    int32_t ids[4] = { 'T', 'h', 'e', ' ' }, length = 4, one = 1, next;
+    TRY(llmpar_mesh_parse("tp=1", &mesh, err));
+    TRY(llmpar_cuda_create(NULL, &cuda, err));
+    TRY(llmpar_cuda_ops(cuda, NULL, &ops, err));
+    desc.folder = p->folder; desc.mesh = &mesh; desc.world = world; desc.max_prompt = 4; desc.max_context = 40; desc.ops = &ops;
+    TRY(llmpar_engine_create(&desc, &engine, err));
+    const int64_t v = llmpar_engine_model(engine)->vocabulary;
+    llmpar_status status = LLMPAR_OK;
+    int32_t first = 0;
+    for (int run = 0; run < 2 && !status; run++) {             // eager, then from the first decoded token on the graph
+        TRY(llmpar_engine_reset(engine));
+        TRY(llmpar_engine_step(engine, ids, &length, 1, 4, &logits, err));
+        first = next = largest(logits, v);
+        for (int s = 0; s < TOKENS && run == 0; s++) {
+            TRY(llmpar_engine_step(engine, &next, &one, 1, 1, &logits, err));
+            p->eager[s] = next = largest(logits, v);
+        }
+        if (run == 1) status = decode_captured(engine, &ops, llmpar_cuda_stream(cuda), p, first, 4, err);
+    }
+    llmpar_engine_free(engine);
+    llmpar_cuda_free(cuda);
+    return status;
+}
+static void test_capture(void) {
+    llmpar_error err = LLMPAR_ZERO;
+    llmpar_threads_desc threads = LLMPAR_ZERO;
+    replay p = {};
+    char path[512];
+    snprintf(path, sizeof path, "%s/shakespeare-dense", golden_root());
+    p.folder = path;
+    threads.n_ranks = 1; threads.timeout_s = 60;
+    CHECK_OK(llmpar_threads_run(&threads, run_replay, &p, &err), err);
+    CHECK(memcmp(p.eager, p.text, sizeof p.text) == 0);
+    printf("a decode step of %d nodes, launched for %d tokens: \"", (int)p.nodes, (int)TOKENS);
+    for (int i = 0; i < TOKENS; i++) putchar(p.text[i] >= 32 && p.text[i] < 127 ? p.text[i] : '.');
+    printf("\"\n");
+    p.folder = (snprintf(path, sizeof path, "%s/shakespeare-moe", golden_root()), path);
+    memset(&err, 0, sizeof err);
+    CHECK_FAIL(llmpar_threads_run(&threads, run_replay, &p, &err), LLMPAR_UNSUPPORTED, err, "while the stream is captured");
+}
+
+// ---- what a caller does wrong, and large uploads
+
+static void test_callers(void) {
+    llmpar_error err = LLMPAR_ZERO;
+    llmpar_cuda *cuda;
+    llmpar_ops ops;
+    llmpar_cuda_ops_desc desc = LLMPAR_ZERO;
+    CHECK_OK(llmpar_cuda_create(NULL, &cuda, &err), err);
+    CHECK_FAIL(llmpar_cuda_ops(NULL, NULL, &ops, &err), LLMPAR_BAD_ARGUMENT, err, "cuda is NULL");
+    CHECK_FAIL(llmpar_cuda_ops(cuda, NULL, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "ops is NULL");
+    desc.workspace_bytes = -1;
+    CHECK_FAIL(llmpar_cuda_ops(cuda, &desc, &ops, &err), LLMPAR_BAD_ARGUMENT, err, "workspace_bytes=-1");
+    desc.workspace_bytes = 4096;
+    CHECK_OK(llmpar_cuda_ops(cuda, &desc, &ops, &err), err);
+    // More than the two pinned buffers hold, there and back, at odd sizes.
+    const int64_t sizes[] = { 1, 4095, (4 << 20) + 1, (9 << 20) + 5 };
+    for (int i = 0; i < 4; i++) {
+        std::vector<unsigned char> from((size_t)sizes[i]), to((size_t)sizes[i]);
+        for (size_t b = 0; b < from.size(); b++) from[b] = (unsigned char)(b * 37 + b / 251);
+        void *memory = ops.alloc(ops.user, from.size());
+        const std::vector<unsigned char> sent = from;
+        CHECK_OK(ops.upload(ops.user, memory, from.data(), from.size(), &err), err);
+        memset(from.data(), 0, from.size());                   // it has been read
+        CHECK_OK(ops.download(ops.user, to.data(), memory, to.size(), &err), err);
+        CHECK(to == sent);
+        int64_t ticket = -1;
+        void *pinned = ops.alloc_host(ops.user, sent.size());
+        for (int turn = 0; turn < 40; turn++) {                // more tickets than events
+            memset(pinned, turn, sent.size());
+            CHECK_OK(ops.upload_from(ops.user, memory, pinned, sent.size(), &ticket, &err), err);
+            CHECK_OK(ops.wait(ops.user, ticket, &err), err);
+        }
+        CHECK_EQ(ticket, 40 * (i + 1));
+        CHECK_OK(ops.download(ops.user, pinned, memory, sent.size(), &err), err);
+        CHECK(((unsigned char *)pinned)[sent.size() - 1] == 39);
+        ops.free_host(ops.user, pinned, sent.size());
+        ops.free(ops.user, memory, from.size());
+    }
+    // A kernel's error is told by the next call that can, once, and stops what follows.
+    llmpar_combine_args sum = {};
+    sum.k = 1000;
+    ops.combine(ops.user, &sum);
+    void *memory = ops.alloc(ops.user, 64);
+    CHECK_FAIL(ops.upload(ops.user, memory, &sum, 8, &err), LLMPAR_BAD_ARGUMENT, err, "k=1000");
+    CHECK_OK(ops.upload(ops.user, memory, &sum, 8, &err), err);
+    ops.combine(ops.user, &sum);
+    CHECK_FAIL(ops.wait(ops.user, 0, &err), LLMPAR_BAD_ARGUMENT, err, "k=1000");
+    ops.free(ops.user, memory, 64);
+    llmpar_cuda_free(cuda);
+}
+
 int main(void) {
     if (!cuda_test_begin()) return test_done();
     test_seed(5);
@@ -420,5 +552,7 @@ int main(void) {
         for (int k = 0; k < ranks; k++) if (k == ranks - 1 || test_stress()) compare("shakespeare-dense", meshes[k], true, k == 1);
         if (ranks > 1) compare("shakespeare-moe", "ep=2", true, false);
     }
+    TEST("a captured decode step writes what single steps write; experts cannot be captured") test_capture();
+    TEST("uploads, tickets, errors of kernels") test_callers();
     return test_done();
 }

@@ -149,6 +149,34 @@ int main(void) {
             CHECK_EQ(j.left[0] + j.left[1], 0);
         }
     }
+    TEST("every allocation of the host fails once") {
+        llmpar_comm *self;
+        llmpar_error err = LLMPAR_ZERO;
+        int64_t n = 0;
+        CHECK_OK(llmpar_comm_self(NULL, &self, &err), err);
+        for (llmpar_status status = LLMPAR_NO_MEMORY; status; n++) {
+            test_budget budget = { n, 0 };
+            job j = LLMPAR_ZERO;
+            far_memory f;
+            llmpar_engine_desc desc = LLMPAR_ZERO;
+            llmpar_engine *engine = NULL;
+            char path[512];
+            snprintf(path, sizeof path, "%s/llama", golden_root());
+            CHECK_OK(llmpar_mesh_parse("tp=1", &j.mesh, &err), err);
+            far_begin(&f, self, (size_t)8 << 20);
+            desc.folder = path; desc.mesh = &j.mesh; desc.world = f.world; desc.host_world = self; desc.ops = &f.ops; desc.max_prompt = 4; desc.max_context = 8;
+            desc.allocator.alloc = test_budget_alloc; desc.allocator.free = test_budget_free; desc.allocator.user = &budget;
+            status = llmpar_engine_create(&desc, &engine, &err);
+            CHECK(status == LLMPAR_OK || status == LLMPAR_NO_MEMORY);
+            if (status != LLMPAR_OK && status != LLMPAR_NO_MEMORY) { printf("%s\n", err.text); break; }
+            llmpar_engine_free(engine);
+            CHECK_EQ(budget.held, 0);
+            CHECK_EQ(f.blocks, 0);
+            far_end(&f);
+        }
+        printf("%d allocations of an engine with far memory\n", (int)n);
+        llmpar_comm_free(self);
+    }
     TEST("a table with memory of its own must be whole; other worlds") {
         llmpar_error err = LLMPAR_ZERO;
         llmpar_ops ops, cpu = llmpar_ops_cpu();

@@ -767,6 +767,7 @@ static llmpar_status run_far(job *j, llmpar_comm *comm, llmpar_error *err) {
         status = llmpar_exec_run(exec, w->position, err);
         if (!status) status = llmpar_barrier(comm, err);
         const int64_t before = allocs_now();
+        if (!status) status = llmpar_exec_positions(exec, w->position, err);               // which the run does again
         if (!status) status = llmpar_exec_run(exec, w->position, err);
         if (!status) status = llmpar_barrier(comm, err);
         if (!status && allocs_now() != before) note(j, rank, "%d allocations while running with far memory", (int)(allocs_now() - before));

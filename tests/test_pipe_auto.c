@@ -73,7 +73,7 @@ static void test_lines(void) {
         for (int k = 0; k < (int)(sizeof lines / sizeof *lines); k++) {
             const line *l = &lines[k];
             llmpar_pipe_desc desc = LLMPAR_ZERO;
-            if (l->large && !test_stress()) continue;
+            if ((l->large && !test_stress()) || (test_short() && l->P * l->M > 256)) continue;
             desc.kind = l->kind, desc.n_ranks = l->P, desc.n_virtual = l->V, desc.n_micro = l->M, desc.costs = even(l->f, l->i, l->w, l->link);
             if (l->kind == LLMPAR_PIPE_AUTO) desc.map = LLMPAR_PIPE_MAP_V, desc.memory = l->limit;
             const clock_t begin = clock();
@@ -346,7 +346,7 @@ static void test_kinds(void) {
 static void test_memory(void) {
     TEST("a limit that is too small names the least that works, which works") {
         test_seed(3);
-        for (int k = 0; k < (test_stress() ? 200 : 15); k++) {
+        for (int k = 0; k < (test_stress() ? 200 : test_short() ? 5 : 15); k++) {
             llmpar_pipe_desc desc = LLMPAR_ZERO;
             const int P = 1 + (int)test_below(5), V = 1 + (int)test_below(3);
             desc.kind = LLMPAR_PIPE_AUTO, desc.n_ranks = P, desc.n_virtual = V, desc.n_micro = 1 + (int)test_below(6);
@@ -415,7 +415,7 @@ static void test_maps(void) {
 static void test_bounds(void) {
     TEST("no published schedule is below the lower bound") {
         test_seed(4);
-        for (int k = 0; k < (test_stress() ? 5000 : 500); k++) {
+        for (int k = 0; k < (test_stress() ? 5000 : test_short() ? 100 : 500); k++) {
             llmpar_pipe_desc desc = LLMPAR_ZERO;
             desc.kind = (llmpar_pipe_kind)test_below(LLMPAR_PIPE_AUTO), desc.n_ranks = 1 + (int)test_below(6), desc.n_virtual = 1 + (int)test_below(3), desc.n_micro = 1 + (int)test_below(12);
             if (desc.kind >= LLMPAR_PIPE_ZB_1P && desc.kind <= LLMPAR_PIPE_V_MIN && desc.kind != LLMPAR_PIPE_ZB_V) continue;
@@ -514,8 +514,8 @@ int main(void) {
     test_maps();
     test_bounds();
     test_allocation();
-    TEST("the optimum, P <= 3, M <= 4, v <= 2") compare("exhaustive", test_stress() ? 500 : 30, 3, 4, 2, test_stress() ? 20000000 : 300000, 1);
-    TEST("the optimum, P <= 4, M <= 8") compare("branch and bound", test_stress() ? 100 : 8, 4, 8, 1, test_stress() ? 20000000 : 300000, 2);
+    TEST("the optimum, P <= 3, M <= 4, v <= 2") compare("exhaustive", test_stress() ? 500 : test_short() ? 6 : 30, 3, 4, 2, test_stress() ? 20000000 : 300000, 1);
+    TEST("the optimum, P <= 4, M <= 8") compare("branch and bound", test_stress() ? 100 : test_short() ? 2 : 8, 4, 8, 1, test_stress() ? 20000000 : 300000, 2);
     llmpar_arena_free(&arena);
     llmpar_arena_free(&memory);
     return test_done();

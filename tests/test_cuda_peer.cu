@@ -1,0 +1,585 @@
+// >>peer of llmpar_cuda.cuh: virtual ranks in one launch and ranks as threads, against sums in rank order on the host. Bits are compared. On the emulator also: several devices, a store
+// buffer that shows missing fences, ranks that do not come.
+#include "cuda_test.h"
+#include <atomic>
+#include <thread>
+
+enum { MOST = LLMPAR_CUDA_PEERS };
+static const llmpar_dtype dtypes[3] = { LLMPAR_F32, LLMPAR_BF16, LLMPAR_F16 };
+typedef std::vector<unsigned char> bytes_t;
+
+static float random_value(int wide) { return (float)((test_uniform() * 2 - 1) * ldexp(1, wide ? (int)test_below(10) - 5 : 0)); }
+static bytes_t random_array(int64_t n, llmpar_dtype dtype) {
+    bytes_t v((size_t)(n * dtype_bytes(dtype)));
+    for (int64_t i = 0; i < n; i++) to_dtype(v.data(), dtype, i, test_below(60) == 0 ? 0 : random_value(1));
+    return v;
+}
+static bool is_nan(const unsigned char *at, llmpar_dtype dtype) { const double x = from_dtype(at, dtype, 0); return x != x; }
+static bool same_bits(const bytes_t &a, const bytes_t &b, llmpar_dtype dtype) {          // any NaN equals any other
+    const size_t step = (size_t)dtype_bytes(dtype);
+    if (a.size() != b.size()) return false;
+    if (a == b) return true;
+    for (size_t i = 0; i < a.size(); i += step) if (memcmp(&a[i], &b[i], step) && !(is_nan(&a[i], dtype) && is_nan(&b[i], dtype))) return false;
+    return true;
+}
+
+// The definition: elements [first, first + count) of all ranks, in rank order, in f32, rounded once.
+static bytes_t reduced(const std::vector<bytes_t> &in, int64_t first, int64_t count, llmpar_dtype dtype, llmpar_reduce reduce) {
+    bytes_t out((size_t)(count * dtype_bytes(dtype)));
+    for (int64_t i = 0; i < count; i++) {
+        float sum = (float)from_dtype(in[0].data(), dtype, first + i);
+        for (size_t r = 1; r < in.size(); r++) {
+            const float v = (float)from_dtype(in[r].data(), dtype, first + i);
+            if (reduce == LLMPAR_SUM) sum = __fadd_rn(sum, v);
+            else sum = v != v || (reduce == LLMPAR_MAX ? v > sum : v < sum) ? v : sum;
+        }
+        to_dtype(out.data(), dtype, i, sum);
+    }
+    return out;
+}
+
+// One random collective: what each rank sends, what it must get.
+struct job {
+    llmpar_collective kind;
+    llmpar_dtype dtype;
+    llmpar_reduce reduce;
+    int n, way, root;
+    int64_t count, skew;           // bytes that buffers lie off 16
+    bool in_place;
+    std::vector<int64_t> counts;   // as in llmpar_cuda_peer_call
+    std::vector<bytes_t> send, want;
+};
+static job random_job(int n, int64_t most) {
+    static const llmpar_collective kinds[7] = { LLMPAR_ALL_REDUCE, LLMPAR_ALL_REDUCE, LLMPAR_ALL_GATHER, LLMPAR_REDUCE_SCATTER, LLMPAR_ALL_TO_ALL, LLMPAR_PERMUTE, LLMPAR_BROADCAST };
+    job j;
+    j.kind = kinds[test_below(7)]; j.dtype = dtypes[test_below(3)]; j.reduce = (llmpar_reduce)(test_below(3) ? 0 : test_below(3)); j.n = n; j.way = (int)test_below(3); j.root = (int)test_below(n);
+    const bool reduces = j.kind == LLMPAR_ALL_REDUCE || j.kind == LLMPAR_REDUCE_SCATTER, pairs = j.kind == LLMPAR_ALL_TO_ALL || j.kind == LLMPAR_PERMUTE;
+    if (!reduces && test_below(3) == 0) j.dtype = test_below(2) ? LLMPAR_U8 : LLMPAR_I64;
+    const int64_t bytes = dtype_bytes(j.dtype);
+    j.count = test_below(6) == 0 ? test_below(3) : test_below(2) ? 8 * test_below(most / 8) : test_below(most);
+    j.skew = test_below(2) ? 0 : bytes * (1 + test_below(3));
+    j.in_place = test_below(2) && !pairs;
+    j.counts.resize((size_t)(pairs ? n * n : n));
+    for (int64_t &c : j.counts) c = test_below(5) == 0 ? 0 : test_below(most / n + 1);
+    if (j.kind == LLMPAR_PERMUTE) { const int shift = (int)test_below(n); for (int r = 0; r < n; r++) for (int s = 0; s < n; s++) if (s != (r + shift) % n) j.counts[(size_t)(r * n + s)] = 0; }
+    int64_t sum = 0;
+    for (int64_t c : j.counts) sum += c;
+    for (int r = 0; r < n; r++) {
+        int64_t sends = j.kind == LLMPAR_ALL_REDUCE || j.kind == LLMPAR_BROADCAST ? j.count : j.kind == LLMPAR_REDUCE_SCATTER ? sum : pairs ? 0 : j.counts[(size_t)r];
+        for (int s = 0; s < n && pairs; s++) sends += j.counts[(size_t)(r * n + s)];
+        j.send.push_back(random_array(sends, j.dtype));
+        if (reduces && sends > 0 && test_below(20) == 0) to_dtype(j.send.back().data(), j.dtype, test_below(sends), NAN);
+    }
+    int64_t before = 0;
+    for (int r = 0; r < n; r++) {
+        bytes_t want;
+        if (j.kind == LLMPAR_ALL_REDUCE) want = reduced(j.send, 0, j.count, j.dtype, j.reduce);
+        else if (j.kind == LLMPAR_REDUCE_SCATTER) { want = reduced(j.send, before, j.counts[(size_t)r], j.dtype, j.reduce); before += j.counts[(size_t)r]; }
+        else if (j.kind == LLMPAR_BROADCAST) want = j.send[(size_t)j.root];
+        else for (int s = 0; s < n; s++) {
+            int64_t at = 0, count = pairs ? j.counts[(size_t)(s * n + r)] : j.counts[(size_t)s];
+            for (int q = 0; q < r && pairs; q++) at += j.counts[(size_t)(s * n + q)];
+            want.insert(want.end(), j.send[(size_t)s].begin() + at * bytes, j.send[(size_t)s].begin() + (at + count) * bytes);
+        }
+        j.want.push_back(want);
+    }
+    return j;
+}
+// A rank's buffers on the current device; in place where the kind allows it.
+static void job_buffers(const job &j, int r, unsigned char **send, unsigned char **recv) {
+    const int64_t bytes = dtype_bytes(j.dtype), sends = (int64_t)j.send[(size_t)r].size(), receives = (int64_t)j.want[(size_t)r].size();
+    int64_t before = 0;
+    for (int i = 0; i < r && (j.kind == LLMPAR_ALL_GATHER || j.kind == LLMPAR_REDUCE_SCATTER); i++) before += j.counts[(size_t)i] * bytes;
+    if (j.in_place && j.kind == LLMPAR_ALL_GATHER) { *recv = device_room<unsigned char>(receives + j.skew) + j.skew; *send = *recv + before; }
+    else {
+        *send = device_room<unsigned char>(sends + j.skew) + j.skew;
+        *recv = !j.in_place ? device_room<unsigned char>(receives + j.skew) + j.skew : j.kind == LLMPAR_REDUCE_SCATTER ? *send + before : *send;
+    }
+    if (sends) CUDA_TEST_OK(cudaMemcpy(*send, j.send[(size_t)r].data(), (size_t)sends, cudaMemcpyHostToDevice));
+}
+static llmpar_cuda_peer_call job_call(const job &j, unsigned char **send, unsigned char **recv) {
+    llmpar_cuda_peer_call call = {};
+    call.kind = j.kind; call.dtype = j.dtype; call.reduce = j.reduce; call.way = j.way; call.root = j.root; call.count = j.count; call.counts = j.counts.data();
+    call.send = (const void *const *)send; call.recv = (void *const *)recv;
+    return call;
+}
+static int wrong_ranks(const job &j, unsigned char **recv) {
+    int wrong = 0;
+    for (int r = 0; r < j.n; r++) wrong += !same_bits(host(recv[r], (int64_t)j.want[(size_t)r].size()), j.want[(size_t)r], j.dtype);
+    return wrong;
+}
+
+static llmpar_cuda_peer *virtual_ranks(int n, int64_t buffer, int blocks) {
+    llmpar_error err;
+    llmpar_cuda_peer *peers = NULL;
+    llmpar_cuda_peer_desc desc = {};
+    desc.n_ranks = n; desc.buffer_bytes = buffer; desc.blocks = blocks; desc.timeout_s = 20;
+    CHECK_OK(llmpar_cuda_peer_create(&desc, &peers, &err), err);
+    return peers;
+}
+
+static void virtual_test(int cases) {
+    llmpar_error err;
+    for (int n = 1; n <= MOST; n++) {
+        llmpar_cuda_peer *peers = virtual_ranks(n, 4096, n % 3 ? 2 : 3);
+        for (int c = 0; c < cases; c++) {
+            const job j = random_job(n, c % 10 == 0 ? 9000 : 1500);
+            for (int o = 0; o < thread_orders(); o++) {
+                unsigned char *send[MOST], *recv[MOST];
+                thread_order(o);
+                for (int r = 0; r < n; r++) job_buffers(j, r, &send[r], &recv[r]);
+                const llmpar_cuda_peer_call call = job_call(j, send, recv);
+                CHECK_OK(llmpar_cuda_peer_run(peers, &call, &err), err);
+                CHECK_OK(llmpar_cuda_peer_wait(peers, &err), err);
+                CHECK_EQ(wrong_ranks(j, recv), 0);
+                device_release();
+            }
+        }
+        llmpar_cuda_peer_free(peers);
+    }
+}
+
+// Many calls on the stream without waiting in between: halves and flags are used again.
+static void sequence_test(int rounds, int n) {
+    llmpar_error err;
+    llmpar_cuda_peer *peers = virtual_ranks(n, 4096, 2);
+    std::vector<job> jobs;
+    std::vector<unsigned char *> recv;
+    for (int c = 0; c < rounds; c++) {
+        unsigned char *send[MOST], *to[MOST];
+        jobs.push_back(random_job(n, 400));
+        for (int r = 0; r < n; r++) { job_buffers(jobs.back(), r, &send[r], &to[r]); recv.push_back(to[r]); }
+        const llmpar_cuda_peer_call call = job_call(jobs.back(), send, to);
+        CHECK_OK(llmpar_cuda_peer_run(peers, &call, &err), err);
+    }
+    CHECK_OK(llmpar_cuda_peer_wait(peers, &err), err);
+    for (int c = 0; c < rounds; c++) CHECK_EQ(wrong_ranks(jobs[(size_t)c], &recv[(size_t)(c * n)]), 0);
+    device_release();
+    llmpar_cuda_peer_free(peers);
+}
+
+// ---- AllReduce + residual + RMSNorm
+
+static double rounding(llmpar_dtype dtype) { return ldexp(1, dtype == LLMPAR_F32 ? -24 : dtype == LLMPAR_BF16 ? -8 : -11); }
+static double as_stored(double x, llmpar_dtype dtype) { unsigned char b[8]; to_dtype(b, dtype, 0, x); return from_dtype(b, dtype, 0); }
+
+static void norm_test(int cases) {
+    llmpar_error err;
+    for (int c = 0; c < cases; c++) {
+        const int n = 1 + (int)test_below(MOST);
+        const llmpar_dtype dtype = dtypes[c % 3];
+        const int64_t rows = test_below(12), columns = test_below(3) ? 8 * (1 + test_below(60)) : 1 + test_below(300), bytes = dtype_bytes(dtype), skew = test_below(3) ? 0 : bytes;
+        const bool with_residual = test_below(3) > 0, in_place = test_below(2);
+        const float eps = 1e-5f;
+        std::vector<bytes_t> in;
+        const bytes_t residual = random_array(rows * columns, dtype), weight = random_array(columns, dtype);
+        for (int r = 0; r < n; r++) in.push_back(random_array(rows * columns, dtype));
+        bytes_t x = reduced(in, 0, rows * columns, dtype, LLMPAR_SUM);
+        for (int64_t i = 0; i < rows * columns && with_residual; i++)
+            to_dtype(x.data(), dtype, i, __fadd_rn((float)from_dtype(x.data(), dtype, i), (float)from_dtype(residual.data(), dtype, i)));
+        llmpar_cuda_peer *peers = virtual_ranks(n, 4096, 3);
+        for (int o = 0; o < thread_orders(); o++) {
+            thread_order(o);
+            unsigned char *send[MOST], *keep[MOST], *out[MOST], *w[MOST];
+            for (int r = 0; r < n; r++) {
+                auto put = [&](const bytes_t &v) { unsigned char *d = device_room<unsigned char>((int64_t)v.size() + skew) + skew;
+                                                   CUDA_TEST_OK(cudaMemcpy(d, v.data(), v.size(), cudaMemcpyHostToDevice));
+                                                   return d; };
+                send[r] = put(in[(size_t)r]); keep[r] = put(residual); w[r] = put(weight);
+                out[r] = in_place ? send[r] : device_room<unsigned char>((int64_t)x.size() + skew) + skew;
+            }
+            llmpar_cuda_peer_norm_desc d = {};
+            d.send = (const void *const *)send; d.residual = with_residual ? (void *const *)keep : NULL; d.weight = (const void *const *)w; d.out = (void *const *)out;
+            d.rows = rows; d.columns = columns; d.dtype = dtype; d.eps = eps;
+            CHECK_OK(llmpar_cuda_peer_norm(peers, &d, &err), err);
+            CHECK_OK(llmpar_cuda_peer_wait(peers, &err), err);
+            bytes_t first;
+            int wrong = 0;
+            for (int r = 0; r < n; r++) {
+                const bytes_t got = host(out[r], (int64_t)x.size());
+                if (with_residual) CHECK(host(keep[r], (int64_t)x.size()) == x);
+                if (r == 0) first = got;
+                CHECK(got == first);
+                for (int64_t row = 0; row < rows; row++) {
+                    double squares = 0;
+                    for (int64_t k = 0; k < columns; k++) { const double v = from_dtype(x.data(), dtype, row * columns + k); squares += v * v; }
+                    for (int64_t k = 0; k < columns; k++) {
+                        const double want = from_dtype(x.data(), dtype, row * columns + k) / sqrt(squares / (double)columns + (double)eps) * from_dtype(weight.data(), dtype, k);
+                        const double v = from_dtype(got.data(), dtype, row * columns + k);
+                        wrong += !(fabs(v - want) <= (rounding(dtype) + 8 * ldexp(1, -24) + ldexp(1, -24) * sqrt((double)columns)) * fabs(want) + 6e-8);
+                    }
+                }
+            }
+            CHECK_EQ(wrong, 0);
+            device_release();
+        }
+        llmpar_cuda_peer_free(peers);
+    }
+    (void)as_stored;
+}
+
+// ---- communicators: a thread per rank
+
+static std::atomic<int> thread_wrong;
+static void run_threads(int n, void (*fn)(llmpar_comm *, void *), llmpar_cuda_peer *peers, void *user) {
+    std::vector<std::thread> threads;
+    for (int r = 0; r < n; r++) threads.emplace_back([=]() { fn(llmpar_cuda_peer_comm(peers, r), user); });
+    for (std::thread &t : threads) t.join();
+}
+
+struct shared_jobs { std::vector<job> jobs; std::vector<unsigned char *> send, recv; const int *device; bool some; };
+static llmpar_status make_call(llmpar_comm *comm, const job &j, unsigned char *send, unsigned char *recv, llmpar_request *request, llmpar_error *err) {
+    const int n = j.n, r = comm->rank;
+    int64_t send_counts[MOST], recv_counts[MOST];
+    llmpar_call call = LLMPAR_ZERO;
+    for (int s = 0; s < n && (j.kind == LLMPAR_ALL_TO_ALL || j.kind == LLMPAR_PERMUTE); s++) { send_counts[s] = j.counts[(size_t)(r * n + s)]; recv_counts[s] = j.counts[(size_t)(s * n + r)]; }
+    if (j.kind == LLMPAR_ALL_GATHER || j.kind == LLMPAR_REDUCE_SCATTER) for (int s = 0; s < n; s++) recv_counts[s] = j.counts[(size_t)s];
+    call.kind = j.kind; call.send = send; call.recv = recv; call.count = j.count; call.dtype = j.dtype; call.reduce = j.reduce; call.peer = j.root;
+    if (j.kind == LLMPAR_BROADCAST && r != j.root) call.send = NULL;
+    call.send_counts = send_counts; call.recv_counts = recv_counts;
+    return llmpar_start(comm, &call, request, err);
+}
+static void comm_rank(llmpar_comm *comm, void *user) {
+    shared_jobs *s = (shared_jobs *)user;
+    const int n = comm->size;
+    llmpar_error err = LLMPAR_ZERO;
+    if (s->device) (void)cudaSetDevice(s->device[comm->rank]);
+    llmpar_request request[4];
+    size_t begun = 0, waited = 0;
+    for (; waited < s->jobs.size(); waited++) {
+        for (; begun < s->jobs.size() && begun < waited + 3; begun++)
+            if (make_call(comm, s->jobs[begun], s->send[begun * (size_t)n + (size_t)comm->rank], s->recv[begun * (size_t)n + (size_t)comm->rank], &request[begun % 4], &err)) goto failed;
+        bool done = false;
+        for (int i = 0; i < 3 && !done; i++) if (llmpar_test(&request[waited % 4], &done, &err)) goto failed;
+        if (llmpar_wait(&request[waited % 4], &err)) goto failed;
+    }
+    if (!llmpar_barrier(comm, &err) && cudaDeviceSynchronize() == cudaSuccess) return;     // the emulator's kernels go on in calls of the thread that launched them
+failed:
+    printf("rank %d: %s\n", (int)comm->rank, err.text);
+    thread_wrong++;
+}
+
+static void comm_test(int cases, const int *device, bool ordered) {
+    llmpar_error err;
+    for (int c = 0; c < cases; c++) {
+        const int n = 2 + (int)test_below(device ? 3 : 5);
+        llmpar_cuda_peer *peers = NULL;
+        llmpar_cuda_peer_desc desc = {};
+        shared_jobs s;
+        desc.n_ranks = n; desc.buffer_bytes = 4096; desc.blocks = 2; desc.timeout_s = 20; desc.device = device; desc.stream_ordered = ordered; desc.one_shot_bytes = 512;
+        CHECK_OK(llmpar_cuda_peer_create(&desc, &peers, &err), err);
+        if (!peers) return;
+        s.device = device;
+        for (int k = 0; k < 6; k++) {
+            s.jobs.push_back(random_job(n, 300));
+            for (int r = 0; r < n; r++) {
+                unsigned char *send, *recv;
+                if (device) (void)cudaSetDevice(device[r]);
+                job_buffers(s.jobs.back(), r, &send, &recv);
+                s.send.push_back(send);
+                s.recv.push_back(recv);
+            }
+        }
+        thread_wrong = 0;
+        run_threads(n, comm_rank, peers, &s);
+        CHECK_EQ(thread_wrong, 0);
+        CHECK_OK(llmpar_cuda_peer_wait(peers, &err), err);
+        for (int k = 0; k < 6; k++) CHECK_EQ(wrong_ranks(s.jobs[(size_t)k], &s.recv[(size_t)(k * n)]), 0);
+        device_release();
+        llmpar_cuda_peer_free(peers);
+        (void)cudaSetDevice(0);
+    }
+}
+
+// A mesh dp=2,tp=2: sums along each axis, twice, so that freed groups come back.
+static void group_rank(llmpar_comm *comm, void *user) {
+    float *data = ((float **)user)[comm->rank];
+    llmpar_error err = LLMPAR_ZERO;
+    llmpar_mesh mesh;
+    llmpar_comm *group = NULL;
+    llmpar_status status = llmpar_mesh_parse("dp=2,tp=2", &mesh, &err);
+    for (int turn = 0; turn < 2 && !status; turn++)
+        for (llmpar_axes axes = 1; axes <= 3 && !status; axes++) {
+            status = llmpar_comm_group(comm, &mesh, axes, &group, &err);
+            if (!status) status = llmpar_all_reduce(group, data, data, 10, LLMPAR_F32, LLMPAR_SUM, &err);
+            if (!status && group->size != (axes == 3 ? 4 : 2)) status = LLMPAR_MISMATCH;
+            if (!status) status = llmpar_barrier(comm, &err);
+            llmpar_comm_free(group);
+            if (!status) status = llmpar_barrier(comm, &err);
+        }
+    if (status) { printf("rank %d: %s\n", (int)comm->rank, err.text); thread_wrong++; }
+}
+static void group_test(void) {
+    llmpar_cuda_peer *peers = virtual_ranks(4, 4096, 2);
+    float *data[4];
+    double want[4] = { 1, 2, 3, 4 };
+    for (int r = 0; r < 4; r++) data[r] = device(std::vector<float>(10, (float)(r + 1)));
+    for (int turn = 0; turn < 2; turn++)
+        for (int axes = 1; axes <= 3; axes++) {
+            double next[4] = { 0 };                            // rank = dp * 2 + tp; axis 0 (bit 1) is dp
+            for (int r = 0; r < 4; r++) for (int s = 0; s < 4; s++)
+                if (((axes & 1) || r / 2 == s / 2) && ((axes & 2) || r % 2 == s % 2)) next[r] += want[s];
+            for (int r = 0; r < 4; r++) want[r] = next[r];
+        }
+    thread_wrong = 0;
+    run_threads(4, group_rank, peers, data);
+    CHECK_EQ(thread_wrong, 0);
+    int64_t teams = 0;
+    for (llmpar_cuda_peer *t = peers; t; t = t->next) teams++;
+    CHECK_EQ(teams, 1 + 5);                                    // two groups along each axis and the whole, used again in the second turn
+    for (int r = 0; r < 4; r++) { const std::vector<float> got = host(data[r], 10); for (float v : got) CHECK_EQ(v, want[r]); }
+    device_release();
+    llmpar_cuda_peer_free(peers);
+}
+
+// ---- what goes wrong
+
+struct wrong_case { int kind; llmpar_status status[4]; llmpar_error err[4]; float *data[4]; };
+static void wrong_rank(llmpar_comm *comm, void *user) {
+    wrong_case *w = (wrong_case *)user;
+    const int r = comm->rank;
+    comm->timeout_s = 0.3;
+    if (w->kind == 0 && r == 2) return;                        // does not come
+    if (w->kind == 2 && r == 1) { llmpar_comm_abort(comm, "has had enough"); w->status[r] = LLMPAR_ABORTED; return; }
+    const int64_t count = w->kind == 1 && r == 3 ? 7 : 8;
+    w->status[r] = w->kind == 3 && r == 1 ? llmpar_send(comm, w->data[r], 8, LLMPAR_F32, 0, &w->err[r])
+                 : llmpar_all_reduce(comm, w->kind == 4 && r == 1 ? (float *)w->err : w->data[r], w->data[r] + 16, count, LLMPAR_F32, LLMPAR_SUM, &w->err[r]);
+}
+static void wrong_test(void) {
+    llmpar_error err;
+    for (int kind = 0; kind < 5; kind++) {
+        static wrong_case w;
+        memset(&w, 0, sizeof w);
+        w.kind = kind;
+        llmpar_cuda_peer *peers = virtual_ranks(4, 4096, 2);
+        for (int r = 0; r < 4; r++) w.data[r] = device_room<float>(32);
+        run_threads(4, wrong_rank, peers, &w);
+        int told = 0;
+        for (int r = 0; r < 4; r++) {
+            if (kind == 0 && r == 2) continue;
+            CHECK(w.status[r] != LLMPAR_OK);
+            if (kind == 0) { told += w.status[r] == LLMPAR_TIMEOUT; CHECK(strstr(w.err[r].text, "rank 2 to call AllReduce") != NULL); CHECK(w.status[r] == LLMPAR_TIMEOUT || w.status[r] == LLMPAR_ABORTED); }
+            if (kind == 1) { CHECK_EQ(w.status[r], LLMPAR_MISMATCH); CHECK(strstr(w.err[r].text, "count 7") != NULL); }
+            if (kind == 2 && r != 1) { CHECK_EQ(w.status[r], LLMPAR_ABORTED); CHECK(strstr(w.err[r].text, "rank 1: has had enough") != NULL); }
+            if (kind == 3) { CHECK_EQ(w.status[r], r == 1 ? LLMPAR_UNSUPPORTED : LLMPAR_ABORTED); CHECK(strstr(w.err[r].text, "no Send and Recv") != NULL); }
+            if (kind == 4) { CHECK_EQ(w.status[r], r == 1 ? LLMPAR_BAD_ARGUMENT : LLMPAR_ABORTED); CHECK(strstr(w.err[r].text, "send[1]") != NULL); }
+        }
+        if (kind == 0) CHECK(told >= 1);
+        const llmpar_status later = llmpar_barrier(llmpar_cuda_peer_comm(peers, 0), &err);      // for good
+        CHECK_EQ(later, LLMPAR_ABORTED);
+        device_release();
+        llmpar_cuda_peer_free(peers);
+    }
+}
+
+static void errors_test(void) {
+    llmpar_error err;
+    llmpar_cuda_peer *peers = NULL, *two = virtual_ranks(2, 4096, 2);
+    llmpar_cuda_peer_desc desc = {}, bad;
+    float on_host[8], *d = device_room<float>(64);
+    const int twice[2] = { 0, 0 }, far[2] = { 0, 99 };
+    desc.n_ranks = 2;
+    CHECK_FAIL(llmpar_cuda_peer_create(&desc, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "peers is NULL");
+    CHECK_FAIL(llmpar_cuda_peer_create(NULL, &peers, &err), LLMPAR_BAD_ARGUMENT, err, "desc is NULL");
+    bad = desc; bad.n_ranks = 9;           CHECK_FAIL(llmpar_cuda_peer_create(&bad, &peers, &err), LLMPAR_BAD_ARGUMENT, err, "n_ranks=9");
+    bad = desc; bad.buffer_bytes = -1;     CHECK_FAIL(llmpar_cuda_peer_create(&bad, &peers, &err), LLMPAR_BAD_ARGUMENT, err, "buffer_bytes=-1");
+    bad = desc; bad.one_shot_bytes = -1;   CHECK_FAIL(llmpar_cuda_peer_create(&bad, &peers, &err), LLMPAR_BAD_ARGUMENT, err, "one_shot_bytes=-1");
+    bad = desc; bad.blocks = 257;          CHECK_FAIL(llmpar_cuda_peer_create(&bad, &peers, &err), LLMPAR_BAD_ARGUMENT, err, "blocks=257");
+    bad = desc; bad.timeout_s = NAN;       CHECK_FAIL(llmpar_cuda_peer_create(&bad, &peers, &err), LLMPAR_BAD_ARGUMENT, err, "timeout_s");
+    bad = desc; bad.device = twice;        CHECK_FAIL(llmpar_cuda_peer_create(&bad, &peers, &err), LLMPAR_BAD_ARGUMENT, err, "both on device 0");
+    bad = desc; bad.device = far;          CHECK_FAIL(llmpar_cuda_peer_create(&bad, &peers, &err), LLMPAR_BAD_ARGUMENT, err, "device[1]=99");
+    CHECK(peers == NULL && llmpar_cuda_peer_comm(two, 2) == NULL && llmpar_cuda_peer_comm(two, -1) == NULL && llmpar_cuda_peer_comm(NULL, 0) == NULL);
+
+    const void *send[2] = { d, d + 8 };
+    void *recv[2] = { d + 16, d + 24 };
+    int64_t counts[4] = { 1, 2, 3, 4 };
+    llmpar_cuda_peer_call call = {}, c;
+    call.kind = LLMPAR_ALL_REDUCE; call.count = 8; call.send = send; call.recv = recv; call.counts = counts;
+    CHECK_OK(llmpar_cuda_peer_run(two, &call, &err), err);
+    CHECK_FAIL(llmpar_cuda_peer_run(NULL, &call, &err), LLMPAR_BAD_ARGUMENT, err, "peers is NULL");
+    CHECK_FAIL(llmpar_cuda_peer_run(two, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "call is NULL");
+    c = call; c.kind = LLMPAR_SEND;        CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_UNSUPPORTED, err, "Send");
+    c = call; c.kind = LLMPAR_SLICE;       CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_UNSUPPORTED, err, "kind=0");
+    c = call; c.dtype = LLMPAR_I32;        CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_UNSUPPORTED, err, "dtype=3");
+    c = call; c.kind = LLMPAR_BROADCAST; c.dtype = (llmpar_dtype)9; CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_BAD_ARGUMENT, err, "dtype=9");
+    c = call; c.reduce = (llmpar_reduce)3; CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_BAD_ARGUMENT, err, "reduce=3");
+    c = call; c.way = 3;                   CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_BAD_ARGUMENT, err, "way=3");
+    c = call; c.rank_plus_1 = 3;           CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_BAD_ARGUMENT, err, "rank_plus_1=3");
+    c = call; c.rank_plus_1 = 1;           CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_BAD_ARGUMENT, err, "virtual ranks run in one launch");
+    c = call; c.count = -1;                CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_BAD_ARGUMENT, err, "count=-1");
+    c = call; c.kind = LLMPAR_BROADCAST; c.root = 2; CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_BAD_ARGUMENT, err, "root=2");
+    c = call; c.kind = LLMPAR_ALL_GATHER; c.counts = NULL; CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_BAD_ARGUMENT, err, "counts is NULL");
+    counts[3] = -4; c = call; c.kind = LLMPAR_ALL_TO_ALL; CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_BAD_ARGUMENT, err, "counts[3]=-4");
+    c = call; c.send = NULL;               CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_BAD_ARGUMENT, err, "send is NULL");
+    c = call; c.recv = NULL;               CHECK_FAIL(llmpar_cuda_peer_run(two, &c, &err), LLMPAR_BAD_ARGUMENT, err, "recv is NULL");
+    send[1] = on_host;                     CHECK_FAIL(llmpar_cuda_peer_run(two, &call, &err), LLMPAR_BAD_ARGUMENT, err, "send[1] ("); send[1] = d + 8;
+    recv[0] = (char *)d + 65;              CHECK_FAIL(llmpar_cuda_peer_run(two, &call, &err), LLMPAR_BAD_ARGUMENT, err, "recv[0] ("); recv[0] = d + 16;
+    llmpar_cuda_peer_norm_desc norm = {}, m;
+    const void *weight[2] = { d + 32, d + 32 };
+    norm.send = send; norm.out = recv; norm.weight = weight; norm.rows = 1; norm.columns = 8; norm.eps = 1e-5f;
+    CHECK_OK(llmpar_cuda_peer_norm(two, &norm, &err), err);
+    CHECK_FAIL(llmpar_cuda_peer_norm(two, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "desc is NULL");
+    m = norm; m.dtype = LLMPAR_I64;        CHECK_FAIL(llmpar_cuda_peer_norm(two, &m, &err), LLMPAR_UNSUPPORTED, err, "dtype=4");
+    m = norm; m.rows = -1;                 CHECK_FAIL(llmpar_cuda_peer_norm(two, &m, &err), LLMPAR_BAD_ARGUMENT, err, "rows=-1");
+    m = norm; m.columns = 1025;            CHECK_FAIL(llmpar_cuda_peer_norm(two, &m, &err), LLMPAR_BAD_ARGUMENT, err, "columns=1025");
+    m = norm; m.eps = -1;                  CHECK_FAIL(llmpar_cuda_peer_norm(two, &m, &err), LLMPAR_BAD_ARGUMENT, err, "eps=-1");
+    m = norm; m.weight = NULL;             CHECK_FAIL(llmpar_cuda_peer_norm(two, &m, &err), LLMPAR_BAD_ARGUMENT, err, "weight is NULL");
+    m = norm; m.rank_plus_1 = 1;           CHECK_FAIL(llmpar_cuda_peer_norm(two, &m, &err), LLMPAR_BAD_ARGUMENT, err, "virtual ranks");
+    weight[1] = on_host;                   CHECK_FAIL(llmpar_cuda_peer_norm(two, &norm, &err), LLMPAR_BAD_ARGUMENT, err, "weight[1] ("); weight[1] = d + 32;
+    recv[1] = NULL;                        CHECK_FAIL(llmpar_cuda_peer_norm(two, &norm, &err), LLMPAR_BAD_ARGUMENT, err, "out[1] is NULL"); recv[1] = d + 24;
+    m = norm; recv[1] = on_host; void *residual[2] = { d, on_host }; recv[1] = d + 24; m.residual = residual;
+    CHECK_FAIL(llmpar_cuda_peer_norm(two, &m, &err), LLMPAR_BAD_ARGUMENT, err, "residual[1] (");
+    int64_t found = -1;
+    CHECK_OK(llmpar_cuda_peer_measure(two, &found, &err), err);
+    CHECK(found == 0 || found == 4096);
+    CHECK_OK(llmpar_cuda_peer_wait(two, &err), err);
+    device_release();
+    llmpar_cuda_peer_free(two);
+}
+
+#ifdef LLMPAR_CUDA_EMULATED
+// Plain stores are seen as late as is allowed: with the release of the flags nothing shows, without it wrong sums do.
+static void buffer_test(int seeds) {
+    llmpar_error err;
+    int wrong = 0, unfenced = 0;
+    for (int pass = 0; pass < 2; pass++) {
+        llmpari_cuda_peer_unfenced = pass == 1;
+        for (int seed = 1; seed <= (pass ? 20 : seeds); seed++) {
+            const int n = 2 + seed % 7;
+            llmpar_cuda_peer *peers = virtual_ranks(n, 4096, 2);
+            emulator_order(seed % 3);
+            emulator_buffer((uint64_t)seed);
+            for (int k = 0; k < 2; k++) {
+                unsigned char *send[MOST], *recv[MOST];
+                job j = random_job(n, 600);
+                while (j.kind != LLMPAR_ALL_REDUCE && seed % 2) j = random_job(n, 600);
+                for (int r = 0; r < n; r++) job_buffers(j, r, &send[r], &recv[r]);
+                const llmpar_cuda_peer_call call = job_call(j, send, recv);
+                CHECK_OK(llmpar_cuda_peer_run(peers, &call, &err), err);
+                CHECK_OK(llmpar_cuda_peer_wait(peers, &err), err);
+                (pass ? unfenced : wrong) += wrong_ranks(j, recv) > 0;
+            }
+            emulator_buffer(0);
+            device_release();
+            llmpar_cuda_peer_free(peers);
+        }
+        llmpari_cuda_peer_unfenced = false;
+    }
+    CHECK_EQ(wrong, 0);
+    CHECK(unfenced > 5);
+    emulator_order(0);
+}
+
+// Four devices, one of which never comes: kernels leave, and every later call names it.
+struct dead_case { llmpar_cuda_peer *peers; unsigned char *send[4], *recv[4]; int dead; std::atomic<int> named; };
+static void dead_test(int dead) {
+    static const int device[4] = { 3, 1, 0, 2 };
+    llmpar_error err;
+    dead_case d;
+    llmpar_cuda_peer_desc desc = {};
+    char name[40];
+    emulator_devices(4);
+    desc.n_ranks = 4; desc.device = device; desc.buffer_bytes = 4096; desc.timeout_s = 0.2; desc.blocks = 2;
+    d.dead = dead; d.named = 0;
+    CHECK_OK(llmpar_cuda_peer_create(&desc, &d.peers, &err), err);
+    for (int r = 0; r < 4; r++) { (void)cudaSetDevice(device[r]); d.send[r] = device_room<unsigned char>(4000); d.recv[r] = device_room<unsigned char>(4000); }
+    (void)cudaSetDevice(0);
+    snprintf(name, sizeof name, "for rank %d, which did not come", dead);
+    std::vector<std::thread> threads;
+    for (int r = 0; r < 4; r++)
+        if (r != dead) threads.emplace_back([&d, r, &name]() {
+            llmpar_error e;
+            llmpar_cuda_peer_call call = {};
+            call.kind = LLMPAR_ALL_REDUCE; call.count = 1000; call.rank_plus_1 = r + 1; call.send = (const void *const *)d.send; call.recv = (void *const *)d.recv;
+            (void)llmpar_cuda_peer_run(d.peers, &call, &e);
+            (void)cudaDeviceSynchronize();
+            for (int again = 0; again < 2; again++) if (llmpar_cuda_peer_run(d.peers, &call, &e) == LLMPAR_TIMEOUT && strstr(e.text, name)) d.named++;
+        });
+    for (std::thread &t : threads) t.join();
+    CHECK_EQ(d.named, 6);
+    CHECK_FAIL(llmpar_cuda_peer_wait(d.peers, &err), LLMPAR_TIMEOUT, err, name);
+    CHECK_EQ(llmpar_barrier(llmpar_cuda_peer_comm(d.peers, 0), &err), LLMPAR_ABORTED);
+    device_release();
+    llmpar_cuda_peer_free(d.peers);
+    emulator_devices(1);
+}
+
+static void devices_test(int cases) {
+    static const int device[4] = { 2, 0, 3, 1 };
+    llmpar_error err;
+    llmpar_cuda_peer *peers = NULL;
+    emulator_devices(4);
+    comm_test(cases, device, false);
+    comm_test(cases, device, true);
+    llmpar_cuda_peer_desc desc = {};
+    desc.n_ranks = 4; desc.device = device;
+    emulator_peers(0);
+    CHECK_FAIL(llmpar_cuda_peer_create(&desc, &peers, &err), LLMPAR_UNSUPPORTED, err, "cannot read device");
+    emulator_peers(1);
+    emulator_devices(0);
+    CHECK_FAIL(llmpar_cuda_peer_create(&desc, &peers, &err), LLMPAR_UNSUPPORTED, err, "no GPU");
+    emulator_devices(1);
+}
+
+// Captured once, launched often: what a call needs to know lies on the device.
+static void graph_test(void) {
+    llmpar_error err;
+    llmpar_cuda_peer *peers = virtual_ranks(3, 4096, 2);
+    cudaStream_t stream = (cudaStream_t)llmpar_cuda_peer_stream(peers, 0);
+    float *data[3];
+    for (int r = 0; r < 3; r++) data[r] = device(std::vector<float>(100, 1.0f));
+    llmpar_cuda_peer_call call = {};
+    call.kind = LLMPAR_ALL_REDUCE; call.count = 100; call.send = (const void *const *)data; call.recv = (void *const *)data;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    CUDA_TEST_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    CHECK_OK(llmpar_cuda_peer_run(peers, &call, &err), err);
+    CUDA_TEST_OK(cudaStreamEndCapture(stream, &graph));
+    CUDA_TEST_OK(cudaGraphInstantiate(&exec, graph, 0));
+    for (int i = 0; i < 5; i++) CUDA_TEST_OK(cudaGraphLaunch(exec, stream));
+    CHECK_OK(llmpar_cuda_peer_run(peers, &call, &err), err);
+    CHECK_OK(llmpar_cuda_peer_wait(peers, &err), err);
+    for (int r = 0; r < 3; r++) for (float v : host(data[r], 100)) CHECK_EQ(v, 729);       // 3^6
+    CUDA_TEST_OK(cudaGraphExecDestroy(exec));
+    CUDA_TEST_OK(cudaGraphDestroy(graph));
+    device_release();
+    llmpar_cuda_peer_free(peers);
+}
+
+// Every CUDA call and every allocation of creation fails once.
+static void sweep_test(void) {
+    llmpar_error err;
+    test_budget budget = { 0, 0 };
+    llmpar_cuda_peer_desc desc = {};
+    llmpar_cuda_peer *peers = NULL;
+    desc.n_ranks = 2; desc.buffer_bytes = 4096;
+    desc.allocator.alloc = test_budget_alloc; desc.allocator.free = test_budget_free; desc.allocator.user = &budget;
+    CHECK_EQ(llmpar_cuda_peer_create(&desc, &peers, &err), LLMPAR_NO_MEMORY);
+    CHECK_EQ(budget.held, 0);
+    budget.left = -1;
+    CHECK_OK(llmpar_cuda_peer_create(&desc, &peers, &err), err);
+    llmpar_cuda_peer_free(peers);
+    CHECK_EQ(budget.held, 0);
+}
+#endif
+
+int main(void) {
+    if (!cuda_test_begin()) return test_done();
+    const int cases = test_stress() ? 150 : test_short() ? 3 : 12;
+    test_seed(403);
+    TEST("1 to 8 virtual ranks, every collective: sums in rank order, bit by bit") virtual_test(cases);
+    TEST("calls one after the other on the stream") { sequence_test(test_short() ? 10 : 40, 3); sequence_test(test_short() ? 10 : 40, 8); }
+    TEST("AllReduce + residual + RMSNorm") norm_test(test_short() ? 10 : 60);
+    TEST("communicators of virtual ranks, a thread each") { comm_test(test_short() ? 2 : 8, NULL, false); comm_test(test_short() ? 1 : 4, NULL, true); }
+    TEST("groups along the axes of a mesh") group_test();
+    TEST("a rank that does not come, ranks that disagree, abort") wrong_test();
+    TEST("bad input, field by field") errors_test();
+#ifdef LLMPAR_CUDA_EMULATED
+    TEST("store buffer: with fences clean, without them seen") buffer_test(test_stress() ? 2000 : test_short() ? 20 : 200);
+    TEST("several devices, a thread each") devices_test(test_short() ? 2 : 8);
+    TEST("a device that never comes is named") { dead_test(2); dead_test(0); }
+    TEST("captured in a graph") graph_test();
+    TEST("no memory") sweep_test();
+#endif
+    return test_done();
+}
