@@ -47,7 +47,7 @@ help:
 	@echo "make bench      speed of planner, pipeline schedules, experts, kernels, collectives (beside MPI's), decode and prefill, with ratios to this machine's limits"
 	@echo "make hygiene    warnings, language standards, symbols, contents, README snippets"
 	@echo "make sanitize   all tests under ASan+UBSan and under TSan"
-	@echo "make cuda       with nvcc, where it is: llmpar_cuda.cuh for sm_80, sm_90 and sm_100, its tests and examples; CUDA_ARCH=native: those for this machine's GPU"
+	@echo "make cuda       with nvcc, where it is: llmpar_cuda.cuh for sm_80, sm_90 and sm_100, its tests and examples; CUDA_ARCH=native: those for this machine's GPU; CUDNN_FRONTEND=folder: with cuDNN"
 	@echo "make fuzz       libFuzzer on every parser, FUZZ_S=60 seconds each"
 	@echo "make gpu        on a machine with an NVIDIA GPU: all of it built for that GPU, tested, checked by compute-sanitizer and timed, in under 8 minutes"
 	@echo "make clean      remove build/"

@@ -35,6 +35,8 @@
 //   LLMPAR_CUDA_IMPLEMENTATION     in one file: the implementation too. With nvcc (or the tests' emulator) all of it; with a plain C99 or C++11 compiler
 //                                  the host's part, that is >>device without kernels and >>nccl
 //   LLMPAR_NCCL                    with >>nccl; link -lnccl
+//   LLMPAR_CUDNN                   llmpar_cuda_prefill (>>attend) uses cuDNN 9.6 or newer through NVIDIA's headers cudnn_frontend 1.13 or newer (pip install nvidia-cudnn-frontend, or
+//                                  github.com/NVIDIA/cudnn-frontend; C++17); link -lcudnn -lnvrtc
 //   LLMPAR_STATIC                  as in llmpar.h
 // Needs CUDA 12 or 13, sm_80 or newer. Streams are void * (a cudaStream_t); NULL is CUDA's default stream.
 
@@ -283,6 +285,28 @@ LLMPAR_DEF int64_t llmpar_cuda_attention_workspace(const llmpar_cuda_attention_d
 // Over how many blocks to split the keys when `blocks` would run without: the fewest that make 4 blocks for each of `sms` multiprocessors (as many as run at a time), but 128 keys each at
 // least, and 64 at most. Pure.
 LLMPAR_DEF int32_t llmpar_cuda_attention_splits(int64_t blocks, int64_t n_keys, int32_t sms);
+
+// ---- prefill by cuDNN
+
+// llmpar_cuda_attention for many queries a row: the same desc and checks, but for what llmpar_cuda_prefill_plain lets through cuDNN's fused attention (flash attention on tensor cores) runs,
+// if LLMPAR_CUDNN is defined; all else is llmpar_cuda_attention. Not run on a GPU yet: the graph is checked by cuDNN's own heuristics on the host and run by a stand-in for cuDNN.
+// cuDNN's weights are rounded to the dtype before v: to llmpar_cuda_attention's bound comes half a unit of dtype times sum_j softmax_j |v_j|; a row's bits may depend on the shape. Keys that
+// no query sees must be numbers: cuDNN may multiply them by 0 (clear a new cache).
+// A graph is built for each shape (dtype, batch, queries, heads, D, scale, causal, window, the cache's slots and strides, whether there are lengths), which takes 0.1 to some seconds; a run with
+// a shape that was there before allocates nothing on the device and waits for nothing, so that it can be captured. So give prompts in chunks of one size, with lengths, and call
+// llmpar_cuda_prefill_prepare before. The op table holds f32 and does not use this.
+typedef struct llmpar_cuda_prefill llmpar_cuda_prefill;   // cuDNN's handle, graphs, their workspaces: of the device that is current when it is created. One thread and one stream at a time
+LLMPAR_DEF llmpar_status llmpar_cuda_prefill_create(llmpar_cuda_prefill **prefill, llmpar_error *err);   // LLMPAR_UNSUPPORTED when there is no GPU
+LLMPAR_DEF void          llmpar_cuda_prefill_free(llmpar_cuda_prefill *prefill);                         // what it ran must be done
+LLMPAR_DEF llmpar_status llmpar_cuda_prefill_attention(llmpar_cuda_prefill *prefill, const llmpar_cuda_attention_desc *desc, void *stream, llmpar_error *err);
+// Builds the graph of desc's shape unless it is there. *plain (may be NULL): NULL = cuDNN will run, else why it will not, valid as long as prefill: llmpar_cuda_prefill_plain's reason, cuDNN's own
+// (its engines do not know the shape: the plain kernel runs from then on), or that 64 shapes are built.
+LLMPAR_DEF llmpar_status llmpar_cuda_prefill_prepare(llmpar_cuda_prefill *prefill, const llmpar_cuda_attention_desc *desc, const char **plain, llmpar_error *err);
+// Host, looks at the desc alone: NULL = for cuDNN, else why not, static storage. For cuDNN: bf16 or f16, 16 or more queries, D a multiple of 8, everything aligned to 16 bytes, kv_of_q NULL (see
+// llmpar_cuda_heads_even), position NULL (with lengths: the last `queries` of them), contiguous cache, causal where there is a window; no soft_cap, sinks, lse, splits, exact, and out is not q.
+LLMPAR_DEF const char   *llmpar_cuda_prefill_plain(const llmpar_cuda_attention_desc *desc);
+// Host: is kv_of_q[q_heads] (host memory) i / (q_heads / kv_heads), that is what NULL means on the device?
+LLMPAR_DEF bool          llmpar_cuda_heads_even(const int32_t *kv_of_q, int32_t q_heads, int32_t kv_heads);
 
 // Merges n partial results over different keys (context parallelism, ring attention, split keys): lse = log sum_i e^lse_i, out = sum_i e^(lse_i - lse) parts_i. A part with lse
 // -infinity adds nothing, whatever it holds; all such: zeros and -infinity. Error: (n + 8) 2^-23 sum_i e^(lse_i - lse) |parts_i|, and dtype.
@@ -755,8 +779,8 @@ LLMPAR_DEF int           llmpar_nccl_version(void);                             
 // >>table   the op table of llmpar.h's executor on a GPU                        (uses: ops, exec, weights, all above)
 // ============================================================================================================
 // The table that puts llmpar's executor and engine on a GPU: ops.alloc gives the device's memory, kernels are those above on cuda's stream, GEMM is cuBLASLt's (f32 without TF32; with bf16
-// or f16 weights the activations are rounded to that dtype, products add up in f32), grouped GEMM a cuBLASLt call for each expert, attention the kernel of >>attend, prefill too (cuDNN is not
-// used). A run with no experts allocates nothing and waits for nothing, so that it can be captured in a CUDA graph:
+// or f16 weights the activations are rounded to that dtype, products add up in f32), grouped GEMM a cuBLASLt call for each expert, attention the kernel of >>attend, prefill too (cuDNN has
+// none for f32, see llmpar_cuda_prefill). A run with no experts allocates nothing and waits for nothing, so that it can be captured in a CUDA graph:
 //
 //     cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal); llmpar_exec_run(exec, position, err); cudaStreamEndCapture(stream, &graph);
 //     llmpar_exec_positions(exec, next, err); ops.upload(ops.user, llmpar_exec_data(exec, ids, 0, NULL), &id, 4, err); cudaGraphLaunch(instance, stream);
@@ -796,6 +820,22 @@ LLMPAR_DEF llmpar_status llmpar_cuda_ops(llmpar_cuda *cuda, const llmpar_cuda_op
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <new>
+#ifdef LLMPAR_CUDNN
+#include <exception>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+#if !__has_include(<cudnn_frontend.h>)
+#error "LLMPAR_CUDNN needs NVIDIA's cudnn_frontend.h: pip install nvidia-cudnn-frontend (or github.com/NVIDIA/cudnn-frontend) and -isystem its include folder"
+#else
+#include <cudnn_frontend.h>
+#if CUDNN_VERSION < 90600 || CUDNN_FRONTEND_VERSION < 11300
+#error "LLMPAR_CUDNN needs cuDNN 9.6 and cudnn_frontend 1.13, or newer"
+#endif
+#endif
+#endif
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)
@@ -2788,10 +2828,12 @@ static llmpar_status llmpari_cuda_attention_sizes(const llmpar_cuda_attention_de
     return LLMPAR_OK;
 }
 
-LLMPAR_DEF llmpar_status llmpar_cuda_attention(const llmpar_cuda_attention_desc *desc, void *stream, llmpar_error *err) {
+// Everything of the desc; *empty: there is nothing to do, and pointers were not looked at.
+static llmpar_status llmpari_cuda_attention_check(const llmpar_cuda_attention_desc *desc, bool *empty, llmpar_error *err) {
     if (!desc) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc is NULL");
     LLMPARI_CUDA_TRY(llmpari_cuda_attention_sizes(desc, err));
-    if (!desc->batch || !desc->queries || !desc->q_heads || !desc->d) return LLMPAR_OK;
+    *empty = !desc->batch || !desc->queries || !desc->q_heads || !desc->d;
+    if (*empty) return LLMPAR_OK;
     const int64_t align = llmpari_cuda_bytes(desc->dtype);
     LLMPARI_CUDA_TRY(llmpari_cuda_check("q", desc->q, align, false, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_kv_check(&desc->kv, align, err));
@@ -2805,6 +2847,12 @@ LLMPAR_DEF llmpar_status llmpar_cuda_attention(const llmpar_cuda_attention_desc 
     if (desc->kv.rows && desc->kv.rows < desc->batch)
         return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "rows of the cache=%lld, but batch=%lld", (long long)desc->kv.rows, (long long)desc->batch);
     if (desc->exact && desc->out == desc->q) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "exact: out may not be q");
+    return LLMPAR_OK;
+}
+LLMPAR_DEF llmpar_status llmpar_cuda_attention(const llmpar_cuda_attention_desc *desc, void *stream, llmpar_error *err) {
+    bool empty;
+    LLMPARI_CUDA_TRY(llmpari_cuda_attention_check(desc, &empty, err));
+    if (empty) return LLMPAR_OK;
     if (desc->exact) return llmpari_cuda_attention_exact(desc, stream, err);
     LLMPARI_CUDA_DISPATCH(desc->dtype, T, return llmpari_cuda_attention_run<T>(desc, stream, err));
 }
@@ -2830,6 +2878,259 @@ static llmpar_status llmpari_cuda_attention_launch(const llmpar_attention_args *
     const int64_t floats = args->batch * args->queries * args->q_heads * (args->d + 1);
     g.splits = (int32_t)llmpari_cuda_max(1, llmpari_cuda_min(llmpari_cuda_attend_splits(4, g.batch, g.queries, g.q_heads, kv_heads, g.n_keys), args->scratch ? scratch_floats / floats : 1));
     return llmpari_cuda_attend_launch(g, args->scratch, stream, err);
+}
+
+// ---- prefill by cuDNN
+
+LLMPAR_DEF bool llmpar_cuda_heads_even(const int32_t *kv_of_q, int32_t q_heads, int32_t kv_heads) {
+    if (kv_heads <= 0 || q_heads % kv_heads) return false;
+    for (int32_t i = 0; i < q_heads; i++) if (kv_of_q[i] != i / (q_heads / kv_heads)) return false;
+    return true;
+}
+
+LLMPAR_DEF const char *llmpar_cuda_prefill_plain(const llmpar_cuda_attention_desc *desc) {
+    const llmpari_cuda_cache<uint16_t> kv = llmpari_cuda_cache_of<uint16_t>(&desc->kv, desc->batch, desc->kv_heads, desc->d);
+    if (desc->exact)                                    return "exact: the bits of the CPU's kernel";
+    if (desc->dtype != LLMPAR_BF16 && desc->dtype != LLMPAR_F16) return "dtype: cuDNN's attention is for bf16 and f16";
+    if (desc->queries < 16)                             return "queries: fewer than 16 are for the kernel that splits keys";
+    if (desc->kv_of_q)                                  return "kv_of_q: cuDNN's heads are even; pass NULL where llmpar_cuda_heads_even says yes";
+    if (desc->kv_heads < 1 || desc->q_heads % desc->kv_heads) return "heads: q_heads are not a multiple of kv_heads";
+    if (desc->position)                                 return "position: cuDNN's are consecutive; pass NULL, with lengths where they do not begin at 0";
+    if (desc->kv.block_table)                           return "block_table: cuDNN does not check its numbers";
+    if (desc->d < 8 || desc->d % 8 || desc->d > 256)    return "d: not a multiple of 8 up to 256";
+    if (desc->window > 0 && !desc->causal)              return "window: without causal";
+    if (desc->soft_cap > 0)                             return "soft_cap";
+    if (desc->sinks)                                    return "sinks";
+    if (desc->lse)                                      return "lse: is wanted";
+    if (desc->splits > 1)                               return "splits: are asked for";
+    if (desc->out == desc->q)                           return "out: equals q";
+    if (!llmpari_cuda_packs((const uint16_t *)desc->q, 8) || !llmpari_cuda_packs((const uint16_t *)desc->out, 8)) return "q, out: not aligned to 16 bytes";
+    if (!llmpari_cuda_cache_packs(kv) || !llmpari_cuda_packs(kv.k, kv.stride_head)) return "kv: addresses or strides are not multiples of 16 bytes";
+    return NULL;
+}
+
+#ifdef LLMPAR_CUDNN
+// cuDNN's padding mask wants to know how many queries and keys a row has. No keys count as one, which the next kernel makes good.
+static __global__ void __launch_bounds__(256) llmpari_cuda_prefill_lengths_kernel(int64_t batch, int queries, int n_keys, int slots, const int32_t *lengths, int32_t *of_queries,
+                                                                                  int32_t *of_keys) {
+    for (int64_t b = (int64_t)blockIdx.x * 256 + threadIdx.x; b < batch; b += (int64_t)gridDim.x * 256) {
+        const int n = lengths ? lengths[b] : n_keys;
+        of_queries[b] = queries;
+        of_keys[b]    = n < 1 ? 1 : n < slots ? n : slots;
+    }
+}
+// Zeros for queries that see nothing, which cuDNN leaves undefined. A warp a query.
+template <typename T> static __global__ void __launch_bounds__(256) llmpari_cuda_prefill_unseeing_kernel(const llmpari_cuda_attend<T> g) {
+    const int64_t tokens = g.batch * g.queries;
+    const int n = g.q_heads * g.d;
+    for (int64_t t = (int64_t)blockIdx.x * 8 + threadIdx.x / 32; t < tokens; t += (int64_t)gridDim.x * 8) {
+        int begin, end;
+        const int64_t b = t / g.queries;
+        llmpari_cuda_attend_sees(g, b, t - b * g.queries, &begin, &end);
+        if (begin < end) continue;
+        for (int i = (int)threadIdx.x % 32; i < n; i += 32) llmpari_cuda_from_f32(g.out + t * n + i, 0.0f);
+    }
+}
+
+enum { LLMPARI_CUDA_PREFILL_Q = 1, LLMPARI_CUDA_PREFILL_K, LLMPARI_CUDA_PREFILL_V, LLMPARI_CUDA_PREFILL_OUT, LLMPARI_CUDA_PREFILL_QUERIES, LLMPARI_CUDA_PREFILL_KEYS };   // cuDNN's uids
+#define LLMPARI_CUDA_PREFILL_GRAPHS 64
+struct llmpari_cuda_prefill_shape { int64_t at[14]; };
+struct llmpari_cuda_prefill_graph {
+    llmpari_cuda_prefill_shape shape;
+    std::unique_ptr<cudnn_frontend::graph::Graph> graph;       // none: plain, because of `why`
+    std::string why;
+    std::unordered_map<int64_t, void *> pointers;              // by uid
+    void *memory, *workspace;                                  // of the device: numbers of queries and keys [2, batch], then the workspace
+};
+struct llmpar_cuda_prefill {
+    int device, n;
+    cudnnHandle_t handle;
+    llmpari_cuda_prefill_graph graph[LLMPARI_CUDA_PREFILL_GRAPHS];
+};
+
+// What a graph depends on. A window that reaches over all positions is none.
+static llmpari_cuda_prefill_shape llmpari_cuda_prefill_shape_of(const llmpar_cuda_attention_desc *desc) {
+    const llmpari_cuda_cache<uint16_t> kv = llmpari_cuda_cache_of<uint16_t>(&desc->kv, desc->batch, desc->kv_heads, desc->d);
+    const int64_t window = desc->window < llmpari_cuda_max(kv.slots, desc->queries) ? desc->window : 0;
+    const float scale = desc->scale != 0 ? desc->scale : (float)(1.0 / sqrt((double)desc->d));
+    llmpari_cuda_prefill_shape s = { { desc->dtype, desc->batch, desc->queries, desc->q_heads, desc->kv_heads, desc->d, kv.slots, kv.stride_row, kv.stride_slot, kv.stride_head, window, desc->causal,
+                                       desc->lengths != NULL, 0 } };
+    memcpy(&s.at[13], &scale, sizeof scale);
+    return s;
+}
+
+// The graph of a desc that llmpar_cuda_prefill_plain lets through. The padding mask gives each row its number of keys; the causal diagonal ends in the last key where there are lengths (queries
+// are the last of them), else it begins in the first. Needs no device.
+static std::unique_ptr<cudnn_frontend::graph::Graph> llmpari_cuda_prefill_describe(const llmpar_cuda_attention_desc *desc) {
+    namespace fe = cudnn_frontend;
+    using fe::graph::Tensor_attributes;
+    const llmpari_cuda_prefill_shape shape = llmpari_cuda_prefill_shape_of(desc);
+    const int64_t batch = desc->batch, queries = desc->queries, heads = desc->q_heads, d = desc->d, slots = shape.at[6], window = shape.at[10];
+    const fe::DataType_t dtype = desc->dtype == LLMPAR_BF16 ? fe::DataType_t::BFLOAT16 : fe::DataType_t::HALF;
+    const std::vector<int64_t> q_dim = { batch, heads, queries, d }, q_stride = { queries * heads * d, d, heads * d, 1 };
+    const std::vector<int64_t> kv_dim = { batch, desc->kv_heads, slots, d }, kv_stride = { shape.at[7], shape.at[9], shape.at[8], 1 }, n_dim = { batch, 1, 1, 1 }, n_stride = { 1, 1, 1, 1 };
+    float scale;
+    memcpy(&scale, &shape.at[13], sizeof scale);
+    std::unique_ptr<fe::graph::Graph> graph(new fe::graph::Graph());
+    graph->set_io_data_type(dtype).set_intermediate_data_type(fe::DataType_t::FLOAT).set_compute_data_type(fe::DataType_t::FLOAT);
+    auto q = graph->tensor(Tensor_attributes().set_name("q").set_uid(LLMPARI_CUDA_PREFILL_Q).set_dim(q_dim).set_stride(q_stride));
+    auto k = graph->tensor(Tensor_attributes().set_name("k").set_uid(LLMPARI_CUDA_PREFILL_K).set_dim(kv_dim).set_stride(kv_stride));
+    auto v = graph->tensor(Tensor_attributes().set_name("v").set_uid(LLMPARI_CUDA_PREFILL_V).set_dim(kv_dim).set_stride(kv_stride));
+    auto n_queries = graph->tensor(Tensor_attributes().set_name("queries").set_uid(LLMPARI_CUDA_PREFILL_QUERIES).set_dim(n_dim).set_stride(n_stride).set_data_type(fe::DataType_t::INT32));
+    auto n_keys    = graph->tensor(Tensor_attributes().set_name("keys").set_uid(LLMPARI_CUDA_PREFILL_KEYS).set_dim(n_dim).set_stride(n_stride).set_data_type(fe::DataType_t::INT32));
+    auto options = fe::graph::SDPA_attributes().set_name("attention").set_generate_stats(false).set_attn_scale(scale).set_padding_mask(true).set_seq_len_q(n_queries).set_seq_len_kv(n_keys);
+    if (desc->causal)
+        options.set_diagonal_alignment(desc->lengths ? fe::DiagonalAlignment_t::BOTTOM_RIGHT : fe::DiagonalAlignment_t::TOP_LEFT).set_diagonal_band_right_bound(0);
+    if (window > 0) options.set_diagonal_band_left_bound((int)window);
+    auto out = graph->sdpa(q, k, v, options)[0];
+    out->set_output(true).set_uid(LLMPARI_CUDA_PREFILL_OUT).set_dim(q_dim).set_stride(q_stride);
+    return graph;
+}
+
+// The engine that cuDNN's heuristics like best, compiled; workspace in bytes.
+static cudnn_frontend::error_t llmpari_cuda_prefill_compile(cudnn_frontend::graph::Graph *graph, cudnnHandle_t handle, int64_t *workspace) {
+    const cudnn_frontend::error_t error = graph->build(handle, { cudnn_frontend::HeurMode_t::A, cudnn_frontend::HeurMode_t::FALLBACK });
+    return error.is_good() ? graph->get_workspace_size(*workspace) : error;
+}
+
+// Into the next free place of prefill; a shape that cuDNN does not know is kept with its reason.
+static llmpar_status llmpari_cuda_prefill_build(llmpar_cuda_prefill *prefill, const llmpar_cuda_attention_desc *desc, llmpar_error *err) {
+    llmpari_cuda_prefill_graph *to = &prefill->graph[prefill->n];
+    int64_t workspace = 0;
+    const int64_t lengths = llmpari_cuda_up(desc->batch * 8, 256) * 256;
+    to->why.clear();
+    to->graph = llmpari_cuda_prefill_describe(desc);
+    cudnn_frontend::error_t error = llmpari_cuda_prefill_compile(to->graph.get(), prefill->handle, &workspace);
+    if (error.is_bad()) {
+        to->why = "cuDNN: " + error.get_message();
+        to->graph.reset();
+    } else {
+        for (int uid = LLMPARI_CUDA_PREFILL_Q; uid <= LLMPARI_CUDA_PREFILL_KEYS; uid++) to->pointers[uid] = NULL;
+        LLMPARI_CUDA_CALL(err, cudaMalloc(&to->memory, (size_t)(lengths + workspace)));      // the last thing that can fail
+        to->workspace = (char *)to->memory + lengths;
+        to->pointers[LLMPARI_CUDA_PREFILL_QUERIES] = to->memory;
+        to->pointers[LLMPARI_CUDA_PREFILL_KEYS]    = (int32_t *)to->memory + desc->batch;
+    }
+    to->shape = llmpari_cuda_prefill_shape_of(desc);
+    prefill->n++;
+    return LLMPAR_OK;
+}
+
+// desc checked, not empty. *graph NULL: plain, because of *plain.
+static llmpar_status llmpari_cuda_prefill_find(llmpar_cuda_prefill *prefill, const llmpar_cuda_attention_desc *desc, llmpari_cuda_prefill_graph **graph, const char **plain, llmpar_error *err) {
+    *graph = NULL;
+    *plain = llmpar_cuda_prefill_plain(desc);
+    if (*plain) return LLMPAR_OK;
+    const llmpari_cuda_prefill_shape shape = llmpari_cuda_prefill_shape_of(desc);
+    int i = 0;
+    while (i < prefill->n && memcmp(&prefill->graph[i].shape, &shape, sizeof shape)) i++;
+    if (i == LLMPARI_CUDA_PREFILL_GRAPHS) { *plain = "64 other shapes are built: pass prompts in chunks of one size"; return LLMPAR_OK; }
+    if (i == prefill->n) {
+        try { LLMPARI_CUDA_TRY(llmpari_cuda_prefill_build(prefill, desc, err)); }
+        catch (const std::exception &e) { return LLMPARI_CUDA_FAIL(err, LLMPAR_NO_MEMORY, "cuDNN's graph: %s", e.what()); }
+    }
+    if (prefill->graph[i].graph) *graph = &prefill->graph[i];
+    else                         *plain = prefill->graph[i].why.c_str();
+    return LLMPAR_OK;
+}
+
+template <typename T> static llmpar_status llmpari_cuda_prefill_run(llmpar_cuda_prefill *prefill, llmpari_cuda_prefill_graph *graph, const llmpar_cuda_attention_desc *desc, void *stream,
+                                                                    llmpar_error *err) {
+    llmpari_cuda_attend<T> g;
+    memset((void *)&g, 0, sizeof g);
+    g.batch = desc->batch; g.queries = desc->queries; g.q_heads = desc->q_heads; g.d = desc->d;
+    g.kv = llmpari_cuda_cache_of<T>(&desc->kv, desc->batch, desc->kv_heads, desc->d);
+    g.n_keys = (int32_t)llmpari_cuda_min(desc->n_keys && !desc->lengths ? desc->n_keys : g.kv.slots, g.kv.slots);
+    g.window = (int32_t)llmpari_cuda_min(desc->window, INT32_MAX);
+    g.causal = desc->causal; g.lengths = desc->lengths; g.out = (T *)desc->out;
+    graph->pointers[LLMPARI_CUDA_PREFILL_Q] = (void *)(uintptr_t)desc->q;
+    graph->pointers[LLMPARI_CUDA_PREFILL_K] = desc->kv.k;
+    graph->pointers[LLMPARI_CUDA_PREFILL_V] = desc->kv.v;
+    graph->pointers[LLMPARI_CUDA_PREFILL_OUT] = desc->out;
+    int32_t *of_queries = (int32_t *)graph->memory;
+    LLMPARI_CUDA_TRY(llmpari_cuda_launch("attention's lengths", llmpari_cuda_prefill_lengths_kernel, dim3((unsigned)llmpari_cuda_min(llmpari_cuda_up(g.batch, 256), 1024)), dim3(256), 0, stream, err,
+                                         g.batch, (int)g.queries, g.n_keys, (int)g.kv.slots, g.lengths, of_queries, of_queries + g.batch));
+    const cudnnStatus_t status = cudnnSetStream(prefill->handle, (cudaStream_t)stream);
+    if (status != CUDNN_STATUS_SUCCESS) return LLMPARI_CUDA_FAIL(err, LLMPAR_ABORTED, "cudnnSetStream: %s", cudnnGetErrorString(status));
+    try {
+        cudnn_frontend::error_t error = graph->graph->execute(prefill->handle, graph->pointers, graph->workspace);
+        if (error.is_bad()) return LLMPARI_CUDA_FAIL(err, LLMPAR_ABORTED, "cuDNN's attention: %s", error.get_message().c_str());
+    } catch (const std::exception &e) { return LLMPARI_CUDA_FAIL(err, LLMPAR_NO_MEMORY, "cuDNN's attention: %s", e.what()); }
+    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(g.batch * g.queries, 8), 65535));
+    return llmpari_cuda_launch("attention's unseeing", llmpari_cuda_prefill_unseeing_kernel<T>, grid, dim3(256), 0, stream, err, g);
+}
+
+#else // without LLMPAR_CUDNN: the plain kernel for all
+struct llmpari_cuda_prefill_graph;
+struct llmpar_cuda_prefill { int device; };
+
+static llmpar_status llmpari_cuda_prefill_find(llmpar_cuda_prefill *, const llmpar_cuda_attention_desc *desc, llmpari_cuda_prefill_graph **graph, const char **plain, llmpar_error *) {
+    *graph = NULL;
+    *plain = llmpar_cuda_prefill_plain(desc);
+    if (!*plain) *plain = "built without LLMPAR_CUDNN";
+    return LLMPAR_OK;
+}
+template <typename T> static llmpar_status llmpari_cuda_prefill_run(llmpar_cuda_prefill *, llmpari_cuda_prefill_graph *, const llmpar_cuda_attention_desc *, void *, llmpar_error *) {
+    return LLMPAR_OK;
+}
+#endif // LLMPAR_CUDNN
+
+static llmpar_status llmpari_cuda_prefill_open(llmpar_cuda_prefill *prefill, llmpar_error *err) {
+    LLMPARI_CUDA_CALL(err, cudaGetDevice(&prefill->device));
+#ifdef LLMPAR_CUDNN
+    const cudnnStatus_t status = cudnnCreate(&prefill->handle);
+    if (status != CUDNN_STATUS_SUCCESS) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "cudnnCreate: %s", cudnnGetErrorString(status));
+#endif
+    return LLMPAR_OK;
+}
+LLMPAR_DEF llmpar_status llmpar_cuda_prefill_create(llmpar_cuda_prefill **out, llmpar_error *err) {
+    const char *why;
+    if (!out) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "prefill is NULL: where should it go?");
+    *out = NULL;
+    if (llmpar_cuda_devices(&why) == 0) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "no GPU: %s", why);
+    llmpar_cuda_prefill *prefill = new (std::nothrow) llmpar_cuda_prefill();
+    if (!prefill) return LLMPARI_CUDA_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a record of graphs");
+    const llmpar_status status = llmpari_cuda_prefill_open(prefill, err);
+    if (status) llmpar_cuda_prefill_free(prefill);
+    else        *out = prefill;
+    return status;
+}
+LLMPAR_DEF void llmpar_cuda_prefill_free(llmpar_cuda_prefill *prefill) {
+    if (!prefill) return;
+#ifdef LLMPAR_CUDNN
+    for (int i = 0; i < prefill->n; i++) if (prefill->graph[i].memory) (void)cudaFree(prefill->graph[i].memory);
+    if (prefill->handle) (void)cudnnDestroy(prefill->handle);
+#endif
+    delete prefill;
+}
+
+static llmpar_status llmpari_cuda_prefill_check(llmpar_cuda_prefill *prefill, const llmpar_cuda_attention_desc *desc, bool *empty, llmpar_error *err) {
+    int device = 0;
+    if (!prefill) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "prefill is NULL; see llmpar_cuda_prefill_create");
+    LLMPARI_CUDA_CALL(err, cudaGetDevice(&device));
+    if (device != prefill->device)
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "prefill was created on device %d, but device %d is current: call cudaSetDevice(%d)", prefill->device, device, prefill->device);
+    return llmpari_cuda_attention_check(desc, empty, err);
+}
+LLMPAR_DEF llmpar_status llmpar_cuda_prefill_prepare(llmpar_cuda_prefill *prefill, const llmpar_cuda_attention_desc *desc, const char **plain, llmpar_error *err) {
+    llmpari_cuda_prefill_graph *graph;
+    const char *why = "nothing to do";
+    bool empty;
+    LLMPARI_CUDA_TRY(llmpari_cuda_prefill_check(prefill, desc, &empty, err));
+    if (!empty) LLMPARI_CUDA_TRY(llmpari_cuda_prefill_find(prefill, desc, &graph, &why, err));
+    if (plain) *plain = why;
+    return LLMPAR_OK;
+}
+LLMPAR_DEF llmpar_status llmpar_cuda_prefill_attention(llmpar_cuda_prefill *prefill, const llmpar_cuda_attention_desc *desc, void *stream, llmpar_error *err) {
+    llmpari_cuda_prefill_graph *graph;
+    const char *why;
+    bool empty;
+    LLMPARI_CUDA_TRY(llmpari_cuda_prefill_check(prefill, desc, &empty, err));
+    if (empty) return LLMPAR_OK;
+    LLMPARI_CUDA_TRY(llmpari_cuda_prefill_find(prefill, desc, &graph, &why, err));
+    if (!graph) return llmpar_cuda_attention(desc, stream, err);
+    if (desc->dtype == LLMPAR_BF16) return llmpari_cuda_prefill_run<__nv_bfloat16>(prefill, graph, desc, stream, err);
+    return llmpari_cuda_prefill_run<__half>(prefill, graph, desc, stream, err);
 }
 
 // ============================================================================================================

@@ -10,6 +10,11 @@ command -v "$NVCC" > /dev/null 2>&1 || NVCC=/usr/local/cuda/bin/nvcc
 mkdir -p "$D"; rm -f "$D"/*.todo; start=$(date +%s)
 nccl=""
 printf '#include <nccl.h>\n' | "$NVCC" -x cu -E - > /dev/null 2>&1 && nccl="-DLLMPAR_NCCL -lnccl"
+# cuDNN where its headers and cudnn_frontend's (C++; the folder is CUDNN_FRONTEND, else the compiler's) are: test_cuda_cudnn is built with them. CUDNN=1: they must be there.
+cudnn=""
+dnn="${CUDNN_FRONTEND:+-isystem $CUDNN_FRONTEND}"
+printf '#if !__has_include(<cudnn_frontend.h>) || !__has_include(<cudnn.h>)\n#error none\n#endif\n' | "$NVCC" -std=c++17 $dnn -x cu -E - > /dev/null 2>&1 && cudnn="-DLLMPAR_CUDNN $dnn -lcudnn -lnvrtc"
+[ -n "$cudnn" ] || [ -z "${CUDNN:-}" ] || { echo "FAIL CUDNN=$CUDNN, but cudnn_frontend.h or cudnn.h is not found: pip install nvidia-cudnn-frontend; CUDNN_FRONTEND=its include folder"; echo "0 passed, 1 failed"; exit 1; }
 # The library as an engine has it that has llmpar.h's implementation elsewhere.
 printf '#define LLMPAR_CUDA_IMPLEMENTATION\n#include "llmpar_cuda.cuh"\n' > "$D/library.cu.new"
 cmp -s "$D/library.cu.new" "$D/library.cu" || cp "$D/library.cu.new" "$D/library.cu"; rm -f "$D/library.cu.new"
@@ -27,13 +32,15 @@ if [ "${1:-}" != library ]; then
     for source in tests/test_cuda_*.cu tests/bench_cuda.cu examples/*.cu; do
         [ -f "$source" ] || continue
         sed -n '1,5p' "$source" | grep -qi 'emulator only' && continue
-        o=$D/$(basename "$source" .cu); programs="$programs $o"
-        stale "$o" "$source" && todo "$o" "$NVCC -std=c++17 $gencode -DLLMPAR_STATIC $nccl -Xcompiler $warnings -Xcompiler -O1 -I. -Itests $source -o $o -lcublasLt -lcublas -lpthread > $o.log 2>&1"
+        o=$D/$(basename "$source" .cu); programs="$programs $o"; with=""
+        case $source in *test_cuda_cudnn.cu) with=$cudnn ;; esac
+        stale "$o" "$source" && todo "$o" "$NVCC -std=c++17 $gencode -DLLMPAR_STATIC $nccl $with -Xcompiler $warnings -Xcompiler -O1 -I. -Itests $source -o $o -lcublasLt -lcublas -lpthread > $o.log 2>&1"
     done
 fi
 # The longest first: the objects.
 ls "$D"/*.todo 2> /dev/null | xargs -P "$(nproc 2> /dev/null || echo 2)" -I{} sh -c 'start=$(date +%s); sh "{}"; status=$?; echo "$status $(($(date +%s) - start))" > "{}.done"'
-passed=0; failed=0
+passed=0; failed=0; skipped=0
+[ "${1:-}" = library ] || [ -n "$cudnn" ] || { skipped=1; echo "SKIP cuDNN: cudnn_frontend.h or cudnn.h is not found (CUDNN_FRONTEND=folder): test_cuda_cudnn is built without"; }
 for todo in "$D"/*.todo; do
     [ -f "$todo" ] || continue
     target=$(cat "${todo%.todo}.name"); log=${target%.o}.log
@@ -56,5 +63,5 @@ if [ "${1:-}" != library ] && [ $failed = 0 ]; then
 fi
 echo "make cuda: $n compiled in $(($(date +%s) - start)) s, the rest kept; library for sm_$(echo $archs | sed 's/ /, sm_/g')${programs:+, programs for $CUDA_ARCH}"
 [ "$n" -gt 0 ] || passed=1
-echo "$passed passed, $failed failed"
+if [ $skipped -gt 0 ]; then echo "$passed passed, $failed failed, $skipped skipped"; else echo "$passed passed, $failed failed"; fi
 [ $failed = 0 ]
