@@ -2850,7 +2850,7 @@ static llmpar_status llmpari_cuda_attention_check(const llmpar_cuda_attention_de
     return LLMPAR_OK;
 }
 LLMPAR_DEF llmpar_status llmpar_cuda_attention(const llmpar_cuda_attention_desc *desc, void *stream, llmpar_error *err) {
-    bool empty;
+    bool empty = false;
     LLMPARI_CUDA_TRY(llmpari_cuda_attention_check(desc, &empty, err));
     if (empty) return LLMPAR_OK;
     if (desc->exact) return llmpari_cuda_attention_exact(desc, stream, err);

@@ -193,12 +193,11 @@ static void test_table_case(void) {
     llmpar_rope_args args;
     args.rows = batch * tokens; args.heads = heads; args.d = d; args.x = x.data(); args.y = want.data(); args.position = position.data(); args.frequencies = frequencies.data();
     llmpari_op_rope(NULL, &args);
-    llmpari_exec_attend how;
-    memset(&how, 0, sizeof how);
-    how.attention.batch = batch; how.attention.d = d; how.tokens = tokens; how.kv_heads = heads; how.slots = slots;
     std::vector<float> v = floats((int64_t)x.size()), k_cache = floats(batch * heads * slots * d), v_cache = floats(batch * heads * slots * d), want_k = k_cache, want_v = v_cache;
-    llmpari_exec_attend_append(&how, position.data(), x.data(), want_k.data());
-    llmpari_exec_attend_append(&how, position.data(), v.data(), want_v.data());
+    llmpar_append_args append = LLMPAR_ZERO;
+    append.batch = batch; append.tokens = tokens; append.heads = heads; append.slots = slots; append.d = d;
+    append.position = position.data(); append.k = x.data(); append.v = v.data(); append.k_cache = want_k.data(); append.v_cache = want_v.data();
+    llmpari_op_append(NULL, &append);
     for (int order = 0; order < thread_orders(); order++) {
         thread_order(order);
         float *y = device(x), *kc = device(k_cache), *vc = device(v_cache), *k = device(x);

@@ -474,7 +474,7 @@ static void test_gemm_case(int i) {
     if (grouped) { d.experts = experts; d.offsets = device(offsets); if (experts == 0) { device_release(); return; } }
 
     // Granules: a rank's, numbers [begin, begin + n) of many.
-    llmpari_granules t;
+    llmpar_granules_args t;
     std::vector<uint8_t> merges(1);
     memset(&t, 0, sizeof t);
     if (granules) {

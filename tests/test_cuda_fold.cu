@@ -34,9 +34,9 @@ static void pieces_test(int cases) {
         for (float &v : in) v = value();
         for (int64_t p = 0; p < pieces; p++) for (int64_t e = 0; e < n; e++) { sum[(size_t)e] += in[(size_t)(skew + p * n + e)]; size[(size_t)e] += fabs(in[(size_t)(skew + p * n + e)]); }
         std::vector<float> used(in.begin() + skew, in.end());
-        llmpari_exec_tree how = LLMPAR_ZERO;
-        how.pieces = (int32_t)pieces; how.slice = n; how.at = at.data(); how.merges = merges.data();
-        if (n) llmpari_exec_tree_add(&how, used.data(), want.data());
+        llmpar_fold_args how = LLMPAR_ZERO;
+        how.pieces = (int32_t)pieces; how.n = n; how.at = at.data(); how.merges = merges.data(); how.x = used.data(); how.out = want.data();
+        if (n) llmpari_op_fold(NULL, &how);
         int wrong = 0;
         for (int64_t e = 0; e < n; e++) wrong += !(fabs(want[(size_t)e] - sum[(size_t)e]) <= (double)pieces * ldexp(1, -24) * size[(size_t)e]);
         CHECK_EQ(wrong, 0);
@@ -80,7 +80,7 @@ static void granules_test(int cases) {
         for (float &v : b) v = value();
         llmpar_gemm g = LLMPAR_ZERO;
         g.m = m; g.n = n; g.k = k; g.a = a.data(); g.lda = k; g.b = b.data(); g.ldb = k; g.b_transposed = true; g.c = want.data(); g.ldc = ldc;
-        llmpari_granules t = LLMPAR_ZERO;
+        llmpar_granules_args t = LLMPAR_ZERO;
         t.n = (int32_t)count; t.granule = granule; t.pieces = left; t.stride = m * ldc; t.merges = merges.data();
         int64_t most;
         int64_t depth_left;
