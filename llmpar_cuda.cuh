@@ -2961,7 +2961,7 @@ static llmpari_cuda_prefill_shape llmpari_cuda_prefill_shape_of(const llmpar_cud
 
 // The graph of a desc that llmpar_cuda_prefill_plain lets through. The padding mask gives each row its number of keys; the causal diagonal ends in the last key where there are lengths (queries
 // are the last of them), else it begins in the first. Needs no device.
-static std::unique_ptr<cudnn_frontend::graph::Graph> llmpari_cuda_prefill_describe(const llmpar_cuda_attention_desc *desc) {
+static void llmpari_cuda_prefill_describe(const llmpar_cuda_attention_desc *desc, cudnn_frontend::graph::Graph *graph) {
     namespace fe = cudnn_frontend;
     using fe::graph::Tensor_attributes;
     const llmpari_cuda_prefill_shape shape = llmpari_cuda_prefill_shape_of(desc);
@@ -2971,7 +2971,6 @@ static std::unique_ptr<cudnn_frontend::graph::Graph> llmpari_cuda_prefill_descri
     const std::vector<int64_t> kv_dim = { batch, desc->kv_heads, slots, d }, kv_stride = { shape.at[7], shape.at[9], shape.at[8], 1 }, n_dim = { batch, 1, 1, 1 }, n_stride = { 1, 1, 1, 1 };
     float scale;
     memcpy(&scale, &shape.at[13], sizeof scale);
-    std::unique_ptr<fe::graph::Graph> graph(new fe::graph::Graph());
     graph->set_io_data_type(dtype).set_intermediate_data_type(fe::DataType_t::FLOAT).set_compute_data_type(fe::DataType_t::FLOAT);
     auto q = graph->tensor(Tensor_attributes().set_name("q").set_uid(LLMPARI_CUDA_PREFILL_Q).set_dim(q_dim).set_stride(q_stride));
     auto k = graph->tensor(Tensor_attributes().set_name("k").set_uid(LLMPARI_CUDA_PREFILL_K).set_dim(kv_dim).set_stride(kv_stride));
@@ -2984,7 +2983,6 @@ static std::unique_ptr<cudnn_frontend::graph::Graph> llmpari_cuda_prefill_descri
     if (window > 0) options.set_diagonal_band_left_bound((int)window);
     auto out = graph->sdpa(q, k, v, options)[0];
     out->set_output(true).set_uid(LLMPARI_CUDA_PREFILL_OUT).set_dim(q_dim).set_stride(q_stride);
-    return graph;
 }
 
 // The engine that cuDNN's heuristics like best, compiled; workspace in bytes.
@@ -2999,7 +2997,8 @@ static llmpar_status llmpari_cuda_prefill_build(llmpar_cuda_prefill *prefill, co
     int64_t workspace = 0;
     const int64_t lengths = llmpari_cuda_up(desc->batch * 8, 256) * 256;
     to->why.clear();
-    to->graph = llmpari_cuda_prefill_describe(desc);
+    to->graph.reset(new cudnn_frontend::graph::Graph());
+    llmpari_cuda_prefill_describe(desc, to->graph.get());
     cudnn_frontend::error_t error = llmpari_cuda_prefill_compile(to->graph.get(), prefill->handle, &workspace);
     if (error.is_bad()) {
         to->why = "cuDNN: " + error.get_message();

@@ -270,10 +270,11 @@ static void test_deviceless(void) {
         g.causal = i % 6 != 5; g.window = g.causal && i % 4 == 1 ? 32 : 0; g.lengths = i % 4 < 2 ? lengths : NULL;
         if (i >= 8) { g.kv.stride_head = g.d; g.kv.stride_slot = g.kv_heads * g.d; g.kv.stride_row = g.kv.slots * g.kv.stride_slot; }
         CHECK(llmpar_cuda_prefill_plain(&g) == NULL);
-        auto graph = llmpari_cuda_prefill_describe(&g);
+        auto graph = std::make_shared<cudnn_frontend::graph::Graph>();
         auto device = some_device(sm);
         graph->set_sm_version(sm);
         if (device) graph->set_device_properties(device);
+        llmpari_cuda_prefill_describe(&g, graph.get());          // nodes take the graph's architecture when they are made
         if (!good("validate", graph->validate()) || !good("build_operation_graph", graph->build_operation_graph(nullptr))) continue;
         checked++;
         if (device && driver) known += good("create_execution_plans", graph->create_execution_plans({ cudnn_frontend::HeurMode_t::A })) && good("check_support", graph->check_support());
