@@ -25019,7 +25019,8 @@ LLMPAR_DEF llmpar_engine_stats llmpar_engine_get_stats(const llmpar_engine *engi
     llmpar_engine_stats stats;
     stats.weight_bytes_read = engine->bytes_read;
     const llmpari_flow *generate = &engine->flow[LLMPARI_GENERATE];
-    stats.memory_bytes   = engine->staging_bytes + (int64_t)(llmpar_stages_bytes(prefill->stages) + llmpar_stages_bytes(decode->stages) + llmpar_stages_bytes(generate->stages) + engine->arena.used_bytes + sizeof *engine);
+    stats.memory_bytes   = engine->staging_bytes + (int64_t)(llmpar_stages_bytes(prefill->stages) + llmpar_stages_bytes(decode->stages) + llmpar_stages_bytes(generate->stages) +
+                                                             engine->arena.used_bytes + sizeof *engine);
     for (int32_t p = 0; p < engine->n_parts; p++)
         for (int i = 0; i < 2; i++) stats.memory_bytes += (int64_t)llmpar_exec_bytes(engine->part[p].about.exec[i]);
     stats.prefill_tokens = prefill->tokens;

@@ -398,23 +398,16 @@ LLMPAR_DEF llmpar_status llmpar_cuda_sample_step(const llmpar_cuda_sample_desc *
 LLMPAR_DEF llmpar_status llmpar_cuda_sample(const llmpar_cuda_sample_desc *desc, void *stream, llmpar_error *err);      // one rank: all steps
 
 // ============================================================================================================
-// >>layout   strided boxes, zigzag order, buckets: what a reshard copies        (uses: base, device)
+// >>layout   strided boxes, zigzag order, buckets: what a reshard copies        (uses: base, ops, device)
 // ============================================================================================================
 // Everything that only moves elements is boxes: a call makes them into runs of units of 1 to 16 bytes (the largest that addresses, strides and the inner run allow), up to 16
 // boxes a launch; where the inner dim of one array is another dim of the other, tiles go through shared memory. Lists of boxes and pieces are host memory and may be changed
 // when the call returns; nothing is allocated, and a captured graph holds what they said.
 
-typedef struct llmpar_cuda_box {       // a box of elements in two arrays, as the executor's reshard steps have it; strides in elements, outermost dim first
-    int32_t n;                     // dims, 0 to LLMPAR_MAX_DIMS; 0 = one element
-    int64_t elements;              // product of size[]; 0 = the box is empty
-    int64_t to_at, from_at;        // where it begins
-    int64_t size[LLMPAR_MAX_DIMS], to[LLMPAR_MAX_DIMS], from[LLMPAR_MAX_DIMS];
-} llmpar_cuda_box;
-
 typedef struct llmpar_cuda_boxes_desc {
     const void *from;              // from_elements elements
     void       *to;                // to_elements elements; may not overlap from
-    const llmpar_cuda_box *box;    // [n], host memory: all members' pieces of a pack or unpack. No two may write the same element
+    const llmpar_box *box;    // [n], host memory: all members' pieces of a pack or unpack. No two may write the same element
     int64_t     n;
     int64_t     from_elements, to_elements;    // sizes of the arrays: a box that reaches outside is an error; 0 = not known
     int32_t     element_bytes;     // 1, 2, 4 or 8
@@ -1013,6 +1006,20 @@ LLMPARI_CUDA_FN int64_t llmpari_cuda_bytes(llmpar_dtype dtype) { return dtype ==
 // ---- launching; what kernels have in common
 
 #define LLMPARI_DEVICE static __device__ __forceinline__
+// Before a loop: all of its turns, or n of them, become straight code, so that arrays stay in registers; or none, where a slow path would take registers from the fast one.
+#ifdef __CUDACC__
+#define LLMPARI_CUDA_PRAGMA(text)      _Pragma(#text)
+#define LLMPARI_CUDA_UNROLL            _Pragma("unroll")
+#define LLMPARI_CUDA_UNROLL_BY(n)      LLMPARI_CUDA_PRAGMA(unroll n)
+#define LLMPARI_CUDA_ROLL              _Pragma("unroll 1")
+#else
+#define LLMPARI_CUDA_UNROLL
+#define LLMPARI_CUDA_UNROLL_BY(n)
+#define LLMPARI_CUDA_ROLL
+#endif
+#ifndef LLMPARI_CUDA_GRID
+#define LLMPARI_CUDA_GRID 65536        // most blocks of a launch; what is beyond, the same blocks do in further turns. Tests lower it
+#endif
 #ifndef LLMPAR_CUDA_EMULATED
 // Shared memory of a block: LLMPARI_SHARED(float, sums, 32); and what the launch gives beyond: LLMPARI_SHARED_DYNAMIC(float, rows). The emulator has its own, which it fills with
 // NaN and checks the bounds of.
@@ -1087,19 +1094,6 @@ LLMPARI_DEVICE float llmpari_cuda_block_max(float x, float *sums) {
 // ============================================================================================================
 // >>norm (impl)
 // ============================================================================================================
-#ifndef LLMPARI_CUDA_UNROLL                // before a loop: all of its turns, or n of them, become straight code
-#ifdef __CUDACC__
-#define LLMPARI_CUDA_UNROLL _Pragma("unroll")
-#define LLMPARI_CUDA_UNROLL_BY(n) LLMPARI_CUDA_PRAGMA(unroll n)
-#define LLMPARI_CUDA_PRAGMA(text) _Pragma(#text)
-#else
-#define LLMPARI_CUDA_UNROLL
-#define LLMPARI_CUDA_UNROLL_BY(n)
-#endif
-#endif
-#ifndef LLMPARI_CUDA_GRID
-#define LLMPARI_CUDA_GRID 65536        // most blocks of a launch; what is beyond, the same blocks do in further turns. Tests lower it
-#endif
 #define LLMPARI_CUDA_KEPT 16           // elements of a row that a thread keeps in registers
 
 // ---- checks of arrays of rows
@@ -1991,17 +1985,6 @@ LLMPAR_DEF llmpar_status llmpar_cuda_heads_maps(const llmpar_heads *heads, llmpa
 // ---- pieces that the kernels share
 
 #define LLMPARI_CUDA_MAX_HEADS 1024
-// Before a loop: all its rounds one after another, so that arrays stay in registers; or none, where a slow path would take registers from the fast one.
-#if !defined(LLMPARI_CUDA_UNROLL) && defined(LLMPAR_CUDA_EMULATED)
-#define LLMPARI_CUDA_UNROLL
-#elif !defined(LLMPARI_CUDA_UNROLL)
-#define LLMPARI_CUDA_UNROLL _Pragma("unroll")
-#endif
-#ifdef LLMPAR_CUDA_EMULATED
-#define LLMPARI_CUDA_ROLL
-#else
-#define LLMPARI_CUDA_ROLL _Pragma("unroll 1")
-#endif
 
 // N floats from and to N elements; `packed`: the address is aligned to 16 bytes and all N are there, else the first `left` are looked at and the others are 0. N elements are whole packs
 // where packed is true.
@@ -3135,15 +3118,6 @@ LLMPAR_DEF llmpar_status llmpar_cuda_prefill_attention(llmpar_cuda_prefill *pref
 // ============================================================================================================
 // >>vocabulary (impl)
 // ============================================================================================================
-// A loop of fixed length over an array in registers. Compilers that are not nvcc warn about its pragma.
-#if defined(__CUDACC__)
-#define LLMPARI_CUDA_UNROLL _Pragma("unroll")
-#else
-#define LLMPARI_CUDA_UNROLL
-#endif
-
-// Blocks of a grid whose rows are more are given several, one after another: enough to fill any GPU.
-#define LLMPARI_CUDA_ROWS_GRID 2048
 // Threads of a block for a row of n elements in packs: 32 to 256.
 LLMPARI_CUDA_FN int64_t llmpari_cuda_threads(int64_t n, llmpar_dtype dtype) {
     int64_t threads = 32;
@@ -3213,7 +3187,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_embed_launch(const llmpar_cuda_embed_
     llmpari_cuda_embedding p = { desc->rows, desc->n, desc->first, desc->count, desc->ids, desc->table, desc->y, 32, packs, desc->no_minus_zero };
     if (desc->rows == 0 || desc->n == 0) return LLMPAR_OK;
     while (p.width < 256 && p.width * pack < p.n) p.width *= 2;
-    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(p.rows, 256 / p.width), LLMPARI_CUDA_ROWS_GRID)), block(256);
+    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(p.rows, 256 / p.width), LLMPARI_CUDA_GRID)), block(256);
     if (desc->dtype == LLMPAR_F32)  return llmpari_cuda_launch("embed", llmpari_cuda_embed_kernel<float, float>, grid, block, 0, stream, err, p);
     if (desc->dtype == LLMPAR_BF16) return llmpari_cuda_launch("embed", desc->out_f32 ? llmpari_cuda_embed_kernel<__nv_bfloat16, float> : llmpari_cuda_embed_kernel<__nv_bfloat16, __nv_bfloat16>,
                                                                grid, block, 0, stream, err, p);
@@ -3348,19 +3322,19 @@ LLMPARI_CUDA_FN llmpari_cuda_entropy llmpari_cuda_entropy_of(const llmpar_cuda_e
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_entropy_part_launch(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err) {
     llmpari_cuda_entropy p = llmpari_cuda_entropy_of(desc);
     if (p.rows == 0) return LLMPAR_OK;
-    const dim3 grid((unsigned)llmpari_cuda_min(p.rows, LLMPARI_CUDA_ROWS_GRID)), block((unsigned)llmpari_cuda_threads(p.n, desc->dtype));
+    const dim3 grid((unsigned)llmpari_cuda_min(p.rows, LLMPARI_CUDA_GRID)), block((unsigned)llmpari_cuda_threads(p.n, desc->dtype));
     LLMPARI_CUDA_DISPATCH(desc->dtype, T, return llmpari_cuda_launch("entropy_part", llmpari_cuda_entropy_part_kernel<T>, grid, block, 0, stream, err, p));
 }
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_entropy_launch(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err) {
     const llmpari_cuda_entropy p = llmpari_cuda_entropy_of(desc);
     if (p.rows == 0) return LLMPAR_OK;
-    return llmpari_cuda_launch("entropy", llmpari_cuda_entropy_kernel, dim3((unsigned)llmpari_cuda_min(llmpari_cuda_up(p.rows, 256), LLMPARI_CUDA_ROWS_GRID)), dim3(256), 0, stream, err, p);
+    return llmpari_cuda_launch("entropy", llmpari_cuda_entropy_kernel, dim3((unsigned)llmpari_cuda_min(llmpari_cuda_up(p.rows, 256), LLMPARI_CUDA_GRID)), dim3(256), 0, stream, err, p);
 }
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_entropy_backward_launch(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err) {
     const llmpari_cuda_entropy p = llmpari_cuda_entropy_of(desc);
     if (p.rows == 0 || p.n == 0) return LLMPAR_OK;
     const int64_t pack = 16 / llmpari_cuda_bytes(desc->dtype);
-    const dim3 grid((unsigned)llmpari_cuda_min(p.rows, LLMPARI_CUDA_ROWS_GRID), (unsigned)llmpari_cuda_min(llmpari_cuda_up(p.n, 4 * 256 * pack), 65535));
+    const dim3 grid((unsigned)llmpari_cuda_min(p.rows, LLMPARI_CUDA_GRID), (unsigned)llmpari_cuda_min(llmpari_cuda_up(p.n, 4 * 256 * pack), 65535));
     const dim3 block((unsigned)llmpari_cuda_threads(p.n, desc->dtype));
     LLMPARI_CUDA_DISPATCH(desc->dtype, T, return llmpari_cuda_launch("entropy_backward", llmpari_cuda_entropy_backward_kernel<T>, grid, block, 0, stream, err, p));
 }
@@ -3667,13 +3641,6 @@ LLMPAR_DEF llmpar_status llmpar_cuda_sample(const llmpar_cuda_sample_desc *desc,
 // >>layout (impl)
 // ============================================================================================================
 
-#ifdef __CUDACC__
-#define LLMPARI_CUDA_UNROLL    _Pragma("unroll")
-#define LLMPARI_CUDA_NO_UNROLL _Pragma("unroll 1")
-#else
-#define LLMPARI_CUDA_UNROLL
-#define LLMPARI_CUDA_NO_UNROLL
-#endif
 LLMPARI_DEVICE int64_t llmpari_cuda_least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 enum {
@@ -3801,8 +3768,8 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_lists_end(llmpari_cuda_lists *lists, 
 }
 
 // The dims with size 1 left out, in the order of the strides of `to`, and joined where one continues the other in both arrays.
-LLMPARI_CUDA_FN llmpar_cuda_box llmpari_cuda_box_plain(const llmpar_cuda_box *box) {
-    llmpar_cuda_box sorted = *box, plain;
+LLMPARI_CUDA_FN llmpar_box llmpari_cuda_box_plain(const llmpar_box *box) {
+    llmpar_box sorted = *box, plain;
     int32_t n = 0;
     memset(&plain, 0, sizeof plain);
     for (int d = 0; d < box->n; d++) {
@@ -3829,7 +3796,7 @@ LLMPARI_CUDA_FN llmpar_cuda_box llmpari_cuda_box_plain(const llmpar_cuda_box *bo
 }
 
 // The dim that is contiguous in `from` when the last one is so in `to`, and both are long enough for tiles; -1 = none.
-LLMPARI_CUDA_FN int llmpari_cuda_box_swapped(const llmpar_cuda_box *box) {
+LLMPARI_CUDA_FN int llmpari_cuda_box_swapped(const llmpar_box *box) {
     const int last = box->n - 1;
     if (last < 1 || box->to[last] != 1 || box->from[last] == 1 || box->size[last] < 16) return -1;
     for (int d = 0; d < last; d++) if (box->from[d] == 1 && box->size[d] >= 16) return d;
@@ -3837,7 +3804,7 @@ LLMPARI_CUDA_FN int llmpari_cuda_box_swapped(const llmpar_cuda_box *box) {
 }
 
 // Bytes of a unit: all that the inner run, the strides and the addresses are multiples of.
-LLMPARI_CUDA_FN int64_t llmpari_cuda_box_unit(const llmpar_cuda_box *box, const char *to, const char *from, int64_t bytes) {
+LLMPARI_CUDA_FN int64_t llmpari_cuda_box_unit(const llmpar_box *box, const char *to, const char *from, int64_t bytes) {
     const int last = box->n - 1;
     if (last < 0 || box->to[last] != 1 || box->from[last] != 1) return bytes;
     uint64_t bits = (uint64_t)(uintptr_t)to | (uint64_t)(uintptr_t)from | (uint64_t)(box->size[last] * bytes);
@@ -3860,7 +3827,7 @@ LLMPARI_CUDA_FN void llmpari_cuda_run_dim(llmpari_cuda_run *run, int64_t count, 
 }
 
 // A box as a run of list 0 to 5; a plain box of at most 2^31 - 1 units.
-LLMPARI_CUDA_FN llmpar_status llmpari_cuda_lists_put(llmpari_cuda_lists *lists, const llmpar_cuda_box *box, char *to, const char *from, int64_t unit, int swapped, llmpar_error *err) {
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_lists_put(llmpari_cuda_lists *lists, const llmpar_box *box, char *to, const char *from, int64_t unit, int swapped, llmpar_error *err) {
     const int64_t bytes = lists->bytes, tile = bytes == 8 ? 32 : 64;
     const int last = box->n - 1;
     int list = LLMPARI_LIST_TRANSPOSE;
@@ -3885,18 +3852,18 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_lists_put(llmpari_cuda_lists *lists, 
 }
 
 // Any box: what has 2^31 units or more is halved along its longest dim.
-LLMPARI_CUDA_FN llmpar_status llmpari_cuda_lists_add(llmpari_cuda_lists *lists, const llmpar_cuda_box *any, void *to, const void *from, llmpar_error *err) {
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_lists_add(llmpari_cuda_lists *lists, const llmpar_box *any, void *to, const void *from, llmpar_error *err) {
     const int64_t bytes = lists->bytes;
     char       *to_at   = (char *)to + any->to_at * bytes;
     const char *from_at = (const char *)from + any->from_at * bytes;
     if (!any->elements) return LLMPAR_OK;
-    llmpar_cuda_box box = llmpari_cuda_box_plain(any);
+    llmpar_box box = llmpari_cuda_box_plain(any);
     int64_t units = 1, unit = llmpari_cuda_box_unit(&box, to_at, from_at, bytes);
     for (int d = 0; d < box.n; d++) units *= box.size[d];
     if (units * bytes / unit < INT32_MAX) return llmpari_cuda_lists_put(lists, &box, to_at, from_at, unit, llmpari_cuda_box_swapped(&box), err);
     int longest = 0;
     for (int d = 1; d < box.n; d++) if (box.size[d] > box.size[longest]) longest = d;
-    llmpar_cuda_box part = box;
+    llmpar_box part = box;
     part.size[longest] = box.size[longest] / 128 * 64;         // whole units and tiles
     if (!part.size[longest]) part.size[longest] = box.size[longest] / 2;
     box.size[longest] -= part.size[longest];
@@ -3908,7 +3875,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_lists_add(llmpari_cuda_lists *lists, 
 }
 
 // The boxes as they are, without a look at pointers or sizes.
-LLMPARI_CUDA_FN llmpar_status llmpari_cuda_boxes_launch(const llmpar_cuda_box *box, int64_t n, void *to, const void *from, int64_t bytes, void *stream, llmpar_error *err) {
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_boxes_launch(const llmpar_box *box, int64_t n, void *to, const void *from, int64_t bytes, void *stream, llmpar_error *err) {
     llmpari_cuda_lists lists;
     llmpari_cuda_lists_begin(&lists, bytes, stream);
     for (int64_t i = 0; i < n; i++) LLMPARI_CUDA_TRY(llmpari_cuda_lists_add(&lists, &box[i], to, from, err));
@@ -3921,7 +3888,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_element_bytes(int32_t bytes, llmpar_e
 }
 
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_box_check(const llmpar_cuda_boxes_desc *desc, int64_t i, llmpar_error *err) {
-    const llmpar_cuda_box *box = &desc->box[i];
+    const llmpar_box *box = &desc->box[i];
     const int64_t most = (int64_t)1 << 56;
     int64_t elements = 1, low[2], high[2];
     if (box->n < 0 || box->n > LLMPAR_MAX_DIMS) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "box[%lld].n=%d; it must be 0 to %d", (long long)i, (int)box->n, LLMPAR_MAX_DIMS);
@@ -3969,8 +3936,8 @@ LLMPAR_DEF llmpar_status llmpar_cuda_copy_boxes(const llmpar_cuda_boxes_desc *de
 }
 
 // A row of elements.
-LLMPARI_CUDA_FN llmpar_cuda_box llmpari_cuda_box_row(int64_t elements) {
-    llmpar_cuda_box box;
+LLMPARI_CUDA_FN llmpar_box llmpari_cuda_box_row(int64_t elements) {
+    llmpar_box box;
     memset(&box, 0, sizeof box);
     box.n = 1;
     box.elements = box.size[0] = elements;
@@ -3982,7 +3949,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_pieces_launch(const llmpar_cuda_piece
     llmpari_cuda_lists lists;
     llmpari_cuda_lists_begin(&lists, desc->element_bytes, stream);
     for (int64_t i = 0, next = 0; i < desc->n; next += desc->elements[i++]) {
-        const llmpar_cuda_box box = llmpari_cuda_box_row(desc->elements[i]);
+        const llmpar_box box = llmpari_cuda_box_row(desc->elements[i]);
         char *flat = (char *)desc->flat + (desc->at ? desc->at[i] : next) * desc->element_bytes, *piece = (char *)(uintptr_t)desc->piece[i];
         LLMPARI_CUDA_TRY(llmpari_cuda_lists_add(&lists, &box, desc->unpack ? piece : flat, desc->unpack ? flat : piece, err));
     }
@@ -4036,7 +4003,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_zigzag_launch(const llmpar_cuda_zigza
     for (int32_t r = first; r < end; r++) {
         llmpar_cuda_zigzag_rows(desc->rows, ranks, r, range);
         for (int i = 0; i < 2; at += range[i++].count) {
-            llmpar_cuda_box box = llmpari_cuda_box_row(range[i].count * bytes);
+            llmpar_box box = llmpari_cuda_box_row(range[i].count * bytes);
             box.n = 2;
             box.elements *= batch;
             box.size[1] = box.size[0];
@@ -4392,7 +4359,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_route_launch(const llmpar_cuda_route_
     r.by_logit = !d->correction_bias && (!d->logit_bias || d->score == LLMPAR_SCORE_CHOSEN) && (r.group_top == 1 || r.topk_groups == r.n_groups);
     const int64_t bytes = 8 * (int64_t)(r.n + (r.topk_groups < r.n_groups ? r.n_groups : 0));
     const int warps = (int)llmpari_cuda_max(1, llmpari_cuda_min(4, 20480 / bytes));
-    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(r.rows, warps), LLMPARI_CUDA_ROWS_GRID)), block((unsigned)(32 * warps));
+    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(r.rows, warps), LLMPARI_CUDA_GRID)), block((unsigned)(32 * warps));
     LLMPARI_CUDA_DISPATCH(desc->dtype, T, return llmpari_cuda_launch("route", llmpari_cuda_route_kernel<T>, grid, block, (size_t)(bytes * warps), stream, err, r));
 }
 
@@ -4635,7 +4602,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_permute_launch(const llmpar_cuda_perm
     llmpari_cuda_permute p = { desc->rows, desc->k, units, stride / unit, desc->first, desc->count, 32, desc->x, desc->to, desc->y };
     if (desc->rows == 0 || desc->k == 0 || desc->bytes == 0 || desc->count == 0) return LLMPAR_OK;
     while (p.width < 256 && 2 * p.width < units) p.width *= 2;
-    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(p.rows, 256 / p.width), LLMPARI_CUDA_ROWS_GRID)), block(256);
+    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(p.rows, 256 / p.width), LLMPARI_CUDA_GRID)), block(256);
     if (unit == 16) return llmpari_cuda_launch("permute", llmpari_cuda_permute_kernel<llmpari_cuda_pack<float> >, grid, block, 0, stream, err, p);
     if (unit == 4)  return llmpari_cuda_launch("permute", llmpari_cuda_permute_kernel<uint32_t>, grid, block, 0, stream, err, p);
     return llmpari_cuda_launch("permute", llmpari_cuda_permute_kernel<uint8_t>, grid, block, 0, stream, err, p);
@@ -4774,7 +4741,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_combine_launch(const llmpar_cuda_comb
     int64_t threads = llmpari_cuda_threads(c.n, desc->dtype);
     while (threads > 32 && c.depth * pack * threads * 4 > 65536) threads /= 2;
     const size_t bytes = (size_t)(desc->tree ? c.depth * pack * threads * 4 : 0);
-    const dim3 grid((unsigned)llmpari_cuda_min(c.tokens, LLMPARI_CUDA_ROWS_GRID)), block((unsigned)threads);
+    const dim3 grid((unsigned)llmpari_cuda_min(c.tokens, LLMPARI_CUDA_GRID)), block((unsigned)threads);
     for (int32_t p = 0; p < pieces; p++) {
         llmpar_status status;
         c.e_first = piece[p].first; c.e_count = piece[p].count;
@@ -5506,7 +5473,7 @@ template <typename T> LLMPARI_DEVICE llmpari_cuda_pack<T> llmpari_cuda_peer_sum(
     enum { N = llmpari_cuda_pack<T>::n, AHEAD = sizeof(T) == 4 ? 4 : 2 };      // loads in flight: what 64 registers hold
     llmpari_cuda_pack<T> out;
     float sum[N];
-    LLMPARI_CUDA_NO_UNROLL
+    LLMPARI_CUDA_ROLL
     for (int first = 0; first < a.n; first += AHEAD) {
         llmpari_cuda_pack<T> in[AHEAD];
         LLMPARI_CUDA_UNROLL
@@ -7882,12 +7849,7 @@ LLMPARI_CUDA_OP(combine, llmpar_combine_args) {
 }
 LLMPARI_CUDA_OP(box, llmpar_box_args) {
     LLMPARI_CUDA_TABLE;
-    llmpar_cuda_box box;
-    box.n = g->box->n; box.elements = g->box->elements; box.to_at = g->box->to_at; box.from_at = g->box->from_at;
-    memcpy(box.size, g->box->size, sizeof box.size);
-    memcpy(box.to, g->box->to, sizeof box.to);
-    memcpy(box.from, g->box->from, sizeof box.from);
-    if (box.elements > 0) LLMPARI_CUDA_KEEP(t, llmpari_cuda_boxes_launch(&box, 1, g->to, g->from, g->bytes, stream, err));
+    if (g->box->elements > 0) LLMPARI_CUDA_KEEP(t, llmpari_cuda_boxes_launch(g->box, 1, g->to, g->from, g->bytes, stream, err));
 }
 LLMPARI_CUDA_OP(broadcast, llmpar_broadcast_args) {
     LLMPARI_CUDA_TABLE;

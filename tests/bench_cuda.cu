@@ -113,7 +113,7 @@ static void layouts(int64_t n) {
     row("zigzag reorder, all ranks", 2.0 * (double)(rows * row_bytes), 0.93, [&] { must(llmpar_cuda_zigzag(&z, stream, &err), "zigzag"); });
     // Pack for an AllToAll over 4 ranks: [S, 4, H / 4] -> [4, S, H / 4].
     const int64_t s = rows, h = row_bytes / 2 / 4 / 8 * 8 * 4;
-    llmpar_cuda_box box[4];
+    llmpar_box box[4];
     memset(box, 0, sizeof box);
     for (int m = 0; m < 4; m++) {
         box[m].n = 2; box[m].elements = s * h / 4;

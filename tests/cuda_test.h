@@ -134,5 +134,5 @@ static inline std::vector<double> host_of(const void *d, llmpar_dtype dtype, int
     return v;
 }
 // Half a unit in the last place, relative: what one rounding to the dtype may do to a value that is not subnormal.
-static inline double ulp_bound(llmpar_dtype dtype) { return dtype == LLMPAR_F32 ? ldexp(1, -24) : dtype == LLMPAR_BF16 ? ldexp(1, -9) : ldexp(1, -12); }
+static inline double half_unit(llmpar_dtype dtype) { return dtype == LLMPAR_F32 ? ldexp(1, -24) : dtype == LLMPAR_BF16 ? ldexp(1, -8) : ldexp(1, -11); }
 #endif

@@ -11,25 +11,25 @@
 static int test_passed, test_failed, test_skipped, test_open, test_bad;
 static const char *test_name = "";
 
-static void test_close(void) {
+static inline void test_close(void) {
     if (!test_open) return;
     if (test_bad) { test_failed++; printf("FAIL %s\n", test_name); } else test_passed++;
     test_open = 0;
 }
-static int test_begin(const char *name) {
+static inline int test_begin(const char *name) {
     test_close();
     test_name = name; test_open = 1; test_bad = 0;
     return 1;
 }
 static inline void test_skip(const char *what, const char *why) { test_close(); test_skipped++; printf("SKIP %s: %s\n", what, why); }
-static int test_done(void) {
+static inline int test_done(void) {
     test_close();
     if (test_passed + test_failed == 0) { printf("no test ran\n"); test_failed = 1; }
     if (test_skipped) printf("%d passed, %d failed, %d skipped\n", test_passed, test_failed, test_skipped);
     else printf("%d passed, %d failed\n", test_passed, test_failed);
     return test_failed ? 1 : 0;
 }
-static void test_note(int ok, const char *file, int line, const char *what, const char *detail) {
+static inline void test_note(int ok, const char *file, int line, const char *what, const char *detail) {
     if (ok) return;
     if (test_bad++ < 5) printf("%s:%d: in \"%s\": %s%s%s\n", file, line, test_name, what, detail[0] ? ": " : "", detail);
 }

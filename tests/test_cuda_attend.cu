@@ -10,7 +10,6 @@ static double normal(void) { double s = 0; for (int i = 0; i < 6; i++) s += test
 static doubles normals(int64_t n) { doubles v((size_t)n); for (double &x : v) x = normal(); return v; }
 static llmpar_dtype some_dtype(int i) { return i % 3 == 0 ? LLMPAR_F32 : i % 3 == 1 ? LLMPAR_BF16 : LLMPAR_F16; }
 // Half a unit in the last place, relative, of a normal number.
-static double half_unit(llmpar_dtype dtype) { return dtype == LLMPAR_F32 ? ldexp(1, -24) : dtype == LLMPAR_BF16 ? ldexp(1, -8) : ldexp(1, -11); }
 static int cases(int n) { return test_short() ? n / 6 + 3 : test_stress() ? n * 8 : n; }
 static int64_t some_d(void) { static const int64_t d[] = { 8, 16, 32, 64, 128, 80, 24, 7, 6, 1, 2, 12, 96 }; return d[test_below(13)]; }
 

@@ -1,4 +1,5 @@
 // Section experts of llmpar_cuda.cuh: router, dispatch, permute, combine, GEMM in the portable kernels' order.
+#define LLMPARI_CUDA_GRID 3        // few blocks, so that each has several turns
 #include "cuda_test.h"
 #include <utility>
 
@@ -17,7 +18,6 @@ static std::vector<unsigned char> stored(const std::vector<double> &v, llmpar_dt
     return bytes;
 }
 // What one rounding to the dtype may do, relative.
-static double half_unit(llmpar_dtype dtype) { return dtype == LLMPAR_F32 ? ldexp(1, -24) : dtype == LLMPAR_BF16 ? ldexp(1, -8) : ldexp(1, -11); }
 // A device copy that begins `by` bytes after what is aligned.
 static void *device_shifted(const std::vector<unsigned char> &v, int64_t by) {
     unsigned char *room = device_room<unsigned char>((int64_t)v.size() + 16) + by;

@@ -8,11 +8,10 @@ static std::vector<uint8_t> noise(int64_t n) {
 }
 
 // What one rounding to a dtype of 24, 8 or 11 binary digits may change, relative.
-static double rounding(llmpar_dtype dtype) { return ldexp(1, dtype == LLMPAR_F32 ? -24 : dtype == LLMPAR_BF16 ? -8 : -11); }
 
 // The definition: every index of every box, one after the other.
-static void boxes_loop(std::vector<uint8_t> &to, const std::vector<uint8_t> &from, const std::vector<llmpar_cuda_box> &boxes, int64_t bytes) {
-    for (const llmpar_cuda_box &b : boxes)
+static void boxes_loop(std::vector<uint8_t> &to, const std::vector<uint8_t> &from, const std::vector<llmpar_box> &boxes, int64_t bytes) {
+    for (const llmpar_box &b : boxes)
         for (int64_t e = 0; e < b.elements; e++) {
             int64_t t = b.to_at, f = b.from_at, rest = e;
             for (int d = b.n - 1; d >= 0; d--) { t += rest % b.size[d] * b.to[d]; f += rest % b.size[d] * b.from[d]; rest /= b.size[d]; }
@@ -21,8 +20,8 @@ static void boxes_loop(std::vector<uint8_t> &to, const std::vector<uint8_t> &fro
 }
 
 // A box between an array in some order of dims and one in another, each with a margin; the next box begins after it in both.
-static llmpar_cuda_box random_box(int64_t *to_end, int64_t *from_end, int mode) {
-    llmpar_cuda_box b;
+static llmpar_box random_box(int64_t *to_end, int64_t *from_end, int mode) {
+    llmpar_box b;
     int order[LLMPAR_MAX_DIMS];
     memset(&b, 0, sizeof b);
     b.n = (int32_t)test_below(mode == 2 ? 3 : LLMPAR_MAX_DIMS + 1) + (mode == 2 ? 2 : 0);
@@ -57,7 +56,7 @@ static void boxes_test(int cases) {
     for (int c = 0; c < cases; c++) {
         const int64_t bytes = (int64_t)1 << test_below(4), skew = test_below(2) * bytes;
         const int n = (int)test_below(c % 10 == 0 ? 40 : 5);
-        std::vector<llmpar_cuda_box> boxes;
+        std::vector<llmpar_box> boxes;
         int64_t to_n = 0, from_n = 0;
         for (int i = 0; i < n; i++) boxes.push_back(random_box(&to_n, &from_n, (int)test_below(3)));
         std::vector<uint8_t> from = noise(from_n * bytes + skew), want = noise(to_n * bytes + skew), start = want, shifted(from.begin() + skew, from.end()), to(want.begin() + skew, want.end());
@@ -188,7 +187,7 @@ static void bucket_test(int cases) {
             llmpar_cuda_bucket_desc desc = {};
             desc.tensor = pointer.data(); desc.elements = elements.data(); desc.flat = d_flat; desc.n = n; desc.tensor_dtype = tensors; desc.flat_dtype = flat; desc.scale = scale; desc.back = back;
             CHECK_OK(llmpar_cuda_bucket(&desc, NULL, &err), err);
-            const double factor = scale != 0 ? (double)scale : 1.0, bound = rounding(back ? tensors : flat) + 6e-8;
+            const double factor = scale != 0 ? (double)scale : 1.0, bound = half_unit(back ? tensors : flat) + 6e-8;
             int64_t at = 0, wrong = 0;
             std::vector<double> got = back ? std::vector<double>() : host_of(d_flat, flat, total);
             for (int i = 0; i < n; at += elements[(size_t)i++]) {
@@ -208,7 +207,7 @@ static void errors_test(void) {
     llmpar_error err;
     float on_host[4] = { 0 };
     float *d = device_room<float>(64);
-    llmpar_cuda_box box;
+    llmpar_box box;
     memset(&box, 0, sizeof box);
     box.n = 1; box.elements = box.size[0] = 8; box.to[0] = box.from[0] = 1;
     llmpar_cuda_boxes_desc desc = {}, bad;

@@ -162,7 +162,6 @@ static void sequence_test(int rounds, int n) {
 
 // ---- AllReduce + residual + RMSNorm
 
-static double rounding(llmpar_dtype dtype) { return ldexp(1, dtype == LLMPAR_F32 ? -24 : dtype == LLMPAR_BF16 ? -8 : -11); }
 
 static void norm_test(int cases) {
     llmpar_error err;
@@ -207,7 +206,7 @@ static void norm_test(int cases) {
                     for (int64_t k = 0; k < columns; k++) {
                         const double want = from_dtype(x.data(), dtype, row * columns + k) / sqrt(squares / (double)columns + (double)eps) * from_dtype(weight.data(), dtype, k);
                         const double v = from_dtype(got.data(), dtype, row * columns + k);
-                        wrong += !(fabs(v - want) <= (rounding(dtype) + 8 * ldexp(1, -24) + ldexp(1, -24) * sqrt((double)columns)) * fabs(want) + 6e-8);
+                        wrong += !(fabs(v - want) <= (half_unit(dtype) + 8 * ldexp(1, -24) + ldexp(1, -24) * sqrt((double)columns)) * fabs(want) + 6e-8);
                     }
                 }
             }

@@ -1,10 +1,10 @@
 // Section vocabulary of llmpar_cuda.cuh: embedding, cross entropy, sampling, on shards of the vocabulary.
+#define LLMPARI_CUDA_GRID 3        // few blocks, so that each has several turns
 #include "cuda_test.h"
 #include <utility>
 
 static int rounds(int n) { return test_stress() ? 10 * n : test_short() ? n / 5 : n; }
 static llmpar_dtype some_dtype(int i) { return i % 3 == 0 ? LLMPAR_F32 : i % 3 == 1 ? LLMPAR_BF16 : LLMPAR_F16; }
-static double half_unit(llmpar_dtype dtype) { return dtype == LLMPAR_F32 ? ldexp(1, -24) : dtype == LLMPAR_BF16 ? ldexp(1, -8) : ldexp(1, -11); }
 static std::vector<double> normals(int64_t n, double scale) {
     std::vector<double> v((size_t)n);
     for (double &x : v) x = scale * (test_uniform() + test_uniform() + test_uniform() - 1.5);
