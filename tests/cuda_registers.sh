@@ -39,6 +39,9 @@ wide rw combine_kernel<
 wide r  bucket_kernel<
 wide rw fold_kernel<4>
 wide r  squares_kernel<
+wide rw peer_reduce_kernel<
+wide rw peer_two_shot_kernel<
+wide rw peer_norm_kernel<
 shared 4096  qkv_kernel<
 shared 21504 attend_kernel<
 shared 8192  route_kernel<

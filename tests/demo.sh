@@ -20,3 +20,5 @@ texts() { # texts MODEL AXIS SIZE...
 }
 texts shakespeare-dense tp 1 2 3 4
 texts shakespeare-moe   ep 1 2 4
+# The same on a GPU, where nvcc has built it (make cuda); without a GPU it says so.
+[ ! -x "$B/cuda/llama_cuda" ] || "$B/cuda/llama_cuda" --demo --steps 160

@@ -1,5 +1,5 @@
 #!/bin/sh
-# examples/llama_cuda.cu on the emulator: the text of llama.c, for dense models and experts, on one rank (threads that share a stream hang on the emulator at times); what it says when something is wrong or there is no GPU.
+# examples/llama_cuda.cu on the emulator: the text of llama.c, for dense models and experts, on one rank and on virtual ranks; what it says when something is wrong or there is no GPU.
 B=${B:-build}; out=$B/llama_cuda.out; passed=0; failed=0
 check() { if [ "$2" = "$3" ]; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "FAIL $1: got \"$2\", want \"$3\""; fi; }
 same() { # same MODEL STEPS OPTIONS: the text of llama.c on one rank
@@ -9,8 +9,10 @@ same() { # same MODEL STEPS OPTIONS: the text of llama.c on one rank
     check "$model $*" "$(cat "$out")" "$(cat "$out.want")"
 }
 same shakespeare-dense 24
-same shakespeare-dense 24 --dtype f32
-same shakespeare-moe 16
+same shakespeare-dense 24 --mesh tp=2
+same shakespeare-dense 24 --mesh tp=3 --dtype f32
+same shakespeare-dense 12 --mesh pp=2,tp=2
+same shakespeare-moe 16 --mesh ep=2
 says() { # says EXIT TEXT OPTIONS
     status=$1; text=$2; shift 2
     timeout 60 "$B/llama_cuda_emulated" "$@" > "$out" 2>&1
