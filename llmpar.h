@@ -5115,7 +5115,7 @@ LLMPAR_DEF llmpar_status llmpar_route_configure(const llmpar_route_config *confi
     const char *scoring = config->scoring_func, *method = config->topk_method;
     const int64_t groups = config->n_group, kept = config->topk_group;
     llmpar_route_desc d;
-    bool renormalise;
+    bool renormalise = false;
     LLMPARI_TRY(llmpari_route_known(config->architecture, &d, &renormalise, err));
     if (config->n_experts < 1 || config->n_experts > LLMPAR_MAX_EXPERTS) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%lld experts; 1 to %d", (long long)config->n_experts, LLMPAR_MAX_EXPERTS);
     if (config->k < 0 || config->k > config->n_experts) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "num_experts_per_tok=%lld of %lld experts", (long long)config->k, (long long)config->n_experts);
@@ -15178,7 +15178,8 @@ LLMPARI_FN void llmpari_differ_words(char *text, size_t bytes, const llmpari_sig
         at = (int)strlen(group);
         llmpari_append(group, sizeof group, &at, ")");
     }
-    snprintf(text, bytes, "rank %d called %s, %s %s%s", signs->ranks[first], odd_text, most_ranks, most_text, group);
+    int at = 0;
+    llmpari_append(text, bytes, &at, "rank %d called %s, %s %s%s", signs->ranks[first], odd_text, most_ranks, most_text, group);
 }
 
 // "AllToAll #2 f32[4]: rank 2 sends 1 elements to rank 3, which expects 2"; `me` = the member whose call is named.

@@ -66,7 +66,7 @@ static llmpar_status rank_main(llmpar_comm *host, void *user, llmpar_error *err)
     llmpar_cuda_ops_desc table = LLMPAR_ZERO;
     llmpar_engine_desc desc = LLMPAR_ZERO;
     llmpar_cuda *cuda;
-    llmpar_engine *engine;
+    llmpar_engine *engine = NULL;
     llmpar_comm *world;
     llmpar_ops ops;
     if (!o->mpi) device.device_plus_1 = 1 + host->rank % o->devices;

@@ -133,6 +133,9 @@ static inline std::vector<double> host_of(const void *d, llmpar_dtype dtype, int
     for (int64_t i = 0; i < n; i++) v[(size_t)i] = from_dtype(bytes.data(), dtype, i);
     return v;
 }
+// On the host, rounded each: no compiler makes one operation of two.
+static inline float added(float a, float b)      { volatile float s = a + b; return s; }
+static inline float multiplied(float a, float b) { volatile float p = a * b; return p; }
 // Half a unit in the last place, relative: what one rounding to the dtype may do to a value that is not subnormal.
 static inline double half_unit(llmpar_dtype dtype) { return dtype == LLMPAR_F32 ? ldexp(1, -24) : dtype == LLMPAR_BF16 ? ldexp(1, -8) : ldexp(1, -11); }
 #endif

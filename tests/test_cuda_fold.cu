@@ -1,5 +1,6 @@
 // >>fold of llmpar_cuda.cuh: the bits of llmpar.h's sums along the tree, of ranks' pieces and of a GEMM's granules; and against sums in f64.
 #include "cuda_test.h"
+#include <algorithm>
 
 static float value(void) { return (float)((test_uniform() * 2 - 1) * ldexp(1, (int)test_below(12))); }
 
@@ -60,7 +61,7 @@ static void plain_gemm(void *, const llmpar_gemm *g) {
     for (int64_t i = 0; i < g->m; i++)
         for (int64_t j = 0; j < g->n; j++) {
             float s = 0;
-            for (int64_t k = 0; k < g->k; k++) s = __fadd_rn(s, __fmul_rn(g->a[i * g->lda + k], ((const float *)g->b)[j * g->ldb + k]));
+            for (int64_t k = 0; k < g->k; k++) s = added(s, multiplied(g->a[i * g->lda + k], ((const float *)g->b)[j * g->ldb + k]));
             g->c[i * g->ldc + j] = s;
         }
 }
@@ -118,7 +119,7 @@ static void deep_test(void) {
         for (float &v : in) v = value();
         for (int64_t e = 0; e < n; e++) {
             float top = in[(size_t)((pieces - 1) * n + e)];
-            for (int32_t p = pieces - 2; p >= 0; p--) top = __fadd_rn(in[(size_t)(p * n + e)], top);
+            for (int32_t p = pieces - 2; p >= 0; p--) top = added(in[(size_t)(p * n + e)], top);
             want[(size_t)e] = top;
         }
         llmpar_cuda_fold_desc desc = {};

@@ -30,7 +30,7 @@ static bytes_t reduced(const std::vector<bytes_t> &in, int64_t first, int64_t co
         float sum = (float)from_dtype(in[0].data(), dtype, first + i);
         for (size_t r = 1; r < in.size(); r++) {
             const float v = (float)from_dtype(in[r].data(), dtype, first + i);
-            if (reduce == LLMPAR_SUM) sum = __fadd_rn(sum, v);
+            if (reduce == LLMPAR_SUM) sum = added(sum, v);
             else sum = v != v || (reduce == LLMPAR_MAX ? v > sum : v < sum) ? v : sum;
         }
         to_dtype(out.data(), dtype, i, sum);
@@ -176,7 +176,7 @@ static void norm_test(int cases) {
         for (int r = 0; r < n; r++) in.push_back(random_array(rows * columns, dtype));
         bytes_t x = reduced(in, 0, rows * columns, dtype, LLMPAR_SUM);
         for (int64_t i = 0; i < rows * columns && with_residual; i++)
-            to_dtype(x.data(), dtype, i, __fadd_rn((float)from_dtype(x.data(), dtype, i), (float)from_dtype(residual.data(), dtype, i)));
+            to_dtype(x.data(), dtype, i, added((float)from_dtype(x.data(), dtype, i), (float)from_dtype(residual.data(), dtype, i)));
         llmpar_cuda_peer *peers = virtual_ranks(n, 4096, 3);
         for (int o = 0; o < thread_orders(); o++) {
             thread_order(o);
