@@ -1389,6 +1389,7 @@ typedef struct llmpar_comm_vtable {
     llmpar_status (*shrink)(llmpar_comm *comm, llmpar_comm **survivors, llmpar_error *err);      // may be NULL
     bool          (*quick)(llmpar_comm *comm, const llmpar_call *call, llmpar_status *status, llmpar_error *err);   // start and wait in one for a small
                                    // AllReduce, or false: nothing was done; may be NULL
+    llmpar_status (*sound)(llmpar_comm *comm, llmpar_error *err);      // see llmpar_comm_sound; NULL where llmpar_wait tells all
 } llmpar_comm_vtable;
 
 struct llmpar_comm {
@@ -1432,6 +1433,10 @@ LLMPAR_DEF llmpar_status llmpar_comm_group(llmpar_comm *comm, const llmpar_mesh 
 LLMPAR_DEF void          llmpar_comm_free(llmpar_comm *comm);                             // NULL and the world of llmpar_threads are left alone
 // Stops the comm's whole world, from any thread: every waiting and every later call on it returns LLMPAR_ABORTED with "rank R: why". The first reason stays.
 LLMPAR_DEF void          llmpar_comm_abort(llmpar_comm *comm, const char *why);
+
+// For communicators whose llmpar_wait returns before the result is there (calls that go on a device's stream): once the stream has been waited for, tells whether the calls before have
+// done what they should: the error that has stopped the comm's world, as far as this rank knows. Waits for nobody. LLMPAR_OK on all others.
+LLMPAR_DEF llmpar_status llmpar_comm_sound(llmpar_comm *comm, llmpar_error *err);
 
 // Writes the traces of n ranks (trace[rank]; NULL = none) for chrome://tracing or Perfetto: one track per rank, calls as begin / end pairs, in order of time, with group,
 // bytes and who came last; what was started, as asynchronous pairs (no end: not waited for yet). Allocates nothing.
@@ -1757,7 +1762,8 @@ typedef struct llmpar_ops {
     void  (*free)       (void *user, void *memory, size_t bytes);       // of alloc; waits for what is under way
     void *(*alloc_host) (void *user, size_t bytes);                     // memory of the host that upload_from may read later
     void  (*free_host)  (void *user, void *memory, size_t bytes);
-    llmpar_status (*upload)  (void *user, void *to, const void *from, size_t bytes, llmpar_error *err);   // host to values; `from` has been read on return
+    llmpar_status (*upload)  (void *user, void *to, const void *from, size_t bytes, llmpar_error *err);   // host to values; `from` has been read on return. 0 bytes: tells of
+                                   //   kernels' errors so far, waits for nothing
     llmpar_status (*download)(void *user, void *to, const void *from, size_t bytes, llmpar_error *err);   // values to host; waits for all kernels before it
     // As upload, from memory of alloc_host, which must stay as it is until wait(ticket). ticket 0 = wait for all that was called before.
     llmpar_status (*upload_from)(void *user, void *to, const void *from, size_t bytes, int64_t *ticket, llmpar_error *err);
@@ -15415,6 +15421,10 @@ LLMPAR_DEF llmpar_status llmpar_comm_shrink(llmpar_comm *comm, llmpar_comm **sur
     return comm->vtable->shrink(comm, survivors, err);
 }
 
+LLMPAR_DEF llmpar_status llmpar_comm_sound(llmpar_comm *comm, llmpar_error *err) {
+    if (!comm) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_comm_sound: comm is NULL");
+    return comm->vtable->sound ? comm->vtable->sound(comm, err) : LLMPAR_OK;
+}
 LLMPAR_DEF void llmpar_comm_free(llmpar_comm *comm) { if (comm) comm->vtable->free(comm); }
 LLMPAR_DEF void llmpar_comm_abort(llmpar_comm *comm, const char *why) { if (comm && comm->vtable->abort) comm->vtable->abort(comm, why); }
 
@@ -15689,7 +15699,7 @@ LLMPARI_FN void llmpari_self_free(llmpar_comm *comm) {
 }
 
 LLMPAR_DEF llmpar_status llmpar_comm_self(const llmpar_allocator *allocator, llmpar_comm **comm, llmpar_error *err) {
-    static const llmpar_comm_vtable vtable = { llmpari_self_start, llmpari_self_wait, llmpari_self_group, llmpari_self_abort, llmpari_self_free, NULL, NULL };
+    static const llmpar_comm_vtable vtable = { llmpari_self_start, llmpari_self_wait, llmpari_self_group, llmpari_self_abort, llmpari_self_free, NULL, NULL, NULL };
     if (!comm) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_comm_self: comm is NULL");
     *comm = NULL;
     llmpari_self *self = (llmpari_self *)llmpari_alloc(allocator, sizeof *self);
@@ -16950,7 +16960,7 @@ LLMPARI_FN llmpar_status llmpari_threads_shrink(llmpar_comm *comm, llmpar_comm *
 LLMPARI_FN llmpari_team *llmpari_team_new(llmpar_threads *world, int32_t n, int64_t parent) {
     static const llmpar_comm_vtable vtable = {
         llmpari_threads_start, llmpari_threads_wait, llmpari_threads_group, llmpari_threads_comm_abort, llmpari_threads_comm_free,
-        llmpari_threads_shrink, llmpari_threads_quick
+        llmpari_threads_shrink, llmpari_threads_quick, NULL
     };
     int64_t large = 2 * llmpari_max(world->tuning.mailbox_bytes, world->tuning.staged_bytes) / n;       // what a member may have in a box: see llmpari_tuned_size
     large = (llmpari_max(large, LLMPARI_BOX) + LLMPARI_LINE - 1) / LLMPARI_LINE * LLMPARI_LINE;
@@ -18880,7 +18890,7 @@ LLMPARI_FN void llmpari_mpi_end_drop(llmpari_mpi_world *world, llmpari_mpi_end *
 
 // An end with members[n] of parent, this rank being `me` of them, or of the whole world without one; NULL: no memory.
 LLMPARI_FN llmpari_mpi_end *llmpari_mpi_end_new(llmpari_mpi_world *world, llmpari_mpi_end *parent, const int32_t *members, int32_t n, int32_t me) {
-    static const llmpar_comm_vtable vtable = { llmpari_mpi_start, llmpari_mpi_wait, llmpari_mpi_group, llmpari_mpi_abort, llmpari_mpi_free, llmpari_mpi_shrink, NULL };
+    static const llmpar_comm_vtable vtable = { llmpari_mpi_start, llmpari_mpi_wait, llmpari_mpi_group, llmpari_mpi_abort, llmpari_mpi_free, llmpari_mpi_shrink, NULL, NULL };
     int64_t small = llmpari_max(1024, llmpari_min(LLMPARI_MPI_SMALL, (1 << 16) / n / 128 * 128)), staging = n == 1 ? 0 : llmpari_max(world->desc.staging_bytes, (int64_t)4096 * n);
     size_t bytes = llmpari_mpi_layout(NULL, NULL, n, small, staging), clear = llmpari_mpi_layout(NULL, NULL, n, 0, 0);
     llmpari_mpi_end *end = (llmpari_mpi_end *)llmpari_alloc(&world->allocator, bytes);
@@ -21775,6 +21785,23 @@ LLMPARI_FN int llmpari_exec_comm_at(const llmpar_exec *x, llmpar_axes axes) {
 }
 LLMPARI_FN llmpar_comm *llmpari_exec_comm(const llmpar_exec *x, llmpar_axes axes) { return x->comm[llmpari_exec_comm_at(x, axes)]; }
 
+// From a device's memory, and whether the collectives that made it came about. A failure, a deadline too, stops the world: others wait for this rank.
+LLMPARI_FN llmpar_status llmpari_exec_download(const llmpar_ops *ops, llmpar_comm *world, void *to, const void *values, int64_t bytes, llmpar_error *err) {
+    llmpar_error own;
+    llmpar_error *told = err ? err : &own;
+    llmpar_status status = ops->download(ops->user, to, values, (size_t)bytes, told);
+    if (status) llmpar_comm_abort(world, told->text);
+    return status ? status : llmpar_comm_sound(world, told);
+}
+// A device's kernels tell of their errors late: before this rank's values go to others it is asked for them, by an upload of nothing. A rank that has failed stops the world.
+LLMPARI_FN llmpar_status llmpari_exec_told(const llmpar_exec *x, llmpar_error *err) {
+    llmpar_error own;
+    llmpar_error *told = err ? err : &own;
+    llmpar_status status = x->ops.alloc ? x->ops.upload(x->ops.user, NULL, NULL, 0, told) : LLMPAR_OK;
+    if (status) llmpar_comm_abort(x->world, told->text);
+    return status;
+}
+
 LLMPARI_ONCE_BEGIN
 LLMPARI_FN const char *llmpari_exec_op_text(int kind) {
     static const char *const text[] = { "einsum", "add", "mul", "unary", "norm", "softmax", "rope", "attention", "embed", "take", "cross entropy",
@@ -22623,7 +22650,7 @@ LLMPARI_FN llmpar_status llmpari_exec_experts_route(llmpar_exec *x, const llmpar
     for (int64_t t = 0; pad && t < how->tokens; t++) pad[t] = x->table[how->table].position[t] < 0;
     if (x->ops.alloc && how->tokens) {
         logits = args->host + how->logits_at;
-        LLMPARI_TRY(x->ops.download(x->ops.user, args->host + how->logits_at, args->in[1], (size_t)(4 * how->tokens * how->route.n_experts), err));
+        LLMPARI_TRY(llmpari_exec_download(&x->ops, x->world, args->host + how->logits_at, args->in[1], 4 * how->tokens * how->route.n_experts, err));
     }
     return llmpar_route(&how->route, logits, LLMPAR_F32, how->tokens, pad, LLMPARI_EXEC_HOST(int32_t, args, how->ids_at), LLMPARI_EXEC_HOST(float, args, how->weights_at), err);
 }
@@ -23754,6 +23781,16 @@ LLMPARI_FN llmpar_status llmpari_exec_agree(llmpar_comm *world, llmpar_status mi
     return LLMPARI_FAIL(err, (llmpar_status)worst, "another rank could not create its exec: %s", llmpar_status_text((llmpar_status)worst));
 }
 
+// Small messages need a communicator for memory of the host: world, unless that moves a device's.
+LLMPARI_FN llmpar_status llmpari_exec_host_check(const llmpar_comm *world, const llmpar_comm *host, llmpar_error *err) {
+    if (!host && world->vtable->sound && world->size > 1)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "world moves memory of a device and host_world is NULL: pass a communicator over the same ranks that moves memory of the host (threads', MPI's)");
+    if (host && (host->rank != world->rank || host->size != world->size))
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "host_world is rank %d of %d, world is rank %d of %d; they must be the same ranks", (int)host->rank, (int)host->size, (int)world->rank,
+                            (int)world->size);
+    return LLMPAR_OK;
+}
+
 LLMPAR_DEF llmpar_status llmpar_exec_create(const llmpar_exec_desc *desc, llmpar_exec **exec, llmpar_error *err) {
     llmpar_exec *x = NULL;
     if (!exec) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "exec is NULL: where should the exec go?");
@@ -23762,9 +23799,7 @@ LLMPAR_DEF llmpar_status llmpar_exec_create(const llmpar_exec_desc *desc, llmpar
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc, its plan (of llmpar_solve) or its world is NULL");
     LLMPARI_TRY(llmpar_mesh_check(&desc->plan->graph->mesh, desc->world->size, err));
     llmpar_comm *host = desc->host_world ? desc->host_world : desc->world;
-    if (host->rank != desc->world->rank || host->size != desc->world->size)
-        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "host_world is rank %d of %d, world is rank %d of %d; they must be the same ranks", (int)host->rank, (int)host->size,
-                            (int)desc->world->rank, (int)desc->world->size);
+    LLMPARI_TRY(llmpari_exec_host_check(desc->world, desc->host_world, err));
     llmpar_status status = llmpari_exec_agree(host, llmpari_exec_build(desc, &x, err), err);
     if (!status) status = llmpari_exec_agree(host, llmpari_exec_connect(x, err), err);
     if (status) { llmpar_exec_free(x); return status; }
@@ -23917,6 +23952,7 @@ LLMPAR_DEF llmpar_status llmpar_exec_run(llmpar_exec *x, const int32_t *position
             args.in[((const llmpari_exec_elementwise *)task->how)->gate] = x->slot[turn->gate].data;
             run = llmpari_exec_run_gated;
         }
+        if (run && (x->plan->step[turn->step].op < 0 || x->plan->step[turn->step].inner)) LLMPARI_TRY(llmpari_exec_told(x, err));       // it sends values
         if (run) LLMPARI_TRY(run(x, task, &args, err));
         if (x->watch) {
             int32_t value = x->plan->step[turn->step].out >= 0 ? x->plan->step[turn->step].out : x->plan->step[turn->step].in[0];
@@ -24344,9 +24380,6 @@ LLMPARI_FN llmpar_status llmpari_engine_agree(llmpar_comm *world, llmpar_status 
 LLMPARI_FN llmpar_status llmpari_engine_check(const llmpar_engine_desc *desc, llmpar_error *err) {
     if (!desc->folder || !desc->mesh) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is NULL", desc->folder ? "mesh" : "folder");
     LLMPARI_TRY(llmpar_mesh_check(desc->mesh, desc->world->size, err));
-    if (desc->host_world && (desc->host_world->rank != desc->world->rank || desc->host_world->size != desc->world->size))
-        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "host_world is rank %d of %d, world is rank %d of %d; they must be the same ranks", (int)desc->host_world->rank,
-                            (int)desc->host_world->size, (int)desc->world->rank, (int)desc->world->size);
     for (int a = 0; a < desc->mesh->n_axes; a++) {
         const llmpar_axis *axis = &desc->mesh->axis[a];
         if (axis->size > 1 && strcmp(axis->name, "dp") != 0 && strcmp(axis->name, "tp") != 0 && strcmp(axis->name, "pp") != 0 && strcmp(axis->name, "ep") != 0)
@@ -24744,6 +24777,7 @@ LLMPAR_DEF llmpar_status llmpar_engine_create(const llmpar_engine_desc *desc, ll
     memset(&mine, 0, sizeof mine);
     if (!desc || !desc->world || !engine) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is NULL", !desc ? "desc" : !engine ? "engine" : "world");
     *engine = NULL;
+    LLMPARI_TRY(llmpari_exec_host_check(desc->world, desc->host_world, err));
     llmpar_comm *host = desc->host_world ? desc->host_world : desc->world;
     // Each part is agreed on before the next one begins, since the next one makes collectives: a rank that fails leaves nobody waiting.
     llmpar_status status = llmpari_engine_prepare(desc, &e, &checkpoint, &mine);
@@ -24830,7 +24864,7 @@ LLMPARI_FN llmpar_status llmpari_engine_put(llmpar_engine *e, void *values, cons
     return LLMPAR_OK;
 }
 LLMPARI_FN llmpar_status llmpari_engine_get(llmpar_engine *e, void *to, const void *values, int64_t bytes, llmpar_error *err) {
-    if (e->ops.alloc && bytes) return e->ops.download(e->ops.user, to, values, (size_t)bytes, err);
+    if (e->ops.alloc && bytes) return llmpari_exec_download(&e->ops, e->comm, to, values, bytes, err);
     if (bytes) memcpy(to, values, (size_t)bytes);
     return LLMPAR_OK;
 }
@@ -24840,7 +24874,7 @@ LLMPARI_FN llmpar_status llmpari_engine_logits(llmpar_engine *e, const llmpari_e
     llmpar_tensor layout;
     *logits = llmpar_exec_output(part->about.exec[e->phase], "logits", &layout);
     if (!e->ops.alloc) return LLMPAR_OK;
-    LLMPARI_TRY(e->ops.download(e->ops.user, e->staging[0], *logits, (size_t)llmpar_tensor_local_bytes(&layout, &e->mesh, e->comm->rank), err));
+    LLMPARI_TRY(llmpari_exec_download(&e->ops, e->comm, e->staging[0], *logits, llmpar_tensor_local_bytes(&layout, &e->mesh, e->comm->rank), err));
     *logits = (const float *)e->staging[0];
     return LLMPAR_OK;
 }

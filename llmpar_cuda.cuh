@@ -65,7 +65,7 @@ extern "C" {
 LLMPAR_DEF int llmpar_cuda_devices(const char **why);
 
 typedef struct llmpar_cuda_desc {
-    int32_t device_plus_1;         // 1 + number of the device; 0 = LOCAL_RANK of the launcher's environment (modulo the number of devices), else device 0
+    int32_t device_plus_1;         // 1 + number of the device; 0 = local rank of the launcher's environment (torchrun, srun, mpirun; modulo the number of devices), else 0
     void   *stream;                // what everything runs on; NULL = one of its own
     double  timeout_s;             // how long llmpar_cuda_wait waits; 0 = 60 s
 } llmpar_cuda_desc;
@@ -115,7 +115,7 @@ typedef struct llmpar_cuda_softmax_desc {
 LLMPAR_DEF llmpar_status llmpar_cuda_softmax(const llmpar_cuda_softmax_desc *desc, void *stream, llmpar_error *err);
 
 // ============================================================================================================
-// >>activate   SwiGLU, GeGLU and their gradients; elementwise ops               (uses: base, model's activation enum, device)
+// >>activate   SwiGLU, GeGLU and their gradients; elementwise ops               (uses: base, model's activation enum, device, norm)
 // ============================================================================================================
 // Elementwise, so bits depend on the elements alone; an output may be any input of the same shape, strides and dtype, and overlaps none in another way.
 // f32 gives the bits of llmpar_ops_cpu's kernels built without contraction (e^x is llmpar.h's own polynomial), GELU's erff excepted, which is CUDA's; 16-bit dtypes use CUDA's expf.
@@ -265,9 +265,9 @@ typedef struct llmpar_cuda_attention_desc {
     llmpar_dtype dtype;            // of q, k, v, out: f32, bf16, f16
     const void *q;                 // [batch, queries, q_heads, D]
     llmpar_cuda_kv kv;             // keys and values; rows 0 = batch. Not written
-    const int32_t *kv_of_q;        // [q_heads], values in [0, kv_heads); NULL = i / (q_heads / kv_heads)
-    const int32_t *lengths;        // [batch] keys of each row, the new tokens' included; NULL = n_keys for all
-    int64_t n_keys;                // without lengths: keys of every row; with them: the most there may be (splitting goes by it). 0 = slots
+    const int32_t *kv_of_q;        // [q_heads], values in [0, kv_heads), not checked (they are on the device); NULL = i / (q_heads / kv_heads)
+    const int32_t *lengths;        // [batch] keys of each row, the new tokens' included, cut to [0, slots]; NULL = n_keys for all
+    int64_t n_keys;                // without lengths: keys of every row, cut to the slots; with them: the most there may be (splitting goes by it). 0 = slots
     const int32_t *position;       // [batch, queries]; NULL = lengths[b] - queries + s; without lengths s
     bool causal;
     int64_t window;                // 0 = none
@@ -458,7 +458,7 @@ typedef struct llmpar_cuda_bucket_desc {
 LLMPAR_DEF llmpar_status llmpar_cuda_bucket(const llmpar_cuda_bucket_desc *desc, void *stream, llmpar_error *err);
 
 // ============================================================================================================
-// >>experts   router, block alignment, permute, unpermute                       (uses: base, route, dispatch, device)
+// >>experts   router, block alignment, permute, unpermute                       (uses: base, route, dispatch, device, vocabulary)
 // ============================================================================================================
 // ids[t * k + j], order, inverse, offsets: as llmpar.h's section dispatch says it. What is on the host there is on the device here, and nothing is waited for.
 
@@ -561,7 +561,7 @@ typedef struct llmpar_cuda_gemm_desc {
 LLMPAR_DEF llmpar_status llmpar_cuda_gemm(const llmpar_cuda_gemm_desc *desc, void *stream, llmpar_error *err);
 
 // ============================================================================================================
-// >>optimize   AdamW on a shard                                                 (uses: base, device)
+// >>optimize   AdamW on a shard                                                 (uses: base, device, norm, activate)
 // ============================================================================================================
 // A step of a data-parallel rank on its shard, all on one stream, no value comes to the host:
 //   llmpar_cuda_squares of each flat gradient (accumulate from the second on), AllReduce of the sum over the ranks, llmpar_cuda_clip, llmpar_cuda_adamw of each shard.
@@ -639,7 +639,7 @@ typedef struct llmpar_cuda_fold_desc {
 LLMPAR_DEF llmpar_status llmpar_cuda_fold(const llmpar_cuda_fold_desc *desc, void *stream, llmpar_error *err);
 
 // ============================================================================================================
-// >>peer   collectives between GPUs of one process, over peer pointers          (uses: base, comm, device, norm)
+// >>peer   collectives between GPUs of one process, over peer pointers          (uses: base, comm, device, norm, layout)
 // ============================================================================================================
 // Ranks are GPUs of one process that read each other's memory, or, for one GPU, virtual ranks: all of them in one launch. Each rank has a mailbox on its GPU that all others read,
 // of two halves which calls use in turn, so that one barrier per phase is enough; barriers are flags in the mailboxes, one per block and rank, written by st.release.sys and read
@@ -701,7 +701,7 @@ typedef struct llmpar_cuda_peer_norm_desc {
 } llmpar_cuda_peer_norm_desc;
 LLMPAR_DEF llmpar_status llmpar_cuda_peer_norm(llmpar_cuda_peer *peers, const llmpar_cuda_peer_norm_desc *desc, llmpar_error *err);
 
-// Times both ways for doubling sizes on the spot (some milliseconds, while nothing else runs) and uses the largest size up to which one-shot wins from then on: *one_shot_bytes (may be
+// Times both ways on the spot (some milliseconds, while nothing else runs), for sizes from 4 MiB downwards, and uses the first at which one-shot wins from then on: *one_shot_bytes (may be
 // NULL). From one thread; not with several devices whose calls others are making.
 LLMPAR_DEF llmpar_status llmpar_cuda_peer_measure(llmpar_cuda_peer *peers, int64_t *one_shot_bytes, llmpar_error *err);
 
@@ -778,7 +778,7 @@ LLMPAR_DEF int           llmpar_nccl_version(void);                             
 //     cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal); llmpar_exec_run(exec, position, err); cudaStreamEndCapture(stream, &graph);
 //     llmpar_exec_positions(exec, next, err); ops.upload(ops.user, llmpar_exec_data(exec, ids, 0, NULL), &id, 4, err); cudaGraphLaunch(instance, stream);
 //
-// after at least one ordinary run (the first one looks for GEMM algorithms). Attention then looks at all slots of the cache that positions allow. The thread that calls the table or an exec
+// after at least one ordinary run (the first one looks for GEMM algorithms) that has been waited for. Attention then looks at all slots of the cache that positions allow. The thread that calls the table or an exec
 // with it must have cuda's device current (llmpar_cuda_create does that for the thread that calls it). Kernels' errors are kept and returned by the next upload, download or wait.
 typedef struct llmpar_cuda_ops_desc {
     bool    invariant;             // kernels with fixed orders of adding, those of llmpar_ops_cpu built without contraction: for invariant graphs. Slower
@@ -905,14 +905,18 @@ struct llmpar_cuda {
 
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_open(const llmpar_cuda_desc *desc, llmpar_cuda *cuda, llmpar_error *err) {
     const char *why, *local = getenv("LOCAL_RANK");
+    llmpar_launch launch;
     const int n = llmpar_cuda_devices(&why);
     if (n == 0) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "no GPU: %s", why);
     cuda->device = desc->device_plus_1 > 0 ? desc->device_plus_1 - 1 : 0;
-    if (desc->device_plus_1 == 0 && local) {
+    if (desc->device_plus_1 == 0 && local) {                   // alone, too
         char *end;
         const long number = strtol(local, &end, 10);
         if (end == local || *end || number < 0) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "LOCAL_RANK=\"%.40s\" is not a number from 0 on", local);
         cuda->device = (int)(number % n);
+    } else if (desc->device_plus_1 == 0) {
+        LLMPARI_CUDA_TRY(llmpar_launch_read(NULL, NULL, &launch, err));
+        if (launch.local_rank > 0) cuda->device = launch.local_rank % n;
     }
     if (desc->device_plus_1 < 0 || cuda->device >= n)
         return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "device_plus_1=%d, but this process sees devices 0 to %d (CUDA_VISIBLE_DEVICES narrows them)", (int)desc->device_plus_1, n - 1);
@@ -1035,7 +1039,7 @@ template <typename... P>
 static llmpar_status llmpari_cuda_launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void *stream, llmpar_error *err,
                                          typename llmpari_cuda_same<P>::type... args) {
     void *at[] = { (void *)&args... };
-    if (shared_bytes > 48 * 1024) LLMPARI_CUDA_CALL(err, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes));
+    if (shared_bytes > 32 * 1024) LLMPARI_CUDA_CALL(err, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes));
     cudaError_t error = cudaLaunchKernel(kernel, grid, block, at, shared_bytes, (cudaStream_t)stream);
     if (error == cudaSuccess) return LLMPAR_OK;
     return llmpari_cuda_error(err, error, name, __LINE__, __func__);
@@ -1699,15 +1703,6 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_unary_launch(const llmpar_cuda_unary_
         op.kind = d->kind;
         return llmpari_cuda_each_launch("unary", op, 1, d->n, llmpari_cuda_packs(op.x, 0) && llmpari_cuda_packs(op.y, 0), stream, err));
 }
-// y += 0, in place: llmpari_exec_no_minus_zero
-LLMPARI_CUDA_FN llmpar_status llmpari_cuda_plus_zero_launch(float *y, int64_t n, void *stream, llmpar_error *err) {
-    llmpari_cuda_unary_op<float> op;
-    op.x    = y;
-    op.y    = y;
-    op.kind = LLMPARI_CUDA_PLUS_ZERO;
-    return llmpari_cuda_each_launch("plus zero", op, 1, n, llmpari_cuda_packs(y, 0), stream, err);
-}
-
 LLMPAR_DEF llmpar_status llmpar_cuda_unary(const llmpar_cuda_unary_desc *desc, void *stream, llmpar_error *err) {
     if (!desc) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc is NULL");
     LLMPARI_CUDA_TRY(llmpari_cuda_float("dtype", desc->dtype, err));
@@ -2050,7 +2045,7 @@ template <typename T> static bool llmpari_cuda_cache_packs(const llmpari_cuda_ca
     return llmpari_cuda_packs(cache.k, cache.stride_row) && llmpari_cuda_packs(cache.v, cache.stride_slot) && llmpari_cuda_packs(cache.v, cache.stride_head);
 }
 
-static llmpar_status llmpari_cuda_kv_check(const llmpar_cuda_kv *kv, int64_t align, llmpar_error *err) {
+static llmpar_status llmpari_cuda_kv_check(const llmpar_cuda_kv *kv, int32_t d, int64_t align, llmpar_error *err) {
     LLMPARI_CUDA_TRY(llmpari_cuda_check("k of the cache", kv->k, align, false, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("v of the cache", kv->v, align, false, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("rows of the cache", kv->rows, INT32_MAX, err));
@@ -2058,16 +2053,20 @@ static llmpar_status llmpari_cuda_kv_check(const llmpar_cuda_kv *kv, int64_t ali
     LLMPARI_CUDA_TRY(llmpari_cuda_size("stride_row", kv->stride_row, INT64_MAX / 2, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("stride_slot", kv->stride_slot, INT64_MAX / 2, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("stride_head", kv->stride_head, INT64_MAX / 2, err));
+    if ((kv->stride_row || kv->stride_slot || kv->stride_head) && (kv->stride_slot < d || kv->stride_head < d))
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "strides of the cache: row %lld, slot %lld, head %lld with d=%d: slots and heads overlap; give all three, or none", (long long)kv->stride_row,
+                                 (long long)kv->stride_slot, (long long)kv->stride_head, (int)d);
     if (!kv->block_table && !kv->slots) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "slots=0: how many keys has a row of the cache room for?");
     if (!kv->block_table) return LLMPAR_OK;
     LLMPARI_CUDA_TRY(llmpari_cuda_check("block_table", kv->block_table, 4, false, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("max_blocks", kv->max_blocks, INT32_MAX, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("n_blocks", kv->n_blocks, INT32_MAX, err));
-    if (kv->block_size < 1 || kv->block_size > INT32_MAX || kv->max_blocks * kv->block_size > INT32_MAX)
+    if (kv->block_size < 1 || kv->block_size > INT32_MAX || kv->max_blocks < 1 || kv->max_blocks * kv->block_size > INT32_MAX)
         return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "block_size=%lld, max_blocks=%lld; a row has 1 to 2^31 - 1 slots", (long long)kv->block_size, (long long)kv->max_blocks);
     if (kv->slots > kv->max_blocks * kv->block_size)
         return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "slots=%lld, but max_blocks=%lld blocks of %lld hold fewer; pass 0", (long long)kv->slots, (long long)kv->max_blocks,
                                  (long long)kv->block_size);
+    if (kv->n_blocks < 1) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_blocks=%lld: how many blocks does the cache have?", (long long)kv->n_blocks);
     return LLMPAR_OK;
 }
 
@@ -2265,7 +2264,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_rope(const llmpar_cuda_rope_desc *desc, voi
     LLMPARI_CUDA_TRY(llmpari_cuda_check("frequencies", desc->frequencies, 4, true, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("q", desc->q, align, desc->q_heads == 0, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("errors", desc->errors, 4, true, err));
-    if (desc->kv_heads) LLMPARI_CUDA_TRY(llmpari_cuda_kv_check(&desc->cache, align, err));
+    if (desc->kv_heads) LLMPARI_CUDA_TRY(llmpari_cuda_kv_check(&desc->cache, desc->d, align, err));
     LLMPARI_CUDA_DISPATCH(desc->dtype, T, return llmpari_cuda_rope_run<T>(desc, stream, err));
 }
 
@@ -2757,6 +2756,7 @@ static int32_t llmpari_cuda_attention_choice(const llmpar_cuda_attention_desc *d
     return desc->splits ? desc->splits : llmpari_cuda_attend_splits(llmpari_cuda_bytes(desc->dtype), desc->batch, desc->queries, desc->q_heads, desc->kv_heads, n_keys);
 }
 LLMPAR_DEF int64_t llmpar_cuda_attention_workspace(const llmpar_cuda_attention_desc *desc) {
+    if (!desc) return 0;
     const int64_t splits = llmpari_cuda_attention_choice(desc);
     return splits > 1 ? splits * desc->batch * desc->queries * desc->q_heads * (desc->d + 1) * 4 : 0;
 }
@@ -2817,9 +2817,10 @@ static llmpar_status llmpari_cuda_attention_check(const llmpar_cuda_attention_de
     LLMPARI_CUDA_TRY(llmpari_cuda_attention_sizes(desc, err));
     *empty = !desc->batch || !desc->queries || !desc->q_heads || !desc->d;
     if (*empty) return LLMPAR_OK;
+    if (!isfinite(desc->scale)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "scale=%g; pass 0 (1 / sqrt(D)) or a number", (double)desc->scale);
     const int64_t align = llmpari_cuda_bytes(desc->dtype);
     LLMPARI_CUDA_TRY(llmpari_cuda_check("q", desc->q, align, false, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_kv_check(&desc->kv, align, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_kv_check(&desc->kv, desc->d, align, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("kv_of_q", desc->kv_of_q, 4, true, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("lengths", desc->lengths, 4, true, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("position", desc->position, 4, true, err));
@@ -3266,7 +3267,7 @@ template <typename T> __global__ void __launch_bounds__(256) llmpari_cuda_entrop
     }
 }
 
-__global__ void __launch_bounds__(256) llmpari_cuda_entropy_kernel(llmpari_cuda_entropy p) {
+static __global__ void __launch_bounds__(256) llmpari_cuda_entropy_kernel(llmpari_cuda_entropy p) {
     for (int64_t r = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; r < p.rows; r += (int64_t)gridDim.x * blockDim.x) {
         float m = -INFINITY, s = 0, picked = 0, all = 0;
         for (int i = 0; i < p.ranks; i++) {
@@ -3555,7 +3556,7 @@ template <typename T> __global__ void __launch_bounds__(256) llmpari_cuda_sample
     }
 }
 
-__global__ void __launch_bounds__(256) llmpari_cuda_sample_end_kernel(llmpari_cuda_sampler p) {
+static __global__ void __launch_bounds__(256) llmpari_cuda_sample_end_kernel(llmpari_cuda_sampler p) {
     for (int64_t r = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; r < p.rows; r += (int64_t)gridDim.x * blockDim.x) {
         const long long key = p.key[r];
         p.token[r] = !llmpari_cuda_sample_any(key) ? -1 : p.temperature > 0 ? (int32_t)p.pick[r] - 1 : (int32_t)(0x7fffffff - (key & 0x7fffffff));
@@ -3568,6 +3569,7 @@ LLMPARI_CUDA_FN int llmpari_cuda_sample_splits(const llmpar_cuda_sample_desc *de
 }
 LLMPARI_CUDA_FN bool llmpari_cuda_sample_top(const llmpar_cuda_sample_desc *desc) { return desc->temperature > 0 && desc->top_p > 0 && desc->top_p < 1; }
 LLMPAR_DEF int64_t llmpar_cuda_sample_workspace(const llmpar_cuda_sample_desc *desc) {
+    if (!desc) return 0;
     const int64_t bins = llmpari_cuda_sample_top(desc) ? LLMPARI_CUDA_SAMPLE_ROUNDS * LLMPARI_CUDA_SAMPLE_BINS + 4 * (LLMPARI_CUDA_SAMPLE_ROUNDS + 1) : 0;
     return 8 * desc->rows * (2 + (desc->ranks ? desc->ranks : 1) + llmpari_cuda_sample_splits(desc) + bins);
 }
@@ -3618,6 +3620,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_sample_launch(const llmpar_cuda_sampl
 }
 
 LLMPAR_DEF llmpar_status llmpar_cuda_sample_step(const llmpar_cuda_sample_desc *desc, int32_t step, llmpar_cuda_sample_exchange *exchange, void *stream, llmpar_error *err) {
+    if (!desc) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc is NULL");
     LLMPARI_CUDA_TRY(llmpari_cuda_shard(desc->rows, desc->n, desc->first, desc->vocabulary, desc->stride, desc->ranks, desc->dtype, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("rows", desc->rows, 65535, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("rank", desc->rank, llmpari_cuda_max(desc->ranks, 1) - 1, err));
@@ -3632,6 +3635,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_sample_step(const llmpar_cuda_sample_desc *
     return llmpari_cuda_sample_launch(desc, step, exchange, stream, err);
 }
 LLMPAR_DEF llmpar_status llmpar_cuda_sample(const llmpar_cuda_sample_desc *desc, void *stream, llmpar_error *err) {
+    if (!desc) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc is NULL");
     if (desc->ranks > 1) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "ranks=%d: they must exchange between the steps; call llmpar_cuda_sample_step", (int)desc->ranks);
     for (int32_t step = 0; step <= llmpar_cuda_sample_steps(desc); step++) LLMPARI_CUDA_TRY(llmpar_cuda_sample_step(desc, step, NULL, stream, err));
     return LLMPAR_OK;
@@ -4364,6 +4368,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_route_launch(const llmpar_cuda_route_
 }
 
 LLMPAR_DEF llmpar_status llmpar_cuda_route(const llmpar_cuda_route_desc *desc, void *stream, llmpar_error *err) {
+    if (!desc) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc is NULL");
     const bool any = desc->rows > 0;
     LLMPARI_CUDA_TRY(llmpar_route_check(&desc->route, err));
     if (desc->route.expert_choice) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "expert_choice: experts choose their tokens; call llmpar_route_experts on the host");
@@ -4518,11 +4523,13 @@ template <int PHASE> __global__ void __launch_bounds__(1024) llmpari_cuda_sort_k
 LLMPARI_CUDA_FN int64_t llmpari_cuda_sort_chunk(int64_t n) { return n <= LLMPARI_CUDA_SORT_CHUNK ? n : llmpari_cuda_max(LLMPARI_CUDA_SORT_CHUNK, llmpari_cuda_up(n, 128)); }
 
 LLMPAR_DEF int64_t llmpar_cuda_dispatch_workspace(const llmpar_cuda_dispatch_desc *desc) {
+    if (!desc) return 0;
     const int64_t n = desc->tokens * desc->k;
     if (n <= LLMPARI_CUDA_SORT_CHUNK) return 0;
     return 4 * (llmpari_cuda_up(n, llmpari_cuda_sort_chunk(n)) * desc->n_experts + 2 * (desc->n_experts + 1));
 }
 LLMPAR_DEF int64_t llmpar_cuda_dispatch_room(const llmpar_cuda_dispatch_desc *desc) {
+    if (!desc) return 0;
     const int64_t n = desc->tokens * desc->k, block = desc->block ? desc->block : 1;
     return (n + llmpari_cuda_min(n, desc->n_experts) * (block - 1)) / block * block;
 }
@@ -4551,6 +4558,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_dispatch_launch(const llmpar_cuda_dis
 }
 
 LLMPAR_DEF llmpar_status llmpar_cuda_dispatch(const llmpar_cuda_dispatch_desc *desc, void *stream, llmpar_error *err) {
+    if (!desc) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc is NULL");
     const int64_t most = INT32_MAX - (1 << 20);
     LLMPARI_CUDA_TRY(llmpari_cuda_size("tokens", desc->tokens, most, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("k", desc->k, desc->tokens ? most / desc->tokens : most, err));
@@ -4609,6 +4617,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_permute_launch(const llmpar_cuda_perm
 }
 
 LLMPAR_DEF llmpar_status llmpar_cuda_permute(const llmpar_cuda_permute_desc *desc, void *stream, llmpar_error *err) {
+    if (!desc) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc is NULL");
     const int64_t most = (int64_t)1 << 40;
     LLMPARI_CUDA_TRY(llmpari_cuda_size("rows", desc->rows, INT32_MAX, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("k", desc->k, INT32_MAX, err));
@@ -4758,6 +4767,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_combine_launch(const llmpar_cuda_comb
 }
 
 LLMPAR_DEF llmpar_status llmpar_cuda_combine(const llmpar_cuda_combine_desc *desc, void *stream, llmpar_error *err) {
+    if (!desc) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc is NULL");
     const int64_t most = (int64_t)1 << 40;
     llmpar_range piece[LLMPAR_TREE_PIECES];
     LLMPARI_CUDA_TRY(llmpari_cuda_float("dtype", desc->dtype, err));
@@ -4943,6 +4953,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_gemm_launch(const llmpar_cuda_gemm_de
 }
 
 LLMPAR_DEF llmpar_status llmpar_cuda_gemm(const llmpar_cuda_gemm_desc *desc, void *stream, llmpar_error *err) {
+    if (!desc) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc is NULL");
     const int64_t most = (int64_t)1 << 40;
     const bool grouped = desc->experts > 0;
     LLMPARI_CUDA_TRY(llmpari_cuda_float("b_dtype", desc->b_dtype, err));
@@ -4952,6 +4963,10 @@ LLMPAR_DEF llmpar_status llmpar_cuda_gemm(const llmpar_cuda_gemm_desc *desc, voi
     LLMPARI_CUDA_TRY(llmpari_cuda_size("lda", desc->lda, most, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("ldb", desc->ldb, most, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("ldc", desc->ldc, most, err));
+    const int64_t b_row = desc->b_transposed ? desc->k : desc->n;
+    if ((desc->m > 1 && (desc->lda < desc->k || desc->ldc < desc->n)) || ((desc->b_transposed ? desc->n : desc->k) > 1 && desc->ldb < b_row))
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "lda=%lld, ldb=%lld, ldc=%lld are elements from row to row: at least %lld, %lld and %lld", (long long)desc->lda, (long long)desc->ldb,
+                                 (long long)desc->ldc, (long long)desc->k, (long long)b_row, (long long)desc->n);
     LLMPARI_CUDA_TRY(llmpari_cuda_size("experts", desc->experts, INT32_MAX, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("b_stride", desc->b_stride, most, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("granule", desc->granule, INT32_MAX, err));
@@ -6184,7 +6199,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_peer_measure(llmpar_cuda_peer *team, int64_
         if (error == cudaSuccess) error = cudaMemsetAsync(buffer[r], 0, (size_t)most, (cudaStream_t)team->stream[r]);
         if (error != cudaSuccess) status = llmpari_cuda_error(err, error, "cudaMalloc", __LINE__, __func__);
     }
-    for (int64_t bytes = most; bytes >= 4096 && !status; bytes /= 2) {                     // from above: the first size at which one-shot wins
+    for (int64_t bytes = most; bytes >= 4096 && !status; bytes /= 2) {                     // from above: the largest size at which one-shot wins
         double one = 0, two = 0;
         status = llmpari_cuda_peer_time(team, buffer, bytes, 1, &one, err);
         if (!status) status = llmpari_cuda_peer_time(team, buffer, bytes, 2, &two, err);
@@ -6413,8 +6428,17 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_wait(llmpar_comm *comm, int
         const llmpari_cuda_on on(team->device[end->rank]);
         const cudaError_t now = block ? cudaErrorNotReady : cudaEventQuery(event);
         if (!block && now == cudaErrorNotReady) return LLMPAR_OK;
-        if (block) status = llmpari_cuda_poll(event, llmpari_cuda_now() + timeout_s + 2 * team->timeout_s + 1, err);
-        else if (now != cudaSuccess) status = llmpari_cuda_error(err, now, "cudaEventQuery", __LINE__, __func__);
+        llmpar_error own;
+        llmpar_error *told = err ? err : &own;
+        if (block) status = llmpari_cuda_poll(event, llmpari_cuda_now() + timeout_s + 2 * team->timeout_s + 1, told);
+        else if (now != cudaSuccess) status = llmpari_cuda_error(told, now, "cudaEventQuery", __LINE__, __func__);
+        if (status) {                                          // the GPU has failed: the others need not wait for this rank
+            char why[480];
+            snprintf(why, sizeof why, "rank %d: %.400s", (int)team->member[end->rank], told->text);
+            pthread_mutex_lock(&team->root->mutex);
+            llmpari_cuda_peer_stop(team, status, why);
+            pthread_mutex_unlock(&team->root->mutex);
+        }
     }
     pthread_mutex_lock(&team->root->mutex);
     if (!status) {
@@ -6517,9 +6541,19 @@ LLMPARI_CUDA_FN void llmpari_cuda_peer_comm_free(llmpar_comm *comm) {
     pthread_mutex_unlock(&root->mutex);
 }
 
+// Whatever team's kernels have found out.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_sound(llmpar_comm *comm, llmpar_error *err) {
+    llmpar_cuda_peer *root = ((llmpari_cuda_peer_end *)comm->impl)->team->root;
+    pthread_mutex_lock(&root->mutex);
+    for (llmpar_cuda_peer *t = root; t && !root->stopped; t = t->next) if (t == root || t->ready > 0) llmpari_cuda_peer_look(t);
+    const llmpar_status status = root->stopped ? LLMPARI_CUDA_FAIL(err, root->stopped, "%s", root->why) : LLMPAR_OK;
+    pthread_mutex_unlock(&root->mutex);
+    return status;
+}
+
 static const llmpar_comm_vtable *llmpari_cuda_peer_vtable(void) {
     static const llmpar_comm_vtable vtable = { llmpari_cuda_peer_comm_start, llmpari_cuda_peer_comm_wait, llmpari_cuda_peer_comm_group, llmpari_cuda_peer_comm_abort,
-                                               llmpari_cuda_peer_comm_free, NULL, NULL };
+                                               llmpari_cuda_peer_comm_free, NULL, NULL, llmpari_cuda_peer_comm_sound };
     return &vtable;
 }
 #endif // LLMPARI_CUDA_KERNELS
@@ -7173,7 +7207,8 @@ LLMPAR_DEF llmpar_status llmpar_nccl_meet(const llmpar_nccl_desc *desc, llmpar_n
 LLMPARI_CUDA_FN void          llmpari_nccl_free(llmpar_comm *comm);
 LLMPARI_CUDA_FN llmpar_status llmpari_nccl_group(llmpar_comm *comm, const int32_t *members, int32_t n, llmpar_comm **sub, llmpar_error *err);
 LLMPARI_CUDA_FN llmpar_status llmpari_nccl_shrink(llmpar_comm *comm, llmpar_comm **survivors, llmpar_error *err);
-static const llmpar_comm_vtable llmpari_nccl_vtable = { llmpari_nccl_start, llmpari_nccl_finish, llmpari_nccl_group, llmpari_nccl_abort, llmpari_nccl_free, llmpari_nccl_shrink, NULL };
+LLMPARI_CUDA_FN llmpar_status llmpari_nccl_comm_sound(llmpar_comm *comm, llmpar_error *err) { return llmpari_nccl_sound(((llmpari_nccl *)comm->impl)->world, true, err); }
+static const llmpar_comm_vtable llmpari_nccl_vtable = { llmpari_nccl_start, llmpari_nccl_finish, llmpari_nccl_group, llmpari_nccl_abort, llmpari_nccl_free, llmpari_nccl_shrink, NULL, llmpari_nccl_comm_sound };
 
 // Lets NCCL finish, or gives it up, and unlinks the comm; true: it was the last of its world.
 LLMPARI_CUDA_FN bool llmpari_nccl_close(llmpari_nccl *q) {
@@ -7480,6 +7515,8 @@ struct llmpari_cuda_table {
     llmpar_cuda     *cuda;
     llmpari_cuda_table *next;      // of cuda's tables
     bool             exact;
+    bool             lost;         // the device did not finish in time: nothing is freed any more, which would wait without a deadline
+    int32_t          turn;         // which staging buffer is next
     llmpar_error     error;        // of the first kernel that failed
     cublasLtHandle_t lt;
     void            *workspace;
@@ -7512,9 +7549,13 @@ LLMPARI_CUDA_FN void *llmpari_cuda_table_alloc(void *user, size_t bytes) {
     if (cudaSetDevice(((llmpari_cuda_table *)user)->cuda->device) != cudaSuccess || cudaMalloc(&memory, bytes) != cudaSuccess) { (void)cudaGetLastError(); return NULL; }
     return memory;
 }
+// Waits for what is on the stream; false: it does not end, or the device is lost.
+LLMPARI_CUDA_FN bool llmpari_cuda_table_ends(llmpari_cuda_table *t) {
+    t->lost = t->lost || llmpar_cuda_wait(t->cuda, NULL) == LLMPAR_TIMEOUT;
+    return !t->lost;
+}
 LLMPARI_CUDA_FN void llmpari_cuda_table_free(void *user, void *memory, size_t) {
-    (void)llmpar_cuda_wait(((llmpari_cuda_table *)user)->cuda, NULL);
-    (void)cudaFree(memory);
+    if (llmpari_cuda_table_ends((llmpari_cuda_table *)user)) (void)cudaFree(memory);
 }
 LLMPARI_CUDA_FN void *llmpari_cuda_table_alloc_host(void *user, size_t bytes) {
     void *memory = NULL;
@@ -7522,8 +7563,7 @@ LLMPARI_CUDA_FN void *llmpari_cuda_table_alloc_host(void *user, size_t bytes) {
     return memory;
 }
 LLMPARI_CUDA_FN void llmpari_cuda_table_free_host(void *user, void *memory, size_t) {
-    (void)llmpar_cuda_wait(((llmpari_cuda_table *)user)->cuda, NULL);
-    (void)cudaFreeHost(memory);
+    if (llmpari_cuda_table_ends((llmpari_cuda_table *)user)) (void)cudaFreeHost(memory);
 }
 
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_table_wait_event(llmpari_cuda_table *t, cudaEvent_t event, llmpar_error *err) {
@@ -7534,9 +7574,10 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_table_wait_event(llmpari_cuda_table *
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_table_upload(void *user, void *to, const void *from, size_t bytes, llmpar_error *err) {
     llmpari_cuda_table *t = (llmpari_cuda_table *)user;
     LLMPARI_CUDA_TRY(llmpari_cuda_table_told(t, err));
+    if (!bytes) return LLMPAR_OK;
     if (llmpari_cuda_table_captured(t)) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "an upload while the stream is captured: the graph would repeat today's values");
     for (size_t done = 0, n; done < bytes; done += n) {
-        const int i = (int)(done / LLMPARI_CUDA_STAGING % 2);
+        const int i = t->turn ^= 1;
         n = bytes - done < LLMPARI_CUDA_STAGING ? bytes - done : LLMPARI_CUDA_STAGING;
         LLMPARI_CUDA_TRY(llmpari_cuda_table_wait_event(t, t->staged[i], err));
         memcpy(t->staging[i], (const char *)from + done, n);
@@ -7633,7 +7674,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_lt_plan(llmpari_cuda_table *t, const 
     LLMPARI_CUDA_LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &align[2], sizeof align[2]));
     LLMPARI_CUDA_LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &align[2], sizeof align[2]));
     LLMPARI_CUDA_LT(cublasLtMatmulAlgoGetHeuristic(t->lt, &call->desc, &call->a, &call->b, &call->c, &call->c, &preference, 1, &found, &n));
-    if (!n) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "cuBLASLt has no algorithm for a product of m=%lld n=%lld k=%lld", (long long)key->m, (long long)key->n, (long long)key->k);
+    if (!n || found.state != CUBLAS_STATUS_SUCCESS) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "cuBLASLt has no algorithm for a product of m=%lld n=%lld k=%lld", (long long)key->m, (long long)key->n, (long long)key->k);
     plan->key  = *key;
     plan->algo = found.algo;
     plan->used = true;

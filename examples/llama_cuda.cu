@@ -1,6 +1,6 @@
 // llama_cuda.cu - llama.c on GPUs: a Hugging Face checkpoint folder, split over the ranks of a mesh; ranks are threads with a GPU each, or all of them on one GPU ("virtual ranks").
 //   nvcc -O3 -arch=native -I. examples/llama_cuda.cu -o build/llama_cuda -lcublasLt -lcublas
-//   build/llama_cuda tests/golden/shakespeare-dense --mesh tp=2 --prompt "KING RICHARD:" --steps 200
+//   build/llama_cuda tests/golden/shakespeare-dense --mesh tp=2 --dtype f32 --prompt "KING RICHARD:" --steps 200
 //   nvcc -O3 -arch=native -DLLMPAR_NCCL -I. examples/llama_cuda.cu -o build/llama_nccl -lcublasLt -lcublas -lnccl       (--nccl: collectives by NCCL instead of peer pointers)
 //   nvcc ... -DLLMPAR_NCCL -DLLMPAR_MPI -ccbin mpicxx; mpirun -np 2 build/llama_nccl DIR --mpi --mesh tp=2 --prompt TEXT (a process and a GPU a rank: LOCAL_RANK, or the launcher's)
 //

