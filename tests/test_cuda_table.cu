@@ -530,6 +530,54 @@ static void test_callers(void) {
     llmpar_cuda_free(cuda);
 }
 
+#ifdef LLMPAR_CUDA_EMULATED
+// A rank dies after it has started its part of a collective on a stream: the other one's llmpar_wait has returned, its download comes, and llmpar_comm_sound says what that is worth.
+static void test_dead_peer(void) {
+    llmpar_error e = LLMPAR_ZERO;
+    llmpar_cuda_peer_desc desc = LLMPAR_ZERO;
+    llmpar_cuda_peer *peers;
+    llmpar_cuda_desc first = LLMPAR_ZERO;
+    llmpar_cuda *cuda;
+    llmpar_ops ops;
+    int32_t device[2] = { 0, 1 };
+    llmpar_request request[2];
+    llmpar_call call = LLMPAR_ZERO;
+    float one[64], got[64];
+    void *x, *y;
+    emulator_devices(2);
+    desc.n_ranks = 2; desc.device = device; desc.buffer_bytes = 4096; desc.timeout_s = 0.3; desc.stream_ordered = true;
+    CHECK_OK(llmpar_cuda_peer_create(&desc, &peers, &e), e);
+    first.device_plus_1 = 1; first.stream = llmpar_cuda_peer_stream(peers, 0);
+    CHECK_OK(llmpar_cuda_create(&first, &cuda, &e), e);
+    CHECK_OK(llmpar_cuda_ops(cuda, NULL, &ops, &e), e);
+    for (int i = 0; i < 64; i++) one[i] = 1;
+    CUDA_TEST_OK(cudaSetDevice(1)); CUDA_TEST_OK(cudaMalloc(&y, sizeof one)); CUDA_TEST_OK(cudaMemcpy(y, one, sizeof one, cudaMemcpyHostToDevice));
+    CUDA_TEST_OK(cudaSetDevice(0)); x = ops.alloc(ops.user, sizeof one);
+    CHECK_OK(ops.upload(ops.user, x, one, sizeof one, &e), e);
+    call.kind = LLMPAR_ALL_REDUCE; call.dtype = LLMPAR_F32; call.count = 64;
+    CUDA_TEST_OK(cudaSetDevice(1)); call.send = call.recv = y;
+    CHECK_OK(llmpar_start(llmpar_cuda_peer_comm(peers, 1), &call, &request[1], &e), e);
+    CUDA_TEST_OK(cudaSetDevice(0)); call.send = call.recv = x;
+    CHECK_OK(llmpar_start(llmpar_cuda_peer_comm(peers, 0), &call, &request[0], &e), e);
+    CHECK_OK(llmpar_wait(&request[0], &e), e);
+    CHECK_OK(llmpar_comm_sound(llmpar_cuda_peer_comm(peers, 0), &e), e);
+    CHECK_FAIL(llmpari_exec_download(&ops, llmpar_cuda_peer_comm(peers, 0), got, x, sizeof got, &e), LLMPAR_TIMEOUT, e, "for rank 1, which did not come");
+    // A kernel's error is told by an upload of nothing, once.
+    llmpar_gated_args wrong = LLMPAR_ZERO;
+    wrong.n = 64; wrong.gate = wrong.up = (const float *)x; wrong.y = (float *)x;
+    emulator_fail(1);
+    ops.gated(ops.user, &wrong);
+    emulator_fail(0);
+    CHECK(ops.upload(ops.user, NULL, NULL, 0, &e) != LLMPAR_OK);
+    CHECK_OK(ops.upload(ops.user, NULL, NULL, 0, &e), e);
+    ops.free(ops.user, x, sizeof one);
+    CUDA_TEST_OK(cudaSetDevice(1)); (void)cudaFree(y); CUDA_TEST_OK(cudaSetDevice(0));
+    llmpar_cuda_free(cuda);
+    llmpar_cuda_peer_free(peers);
+    emulator_devices(1);
+}
+#endif
+
 int main(void) {
     if (!cuda_test_begin()) return test_done();
     test_seed(5);
@@ -554,5 +602,8 @@ int main(void) {
     }
     TEST("a captured decode step writes what single steps write; experts cannot be captured") test_capture();
     TEST("uploads, tickets, errors of kernels") test_callers();
+#ifdef LLMPAR_CUDA_EMULATED
+    TEST("a rank that dies, a kernel that fails: nobody takes the values for good") test_dead_peer();
+#endif
     return test_done();
 }
