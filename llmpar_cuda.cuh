@@ -778,8 +778,9 @@ LLMPAR_DEF int           llmpar_nccl_version(void);                             
 //     cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal); llmpar_exec_run(exec, position, err); cudaStreamEndCapture(stream, &graph);
 //     llmpar_exec_positions(exec, next, err); ops.upload(ops.user, llmpar_exec_data(exec, ids, 0, NULL), &id, 4, err); cudaGraphLaunch(instance, stream);
 //
-// after at least one ordinary run (the first one looks for GEMM algorithms) that has been waited for. Attention then looks at all slots of the cache that positions allow. The thread that calls the table or an exec
-// with it must have cuda's device current (llmpar_cuda_create does that for the thread that calls it). Kernels' errors are kept and returned by the next upload, download or wait.
+// after at least one ordinary run (the first one looks for GEMM algorithms) that has been waited for. Attention then looks at all slots of the cache that positions allow. The thread that calls the
+// table or an exec with it must have cuda's device current (llmpar_cuda_create does that for the thread that calls it). Kernels' errors are kept and returned by the next upload, download or wait;
+// a device that does not finish in time keeps its memory: freeing it would wait without a deadline.
 typedef struct llmpar_cuda_ops_desc {
     bool    invariant;             // kernels with fixed orders of adding, those of llmpar_ops_cpu built without contraction: for invariant graphs. Slower
     int64_t workspace_bytes;       // for cuBLASLt; 0 = 32 MiB
@@ -2054,8 +2055,8 @@ static llmpar_status llmpari_cuda_kv_check(const llmpar_cuda_kv *kv, int32_t d, 
     LLMPARI_CUDA_TRY(llmpari_cuda_size("stride_slot", kv->stride_slot, INT64_MAX / 2, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("stride_head", kv->stride_head, INT64_MAX / 2, err));
     if ((kv->stride_row || kv->stride_slot || kv->stride_head) && (kv->stride_slot < d || kv->stride_head < d))
-        return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "strides of the cache: row %lld, slot %lld, head %lld with d=%d: slots and heads overlap; give all three, or none", (long long)kv->stride_row,
-                                 (long long)kv->stride_slot, (long long)kv->stride_head, (int)d);
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "strides of the cache: row %lld, slot %lld, head %lld with d=%d: slots and heads overlap; give all three, or none",
+                                 (long long)kv->stride_row, (long long)kv->stride_slot, (long long)kv->stride_head, (int)d);
     if (!kv->block_table && !kv->slots) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "slots=0: how many keys has a row of the cache room for?");
     if (!kv->block_table) return LLMPAR_OK;
     LLMPARI_CUDA_TRY(llmpari_cuda_check("block_table", kv->block_table, 4, false, err));
@@ -7208,7 +7209,8 @@ LLMPARI_CUDA_FN void          llmpari_nccl_free(llmpar_comm *comm);
 LLMPARI_CUDA_FN llmpar_status llmpari_nccl_group(llmpar_comm *comm, const int32_t *members, int32_t n, llmpar_comm **sub, llmpar_error *err);
 LLMPARI_CUDA_FN llmpar_status llmpari_nccl_shrink(llmpar_comm *comm, llmpar_comm **survivors, llmpar_error *err);
 LLMPARI_CUDA_FN llmpar_status llmpari_nccl_comm_sound(llmpar_comm *comm, llmpar_error *err) { return llmpari_nccl_sound(((llmpari_nccl *)comm->impl)->world, true, err); }
-static const llmpar_comm_vtable llmpari_nccl_vtable = { llmpari_nccl_start, llmpari_nccl_finish, llmpari_nccl_group, llmpari_nccl_abort, llmpari_nccl_free, llmpari_nccl_shrink, NULL, llmpari_nccl_comm_sound };
+static const llmpar_comm_vtable llmpari_nccl_vtable = { llmpari_nccl_start, llmpari_nccl_finish, llmpari_nccl_group, llmpari_nccl_abort, llmpari_nccl_free, llmpari_nccl_shrink,
+                                                       NULL, llmpari_nccl_comm_sound };
 
 // Lets NCCL finish, or gives it up, and unlinks the comm; true: it was the last of its world.
 LLMPARI_CUDA_FN bool llmpari_nccl_close(llmpari_nccl *q) {
@@ -7674,7 +7676,8 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_lt_plan(llmpari_cuda_table *t, const 
     LLMPARI_CUDA_LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &align[2], sizeof align[2]));
     LLMPARI_CUDA_LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &align[2], sizeof align[2]));
     LLMPARI_CUDA_LT(cublasLtMatmulAlgoGetHeuristic(t->lt, &call->desc, &call->a, &call->b, &call->c, &call->c, &preference, 1, &found, &n));
-    if (!n || found.state != CUBLAS_STATUS_SUCCESS) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "cuBLASLt has no algorithm for a product of m=%lld n=%lld k=%lld", (long long)key->m, (long long)key->n, (long long)key->k);
+    if (!n || found.state != CUBLAS_STATUS_SUCCESS)
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "cuBLASLt has no algorithm for a product of m=%lld n=%lld k=%lld", (long long)key->m, (long long)key->n, (long long)key->k);
     plan->key  = *key;
     plan->algo = found.algo;
     plan->used = true;
