@@ -64,9 +64,9 @@ $(TOOLS) $(BENCHES): $(B)/%: tests/%.c llmpar.h tests/test.h | $(B)
 	$(CC) $(CFLAGS) $(STRICT) -I. -Itests $< -o $@ $(LDLIBS)
 
 $(CUDA_TESTS): $(B)/%: tests/%.cu llmpar.h llmpar_cuda.cuh tests/test.h tests/cuda_test.h $(wildcard tests/emulator/*.h) | $(B)
-	$(CXX) -x c++ -std=c++17 -O1 -g -DLLMPAR_STATIC -Wall -Wextra -Wshadow -Itests/emulator -I. -Itests $< -o $@ $(LDLIBS)
+	$(CXX) -x c++ -std=c++17 -O1 -DLLMPAR_STATIC -Wall -Wextra -Wshadow -Itests/emulator -I. -Itests $< -o $@ $(LDLIBS)
 $(B)/llama_cuda_emulated: examples/llama_cuda.cu llmpar.h llmpar_cuda.cuh $(wildcard tests/emulator/*.h) | $(B)
-	$(CXX) -x c++ -std=c++17 -O1 -g -DLLMPAR_STATIC -Wall -Wextra -Wshadow -Itests/emulator -I. $< -o $@ $(LDLIBS)
+	$(CXX) -x c++ -std=c++17 -O1 -DLLMPAR_STATIC -Wall -Wextra -Wshadow -Itests/emulator -I. $< -o $@ $(LDLIBS)
 cuda:
 	@sh tests/cuda.sh
 gpu:

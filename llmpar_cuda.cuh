@@ -37,7 +37,7 @@
 //   LLMPAR_NCCL                    with >>nccl; link -lnccl
 //   LLMPAR_CUDNN                   llmpar_cuda_prefill (>>attend) uses cuDNN 9.6 or newer through NVIDIA's headers cudnn_frontend 1.13 or newer (pip install nvidia-cudnn-frontend, or
 //                                  github.com/NVIDIA/cudnn-frontend; C++17); link -lcudnn -lnvrtc
-//   LLMPAR_STATIC                  as in llmpar.h
+//   LLMPAR_STATIC                  as in llmpar.h; not with a plain C compiler, to which the kernels are declared alone
 // Needs CUDA 12 or 13, sm_80 or newer. Streams are void * (a cudaStream_t); NULL is CUDA's default stream.
 
 #ifndef LLMPAR_CUDA_H

@@ -1,7 +1,7 @@
 #!/bin/sh
 # cuda.sh [library]: what nvcc builds, into build/cuda/: the library with all kernels, one object for each of sm_80, sm_90 and sm_100; then, unless `library` is asked for, every tests/test_cuda_*.cu that is not for the
 # emulator only, and every examples/*.cu. These hold PTX of compute_80, which a driver compiles for whatever GPU there is, as the object is what shows that each architecture builds;
-# CUDA_ARCH=native (or sm_90) compiles them for one GPU instead. Compiles run side by side, one per core; what is newer than its sources is kept; a warning is a failure.
+# CUDA_ARCH=native (or sm_90) compiles them for one GPU instead, CUDA_PROGRAMS="test_cuda_table llama_cuda" those alone. Compiles run side by side, one per core; what is newer than its sources is kept; a warning is a failure.
 NVCC=${NVCC:-nvcc}; B=${B:-build}; D=$B/cuda; CUDA_ARCH=${CUDA_ARCH:-compute_80}
 archs=${CUDA_ARCHS:-80 90 100}
 warnings="-Wall,-Wextra"
@@ -32,6 +32,7 @@ if [ "${1:-}" != library ]; then
     for source in tests/test_cuda_*.cu tests/bench_cuda.cu examples/*.cu; do
         [ -f "$source" ] || continue
         sed -n '1,5p' "$source" | grep -qi 'emulator only' && continue
+        case " ${CUDA_PROGRAMS:-$(basename "$source" .cu)} " in *" $(basename "$source" .cu) "*) ;; *) continue ;; esac
         o=$D/$(basename "$source" .cu); programs="$programs $o"; with=""
         case $source in *test_cuda_cudnn.cu) with=$cudnn ;; esac
         stale "$o" "$source" && todo "$o" "$NVCC -std=c++17 $gencode -DLLMPAR_STATIC $nccl $with -Xcompiler $warnings -Xcompiler -O1 -I. -Itests $source -o $o -lcublasLt -lcublas -lpthread > $o.log 2>&1"

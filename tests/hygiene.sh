@@ -43,6 +43,7 @@ for cc in gcc clang; do
         case $file in */nccl_*) [ -f "$toolkit/nccl.h" ] || { skip "$file" "no nccl.h in $toolkit"; continue; } ;; esac
         job "$cc $file" $cc -std=c99 $c_warnings -I. -isystem "$toolkit" -c "$file" -o /dev/null
     done
+    [ $cc = gcc ] && command -v clang > /dev/null && continue            # make test compiles these with gcc
     for file in tests/*.c; do job "$cc $file" $cc -std=c99 -D_POSIX_C_SOURCE=200809L -DLLMPAR_STATIC -DFUZZ_MAIN $c_warnings -I. -Itests -fsyntax-only "$file"; done
 done
 # With MPI, where it is: C and C++, with and without threads, and the programs that use it.
@@ -160,13 +161,13 @@ for file in examples/*.c examples/*.cu; do
     lines=$(wc -l < "$file"); if [ "$lines" -lt 150 ]; then ok; else bad "$file has $lines lines"; fi
 done
 
-# Cost of including: processor time in ms, the least of 3 (of 2 for the implementation), which a busy machine disturbs less than the time on the clock.
+# Cost of including: processor time in ms, the least of 3 (once for the implementation), which a busy machine disturbs less than the time on the clock.
 cost() { # cost RUNS COMMAND...
     runs=$1; shift
     for i in $(seq "$runs"); do ( "$@" > /dev/null 2>&1; times ) | tail -n 1 | sed 's/[ms]/ /g' | awk '{ printf "%d\n", 60000 * $1 + 1000 * $2 + 60000 * $3 + 1000 * $4 }'; done | sort -n | head -n 1
 }
 echo 'int llmpar_test_empty;' > "$D/empty.c"
-empty=$(cost 3 ${CC:-cc} -O2 -c "$D/empty.c" -o /dev/null); declare=$(cost 3 ${CC:-cc} -O2 -I. -c "$D/declare.c" -o /dev/null); impl=$(cost 2 ${CC:-cc} -O2 -I. -c "$D/impl.c" -o /dev/null)
+empty=$(cost 3 ${CC:-cc} -O2 -c "$D/empty.c" -o /dev/null); declare=$(cost 3 ${CC:-cc} -O2 -I. -c "$D/declare.c" -o /dev/null); impl=$(cost 1 ${CC:-cc} -O2 -I. -c "$D/impl.c" -o /dev/null)
 echo "include cost: declarations $((declare - empty)) ms (at most 50), implementation -O2 $((impl - empty)) ms (goal 4000; not asserted, as machines differ)"
 [ $((declare - empty)) -le 50 ] && ok || bad "including the declarations takes $((declare - empty)) ms"
 if [ $skipped -gt 0 ]; then echo "$passed passed, $failed failed, $skipped skipped"; else echo "$passed passed, $failed failed"; fi

@@ -37,6 +37,7 @@ for mpi in openmpi mpich default; do
         set -- $case
         [ "$mpi$stress$1" = mpich04 ] && continue
         for model in llama-odd qwen3; do
+            [ "$stress$model" = 0qwen3 ] && [ "$2" != tp=2 ] && continue
             out=$(run "$1" "$B/golden_check.$mpi" tests/golden/$model "$2" --mpi 2>&1)
             if [ $? = 0 ] && printf '%s\n' "$out" | grep -q '^max |dlogits|'; then ok; else bad "golden_check $model $2" "$out"; fi
         done
