@@ -37,7 +37,7 @@
 //   LLMPAR_NCCL                    with >>nccl; link -lnccl
 //   LLMPAR_CUDNN                   llmpar_cuda_prefill (>>attend) uses cuDNN 9.6 or newer through NVIDIA's headers cudnn_frontend 1.13 or newer (pip install nvidia-cudnn-frontend, or
 //                                  github.com/NVIDIA/cudnn-frontend; C++17); link -lcudnn -lnvrtc
-//   LLMPAR_STATIC                  as in llmpar.h; not with a plain C compiler, to which the kernels are declared alone
+//   LLMPAR_STATIC                  as in llmpar.h
 // Needs CUDA 12 or 13, sm_80 or newer. Streams are void * (a cudaStream_t); NULL is CUDA's default stream.
 
 #ifndef LLMPAR_CUDA_H
@@ -47,6 +47,13 @@
 #include <cuda_runtime_api.h>
 #ifdef LLMPAR_NCCL
 #include <nccl.h>
+#endif
+
+// What needs nvcc: for a plain C or C++ compiler declarations alone, of functions that another object has.
+#if defined(__CUDACC__) || defined(LLMPAR_CUDA_EMULATED)
+#define LLMPAR_CUDA_DEF LLMPAR_DEF
+#else
+#define LLMPAR_CUDA_DEF extern
 #endif
 
 #ifdef __cplusplus
@@ -101,7 +108,7 @@ typedef struct llmpar_cuda_norm_desc {
     const void  *weight, *bias;    // [n]; NULL = none
     void        *y;                // [rows, n]
 } llmpar_cuda_norm_desc;
-LLMPAR_DEF llmpar_status llmpar_cuda_norm(const llmpar_cuda_norm_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_norm(const llmpar_cuda_norm_desc *desc, void *stream, llmpar_error *err);
 
 // y[r, i] = e^(x[r, i] - max) / sum_j e^(x[r, j] - max), f32, max the largest of the row; y may be x. A row's bits depend on the row and on n alone.
 // NaN in a row, +infinity, or nothing but -infinity make the whole row NaN. Relative error, d[i] = max - x[i]: (24 + n / 8192 + d[i] + sum_j y[j] d[j]) 2^-24, plus 2^-125 absolute.
@@ -112,7 +119,7 @@ typedef struct llmpar_cuda_softmax_desc {
     const float *x;                // [rows, n]
     float       *y;                // [rows, n]
 } llmpar_cuda_softmax_desc;
-LLMPAR_DEF llmpar_status llmpar_cuda_softmax(const llmpar_cuda_softmax_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_softmax(const llmpar_cuda_softmax_desc *desc, void *stream, llmpar_error *err);
 
 // ============================================================================================================
 // >>activate   SwiGLU, GeGLU and their gradients; elementwise ops               (uses: base, model's activation enum, device, norm)
@@ -134,7 +141,7 @@ typedef struct llmpar_cuda_gated_desc {
     const void       *up;          // [rows, n]; NULL: rows of gate hold both, [gate, up]: up is gate + n with gate's stride
     void             *y;           // [rows, n]
 } llmpar_cuda_gated_desc;
-LLMPAR_DEF llmpar_status llmpar_cuda_gated(const llmpar_cuda_gated_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_gated(const llmpar_cuda_gated_desc *desc, void *stream, llmpar_error *err);
 
 // dgate = dy * up * act'(gate), dup = dy * act(gate) in one pass. relu'(0) = 0. Errors before rounding, u = 2^-24: dup as forward; dgate 2 u |dgate| and |dy up| times
 // SILU 12 u s (1 + |x|), s = sigmoid(x); GELU 8 u (1 + |x|); GELU_TANH (16 u (1 + |w|) s + 2^-125) (1 + |x w'|), s and w' of its exponent; SIGMOID 8 u s; EXP 6 u e^x;
@@ -149,7 +156,7 @@ typedef struct llmpar_cuda_gated_backward_desc {
     void             *dgate;       // [rows, n]; may be gate
     void             *dup;         // [rows, n]; may be up. NULL: rows of dgate hold both, [dgate, dup]
 } llmpar_cuda_gated_backward_desc;
-LLMPAR_DEF llmpar_status llmpar_cuda_gated_backward(const llmpar_cuda_gated_backward_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_gated_backward(const llmpar_cuda_gated_backward_desc *desc, void *stream, llmpar_error *err);
 
 // y = act(x)
 typedef struct llmpar_cuda_unary_desc {
@@ -159,7 +166,7 @@ typedef struct llmpar_cuda_unary_desc {
     const void       *x;           // [n]
     void             *y;           // [n]
 } llmpar_cuda_unary_desc;
-LLMPAR_DEF llmpar_status llmpar_cuda_unary(const llmpar_cuda_unary_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_unary(const llmpar_cuda_unary_desc *desc, void *stream, llmpar_error *err);
 
 // y = a + b or a * b, computed in f32 and rounded.
 typedef struct llmpar_cuda_binary_desc {
@@ -171,7 +178,7 @@ typedef struct llmpar_cuda_binary_desc {
     const void  *a, *b;            // [rows, n]
     void        *y;                // [rows, n]
 } llmpar_cuda_binary_desc;
-LLMPAR_DEF llmpar_status llmpar_cuda_binary(const llmpar_cuda_binary_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_binary(const llmpar_cuda_binary_desc *desc, void *stream, llmpar_error *err);
 
 // y = a + b, a * b or b, where a and y are dense [size[0], ..., size[n_dims - 1]] and b's element lies at sum of index[d] * b_stride[d]: dims in another order, or missing (stride 0).
 typedef enum llmpar_cuda_broadcast_mode { LLMPAR_CUDA_ADD = 0, LLMPAR_CUDA_MULTIPLY, LLMPAR_CUDA_COPY } llmpar_cuda_broadcast_mode;
@@ -185,7 +192,7 @@ typedef struct llmpar_cuda_broadcast_desc {
     const void  *b;
     void        *y;                // may be a
 } llmpar_cuda_broadcast_desc;
-LLMPAR_DEF llmpar_status llmpar_cuda_broadcast(const llmpar_cuda_broadcast_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_broadcast(const llmpar_cuda_broadcast_desc *desc, void *stream, llmpar_error *err);
 
 // y[b, i, :] = x[b, i, ids[b] - first, :], or zeros when ids[b] lies outside [first, first + count).
 typedef struct llmpar_cuda_take_desc {
@@ -196,7 +203,7 @@ typedef struct llmpar_cuda_take_desc {
     const int32_t *ids;            // [batch], on the device
     void          *y;              // [batch, before, after]; not x
 } llmpar_cuda_take_desc;
-LLMPAR_DEF llmpar_status llmpar_cuda_take(const llmpar_cuda_take_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_take(const llmpar_cuda_take_desc *desc, void *stream, llmpar_error *err);
 
 // to = from in another dtype, rounded to nearest even; f32 beyond f16's range becomes infinity. to may be from when both dtypes have as many bytes.
 typedef struct llmpar_cuda_convert_desc {
@@ -205,7 +212,7 @@ typedef struct llmpar_cuda_convert_desc {
     const void  *from;             // [n]
     void        *to;               // [n]
 } llmpar_cuda_convert_desc;
-LLMPAR_DEF llmpar_status llmpar_cuda_convert(const llmpar_cuda_convert_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_convert(const llmpar_cuda_convert_desc *desc, void *stream, llmpar_error *err);
 
 // ============================================================================================================
 // >>attend   rotary embedding + QKV split + KV append; attention; merging       (uses: base, heads, device)
@@ -214,7 +221,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_convert(const llmpar_cuda_convert_desc *des
 
 // Host: section heads' answer as those two tables. kv_of_q[q_count]; head_at[q_count + 2 kv_count]: which head of the packed projection (llmpar_heads_pack) is q head 0.., k head 0..,
 // v head 0... Either may be NULL.
-LLMPAR_DEF llmpar_status llmpar_cuda_heads_maps(const llmpar_heads *heads, llmpar_qkv_pack pack, int32_t *kv_of_q, int32_t *head_at, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_heads_maps(const llmpar_heads *heads, llmpar_qkv_pack pack, int32_t *kv_of_q, int32_t *head_at, llmpar_error *err);
 
 // Where a layer's keys and values lie, both the same way. Contiguous: slot j of row b, head h, element i at b * stride_row + j * stride_slot + h * stride_head + i. Paged: slot j of
 // row b is slot j % block_size of block n = block_table[b * max_blocks + j / block_size], and element i at n * stride_row + (j % block_size) * stride_slot + h * stride_head + i.
@@ -251,7 +258,7 @@ typedef struct llmpar_cuda_rope_desc {
     llmpar_cuda_kv cache;          // of kv_heads; rows 0 = T / queries rounded up
     int32_t *errors;               // counts tokens without a slot: row or position outside of the cache, no block. Their q is written. NULL = not counted
 } llmpar_cuda_rope_desc;
-LLMPAR_DEF llmpar_status llmpar_cuda_rope(const llmpar_cuda_rope_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_rope(const llmpar_cuda_rope_desc *desc, void *stream, llmpar_error *err);
 
 // out[b, s, i] = softmax_j(q[b, s, i] . k[b, j, kv_of_q[i]] * scale) . v[b, j, kv_of_q[i]] over the keys j that query (b, s) sees: j < n = lengths[b] or n_keys; with p =
 // position[b, s]: j <= p when causal, j > p - window when window > 0. p < 0 is padding. A query that sees nothing gets zeros and lse -infinity (with a sink: the sink's logit).
@@ -280,11 +287,11 @@ typedef struct llmpar_cuda_attention_desc {
     bool exact;                    // f32 only: the bits of llmpar_ops_cpu's attention (built without contraction), slowly; no soft_cap, sinks or splits
     void *workspace;               // llmpar_cuda_attention_workspace bytes, aligned to 16; NULL when that is 0
 } llmpar_cuda_attention_desc;
-LLMPAR_DEF llmpar_status llmpar_cuda_attention(const llmpar_cuda_attention_desc *desc, void *stream, llmpar_error *err);
-LLMPAR_DEF int64_t llmpar_cuda_attention_workspace(const llmpar_cuda_attention_desc *desc);   // bytes: splits * batch * queries * q_heads * (D + 1) * 4 where keys are split
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_attention(const llmpar_cuda_attention_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF int64_t llmpar_cuda_attention_workspace(const llmpar_cuda_attention_desc *desc);   // bytes: splits * batch * queries * q_heads * (D + 1) * 4 where keys are split
 // Over how many blocks to split the keys when `blocks` would run without: the fewest that make 4 blocks for each of `sms` multiprocessors (as many as run at a time), but 128 keys each at
 // least, and 64 at most. Pure.
-LLMPAR_DEF int32_t llmpar_cuda_attention_splits(int64_t blocks, int64_t n_keys, int32_t sms);
+LLMPAR_CUDA_DEF int32_t llmpar_cuda_attention_splits(int64_t blocks, int64_t n_keys, int32_t sms);
 
 // ---- prefill by cuDNN
 
@@ -296,17 +303,17 @@ LLMPAR_DEF int32_t llmpar_cuda_attention_splits(int64_t blocks, int64_t n_keys, 
 // a shape that was there before allocates nothing on the device and waits for nothing, so that it can be captured. So give prompts in chunks of one size, with lengths, and call
 // llmpar_cuda_prefill_prepare before. The op table holds f32 and does not use this.
 typedef struct llmpar_cuda_prefill llmpar_cuda_prefill;   // cuDNN's handle, graphs, their workspaces: of the device that is current when it is created. One thread and one stream at a time
-LLMPAR_DEF llmpar_status llmpar_cuda_prefill_create(llmpar_cuda_prefill **prefill, llmpar_error *err);   // LLMPAR_UNSUPPORTED when there is no GPU
-LLMPAR_DEF void          llmpar_cuda_prefill_free(llmpar_cuda_prefill *prefill);                         // what it ran must be done
-LLMPAR_DEF llmpar_status llmpar_cuda_prefill_attention(llmpar_cuda_prefill *prefill, const llmpar_cuda_attention_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_prefill_create(llmpar_cuda_prefill **prefill, llmpar_error *err);   // LLMPAR_UNSUPPORTED when there is no GPU
+LLMPAR_CUDA_DEF void          llmpar_cuda_prefill_free(llmpar_cuda_prefill *prefill);                         // what it ran must be done
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_prefill_attention(llmpar_cuda_prefill *prefill, const llmpar_cuda_attention_desc *desc, void *stream, llmpar_error *err);
 // Builds the graph of desc's shape unless it is there. *plain (may be NULL): NULL = cuDNN will run, else why it will not, valid as long as prefill: llmpar_cuda_prefill_plain's reason, cuDNN's own
 // (its engines do not know the shape: the plain kernel runs from then on), or that 64 shapes are built.
-LLMPAR_DEF llmpar_status llmpar_cuda_prefill_prepare(llmpar_cuda_prefill *prefill, const llmpar_cuda_attention_desc *desc, const char **plain, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_prefill_prepare(llmpar_cuda_prefill *prefill, const llmpar_cuda_attention_desc *desc, const char **plain, llmpar_error *err);
 // Host, looks at the desc alone: NULL = for cuDNN, else why not, static storage. For cuDNN: bf16 or f16, 16 or more queries, D a multiple of 8, everything aligned to 16 bytes, kv_of_q NULL (see
 // llmpar_cuda_heads_even), position NULL (with lengths: the last `queries` of them), contiguous cache, causal where there is a window; no soft_cap, sinks, lse, splits, exact, and out is not q.
-LLMPAR_DEF const char   *llmpar_cuda_prefill_plain(const llmpar_cuda_attention_desc *desc);
+LLMPAR_CUDA_DEF const char   *llmpar_cuda_prefill_plain(const llmpar_cuda_attention_desc *desc);
 // Host: is kv_of_q[q_heads] (host memory) i / (q_heads / kv_heads), that is what NULL means on the device?
-LLMPAR_DEF bool          llmpar_cuda_heads_even(const int32_t *kv_of_q, int32_t q_heads, int32_t kv_heads);
+LLMPAR_CUDA_DEF bool          llmpar_cuda_heads_even(const int32_t *kv_of_q, int32_t q_heads, int32_t kv_heads);
 
 // Merges n partial results over different keys (context parallelism, ring attention, split keys): lse = log sum_i e^lse_i, out = sum_i e^(lse_i - lse) parts_i. A part with lse
 // -infinity adds nothing, whatever it holds; all such: zeros and -infinity. Error: (n + 8) 2^-23 sum_i e^(lse_i - lse) |parts_i|, and dtype.
@@ -321,7 +328,7 @@ typedef struct llmpar_cuda_merge_desc {
     void  *out;                    // [tokens, heads, D]; may equal parts where the dtypes are equal
     float *out_lse;                // [tokens, heads]; may equal lse; NULL = not wanted (not with accumulate)
 } llmpar_cuda_merge_desc;
-LLMPAR_DEF llmpar_status llmpar_cuda_merge(const llmpar_cuda_merge_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_merge(const llmpar_cuda_merge_desc *desc, void *stream, llmpar_error *err);
 
 // ============================================================================================================
 // >>vocabulary   embedding, cross entropy, sampling on a shard                  (uses: base, device)
@@ -339,7 +346,7 @@ typedef struct llmpar_cuda_embed_desc {
     const void    *table;          // [count, n]; may be NULL when count is 0
     void          *y;              // [rows, n]
 } llmpar_cuda_embed_desc;
-LLMPAR_DEF llmpar_status llmpar_cuda_embed(const llmpar_cuda_embed_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_embed(const llmpar_cuda_embed_desc *desc, void *stream, llmpar_error *err);
 
 // Cross entropy, V the whole vocabulary, lse = log sum exp x over V: loss = lse - (1 - smoothing) x[label] - smoothing * mean x + z_loss * lse^2. One pass over the logits, one exchange:
 //   llmpar_cuda_entropy_part   logits[rows, n] of this rank -> part[rows, 4]: largest logit, sum of exp(x - largest), the label's logit or 0, sum of the logits
@@ -364,10 +371,10 @@ typedef struct llmpar_cuda_entropy_desc {
     const float   *d_loss;         // backward: [rows], what each row's gradient is multiplied with; NULL = 1
     void          *d_logits;       // backward: [rows, n], stride as the logits; may equal logits
 } llmpar_cuda_entropy_desc;
-LLMPAR_DEF llmpar_status llmpar_cuda_entropy_part(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err);
-LLMPAR_DEF llmpar_status llmpar_cuda_entropy(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_entropy_part(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_entropy(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err);
 // d_logits = ((1 + 2 z_loss lse) exp(x - lse) - (1 - smoothing) [label] - smoothing / V) * d_loss. Error: 2^-20 (1 + |lse|) |d_loss| and one rounding to the dtype.
-LLMPAR_DEF llmpar_status llmpar_cuda_entropy_backward(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_entropy_backward(const llmpar_cuda_entropy_desc *desc, void *stream, llmpar_error *err);
 
 // llmpar_sample on a shard of the vocabulary, for many rows: the token does not depend on the number of ranks. Masses p = exp((x - largest) / temperature), rounded to f32 as on the
 // CPU, are integers of 2^-(62 - ceil(log2 V)), so every sum over threads and ranks is exact. top_p: the masses' bits are narrowed down 10 at a time by histograms.
@@ -392,10 +399,10 @@ typedef struct llmpar_cuda_sample_desc {
     void         *workspace;       // llmpar_cuda_sample_workspace bytes, aligned to 8
 } llmpar_cuda_sample_desc;
 typedef struct llmpar_cuda_sample_exchange { void *data; int64_t count; bool largest; } llmpar_cuda_sample_exchange;    // i64 values on the device; MAX if largest, else SUM
-LLMPAR_DEF int64_t llmpar_cuda_sample_workspace(const llmpar_cuda_sample_desc *desc);
-LLMPAR_DEF int32_t llmpar_cuda_sample_steps(const llmpar_cuda_sample_desc *desc);
-LLMPAR_DEF llmpar_status llmpar_cuda_sample_step(const llmpar_cuda_sample_desc *desc, int32_t step, llmpar_cuda_sample_exchange *exchange, void *stream, llmpar_error *err);
-LLMPAR_DEF llmpar_status llmpar_cuda_sample(const llmpar_cuda_sample_desc *desc, void *stream, llmpar_error *err);      // one rank: all steps
+LLMPAR_CUDA_DEF int64_t llmpar_cuda_sample_workspace(const llmpar_cuda_sample_desc *desc);
+LLMPAR_CUDA_DEF int32_t llmpar_cuda_sample_steps(const llmpar_cuda_sample_desc *desc);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_sample_step(const llmpar_cuda_sample_desc *desc, int32_t step, llmpar_cuda_sample_exchange *exchange, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_sample(const llmpar_cuda_sample_desc *desc, void *stream, llmpar_error *err);      // one rank: all steps
 
 // ============================================================================================================
 // >>layout   strided boxes, zigzag order, buckets: what a reshard copies        (uses: base, ops, device)
@@ -413,7 +420,7 @@ typedef struct llmpar_cuda_boxes_desc {
     int32_t     element_bytes;     // 1, 2, 4 or 8
 } llmpar_cuda_boxes_desc;
 // to[box] = from[box] for every box: pack, unpack, transpose. Bits are copied as they are.
-LLMPAR_DEF llmpar_status llmpar_cuda_copy_boxes(const llmpar_cuda_boxes_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_copy_boxes(const llmpar_cuda_boxes_desc *desc, void *stream, llmpar_error *err);
 
 typedef struct llmpar_cuda_pieces_desc {
     const void *const *piece;      // [n], host memory: where each piece lies, device memory; NULL where elements[i] is 0. Written with unpack
@@ -425,12 +432,12 @@ typedef struct llmpar_cuda_pieces_desc {
     bool        unpack;            // false: flat[at[i] ..] = piece[i]; true: piece[i] = flat[at[i] ..]
 } llmpar_cuda_pieces_desc;
 // Ragged pieces to one array, or back. Pieces may not overlap each other in what is written, nor flat.
-LLMPAR_DEF llmpar_status llmpar_cuda_copy_pieces(const llmpar_cuda_pieces_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_copy_pieces(const llmpar_cuda_pieces_desc *desc, void *stream, llmpar_error *err);
 
 // Zigzag order of context parallelism: the rows of a sequence are cut into 2P chunks and rank r has chunks r and 2P-1-r, so that causal attention is the same work for all
 // (Llama 3, arXiv 2407.21783, section 3.3.2). Chunk c of `rows` rows has rows / 2P of them, and one more when c < rows % 2P.
 // The rows of the whole sequence that rank has: range[0], then range[1]. Arguments out of range: both are empty.
-LLMPAR_DEF void llmpar_cuda_zigzag_rows(int64_t rows, int32_t ranks, int32_t rank, llmpar_range range[2]);
+LLMPAR_CUDA_DEF void llmpar_cuda_zigzag_rows(int64_t rows, int32_t ranks, int32_t rank, llmpar_range range[2]);
 
 typedef struct llmpar_cuda_zigzag_desc {
     const void *from;              // forward: [batch, rows, row_bytes], the sequence in order
@@ -442,7 +449,7 @@ typedef struct llmpar_cuda_zigzag_desc {
     int32_t     rank_plus_1;       // 1 + the rank whose rows are copied; 0 = all ranks
     bool        inverse;           // from and to change places: a rank's rows go to where they are in the sequence
 } llmpar_cuda_zigzag_desc;
-LLMPAR_DEF llmpar_status llmpar_cuda_zigzag(const llmpar_cuda_zigzag_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_zigzag(const llmpar_cuda_zigzag_desc *desc, void *stream, llmpar_error *err);
 
 typedef struct llmpar_cuda_bucket_desc {
     void *const   *tensor;         // [n], host memory: device pointers; NULL where elements[i] is 0
@@ -455,7 +462,7 @@ typedef struct llmpar_cuda_bucket_desc {
     bool           back;           // false: flat = tensors, true: tensors = flat
 } llmpar_cuda_bucket_desc;
 // Gradients of a DDP or FSDP bucket, one after the other in one array: each value times scale in f32, rounded once to what it goes to. No two tensors may overlap.
-LLMPAR_DEF llmpar_status llmpar_cuda_bucket(const llmpar_cuda_bucket_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_bucket(const llmpar_cuda_bucket_desc *desc, void *stream, llmpar_error *err);
 
 // ============================================================================================================
 // >>experts   router, block alignment, permute, unpermute                       (uses: base, route, dispatch, device, vocabulary)
@@ -479,7 +486,7 @@ typedef struct llmpar_cuda_route_desc {
     float         *weights;        // [rows, k]
 } llmpar_cuda_route_desc;
 // Errors: what llmpar_route_check says; expert_choice and k above LLMPAR_CUDA_MAX_CHOSEN are LLMPAR_UNSUPPORTED.
-LLMPAR_DEF llmpar_status llmpar_cuda_route(const llmpar_cuda_route_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_route(const llmpar_cuda_route_desc *desc, void *stream, llmpar_error *err);
 
 // llmpar_dispatch_sort, _align and _blocks in one: sorted by expert and, within one, by t * k + j. Ids outside [first, first + n_experts) count as -1, none: other ranks' experts.
 // Every output may be NULL. One launch up to 8192 ids, three above. The same bits each time: nothing depends on the order in which threads run.
@@ -498,9 +505,9 @@ typedef struct llmpar_cuda_dispatch_desc {
     int32_t *block_expert;         // [llmpar_cuda_dispatch_room / block]; padded[n_experts] / block are written, numbers from 0 on
     void    *workspace;            // llmpar_cuda_dispatch_workspace bytes, aligned to 8; NULL where that is 0
 } llmpar_cuda_dispatch_desc;
-LLMPAR_DEF int64_t llmpar_cuda_dispatch_workspace(const llmpar_cuda_dispatch_desc *desc);
-LLMPAR_DEF int64_t llmpar_cuda_dispatch_room(const llmpar_cuda_dispatch_desc *desc);    // the most that padded[n_experts] can be: a multiple of block
-LLMPAR_DEF llmpar_status llmpar_cuda_dispatch(const llmpar_cuda_dispatch_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF int64_t llmpar_cuda_dispatch_workspace(const llmpar_cuda_dispatch_desc *desc);
+LLMPAR_CUDA_DEF int64_t llmpar_cuda_dispatch_room(const llmpar_cuda_dispatch_desc *desc);    // the most that padded[n_experts] can be: a multiple of block
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_dispatch(const llmpar_cuda_dispatch_desc *desc, void *stream, llmpar_error *err);
 
 // llmpar_permute_args: y[to[r * k + j] - first] = x[r] for j < k where that lies inside [0, count). Rows of `bytes` bytes of any dtype; x and y do not overlap, no two rows go
 // to one place. 2 (1 + k) H bytes of traffic a token at most: a row is read once.
@@ -512,7 +519,7 @@ typedef struct llmpar_cuda_permute_desc {
     const int32_t *to;             // [rows, k]: inverse; -1 = nowhere
     void          *y;              // [count] rows of `bytes`
 } llmpar_cuda_permute_desc;
-LLMPAR_DEF llmpar_status llmpar_cuda_permute(const llmpar_cuda_permute_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_permute(const llmpar_cuda_permute_desc *desc, void *stream, llmpar_error *err);
 
 // out[t] = the sum of weights[t, j] * y[from[t, j] - first] over j, for places inside [first, first + count): in order of j, or (tree) as llmpar_combine_args and
 // llmpar_dispatch_tree say, over the ids inside `experts`. Every product is rounded to f32, then every sum: with `tree` and f32 the bits are those of llmpar.h's combine.
@@ -533,7 +540,7 @@ typedef struct llmpar_cuda_combine_desc {
     void          *out;            // [tokens, n], not y
     int64_t        stride;
 } llmpar_cuda_combine_desc;
-LLMPAR_DEF llmpar_status llmpar_cuda_combine(const llmpar_cuda_combine_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_combine(const llmpar_cuda_combine_desc *desc, void *stream, llmpar_error *err);
 
 // llmpar_gemm and llmpar_grouped_args, with the additions of llmpar.h's portable kernels in their order: correct and reproducible rather than fast (cuBLASLt is for that).
 // The order, per element of c: k in blocks of 1024; in a block 32 partial sums from 0, each over every 32nd k in ascending order; they are added as halves of 16, 8, 4, 2, 1; the
@@ -558,7 +565,7 @@ typedef struct llmpar_cuda_gemm_desc {
     int32_t        depth;          // most values on the stack, at most LLMPAR_TREE_PIECES
     const uint8_t *merges;         // [ceil(k / granule)] on the device
 } llmpar_cuda_gemm_desc;
-LLMPAR_DEF llmpar_status llmpar_cuda_gemm(const llmpar_cuda_gemm_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_gemm(const llmpar_cuda_gemm_desc *desc, void *stream, llmpar_error *err);
 
 // ============================================================================================================
 // >>optimize   AdamW on a shard                                                 (uses: base, device, norm, activate)
@@ -576,8 +583,8 @@ typedef struct llmpar_cuda_squares_desc {
     float       *sum;              // [1] on the device
     void        *workspace;        // llmpar_cuda_squares_workspace bytes, aligned to 8; only while it runs
 } llmpar_cuda_squares_desc;
-LLMPAR_DEF int64_t       llmpar_cuda_squares_workspace(const llmpar_cuda_squares_desc *desc);     // does not shrink when n grows
-LLMPAR_DEF llmpar_status llmpar_cuda_squares(const llmpar_cuda_squares_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF int64_t       llmpar_cuda_squares_workspace(const llmpar_cuda_squares_desc *desc);     // does not shrink when n grows
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_squares(const llmpar_cuda_squares_desc *desc, void *stream, llmpar_error *err);
 
 // norm = sqrt(*sum) * scale; factor = min(1, max_norm / (norm + 1e-6)), as PyTorch's clip_grad_norm_; found = 1 when *sum is inf or NaN (then factor = 0), else 0.
 typedef struct llmpar_cuda_clip_desc {
@@ -588,7 +595,7 @@ typedef struct llmpar_cuda_clip_desc {
     float       *norm;             // [1] on the device; NULL = not wanted
     int32_t     *found;            // [1] on the device; NULL = not wanted
 } llmpar_cuda_clip_desc;
-LLMPAR_DEF llmpar_status llmpar_cuda_clip(const llmpar_cuda_clip_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_clip(const llmpar_cuda_clip_desc *desc, void *stream, llmpar_error *err);
 
 // AdamW (arXiv 1711.05101, algorithm 2, with the decay multiplied by the learning rate as PyTorch does) on n parameters; everything elementwise:
 //   g = gradient * scale * *factor;  m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
@@ -612,7 +619,7 @@ typedef struct llmpar_cuda_adamw_desc {
     float         *p, *m, *v;      // [n] parameters, first and second moment (zeros before step 1); updated in place
     void          *copy;           // [n]: p in copy_dtype; NULL = not wanted
 } llmpar_cuda_adamw_desc;
-LLMPAR_DEF llmpar_status llmpar_cuda_adamw(const llmpar_cuda_adamw_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_adamw(const llmpar_cuda_adamw_desc *desc, void *stream, llmpar_error *err);
 
 // ============================================================================================================
 // >>fold   sums along the fixed tree of the invariant mode                      (uses: base, tree, device)
@@ -636,7 +643,7 @@ typedef struct llmpar_cuda_fold_desc {
     int64_t        out_row_stride; // 0 = columns
     int64_t        left;           // what is left on the stack, 0 = 1: an error if it is not so many
 } llmpar_cuda_fold_desc;
-LLMPAR_DEF llmpar_status llmpar_cuda_fold(const llmpar_cuda_fold_desc *desc, void *stream, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_fold(const llmpar_cuda_fold_desc *desc, void *stream, llmpar_error *err);
 
 // ============================================================================================================
 // >>peer   collectives between GPUs of one process, over peer pointers          (uses: base, comm, device, norm, layout)
@@ -666,11 +673,11 @@ typedef struct llmpar_cuda_peer_desc {
 } llmpar_cuda_peer_desc;
 typedef struct llmpar_cuda_peer llmpar_cuda_peer;
 // Errors: LLMPAR_UNSUPPORTED when a GPU cannot read another's memory, or has no cooperative launch.
-LLMPAR_DEF llmpar_status llmpar_cuda_peer_create(const llmpar_cuda_peer_desc *desc, llmpar_cuda_peer **peers, llmpar_error *err);
-LLMPAR_DEF void          llmpar_cuda_peer_free(llmpar_cuda_peer *peers);                   // when nothing runs any more; frees the groups too
-LLMPAR_DEF void         *llmpar_cuda_peer_stream(const llmpar_cuda_peer *peers, int32_t rank);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_peer_create(const llmpar_cuda_peer_desc *desc, llmpar_cuda_peer **peers, llmpar_error *err);
+LLMPAR_CUDA_DEF void          llmpar_cuda_peer_free(llmpar_cuda_peer *peers);                   // when nothing runs any more; frees the groups too
+LLMPAR_CUDA_DEF void         *llmpar_cuda_peer_stream(const llmpar_cuda_peer *peers, int32_t rank);
 // Waits for what was launched, at most the deadline; LLMPAR_TIMEOUT with the rank that was waited for in vain.
-LLMPAR_DEF llmpar_status llmpar_cuda_peer_wait(llmpar_cuda_peer *peers, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_peer_wait(llmpar_cuda_peer *peers, llmpar_error *err);
 
 // A collective, launched for all ranks by one thread, or by each rank's thread for itself. Counts are in elements. Puts it on the streams and returns.
 typedef struct llmpar_cuda_peer_call {
@@ -685,7 +692,7 @@ typedef struct llmpar_cuda_peer_call {
     const void *const *send;       // [n], of each rank that is launched; in-place rules as in llmpar_call. Aligned to elements where they are reduced
     void *const       *recv;       // [n]
 } llmpar_cuda_peer_call;
-LLMPAR_DEF llmpar_status llmpar_cuda_peer_run(llmpar_cuda_peer *peers, const llmpar_cuda_peer_call *call, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_peer_run(llmpar_cuda_peer *peers, const llmpar_cuda_peer_call *call, llmpar_error *err);
 
 // What follows an AllReduce in a transformer, in one kernel: s = the sum over ranks of send (in rank order, rounded to dtype), r = s + residual (rounded; replaces residual),
 // out = r / sqrt(mean(r^2) + eps) * weight. The same bits as the three steps one after the other; within 4 units of the last place of the formula's norm.
@@ -699,16 +706,16 @@ typedef struct llmpar_cuda_peer_norm_desc {
     float              eps;
     int32_t            rank_plus_1;
 } llmpar_cuda_peer_norm_desc;
-LLMPAR_DEF llmpar_status llmpar_cuda_peer_norm(llmpar_cuda_peer *peers, const llmpar_cuda_peer_norm_desc *desc, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_peer_norm(llmpar_cuda_peer *peers, const llmpar_cuda_peer_norm_desc *desc, llmpar_error *err);
 
 // Times both ways on the spot (some milliseconds, while nothing else runs), for sizes from 4 MiB downwards, and uses the first at which one-shot wins from then on: *one_shot_bytes (may be
 // NULL). From one thread; not with several devices whose calls others are making.
-LLMPAR_DEF llmpar_status llmpar_cuda_peer_measure(llmpar_cuda_peer *peers, int64_t *one_shot_bytes, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_peer_measure(llmpar_cuda_peer *peers, int64_t *one_shot_bytes, llmpar_error *err);
 
 // A rank's end as llmpar.h's communicator, for the rank's thread; owned by peers. Buffers are device memory. Virtual ranks: the call is launched when the last rank's thread has started it,
 // all work of all ranks must be on the one stream. Several GPUs: each thread launches its part, at the latest when it waits. Groups have mailboxes of their own. Send and Recv are
 // LLMPAR_UNSUPPORTED (a Permute does what a pipeline's step needs), and so are sums of integers.
-LLMPAR_DEF llmpar_comm  *llmpar_cuda_peer_comm(llmpar_cuda_peer *peers, int32_t rank);     // NULL: no such rank
+LLMPAR_CUDA_DEF llmpar_comm  *llmpar_cuda_peer_comm(llmpar_cuda_peer *peers, int32_t rank);     // NULL: no such rank
 
 #ifdef LLMPAR_NCCL
 // ============================================================================================================
@@ -786,7 +793,7 @@ typedef struct llmpar_cuda_ops_desc {
     int64_t workspace_bytes;       // for cuBLASLt; 0 = 32 MiB
 } llmpar_cuda_ops_desc;
 // Belongs to cuda, which must outlive all execs with it. desc NULL = zeroed. Allocates the workspace and two pinned buffers of 4 MiB for uploads.
-LLMPAR_DEF llmpar_status llmpar_cuda_ops(llmpar_cuda *cuda, const llmpar_cuda_ops_desc *desc, llmpar_ops *ops, llmpar_error *err);
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_ops(llmpar_cuda *cuda, const llmpar_cuda_ops_desc *desc, llmpar_ops *ops, llmpar_error *err);
 
 
 #ifdef __cplusplus

@@ -13,7 +13,7 @@ mkdir -p "$B"
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT NCCL_COMM_ID
 build() { # build COMPILER OUT FLAG...: no warning
     compiler=$1; out=$2; shift 2
-    $compiler -std=c99 -O1 -Wall -Wextra -Wpedantic -Wconversion -Wshadow "$@" -I. -isystem "$CUDA/include" examples/nccl_plain_c.c -o "$out" -L"$CUDA/lib64" -L"$CUDA/lib" -Wl,-rpath,"$CUDA/lib64" \
+    $compiler -std=c99 -O1 -Wall -Wextra -Wpedantic -Wconversion -Wshadow -DLLMPAR_STATIC "$@" -I. -isystem "$CUDA/include" examples/nccl_plain_c.c -o "$out" -L"$CUDA/lib64" -L"$CUDA/lib" -Wl,-rpath,"$CUDA/lib64" \
         -lnccl -lcudart -lpthread -lm 2> "$B/nccl.err" && [ ! -s "$B/nccl.err" ]
 }
 plain=$B/nccl_plain_c
