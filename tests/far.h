@@ -90,7 +90,7 @@ static llmpar_status far_upload(void *user, void *to, const void *from, size_t b
     far_memory *f = (far_memory *)user;
     (void)err;
     far_open(f); far_catch_up(f);
-    memcpy(to, from, bytes);
+    if (bytes) memcpy(to, from, bytes);
     far_close(f);
     f->uploads++;
     return LLMPAR_OK;

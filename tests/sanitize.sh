@@ -11,7 +11,7 @@ path() { name=$(basename "$2" .c); echo "build/sanitize-${1%%,*}-${name%.cu}"; }
 sources() { { [ "$1" = thread ] && grep -l 'llmpar_threads_run\|pthread_create' tests/test_*.c tests/fuzz_*.c || ls tests/test_*.c tests/fuzz_*.c; }; emulated $1; }
 # Of the emulated ones, which take long to build, those with the most to lose; all of them under LLMPAR_STRESS=1.
 emulated() {
-    names="peer nccl layout"; [ "$1" = thread ] && names="emulator peer nccl"
+    names="peer nccl"; [ "$1" = thread ] && names="emulator peer"
     if [ "${LLMPAR_STRESS:-0}" != 0 ]; then ls tests/test_cuda_*.cu; else for name in $names; do echo tests/test_cuda_$name.cu; done; fi
 }
 # tally OUTPUT: adds the counts of run.sh's last line.
