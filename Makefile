@@ -4,7 +4,7 @@ CXX     ?= c++
 CLANG   ?= clang
 # LLMPAR_STATIC lets the compiler drop what a program does not use: most build in a fifth of the time.
 CFLAGS  ?= -O3 -march=native -DLLMPAR_STATIC
-TFLAGS  ?= -O1 -g -DLLMPAR_STATIC -D_POSIX_C_SOURCE=200809L
+TFLAGS  ?= -O1 -g1 -DLLMPAR_STATIC -D_POSIX_C_SOURCE=200809L
 LDLIBS  += -lpthread -lm
 FUZZ_S  ?= 60
 B       := build
