@@ -198,7 +198,7 @@ static void test_gradients(void) {
                 if (stages % V || P < 2 || P > 4) continue;
                 tie(stages, 0);
                 mlp_reference(stages, 9);
-                for (int M = 1; M <= 9; M += test_short() ? 4 : 1)
+                for (int M = 1; M <= 9; M += test_short() ? 8 : 1)
                     for (int t = 0; t < 3; t++) {
                         llmpar_pipe_desc desc = LLMPAR_ZERO;
                         llmpar_schedule schedule, program;
@@ -216,7 +216,7 @@ static void test_gradients(void) {
                         runs++;
                     }
             }
-        CHECK(runs >= (test_short() ? 80 : 200));
+        CHECK(runs >= (test_short() ? 40 : 200));
         printf("%d runs of an MLP with a backward\n", runs);
     }
 }
@@ -253,7 +253,7 @@ static void test_tied(void) {
                     if (k == LLMPAR_PIPE_FORWARD || (v_only && V != 2) || (single && V != 1) || S < 2) continue;
                     tie(S, S >= 5 ? 2 : 1);                                                // three stages on one, two or three ranks
                     mlp_reference(S, 7);
-                    for (int M = 1; M <= 7; M += 2) {
+                    for (int M = 1; M <= 7; M += test_short() ? 6 : 2) {
                         llmpar_pipe_desc desc = LLMPAR_ZERO;
                         llmpar_schedule schedule, program;
                         job j = LLMPAR_ZERO;
@@ -272,7 +272,7 @@ static void test_tied(void) {
                         runs++;
                     }
                 }
-        CHECK(runs >= 200 && collective >= 50);
+        CHECK(runs >= (test_short() ? 100 : 200) && collective >= (test_short() ? 25 : 50));
         printf("%d runs with tied weights\n", runs);
     }
     TEST("sums in two orders wait until the deadline when nothing is proven; without a callback, or with one that fails, there is an error") {
