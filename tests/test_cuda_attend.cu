@@ -513,6 +513,10 @@ static void test_refused(void) {
     BAD_ROPE((r.cache.block_table = i, r.cache.n_blocks = -1), LLMPAR_BAD_ARGUMENT, "n_blocks=-1");
     BAD_ROPE((r.cache.block_table = i, r.cache.max_blocks = 1), LLMPAR_BAD_ARGUMENT, "block_size=0");
     BAD_ROPE((r.cache.block_table = i, r.cache.max_blocks = 1, r.cache.block_size = 3), LLMPAR_BAD_ARGUMENT, "slots=4");
+    BAD_ROPE((r.cache.block_table = i, r.cache.block_size = 4), LLMPAR_BAD_ARGUMENT, "max_blocks=0");
+    BAD_ROPE((r.cache.block_table = i, r.cache.max_blocks = 1, r.cache.block_size = 4), LLMPAR_BAD_ARGUMENT, "n_blocks=0");
+    BAD_ROPE(r.cache.stride_slot = 8, LLMPAR_BAD_ARGUMENT, "head 0 with d=8");
+    BAD_ROPE((r.cache.stride_slot = 7, r.cache.stride_head = 8), LLMPAR_BAD_ARGUMENT, "slot 7, head 8");
     llmpar_cuda_attention_desc good = LLMPAR_ZERO, a;
     good.batch = 2; good.queries = 1; good.q_heads = 2; good.kv_heads = 1; good.d = 8; good.q = f; good.out = f + 512; good.kv = rope.cache; good.splits = 1;
     a = good;
@@ -535,6 +539,7 @@ static void test_refused(void) {
     BAD_ATTENTION(a.n_keys = -1, LLMPAR_BAD_ARGUMENT, "n_keys=-1");
     BAD_ATTENTION(a.position = (int32_t *)on_host, LLMPAR_BAD_ARGUMENT, "position");
     BAD_ATTENTION(a.window = -1, LLMPAR_BAD_ARGUMENT, "window=-1");
+    BAD_ATTENTION(a.scale = NAN, LLMPAR_BAD_ARGUMENT, "scale=");
     BAD_ATTENTION(a.soft_cap = -1, LLMPAR_BAD_ARGUMENT, "soft_cap=-1");
     BAD_ATTENTION(a.sinks = on_host, LLMPAR_BAD_ARGUMENT, "sinks");
     BAD_ATTENTION(a.out = NULL, LLMPAR_BAD_ARGUMENT, "out is NULL");

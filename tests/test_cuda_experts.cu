@@ -566,6 +566,15 @@ static void test_gemm(void) {
         d = good; d.lda = -1;              CHECK_FAIL(llmpar_cuda_gemm(&d, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "lda=-1");
         d = good; d.ldb = -1;              CHECK_FAIL(llmpar_cuda_gemm(&d, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "ldb=-1");
         d = good; d.ldc = -1;              CHECK_FAIL(llmpar_cuda_gemm(&d, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "ldc=-1");
+        d = good; d.lda = 1;               CHECK_FAIL(llmpar_cuda_gemm(&d, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "at least 2, 2 and 2");
+        d = good; d.ldb = 1;               CHECK_FAIL(llmpar_cuda_gemm(&d, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "ldb=1");
+        d = good; d.ldc = 1;               CHECK_FAIL(llmpar_cuda_gemm(&d, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "ldc=1");
+        CHECK_FAIL(llmpar_cuda_gemm(NULL, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "desc is NULL");
+        CHECK_FAIL(llmpar_cuda_route(NULL, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "desc is NULL");
+        CHECK_FAIL(llmpar_cuda_dispatch(NULL, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "desc is NULL");
+        CHECK_FAIL(llmpar_cuda_permute(NULL, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "desc is NULL");
+        CHECK_FAIL(llmpar_cuda_combine(NULL, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "desc is NULL");
+        CHECK_EQ(llmpar_cuda_dispatch_workspace(NULL) + llmpar_cuda_dispatch_room(NULL), 0);
         d = good; d.experts = -1;          CHECK_FAIL(llmpar_cuda_gemm(&d, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "experts=-1");
         d = good; d.experts = 1;           CHECK_FAIL(llmpar_cuda_gemm(&d, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "offsets is NULL");
         d = good; d.b_stride = -1;         CHECK_FAIL(llmpar_cuda_gemm(&d, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "b_stride=-1");

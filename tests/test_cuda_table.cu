@@ -317,7 +317,7 @@ enum { MOST = 4, TOKENS = 12 };
 struct job {
     const char *folder;
     llmpar_mesh mesh;
-    bool        cuda, invariant, keep;
+    bool        cuda, invariant, keep, fails;
     const char *prompt;
     int         tokens;
     int32_t     text[MOST][TOKENS];
@@ -351,6 +351,14 @@ static llmpar_status run_engine(llmpar_comm *world, job *j, const llmpar_engine_
     llmpar_engine_free(engine);
     return status;
 }
+// The table of a rank whose kernels have failed, as it says when it is asked after its first 20 answers.
+static llmpar_status (*true_upload)(void *user, void *to, const void *from, size_t bytes, llmpar_error *err);
+static int answers;
+static llmpar_status failing_upload(void *user, void *to, const void *from, size_t bytes, llmpar_error *err) {
+    if (bytes || answers++ < 20) return true_upload(user, to, from, bytes, err);
+    snprintf(err->text, sizeof err->text, "a kernel failed");
+    return err->status = LLMPAR_ABORTED;
+}
 static llmpar_status run_rank(llmpar_comm *world, void *user, llmpar_error *err) {
     job *j = (job *)user;
     llmpar_engine_desc desc = LLMPAR_ZERO;
@@ -366,6 +374,7 @@ static llmpar_status run_rank(llmpar_comm *world, void *user, llmpar_error *err)
     TRY(llmpar_cuda_create(&device, &cuda, err));
     llmpar_status status = llmpar_cuda_ops(cuda, &table, &ops, err);
     desc.ops = &ops;
+    if (j->fails && world->rank == 1) { true_upload = ops.upload; ops.upload = failing_upload; }
     if (!status) status = run_engine(world, j, &desc, err);
     llmpar_cuda_free(cuda);
     return status;
@@ -547,6 +556,12 @@ static void test_dead_peer(void) {
     emulator_devices(2);
     desc.n_ranks = 2; desc.device = device; desc.buffer_bytes = 4096; desc.timeout_s = 0.3; desc.stream_ordered = true;
     CHECK_OK(llmpar_cuda_peer_create(&desc, &peers, &e), e);
+    llmpar_engine_desc lonely = LLMPAR_ZERO;                   // without a communicator for the host
+    llmpar_engine *engine;
+    llmpar_mesh mesh;
+    CHECK_OK(llmpar_mesh_parse("tp=2", &mesh, &e), e);
+    lonely.folder = "nowhere"; lonely.mesh = &mesh; lonely.world = llmpar_cuda_peer_comm(peers, 0);
+    CHECK_FAIL(llmpar_engine_create(&lonely, &engine, &e), LLMPAR_BAD_ARGUMENT, e, "host_world is NULL");
     first.device_plus_1 = 1; first.stream = llmpar_cuda_peer_stream(peers, 0);
     CHECK_OK(llmpar_cuda_create(&first, &cuda, &e), e);
     CHECK_OK(llmpar_cuda_ops(cuda, NULL, &ops, &e), e);
@@ -570,6 +585,18 @@ static void test_dead_peer(void) {
     emulator_fail(0);
     CHECK(ops.upload(ops.user, NULL, NULL, 0, &e) != LLMPAR_OK);
     CHECK_OK(ops.upload(ops.user, NULL, NULL, 0, &e), e);
+    // A GPU's error in one rank's wait stops the world.
+    llmpar_cuda_peer_desc two = LLMPAR_ZERO;
+    llmpar_cuda_peer *others;
+    two.n_ranks = 2; two.buffer_bytes = 4096;
+    CHECK_OK(llmpar_cuda_peer_create(&two, &others, &e), e);
+    for (int r = 0; r < 2; r++) CHECK_OK(llmpar_start(llmpar_cuda_peer_comm(others, r), &call, &request[r], &e), e);
+    emulator_fail(2);                                          // the first asks for the current device
+    CHECK(llmpar_wait(&request[0], &e) != LLMPAR_OK);
+    emulator_fail(0);
+    CHECK(llmpar_comm_sound(llmpar_cuda_peer_comm(others, 1), &e) != LLMPAR_OK && strstr(e.text, "rank 0"));
+    (void)llmpar_wait(&request[1], &e);
+    llmpar_cuda_peer_free(others);
     ops.free(ops.user, x, sizeof one);
     CUDA_TEST_OK(cudaSetDevice(1)); (void)cudaFree(y); CUDA_TEST_OK(cudaSetDevice(0));
     llmpar_cuda_free(cuda);
@@ -603,7 +630,14 @@ int main(void) {
     TEST("a captured decode step writes what single steps write; experts cannot be captured") test_capture();
     TEST("uploads, tickets, errors of kernels") test_callers();
 #ifdef LLMPAR_CUDA_EMULATED
-    TEST("a rank that dies, a kernel that fails: nobody takes the values for good") test_dead_peer();
+    TEST("a rank that dies, a kernel that fails: nobody takes the values for good") {
+        test_dead_peer();
+        llmpar_error err = LLMPAR_ZERO;
+        job j = {};
+        j.cuda = j.fails = true; j.keep = true; j.prompt = "RO"; j.tokens = 3;
+        CHECK_FAIL(run(&j, "llama-odd", "tp=2", &err), LLMPAR_ABORTED, err, "a kernel failed");
+        CHECK(answers == 21);                                  // it is the executor that asks, before it sends
+    }
 #endif
     return test_done();
 }
