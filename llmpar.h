@@ -24171,8 +24171,8 @@ LLMPAR_DEF llmpar_status llmpar_stages_timing(const llmpar_stages *stages, const
     const llmpar_arena_mark all = llmpar_arena_save(arena);
     llmpar_arena_mark mark;
     llmpari_pipe_cost c;
-    double *numbers, start = INFINITY;
-    int64_t *counts;
+    double *numbers = NULL, start = INFINITY;
+    int64_t *counts = NULL;
     const llmpar_status status = llmpari_stage_timing_new(stages, costs, arena, &numbers, &mark, &counts, &c, err);
     float failed = status ? (float)(1 + stages->desc.comm->rank) : 0;                      // nobody may wait for a rank that gives up
     const llmpar_status met = llmpar_all_reduce(stages->desc.comm, &failed, &failed, 1, LLMPAR_F32, LLMPAR_MAX, status ? NULL : err);

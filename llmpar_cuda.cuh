@@ -465,7 +465,7 @@ typedef struct llmpar_cuda_bucket_desc {
 LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_bucket(const llmpar_cuda_bucket_desc *desc, void *stream, llmpar_error *err);
 
 // ============================================================================================================
-// >>experts   router, block alignment, permute, unpermute                       (uses: base, route, dispatch, device, vocabulary)
+// >>experts   router, block alignment, permute, unpermute                       (uses: base, route, dispatch, device)
 // ============================================================================================================
 // ids[t * k + j], order, inverse, offsets: as llmpar.h's section dispatch says it. What is on the host there is on the device here, and nothing is waited for.
 
@@ -646,7 +646,7 @@ typedef struct llmpar_cuda_fold_desc {
 LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_fold(const llmpar_cuda_fold_desc *desc, void *stream, llmpar_error *err);
 
 // ============================================================================================================
-// >>peer   collectives between GPUs of one process, over peer pointers          (uses: base, comm, device, norm, layout)
+// >>peer   collectives between GPUs of one process, over peer pointers          (uses: base, comm, device)
 // ============================================================================================================
 // Ranks are GPUs of one process that read each other's memory, or, for one GPU, virtual ranks: all of them in one launch. Each rank has a mailbox on its GPU that all others read,
 // of two halves which calls use in turn, so that one barrier per phase is enough; barriers are flags in the mailboxes, one per block and rank, written by st.release.sys and read
@@ -1002,6 +1002,11 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_check(const char *name, const void *p
     return LLMPAR_OK;
 }
 
+// The check of an array that holds nothing where `none`: then its pointer is not looked at, it may be one past something.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_check_unless(bool none, const char *name, const void *pointer, int64_t align, llmpar_error *err) {
+    return none ? LLMPAR_OK : llmpari_cuda_check(name, pointer, align, false, err);
+}
+
 // 0 <= value <= most
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_size(const char *name, int64_t value, int64_t most, llmpar_error *err) {
     if (value >= 0 && value <= most) return LLMPAR_OK;
@@ -1053,6 +1058,13 @@ static llmpar_status llmpari_cuda_launch(const char *name, void (*kernel)(P...),
     return llmpari_cuda_error(err, error, name, __LINE__, __func__);
 }
 
+// Threads of a block for a row of n elements in packs: 32 to 256.
+LLMPARI_CUDA_FN int64_t llmpari_cuda_threads(int64_t n, llmpar_dtype dtype) {
+    int64_t threads = 32;
+    while (threads < 256 && threads * (16 / llmpari_cuda_bytes(dtype)) < n) threads *= 2;
+    return threads;
+}
+
 // Calls `call` with T = the type of a dtype that llmpari_cuda_float has let through: LLMPARI_CUDA_DISPATCH(desc->dtype, T, return llmpari_cuda_launch("norm", llmpari_cuda_norm_kernel<T>, ...));
 #define LLMPARI_CUDA_DISPATCH(dtype, T, ...) do { \
     if ((dtype) == LLMPAR_F32)       { typedef float T;         __VA_ARGS__; } \
@@ -1072,6 +1084,29 @@ template <typename T> LLMPARI_DEVICE llmpari_cuda_pack<T> llmpari_cuda_load_pack
 template <typename T> LLMPARI_DEVICE void llmpari_cuda_store_pack(T *to, const llmpari_cuda_pack<T> &pack) { *reinterpret_cast<llmpari_cuda_pack<T> *>(to) = pack; }
 // Host: may rows that begin at `pointer` and lie `stride` elements apart be read in packs?
 template <typename T> static bool llmpari_cuda_packs(const T *pointer, int64_t stride) { return (uintptr_t)pointer % 16 == 0 && stride * (int64_t)sizeof(T) % 16 == 0; }
+
+// 16 bytes as words, which stay in four registers where elements of 2 bytes would take eight.
+typedef llmpari_cuda_pack<uint32_t> llmpari_cuda_words;
+template <typename T> LLMPARI_DEVICE llmpari_cuda_words llmpari_cuda_load_words(const T *from) { return *reinterpret_cast<const llmpari_cuda_words *>(from); }
+
+LLMPARI_DEVICE int64_t llmpari_cuda_least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// llmpari_exp of llmpar.h, bit for bit as long as neither is contracted; there are its bounds.
+LLMPARI_DEVICE float llmpari_cuda_exp(float x) {
+    float t = x > 89.0f ? 89.0f : x;
+    t = t < -105.0f ? -105.0f : t;
+    const float n = __fadd_rn(__fmul_rn(t, 1.44269504088896341f), 12582912.0f), whole = __fadd_rn(n, -12582912.0f);
+    const unsigned count = __float_as_uint(n) - 0x4b400000u, first = (unsigned)((int)count >> 1);
+    const float r = __fadd_rn(__fadd_rn(t, -__fmul_rn(whole, 0.693359375f)), __fmul_rn(whole, 2.12194440e-4f));
+    float p = 1.9875691500e-4f;
+    p = __fadd_rn(__fmul_rn(p, r), 1.3981999507e-3f);
+    p = __fadd_rn(__fmul_rn(p, r), 8.3334519073e-3f);
+    p = __fadd_rn(__fmul_rn(p, r), 4.1665795894e-2f);
+    p = __fadd_rn(__fmul_rn(p, r), 1.6666665459e-1f);
+    p = __fadd_rn(__fmul_rn(p, r), 5.0000001201e-1f);
+    p = __fadd_rn(__fadd_rn(__fmul_rn(p, __fmul_rn(r, r)), r), 1.0f);
+    return __fmul_rn(__fmul_rn(p, __uint_as_float((first + 127u) << 23)), __uint_as_float((count - first + 127u) << 23));
+}
 
 // Over a warp; every lane calls it and gets the result. The order of the sum is fixed.
 LLMPARI_DEVICE float llmpari_cuda_warp_sum(float x) { for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane); return x; }
@@ -1100,9 +1135,27 @@ LLMPARI_DEVICE float llmpari_cuda_block_max(float x, float *sums) {
     __syncthreads();
     return x;
 }
-#endif // LLMPARI_CUDA_KERNELS
+// The sum of x of the threads before this one, of a block of whole warps; *all = of all. sums: 33 of shared memory; may be used again at once.
+LLMPARI_DEVICE long long llmpari_cuda_block_before(long long x, long long *sums, long long *all) {
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, warps = ((int)blockDim.x + 31) / 32;
+    long long sum = x;
+    for (int by = 1; by < 32; by *= 2) { const long long other = __shfl_up_sync(0xffffffffu, sum, (unsigned)by); sum += lane >= by ? other : 0; }
+    if (lane == 31) sums[warp] = sum;
+    __syncthreads();
+    if (warp == 0) {
+        const long long own = lane < warps ? sums[lane] : 0;
+        long long to = own;
+        for (int by = 1; by < 32; by *= 2) { const long long other = __shfl_up_sync(0xffffffffu, to, (unsigned)by); to += lane >= by ? other : 0; }
+        sums[lane] = to - own;
+        if (lane == 31) sums[32] = to;
+    }
+    __syncthreads();
+    const long long before = sums[warp] + sum - x;
+    *all = sums[32];
+    __syncthreads();
+    return before;
+}
 
-#ifdef LLMPARI_CUDA_KERNELS
 // ============================================================================================================
 // >>norm (impl)
 // ============================================================================================================
@@ -1360,22 +1413,6 @@ LLMPAR_DEF llmpar_status llmpar_cuda_norm(const llmpar_cuda_norm_desc *desc, voi
 
 // ---- softmax
 
-// llmpari_exp of llmpar.h, bit for bit as long as neither is contracted; there are its bounds.
-LLMPARI_DEVICE float llmpari_cuda_exp(float x) {
-    float t = x > 89.0f ? 89.0f : x;
-    t = t < -105.0f ? -105.0f : t;
-    const float n = __fadd_rn(__fmul_rn(t, 1.44269504088896341f), 12582912.0f), whole = __fadd_rn(n, -12582912.0f);
-    const unsigned count = __float_as_uint(n) - 0x4b400000u, first = (unsigned)((int)count >> 1);
-    const float r = __fadd_rn(__fadd_rn(t, -__fmul_rn(whole, 0.693359375f)), __fmul_rn(whole, 2.12194440e-4f));
-    float p = 1.9875691500e-4f;
-    p = __fadd_rn(__fmul_rn(p, r), 1.3981999507e-3f);
-    p = __fadd_rn(__fmul_rn(p, r), 8.3334519073e-3f);
-    p = __fadd_rn(__fmul_rn(p, r), 4.1665795894e-2f);
-    p = __fadd_rn(__fmul_rn(p, r), 1.6666665459e-1f);
-    p = __fadd_rn(__fmul_rn(p, r), 5.0000001201e-1f);
-    p = __fadd_rn(__fadd_rn(__fmul_rn(p, __fmul_rn(r, r)), r), 1.0f);
-    return __fmul_rn(__fmul_rn(p, __uint_as_float((first + 127u) << 23)), __uint_as_float((count - first + 127u) << 23));
-}
 // Where everything is -infinity the shift is 0.
 LLMPARI_DEVICE float llmpari_cuda_softmax_exp(float x, float largest) { return llmpari_cuda_exp(__fadd_rn(x, largest == -INFINITY ? 0.0f : -largest)); }
 
@@ -2418,9 +2455,6 @@ template <typename T> LLMPARI_DEVICE void llmpari_cuda_attend_sees(const llmpari
 
 #define LLMPARI_CUDA_TILE 132           // floats between the rows of scores of up to 128 keys: 4 keys of 8 rows are in different banks
 
-// 16 bytes as words, which stay in four registers where elements of 2 bytes would take eight.
-typedef llmpari_cuda_pack<uint32_t> llmpari_cuda_words;
-template <typename T> LLMPARI_DEVICE llmpari_cuda_words llmpari_cuda_load_words(const T *from) { return *reinterpret_cast<const llmpari_cuda_words *>(from); }
 // Zeros where there is no key.
 template <typename T> LLMPARI_DEVICE void llmpari_cuda_attend_put(T *to, bool live, llmpari_cuda_words words) {
     LLMPARI_CUDA_UNROLL for (int i = 0; i < 4; i++) words.at[i] = live ? words.at[i] : 0;
@@ -2639,25 +2673,6 @@ template <typename T, int R> __global__ void __launch_bounds__(256, 4) llmpari_c
     }
 }
 
-// e^x with the bits of llmpar.h's llmpari_exp.
-LLMPARI_DEVICE float llmpari_cuda_exp_exact(float x) {
-    float t = x > 89.0f ? 89.0f : x;
-    t = t < -105.0f ? -105.0f : t;
-    float n = __fadd_rn(__fmul_rn(t, 1.44269504088896341f), 12582912.0f);
-    const int count = (int)(__float_as_uint(n) - 0x4b400000u), low = count >> 1;
-    n = __fadd_rn(n, -12582912.0f);
-    float r = __fadd_rn(t, -__fmul_rn(n, 0.693359375f));
-    r = __fadd_rn(r, __fmul_rn(n, 2.12194440e-4f));
-    float p = 1.9875691500e-4f;
-    p = __fadd_rn(__fmul_rn(p, r), 1.3981999507e-3f);
-    p = __fadd_rn(__fmul_rn(p, r), 8.3334519073e-3f);
-    p = __fadd_rn(__fmul_rn(p, r), 4.1665795894e-2f);
-    p = __fadd_rn(__fmul_rn(p, r), 1.6666665459e-1f);
-    p = __fadd_rn(__fmul_rn(p, r), 5.0000001201e-1f);
-    p = __fadd_rn(__fadd_rn(__fmul_rn(p, __fmul_rn(r, r)), r), 1.0f);
-    return __fmul_rn(__fmul_rn(p, __uint_as_float(((uint32_t)low + 127u) << 23)), __uint_as_float(((uint32_t)count - (uint32_t)low + 127u) << 23));
-}
-
 // A warp a row (query, head), in the order of llmpar.h's llmpari_op_attention: blocks of 128 keys, 32 partial sums of a product added as a tree, running maximum and sum, then v key after
 // key; nothing contracted. The sums over v stay in `out`.
 static __global__ void __launch_bounds__(128, 8) llmpari_cuda_attend_exact_kernel(const llmpari_cuda_attend<float> g) {
@@ -2689,9 +2704,9 @@ static __global__ void __launch_bounds__(128, 8) llmpari_cuda_attend_exact_kerne
                 if (lane == j % 32) { p[j] = score; largest = fmaxf(largest, score); }
             }
             largest = fmaxf(most, llmpari_cuda_warp_max(largest));
-            const float shift = largest == -INFINITY ? 0.0f : largest, factor = llmpari_cuda_exp_exact(__fadd_rn(most, -shift));
+            const float shift = largest == -INFINITY ? 0.0f : largest, factor = llmpari_cuda_exp(__fadd_rn(most, -shift));
             for (int j = lane; j < count; j += 32) {
-                p[j] = llmpari_cuda_exp_exact(__fadd_rn(p[j], -shift));
+                p[j] = llmpari_cuda_exp(__fadd_rn(p[j], -shift));
                 terms = __fadd_rn(terms, p[j]);
             }
             sum = __fadd_rn(__fmul_rn(sum, factor), llmpari_cuda_warp_sum(terms));
@@ -3127,38 +3142,6 @@ LLMPAR_DEF llmpar_status llmpar_cuda_prefill_attention(llmpar_cuda_prefill *pref
 // ============================================================================================================
 // >>vocabulary (impl)
 // ============================================================================================================
-// Threads of a block for a row of n elements in packs: 32 to 256.
-LLMPARI_CUDA_FN int64_t llmpari_cuda_threads(int64_t n, llmpar_dtype dtype) {
-    int64_t threads = 32;
-    while (threads < 256 && threads * (16 / llmpari_cuda_bytes(dtype)) < n) threads *= 2;
-    return threads;
-}
-
-// The check of an array that holds nothing where `none`: then its pointer is not looked at, it may be one past something.
-LLMPARI_CUDA_FN llmpar_status llmpari_cuda_check_unless(bool none, const char *name, const void *pointer, int64_t align, llmpar_error *err) {
-    return none ? LLMPAR_OK : llmpari_cuda_check(name, pointer, align, false, err);
-}
-
-// The sum of x of the threads before this one, of a block of whole warps; *all = of all. sums: 33 of shared memory; may be used again at once.
-LLMPARI_DEVICE long long llmpari_cuda_block_before(long long x, long long *sums, long long *all) {
-    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, warps = ((int)blockDim.x + 31) / 32;
-    long long sum = x;
-    for (int by = 1; by < 32; by *= 2) { const long long other = __shfl_up_sync(0xffffffffu, sum, (unsigned)by); sum += lane >= by ? other : 0; }
-    if (lane == 31) sums[warp] = sum;
-    __syncthreads();
-    if (warp == 0) {
-        const long long own = lane < warps ? sums[lane] : 0;
-        long long to = own;
-        for (int by = 1; by < 32; by *= 2) { const long long other = __shfl_up_sync(0xffffffffu, to, (unsigned)by); to += lane >= by ? other : 0; }
-        sums[lane] = to - own;
-        if (lane == 31) sums[32] = to;
-    }
-    __syncthreads();
-    const long long before = sums[warp] + sum - x;
-    *all = sums[32];
-    __syncthreads();
-    return before;
-}
 
 // ---- embedding
 
@@ -3652,8 +3635,6 @@ LLMPAR_DEF llmpar_status llmpar_cuda_sample(const llmpar_cuda_sample_desc *desc,
 // ============================================================================================================
 // >>layout (impl)
 // ============================================================================================================
-
-LLMPARI_DEVICE int64_t llmpari_cuda_least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 enum {
     LLMPARI_RUNS   = 16,           // runs of one launch: 3.6 KiB of the 4 KiB that parameters have

@@ -1,9 +1,14 @@
 #!/bin/sh
-# cuda.sh [library]: what nvcc builds, into build/cuda/: the library with all kernels, one object for each of sm_80, sm_90 and sm_100; then, unless `library` is asked for, every tests/test_cuda_*.cu that is not for the
-# emulator only, and every examples/*.cu. These hold PTX of compute_80, which a driver compiles for whatever GPU there is, as the object is what shows that each architecture builds;
-# CUDA_ARCH=native (or sm_90) compiles them for one GPU instead, CUDA_PROGRAMS="test_cuda_table llama_cuda" those alone. Compiles run side by side, one per core; what is newer than its sources is kept; a warning is a failure.
-NVCC=${NVCC:-nvcc}; B=${B:-build}; D=$B/cuda; CUDA_ARCH=${CUDA_ARCH:-compute_80}
+# cuda.sh [library]: what nvcc builds, into build/cuda/, for sm_80, sm_90 and sm_100: the library with all kernels, one object; then, unless `library` is asked for, every tests/test_cuda_*.cu that is not for the
+# emulator only, tests/bench_cuda.cu and every examples/*.cu. Tests link the library's object, but for those that look inside (CUDA_TEST_INSIDE) and the examples, which have an implementation of their own.
+# CUDA_ARCHS="90": those architectures alone (native: this machine's GPU); CUDA_PROGRAMS="test_cuda_table llama_cuda": those programs alone. Compiles run side by side, one per core; what is newer than its
+# sources is kept; a warning is a failure.
+NVCC=${NVCC:-nvcc}; B=${B:-build}; D=$B/cuda
 archs=${CUDA_ARCHS:-80 90 100}
+if [ "$archs" = native ]; then
+    archs=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | head -n 1 | tr -d .)
+    [ -n "$archs" ] || { echo "FAIL CUDA_ARCHS=native, but nvidia-smi finds no GPU"; echo "0 passed, 1 failed"; exit 1; }
+fi
 warnings="-Wall,-Wextra"
 command -v "$NVCC" > /dev/null 2>&1 || [ -x /usr/local/cuda/bin/nvcc ] || { echo "SKIP nvcc is not installed"; echo "0 passed, 0 failed, 1 skipped"; exit 0; }
 command -v "$NVCC" > /dev/null 2>&1 || NVCC=/usr/local/cuda/bin/nvcc
@@ -21,21 +26,25 @@ cmp -s "$D/library.cu.new" "$D/library.cu" || cp "$D/library.cu.new" "$D/library
 stale() { [ ! -e "$1" ] || [ -n "$(find "$2" llmpar.h llmpar_cuda.cuh tests/*.h tests/cuda.sh -newer "$1")" ]; }               # stale TARGET SOURCE
 n=0
 todo() { n=$((n + 1)); printf '%s\n' "$2" > "$D/$(printf %03d $n).todo"; printf '%s\n' "$1" > "$D/$(printf %03d $n).name"; }  # todo TARGET COMMAND
-for arch in $archs; do
-    o=$D/library.sm_$arch
-    mkdir -p "$D/keep_$arch"
-    stale "$o.o" "$D/library.cu" && todo "$o.o" "$NVCC -std=c++17 -arch=sm_$arch ${nccl%-lnccl} -Xptxas -v -Xcompiler $warnings -Xcompiler -O0 --keep --keep-dir $D/keep_$arch -I. -c $D/library.cu -o $o.o > $o.log 2>&1"
-done
-programs=""
+# Machine code for each architecture, and PTX of the first one for later GPUs. An object of other architectures is not kept.
+each=""; codes=""; for arch in $archs; do each="$each${each:+ }-gencode arch=compute_$arch,code=sm_$arch"; codes="$codes,sm_$arch"; done
+first=${archs%% *}; each=$(printf '%s' "$each" | sed "s/code=sm_$first/'code=[sm_$first,compute_$first]'/"); codes="-gencode 'arch=compute_$first,code=[compute_$first$codes]'"
+[ "$(cat "$D/archs" 2> /dev/null)" = "$archs" ] || { rm -f "$D"/*.o; printf '%s\n' "$archs" > "$D/archs"; for old in "$D"/test_cuda_* "$D/llama_cuda" "$D/bench_cuda" "$D/golden_check"; do rm -f "$old"; done; }
+mkdir -p "$D/keep"
+library=$D/library.o
+stale "$library" "$D/library.cu" && todo "$library" "$NVCC -std=c++17 $each ${nccl%-lnccl} -Xptxas -v -Xcompiler $warnings -Xcompiler -O0 --keep --keep-dir $D/keep -I. -c $D/library.cu -o $library > $D/library.log 2>&1"
+programs=""; links=""
 if [ "${1:-}" != library ]; then
-    case $CUDA_ARCH in compute_*) gencode="-gencode arch=$CUDA_ARCH,code=$CUDA_ARCH" ;; *) gencode="-arch=$CUDA_ARCH" ;; esac
     for source in tests/test_cuda_*.cu tests/bench_cuda.cu examples/*.cu; do
         [ -f "$source" ] || continue
         sed -n '1,5p' "$source" | grep -qi 'emulator only' && continue
         case " ${CUDA_PROGRAMS:-$(basename "$source" .cu)} " in *" $(basename "$source" .cu) "*) ;; *) continue ;; esac
         o=$D/$(basename "$source" .cu); programs="$programs $o"; with=""
-        case $source in *test_cuda_cudnn.cu) with=$cudnn ;; esac
-        stale "$o" "$source" && todo "$o" "$NVCC -std=c++17 $gencode -DLLMPAR_STATIC $nccl $with -Xcompiler $warnings -Xcompiler -O1 -I. -Itests $source -o $o -lcublasLt -lcublas -lpthread > $o.log 2>&1"
+        case $source in *test_cuda_cudnn.cu) with=$cudnn ;; esac                               # the library's object is without cuDNN
+        common="$NVCC -std=c++17 $codes $nccl $with -Xcompiler $warnings -Xcompiler -O1 -I. -Itests $source"
+        stale "$o" "$source" || continue
+        if [ -n "$with" ] || grep -q '^#define CUDA_TEST_INSIDE\|^#define LLMPAR_CUDA_IMPLEMENTATION' "$source"; then todo "$o" "$common -DLLMPAR_STATIC -o $o -lcublasLt -lcublas -lpthread > $o.log 2>&1"
+        else links="$links $o"; todo "$o" "$common -DCUDA_TEST_LINKED -c -o $o.o > $o.log 2>&1"; fi
     done
 fi
 # The longest first: the objects.
@@ -51,18 +60,23 @@ for todo in "$D"/*.todo; do
     else failed=$((failed + 1)); echo "FAIL $target"; printf '%s\n' "$words" | head -n 20; rm -f "$target"; fi
     rm -f "$todo" "$todo.done" "${todo%.todo}.name"
 done
-for arch in $archs; do [ -f "$D/library.sm_$arch.o" ] || [ $failed -gt 0 ] || failed=1; done
-# golden_check as an engine in C that links the library's object: for the second of the architectures, or the only one.
+[ -f "$library" ] || [ $failed -gt 0 ] || failed=1
+for o in $links; do
+    [ $failed = 0 ] || break
+    "$NVCC" "$o.o" "$library" -o "$o" -lcublasLt -lcublas ${nccl:+-lnccl} -lpthread > "$o.log" 2>&1 || { passed=$((passed - 1)); failed=$((failed + 1)); echo "FAIL $o"; head -n 20 "$o.log"; rm -f "$o"; }
+    rm -f "$o.o"
+done
+# golden_check as an engine in C that links the library's object.
 if [ "${1:-}" != library ] && [ $failed = 0 ]; then
-    set -- $archs; arch=${2:-$1}; o=$D/golden_check
+    o=$D/golden_check
     if stale "$o" tests/golden_check.c; then
         include=$(printf '#include <cuda_runtime_api.h>\n' | "$NVCC" -x cu -M - 2> /dev/null | tr ' ' '\n' | sed -n 's|/cuda_runtime_api.h$||p' | head -n 1)
         if ${CC:-cc} -O2 -std=c99 -Wall -Wextra -Wpedantic -Wconversion -Wshadow -DGOLDEN_CUDA -I. -Itests -isystem "$include" -c tests/golden_check.c -o "$o.o" > "$o.log" 2>&1 &&
-            "$NVCC" "$o.o" "$D/library.sm_$arch.o" -o "$o" -lcublasLt -lcublas ${nccl:+-lnccl} -lpthread -lm >> "$o.log" 2>&1 && [ ! -s "$o.log" ]; then passed=$((passed + 1)); n=$((n + 1))
+            "$NVCC" "$o.o" "$library" -o "$o" -lcublasLt -lcublas ${nccl:+-lnccl} -lpthread -lm >> "$o.log" 2>&1 && [ ! -s "$o.log" ]; then passed=$((passed + 1)); n=$((n + 1))
         else failed=$((failed + 1)); echo "FAIL $o"; head -n 20 "$o.log"; rm -f "$o"; fi
     fi
 fi
-echo "make cuda: $n compiled in $(($(date +%s) - start)) s, the rest kept; library for sm_$(echo $archs | sed 's/ /, sm_/g')${programs:+, programs for $CUDA_ARCH}"
+echo "make cuda: $n compiled in $(($(date +%s) - start)) s, the rest kept; ${programs:+all }for sm_$(echo $archs | sed 's/ /, sm_/g')"
 [ "$n" -gt 0 ] || passed=1
 if [ $skipped -gt 0 ]; then echo "$passed passed, $failed failed, $skipped skipped"; else echo "$passed passed, $failed failed"; fi
 [ $failed = 0 ]

@@ -13,11 +13,13 @@ if [ "${1:-}" = spill ]; then                                  # the planted fau
     { cat "$D/library.cu"; printf '%s\n' '__global__ void __launch_bounds__(1024) llmpari_cuda_planted_kernel(float *x, int n) {' \
         '    float a[96]; for (int i = 0; i < 96; i++) a[i] = x[i * 1024 + threadIdx.x];' '    for (int k = 0; k < n; k++) for (int i = 0; i < 96; i++) a[i] = a[i] * a[(i + 7) % 96] + a[(n + i) % 96];' \
         '    for (int i = 0; i < 96; i++) x[i * 1024 + threadIdx.x] = a[i];' '}'; } > "$D/planted.cu"
-    mkdir -p "$D/planted"; archs=${archs%% *}
-    "$NVCC" -std=c++17 -arch=sm_$archs -Xptxas -v -Xcompiler -O0 --keep --keep-dir "$D/planted" -I. -c "$D/planted.cu" -o "$D/planted/library.sm_$archs.o" > "$D/planted/library.sm_$archs.log" 2>&1
-    mkdir -p "$D/planted/keep_$archs"; cp "$D/planted/planted.ptx" "$D/planted/keep_$archs/library.ptx"; D=$D/planted
+    mkdir -p "$D/planted/keep"; archs=${archs%% *}
+    "$NVCC" -std=c++17 -arch=sm_$archs -Xptxas -v -Xcompiler -O0 --keep --keep-dir "$D/planted/keep" -I. -c "$D/planted.cu" -o "$D/planted/library.o" > "$D/planted/library.log" 2>&1
+    D=$D/planted
 fi
 
+# What nvcc calls the PTX depends on how many architectures there are.
+ptx() { for at in "$D/keep/library.compute_$arch.ptx" "$D/keep/library.ptx" "$D/keep/planted.ptx"; do [ -f "$at" ] && basename "$at" && return; done; }
 # Kernels bound by bandwidth, by what they are called: rw = 128-bit loads and stores in every instantiation, r = loads (what is stored is small, or of half the size). A name without a kernel is a failure.
 # shared: dynamic memory, the most bytes a block is launched with at ordinary sizes (heads of 128, 256 experts; trees, of the invariant mode, not counted).
 cat > "$D/table" <<'T'
@@ -50,12 +52,12 @@ T
 for arch in $archs; do
     : > "$D/wide.$arch"
     if [ -n "${CUOBJDUMP:-}" ]; then
-        "$CUOBJDUMP" -sass "$D/library.sm_$arch.o" 2> /dev/null | awk '/Function :/ { f = $3 } / (LDG|LD)\.E[A-Z0-9_.]*\.128/ { l[f]++ } / (STG|ST)\.E[A-Z0-9_.]*\.128/ { s[f]++ } f { seen[f] = 1 } END { for (f in seen) print "wide", f, l[f] + 0, s[f] + 0 }' > "$D/wide.$arch"
+        "$CUOBJDUMP" -sass -arch sm_$arch "$D/library.o" 2> /dev/null | awk '/Function :/ { f = $3 } / (LDG|LD)\.E[A-Z0-9_.]*\.128/ { l[f]++ } / (STG|ST)\.E[A-Z0-9_.]*\.128/ { s[f]++ } f { seen[f] = 1 } END { for (f in seen) print "wide", f, l[f] + 0, s[f] + 0 }' > "$D/wide.$arch"
     fi
     [ -s "$D/wide.$arch" ] || awk '/\.entry/ { f = $0; sub(/.*\.entry[ \t]+/, "", f); sub(/[^A-Za-z0-9_$].*/, "", f); seen[f] = 1 } /[ \t]ld\.global[a-zA-Z_.:0-9]*(v4\.[bfsu]32|v2\.[bfsu]64|v8\.[bfsu]16|b128)/ { l[f]++ } /[ \t]st\.global[a-zA-Z_.:0-9]*(v4\.[bfsu]32|v2\.[bfsu]64|v8\.[bfsu]16|b128)/ { s[f]++ }
-        END { for (f in seen) print "wide", f, l[f] + 0, s[f] + 0 }' "$D/keep_$arch/library.ptx" > "$D/wide.$arch"
-    { sed 's/^/table /' "$D/table"; cat "$D/wide.$arch"; awk '/\.entry/ { f = $0; sub(/.*\.entry[ \t]+/, "", f); sub(/[^A-Za-z0-9_$].*/, "", f) } /^\.maxntid/ { gsub(",", ""); print "threads", f, $2 * ($3 ? $3 : 1) * ($4 ? $4 : 1) }' "$D/keep_$arch/library.ptx"
-      awk '/Compiling entry function/ { gsub("\x27", ""); f = $7 } /bytes stack frame/ { stack = $1; spill = $5 + $9 } /Used [0-9]+ registers/ { match($0, /[0-9]+ bytes smem/); print "kernel", f, $5, stack, spill, RSTART ? substr($0, RSTART) + 0 : 0 }' "$D/library.sm_$arch.log"
+        END { for (f in seen) print "wide", f, l[f] + 0, s[f] + 0 }' "$D/keep/$(ptx)" > "$D/wide.$arch"
+    { sed 's/^/table /' "$D/table"; cat "$D/wide.$arch"; awk '/\.entry/ { f = $0; sub(/.*\.entry[ \t]+/, "", f); sub(/[^A-Za-z0-9_$].*/, "", f) } /^\.maxntid/ { gsub(",", ""); print "threads", f, $2 * ($3 ? $3 : 1) * ($4 ? $4 : 1) }' "$D/keep/$(ptx)"
+      awk -v arch="sm_$arch" '/Compiling entry function/ { gsub("\x27", ""); f = $7; mine = $NF == arch } !mine { next } /bytes stack frame/ { stack = $1; spill = $5 + $9 } /Used [0-9]+ registers/ { match($0, /[0-9]+ bytes smem/); print "kernel", f, $5, stack, spill, RSTART ? substr($0, RSTART) + 0 : 0 }' "$D/library.log"
     } | c++filt -p | sed "s/^/$arch /"
 done > "$D/facts"
 echo "128-bit instructions from ${CUOBJDUMP:-the PTX}"

@@ -5,7 +5,8 @@
 #ifndef LLMPAR_IMPLEMENTATION
 #define LLMPAR_IMPLEMENTATION
 #endif
-#ifndef LLMPAR_CUDA_IMPLEMENTATION
+// Compiled by nvcc a test links the library (CUDA_TEST_LINKED, tests/cuda.sh), unless it says that it needs what is private of llmpar_cuda.cuh (#define CUDA_TEST_INSIDE).
+#if !defined(LLMPAR_CUDA_IMPLEMENTATION) && !defined(CUDA_TEST_LINKED)
 #define LLMPAR_CUDA_IMPLEMENTATION
 #endif
 #include "llmpar_cuda.cuh"

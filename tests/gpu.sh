@@ -25,7 +25,7 @@ step() {
 arch=$(printf '%s\n' "$smi" | awk -F', ' '{ gsub("\\.", "", $4); print $4 }')
 echo "GPU: $smi"
 row "what" "result" "figures"; row "---" "---" "---"
-step "build for sm_$arch" 300 env CUDA_ARCHS="$arch" CUDA_ARCH="sm_$arch" sh tests/cuda.sh
+step "build for sm_$arch" 300 env CUDA_ARCHS="$arch" sh tests/cuda.sh
 for program in "$D"/test_cuda_*; do
     case $program in *.log|*.o) continue ;; esac
     [ -x "$program" ] && step "$(basename "$program")" 60 "./$program"

@@ -9,10 +9,11 @@ export LLMPAR_SHORT=1 ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1 UBSAN_O
 path() { name=$(basename "$2" .c); echo "build/sanitize-${1%%,*}-${name%.cu}"; }          # path KIND SOURCE: of the program
 # What a kind checks: nothing can race in a program of one thread.
 sources() { { [ "$1" = thread ] && grep -l 'llmpar_threads_run\|pthread_create' tests/test_*.c tests/fuzz_*.c || ls tests/test_*.c tests/fuzz_*.c; }; emulated $1; }
-# Of the emulated ones, which take long to build, those with the most to lose; all of them under LLMPAR_STRESS=1.
+# Of the emulated ones, which take long to build, those with the most to lose; EMULATED=all: all of them, EMULATED="norm attend": those.
 emulated() {
-    names="peer"; [ "$1" = thread ] && names="emulator"
-    if [ "${LLMPAR_STRESS:-0}" != 0 ]; then ls tests/test_cuda_*.cu; else for name in $names; do echo tests/test_cuda_$name.cu; done; fi
+    names=${EMULATED:-peer}; [ "$1" = thread ] && names=${EMULATED:-emulator}
+    [ "$names" = all ] && names=$(ls tests/test_cuda_*.cu | sed 's/.*test_cuda_//; s/\.cu$//')
+    for name in $names; do echo tests/test_cuda_$name.cu; done
 }
 # tally OUTPUT: adds the counts of run.sh's last line.
 tally() {

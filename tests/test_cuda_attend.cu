@@ -1,4 +1,5 @@
 // Section attend of llmpar_cuda.cuh against f64 references written from the formulas, and bit by bit against llmpar_ops_cpu's kernels.
+#define CUDA_TEST_INSIDE
 #include "cuda_test.h"
 #include <vector>
 typedef std::vector<double>  doubles;

@@ -1,5 +1,6 @@
 // >>device of llmpar_cuda.cuh: no GPU, LOCAL_RANK, bad desc fields, waiting with a deadline, the checks of pointers, sizes and dtypes, launching, and every runtime call failing once.
 // What needs more than the runtime gives (no device, a second one, late events, injected errors) is asked of the emulator only.
+#define CUDA_TEST_INSIDE
 #include "cuda_test.h"
 
 __global__ void fill(float *y, int64_t n, float value) { for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (int64_t)gridDim.x * blockDim.x) y[i] = value; }

@@ -83,10 +83,10 @@ static void granules_test(int cases) {
         g.m = m; g.n = n; g.k = k; g.a = a.data(); g.lda = k; g.b = b.data(); g.ldb = k; g.b_transposed = true; g.c = want.data(); g.ldc = ldc;
         llmpar_granules_args t = LLMPAR_ZERO;
         t.n = (int32_t)count; t.granule = granule; t.pieces = left; t.stride = m * ldc; t.merges = merges.data();
-        int64_t most;
-        int64_t depth_left;
-        CHECK(llmpari_cuda_fold_depth(merges.data(), count, &most, &depth_left) && depth_left == left);
-        t.depth = (int32_t)most + 1;
+        int64_t depth = 0, most = 0;                           // of the stack of sums
+        for (uint8_t some : merges) { most = std::max(most, ++depth); depth -= some; }
+        CHECK_EQ(depth, left);
+        t.depth = (int32_t)most;
         std::vector<float> scratch((size_t)llmpari_granules_scratch(&g, &t));
         g.scratch = scratch.data();
         llmpari_granules_gemm(&g, &t, plain_gemm, NULL);
