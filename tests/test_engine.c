@@ -911,7 +911,7 @@ static void test_memory(void) {
     }
     if (can_run("ep=2")) TEST("memory: experts: every allocation of rank 1 of 2 fails once: both fail, nobody hangs, no leak") {
         int64_t failures = 0;
-        for (int64_t at = 1; at < 10000; at += test_stress() ? 1 : test_short() ? 15 : 3, failures++) {
+        for (int64_t at = 1; at < 10000; at += test_stress() ? 1 : test_short() ? 51 : 3, failures++) {
             plan_of_test p = memory_plan(&m, at, 1);
             p.desc.experts_way = at % 2 ? LLMPAR_EXPERTS_ALLTOALL : LLMPAR_EXPERTS_PARTIAL;
             llmpar_status status = run_on(&p, "qwen3-moe-mixed", "ep=2", &err);
@@ -938,7 +938,7 @@ static void test_memory(void) {
     }
     TEST("memory: every allocation of one rank fails once: an error, no leak") {
         int64_t failures = 0;
-        for (int64_t at = 1; at < 10000; at += test_short() ? 3 : 1) {
+        for (int64_t at = 1; at < 10000; at += test_short() ? 5 : 1) {
             plan_of_test p = memory_plan(&m, at, 0);
             p.desc.n_virtual = 2, p.desc.n_micro = 2, p.desc.chunk = 6;
             CHECK_OK(run_on(&p, "llama", "tp=1", &err), err);
@@ -949,7 +949,7 @@ static void test_memory(void) {
         printf("    %lld allocations in llmpar_engine_create\n", (long long)failures);
     }
     if (can_run("tp=2")) TEST("memory: the same on rank 1 of 2: both fail, nobody hangs, no leak") {
-        for (int64_t at = 1; at < 10000; at += test_stress() ? 1 : test_short() ? 15 : 3) {
+        for (int64_t at = 1; at < 10000; at += test_stress() ? 1 : test_short() ? 51 : 3) {
             plan_of_test p = memory_plan(&m, at, 1);
             llmpar_status status = run_on(&p, "llama", "tp=2", &err);
             if (swept(&m, &p, 1)) break;
