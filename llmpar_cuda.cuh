@@ -1042,12 +1042,28 @@ LLMPARI_CUDA_FN int64_t llmpari_cuda_bytes(llmpar_dtype dtype) { return dtype ==
 // The parameter's own type, so that arguments convert to what the kernel takes.
 template <typename T> struct llmpari_cuda_same { typedef T type; };
 
+// A kernel gets 48 KiB of shared memory, what it declares (at most LLMPARI_CUDA_DECLARED where it has dynamic memory too) and what the launch gives together, unless more is asked for:
+// as much as the device has, so that threads which launch the same kernel with other sizes do not take it from each other.
+#define LLMPARI_CUDA_DECLARED (8 * 1024)
+template <typename... P> static llmpar_status llmpari_cuda_room(const char *name, void (*kernel)(P...), size_t shared_bytes, llmpar_error *err) {
+    struct cudaFuncAttributes attributes;
+    int device, most;
+    LLMPARI_CUDA_CALL(err, cudaGetDevice(&device));
+    LLMPARI_CUDA_CALL(err, cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    LLMPARI_CUDA_CALL(err, cudaFuncGetAttributes(&attributes, kernel));
+    const size_t room = (size_t)most - attributes.sharedSizeBytes;
+    if (shared_bytes > room)
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "%s: a block needs %lld bytes of shared memory, device %d has %lld", name, (long long)shared_bytes, device, (long long)room);
+    LLMPARI_CUDA_CALL(err, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)room));
+    return LLMPAR_OK;
+}
+
 // Launches kernel(args...); `name` for the error. blocks are checked: no dim may be 0 or beyond CUDA's limits.
 template <typename... P>
 static llmpar_status llmpari_cuda_launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void *stream, llmpar_error *err,
                                          typename llmpari_cuda_same<P>::type... args) {
     void *at[] = { (void *)&args... };
-    if (shared_bytes > 32 * 1024) LLMPARI_CUDA_CALL(err, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes));
+    if (shared_bytes > 48 * 1024 - LLMPARI_CUDA_DECLARED) LLMPARI_CUDA_TRY(llmpari_cuda_room(name, kernel, shared_bytes, err));
     cudaError_t error = cudaLaunchKernel(kernel, grid, block, at, shared_bytes, (cudaStream_t)stream);
     if (error == cudaSuccess) return LLMPAR_OK;
     return llmpari_cuda_error(err, error, name, __LINE__, __func__);
