@@ -4657,12 +4657,13 @@ LLMPAR_DEF llmpar_status llmpar_cuda_permute(const llmpar_cuda_permute_desc *des
     return llmpari_cuda_permute_launch(desc, stream, err);
 }
 
-// ---- combine: a block per token. Which values are added to which is made once, in shared memory; then every thread runs the stack machine for its columns, with the topmost
-// value in registers and those below in shared memory.
+// ---- combine: a block per token. The order is made once, in shared memory; then every thread runs the stack machine for its columns, with the topmost value in registers and those
+// below in shared memory. Of the two sides of an addition the one with more values is made first, while nothing of the other waits, and a single value is added as it comes: what waits
+// has fewer than half the values of what it waits for, so that few sums ever wait. Which side is first does not change a sum's bits.
 
 struct llmpari_cuda_combine {
     int64_t tokens, n, first, count, e_first, e_count;
-    int k, depth;                  // values on the stack below the topmost
+    int k;
     bool tree, packs, out_packs;
     const int32_t *ids, *from;
     const float *weights;
@@ -4670,30 +4671,46 @@ struct llmpari_cuda_combine {
     void *out;
 };
 
-// of[k]: the number of the j-th value's id, -1 = not in the sum; order[i] = j of the i-th that is added; merges[i]. Returns how many are added. Every thread of the block calls it.
-LLMPARI_DEVICE int llmpari_cuda_combine_order(const llmpari_cuda_combine &c, int64_t t, int32_t *of, int32_t *order, int32_t *level, int32_t *merges) {
+// order[i] = j of the i-th value; merges[i] = how often the topmost two are added when it has come. Returns how many values there are. Every thread of the block calls it.
+LLMPARI_DEVICE int llmpari_cuda_combine_order(const llmpari_cuda_combine &c, int64_t t, int32_t *order, int32_t *merges, int32_t *sorted, int32_t *span) {
     int n = 0;
+    int32_t *id = order, *level = merges;                                  // until they are needed no more
     for (int j = (int)threadIdx.x; j < c.k; j += (int)blockDim.x) {
-        const int64_t place = (int64_t)c.from[t * c.k + j] - c.first, id = c.tree ? (int64_t)c.ids[t * c.k + j] : j;
-        const bool in = place >= 0 && place < c.count && (!c.tree || (id >= 0 && id >= c.e_first && id - c.e_first < c.e_count));
-        of[j] = in ? (int32_t)id : -1;
-        merges[j] = 0;
+        const int64_t place = (int64_t)c.from[t * c.k + j] - c.first, of = c.tree ? (int64_t)c.ids[t * c.k + j] : j;
+        id[j] = place >= 0 && place < c.count && (!c.tree || (of >= 0 && of >= c.e_first && of - c.e_first < c.e_count)) ? (int32_t)of : -1;
     }
     __syncthreads();
-    for (int j = 0; j < c.k; j++) n += of[j] >= 0;
+    for (int j = 0; j < c.k; j++) n += id[j] >= 0;
     for (int j = (int)threadIdx.x; j < c.k; j += (int)blockDim.x) {
         int rank = 0;
-        for (int m = 0; m < c.k; m++) rank += of[m] >= 0 && (of[m] < of[j] || (of[m] == of[j] && m < j));
-        if (of[j] >= 0) order[rank] = j;
+        for (int m = 0; m < c.k; m++) rank += id[m] >= 0 && (id[m] < id[j] || (id[m] == id[j] && m < j));
+        if (id[j] >= 0) sorted[rank] = j;
     }
     __syncthreads();
-    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x)            // the level of the smallest node with this id and the next; in order of j each closes all before it
-        level[i] = !c.tree || i + 1 == n ? 32 : 32 - __clz(of[order[i]] ^ of[order[i + 1]]);
+    for (int i = (int)threadIdx.x; i + 1 < n; i += (int)blockDim.x)        // addition i is between values i and i + 1, at the level of the smallest node that has both; in order of j all are alike
+        level[i] = c.tree ? 32 - __clz(id[sorted[i]] ^ id[sorted[i + 1]]) : 0;
     __syncthreads();
-    for (int i = (int)threadIdx.x; i + 1 < n; i += (int)blockDim.x) {      // value i waits for the first after it that closes its level
-        int by = i + 1;
-        while (level[by] < level[i]) by++;
-        atomicAdd(&merges[by], 1);
+    for (int i = (int)threadIdx.x; i + 1 < n; i += (int)blockDim.x) {      // it adds up the values `first` to `last`: as far as levels are lower; of equals the later one has the earlier
+        int first = i, last = i + 1;
+        while (first > 0 && level[first - 1] <= level[i]) first--;
+        while (last + 1 < n && level[last] < level[i]) last++;
+        span[i] = first << 16 | last;
+    }
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) {
+        int place = 0, most = n + 1, closed = 0;                           // most: values of the smallest addition on whose first side value i is; it closes those that are smaller
+        for (int g = 0; g + 1 < n; g++) {
+            const int first = span[g] >> 16, last = span[g] & 0xffff, left = g + 1 - first, right = last - g;
+            if (i < first || i > last) continue;
+            if ((i > g) == (right > left)) most = left + right < most ? left + right : most;
+            else place += right > left ? right : left;
+        }
+        for (int g = 0; g + 1 < n; g++) {
+            const int first = span[g] >> 16, last = span[g] & 0xffff;
+            closed += i >= first && i <= last && last - first + 1 < most;
+        }
+        order[place]  = sorted[i];
+        merges[place] = closed;
     }
     __syncthreads();
     return n;
@@ -4701,11 +4718,11 @@ LLMPARI_DEVICE int llmpari_cuda_combine_order(const llmpari_cuda_combine &c, int
 
 template <typename T, typename O> __global__ void __launch_bounds__(256) llmpari_cuda_combine_kernel(llmpari_cuda_combine c) {
     enum { N = 16 / sizeof(T), M = sizeof(O) > sizeof(T) ? 16 / sizeof(O) : 16 / sizeof(T) };
-    LLMPARI_SHARED_DYNAMIC(float, stack);                                  // [depth][N][threads]
-    LLMPARI_SHARED(int32_t, table, 4 * LLMPAR_CUDA_MAX_SUM);
-    int32_t *order = table + LLMPAR_CUDA_MAX_SUM, *merges = order + LLMPAR_CUDA_MAX_SUM;
+    LLMPARI_SHARED_DYNAMIC(float, stack);                                  // [4][k] of the order, [sums that wait][N][threads]
+    int32_t *order = (int32_t *)stack, *merges = order + c.k;
+    const int own = 4 * c.k + (int)threadIdx.x;
     for (int64_t t = blockIdx.x; t < c.tokens; t += gridDim.x) {
-        const int chosen = llmpari_cuda_combine_order(c, t, table, order, merges + LLMPAR_CUDA_MAX_SUM, merges);
+        const int chosen = llmpari_cuda_combine_order(c, t, order, merges, merges + c.k, merges + 2 * c.k);
         for (int64_t at = (int64_t)threadIdx.x * N; at < c.n; at += (int64_t)blockDim.x * N) {
             float top[N];
             int depth = 0;                                                 // of the stack in shared memory
@@ -4724,7 +4741,7 @@ template <typename T, typename O> __global__ void __launch_bounds__(256) llmpari
                 int merge = merges[v];
                 if (merge == 0 && v > 0) {
                     LLMPARI_CUDA_UNROLL
-                    for (int i = 0; i < N; i++) stack[(depth * N + i) * (int)blockDim.x + (int)threadIdx.x] = top[i];
+                    for (int i = 0; i < N; i++) stack[(depth * N + i) * (int)blockDim.x + own] = top[i];
                     depth++;
                 }
                 LLMPARI_CUDA_UNROLL
@@ -4735,7 +4752,7 @@ template <typename T, typename O> __global__ void __launch_bounds__(256) llmpari
                 for (; merge > 1; merge--) {
                     depth--;
                     LLMPARI_CUDA_UNROLL
-                    for (int i = 0; i < N; i++) top[i] = __fadd_rn(stack[(depth * N + i) * (int)blockDim.x + (int)threadIdx.x], top[i]);
+                    for (int i = 0; i < N; i++) top[i] = __fadd_rn(stack[(depth * N + i) * (int)blockDim.x + own], top[i]);
                 }
             }
             O *out = (O *)c.out + t * c.n + at;
@@ -4768,12 +4785,9 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_combine_launch(const llmpar_cuda_comb
     c.packs = (uintptr_t)desc->y % 16 == 0 && c.n % pack == 0;
     piece[0] = desc->experts;
     if (desc->tree && desc->pieces) pieces = llmpar_tree_pieces(desc->n_experts, desc->experts, piece);
-    // What waits on the stack has falling levels, each below that of all ids.
-    if (desc->tree) for (int64_t all = 1; all < desc->n_experts; all *= 2) c.depth++;
-    c.depth = (int)llmpari_cuda_max(0, llmpari_cuda_min(c.depth + 1, desc->k - 1));
-    int64_t threads = llmpari_cuda_threads(c.n, desc->dtype);
-    while (threads > 32 && c.depth * pack * threads * 4 > 65536) threads /= 2;
-    const size_t bytes = (size_t)(desc->tree ? c.depth * pack * threads * 4 : 0);
+    const int64_t threads = llmpari_cuda_threads(c.n, desc->dtype);
+    size_t bytes = (size_t)(16 * desc->k);
+    if (desc->tree) for (int64_t values = desc->k; values >= 4; values /= 2) bytes += (size_t)(4 * pack * threads);     // what waits has less than half the values, and two at least
     const dim3 grid((unsigned)llmpari_cuda_min(c.tokens, LLMPARI_CUDA_GRID)), block((unsigned)threads);
     for (int32_t p = 0; p < pieces; p++) {
         llmpar_status status;
@@ -4967,10 +4981,11 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_gemm_launch(const llmpar_cuda_gemm_de
     p.granule = desc->granule ? desc->granule : llmpari_cuda_max(desc->k, 1);
     p.pieces = desc->granule ? desc->pieces : 1; p.piece_stride = desc->piece_stride; p.merges = desc->granule ? desc->merges : NULL;
     if (p.n == 0 || p.experts == 0 || (!grouped && p.m == 0)) return LLMPAR_OK;
-    const int64_t rows = desc->b_transposed ? 4 : 1, columns = desc->b_transposed ? 32 : 128, threads = 256;
+    const int64_t depth = desc->granule ? llmpari_cuda_max(desc->depth, 1) : 0, threads = depth <= 40 ? 256 : 64;       // 40: as fold's stack, half of all threads find room
+    const int64_t rows = desc->b_transposed ? 4 : 1, columns = threads / (desc->b_transposed ? 8 : 2);
     const dim3 block((unsigned)threads), grid((unsigned)llmpari_cuda_up(p.n, columns), (unsigned)(grouped ? 32 : llmpari_cuda_min(llmpari_cuda_up(p.m, rows), 65535)),
                                               (unsigned)llmpari_cuda_min(p.experts, 65535));
-    const size_t bytes = desc->granule ? (size_t)(llmpari_cuda_max(desc->depth, 1) * threads * 4) : 0;
+    const size_t bytes = (size_t)(depth * threads * 4);
     LLMPARI_CUDA_DISPATCH(desc->b_dtype, T, return llmpari_cuda_launch("gemm", desc->b_transposed ? desc->fused ? llmpari_cuda_product_rows_kernel<T, true> : llmpari_cuda_product_rows_kernel<T, false>
                                                                                : desc->fused ? llmpari_cuda_product_columns_kernel<T, true> : llmpari_cuda_product_columns_kernel<T, false>,
                                                                        grid, block, bytes, stream, err, p));

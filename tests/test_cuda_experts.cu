@@ -364,14 +364,15 @@ static void test_permute(void) {
 static void test_combine_case(int i) {                                    // i < 0: more tokens than blocks
     const bool tree = i < 0 || i % 2, out_f32 = test_below(2);
     const llmpar_dtype dtype = some_dtype((int)test_below(3));
-    const int64_t tokens = i < 0 ? LLMPARI_CUDA_GRID + 40 : test_below(6), k = i < 0 ? 5 : test_below(i % 7 ? 10 : 60);
-    const int64_t n = i < 0 ? 500 : test_below(4) ? 8 * test_below(12) : test_below(i % 5 ? 50 : 3000), n_experts = k + test_below(300);
+    const bool whole = tree && i % 3 == 0;                                // the ids are those of a whole node, where more sums wait than elsewhere
+    const int64_t tokens = i < 0 ? LLMPARI_CUDA_GRID + 40 : test_below(6), k = i < 0 ? 5 : whole ? 1 << test_below(i % 5 ? 6 : 9) : test_below(i % 7 ? 10 : 60);
+    const int64_t n = i < 0 ? 500 : whole || test_below(4) ? 8 * test_below(12) : test_below(i % 5 ? 50 : 3000), n_experts = k + (whole ? k * test_below(3) : test_below(300));
     const int64_t rows = tokens * k;
     llmpar_range experts = { 0, n_experts };
-    if (test_below(2)) { experts.first = test_below(n_experts + 1); experts.count = test_below(n_experts - experts.first + 1); }
+    if (!whole && test_below(2)) { experts.first = test_below(n_experts + 1); experts.count = test_below(n_experts - experts.first + 1); }
     std::vector<int32_t> ids((size_t)rows), from((size_t)rows);
     for (int64_t t = 0; t < tokens; t++) for (int64_t j = 0; j < k; j++) {
-        ids[(size_t)(t * k + j)] = (int32_t)(test_below(9) == 0 ? -1 : test_below(n_experts));     // some twice
+        ids[(size_t)(t * k + j)] = (int32_t)(whole ? (j * 5 + t) % k : test_below(9) == 0 ? -1 : test_below(n_experts));     // some twice
         from[(size_t)(t * k + j)] = (int32_t)((t * k + j) * 7 % (rows % 7 ? rows : rows + 1) % rows);
         if (!tree && test_below(6) == 0) from[(size_t)(t * k + j)] = -1;
     }
