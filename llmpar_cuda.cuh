@@ -474,8 +474,8 @@ LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_bucket(const llmpar_cuda_bucket_desc *
 #define LLMPAR_CUDA_MAX_BINS    8192   // experts that llmpar_cuda_dispatch sorts by
 
 // llmpar_route on the device: logits[rows, E] -> ids[rows, k] by falling choice score, weights[rows, k]. Every convention of llmpar_route_desc but expert_choice. A warp per token,
-// scores in f64 by the same steps in the same order: the ids and weights are llmpar_route's where that was compiled without contraction of a * b + c, as with -std=c99 or on x86-64
-// without -march; else ids may differ where choice scores at the cut agree within 2^-40, and weights by a unit in the last place.
+// four where there are more than some 600 experts; scores in f64 by the same steps in the same order: the ids and weights are llmpar_route's where that was compiled without contraction
+// of a * b + c, as with -std=c99 or on x86-64 without -march; else ids may differ where choice scores at the cut agree within 2^-40, and weights by a unit in the last place.
 typedef struct llmpar_cuda_route_desc {
     llmpar_route_desc route;       // its logit_bias and correction_bias, [E] f32, are on the device too
     int64_t        rows;           // tokens
@@ -4186,6 +4186,7 @@ LLMPARI_DEVICE long long llmpari_cuda_bits64(double d) { return __double_as_long
 
 #define LLMPARI_CUDA_LOWEST64 (-9223372036854775807LL - 1)
 #define LLMPARI_CUDA_EXPERT_MASK 2047LL        // of a key: the inverted id
+#define LLMPARI_CUDA_ROUTE_ALONE 624           // most experts and groups of a row that a warp has for itself: 8 blocks of 4 rows find room in 164 KiB. Above, 4 warps share a row
 
 struct llmpari_cuda_router {
     const void *logits;
@@ -4235,8 +4236,14 @@ LLMPARI_DEVICE double llmpari_cuda_warp_largest64(double x) {
     for (int lane = 16; lane > 0; lane /= 2) x = llmpari_cuda_larger64(x, __shfl_xor_sync(0xffffffffu, x, lane));
     return x;
 }
-// Lane l has term l, l + 32, ...: llmpar.h adds every eighth to one of 8 sums. add: the next 32 terms; then the total of the 8.
-LLMPARI_DEVICE double llmpari_cuda_eights_add64(double sum, double term, int lane) {
+// llmpar.h adds every eighth term to one of 8 sums, here that of lanes l, l + 8, ...: of n terms in shared memory, or of the 32 lanes'; then the total of the 8.
+LLMPARI_DEVICE double llmpari_cuda_eights_shared64(const double *term, int n, int lane) {
+    double sum = 0;
+    for (int i = lane % 8; i < n; i += 8) sum = llmpari_cuda_add64(sum, term[i]);
+    return sum;
+}
+LLMPARI_DEVICE double llmpari_cuda_eights_lanes64(double term, int lane) {
+    double sum = 0;
     for (int q = 0; q < 4; q++) sum = llmpari_cuda_add64(sum, __shfl_sync(0xffffffffu, term, lane % 8 + 8 * q));
     return sum;
 }
@@ -4259,12 +4266,21 @@ LLMPARI_DEVICE long long llmpari_cuda_key_below(const long long *key, int first,
     for (int i = first; i < n; i += step) best = key[i] < below && key[i] > best ? key[i] : best;
     return best;
 }
-// One key after another in falling order over a warp. `own`: the lane's largest that is left. Lane i keeps the id of round i.
-LLMPARI_DEVICE long long llmpari_cuda_key_take(const long long *key, int n, int lane, long long *own) {
+// One key after another in falling order over a warp, whose lanes have keys first, first + step, ... each. `own`: the lane's largest that is left.
+LLMPARI_DEVICE long long llmpari_cuda_key_take(const long long *key, int first, int step, int n, long long *own) {
     long long win = *own;
     for (int other = 16; other > 0; other /= 2) { const long long theirs = __shfl_xor_sync(0xffffffffu, win, other); win = theirs > win ? theirs : win; }
-    if (*own == win) *own = llmpari_cuda_key_below(key, lane, 32, n, win);
+    if (*own == win) *own = llmpari_cuda_key_below(key, first, step, n, win);
     return win;
+}
+// The k largest keys of a warp; lane i has that of round i.
+LLMPARI_DEVICE long long llmpari_cuda_key_largest(const long long *key, int first, int step, int n, int k, int lane) {
+    long long own = llmpari_cuda_key_below(key, first, step, n, 0x7fffffffffffffffLL), mine = LLMPARI_CUDA_LOWEST64;
+    for (int i = 0; i < k; i++) {
+        const long long win = llmpari_cuda_key_take(key, first, step, n, &own);
+        mine = lane == i ? win : mine;
+    }
+    return mine;
 }
 
 template <typename T> LLMPARI_DEVICE double llmpari_cuda_route_logit(const llmpari_cuda_router &r, const T *row, int i) {
@@ -4303,7 +4319,7 @@ template <typename T> LLMPARI_DEVICE void llmpari_cuda_route_groups(const llmpar
     __syncwarp();
     long long own = llmpari_cuda_key_below(group, lane, 32, r.n_groups, 0x7fffffffffffffffLL);
     for (int i = 0; i < r.topk_groups; i++) {
-        const long long win = llmpari_cuda_key_take(group, r.n_groups, lane, &own);
+        const long long win = llmpari_cuda_key_take(group, lane, 32, r.n_groups, &own);
         // A row of nothing but -infinity shares the probability: a fill of 0 is less.
         if (i == 0 && logits && r.score == LLMPAR_SCORE_SOFTMAX && (win & ~LLMPARI_CUDA_EXPERT_MASK) == (llmpari_cuda_sortable64(-INFINITY) & ~LLMPARI_CUDA_EXPERT_MASK)) lowest = true;
         __syncwarp();
@@ -4323,7 +4339,7 @@ template <typename T> LLMPARI_DEVICE float llmpari_cuda_route_weight(const llmpa
     const bool among_chosen = r.score == LLMPAR_SCORE_CHOSEN || (r.score == LLMPAR_SCORE_SOFTMAX && r.renormalise && sum == 0);
     if (among_chosen) {
         w   = llmpari_cuda_term64(x, llmpari_cuda_warp_largest64(x));
-        sum = llmpari_cuda_eights_total64(llmpari_cuda_eights_add64(0.0, w, lane));
+        sum = llmpari_cuda_eights_total64(llmpari_cuda_eights_lanes64(w, lane));
     } else {
         w = llmpari_cuda_route_score(r, x, largest, share);
         if (r.renormalise) for (int i = 0; i < r.k; i++) sum = llmpari_cuda_add64(sum, __shfl_sync(0xffffffffu, w, i));
@@ -4336,14 +4352,17 @@ template <typename T> LLMPARI_DEVICE float llmpari_cuda_route_weight(const llmpa
     return (float)llmpari_cuda_mul64(w, scale);
 }
 
-template <typename T> __global__ void __launch_bounds__(128, 8) llmpari_cuda_route_kernel(llmpari_cuda_router r) {
+// Shared memory of a row: a key (or a softmax's term) per expert; then a key per group, or, when a block's 4 warps share a row, the k best of each.
+LLMPARI_DEVICE void llmpari_cuda_route_meet(int share) { if (share > 1) __syncthreads(); else __syncwarp(); }
+template <typename T, int SHARE> __global__ void __launch_bounds__(128, 8) llmpari_cuda_route_kernel(llmpari_cuda_router r) {
     LLMPARI_SHARED_DYNAMIC(long long, memory);
-    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, warps = (int)blockDim.x / 32;
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, rows = 4 / SHARE, first = SHARE > 1 ? (int)threadIdx.x : lane, step = 32 * SHARE;
     const bool masked = r.topk_groups < r.n_groups, softmax = r.score == LLMPAR_SCORE_SOFTMAX && (!r.by_logit || !r.renormalise);
-    long long *key = memory + warp * (r.n + (masked ? r.n_groups : 0)), *group = key + r.n;
-    for (int64_t t = (int64_t)blockIdx.x * warps + warp; t < r.rows; t += (int64_t)gridDim.x * warps) {
+    long long *key = memory + (SHARE > 1 ? 0 : warp * (r.n + (masked ? r.n_groups : 0))), *group = key + r.n;
+    double *term = (double *)key;
+    for (int64_t t = (int64_t)blockIdx.x * rows + (SHARE > 1 ? 0 : warp); t < r.rows; t += (int64_t)gridDim.x * rows) {
         if (r.pad && r.pad[t]) {
-            if (lane < r.k) { r.ids[t * r.k + lane] = -1; r.weights[t * r.k + lane] = 0; }
+            if (first < r.k) { r.ids[t * r.k + first] = -1; r.weights[t * r.k + first] = 0; }
             continue;
         }
         const T *row = (const T *)r.logits + t * r.n;
@@ -4351,23 +4370,30 @@ template <typename T> __global__ void __launch_bounds__(128, 8) llmpari_cuda_rou
         if (softmax) {
             for (int i = lane; i < r.n; i += 32) largest = llmpari_cuda_larger64(largest, llmpari_cuda_route_logit(r, row, i));
             largest = llmpari_cuda_warp_largest64(largest);
-            double sum = 0;
-            for (int i = lane; i - lane < r.n; i += 32) sum = llmpari_cuda_eights_add64(sum, i < r.n ? llmpari_cuda_term64(llmpari_cuda_route_logit(r, row, i), largest) : 0.0, lane);
-            sum = llmpari_cuda_eights_total64(sum);
+            for (int i = first; i < r.n; i += step) term[i] = llmpari_cuda_term64(llmpari_cuda_route_logit(r, row, i), largest);
+            llmpari_cuda_route_meet(SHARE);
+            const double sum = llmpari_cuda_eights_total64(llmpari_cuda_eights_shared64(term, r.n, lane));
             share = sum > 0 ? 1 / sum : 0;
+            llmpari_cuda_route_meet(SHARE);
         }
-        for (int i = lane; i < r.n; i += 32) key[i] = llmpari_cuda_key64(llmpari_cuda_route_choice(r, row, i, largest, share), i);
-        __syncwarp();
-        if (masked) llmpari_cuda_route_groups(r, row, lane, largest, share, key, group);
-        long long own = llmpari_cuda_key_below(key, lane, 32, r.n, 0x7fffffffffffffffLL);
-        int id = 0;
-        for (int i = 0; i < r.k; i++) {
-            const int chosen = llmpari_cuda_key_id(llmpari_cuda_key_take(key, r.n, lane, &own));
-            if (lane == i) id = chosen;
+        for (int i = first; i < r.n; i += step) key[i] = llmpari_cuda_key64(llmpari_cuda_route_choice(r, row, i, largest, share), i);
+        llmpari_cuda_route_meet(SHARE);
+        if (masked) {
+            if (SHARE == 1 || warp == 0) llmpari_cuda_route_groups(r, row, lane, largest, share, key, group);
+            llmpari_cuda_route_meet(SHARE);
         }
-        const float weight = llmpari_cuda_route_weight(r, row, lane, id, largest, share);
-        if (lane < r.k) { r.ids[t * r.k + lane] = id; r.weights[t * r.k + lane] = weight; }
-        __syncwarp();
+        long long mine = llmpari_cuda_key_largest(key, first, step, r.n, r.k, lane);
+        if (SHARE > 1) {
+            if (lane < r.k) group[warp * r.k + lane] = mine;
+            __syncthreads();
+            if (warp == 0) mine = llmpari_cuda_key_largest(group, lane, 32, SHARE * r.k, r.k, lane);
+        }
+        if (SHARE == 1 || warp == 0) {
+            const int id = lane < r.k ? llmpari_cuda_key_id(mine) : 0;
+            const float weight = llmpari_cuda_route_weight(r, row, lane, id, largest, share);
+            if (lane < r.k) { r.ids[t * r.k + lane] = id; r.weights[t * r.k + lane] = weight; }
+        }
+        llmpari_cuda_route_meet(SHARE);
     }
 }
 
@@ -4385,10 +4411,11 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_route_launch(const llmpar_cuda_route_
     r.scale = d->scale > 0 ? d->scale : 1; r.eps = d->eps;
     r.renormalise = d->renormalise; r.fill_zero = d->fill_zero;
     r.by_logit = !d->correction_bias && (!d->logit_bias || d->score == LLMPAR_SCORE_CHOSEN) && (r.group_top == 1 || r.topk_groups == r.n_groups);
-    const int64_t bytes = 8 * (int64_t)(r.n + (r.topk_groups < r.n_groups ? r.n_groups : 0));
-    const int warps = (int)llmpari_cuda_max(1, llmpari_cuda_min(4, 20480 / bytes));
-    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(r.rows, warps), LLMPARI_CUDA_GRID)), block((unsigned)(32 * warps));
-    LLMPARI_CUDA_DISPATCH(desc->dtype, T, return llmpari_cuda_launch("route", llmpari_cuda_route_kernel<T>, grid, block, (size_t)(bytes * warps), stream, err, r));
+    const int64_t groups = r.topk_groups < r.n_groups ? r.n_groups : 0;
+    const bool shared = r.n + groups > LLMPARI_CUDA_ROUTE_ALONE;
+    const size_t bytes = 8 * (size_t)(r.n + (shared ? llmpari_cuda_max(groups, 4 * r.k) : groups)) * (shared ? 1 : 4);
+    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(r.rows, shared ? 1 : 4), LLMPARI_CUDA_GRID)), block(128);
+    LLMPARI_CUDA_DISPATCH(desc->dtype, T, return llmpari_cuda_launch("route", shared ? llmpari_cuda_route_kernel<T, 4> : llmpari_cuda_route_kernel<T, 1>, grid, block, bytes, stream, err, r));
 }
 
 LLMPAR_DEF llmpar_status llmpar_cuda_route(const llmpar_cuda_route_desc *desc, void *stream, llmpar_error *err) {

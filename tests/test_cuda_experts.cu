@@ -109,12 +109,22 @@ static llmpar_route_desc some_route(int i, std::vector<float> *logit_bias, std::
     return d;
 }
 
-static void test_route_case(int i, bool wild) {                           // i < 0: more rows than the grid has warps
+static void test_route_case(int i, bool wild) {                           // -1: more rows than the grid has warps; -2: many experts
     std::vector<float> logit_bias, correction;
     llmpar_route_desc d = some_route(i < 0 ? 0 : i, &logit_bias, &correction);
     const llmpar_dtype dtype = some_dtype((int)test_below(3));
-    if (i < 0) d.n_experts = 4, d.k = 1;
-    const int64_t rows = i < 0 ? 4 * LLMPARI_CUDA_GRID + 5 : test_below(20) ? 1 + test_below(9) : 0, n = d.n_experts, k = d.k ? d.k : 1;
+    if (i == -1) d.n_experts = 4, d.k = 1;
+    if (i == -2) {                                                         // 4 warps a row, from 625 experts and groups on
+        memset(&d, 0, sizeof d);
+        d.n_groups = (int32_t)(test_below(2) ? 1 + test_below(16) : 1); d.topk_groups = (int32_t)(1 + test_below(d.n_groups)); d.group_top = (int32_t)(1 + test_below(3));
+        d.n_experts = d.n_groups * (int32_t)((600 + test_below(1449)) / d.n_groups);
+        d.k = (int32_t)(1 + test_below(32)); d.score = (llmpar_score)test_below(3); d.renormalise = test_below(2); d.fill_zero = test_below(2);
+        logit_bias = floats(normals(d.n_experts, 1)); correction = floats(normals(d.n_experts, 0.2));
+        if (test_below(2)) d.logit_bias = logit_bias.data();
+        if (test_below(2)) d.correction_bias = correction.data();
+        d.has_logit_bias = d.logit_bias != NULL; d.has_correction_bias = d.correction_bias != NULL;
+    }
+    const int64_t rows = i == -1 ? 4 * LLMPARI_CUDA_GRID + 5 : test_below(20) ? 1 + test_below(9) : 0, n = d.n_experts, k = d.k ? d.k : 1;
     std::vector<double> x = normals(rows * n, 4), rounded;
     for (double &v : x) if (wild) {                                        // ties, NaN, infinities
         const int64_t what = test_below(12);
@@ -169,6 +179,7 @@ static void test_route(void) {
         TEST("route: presets and random conventions, ids of the formula, bits of llmpar_route") for (int i = 0; i < rounds(60); i++) test_route_case(i, false);
         TEST("route: ties, NaN, infinities as llmpar_route") for (int i = 0; i < rounds(60); i++) test_route_case(i, true);
         TEST("route: more rows than warps") test_route_case(-1, false);
+        TEST("route: four warps a row") for (int i = 0; i < rounds(20); i++) test_route_case(-2, i % 2);
         TEST("route: the kept group is all -infinity, one that is not kept is NaN") for (int fill = 0; fill < 2; fill++) {
             llmpar_cuda_route_desc c;
             llmpar_error err;
