@@ -4435,7 +4435,8 @@ LLMPAR_DEF llmpar_status llmpar_cuda_route(const llmpar_cuda_route_desc *desc, v
     return llmpari_cuda_route_launch(desc, stream, err);
 }
 
-// ---- sorting by expert: a stable counting sort. A block takes a chunk of ids, each of its warps a segment of that, 32 at a time.
+// ---- sorting by expert: a stable counting sort. A block takes a chunk of ids, each of its warps a segment of that, 32 at a time. Every warp counts for itself, for as many experts as
+// there is shared memory for; more are done in turns.
 
 enum { LLMPARI_CUDA_SORT_ALL, LLMPARI_CUDA_SORT_COUNT, LLMPARI_CUDA_SORT_SCAN, LLMPARI_CUDA_SORT_PLACE };
 #define LLMPARI_CUDA_SORT_CHUNK 8192           // ids of a block; more than 128 blocks take larger chunks
@@ -4444,7 +4445,7 @@ struct llmpari_cuda_sort {
     const int32_t *ids;
     int64_t n, chunk, block;
     int64_t first;
-    int experts, blocks, pad;
+    int experts, bins, blocks, pad;            // bins: experts of a turn, at least 1
     int32_t *counts, *order, *inverse, *slots, *block_expert;
     int64_t *offsets, *padded;
     int32_t *table, *starts;                   // workspace: [blocks, experts] counts, then what comes before; [2, experts + 1] first places, plain and padded
@@ -4464,27 +4465,45 @@ LLMPARI_DEVICE unsigned llmpari_cuda_peers(int id, int experts) {
     return mask;
 }
 
-// own[experts] += how often each id occurs in [at, end) of this warp.
-LLMPARI_DEVICE void llmpari_cuda_sort_count(const llmpari_cuda_sort &s, int64_t at, int64_t end, int lane, int32_t *own) {
+// The id's place among the experts of the turn, base to base + bins; -1 = none of them.
+LLMPARI_DEVICE int llmpari_cuda_sort_bin(const llmpari_cuda_sort &s, int id, int base) { return id >= base && id - base < s.bins ? id - base : -1; }
+
+// counts[warps][bins] = what of the turn's ids comes before each warp's in the block, above before[] (NULL = 0); total[] (may be NULL) = the block's. Ends with a barrier.
+LLMPARI_DEVICE void llmpari_cuda_sort_count(const llmpari_cuda_sort &s, int base, int64_t at, int64_t end, int32_t *counts, const int32_t *before, int32_t *total) {
+    const int lane = (int)threadIdx.x % 32, warps = (int)blockDim.x / 32, bins = s.experts - base < s.bins ? s.experts - base : s.bins;
+    int32_t *own = counts + (int)threadIdx.x / 32 * s.bins;
+    for (int e = lane; e < bins; e += 32) own[e] = 0;
+    __syncwarp();
     for (; at < end; at += 32) {
-        const int id = llmpari_cuda_sort_id(s, at + lane, end);
-        const unsigned same = llmpari_cuda_peers(id, s.experts);
-        if (id >= 0 && (same & ((1u << lane) - 1)) == 0) own[id] += __popc(same);
+        const int bin = llmpari_cuda_sort_bin(s, llmpari_cuda_sort_id(s, at + lane, end), base);
+        const unsigned same = llmpari_cuda_peers(bin, s.bins);
+        if (bin >= 0 && (same & ((1u << lane) - 1)) == 0) own[bin] += __popc(same);
         __syncwarp();
     }
+    __syncthreads();
+    for (int e = (int)threadIdx.x; e < bins; e += (int)blockDim.x) {
+        int32_t *warp = counts + e, sum = before ? before[base + e] : 0;
+        for (int w = 0; w < warps; w++, warp += s.bins) {
+            const int32_t n = *warp;
+            *warp = sum;
+            sum += n;
+        }
+        if (total) total[base + e] = sum;
+    }
+    __syncthreads();
 }
-// own[id]: how many with this id come before those of this warp.
-LLMPARI_DEVICE void llmpari_cuda_sort_place(const llmpari_cuda_sort &s, int64_t at, int64_t end, int lane, int32_t *own, const int32_t *start, const int32_t *padded) {
+// own[bin]: how many of this expert come before those of this warp.
+LLMPARI_DEVICE void llmpari_cuda_sort_place(const llmpari_cuda_sort &s, int base, int64_t at, int64_t end, int lane, int32_t *own, const int32_t *start, const int32_t *padded) {
     for (; at < end; at += 32) {
-        const int id = llmpari_cuda_sort_id(s, at + lane, end);
-        const unsigned same = llmpari_cuda_peers(id, s.experts);
-        const int before = __popc(same & ((1u << lane) - 1)), place = id >= 0 ? own[id] + before : -1;
+        const int id = llmpari_cuda_sort_id(s, at + lane, end), bin = llmpari_cuda_sort_bin(s, id, base);
+        const unsigned same = llmpari_cuda_peers(bin, s.bins);
+        const int before = __popc(same & ((1u << lane) - 1)), place = bin >= 0 ? own[bin] + before : -1;
         __syncwarp();
-        if (id >= 0 && before == 0) own[id] += __popc(same);
+        if (bin >= 0 && before == 0) own[bin] += __popc(same);
         __syncwarp();
-        if (s.inverse && at + lane < end) s.inverse[at + lane] = id >= 0 ? start[id] + place : -1;
-        if (s.order && id >= 0) s.order[start[id] + place] = (int32_t)(at + lane);
-        if (s.slots && id >= 0) s.slots[padded[id] + place] = (int32_t)(at + lane);
+        if (s.inverse && at + lane < end && (bin >= 0 || (id < 0 && base == 0))) s.inverse[at + lane] = bin >= 0 ? start[id] + place : -1;
+        if (s.order && bin >= 0) s.order[start[id] + place] = (int32_t)(at + lane);
+        if (s.slots && bin >= 0) s.slots[padded[id] + place] = (int32_t)(at + lane);
     }
 }
 // start[experts] holds counts: first places instead, and their sums behind.
@@ -4523,7 +4542,7 @@ template <int PHASE> __global__ void __launch_bounds__(1024) llmpari_cuda_sort_k
     LLMPARI_SHARED_DYNAMIC(int32_t, memory);
     LLMPARI_SHARED(long long, sums, 33);
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, warps = (int)blockDim.x / 32;
-    int32_t *start = memory, *padded = start + s.experts + 1, *own = padded + s.experts + 1 + warp * s.experts;
+    int32_t *start = memory, *padded = start + s.experts + 1, *counts = padded + s.experts + 1, *table = s.table + (PHASE == LLMPARI_CUDA_SORT_ALL ? 0 : (int64_t)blockIdx.x * s.experts);
     const int64_t first = (int64_t)blockIdx.x * s.chunk, last = first + s.chunk < s.n ? first + s.chunk : s.n, segment = s.chunk / warps;
     const int64_t from = first + warp * segment < last ? first + warp * segment : last, to = from + segment < last ? from + segment : last;
     if (PHASE == LLMPARI_CUDA_SORT_SCAN) {
@@ -4537,22 +4556,9 @@ template <int PHASE> __global__ void __launch_bounds__(1024) llmpari_cuda_sort_k
             }
             start[e] = sum;
         }
-    } else {
-        for (int e = lane; e < s.experts; e += 32) own[e] = 0;
-        __syncwarp();
-        llmpari_cuda_sort_count(s, from, to, lane, own);
-        __syncthreads();
-        for (int e = (int)threadIdx.x; e < s.experts; e += (int)blockDim.x) {              // counts of the warps -> what comes before each
-            int32_t *at = padded + s.experts + 1 + e, sum = PHASE == LLMPARI_CUDA_SORT_PLACE ? s.table[(int64_t)blockIdx.x * s.experts + e] : 0;
-            for (int w = 0; w < warps; w++, at += s.experts) {
-                const int32_t n = *at;
-                *at = sum;
-                sum += n;
-            }
-            if (PHASE == LLMPARI_CUDA_SORT_COUNT) s.table[(int64_t)blockIdx.x * s.experts + e] = sum;
-            if (PHASE == LLMPARI_CUDA_SORT_ALL) start[e] = sum;
-        }
     }
+    if (PHASE == LLMPARI_CUDA_SORT_ALL || PHASE == LLMPARI_CUDA_SORT_COUNT)
+        for (int base = 0; base < s.experts; base += s.bins) llmpari_cuda_sort_count(s, base, from, to, counts, NULL, PHASE == LLMPARI_CUDA_SORT_ALL ? start : table);
     if (PHASE == LLMPARI_CUDA_SORT_COUNT) return;
     __syncthreads();
     if (PHASE != LLMPARI_CUDA_SORT_PLACE) {
@@ -4566,7 +4572,11 @@ template <int PHASE> __global__ void __launch_bounds__(1024) llmpari_cuda_sort_k
         }
     if (PHASE == LLMPARI_CUDA_SORT_SCAN) return;
     __syncthreads();
-    llmpari_cuda_sort_place(s, from, to, lane, own, start, padded);
+    for (int base = 0; base == 0 || base < s.experts; base += s.bins) {
+        if (PHASE == LLMPARI_CUDA_SORT_PLACE || s.bins < s.experts) llmpari_cuda_sort_count(s, base, from, to, counts, PHASE == LLMPARI_CUDA_SORT_PLACE ? table : NULL, NULL);
+        llmpari_cuda_sort_place(s, base, from, to, lane, counts + warp * s.bins, start, padded);
+        __syncthreads();
+    }
     llmpari_cuda_sort_fill(s, (int)blockIdx.x * warps + warp, (int)gridDim.x * warps, lane, start, padded);
 }
 
@@ -4596,10 +4606,12 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_dispatch_launch(const llmpar_cuda_dis
     s.blocks = s.n > s.chunk ? (int)llmpari_cuda_up(s.n, s.chunk) : 1;
     s.table = (int32_t *)desc->workspace;
     s.starts = s.table ? s.table + (int64_t)s.blocks * s.experts : NULL;
-    // As many warps as there is shared memory for, and no more than have 64 ids each. A warp's segment is whole vectors of 32.
-    const int64_t room = llmpari_cuda_max(1, (24576 - 2 * (desc->n_experts + 1)) / llmpari_cuda_max(desc->n_experts, 1));
-    const int64_t warps = llmpari_cuda_max(1, llmpari_cuda_min(llmpari_cuda_min(room, 32), llmpari_cuda_up(s.chunk, 64)));
-    const size_t bytes = 4 * (size_t)((warps + 2) * s.experts + 2);
+    // A block of 32 warps, or two of 16, are half of a multiprocessor's threads: 96 KiB, which every GPU has, or 80 KiB, of which sm_80 has two. No more warps than have 64 ids each. A warp's
+    // segment is whole vectors of 32.
+    const bool two = 34 * desc->n_experts + 2 > 24576;
+    const int64_t warps = llmpari_cuda_max(1, llmpari_cuda_min(two ? 16 : 32, llmpari_cuda_up(s.chunk, 64)));
+    s.bins = (int)llmpari_cuda_max(1, llmpari_cuda_min(desc->n_experts, ((two ? 20480 : 24576) - 2 * (desc->n_experts + 1)) / warps));
+    const size_t bytes = 4 * (size_t)(warps * s.bins + 2 * (s.experts + 1));
     const dim3 grid((unsigned)s.blocks), block((unsigned)(32 * warps));
     s.chunk = llmpari_cuda_up(llmpari_cuda_max(s.chunk, 1), 32 * warps) * 32 * warps;
     if (s.blocks == 1) return llmpari_cuda_launch("dispatch", llmpari_cuda_sort_kernel<LLMPARI_CUDA_SORT_ALL>, grid, block, bytes, stream, err, s);

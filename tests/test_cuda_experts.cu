@@ -257,7 +257,7 @@ static void test_dispatch_case(int64_t tokens, int64_t k, int64_t experts, int64
     CHECK(room >= padded[(size_t)experts] && room % block == 0);
     d.ids = device(ids);
     d.counts = device_room<int32_t>(experts); d.offsets = device_room<int64_t>(experts + 1); d.padded = device_room<int64_t>(experts + 1);
-    d.order = device_room<int32_t>(n); d.inverse = device_room<int32_t>(n); d.slots = device_room<int32_t>(room); d.block_expert = device_room<int32_t>(room / block);
+    d.order = device_room<int32_t>(n); d.inverse = device(std::vector<int32_t>((size_t)n, -9)); d.slots = device_room<int32_t>(room); d.block_expert = device_room<int32_t>(room / block);
     d.workspace = device_room<int32_t>(llmpar_cuda_dispatch_workspace(&d) / 4);
     CHECK_OK(llmpar_cuda_dispatch(&d, NULL, &err), err);
     CHECK(host(d.offsets, experts + 1) == offsets);
@@ -277,6 +277,7 @@ static void test_dispatch(void) {
         TEST("dispatch: sort, align, blocks as llmpar.h") for (int i = 0; i < rounds(50); i++)
             test_dispatch_case(test_below(60), test_below(9), test_below(i % 5 ? 40 : 600), i % 3 ? 1 + test_below(40) : 1, test_below(3) * 10);
         TEST("dispatch: several blocks of ids") for (int i = 0; i < 2; i++) test_dispatch_case(2000 + test_below(2000), 8, 1 + test_below(300), 16, 0);
+        TEST("dispatch: experts in turns, one block, two") for (int i = 0; i < 2; i++) test_dispatch_case((i ? 1030 : 200) + test_below(200), 8, 1130 + test_below(900), 4, 0);
     }
     TEST("dispatch: 8192 experts") test_dispatch_case(50, 2, 8192, 4, 0);
     TEST("dispatch: outputs may be NULL") {
