@@ -1,6 +1,9 @@
 // Section experts of llmpar_cuda.cuh: router, dispatch, permute, combine, GEMM in the portable kernels' order.
 #define LLMPARI_CUDA_GRID 3        // few blocks, so that each has several turns
 #include "cuda_test.h"
+#include <algorithm>
+#include <map>
+#include <string>
 #include <utility>
 
 static int rounds(int n) { return test_stress() ? 10 * n : test_short() ? n / 5 : n; }
@@ -604,6 +607,116 @@ static void test_gemm(void) {
     }
 }
 
+// ---- shared memory of launches, of every section: at least half of the threads of sm_80's multiprocessor, which has the least, find room; the table of tests/cuda_registers.sh has the most
+
+#ifdef LLMPAR_CUDA_EMULATED
+static std::map<std::string, int64_t> most_shared;
+// A block of the launch before, for the row `kernel` of the table.
+static void shape(const char *kernel) {
+    CUDA_TEST_OK(cudaDeviceSynchronize());
+    const emulator_shape s = emulator_last_shape();
+    const int64_t warps = (s.threads + 31) / 32, bytes = (int64_t)(s.static_bytes + s.dynamic_bytes + 1024 + 127) / 128 * 128;
+    const int64_t blocks = std::min(std::min((int64_t)32, 64 / warps), (int64_t)164 * 1024 / bytes);
+    if (blocks * warps < 32) printf("%s: %d threads, %zu + %zu bytes: %d of 64 warps\n", kernel, s.threads, s.static_bytes, s.dynamic_bytes, (int)(blocks * warps));
+    CHECK(blocks * warps >= 32);
+    CHECK(s.static_bytes <= LLMPARI_CUDA_DECLARED);
+    most_shared[kernel] = std::max(most_shared[kernel], (int64_t)s.dynamic_bytes);
+    device_release();
+}
+static void shape_route(int32_t experts, int32_t k, int32_t groups) {
+    llmpar_cuda_route_desc d;
+    llmpar_error err;
+    memset(&d, 0, sizeof d);
+    d.route.n_experts = experts; d.route.k = k; d.route.n_groups = groups; d.route.topk_groups = groups > 1 ? groups / 2 : groups; d.rows = 1;
+    d.logits = device(std::vector<float>((size_t)experts, 1.0f)); d.ids = device_room<int32_t>(k); d.weights = device_room<float>(k);
+    CHECK_OK(llmpar_cuda_route(&d, NULL, &err), err);
+    shape(experts + (groups > 1 ? groups : 0) > 624 ? "route_kernel<.*4>" : "route_kernel<.*1>");
+}
+static void shape_sort(int64_t experts) {
+    llmpar_cuda_dispatch_desc d;
+    llmpar_error err;
+    memset(&d, 0, sizeof d);
+    d.tokens = 8192; d.k = 1; d.n_experts = experts; d.ids = device(std::vector<int32_t>(8192, 1));
+    CHECK_OK(llmpar_cuda_dispatch(&d, NULL, &err), err);
+    shape("sort_kernel<");
+}
+static void shape_combine(llmpar_dtype dtype, int64_t k, int64_t n_experts, bool tree) {
+    llmpar_cuda_combine_desc d;
+    llmpar_error err;
+    memset(&d, 0, sizeof d);
+    d.tokens = 1; d.k = k; d.n = 2048; d.dtype = dtype; d.tree = tree; d.n_experts = n_experts; d.experts.count = n_experts; d.count = 0;
+    d.ids = device(std::vector<int32_t>((size_t)k, 1)); d.from = d.ids; d.out = device_room<float>(2048);
+    CHECK_OK(llmpar_cuda_combine(&d, NULL, &err), err);
+    shape("combine_kernel<");
+}
+static void shape_gemm(int32_t depth, bool transposed) {
+    llmpar_cuda_gemm_desc d;
+    llmpar_error err;
+    std::vector<uint8_t> merges((size_t)depth, 0);
+    merges.back() = (uint8_t)(depth - 1);
+    memset(&d, 0, sizeof d);
+    d.m = d.n = 1; d.k = d.lda = depth; d.ldb = transposed ? depth : 1; d.ldc = 1; d.b_transposed = transposed; d.granule = 1; d.pieces = 1; d.depth = depth; d.merges = device(merges);
+    d.a = device(std::vector<float>((size_t)depth, 1.0f)); d.b = d.a; d.c = device_room<float>(1);
+    CHECK_OK(llmpar_cuda_gemm(&d, NULL, &err), err);
+    CHECK_NEAR(host(d.c, 1)[0], depth, 0);
+    shape("product_");
+}
+static void shape_fold(int32_t pieces, int64_t columns) {
+    llmpar_cuda_fold_desc d;
+    llmpar_error err;
+    std::vector<uint8_t> merges((size_t)pieces, 0);
+    merges.back() = (uint8_t)(pieces - 1);
+    memset(&d, 0, sizeof d);
+    d.pieces = pieces; d.columns = columns; d.merges = merges.data(); d.piece = device(std::vector<float>((size_t)(pieces * columns), 1.0f)); d.out = device_room<float>(columns);
+    CHECK_OK(llmpar_cuda_fold(&d, NULL, &err), err);
+    shape("fold_kernel<");
+}
+static void shape_attention(llmpar_dtype dtype, int32_t d_head, int64_t queries) {
+    llmpar_cuda_attention_desc d;
+    llmpar_error err;
+    memset(&d, 0, sizeof d);
+    d.batch = 1; d.queries = queries; d.q_heads = 2; d.kv_heads = 1; d.d = d_head; d.dtype = dtype; d.splits = 1;
+    d.q = device(std::vector<float>((size_t)(2 * d_head * queries), 0.0f)); d.kv.k = d.kv.v = device(std::vector<float>((size_t)d_head, 0.0f)); d.kv.slots = 1;
+    d.out = device_room<float>(2 * d_head * queries);
+    CHECK_OK(llmpar_cuda_attention(&d, NULL, &err), err);
+    shape("attend_kernel<");
+}
+static void shape_rope(llmpar_dtype dtype, int32_t d_head) {
+    llmpar_cuda_rope_desc d;
+    llmpar_error err;
+    memset(&d, 0, sizeof d);
+    d.tokens = 9; d.q_heads = 2; d.d = d_head; d.dtype = dtype;
+    d.qkv = device(std::vector<float>((size_t)(18 * d_head), 0.0f)); d.position = device(std::vector<int32_t>(9, 1)); d.frequencies = device(std::vector<float>((size_t)d_head, 1.0f));
+    d.q = device_room<float>(18 * d_head);
+    CHECK_OK(llmpar_cuda_rope(&d, NULL, &err), err);
+    shape("qkv_kernel<");
+}
+static void test_shapes(void) {
+    shape_route(256, 8, 8); shape_route(512, 8, 1); shape_route(624, 8, 1); shape_route(616, 8, 8);
+    for (int32_t experts : { 625, 640, 1024, 2048 }) { shape_route(experts, 8, 1); shape_route(experts, 32, experts % 5 ? 64 : 5); }
+    for (int64_t experts : { 8, 60, 128, 256, 512, 721, 722, 1024, 1137, 2048, 8192 }) shape_sort(experts);
+    for (int dtype = 0; dtype < 3; dtype++) for (int64_t k : { 1, 2, 8, 32, 63 }) { shape_combine(some_dtype(dtype), k, 128, true); shape_combine(some_dtype(dtype), k, 2048, false); }
+    shape_combine(LLMPAR_F32, LLMPAR_CUDA_MAX_SUM, 2048, true);
+    for (int32_t depth : { 1, 8, 40 }) { shape_gemm(depth, true); shape_gemm(depth, false); }
+    for (int32_t pieces : { 2, 9, 10, 33 }) { shape_fold(pieces, 1024); shape_fold(pieces, 1023); }
+    for (int dtype = 0; dtype < 3; dtype++) for (int32_t d = 8; d <= 256; d += d < 64 ? 8 : d < 128 ? 16 : 64) { shape_attention(some_dtype(dtype), d, 1); shape_attention(some_dtype(dtype), d, 8); }
+    for (int dtype = 0; dtype < 3; dtype++) for (int32_t d : { 64, 80, 128, 256, 1024 }) shape_rope(some_dtype(dtype), d);
+    FILE *table = fopen("tests/cuda_registers.sh", "r");
+    char line[2000], kernel[200];
+    long long bytes;
+    size_t rows = 0;
+    CHECK(table != NULL);
+    while (table && fgets(line, sizeof line, table)) {
+        if (sscanf(line, "shared %lld %199s", &bytes, kernel) != 2) continue;
+        if (most_shared[kernel] != bytes) printf("%s: the table has %lld bytes, launches %lld\n", kernel, bytes, (long long)most_shared[kernel]);
+        CHECK_EQ(most_shared[kernel], bytes);
+        rows++;
+    }
+    CHECK_EQ((int64_t)rows, (int64_t)most_shared.size());
+    if (table) fclose(table);
+}
+#endif
+
 int main(void) {
     if (!cuda_test_begin()) return test_done();
     test_seed(31);
@@ -612,5 +725,9 @@ int main(void) {
     test_permute();
     test_combine();
     test_gemm();
+#ifdef LLMPAR_CUDA_EMULATED
+    thread_order(0);
+    TEST("shared memory: half of the threads find room, as the table of registers says") test_shapes();
+#endif
     return test_done();
 }
