@@ -4697,8 +4697,8 @@ LLMPAR_DEF llmpar_status llmpar_cuda_permute(const llmpar_cuda_permute_desc *des
 }
 
 // ---- combine: a block per token. The order is made once, in shared memory; then every thread runs the stack machine for its columns, with the topmost value in registers and those
-// below in shared memory. Of the two sides of an addition the one with more values is made first, while nothing of the other waits, and a single value is added as it comes: what waits
-// has fewer than half the values of what it waits for, so that few sums ever wait. Which side is first does not change a sum's bits.
+// below in shared memory. Of the two sides of an addition the one with more values is made first; its sum waits while the other is made, which has at most half of the values, so that few
+// sums wait at a time. A side of a single value is added as it comes: nothing waits for it. Which side is first does not change a sum's bits.
 
 struct llmpari_cuda_combine {
     int64_t tokens, n, first, count, e_first, e_count;
@@ -4826,7 +4826,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_combine_launch(const llmpar_cuda_comb
     if (desc->tree && desc->pieces) pieces = llmpar_tree_pieces(desc->n_experts, desc->experts, piece);
     const int64_t threads = llmpari_cuda_threads(c.n, desc->dtype);
     size_t bytes = (size_t)(16 * desc->k);
-    if (desc->tree) for (int64_t values = desc->k; values >= 4; values /= 2) bytes += (size_t)(4 * pack * threads);     // what waits has less than half the values, and two at least
+    if (desc->tree) for (int64_t values = desc->k; values >= 4; values /= 2) bytes += (size_t)(4 * pack * threads);     // a sum waits for a side of at most half the values, two at least
     const dim3 grid((unsigned)llmpari_cuda_min(c.tokens, LLMPARI_CUDA_GRID)), block((unsigned)threads);
     for (int32_t p = 0; p < pieces; p++) {
         llmpar_status status;

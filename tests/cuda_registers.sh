@@ -66,7 +66,7 @@ echo "128-bit instructions from ${CUOBJDUMP:-the PTX}"
 awk -v archs="$archs" '
 function resident(arch, threads, registers, shared,   warps, by_registers, by_shared, blocks) {
     warps = int((threads + 31) / 32); blocks = 32
-    by_registers = int(65536 / (int((registers * 32 + 255) / 256) * 256 * warps)); if (by_registers < blocks) blocks = by_registers
+    by_registers = int(int(16384 / (int((registers * 32 + 255) / 256) * 256)) * 4 / warps); if (by_registers < blocks) blocks = by_registers       # of four parts, each with its own
     by_shared = int(((arch == 80 ? 164 : 228) * 1024) / (int((shared + 1024 + 127) / 128) * 128)); if (by_shared < blocks) blocks = by_shared
     if (int(64 / warps) < blocks) blocks = int(64 / warps)
     return 100 * blocks * warps / 64
