@@ -474,8 +474,8 @@ LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_bucket(const llmpar_cuda_bucket_desc *
 #define LLMPAR_CUDA_MAX_BINS    8192   // experts that llmpar_cuda_dispatch sorts by
 
 // llmpar_route on the device: logits[rows, E] -> ids[rows, k] by falling choice score, weights[rows, k]. Every convention of llmpar_route_desc but expert_choice. A warp per token,
-// scores in f64 by the same steps in the same order: the ids and weights are llmpar_route's where that was compiled without contraction of a * b + c, as with -std=c99 or on x86-64
-// without -march; else ids may differ where choice scores at the cut agree within 2^-40, and weights by a unit in the last place.
+// four where there are more than some 600 experts; scores in f64 by the same steps in the same order: the ids and weights are llmpar_route's where that was compiled without contraction
+// of a * b + c, as with -std=c99 or on x86-64 without -march; else ids may differ where choice scores at the cut agree within 2^-40, and weights by a unit in the last place.
 typedef struct llmpar_cuda_route_desc {
     llmpar_route_desc route;       // its logit_bias and correction_bias, [E] f32, are on the device too
     int64_t        rows;           // tokens
@@ -1047,12 +1047,28 @@ LLMPARI_CUDA_FN int64_t llmpari_cuda_bytes(llmpar_dtype dtype) { return dtype ==
 // The parameter's own type, so that arguments convert to what the kernel takes.
 template <typename T> struct llmpari_cuda_same { typedef T type; };
 
+// A kernel gets 48 KiB of shared memory, what it declares (at most LLMPARI_CUDA_DECLARED where it has dynamic memory too) and what the launch gives together, unless more is asked for:
+// as much as the device has, so that threads which launch the same kernel with other sizes do not take it from each other.
+#define LLMPARI_CUDA_DECLARED (8 * 1024)
+template <typename... P> static llmpar_status llmpari_cuda_room(const char *name, void (*kernel)(P...), size_t shared_bytes, llmpar_error *err) {
+    struct cudaFuncAttributes attributes;
+    int device, most;
+    LLMPARI_CUDA_CALL(err, cudaGetDevice(&device));
+    LLMPARI_CUDA_CALL(err, cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    LLMPARI_CUDA_CALL(err, cudaFuncGetAttributes(&attributes, kernel));
+    const size_t room = (size_t)most - attributes.sharedSizeBytes;
+    if (shared_bytes > room)
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "%s: a block needs %lld bytes of shared memory, device %d has %lld", name, (long long)shared_bytes, device, (long long)room);
+    LLMPARI_CUDA_CALL(err, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)room));
+    return LLMPAR_OK;
+}
+
 // Launches kernel(args...); `name` for the error. blocks are checked: no dim may be 0 or beyond CUDA's limits.
 template <typename... P>
 static llmpar_status llmpari_cuda_launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void *stream, llmpar_error *err,
                                          typename llmpari_cuda_same<P>::type... args) {
     void *at[] = { (void *)&args... };
-    if (shared_bytes > 32 * 1024) LLMPARI_CUDA_CALL(err, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes));
+    if (shared_bytes > 48 * 1024 - LLMPARI_CUDA_DECLARED) LLMPARI_CUDA_TRY(llmpari_cuda_room(name, kernel, shared_bytes, err));
     cudaError_t error = cudaLaunchKernel(kernel, grid, block, at, shared_bytes, (cudaStream_t)stream);
     if (error == cudaSuccess) return LLMPAR_OK;
     return llmpari_cuda_error(err, error, name, __LINE__, __func__);
@@ -4151,6 +4167,7 @@ LLMPARI_DEVICE long long llmpari_cuda_bits64(double d) { return __double_as_long
 
 #define LLMPARI_CUDA_LOWEST64 (-9223372036854775807LL - 1)
 #define LLMPARI_CUDA_EXPERT_MASK 2047LL        // of a key: the inverted id
+#define LLMPARI_CUDA_ROUTE_ALONE 624           // most experts and groups of a row that a warp has for itself: 8 blocks of 4 rows find room in 164 KiB. Above, 4 warps share a row
 
 struct llmpari_cuda_router {
     const void *logits;
@@ -4200,8 +4217,14 @@ LLMPARI_DEVICE double llmpari_cuda_warp_largest64(double x) {
     for (int lane = 16; lane > 0; lane /= 2) x = llmpari_cuda_larger64(x, __shfl_xor_sync(0xffffffffu, x, lane));
     return x;
 }
-// Lane l has term l, l + 32, ...: llmpar.h adds every eighth to one of 8 sums. add: the next 32 terms; then the total of the 8.
-LLMPARI_DEVICE double llmpari_cuda_eights_add64(double sum, double term, int lane) {
+// llmpar.h adds every eighth term to one of 8 sums, here that of lanes l, l + 8, ...: of n terms in shared memory, or of the 32 lanes'; then the total of the 8.
+LLMPARI_DEVICE double llmpari_cuda_eights_shared64(const double *term, int n, int lane) {
+    double sum = 0;
+    for (int i = lane % 8; i < n; i += 8) sum = llmpari_cuda_add64(sum, term[i]);
+    return sum;
+}
+LLMPARI_DEVICE double llmpari_cuda_eights_lanes64(double term, int lane) {
+    double sum = 0;
     for (int q = 0; q < 4; q++) sum = llmpari_cuda_add64(sum, __shfl_sync(0xffffffffu, term, lane % 8 + 8 * q));
     return sum;
 }
@@ -4224,12 +4247,21 @@ LLMPARI_DEVICE long long llmpari_cuda_key_below(const long long *key, int first,
     for (int i = first; i < n; i += step) best = key[i] < below && key[i] > best ? key[i] : best;
     return best;
 }
-// One key after another in falling order over a warp. `own`: the lane's largest that is left. Lane i keeps the id of round i.
-LLMPARI_DEVICE long long llmpari_cuda_key_take(const long long *key, int n, int lane, long long *own) {
+// One key after another in falling order over a warp, whose lanes have keys first, first + step, ... each. `own`: the lane's largest that is left.
+LLMPARI_DEVICE long long llmpari_cuda_key_take(const long long *key, int first, int step, int n, long long *own) {
     long long win = *own;
     for (int other = 16; other > 0; other /= 2) { const long long theirs = __shfl_xor_sync(0xffffffffu, win, other); win = theirs > win ? theirs : win; }
-    if (*own == win) *own = llmpari_cuda_key_below(key, lane, 32, n, win);
+    if (*own == win) *own = llmpari_cuda_key_below(key, first, step, n, win);
     return win;
+}
+// The k largest keys of a warp; lane i has that of round i.
+LLMPARI_DEVICE long long llmpari_cuda_key_largest(const long long *key, int first, int step, int n, int k, int lane) {
+    long long own = llmpari_cuda_key_below(key, first, step, n, 0x7fffffffffffffffLL), mine = LLMPARI_CUDA_LOWEST64;
+    for (int i = 0; i < k; i++) {
+        const long long win = llmpari_cuda_key_take(key, first, step, n, &own);
+        mine = lane == i ? win : mine;
+    }
+    return mine;
 }
 
 template <typename T> LLMPARI_DEVICE double llmpari_cuda_route_logit(const llmpari_cuda_router &r, const T *row, int i) {
@@ -4268,7 +4300,7 @@ template <typename T> LLMPARI_DEVICE void llmpari_cuda_route_groups(const llmpar
     __syncwarp();
     long long own = llmpari_cuda_key_below(group, lane, 32, r.n_groups, 0x7fffffffffffffffLL);
     for (int i = 0; i < r.topk_groups; i++) {
-        const long long win = llmpari_cuda_key_take(group, r.n_groups, lane, &own);
+        const long long win = llmpari_cuda_key_take(group, lane, 32, r.n_groups, &own);
         // A row of nothing but -infinity shares the probability: a fill of 0 is less.
         if (i == 0 && logits && r.score == LLMPAR_SCORE_SOFTMAX && (win & ~LLMPARI_CUDA_EXPERT_MASK) == (llmpari_cuda_sortable64(-INFINITY) & ~LLMPARI_CUDA_EXPERT_MASK)) lowest = true;
         __syncwarp();
@@ -4288,7 +4320,7 @@ template <typename T> LLMPARI_DEVICE float llmpari_cuda_route_weight(const llmpa
     const bool among_chosen = r.score == LLMPAR_SCORE_CHOSEN || (r.score == LLMPAR_SCORE_SOFTMAX && r.renormalise && sum == 0);
     if (among_chosen) {
         w   = llmpari_cuda_term64(x, llmpari_cuda_warp_largest64(x));
-        sum = llmpari_cuda_eights_total64(llmpari_cuda_eights_add64(0.0, w, lane));
+        sum = llmpari_cuda_eights_total64(llmpari_cuda_eights_lanes64(w, lane));
     } else {
         w = llmpari_cuda_route_score(r, x, largest, share);
         if (r.renormalise) for (int i = 0; i < r.k; i++) sum = llmpari_cuda_add64(sum, __shfl_sync(0xffffffffu, w, i));
@@ -4301,14 +4333,17 @@ template <typename T> LLMPARI_DEVICE float llmpari_cuda_route_weight(const llmpa
     return (float)llmpari_cuda_mul64(w, scale);
 }
 
-template <typename T> __global__ void __launch_bounds__(128, 8) llmpari_cuda_route_kernel(llmpari_cuda_router r) {
+// Shared memory of a row: a key (or a softmax's term) per expert; then a key per group, or, when a block's 4 warps share a row, the k best of each.
+LLMPARI_DEVICE void llmpari_cuda_route_meet(int share) { if (share > 1) __syncthreads(); else __syncwarp(); }
+template <typename T, int SHARE> __global__ void __launch_bounds__(128, 8) llmpari_cuda_route_kernel(llmpari_cuda_router r) {
     LLMPARI_SHARED_DYNAMIC(long long, memory);
-    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, warps = (int)blockDim.x / 32;
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, rows = 4 / SHARE, first = SHARE > 1 ? (int)threadIdx.x : lane, step = 32 * SHARE;
     const bool masked = r.topk_groups < r.n_groups, softmax = r.score == LLMPAR_SCORE_SOFTMAX && (!r.by_logit || !r.renormalise);
-    long long *key = memory + warp * (r.n + (masked ? r.n_groups : 0)), *group = key + r.n;
-    for (int64_t t = (int64_t)blockIdx.x * warps + warp; t < r.rows; t += (int64_t)gridDim.x * warps) {
+    long long *key = memory + (SHARE > 1 ? 0 : warp * (r.n + (masked ? r.n_groups : 0))), *group = key + r.n;
+    double *term = (double *)key;
+    for (int64_t t = (int64_t)blockIdx.x * rows + (SHARE > 1 ? 0 : warp); t < r.rows; t += (int64_t)gridDim.x * rows) {
         if (r.pad && r.pad[t]) {
-            if (lane < r.k) { r.ids[t * r.k + lane] = -1; r.weights[t * r.k + lane] = 0; }
+            if (first < r.k) { r.ids[t * r.k + first] = -1; r.weights[t * r.k + first] = 0; }
             continue;
         }
         const T *row = (const T *)r.logits + t * r.n;
@@ -4316,23 +4351,30 @@ template <typename T> __global__ void __launch_bounds__(128, 8) llmpari_cuda_rou
         if (softmax) {
             for (int i = lane; i < r.n; i += 32) largest = llmpari_cuda_larger64(largest, llmpari_cuda_route_logit(r, row, i));
             largest = llmpari_cuda_warp_largest64(largest);
-            double sum = 0;
-            for (int i = lane; i - lane < r.n; i += 32) sum = llmpari_cuda_eights_add64(sum, i < r.n ? llmpari_cuda_term64(llmpari_cuda_route_logit(r, row, i), largest) : 0.0, lane);
-            sum = llmpari_cuda_eights_total64(sum);
+            for (int i = first; i < r.n; i += step) term[i] = llmpari_cuda_term64(llmpari_cuda_route_logit(r, row, i), largest);
+            llmpari_cuda_route_meet(SHARE);
+            const double sum = llmpari_cuda_eights_total64(llmpari_cuda_eights_shared64(term, r.n, lane));
             share = sum > 0 ? 1 / sum : 0;
+            llmpari_cuda_route_meet(SHARE);
         }
-        for (int i = lane; i < r.n; i += 32) key[i] = llmpari_cuda_key64(llmpari_cuda_route_choice(r, row, i, largest, share), i);
-        __syncwarp();
-        if (masked) llmpari_cuda_route_groups(r, row, lane, largest, share, key, group);
-        long long own = llmpari_cuda_key_below(key, lane, 32, r.n, 0x7fffffffffffffffLL);
-        int id = 0;
-        for (int i = 0; i < r.k; i++) {
-            const int chosen = llmpari_cuda_key_id(llmpari_cuda_key_take(key, r.n, lane, &own));
-            if (lane == i) id = chosen;
+        for (int i = first; i < r.n; i += step) key[i] = llmpari_cuda_key64(llmpari_cuda_route_choice(r, row, i, largest, share), i);
+        llmpari_cuda_route_meet(SHARE);
+        if (masked) {
+            if (SHARE == 1 || warp == 0) llmpari_cuda_route_groups(r, row, lane, largest, share, key, group);
+            llmpari_cuda_route_meet(SHARE);
         }
-        const float weight = llmpari_cuda_route_weight(r, row, lane, id, largest, share);
-        if (lane < r.k) { r.ids[t * r.k + lane] = id; r.weights[t * r.k + lane] = weight; }
-        __syncwarp();
+        long long mine = llmpari_cuda_key_largest(key, first, step, r.n, r.k, lane);
+        if (SHARE > 1) {
+            if (lane < r.k) group[warp * r.k + lane] = mine;
+            __syncthreads();
+            if (warp == 0) mine = llmpari_cuda_key_largest(group, lane, 32, SHARE * r.k, r.k, lane);
+        }
+        if (SHARE == 1 || warp == 0) {
+            const int id = lane < r.k ? llmpari_cuda_key_id(mine) : 0;
+            const float weight = llmpari_cuda_route_weight(r, row, lane, id, largest, share);
+            if (lane < r.k) { r.ids[t * r.k + lane] = id; r.weights[t * r.k + lane] = weight; }
+        }
+        llmpari_cuda_route_meet(SHARE);
     }
 }
 
@@ -4350,10 +4392,11 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_route_launch(const llmpar_cuda_route_
     r.scale = d->scale > 0 ? d->scale : 1; r.eps = d->eps;
     r.renormalise = d->renormalise; r.fill_zero = d->fill_zero;
     r.by_logit = !d->correction_bias && (!d->logit_bias || d->score == LLMPAR_SCORE_CHOSEN) && (r.group_top == 1 || r.topk_groups == r.n_groups);
-    const int64_t bytes = 8 * (int64_t)(r.n + (r.topk_groups < r.n_groups ? r.n_groups : 0));
-    const int warps = (int)llmpari_cuda_max(1, llmpari_cuda_min(4, 20480 / bytes));
-    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(r.rows, warps), LLMPARI_CUDA_GRID)), block((unsigned)(32 * warps));
-    LLMPARI_CUDA_DISPATCH(desc->dtype, T, return llmpari_cuda_launch("route", llmpari_cuda_route_kernel<T>, grid, block, (size_t)(bytes * warps), stream, err, r));
+    const int64_t groups = r.topk_groups < r.n_groups ? r.n_groups : 0;
+    const bool shared = r.n + groups > LLMPARI_CUDA_ROUTE_ALONE;
+    const size_t bytes = 8 * (size_t)(r.n + (shared ? llmpari_cuda_max(groups, 4 * r.k) : groups)) * (shared ? 1 : 4);
+    const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(r.rows, shared ? 1 : 4), LLMPARI_CUDA_GRID)), block(128);
+    LLMPARI_CUDA_DISPATCH(desc->dtype, T, return llmpari_cuda_launch("route", shared ? llmpari_cuda_route_kernel<T, 4> : llmpari_cuda_route_kernel<T, 1>, grid, block, bytes, stream, err, r));
 }
 
 LLMPAR_DEF llmpar_status llmpar_cuda_route(const llmpar_cuda_route_desc *desc, void *stream, llmpar_error *err) {
@@ -4373,7 +4416,8 @@ LLMPAR_DEF llmpar_status llmpar_cuda_route(const llmpar_cuda_route_desc *desc, v
     return llmpari_cuda_route_launch(desc, stream, err);
 }
 
-// ---- sorting by expert: a stable counting sort. A block takes a chunk of ids, each of its warps a segment of that, 32 at a time.
+// ---- sorting by expert: a stable counting sort. A block takes a chunk of ids, each of its warps a segment of that, 32 at a time. Every warp counts for itself, for as many experts as
+// there is shared memory for; more are done in turns.
 
 enum { LLMPARI_CUDA_SORT_ALL, LLMPARI_CUDA_SORT_COUNT, LLMPARI_CUDA_SORT_SCAN, LLMPARI_CUDA_SORT_PLACE };
 #define LLMPARI_CUDA_SORT_CHUNK 8192           // ids of a block; more than 128 blocks take larger chunks
@@ -4382,7 +4426,7 @@ struct llmpari_cuda_sort {
     const int32_t *ids;
     int64_t n, chunk, block;
     int64_t first;
-    int experts, blocks, pad;
+    int experts, bins, blocks, pad;            // bins: experts of a turn, at least 1
     int32_t *counts, *order, *inverse, *slots, *block_expert;
     int64_t *offsets, *padded;
     int32_t *table, *starts;                   // workspace: [blocks, experts] counts, then what comes before; [2, experts + 1] first places, plain and padded
@@ -4402,27 +4446,45 @@ LLMPARI_DEVICE unsigned llmpari_cuda_peers(int id, int experts) {
     return mask;
 }
 
-// own[experts] += how often each id occurs in [at, end) of this warp.
-LLMPARI_DEVICE void llmpari_cuda_sort_count(const llmpari_cuda_sort &s, int64_t at, int64_t end, int lane, int32_t *own) {
+// The id's place among the experts of the turn, base to base + bins; -1 = none of them.
+LLMPARI_DEVICE int llmpari_cuda_sort_bin(const llmpari_cuda_sort &s, int id, int base) { return id >= base && id - base < s.bins ? id - base : -1; }
+
+// counts[warps][bins] = what of the turn's ids comes before each warp's in the block, above before[] (NULL = 0); total[] (may be NULL) = the block's. Ends with a barrier.
+LLMPARI_DEVICE void llmpari_cuda_sort_count(const llmpari_cuda_sort &s, int base, int64_t at, int64_t end, int32_t *counts, const int32_t *before, int32_t *total) {
+    const int lane = (int)threadIdx.x % 32, warps = (int)blockDim.x / 32, bins = s.experts - base < s.bins ? s.experts - base : s.bins;
+    int32_t *own = counts + (int)threadIdx.x / 32 * s.bins;
+    for (int e = lane; e < bins; e += 32) own[e] = 0;
+    __syncwarp();
     for (; at < end; at += 32) {
-        const int id = llmpari_cuda_sort_id(s, at + lane, end);
-        const unsigned same = llmpari_cuda_peers(id, s.experts);
-        if (id >= 0 && (same & ((1u << lane) - 1)) == 0) own[id] += __popc(same);
+        const int bin = llmpari_cuda_sort_bin(s, llmpari_cuda_sort_id(s, at + lane, end), base);
+        const unsigned same = llmpari_cuda_peers(bin, s.bins);
+        if (bin >= 0 && (same & ((1u << lane) - 1)) == 0) own[bin] += __popc(same);
         __syncwarp();
     }
+    __syncthreads();
+    for (int e = (int)threadIdx.x; e < bins; e += (int)blockDim.x) {
+        int32_t *warp = counts + e, sum = before ? before[base + e] : 0;
+        for (int w = 0; w < warps; w++, warp += s.bins) {
+            const int32_t n = *warp;
+            *warp = sum;
+            sum += n;
+        }
+        if (total) total[base + e] = sum;
+    }
+    __syncthreads();
 }
-// own[id]: how many with this id come before those of this warp.
-LLMPARI_DEVICE void llmpari_cuda_sort_place(const llmpari_cuda_sort &s, int64_t at, int64_t end, int lane, int32_t *own, const int32_t *start, const int32_t *padded) {
+// own[bin]: how many of this expert come before those of this warp.
+LLMPARI_DEVICE void llmpari_cuda_sort_place(const llmpari_cuda_sort &s, int base, int64_t at, int64_t end, int lane, int32_t *own, const int32_t *start, const int32_t *padded) {
     for (; at < end; at += 32) {
-        const int id = llmpari_cuda_sort_id(s, at + lane, end);
-        const unsigned same = llmpari_cuda_peers(id, s.experts);
-        const int before = __popc(same & ((1u << lane) - 1)), place = id >= 0 ? own[id] + before : -1;
+        const int id = llmpari_cuda_sort_id(s, at + lane, end), bin = llmpari_cuda_sort_bin(s, id, base);
+        const unsigned same = llmpari_cuda_peers(bin, s.bins);
+        const int before = __popc(same & ((1u << lane) - 1)), place = bin >= 0 ? own[bin] + before : -1;
         __syncwarp();
-        if (id >= 0 && before == 0) own[id] += __popc(same);
+        if (bin >= 0 && before == 0) own[bin] += __popc(same);
         __syncwarp();
-        if (s.inverse && at + lane < end) s.inverse[at + lane] = id >= 0 ? start[id] + place : -1;
-        if (s.order && id >= 0) s.order[start[id] + place] = (int32_t)(at + lane);
-        if (s.slots && id >= 0) s.slots[padded[id] + place] = (int32_t)(at + lane);
+        if (s.inverse && at + lane < end && (bin >= 0 || (id < 0 && base == 0))) s.inverse[at + lane] = bin >= 0 ? start[id] + place : -1;
+        if (s.order && bin >= 0) s.order[start[id] + place] = (int32_t)(at + lane);
+        if (s.slots && bin >= 0) s.slots[padded[id] + place] = (int32_t)(at + lane);
     }
 }
 // start[experts] holds counts: first places instead, and their sums behind.
@@ -4461,7 +4523,7 @@ template <int PHASE> __global__ void __launch_bounds__(1024) llmpari_cuda_sort_k
     LLMPARI_SHARED_DYNAMIC(int32_t, memory);
     LLMPARI_SHARED(long long, sums, 33);
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, warps = (int)blockDim.x / 32;
-    int32_t *start = memory, *padded = start + s.experts + 1, *own = padded + s.experts + 1 + warp * s.experts;
+    int32_t *start = memory, *padded = start + s.experts + 1, *counts = padded + s.experts + 1, *table = s.table + (PHASE == LLMPARI_CUDA_SORT_ALL ? 0 : (int64_t)blockIdx.x * s.experts);
     const int64_t first = (int64_t)blockIdx.x * s.chunk, last = first + s.chunk < s.n ? first + s.chunk : s.n, segment = s.chunk / warps;
     const int64_t from = first + warp * segment < last ? first + warp * segment : last, to = from + segment < last ? from + segment : last;
     if (PHASE == LLMPARI_CUDA_SORT_SCAN) {
@@ -4475,22 +4537,9 @@ template <int PHASE> __global__ void __launch_bounds__(1024) llmpari_cuda_sort_k
             }
             start[e] = sum;
         }
-    } else {
-        for (int e = lane; e < s.experts; e += 32) own[e] = 0;
-        __syncwarp();
-        llmpari_cuda_sort_count(s, from, to, lane, own);
-        __syncthreads();
-        for (int e = (int)threadIdx.x; e < s.experts; e += (int)blockDim.x) {              // counts of the warps -> what comes before each
-            int32_t *at = padded + s.experts + 1 + e, sum = PHASE == LLMPARI_CUDA_SORT_PLACE ? s.table[(int64_t)blockIdx.x * s.experts + e] : 0;
-            for (int w = 0; w < warps; w++, at += s.experts) {
-                const int32_t n = *at;
-                *at = sum;
-                sum += n;
-            }
-            if (PHASE == LLMPARI_CUDA_SORT_COUNT) s.table[(int64_t)blockIdx.x * s.experts + e] = sum;
-            if (PHASE == LLMPARI_CUDA_SORT_ALL) start[e] = sum;
-        }
     }
+    if (PHASE == LLMPARI_CUDA_SORT_ALL || PHASE == LLMPARI_CUDA_SORT_COUNT)
+        for (int base = 0; base < s.experts; base += s.bins) llmpari_cuda_sort_count(s, base, from, to, counts, NULL, PHASE == LLMPARI_CUDA_SORT_ALL ? start : table);
     if (PHASE == LLMPARI_CUDA_SORT_COUNT) return;
     __syncthreads();
     if (PHASE != LLMPARI_CUDA_SORT_PLACE) {
@@ -4504,7 +4553,11 @@ template <int PHASE> __global__ void __launch_bounds__(1024) llmpari_cuda_sort_k
         }
     if (PHASE == LLMPARI_CUDA_SORT_SCAN) return;
     __syncthreads();
-    llmpari_cuda_sort_place(s, from, to, lane, own, start, padded);
+    for (int base = 0; base == 0 || base < s.experts; base += s.bins) {
+        if (PHASE == LLMPARI_CUDA_SORT_PLACE || s.bins < s.experts) llmpari_cuda_sort_count(s, base, from, to, counts, PHASE == LLMPARI_CUDA_SORT_PLACE ? table : NULL, NULL);
+        llmpari_cuda_sort_place(s, base, from, to, lane, counts + warp * s.bins, start, padded);
+        __syncthreads();
+    }
     llmpari_cuda_sort_fill(s, (int)blockIdx.x * warps + warp, (int)gridDim.x * warps, lane, start, padded);
 }
 
@@ -4534,10 +4587,12 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_dispatch_launch(const llmpar_cuda_dis
     s.blocks = s.n > s.chunk ? (int)llmpari_cuda_up(s.n, s.chunk) : 1;
     s.table = (int32_t *)desc->workspace;
     s.starts = s.table ? s.table + (int64_t)s.blocks * s.experts : NULL;
-    // As many warps as there is shared memory for, and no more than have 64 ids each. A warp's segment is whole vectors of 32.
-    const int64_t room = llmpari_cuda_max(1, (24576 - 2 * (desc->n_experts + 1)) / llmpari_cuda_max(desc->n_experts, 1));
-    const int64_t warps = llmpari_cuda_max(1, llmpari_cuda_min(llmpari_cuda_min(room, 32), llmpari_cuda_up(s.chunk, 64)));
-    const size_t bytes = 4 * (size_t)((warps + 2) * s.experts + 2);
+    // A block of 32 warps, or two of 16, are half of a multiprocessor's threads: 96 KiB, which every GPU has, or 80 KiB, of which sm_80 has two. No more warps than have 64 ids each. A warp's
+    // segment is whole vectors of 32.
+    const bool two = 34 * desc->n_experts + 2 > 24576;
+    const int64_t warps = llmpari_cuda_max(1, llmpari_cuda_min(two ? 16 : 32, llmpari_cuda_up(s.chunk, 64)));
+    s.bins = (int)llmpari_cuda_max(1, llmpari_cuda_min(desc->n_experts, ((two ? 20480 : 24576) - 2 * (desc->n_experts + 1)) / warps));
+    const size_t bytes = 4 * (size_t)(warps * s.bins + 2 * (s.experts + 1));
     const dim3 grid((unsigned)s.blocks), block((unsigned)(32 * warps));
     s.chunk = llmpari_cuda_up(llmpari_cuda_max(s.chunk, 1), 32 * warps) * 32 * warps;
     if (s.blocks == 1) return llmpari_cuda_launch("dispatch", llmpari_cuda_sort_kernel<LLMPARI_CUDA_SORT_ALL>, grid, block, bytes, stream, err, s);
@@ -4622,12 +4677,13 @@ LLMPAR_DEF llmpar_status llmpar_cuda_permute(const llmpar_cuda_permute_desc *des
     return llmpari_cuda_permute_launch(desc, stream, err);
 }
 
-// ---- combine: a block per token. Which values are added to which is made once, in shared memory; then every thread runs the stack machine for its columns, with the topmost
-// value in registers and those below in shared memory.
+// ---- combine: a block per token. The order is made once, in shared memory; then every thread runs the stack machine for its columns, with the topmost value in registers and those
+// below in shared memory. Of the two sides of an addition the one with more values is made first; its sum waits while the other is made, which has at most half of the values, so that few
+// sums wait at a time. A side of a single value is added as it comes: nothing waits for it. Which side is first does not change a sum's bits.
 
 struct llmpari_cuda_combine {
     int64_t tokens, n, first, count, e_first, e_count;
-    int k, depth;                  // values on the stack below the topmost
+    int k;
     bool tree, packs, out_packs;
     const int32_t *ids, *from;
     const float *weights;
@@ -4635,30 +4691,46 @@ struct llmpari_cuda_combine {
     void *out;
 };
 
-// of[k]: the number of the j-th value's id, -1 = not in the sum; order[i] = j of the i-th that is added; merges[i]. Returns how many are added. Every thread of the block calls it.
-LLMPARI_DEVICE int llmpari_cuda_combine_order(const llmpari_cuda_combine &c, int64_t t, int32_t *of, int32_t *order, int32_t *level, int32_t *merges) {
+// order[i] = j of the i-th value; merges[i] = how often the topmost two are added when it has come. Returns how many values there are. Every thread of the block calls it.
+LLMPARI_DEVICE int llmpari_cuda_combine_order(const llmpari_cuda_combine &c, int64_t t, int32_t *order, int32_t *merges, int32_t *sorted, int32_t *span) {
     int n = 0;
+    int32_t *id = order, *level = merges;                                  // until they are needed no more
     for (int j = (int)threadIdx.x; j < c.k; j += (int)blockDim.x) {
-        const int64_t place = (int64_t)c.from[t * c.k + j] - c.first, id = c.tree ? (int64_t)c.ids[t * c.k + j] : j;
-        const bool in = place >= 0 && place < c.count && (!c.tree || (id >= 0 && id >= c.e_first && id - c.e_first < c.e_count));
-        of[j] = in ? (int32_t)id : -1;
-        merges[j] = 0;
+        const int64_t place = (int64_t)c.from[t * c.k + j] - c.first, of = c.tree ? (int64_t)c.ids[t * c.k + j] : j;
+        id[j] = place >= 0 && place < c.count && (!c.tree || (of >= 0 && of >= c.e_first && of - c.e_first < c.e_count)) ? (int32_t)of : -1;
     }
     __syncthreads();
-    for (int j = 0; j < c.k; j++) n += of[j] >= 0;
+    for (int j = 0; j < c.k; j++) n += id[j] >= 0;
     for (int j = (int)threadIdx.x; j < c.k; j += (int)blockDim.x) {
         int rank = 0;
-        for (int m = 0; m < c.k; m++) rank += of[m] >= 0 && (of[m] < of[j] || (of[m] == of[j] && m < j));
-        if (of[j] >= 0) order[rank] = j;
+        for (int m = 0; m < c.k; m++) rank += id[m] >= 0 && (id[m] < id[j] || (id[m] == id[j] && m < j));
+        if (id[j] >= 0) sorted[rank] = j;
     }
     __syncthreads();
-    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x)            // the level of the smallest node with this id and the next; in order of j each closes all before it
-        level[i] = !c.tree || i + 1 == n ? 32 : 32 - __clz(of[order[i]] ^ of[order[i + 1]]);
+    for (int i = (int)threadIdx.x; i + 1 < n; i += (int)blockDim.x)        // addition i is between values i and i + 1, at the level of the smallest node that has both; in order of j all are alike
+        level[i] = c.tree ? 32 - __clz(id[sorted[i]] ^ id[sorted[i + 1]]) : 0;
     __syncthreads();
-    for (int i = (int)threadIdx.x; i + 1 < n; i += (int)blockDim.x) {      // value i waits for the first after it that closes its level
-        int by = i + 1;
-        while (level[by] < level[i]) by++;
-        atomicAdd(&merges[by], 1);
+    for (int i = (int)threadIdx.x; i + 1 < n; i += (int)blockDim.x) {      // it adds up the values `first` to `last`: as far as levels are lower; of equals the later one has the earlier
+        int first = i, last = i + 1;
+        while (first > 0 && level[first - 1] <= level[i]) first--;
+        while (last + 1 < n && level[last] < level[i]) last++;
+        span[i] = first << 16 | last;
+    }
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) {
+        int place = 0, most = n + 1, closed = 0;                           // most: values of the smallest addition on whose first side value i is; it closes those that are smaller
+        for (int g = 0; g + 1 < n; g++) {
+            const int first = span[g] >> 16, last = span[g] & 0xffff, left = g + 1 - first, right = last - g;
+            if (i < first || i > last) continue;
+            if ((i > g) == (right > left)) most = left + right < most ? left + right : most;
+            else place += right > left ? right : left;
+        }
+        for (int g = 0; g + 1 < n; g++) {
+            const int first = span[g] >> 16, last = span[g] & 0xffff;
+            closed += i >= first && i <= last && last - first + 1 < most;
+        }
+        order[place]  = sorted[i];
+        merges[place] = closed;
     }
     __syncthreads();
     return n;
@@ -4666,11 +4738,11 @@ LLMPARI_DEVICE int llmpari_cuda_combine_order(const llmpari_cuda_combine &c, int
 
 template <typename T, typename O> __global__ void __launch_bounds__(256) llmpari_cuda_combine_kernel(llmpari_cuda_combine c) {
     enum { N = 16 / sizeof(T), M = sizeof(O) > sizeof(T) ? 16 / sizeof(O) : 16 / sizeof(T) };
-    LLMPARI_SHARED_DYNAMIC(float, stack);                                  // [depth][N][threads]
-    LLMPARI_SHARED(int32_t, table, 4 * LLMPAR_CUDA_MAX_SUM);
-    int32_t *order = table + LLMPAR_CUDA_MAX_SUM, *merges = order + LLMPAR_CUDA_MAX_SUM;
+    LLMPARI_SHARED_DYNAMIC(float, stack);                                  // [4][k] of the order, [sums that wait][N][threads]
+    int32_t *order = (int32_t *)stack, *merges = order + c.k;
+    const int own = 4 * c.k + (int)threadIdx.x;
     for (int64_t t = blockIdx.x; t < c.tokens; t += gridDim.x) {
-        const int chosen = llmpari_cuda_combine_order(c, t, table, order, merges + LLMPAR_CUDA_MAX_SUM, merges);
+        const int chosen = llmpari_cuda_combine_order(c, t, order, merges, merges + c.k, merges + 2 * c.k);
         for (int64_t at = (int64_t)threadIdx.x * N; at < c.n; at += (int64_t)blockDim.x * N) {
             float top[N];
             int depth = 0;                                                 // of the stack in shared memory
@@ -4689,7 +4761,7 @@ template <typename T, typename O> __global__ void __launch_bounds__(256) llmpari
                 int merge = merges[v];
                 if (merge == 0 && v > 0) {
                     LLMPARI_CUDA_UNROLL
-                    for (int i = 0; i < N; i++) stack[(depth * N + i) * (int)blockDim.x + (int)threadIdx.x] = top[i];
+                    for (int i = 0; i < N; i++) stack[(depth * N + i) * (int)blockDim.x + own] = top[i];
                     depth++;
                 }
                 LLMPARI_CUDA_UNROLL
@@ -4700,7 +4772,7 @@ template <typename T, typename O> __global__ void __launch_bounds__(256) llmpari
                 for (; merge > 1; merge--) {
                     depth--;
                     LLMPARI_CUDA_UNROLL
-                    for (int i = 0; i < N; i++) top[i] = __fadd_rn(stack[(depth * N + i) * (int)blockDim.x + (int)threadIdx.x], top[i]);
+                    for (int i = 0; i < N; i++) top[i] = __fadd_rn(stack[(depth * N + i) * (int)blockDim.x + own], top[i]);
                 }
             }
             O *out = (O *)c.out + t * c.n + at;
@@ -4733,12 +4805,9 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_combine_launch(const llmpar_cuda_comb
     c.packs = (uintptr_t)desc->y % 16 == 0 && c.n % pack == 0;
     piece[0] = desc->experts;
     if (desc->tree && desc->pieces) pieces = llmpar_tree_pieces(desc->n_experts, desc->experts, piece);
-    // What waits on the stack has falling levels, each below that of all ids.
-    if (desc->tree) for (int64_t all = 1; all < desc->n_experts; all *= 2) c.depth++;
-    c.depth = (int)llmpari_cuda_max(0, llmpari_cuda_min(c.depth + 1, desc->k - 1));
-    int64_t threads = llmpari_cuda_threads(c.n, desc->dtype);
-    while (threads > 32 && c.depth * pack * threads * 4 > 65536) threads /= 2;
-    const size_t bytes = (size_t)(desc->tree ? c.depth * pack * threads * 4 : 0);
+    const int64_t threads = llmpari_cuda_threads(c.n, desc->dtype);
+    size_t bytes = (size_t)(16 * desc->k);
+    if (desc->tree) for (int64_t values = desc->k; values >= 4; values /= 2) bytes += (size_t)(4 * pack * threads);     // a sum waits for a side of at most half the values, two at least
     const dim3 grid((unsigned)llmpari_cuda_min(c.tokens, LLMPARI_CUDA_GRID)), block((unsigned)threads);
     for (int32_t p = 0; p < pieces; p++) {
         llmpar_status status;
@@ -4932,10 +5001,11 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_gemm_launch(const llmpar_cuda_gemm_de
     p.granule = desc->granule ? desc->granule : llmpari_cuda_max(desc->k, 1);
     p.pieces = desc->granule ? desc->pieces : 1; p.piece_stride = desc->piece_stride; p.merges = desc->granule ? desc->merges : NULL;
     if (p.n == 0 || p.experts == 0 || (!grouped && p.m == 0)) return LLMPAR_OK;
-    const int64_t rows = desc->b_transposed ? 4 : 1, columns = desc->b_transposed ? 32 : 128, threads = 256;
+    const int64_t depth = desc->granule ? llmpari_cuda_max(desc->depth, 1) : 0, threads = depth <= 40 ? 256 : 64;       // 40: as fold's stack, half of all threads find room
+    const int64_t rows = desc->b_transposed ? 4 : 1, columns = threads / (desc->b_transposed ? 8 : 2);
     const dim3 block((unsigned)threads), grid((unsigned)llmpari_cuda_up(p.n, columns), (unsigned)(grouped ? 32 : llmpari_cuda_min(llmpari_cuda_up(p.m, rows), 65535)),
                                               (unsigned)llmpari_cuda_min(p.experts, 65535));
-    const size_t bytes = desc->granule ? (size_t)(llmpari_cuda_max(desc->depth, 1) * threads * 4) : 0;
+    const size_t bytes = (size_t)(depth * threads * 4);
     LLMPARI_CUDA_DISPATCH(desc->b_dtype, T, return llmpari_cuda_launch("gemm", desc->b_transposed ? desc->fused ? llmpari_cuda_product_rows_kernel<T, true> : llmpari_cuda_product_rows_kernel<T, false>
                                                                                : desc->fused ? llmpari_cuda_product_columns_kernel<T, true> : llmpari_cuda_product_columns_kernel<T, false>,
                                                                        grid, block, bytes, stream, err, p));

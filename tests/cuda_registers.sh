@@ -21,7 +21,7 @@ fi
 # What nvcc calls the PTX depends on how many architectures there are.
 ptx() { for at in "$D/keep/library.compute_$arch.ptx" "$D/keep/library.ptx" "$D/keep/planted.ptx"; do [ -f "$at" ] && basename "$at" && return; done; }
 # Kernels bound by bandwidth, by what they are called: rw = 128-bit loads and stores in every instantiation, r = loads (what is stored is small, or of half the size). A name without a kernel is a failure.
-# shared: dynamic memory, the most bytes a block is launched with at ordinary sizes (heads of 128, 256 experts; trees, of the invariant mode, not counted).
+# shared: dynamic memory, the most bytes a block is launched with at the sizes named; test_cuda_experts launches these and more, compares the figures, and counts blocks of fewer threads too.
 cat > "$D/table" <<'T'
 wide rw norm_kernel<
 wide rw norm_long_kernel<
@@ -44,10 +44,14 @@ wide r  squares_kernel<
 wide rw peer_reduce_kernel<
 wide rw peer_two_shot_kernel<
 wide rw peer_norm_kernel<
-shared 4096  qkv_kernel<
-shared 21504 attend_kernel<
-shared 8192  route_kernel<
-shared 98304 sort_kernel<
+shared 16384 qkv_kernel<          heads of up to 1024
+shared 32896 attend_kernel<       heads of up to 256; the most is 8 rows of f32, heads of 32
+shared 19968 route_kernel<.*1>    624 experts and groups, a warp a row
+shared 17408 route_kernel<.*4>    2048 experts, 32 of them chosen, four warps a row
+shared 98200 sort_kernel<         722 experts, 32 warps a block; more, up to 8192, have 16 warps and 81920 bytes, or turns
+shared 33776 combine_kernel<      along the tree of the invariant mode: 63 values a token of 16 bits, or 256 of f32
+shared 40960 product_             the invariant mode's GEMM, a stack of 40 granules' sums
+shared 32768 fold_kernel<         the deepest stack of 4 columns a thread (8 below the topmost), and of one (32)
 T
 for arch in $archs; do
     : > "$D/wide.$arch"
@@ -64,7 +68,7 @@ echo "128-bit instructions from ${CUOBJDUMP:-the PTX}"
 awk -v archs="$archs" '
 function resident(arch, threads, registers, shared,   warps, by_registers, by_shared, blocks) {
     warps = int((threads + 31) / 32); blocks = 32
-    by_registers = int(65536 / (int((registers * 32 + 255) / 256) * 256 * warps)); if (by_registers < blocks) blocks = by_registers
+    by_registers = int(int(16384 / (int((registers * 32 + 255) / 256) * 256)) * 4 / warps); if (by_registers < blocks) blocks = by_registers       # of four parts, each with its own
     by_shared = int(((arch == 80 ? 164 : 228) * 1024) / (int((shared + 1024 + 127) / 128) * 128)); if (by_shared < blocks) blocks = by_shared
     if (int(64 / warps) < blocks) blocks = int(64 / warps)
     return 100 * blocks * warps / 64

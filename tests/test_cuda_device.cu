@@ -18,6 +18,14 @@ template <typename T> __global__ void through(const T *x, T *y, int64_t packs) {
     }
 }
 
+// As much as a kernel with dynamic memory may declare.
+__global__ void declares(float *y) {
+    LLMPARI_SHARED(float, own, LLMPARI_CUDA_DECLARED / 4);
+    LLMPARI_SHARED_DYNAMIC(float, more);
+    own[LLMPARI_CUDA_DECLARED / 4 - 1] = 1; more[10000] = 2;
+    y[0] = own[LLMPARI_CUDA_DECLARED / 4 - 1] + more[10000];
+}
+
 int main(void) {
     llmpar_error err = LLMPAR_ZERO;
     llmpar_cuda *cuda = NULL;
@@ -102,8 +110,21 @@ int main(void) {
         float *y = device_room<float>(1);
         CHECK_FAIL(llmpari_cuda_launch("fill", fill, dim3(0), dim3(32), 0, NULL, &err, y, 1, 0.0f), LLMPAR_BAD_ARGUMENT, err, "fill: CUDA says invalid configuration");
         CHECK_FAIL(llmpari_cuda_launch("fill", fill, dim3(1), dim3(2048), 0, NULL, &err, y, 1, 0.0f), LLMPAR_BAD_ARGUMENT, err, "fill: CUDA says");
-        CHECK_FAIL(llmpari_cuda_launch("fill", fill, dim3(1), dim3(32), (size_t)1 << 20, NULL, &err, y, 1, 0.0f), LLMPAR_BAD_ARGUMENT, err, "CUDA says");
-        CHECK_OK(llmpari_cuda_launch("fill", fill, dim3(1), dim3(32), 100 * 1024, NULL, &err, y, 1, 3.0f), err);
+        CHECK_FAIL(llmpari_cuda_launch("fill", fill, dim3(1), dim3(32), (size_t)1 << 20, NULL, &err, y, 1, 0.0f), LLMPAR_UNSUPPORTED, err, "fill: a block needs 1048576 bytes of shared memory");
+        device_release();
+    }
+    TEST("shared memory beyond 48 KiB, declared and given together") {
+        float *y = device_room<float>(1), three = 3;
+        int64_t one = 1;
+        void *args[] = { &y, &one, &three };
+        for (size_t bytes : { (size_t)48 * 1024 - LLMPARI_CUDA_DECLARED, (size_t)48 * 1024 - LLMPARI_CUDA_DECLARED + 4, (size_t)80 * 1024 }) {
+            CUDA_TEST_OK(cudaMemset(y, 0, 4));
+            CHECK_OK(llmpari_cuda_launch("declares", declares, dim3(1), dim3(1), bytes, NULL, &err, y), err);
+            CHECK(host(y, 1)[0] == 3.0f);
+        }
+        CHECK_OK(llmpari_cuda_launch("fill", fill, dim3(1), dim3(32), 96 * 1024, NULL, &err, y, 1, 2.0f), err);
+        CHECK_OK(llmpari_cuda_launch("fill", fill, dim3(1), dim3(32), 60 * 1024, NULL, &err, y, 1, 2.0f), err);
+        CUDA_TEST_OK(cudaLaunchKernel(fill, dim3(1), dim3(32), args, 96 * 1024, (cudaStream_t)0));         // another thread's, between its asking and its launch: the room is still there
         CHECK(host(y, 1)[0] == 3.0f);
         device_release();
     }

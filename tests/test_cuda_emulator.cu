@@ -69,6 +69,7 @@ __global__ void early_exit(float *y, int) {                    // legal: those t
 __global__ void outside_index(float *y, int sound) { LLMPARI_SHARED(float, s, 8); s[sound ? 7 : 8] = 1; y[0] = s[7]; }
 __global__ void outside_pointer(float *y, int by) { LLMPARI_SHARED(float, s, 8); float *p = s; for (int i = 0; i < 8; i++) s[i] = 1; p[by] = 2; y[0] = p[0]; }
 __global__ void outside_dynamic(float *y, int at) { LLMPARI_SHARED_DYNAMIC(float, s); s[at] = 3; y[0] = s[at]; }
+__global__ void both_kinds(float *y, int) { LLMPARI_SHARED(float, s, 4096); LLMPARI_SHARED_DYNAMIC(float, d); s[0] = d[0] = 3; y[0] = s[0] + d[0]; }       // 16 KiB and the launch's
 __global__ void outside_device(float *y, int at) { y[at] = 1; }
 __global__ void unwritten(float *y, int sound) { LLMPARI_SHARED(float, s, 4); if (sound) s[0] = 1; y[blockIdx.x] = s[0]; if (!sound) s[0] = 2; }
 __global__ void many_arrays(float *y, int) {                   // two of a kind in one kernel are two; C-like uses compile
@@ -329,6 +330,19 @@ int main(int argc, char **argv) {
         CHECK(cudaFuncSetAttribute(outside_dynamic, cudaFuncAttributeMaxDynamicSharedMemorySize, 49 * 1024) == cudaSuccess);
         CHECK(launch(outside_dynamic, dim3(1), dim3(1), 49 * 1024, NULL, y, 49 * 256 - 1) == cudaSuccess);
         CHECK(cudaFuncSetAttribute(outside_dynamic, cudaFuncAttributeMaxDynamicSharedMemorySize, 1 << 20) == cudaErrorInvalidValue);
+        CHECK(cudaFuncSetAttribute(outside_dynamic, cudaFuncAttributeMaxDynamicSharedMemorySize, 163 * 1024) == cudaSuccess);
+        CHECK(launch(outside_dynamic, dim3(1), dim3(1), 163 * 1024, NULL, y, 163 * 256 - 1) == cudaSuccess);
+        CHECK(cudaFuncSetAttribute(outside_dynamic, cudaFuncAttributeMaxDynamicSharedMemorySize, 50 * 1024) == cudaSuccess);
+        CHECK(launch(outside_dynamic, dim3(1), dim3(1), 51 * 1024, NULL, y, 1) == cudaErrorInvalidValue);          // the last value counts, a smaller one too
+        struct cudaFuncAttributes attributes;
+        CHECK(said(launch(both_kinds, dim3(1), dim3(1), 32 * 1024 + 4, NULL, y, 1), "16384 bytes declared and 32772 of the launch are more than 49152"));
+        CHECK(launch(both_kinds, dim3(1), dim3(1), 32 * 1024 + 4, NULL, y, 1) == cudaErrorInvalidValue);           // what it declares is known now
+        CHECK(launch(both_kinds, dim3(1), dim3(2), 32 * 1024, NULL, y, 1) == cudaSuccess);
+        CHECK(cudaFuncGetAttributes(&attributes, both_kinds) == cudaSuccess && attributes.sharedSizeBytes == 16384 && attributes.maxDynamicSharedSizeBytes == 32768);
+        CHECK(emulator_last_shape().threads == 2 && emulator_last_shape().static_bytes == 16384 && emulator_last_shape().dynamic_bytes == 32768);
+        CHECK(cudaFuncSetAttribute(both_kinds, cudaFuncAttributeMaxDynamicSharedMemorySize, 147 * 1024 + 1) == cudaErrorInvalidValue);
+        CHECK(cudaFuncSetAttribute(both_kinds, cudaFuncAttributeMaxDynamicSharedMemorySize, 147 * 1024) == cudaSuccess);
+        CHECK(launch(both_kinds, dim3(1), dim3(1), 147 * 1024, NULL, y, 1) == cudaSuccess);
     }
     TEST("pointers: device, pinned, neither; whose device; copies look where they go") {
         struct cudaPointerAttributes at;

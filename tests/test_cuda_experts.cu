@@ -1,6 +1,9 @@
 // Section experts of llmpar_cuda.cuh: router, dispatch, permute, combine, GEMM in the portable kernels' order.
 #define LLMPARI_CUDA_GRID 3        // few blocks, so that each has several turns
 #include "cuda_test.h"
+#include <algorithm>
+#include <map>
+#include <string>
 #include <utility>
 
 static int rounds(int n) { return test_stress() ? 10 * n : test_short() ? n / 5 : n; }
@@ -109,12 +112,22 @@ static llmpar_route_desc some_route(int i, std::vector<float> *logit_bias, std::
     return d;
 }
 
-static void test_route_case(int i, bool wild) {                           // i < 0: more rows than the grid has warps
+static void test_route_case(int i, bool wild) {                           // -1: more rows than the grid has warps; -2: many experts
     std::vector<float> logit_bias, correction;
     llmpar_route_desc d = some_route(i < 0 ? 0 : i, &logit_bias, &correction);
     const llmpar_dtype dtype = some_dtype((int)test_below(3));
-    if (i < 0) d.n_experts = 4, d.k = 1;
-    const int64_t rows = i < 0 ? 4 * LLMPARI_CUDA_GRID + 5 : test_below(20) ? 1 + test_below(9) : 0, n = d.n_experts, k = d.k ? d.k : 1;
+    if (i == -1) d.n_experts = 4, d.k = 1;
+    if (i == -2) {                                                         // 4 warps a row, from 625 experts and groups on
+        memset(&d, 0, sizeof d);
+        d.n_groups = (int32_t)(test_below(2) ? 1 + test_below(16) : 1); d.topk_groups = (int32_t)(1 + test_below(d.n_groups)); d.group_top = (int32_t)(1 + test_below(3));
+        d.n_experts = d.n_groups * (int32_t)((600 + test_below(1449)) / d.n_groups);
+        d.k = (int32_t)(1 + test_below(32)); d.score = (llmpar_score)test_below(3); d.renormalise = test_below(2); d.fill_zero = test_below(2);
+        logit_bias = floats(normals(d.n_experts, 1)); correction = floats(normals(d.n_experts, 0.2));
+        if (test_below(2)) d.logit_bias = logit_bias.data();
+        if (test_below(2)) d.correction_bias = correction.data();
+        d.has_logit_bias = d.logit_bias != NULL; d.has_correction_bias = d.correction_bias != NULL;
+    }
+    const int64_t rows = i == -1 ? 4 * LLMPARI_CUDA_GRID + 5 : test_below(20) ? 1 + test_below(9) : 0, n = d.n_experts, k = d.k ? d.k : 1;
     std::vector<double> x = normals(rows * n, 4), rounded;
     for (double &v : x) if (wild) {                                        // ties, NaN, infinities
         const int64_t what = test_below(12);
@@ -169,6 +182,7 @@ static void test_route(void) {
         TEST("route: presets and random conventions, ids of the formula, bits of llmpar_route") for (int i = 0; i < rounds(60); i++) test_route_case(i, false);
         TEST("route: ties, NaN, infinities as llmpar_route") for (int i = 0; i < rounds(60); i++) test_route_case(i, true);
         TEST("route: more rows than warps") test_route_case(-1, false);
+        TEST("route: four warps a row") for (int i = 0; i < rounds(20); i++) test_route_case(-2, i % 2);
         TEST("route: the kept group is all -infinity, one that is not kept is NaN") for (int fill = 0; fill < 2; fill++) {
             llmpar_cuda_route_desc c;
             llmpar_error err;
@@ -246,7 +260,7 @@ static void test_dispatch_case(int64_t tokens, int64_t k, int64_t experts, int64
     CHECK(room >= padded[(size_t)experts] && room % block == 0);
     d.ids = device(ids);
     d.counts = device_room<int32_t>(experts); d.offsets = device_room<int64_t>(experts + 1); d.padded = device_room<int64_t>(experts + 1);
-    d.order = device_room<int32_t>(n); d.inverse = device_room<int32_t>(n); d.slots = device_room<int32_t>(room); d.block_expert = device_room<int32_t>(room / block);
+    d.order = device_room<int32_t>(n); d.inverse = device(std::vector<int32_t>((size_t)n, -9)); d.slots = device_room<int32_t>(room); d.block_expert = device_room<int32_t>(room / block);
     d.workspace = device_room<int32_t>(llmpar_cuda_dispatch_workspace(&d) / 4);
     CHECK_OK(llmpar_cuda_dispatch(&d, NULL, &err), err);
     CHECK(host(d.offsets, experts + 1) == offsets);
@@ -266,6 +280,7 @@ static void test_dispatch(void) {
         TEST("dispatch: sort, align, blocks as llmpar.h") for (int i = 0; i < rounds(50); i++)
             test_dispatch_case(test_below(60), test_below(9), test_below(i % 5 ? 40 : 600), i % 3 ? 1 + test_below(40) : 1, test_below(3) * 10);
         TEST("dispatch: several blocks of ids") for (int i = 0; i < 2; i++) test_dispatch_case(2000 + test_below(2000), 8, 1 + test_below(300), 16, 0);
+        TEST("dispatch: experts in turns, one block, two") for (int i = 0; i < 2; i++) test_dispatch_case((i ? 1030 : 200) + test_below(200), 8, 1130 + test_below(900), 4, 0);
     }
     TEST("dispatch: 8192 experts") test_dispatch_case(50, 2, 8192, 4, 0);
     TEST("dispatch: outputs may be NULL") {
@@ -364,14 +379,15 @@ static void test_permute(void) {
 static void test_combine_case(int i) {                                    // i < 0: more tokens than blocks
     const bool tree = i < 0 || i % 2, out_f32 = test_below(2);
     const llmpar_dtype dtype = some_dtype((int)test_below(3));
-    const int64_t tokens = i < 0 ? LLMPARI_CUDA_GRID + 40 : test_below(6), k = i < 0 ? 5 : test_below(i % 7 ? 10 : 60);
-    const int64_t n = i < 0 ? 500 : test_below(4) ? 8 * test_below(12) : test_below(i % 5 ? 50 : 3000), n_experts = k + test_below(300);
+    const bool whole = tree && i % 3 == 0;                                // the ids are those of a whole node, where more sums wait than elsewhere
+    const int64_t tokens = i < 0 ? LLMPARI_CUDA_GRID + 40 : test_below(6), k = i < 0 ? 5 : whole ? 1 << test_below(i % 5 ? 6 : 9) : test_below(i % 7 ? 10 : 60);
+    const int64_t n = i < 0 ? 500 : whole || test_below(4) ? 8 * test_below(12) : test_below(i % 5 ? 50 : 3000), n_experts = k + (whole ? k * test_below(3) : test_below(300));
     const int64_t rows = tokens * k;
     llmpar_range experts = { 0, n_experts };
-    if (test_below(2)) { experts.first = test_below(n_experts + 1); experts.count = test_below(n_experts - experts.first + 1); }
+    if (!whole && test_below(2)) { experts.first = test_below(n_experts + 1); experts.count = test_below(n_experts - experts.first + 1); }
     std::vector<int32_t> ids((size_t)rows), from((size_t)rows);
     for (int64_t t = 0; t < tokens; t++) for (int64_t j = 0; j < k; j++) {
-        ids[(size_t)(t * k + j)] = (int32_t)(test_below(9) == 0 ? -1 : test_below(n_experts));     // some twice
+        ids[(size_t)(t * k + j)] = (int32_t)(whole ? (j * 5 + t) % k : test_below(9) == 0 ? -1 : test_below(n_experts));     // some twice
         from[(size_t)(t * k + j)] = (int32_t)((t * k + j) * 7 % (rows % 7 ? rows : rows + 1) % rows);
         if (!tree && test_below(6) == 0) from[(size_t)(t * k + j)] = -1;
     }
@@ -591,6 +607,116 @@ static void test_gemm(void) {
     }
 }
 
+// ---- shared memory of launches, of every section: at least half of the threads of sm_80's multiprocessor, which has the least, find room; the table of tests/cuda_registers.sh has the most
+
+#ifdef LLMPAR_CUDA_EMULATED
+static std::map<std::string, int64_t> most_shared;
+// A block of the launch before, for the row `kernel` of the table.
+static void shape(const char *kernel) {
+    CUDA_TEST_OK(cudaDeviceSynchronize());
+    const emulator_shape s = emulator_last_shape();
+    const int64_t warps = (s.threads + 31) / 32, bytes = (int64_t)(s.static_bytes + s.dynamic_bytes + 1024 + 127) / 128 * 128;
+    const int64_t blocks = std::min(std::min((int64_t)32, 64 / warps), (int64_t)164 * 1024 / bytes);
+    if (blocks * warps < 32) printf("%s: %d threads, %zu + %zu bytes: %d of 64 warps\n", kernel, s.threads, s.static_bytes, s.dynamic_bytes, (int)(blocks * warps));
+    CHECK(blocks * warps >= 32);
+    CHECK(s.static_bytes <= LLMPARI_CUDA_DECLARED);
+    most_shared[kernel] = std::max(most_shared[kernel], (int64_t)s.dynamic_bytes);
+    device_release();
+}
+static void shape_route(int32_t experts, int32_t k, int32_t groups) {
+    llmpar_cuda_route_desc d;
+    llmpar_error err;
+    memset(&d, 0, sizeof d);
+    d.route.n_experts = experts; d.route.k = k; d.route.n_groups = groups; d.route.topk_groups = groups > 1 ? groups / 2 : groups; d.rows = 1;
+    d.logits = device(std::vector<float>((size_t)experts, 1.0f)); d.ids = device_room<int32_t>(k); d.weights = device_room<float>(k);
+    CHECK_OK(llmpar_cuda_route(&d, NULL, &err), err);
+    shape(experts + (groups > 1 ? groups : 0) > 624 ? "route_kernel<.*4>" : "route_kernel<.*1>");
+}
+static void shape_sort(int64_t experts) {
+    llmpar_cuda_dispatch_desc d;
+    llmpar_error err;
+    memset(&d, 0, sizeof d);
+    d.tokens = 8192; d.k = 1; d.n_experts = experts; d.ids = device(std::vector<int32_t>(8192, 1));
+    CHECK_OK(llmpar_cuda_dispatch(&d, NULL, &err), err);
+    shape("sort_kernel<");
+}
+static void shape_combine(llmpar_dtype dtype, int64_t k, int64_t n_experts, bool tree) {
+    llmpar_cuda_combine_desc d;
+    llmpar_error err;
+    memset(&d, 0, sizeof d);
+    d.tokens = 1; d.k = k; d.n = 2048; d.dtype = dtype; d.tree = tree; d.n_experts = n_experts; d.experts.count = n_experts; d.count = 0;
+    d.ids = device(std::vector<int32_t>((size_t)k, 1)); d.from = d.ids; d.out = device_room<float>(2048);
+    CHECK_OK(llmpar_cuda_combine(&d, NULL, &err), err);
+    shape("combine_kernel<");
+}
+static void shape_gemm(int32_t depth, bool transposed) {
+    llmpar_cuda_gemm_desc d;
+    llmpar_error err;
+    std::vector<uint8_t> merges((size_t)depth, 0);
+    merges.back() = (uint8_t)(depth - 1);
+    memset(&d, 0, sizeof d);
+    d.m = d.n = 1; d.k = d.lda = depth; d.ldb = transposed ? depth : 1; d.ldc = 1; d.b_transposed = transposed; d.granule = 1; d.pieces = 1; d.depth = depth; d.merges = device(merges);
+    d.a = device(std::vector<float>((size_t)depth, 1.0f)); d.b = d.a; d.c = device_room<float>(1);
+    CHECK_OK(llmpar_cuda_gemm(&d, NULL, &err), err);
+    CHECK_NEAR(host(d.c, 1)[0], depth, 0);
+    shape("product_");
+}
+static void shape_fold(int32_t pieces, int64_t columns) {
+    llmpar_cuda_fold_desc d;
+    llmpar_error err;
+    std::vector<uint8_t> merges((size_t)pieces, 0);
+    merges.back() = (uint8_t)(pieces - 1);
+    memset(&d, 0, sizeof d);
+    d.pieces = pieces; d.columns = columns; d.merges = merges.data(); d.piece = device(std::vector<float>((size_t)(pieces * columns), 1.0f)); d.out = device_room<float>(columns);
+    CHECK_OK(llmpar_cuda_fold(&d, NULL, &err), err);
+    shape("fold_kernel<");
+}
+static void shape_attention(llmpar_dtype dtype, int32_t d_head, int64_t queries) {
+    llmpar_cuda_attention_desc d;
+    llmpar_error err;
+    memset(&d, 0, sizeof d);
+    d.batch = 1; d.queries = queries; d.q_heads = 2; d.kv_heads = 1; d.d = d_head; d.dtype = dtype; d.splits = 1;
+    d.q = device(std::vector<float>((size_t)(2 * d_head * queries), 0.0f)); d.kv.k = d.kv.v = device(std::vector<float>((size_t)d_head, 0.0f)); d.kv.slots = 1;
+    d.out = device_room<float>(2 * d_head * queries);
+    CHECK_OK(llmpar_cuda_attention(&d, NULL, &err), err);
+    shape("attend_kernel<");
+}
+static void shape_rope(llmpar_dtype dtype, int32_t d_head) {
+    llmpar_cuda_rope_desc d;
+    llmpar_error err;
+    memset(&d, 0, sizeof d);
+    d.tokens = 9; d.q_heads = 2; d.d = d_head; d.dtype = dtype;
+    d.qkv = device(std::vector<float>((size_t)(18 * d_head), 0.0f)); d.position = device(std::vector<int32_t>(9, 1)); d.frequencies = device(std::vector<float>((size_t)d_head, 1.0f));
+    d.q = device_room<float>(18 * d_head);
+    CHECK_OK(llmpar_cuda_rope(&d, NULL, &err), err);
+    shape("qkv_kernel<");
+}
+static void test_shapes(void) {
+    shape_route(256, 8, 8); shape_route(512, 8, 1); shape_route(624, 8, 1); shape_route(616, 8, 8);
+    for (int32_t experts : { 625, 640, 1024, 2048 }) { shape_route(experts, 8, 1); shape_route(experts, 32, experts % 5 ? 64 : 5); }
+    for (int64_t experts : { 8, 60, 128, 256, 512, 721, 722, 1024, 1137, 2048, 8192 }) shape_sort(experts);
+    for (int dtype = 0; dtype < 3; dtype++) for (int64_t k : { 1, 2, 8, 32, 63 }) { shape_combine(some_dtype(dtype), k, 128, true); shape_combine(some_dtype(dtype), k, 2048, false); }
+    shape_combine(LLMPAR_F32, LLMPAR_CUDA_MAX_SUM, 2048, true);
+    for (int32_t depth : { 1, 8, 40 }) { shape_gemm(depth, true); shape_gemm(depth, false); }
+    for (int32_t pieces : { 2, 9, 10, 33 }) { shape_fold(pieces, 1024); shape_fold(pieces, 1023); }
+    for (int dtype = 0; dtype < 3; dtype++) for (int32_t d = 8; d <= 256; d += d < 64 ? 8 : d < 128 ? 16 : 64) { shape_attention(some_dtype(dtype), d, 1); shape_attention(some_dtype(dtype), d, 8); }
+    for (int dtype = 0; dtype < 3; dtype++) for (int32_t d : { 64, 80, 128, 256, 1024 }) shape_rope(some_dtype(dtype), d);
+    FILE *table = fopen("tests/cuda_registers.sh", "r");
+    char line[2000], kernel[200];
+    long long bytes;
+    size_t rows = 0;
+    CHECK(table != NULL);
+    while (table && fgets(line, sizeof line, table)) {
+        if (sscanf(line, "shared %lld %199s", &bytes, kernel) != 2) continue;
+        if (most_shared[kernel] != bytes) printf("%s: the table has %lld bytes, launches %lld\n", kernel, bytes, (long long)most_shared[kernel]);
+        CHECK_EQ(most_shared[kernel], bytes);
+        rows++;
+    }
+    CHECK_EQ((int64_t)rows, (int64_t)most_shared.size());
+    if (table) fclose(table);
+}
+#endif
+
 int main(void) {
     if (!cuda_test_begin()) return test_done();
     test_seed(31);
@@ -599,5 +725,9 @@ int main(void) {
     test_permute();
     test_combine();
     test_gemm();
+#ifdef LLMPAR_CUDA_EMULATED
+    thread_order(0);
+    TEST("shared memory: half of the threads find room, as the table of registers says") test_shapes();
+#endif
     return test_done();
 }

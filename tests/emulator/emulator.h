@@ -242,8 +242,9 @@ struct emulator_block {
 };
 struct emulator_launch {
     std::function<void()> body;
+    const void *kernel;
     dim3 grid, block;
-    size_t dynamic_bytes;
+    size_t dynamic_bytes, static_bytes, most_bytes;            // of a block's shared memory: the launch's, the declared arrays met so far, the most of both
     uint64_t blocks, started, finished, step, offset;
     bool failed;
     std::vector<emulator_block *> active;
@@ -442,6 +443,21 @@ inline void emulator_run_thread(emulator_thread *t) {
 
 // ---- shared memory
 
+// A block has 48 KiB, declared arrays and the launch's together; up to EMULATOR_SHARED_MOST, sm_80's (sm_90 and sm_100 have 227 KiB), where cudaFuncSetAttribute allowed it. What a kernel
+// declares is known once it has run: then the fault comes that a GPU has at the launch.
+enum { EMULATOR_SHARED_MOST = 163 * 1024, EMULATOR_SHARED_DEFAULT = 48 * 1024 };
+struct emulator_kernel { size_t static_bytes; int most_dynamic; };             // most_dynamic 0 = not set
+struct emulator_shape { int threads; size_t static_bytes, dynamic_bytes; };
+struct emulator_kernels { std::mutex lock; std::map<const void *, emulator_kernel> of; emulator_shape last; const void *last_kernel; };
+inline emulator_kernels &emulator_functions() { static emulator_kernels *k = new emulator_kernels(); return *k; }
+// A block of the last launch, of any thread; complete when it is over.
+inline emulator_shape emulator_last_shape() {
+    emulator_kernels &k = emulator_functions();
+    std::lock_guard<std::mutex> hold(k.lock);
+    k.last.static_bytes = k.of[k.last_kernel].static_bytes;
+    return k.last;
+}
+
 inline void emulator_free_shared(emulator_block *block) {
     for (emulator_shared_array &a : block->shared) {
 #ifndef EMULATOR_ASAN
@@ -463,7 +479,14 @@ inline EMULATOR_RAW void *emulator_shared_at(const void *key, size_t bytes) {
     for (const emulator_shared_array &a : block->shared) if (a.key == key) return a.memory + EMULATOR_GUARD;
     emulator_ignore quiet;
     if (!key) bytes = block->launch->dynamic_bytes;
-    if (key && (block->static_bytes += bytes) > 48 * 1024) EMULATOR_FAULT("more than 48 KiB of static shared memory");
+    if (key && (block->static_bytes += bytes) > block->launch->static_bytes) {
+        emulator_launch *launch = block->launch;
+        launch->static_bytes = block->static_bytes;
+        { emulator_kernels &k = emulator_functions(); std::lock_guard<std::mutex> hold(k.lock); size_t &known = k.of[launch->kernel].static_bytes; known = std::max(known, launch->static_bytes); }
+        if (launch->static_bytes > EMULATOR_SHARED_DEFAULT) EMULATOR_FAULT("more than 48 KiB of static shared memory");
+        if (launch->static_bytes + launch->dynamic_bytes > launch->most_bytes)
+            EMULATOR_FAULT("shared memory: %zu bytes declared and %zu of the launch are more than %zu, a GPU refuses the launch", launch->static_bytes, launch->dynamic_bytes, launch->most_bytes);
+    }
     emulator_shared_array a = { key, nullptr, bytes };
     a.memory = (unsigned char *)aligned_alloc(128, (bytes + 2 * EMULATOR_GUARD + 127) / 128 * 128);
     if (!a.memory) abort();
@@ -1014,22 +1037,26 @@ inline cudaError_t emulator_put_now(cudaStream_t stream, std::function<void()> n
 
 // ---- launching
 
-struct emulator_kernels { std::mutex lock; std::map<const void *, int> dynamic; };
-inline emulator_kernels &emulator_functions() { static emulator_kernels *k = new emulator_kernels; return *k; }
-enum { EMULATOR_SHARED_MOST = 227 * 1024 };
 inline std::atomic<uint64_t> emulator_launches{0};
 
 inline cudaError_t emulator_launch_body(const void *kernel, std::function<void()> body, dim3 grid, dim3 block, size_t bytes, cudaStream_t stream, bool together) {
     const uint64_t threads = (uint64_t)block.x * block.y * block.z;
     if (!grid.x || !grid.y || !grid.z || !block.x || !block.y || !block.z || threads > 1024 || block.x > 1024 || block.y > 1024 || block.z > 64 || grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535)
         return emulator_return(cudaErrorInvalidConfiguration);
-    size_t most = 48 * 1024;
-    { emulator_kernels &k = emulator_functions(); std::lock_guard<std::mutex> hold(k.lock); auto it = k.dynamic.find(kernel); if (it != k.dynamic.end()) most = std::max(most, (size_t)it->second); }
-    if (bytes > most) return emulator_return(cudaErrorInvalidValue);
+    size_t most = EMULATOR_SHARED_DEFAULT;
+    {
+        emulator_kernels &k = emulator_functions();
+        std::lock_guard<std::mutex> hold(k.lock);
+        const emulator_kernel &known = k.of[kernel];
+        if (known.most_dynamic ? bytes > (size_t)known.most_dynamic : known.static_bytes + bytes > most) return emulator_return(cudaErrorInvalidValue);
+        if (known.most_dynamic) most = EMULATOR_SHARED_MOST;
+        k.last = { (int)threads, 0, bytes };
+        k.last_kernel = kernel;
+    }
     if (together && (uint64_t)grid.x * grid.y * grid.z > 1024) return emulator_return(cudaErrorCooperativeLaunchTooLarge);
-    auto make = [body, grid, block, bytes]() -> std::function<bool()> {
+    auto make = [body, kernel, grid, block, bytes, most]() -> std::function<bool()> {
         auto launch = std::make_shared<emulator_launch>();
-        launch->body = body; launch->grid = grid; launch->block = block; launch->dynamic_bytes = bytes;
+        launch->body = body; launch->kernel = kernel; launch->grid = grid; launch->block = block; launch->dynamic_bytes = bytes; launch->most_bytes = most;
         launch->blocks = (uint64_t)grid.x * grid.y * grid.z;
         launch->random = emulator_option().buffer * 1000003u + emulator_launches++;
         const int order = emulator_option().order;
@@ -1077,15 +1104,21 @@ template <typename... P> inline cudaError_t cudaLaunchCooperativeKernel(void (*k
 template <typename... P> inline cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int value) {
     EMULATOR_CALL();
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-    if (value < 0 || value > EMULATOR_SHARED_MOST) return emulator_return(cudaErrorInvalidValue);
     emulator_kernels &k = emulator_functions();
     std::lock_guard<std::mutex> hold(k.lock);
-    k.dynamic[(const void *)kernel] = value;
+    emulator_kernel &known = k.of[(const void *)kernel];
+    if (value < 0 || (size_t)value + known.static_bytes > EMULATOR_SHARED_MOST) return emulator_return(cudaErrorInvalidValue);
+    known.most_dynamic = value;
     return cudaSuccess;
 }
-template <typename... P> inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, void (*)(P...)) {
+template <typename... P> inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, void (*kernel)(P...)) {
     EMULATOR_CALL();
     memset(attributes, 0, sizeof *attributes);
+    emulator_kernels &k = emulator_functions();
+    std::lock_guard<std::mutex> hold(k.lock);
+    const emulator_kernel &known = k.of[(const void *)kernel];
+    attributes->sharedSizeBytes = known.static_bytes;
+    attributes->maxDynamicSharedSizeBytes = known.most_dynamic ? known.most_dynamic : (int)(EMULATOR_SHARED_DEFAULT - known.static_bytes);
     attributes->maxThreadsPerBlock = 1024; attributes->numRegs = 32; attributes->ptxVersion = attributes->binaryVersion = 90;
     return cudaSuccess;
 }
@@ -1116,7 +1149,7 @@ EMULATOR_API cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr 
     if (device < 0 || device >= emulator_option().devices) return emulator_return(cudaErrorInvalidDevice);
     switch (attribute) {
         case cudaDevAttrMaxThreadsPerBlock: *value = 1024; break;
-        case cudaDevAttrMaxSharedMemoryPerBlock: *value = 48 * 1024; break;
+        case cudaDevAttrMaxSharedMemoryPerBlock: *value = EMULATOR_SHARED_DEFAULT; break;
         case cudaDevAttrWarpSize: *value = 32; break;
         case cudaDevAttrMaxRegistersPerBlock: *value = 65536; break;
         case cudaDevAttrClockRate: *value = 1000000; break;
@@ -1126,7 +1159,7 @@ EMULATOR_API cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr 
         case cudaDevAttrUnifiedAddressing: *value = 1; break;
         case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
         case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
-        case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = 228 * 1024; break;
+        case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = EMULATOR_SHARED_MOST + 1024; break;
         case cudaDevAttrCooperativeLaunch: *value = 1; break;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = EMULATOR_SHARED_MOST; break;
         default: return emulator_return(cudaErrorInvalidValue);
@@ -1138,7 +1171,7 @@ EMULATOR_API cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int d
     if (device < 0 || device >= emulator_option().devices) return emulator_return(cudaErrorInvalidDevice);
     memset(p, 0, sizeof *p);
     snprintf(p->name, sizeof p->name, "emulator");
-    p->totalGlobalMem = (size_t)1 << 32; p->sharedMemPerBlock = 48 * 1024; p->sharedMemPerBlockOptin = EMULATOR_SHARED_MOST; p->sharedMemPerMultiprocessor = 228 * 1024;
+    p->totalGlobalMem = (size_t)1 << 32; p->sharedMemPerBlock = EMULATOR_SHARED_DEFAULT; p->sharedMemPerBlockOptin = EMULATOR_SHARED_MOST; p->sharedMemPerMultiprocessor = EMULATOR_SHARED_MOST + 1024;
     p->warpSize = 32; p->maxThreadsPerBlock = 1024; p->major = 9; p->multiProcessorCount = 4; p->maxThreadsPerMultiProcessor = 2048; p->regsPerMultiprocessor = 65536;
     p->l2CacheSize = 1 << 20; p->cooperativeLaunch = p->unifiedAddressing = 1;
     p->maxThreadsDim[0] = p->maxThreadsDim[1] = 1024; p->maxThreadsDim[2] = 64; p->maxGridSize[0] = 2147483647; p->maxGridSize[1] = p->maxGridSize[2] = 65535;
