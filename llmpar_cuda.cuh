@@ -296,12 +296,14 @@ LLMPAR_CUDA_DEF int32_t llmpar_cuda_attention_splits(int64_t blocks, int64_t n_k
 // ---- prefill by cuDNN
 
 // llmpar_cuda_attention for many queries a row: the same desc and checks, but for what llmpar_cuda_prefill_plain lets through cuDNN's fused attention (flash attention on tensor cores) runs,
-// if LLMPAR_CUDNN is defined; all else is llmpar_cuda_attention. NOT RUN ON A GPU YET: @V@
-// What no GPU has shown: cuDNN's numbers, its speed, capture. Its weights are rounded to the dtype before v (its graph says so): to llmpar_cuda_attention's bound should come half a unit of
-// dtype times sum_j softmax_j |v_j|, f16 also 2^-25 sum_j |v_j|; a row's bits may depend on the shape. Keys that no query sees must be numbers: cuDNN may multiply them by 0 (clear a new cache).
-// A graph is built for each shape (dtype, batch, queries, heads, D, scale, causal, window, the cache's slots and strides, whether there are lengths), which compiles a kernel, a second or more;
-// a run with a shape that was there before asks for no memory and waits for nothing here, so that it can be captured (what is captured must not run after llmpar_cuda_prefill_free). So give
-// prompts in chunks of one size, with lengths, and call llmpar_cuda_prefill_prepare before. The op table holds f32 and does not use this.
+// if LLMPAR_CUDNN is defined; all else is llmpar_cuda_attention. NOT RUN ON A GPU YET. On the host, for random shapes (D 8 to 256, groups of 1 to 8, both dtypes, lengths, windows, strides) and
+// sm_80 to sm_120: cuDNN 9.19 and 9.26 (cudnn_frontend 1.32) take all and compile a kernel; 9.8 (1.13) refuses D > 128 but on sm_90, which then is plain. A stand-in for cuDNN runs the graphs.
+// Not known without a GPU: cuDNN's error, speed, behaviour under capture. Its graph rounds the weights to the dtype before v: to llmpar_cuda_attention's bound should come half a unit of dtype
+// times sum_j softmax_j |v_j|, for f16 also 2^-25 sum_j |v_j|; a row's bits may depend on the shape. Keys that no query sees must be numbers: cuDNN may multiply them by 0 (clear a new cache).
+// A graph is built for each shape (dtype, batch, queries, heads, D, scale, causal, window, the cache's slots and strides, whether there are lengths): NVRTC compiles a kernel, a second or so.
+// The NVRTC of the CUDA that cuDNN is made for must be there, else cuDNN refuses all, and all is plain. A run with a shape that was there before neither allocates nor waits here, as a capture
+// needs; what is captured must not run after llmpar_cuda_prefill_free. So give prompts in chunks of one size, with lengths, and call llmpar_cuda_prefill_prepare before. The op table holds f32
+// and does not use this.
 typedef struct llmpar_cuda_prefill llmpar_cuda_prefill;   // cuDNN's handle, graphs, their workspaces: of the device that is current when it is created. One thread and one stream at a time
 LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_prefill_create(llmpar_cuda_prefill **prefill, llmpar_error *err);   // LLMPAR_UNSUPPORTED when there is no GPU
 LLMPAR_CUDA_DEF void          llmpar_cuda_prefill_free(llmpar_cuda_prefill *prefill);                         // what it ran must be done
@@ -311,7 +313,7 @@ LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_prefill_attention(llmpar_cuda_prefill 
 LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_prefill_prepare(llmpar_cuda_prefill *prefill, const llmpar_cuda_attention_desc *desc, const char **plain, llmpar_error *err);
 // Host, looks at the desc alone: NULL = for cuDNN, else why not, static storage. For cuDNN: bf16 or f16, 16 or more queries, D a multiple of 8, everything aligned to 16 bytes, kv_of_q NULL (see
 // llmpar_cuda_heads_even), position NULL (with lengths: the last `queries` of them), contiguous cache, causal where there is a window; no soft_cap, sinks, lse, splits, exact, and out is not q.
-// Rows at most 65535 (beyond, cuDNN fails when it runs, though it lets them through), and fewer than 2^31 elements from the first to the last of q and of the cache (beyond: not known).
+// At most 65535 rows (beyond, cuDNN's heuristics say yes, but PyTorch saw it fail), and q and the cache each span fewer than 2^31 elements (beyond: not known).
 LLMPAR_CUDA_DEF const char   *llmpar_cuda_prefill_plain(const llmpar_cuda_attention_desc *desc);
 // Host: is kv_of_q[q_heads] (host memory) i / (q_heads / kv_heads), that is what NULL means on the device?
 LLMPAR_CUDA_DEF bool          llmpar_cuda_heads_even(const int32_t *kv_of_q, int32_t q_heads, int32_t kv_heads);
@@ -2986,8 +2988,8 @@ static void llmpari_cuda_prefill_describe(const llmpar_cuda_attention_desc *desc
 static bool llmpari_cuda_prefill_compile(const llmpar_cuda_attention_desc *desc, cudnn_frontend::graph::Graph *graph, cudnnHandle_t handle, int64_t *workspace, std::string *why) {
     try {
         llmpari_cuda_prefill_describe(desc, graph);
-        cudnn_frontend::error_t error = graph->build(handle, { cudnn_frontend::HeurMode_t::A, cudnn_frontend::HeurMode_t::FALLBACK });
-        if (error.is_good()) error = graph->get_workspace_size(*workspace);
+        const cudnn_frontend::error_t built = graph->build(handle, { cudnn_frontend::HeurMode_t::A, cudnn_frontend::HeurMode_t::FALLBACK });
+        cudnn_frontend::error_t error = built.is_good() ? graph->get_workspace_size(*workspace) : built;
         if (error.is_good()) return true;
         *why = "cuDNN: " + error.get_message();
     } catch (const std::bad_alloc &) { throw; } catch (const std::exception &e) { *why = std::string("cuDNN: ") + e.what(); }

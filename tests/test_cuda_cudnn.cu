@@ -43,7 +43,8 @@ static void test_choice(void) {
     PLAIN((g.kv.stride_row = 1 << 20, g.kv.stride_slot = 136, g.kv.stride_head = 68), "kv");
     CUDNN((g.batch = 65535, g.queries = 16, g.q_heads = g.kv_heads = 1, g.d = 8)); PLAIN((g.batch = 65536, g.queries = 16, g.q_heads = g.kv_heads = 1, g.d = 8), "batch");
     CUDNN(g.queries = (1 << 21) - 1); PLAIN(g.queries = 1 << 21, "size"); CUDNN(g.kv.slots = (1 << 22) + (1 << 21)); PLAIN(g.kv.slots = 1 << 23, "size");
-    PLAIN((g.kv.stride_row = (int64_t)1 << 31, g.kv.stride_slot = 136, g.kv.stride_head = 64), "size"); CUDNN((g.batch = 1, g.kv.stride_row = (int64_t)1 << 31, g.kv.stride_slot = 136, g.kv.stride_head = 64));
+    PLAIN((g.kv.stride_row = (int64_t)1 << 31, g.kv.stride_slot = 136, g.kv.stride_head = 64), "size");
+    CUDNN((g.batch = 1, g.kv.stride_row = (int64_t)1 << 31, g.kv.stride_slot = 136, g.kv.stride_head = 64));
     const int32_t even[6] = { 0, 0, 1, 1, 2, 2 }, uneven[6] = { 0, 0, 0, 1, 2, 2 };
     CHECK(llmpar_cuda_heads_even(even, 6, 3)); CHECK(!llmpar_cuda_heads_even(uneven, 6, 3)); CHECK(!llmpar_cuda_heads_even(even, 6, 4)); CHECK(!llmpar_cuda_heads_even(even, 6, 0));
     CHECK(llmpar_cuda_heads_even(even, 0, 2)); CHECK(!llmpar_cuda_heads_even(even, 6, 6));
@@ -77,10 +78,10 @@ static void reference(prefill_t *a) {
         }
         for (double x : score) sum += exp(x - most);
         for (int64_t i = 0; i < d; i++) {
-            double y = 0, size = 0;
-            for (size_t j = 0; j < score.size(); j++) { const double x = exp(score[j] - most) / sum * a->v[(size_t)(at[j] + i)]; y += x; size += fabs(x); }
+            double y = 0, size = 0, all = 0;
+            for (size_t j = 0; j < score.size(); j++) { const double x = exp(score[j] - most) / sum * a->v[(size_t)(at[j] + i)]; y += x; size += fabs(x); all += fabs(a->v[(size_t)(at[j] + i)]); }
             a->want[(size_t)(row * d + i)]  = y;
-            a->bound[(size_t)(row * d + i)] = (2 * e + ((double)score.size() + 64) * ldexp(1, -24) + half) * size + half * fabs(y) + (g->dtype == LLMPAR_F16 ? ldexp(1, -25) : 0);
+            a->bound[(size_t)(row * d + i)] = (2 * e + ((double)score.size() + 64) * ldexp(1, -24) + half) * size + half * fabs(y) + (g->dtype == LLMPAR_F16 ? ldexp(1 + all, -25) : 0);
         }
     }
 }
