@@ -297,7 +297,7 @@ LLMPAR_CUDA_DEF int32_t llmpar_cuda_attention_splits(int64_t blocks, int64_t n_k
 
 // llmpar_cuda_attention for many queries a row: the same desc and checks, but for what llmpar_cuda_prefill_plain lets through cuDNN's fused attention (flash attention on tensor cores) runs,
 // if LLMPAR_CUDNN is defined; all else is llmpar_cuda_attention. NOT RUN ON A GPU YET. On the host, for random shapes (D 8 to 256, groups of 1 to 8, both dtypes, lengths, windows, strides) and
-// sm_80 to sm_120: cuDNN 9.19 and 9.26 (cudnn_frontend 1.32) take all and compile a kernel; 9.8 (1.13) refuses D > 128 but on sm_90, which then is plain. A stand-in for cuDNN runs the graphs.
+// sm_80 to sm_120: cuDNN 9.19 and 9.26 (cudnn_frontend 1.32) take all and compile a kernel; 9.8 (1.13) refuses D > 128 but on sm_90, and a few windows: these run plainly. A stand-in runs the graphs.
 // Not known without a GPU: cuDNN's error, speed, behaviour under capture. Its graph rounds the weights to the dtype before v: to llmpar_cuda_attention's bound should come half a unit of dtype
 // times sum_j softmax_j |v_j|, for f16 also 2^-25 sum_j |v_j|; a row's bits may depend on the shape. Keys that no query sees must be numbers: cuDNN may multiply them by 0 (clear a new cache).
 // A graph is built for each shape (dtype, batch, queries, heads, D, scale, causal, window, the cache's slots and strides, whether there are lengths): NVRTC compiles a kernel, a second or so.
