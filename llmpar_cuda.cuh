@@ -35,8 +35,8 @@
 //   LLMPAR_CUDA_IMPLEMENTATION     in one file: the implementation too. With nvcc (or the tests' emulator) all of it; with a plain C99 or C++11 compiler
 //                                  the host's part, that is >>device without kernels and >>nccl
 //   LLMPAR_NCCL                    with >>nccl; link -lnccl
-//   LLMPAR_CUDNN                   llmpar_cuda_prefill (>>attend) uses cuDNN 9.6 or newer through NVIDIA's headers cudnn_frontend 1.13 or newer (pip install nvidia-cudnn-frontend, or
-//                                  github.com/NVIDIA/cudnn-frontend; C++17); link -lcudnn -lnvrtc
+//   LLMPAR_CUDNN                   llmpar_cuda_prefill (>>attend) uses cuDNN 9.8 or newer through NVIDIA's headers cudnn_frontend 1.13 or newer (pip install nvidia-cudnn-frontend, or
+//                                  github.com/NVIDIA/cudnn-frontend; C++17; they alone take a compiler some 40 s); link -lcudnn -lnvrtc
 //   LLMPAR_STATIC                  as in llmpar.h
 // Needs CUDA 12 or 13, sm_80 or newer. Streams are void * (a cudaStream_t); NULL is CUDA's default stream.
 
@@ -296,12 +296,14 @@ LLMPAR_CUDA_DEF int32_t llmpar_cuda_attention_splits(int64_t blocks, int64_t n_k
 // ---- prefill by cuDNN
 
 // llmpar_cuda_attention for many queries a row: the same desc and checks, but for what llmpar_cuda_prefill_plain lets through cuDNN's fused attention (flash attention on tensor cores) runs,
-// if LLMPAR_CUDNN is defined; all else is llmpar_cuda_attention. Not run on a GPU yet: the graph is checked by cuDNN's own heuristics on the host and run by a stand-in for cuDNN.
-// cuDNN's weights are rounded to the dtype before v: to llmpar_cuda_attention's bound comes half a unit of dtype times sum_j softmax_j |v_j|; a row's bits may depend on the shape. Keys that
-// no query sees must be numbers: cuDNN may multiply them by 0 (clear a new cache).
-// A graph is built for each shape (dtype, batch, queries, heads, D, scale, causal, window, the cache's slots and strides, whether there are lengths), which takes 0.1 to some seconds; a run with
-// a shape that was there before allocates nothing on the device and waits for nothing, so that it can be captured. So give prompts in chunks of one size, with lengths, and call
-// llmpar_cuda_prefill_prepare before. The op table holds f32 and does not use this.
+// if LLMPAR_CUDNN is defined; all else is llmpar_cuda_attention. NOT RUN ON A GPU YET. On the host, for random shapes (D 8 to 256, groups of 1 to 8, both dtypes, lengths, windows, strides) and
+// sm_80 to sm_120: cuDNN 9.19 and 9.26 (cudnn_frontend 1.32) take all and compile a kernel; 9.8 (1.13) refuses D > 128 but on sm_90, and a few windows: these run plainly. A stand-in runs the graphs.
+// Not known without a GPU: cuDNN's error, speed, behaviour under capture. Its graph rounds the weights to the dtype before v: to llmpar_cuda_attention's bound should come half a unit of dtype
+// times sum_j softmax_j |v_j|, for f16 also 2^-25 sum_j |v_j|; a row's bits may depend on the shape. Keys that no query sees must be numbers: cuDNN may multiply them by 0 (clear a new cache).
+// A graph is built for each shape (dtype, batch, queries, heads, D, scale, causal, window, the cache's slots and strides, whether there are lengths): NVRTC compiles a kernel, a second or so.
+// The NVRTC of the CUDA that cuDNN is made for must be there, else cuDNN refuses all, and all is plain. A run with a shape that was there before neither allocates nor waits here, as a capture
+// needs; what is captured must not run after llmpar_cuda_prefill_free. So give prompts in chunks of one size, with lengths, and call llmpar_cuda_prefill_prepare before. The op table holds f32
+// and does not use this.
 typedef struct llmpar_cuda_prefill llmpar_cuda_prefill;   // cuDNN's handle, graphs, their workspaces: of the device that is current when it is created. One thread and one stream at a time
 LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_prefill_create(llmpar_cuda_prefill **prefill, llmpar_error *err);   // LLMPAR_UNSUPPORTED when there is no GPU
 LLMPAR_CUDA_DEF void          llmpar_cuda_prefill_free(llmpar_cuda_prefill *prefill);                         // what it ran must be done
@@ -311,6 +313,7 @@ LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_prefill_attention(llmpar_cuda_prefill 
 LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_prefill_prepare(llmpar_cuda_prefill *prefill, const llmpar_cuda_attention_desc *desc, const char **plain, llmpar_error *err);
 // Host, looks at the desc alone: NULL = for cuDNN, else why not, static storage. For cuDNN: bf16 or f16, 16 or more queries, D a multiple of 8, everything aligned to 16 bytes, kv_of_q NULL (see
 // llmpar_cuda_heads_even), position NULL (with lengths: the last `queries` of them), contiguous cache, causal where there is a window; no soft_cap, sinks, lse, splits, exact, and out is not q.
+// At most 65535 rows (beyond, cuDNN's heuristics say yes, but PyTorch saw it fail), and q and the cache each span fewer than 2^31 elements (beyond: not known).
 LLMPAR_CUDA_DEF const char   *llmpar_cuda_prefill_plain(const llmpar_cuda_attention_desc *desc);
 // Host: is kv_of_q[q_heads] (host memory) i / (q_heads / kv_heads), that is what NULL means on the device?
 LLMPAR_CUDA_DEF bool          llmpar_cuda_heads_even(const int32_t *kv_of_q, int32_t q_heads, int32_t kv_heads);
@@ -832,8 +835,8 @@ LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_ops(llmpar_cuda *cuda, const llmpar_cu
 #error "LLMPAR_CUDNN needs NVIDIA's cudnn_frontend.h: pip install nvidia-cudnn-frontend (or github.com/NVIDIA/cudnn-frontend) and -isystem its include folder"
 #else
 #include <cudnn_frontend.h>
-#if CUDNN_VERSION < 90600 || CUDNN_FRONTEND_VERSION < 11300
-#error "LLMPAR_CUDNN needs cuDNN 9.6 and cudnn_frontend 1.13, or newer"
+#if CUDNN_VERSION < 90800 || CUDNN_FRONTEND_VERSION < 11300
+#error "LLMPAR_CUDNN needs cuDNN 9.8 and cudnn_frontend 1.13, or newer"
 #endif
 #endif
 #endif
@@ -2929,6 +2932,10 @@ LLMPAR_DEF const char *llmpar_cuda_prefill_plain(const llmpar_cuda_attention_des
     if (desc->out == desc->q)                           return "out: equals q";
     if (!llmpari_cuda_packs((const uint16_t *)desc->q, 8) || !llmpari_cuda_packs((const uint16_t *)desc->out, 8)) return "q, out: not aligned to 16 bytes";
     if (!llmpari_cuda_cache_packs(kv) || !llmpari_cuda_packs(kv.k, kv.stride_head)) return "kv: addresses or strides are not multiples of 16 bytes";
+    if (desc->batch > 65535)                            return "batch: more than 65535 rows";        // pytorch#180718
+    if ((double)desc->batch * (double)desc->queries * desc->q_heads * desc->d > 2147483647.0 ||
+        (double)(desc->batch - 1) * (double)kv.stride_row + (double)kv.slots * (double)kv.stride_slot + (double)desc->kv_heads * (double)kv.stride_head > 2147483647.0)
+        return "size: q or the cache spans 2^31 elements or more";
     return NULL;
 }
 
@@ -3008,10 +3015,16 @@ static void llmpari_cuda_prefill_describe(const llmpar_cuda_attention_desc *desc
     out->set_output(true).set_uid(LLMPARI_CUDA_PREFILL_OUT).set_dim(q_dim).set_stride(q_stride);
 }
 
-// The engine that cuDNN's heuristics like best, compiled; workspace in bytes.
-static cudnn_frontend::error_t llmpari_cuda_prefill_compile(cudnn_frontend::graph::Graph *graph, cudnnHandle_t handle, int64_t *workspace) {
-    const cudnn_frontend::error_t error = graph->build(handle, { cudnn_frontend::HeurMode_t::A, cudnn_frontend::HeurMode_t::FALLBACK });
-    return error.is_good() ? graph->get_workspace_size(*workspace) : error;
+// Describes and compiles: the first that compiles of the engines that cuDNN's heuristics name, best first; workspace in bytes. False: cuDNN does not do it, *why says why. Throws std::bad_alloc.
+static bool llmpari_cuda_prefill_compile(const llmpar_cuda_attention_desc *desc, cudnn_frontend::graph::Graph *graph, cudnnHandle_t handle, int64_t *workspace, std::string *why) {
+    try {
+        llmpari_cuda_prefill_describe(desc, graph);
+        const cudnn_frontend::error_t built = graph->build(handle, { cudnn_frontend::HeurMode_t::A, cudnn_frontend::HeurMode_t::FALLBACK });
+        cudnn_frontend::error_t error = built.is_good() ? graph->get_workspace_size(*workspace) : built;
+        if (error.is_good()) return true;
+        *why = "cuDNN: " + error.get_message();
+    } catch (const std::bad_alloc &) { throw; } catch (const std::exception &e) { *why = std::string("cuDNN: ") + e.what(); }
+    return false;
 }
 
 // Into the next free place of prefill; a shape that cuDNN does not know is kept with its reason.
@@ -3021,10 +3034,7 @@ static llmpar_status llmpari_cuda_prefill_build(llmpar_cuda_prefill *prefill, co
     const int64_t lengths = llmpari_cuda_up(desc->batch * 8, 256) * 256;
     to->why.clear();
     to->graph.reset(new cudnn_frontend::graph::Graph());
-    llmpari_cuda_prefill_describe(desc, to->graph.get());
-    cudnn_frontend::error_t error = llmpari_cuda_prefill_compile(to->graph.get(), prefill->handle, &workspace);
-    if (error.is_bad()) {
-        to->why = "cuDNN: " + error.get_message();
+    if (!llmpari_cuda_prefill_compile(desc, to->graph.get(), prefill->handle, &workspace, &to->why)) {
         to->graph.reset();
     } else {
         for (int uid = LLMPARI_CUDA_PREFILL_Q; uid <= LLMPARI_CUDA_PREFILL_KEYS; uid++) to->pointers[uid] = NULL;
@@ -3049,7 +3059,7 @@ static llmpar_status llmpari_cuda_prefill_find(llmpar_cuda_prefill *prefill, con
     if (i == LLMPARI_CUDA_PREFILL_GRAPHS) { *plain = "64 other shapes are built: pass prompts in chunks of one size"; return LLMPAR_OK; }
     if (i == prefill->n) {
         try { LLMPARI_CUDA_TRY(llmpari_cuda_prefill_build(prefill, desc, err)); }
-        catch (const std::exception &e) { return LLMPARI_CUDA_FAIL(err, LLMPAR_NO_MEMORY, "cuDNN's graph: %s", e.what()); }
+        catch (const std::bad_alloc &e) { return LLMPARI_CUDA_FAIL(err, LLMPAR_NO_MEMORY, "cuDNN's graph: %s", e.what()); }
     }
     if (prefill->graph[i].graph) *graph = &prefill->graph[i];
     else                         *plain = prefill->graph[i].why.c_str();
@@ -3077,7 +3087,8 @@ template <typename T> static llmpar_status llmpari_cuda_prefill_run(llmpar_cuda_
     try {
         cudnn_frontend::error_t error = graph->graph->execute(prefill->handle, graph->pointers, graph->workspace);
         if (error.is_bad()) return LLMPARI_CUDA_FAIL(err, LLMPAR_ABORTED, "cuDNN's attention: %s", error.get_message().c_str());
-    } catch (const std::exception &e) { return LLMPARI_CUDA_FAIL(err, LLMPAR_NO_MEMORY, "cuDNN's attention: %s", e.what()); }
+    } catch (const std::bad_alloc &e)  { return LLMPARI_CUDA_FAIL(err, LLMPAR_NO_MEMORY, "cuDNN's attention: %s", e.what());
+    } catch (const std::exception &e) { return LLMPARI_CUDA_FAIL(err, LLMPAR_ABORTED, "cuDNN's attention: %s", e.what()); }
     const dim3 grid((unsigned)llmpari_cuda_min(llmpari_cuda_up(g.batch * g.queries, 8), 65535));
     return llmpari_cuda_launch("attention's unseeing", llmpari_cuda_prefill_unseeing_kernel<T>, grid, dim3(256), 0, stream, err, g);
 }

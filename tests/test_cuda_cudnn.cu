@@ -1,5 +1,5 @@
 // Prefill by cuDNN. On the emulator cuDNN is tests/emulator/cudnn_frontend.h. With nvcc and -DLLMPAR_CUDNN (-isystem cudnn_frontend's include -lcudnn -lnvrtc) the installed cuDNN checks the
-// graphs of sm_80, sm_90 and sm_100 without a GPU, and runs them where there is one; with nvcc alone all is the plain kernel.
+// graphs of sm_80, sm_90, sm_100 and sm_120 without a GPU (needs cudnn_frontend 1.32; 1.13 asks for a device), and runs them where there is one; with nvcc alone all is the plain kernel.
 #ifndef __CUDACC__
 #define LLMPAR_CUDNN
 #endif
@@ -41,6 +41,10 @@ static void test_choice(void) {
     PLAIN(g.kv.k = (char *)g.kv.k + 8, "kv"); PLAIN(g.kv.v = (char *)g.kv.v + 2, "kv");
     PLAIN((g.kv.stride_row = (1 << 20) + 4, g.kv.stride_slot = 136, g.kv.stride_head = 64), "kv"); PLAIN((g.kv.stride_row = 1 << 20, g.kv.stride_slot = 132, g.kv.stride_head = 64), "kv");
     PLAIN((g.kv.stride_row = 1 << 20, g.kv.stride_slot = 136, g.kv.stride_head = 68), "kv");
+    CUDNN((g.batch = 65535, g.queries = 16, g.q_heads = g.kv_heads = 1, g.d = 8)); PLAIN((g.batch = 65536, g.queries = 16, g.q_heads = g.kv_heads = 1, g.d = 8), "batch");
+    CUDNN(g.queries = (1 << 21) - 1); PLAIN(g.queries = 1 << 21, "size"); CUDNN(g.kv.slots = (1 << 22) + (1 << 21)); PLAIN(g.kv.slots = 1 << 23, "size");
+    PLAIN((g.kv.stride_row = (int64_t)1 << 31, g.kv.stride_slot = 136, g.kv.stride_head = 64), "size");
+    CUDNN((g.batch = 1, g.kv.stride_row = (int64_t)1 << 31, g.kv.stride_slot = 136, g.kv.stride_head = 64));
     const int32_t even[6] = { 0, 0, 1, 1, 2, 2 }, uneven[6] = { 0, 0, 0, 1, 2, 2 };
     CHECK(llmpar_cuda_heads_even(even, 6, 3)); CHECK(!llmpar_cuda_heads_even(uneven, 6, 3)); CHECK(!llmpar_cuda_heads_even(even, 6, 4)); CHECK(!llmpar_cuda_heads_even(even, 6, 0));
     CHECK(llmpar_cuda_heads_even(even, 0, 2)); CHECK(!llmpar_cuda_heads_even(even, 6, 6));
@@ -74,10 +78,10 @@ static void reference(prefill_t *a) {
         }
         for (double x : score) sum += exp(x - most);
         for (int64_t i = 0; i < d; i++) {
-            double y = 0, size = 0;
-            for (size_t j = 0; j < score.size(); j++) { const double x = exp(score[j] - most) / sum * a->v[(size_t)(at[j] + i)]; y += x; size += fabs(x); }
+            double y = 0, size = 0, all = 0;
+            for (size_t j = 0; j < score.size(); j++) { const double x = exp(score[j] - most) / sum * a->v[(size_t)(at[j] + i)]; y += x; size += fabs(x); all += fabs(a->v[(size_t)(at[j] + i)]); }
             a->want[(size_t)(row * d + i)]  = y;
-            a->bound[(size_t)(row * d + i)] = (2 * e + ((double)score.size() + 64) * ldexp(1, -24) + half) * size + half * fabs(y) + (g->dtype == LLMPAR_F16 ? ldexp(1, -25) : 0);
+            a->bound[(size_t)(row * d + i)] = (2 * e + ((double)score.size() + 64) * ldexp(1, -24) + half) * size + half * fabs(y) + (g->dtype == LLMPAR_F16 ? ldexp(1 + all, -25) : 0);
         }
     }
 }
@@ -222,6 +226,25 @@ static void test_graphs(void) {
     }
     CHECK(why && strstr(why, "64 other shapes")); CHECK_EQ(emulator_dnn().built, 63);
     llmpar_cuda_prefill_free(prefill);
+    // what cudnn_frontend throws: for a shape a refusal, for want of memory an error after which the shape can be asked for again, in a run an error
+    CHECK_OK(llmpar_cuda_prefill_create(&prefill, &err), err);
+    emulator_dnn().throws = "no implementation";
+    CHECK_OK(llmpar_cuda_prefill_prepare(prefill, &g, &why, &err), err);
+    CHECK_STR(why ? why : "", "cuDNN: no implementation");
+    emulator_dnn().throws = "memory";
+    CHECK_FAIL(llmpar_cuda_prefill_prepare(prefill, &a.desc, &why, &err), LLMPAR_NO_MEMORY, err, "cuDNN's graph: ");
+    emulator_dnn().throws = NULL;
+    CHECK_OK(llmpar_cuda_prefill_prepare(prefill, &a.desc, &why, &err), err);
+    CHECK(why == NULL);
+    emulator_dnn().throws = "broken";
+    CHECK_FAIL(llmpar_cuda_prefill_attention(prefill, &a.desc, NULL, &err), LLMPAR_ABORTED, err, "cuDNN's attention: broken");
+    emulator_dnn().throws = "memory";
+    CHECK_FAIL(llmpar_cuda_prefill_attention(prefill, &a.desc, NULL, &err), LLMPAR_NO_MEMORY, err, "cuDNN's attention: ");
+    emulator_dnn().throws = NULL;
+    clear(&a);
+    CHECK_OK(llmpar_cuda_prefill_attention(prefill, &a.desc, NULL, &err), err);
+    CHECK_EQ(wrong(&a), 0);
+    llmpar_cuda_prefill_free(prefill);
     CHECK_EQ(emulator_dnn().handles, 0);
     emulator_dnn().absent = true;
     CHECK_FAIL(llmpar_cuda_prefill_create(&prefill, &err), LLMPAR_UNSUPPORTED, err, "cudnnCreate: CUDNN_STATUS_NOT_INITIALIZED");
@@ -262,13 +285,15 @@ static void test_deviceless(void) {
     // NVIDIA's stub stands for the driver's library, which cuDNN's engines look for.
     const char *stub = getenv("CUDA_STUB");
     const bool driver = dlopen("libcuda.so.1", RTLD_NOW) || dlopen(stub ? stub : "/usr/local/cuda/lib64/stubs/libcuda.so", RTLD_NOW);
+    static const int d[] = { 64, 80, 96, 128, 192, 256, 8, 40, 136 }, queries[] = { 16, 17, 100, 512, 2048 }, slots[] = { 1, 7, 64, 70, 500, 4096, 32768 };
     int checked = 0, known = 0;
-    for (int sm : { 80, 90, 100 }) for (int i = 0; i < 12; i++) {
-        static const int32_t lengths[2] = { 0 };
+    for (int sm : { 80, 90, 100, 120 }) for (int i = 0; i < cases(60); i++) {
+        static const int32_t lengths[4] = { 0 };
         llmpar_cuda_attention_desc g = sound();
-        g.dtype = i % 2 ? LLMPAR_BF16 : LLMPAR_F16; g.d = i % 3 == 0 ? 64 : 128; g.kv.slots = i % 5 == 0 ? 70 : 4096;
-        g.causal = i % 6 != 5; g.window = g.causal && i % 4 == 1 ? 32 : 0; g.lengths = i % 4 < 2 ? lengths : NULL;
-        if (i >= 8) { g.kv.stride_head = g.d; g.kv.stride_slot = g.kv_heads * g.d; g.kv.stride_row = g.kv.slots * g.kv.stride_slot; }
+        g.dtype = coin() ? LLMPAR_BF16 : LLMPAR_F16; g.batch = between(1, 4); g.kv_heads = (int32_t)between(1, 8); g.q_heads = g.kv_heads * (int32_t)between(1, 8); g.d = d[test_below(9)];
+        g.queries = queries[test_below(5)]; g.kv.slots = slots[test_below(7)]; g.lengths = coin() ? lengths : NULL;
+        g.causal = test_below(4) != 0; g.window = g.causal && coin() ? between(1, coin() ? 40 : 3000) : 0;
+        if (coin()) { g.kv.stride_head = g.d + 8 * between(0, 2); g.kv.stride_slot = g.kv_heads * g.kv.stride_head; g.kv.stride_row = g.kv.slots * g.kv.stride_slot + 8; }
         CHECK(llmpar_cuda_prefill_plain(&g) == NULL);
         auto graph = std::make_shared<cudnn_frontend::graph::Graph>();
         auto device = some_device(sm);
@@ -278,6 +303,19 @@ static void test_deviceless(void) {
         if (!good("validate", graph->validate()) || !good("build_operation_graph", graph->build_operation_graph(nullptr))) continue;
         checked++;
         if (device && driver) known += good("create_execution_plans", graph->create_execution_plans({ cudnn_frontend::HeurMode_t::A })) && good("check_support", graph->check_support());
+    }
+    // What it does not do, it says, and nothing is thrown.
+    for (int i = 0; i < 2; i++) {
+        llmpar_cuda_attention_desc g = sound();
+        cudnn_frontend::graph::Graph graph;
+        std::string why;
+        int64_t bytes = 0;
+        if (i == 0) g.d = 12;
+        else        g.kv_heads = 3;
+        graph.set_sm_version(90);
+        CHECK(!llmpari_cuda_prefill_compile(&g, &graph, nullptr, &bytes, &why));
+        CHECK(why.compare(0, 7, "cuDNN: ") == 0);
+        CHECK(why.find(i == 0 ? "multiple of 8" : "group-query") != std::string::npos);
     }
     printf("cuDNN %lld: %d graphs are valid, %d have an engine by its heuristics\n", (long long)cudnnGetVersion(), checked, known);
 }

@@ -7,7 +7,10 @@
 #include "cuda_fp16.h"
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <memory>
+#include <new>
+#include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -17,9 +20,14 @@
 typedef enum { CUDNN_STATUS_SUCCESS = 0, CUDNN_STATUS_NOT_INITIALIZED = 1001 } cudnnStatus_t;
 struct emulator_dnn_handle { cudaStream_t stream; };
 typedef emulator_dnn_handle *cudnnHandle_t;
-// What a test asks of it, and what it counts.
-struct emulator_dnn_t { const char *refuse = nullptr, *fail = nullptr; bool absent = false; int handles = 0, built = 0, executed = 0; };
+// What a test asks of it (throws "memory": std::bad_alloc, all else std::runtime_error), and what it counts.
+struct emulator_dnn_t { const char *refuse = nullptr, *fail = nullptr, *throws = nullptr; bool absent = false; int handles = 0, built = 0, executed = 0; };
 inline emulator_dnn_t &emulator_dnn(void) { static emulator_dnn_t dnn; return dnn; }
+inline void emulator_dnn_throw(void) {
+    const char *what = emulator_dnn().throws;
+    if (what && strcmp(what, "memory") == 0) throw std::bad_alloc();
+    if (what) throw std::runtime_error(what);
+}
 inline const char *cudnnGetErrorString(cudnnStatus_t status) { return status == CUDNN_STATUS_SUCCESS ? "CUDNN_STATUS_SUCCESS" : "CUDNN_STATUS_NOT_INITIALIZED"; }
 inline cudnnStatus_t cudnnCreate(cudnnHandle_t *handle) {
     if (emulator_dnn().absent) return CUDNN_STATUS_NOT_INITIALIZED;
@@ -84,6 +92,7 @@ struct Graph {
     Graph &set_compute_data_type(DataType_t) { return *this; }
     tensor_t tensor(const Tensor_attributes &x) { return std::make_shared<Tensor_attributes>(x); }
     std::array<tensor_t, 2> sdpa(tensor_t q_, tensor_t k_, tensor_t v_, const SDPA_attributes &x) {
+        emulator_dnn_throw();
         q = q_; k = k_; v = v_; options = x;
         out = std::make_shared<Tensor_attributes>();
         return { { out, nullptr } };
@@ -104,6 +113,7 @@ struct Graph {
     }
     error_t get_workspace_size(int64_t &bytes) const { bytes = workspace_bytes; return {}; }
     error_t execute(cudnnHandle_t handle, std::unordered_map<int64_t, void *> &at, void *workspace) const {
+        emulator_dnn_throw();
         if (emulator_dnn().fail) return { emulator_dnn().fail };
         for (const tensor_t &t : { q, k, v, out, options.queries, options.keys })
             if (!at.count(t->uid) || !at[t->uid] || (uintptr_t)at[t->uid] % (t->type == DataType_t::INT32 ? 4 : 16)) return { t->name + ": missing or misaligned" };
