@@ -26,10 +26,12 @@ cmp -s "$D/library.cu.new" "$D/library.cu" || cp "$D/library.cu.new" "$D/library
 stale() { [ ! -e "$1" ] || [ -n "$(find "$2" llmpar.h llmpar_cuda.cuh tests/*.h tests/cuda.sh -newer "$1")" ]; }               # stale TARGET SOURCE
 n=0
 todo() { n=$((n + 1)); printf '%s\n' "$2" > "$D/$(printf %03d $n).todo"; printf '%s\n' "$1" > "$D/$(printf %03d $n).name"; }  # todo TARGET COMMAND
-# Machine code for each architecture, and PTX of the first one for later GPUs. An object of other architectures is not kept.
+# Machine code for each architecture, and PTX of the first one for later GPUs. What was built for others, or with other libraries, is not kept.
 each=""; codes=""; for arch in $archs; do each="$each${each:+ }-gencode arch=compute_$arch,code=sm_$arch"; codes="$codes,sm_$arch"; done
 first=${archs%% *}; each=$(printf '%s' "$each" | sed "s/code=sm_$first/'code=[sm_$first,compute_$first]'/"); codes="-gencode 'arch=compute_$first,code=[compute_$first$codes]'"
-[ "$(cat "$D/archs" 2> /dev/null)" = "$archs" ] || { rm -f "$D"/*.o; printf '%s\n' "$archs" > "$D/archs"; for old in "$D"/test_cuda_* "$D/llama_cuda" "$D/bench_cuda" "$D/golden_check"; do rm -f "$old"; done; }
+how="$archs $nccl"
+[ "$(cat "$D/how" 2> /dev/null)" = "$how" ] || { rm -f "$D"/*.o "$D"/test_cuda_* "$D/llama_cuda" "$D/bench_cuda" "$D/golden_check"; printf '%s\n' "$how" > "$D/how"; }
+[ "$(cat "$D/how.cudnn" 2> /dev/null)" = "$cudnn" ] || { rm -f "$D/test_cuda_cudnn"; printf '%s\n' "$cudnn" > "$D/how.cudnn"; }
 mkdir -p "$D/keep"
 library=$D/library.o
 stale "$library" "$D/library.cu" && todo "$library" "$NVCC -std=c++17 $each ${nccl%-lnccl} -Xptxas -v -Xcompiler $warnings -Xcompiler -O0 --keep --keep-dir $D/keep -I. -c $D/library.cu -o $library > $D/library.log 2>&1"
@@ -40,23 +42,23 @@ if [ "${1:-}" != library ]; then
         sed -n '1,5p' "$source" | grep -qi 'emulator only' && continue
         case " ${CUDA_PROGRAMS:-$(basename "$source" .cu)} " in *" $(basename "$source" .cu) "*) ;; *) continue ;; esac
         o=$D/$(basename "$source" .cu); programs="$programs $o"; with=""
-        case $source in *test_cuda_cudnn.cu) with=$cudnn ;; esac                               # the library's object is without cuDNN
-        common="$NVCC -std=c++17 $codes $nccl $with -Xcompiler $warnings -Xcompiler -O1 -I. -Itests $source"
+        case $source in *test_cuda_cudnn.cu) with=${cudnn:+$cudnn -Xcompiler -O0} ;; esac      # the library's object is without cuDNN, whose headers take gcc minutes
+        common="$NVCC -std=c++17 $codes $nccl -Xcompiler $warnings -Xcompiler -O1 $with -I. -Itests $source"
         stale "$o" "$source" || continue
         if [ -n "$with" ] || grep -q '^#define CUDA_TEST_INSIDE\|^#define LLMPAR_CUDA_IMPLEMENTATION' "$source"; then todo "$o" "$common -DLLMPAR_STATIC -o $o -lcublasLt -lcublas -lpthread > $o.log 2>&1"
         else links="$links $o"; todo "$o" "$common -DCUDA_TEST_LINKED -c -o $o.o > $o.log 2>&1"; fi
     done
 fi
 # The longest first: the objects.
-ls "$D"/*.todo 2> /dev/null | xargs -P "$(nproc 2> /dev/null || echo 2)" -I{} sh -c 'start=$(date +%s); sh "{}"; status=$?; echo "$status $(($(date +%s) - start))" > "{}.done"'
+ls "$D"/*.todo 2> /dev/null | xargs -P "$(nproc 2> /dev/null || echo 2)" -I{} sh -c 'start=$(date +%s); sh "{}"; echo $? > "{}.done"; todo={}; printf "%-40s %3d s\n" "$(cat "${todo%.todo}.name")" $(($(date +%s) - start))'
 passed=0; failed=0; skipped=0
 [ "${1:-}" = library ] || [ -n "$cudnn" ] || { skipped=1; echo "SKIP cuDNN: cudnn_frontend.h or cudnn.h is not found (CUDNN_FRONTEND=folder): test_cuda_cudnn is built without"; }
 for todo in "$D"/*.todo; do
     [ -f "$todo" ] || continue
     target=$(cat "${todo%.todo}.name"); log=${target%.o}.log
-    read -r status seconds < "$todo.done"
+    read -r status < "$todo.done"
     words=$(grep -v -E '^ptxas info|^ *[0-9]+ bytes stack frame|^ *$' "$log")
-    if [ "$status" = 0 ] && [ -z "$words" ]; then passed=$((passed + 1)); printf '%-40s %3d s\n' "$target" "$seconds"
+    if [ "$status" = 0 ] && [ -z "$words" ]; then passed=$((passed + 1))
     else failed=$((failed + 1)); echo "FAIL $target"; printf '%s\n' "$words" | head -n 20; rm -f "$target"; fi
     rm -f "$todo" "$todo.done" "${todo%.todo}.name"
 done
