@@ -317,7 +317,9 @@ enum { MOST = 4, TOKENS = 12 };
 struct job {
     const char *folder;
     llmpar_mesh mesh;
-    bool        cuda, invariant, keep, fails;
+    bool        cuda, invariant, keep;
+    int         fails;             // on rank 1: 1 = what tells of kernels' errors, 2 = a download
+    bool        stopped;           // rank 1 has stopped the world itself
     const char *prompt;
     int         tokens;
     int32_t     text[MOST][TOKENS];
@@ -351,9 +353,15 @@ static llmpar_status run_engine(llmpar_comm *world, job *j, const llmpar_engine_
     llmpar_engine_free(engine);
     return status;
 }
-// The table of a rank whose kernels have failed, as it says when it is asked after its first 20 answers.
+// The table of a rank whose kernels have failed, as it says when it is asked after its first 20 answers, or when its second values are fetched.
 static llmpar_status (*true_upload)(void *user, void *to, const void *from, size_t bytes, llmpar_error *err);
-static int answers;
+static llmpar_status (*true_download)(void *user, void *to, const void *from, size_t bytes, llmpar_error *err);
+static int answers, downloads;
+static llmpar_status failing_download(void *user, void *to, const void *from, size_t bytes, llmpar_error *err) {
+    if (downloads++ < 1) return true_download(user, to, from, bytes, err);
+    snprintf(err->text, sizeof err->text, "a download failed");
+    return err->status = LLMPAR_ABORTED;
+}
 static llmpar_status failing_upload(void *user, void *to, const void *from, size_t bytes, llmpar_error *err) {
     if (bytes || answers++ < 20) return true_upload(user, to, from, bytes, err);
     snprintf(err->text, sizeof err->text, "a kernel failed");
@@ -374,8 +382,11 @@ static llmpar_status run_rank(llmpar_comm *world, void *user, llmpar_error *err)
     TRY(llmpar_cuda_create(&device, &cuda, err));
     llmpar_status status = llmpar_cuda_ops(cuda, &table, &ops, err);
     desc.ops = &ops;
-    if (j->fails && world->rank == 1) { true_upload = ops.upload; ops.upload = failing_upload; }
+    if (world->rank == 1 && j->fails == 1) { true_upload = ops.upload; ops.upload = failing_upload; }
+    if (world->rank == 1 && j->fails == 2) { true_download = ops.download; ops.download = failing_download; }
     if (!status) status = run_engine(world, j, &desc, err);
+    llmpar_error after = LLMPAR_ZERO;
+    if (world->rank == 1 && j->fails) j->stopped = llmpar_barrier(world, &after) == LLMPAR_ABORTED && strstr(after.text, "failed");
     llmpar_cuda_free(cuda);
     return status;
 }
@@ -634,9 +645,12 @@ int main(void) {
         test_dead_peer();
         llmpar_error err = LLMPAR_ZERO;
         job j = {};
-        j.cuda = j.fails = true; j.keep = true; j.prompt = "RO"; j.tokens = 3;
+        j.cuda = j.keep = true; j.prompt = "RO"; j.tokens = 3; j.fails = 1;
         CHECK_FAIL(run(&j, "llama-odd", "tp=2", &err), LLMPAR_ABORTED, err, "a kernel failed");
-        CHECK(answers == 21);                                  // it is the executor that asks, before it sends
+        CHECK(answers == 21 && j.stopped);                     // it is the executor that asks, before it sends
+        j.fails = 2; j.stopped = false;
+        CHECK_FAIL(run(&j, "llama-odd", "tp=2", &err), LLMPAR_ABORTED, err, "a download failed");
+        CHECK(j.stopped);
     }
 #endif
     return test_done();
