@@ -655,8 +655,8 @@ LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_fold(const llmpar_cuda_fold_desc *desc
 //   two-shot   a rank reduces one slice and puts it back into its mailbox, then everyone reads the slices: two barriers, 2 (n-1)/n V
 // All blocks of a call run at the same time: launches are cooperative, and no larger than the GPU takes at once. What a call needs to know lies on the device, so that it may be
 // captured in a graph. Messages that are longer than a mailbox go in pieces.
-// A rank that does not come: kernels look at the clock; after timeout_s they leave, note whom they waited for, and from then on every call fails with LLMPAR_TIMEOUT and that
-// rank's number. Results of a call that has failed so are undefined. Memory is freed by llmpar_cuda_peer_free alone.
+// A rank that does not come: kernels look at the clock; after timeout_s they leave, note whom they waited for and how long, and from then on every call fails with LLMPAR_TIMEOUT and
+// that rank's number. Results of a call that has failed so are undefined. Memory is freed by llmpar_cuda_peer_free alone.
 
 #define LLMPAR_CUDA_PEERS 8        // most ranks
 
@@ -666,7 +666,7 @@ typedef struct llmpar_cuda_peer_desc {
     void *const     *stream;       // [n_ranks] what each rank's calls run on; virtual ranks: [1], all on one. NULL = own streams (llmpar_cuda_peer_stream)
     int64_t          buffer_bytes; // of a half of a mailbox; 0 = 8 MiB
     int64_t          one_shot_bytes;   // AllReduces up to here go one-shot, beyond two-shot; 0 = 512 KiB up to 4 ranks, else 256 KiB (those of vLLM's custom_all_reduce), 2 ranks: always
-    double           timeout_s;    // 0 = 60 s; at most 1e9. Of the kernels, and at first of the communicators
+    double           timeout_s;    // 0 = 60 s; at most 1e9. Of llmpar_cuda_peer_run and _norm, and at first of the communicators, whose kernels take llmpar_call.timeout_s or the comm's
     int32_t          blocks;       // most blocks of 256 threads of a rank; 0 = 64, virtual ranks 256; less when the GPU cannot hold them at once
     bool             stream_ordered;   // llmpar_wait returns when the call is on the stream: what comes after it there finds the result, the host does not. false: when it is done
     llmpar_allocator allocator;    // of host memory
@@ -5370,7 +5370,7 @@ typedef struct llmpari_cuda_peer_args {
     char       *memory[LLMPARI_PEERS];
     const char *send[LLMPARI_PEERS];
     char       *recv[LLMPARI_PEERS];
-    uint32_t   *host;              // [LLMPARI_PEERS][4] who, flag, block of a rank that waited in vain; the word to stop at
+    uint32_t   *host;              // [LLMPARI_PEERS][4] who, flag, block of a rank that waited in vain, and how long (bits of a float, seconds); the word to stop at
     uint64_t    timeout_ns;
     int64_t     half, slot;        // bytes
     int64_t     bytes  [LLMPARI_PEERS * LLMPARI_PEERS];    // what a rank puts into a slot
@@ -5425,10 +5425,12 @@ LLMPARI_DEVICE bool llmpari_cuda_peer_wait_flag(const llmpari_cuda_peer_args &a,
         if (look % LOOKS) continue;
         if (llmpari_cuda_peer_acquire(&state->failed)) return false;
         if (llmpari_cuda_peer_acquire(a.host + LLMPARI_PEER_ABORT)) { atomicCAS(&state->failed, 0u, 1u + LLMPARI_PEERS); return false; }
-        if (llmpari_cuda_peer_clock() - began < a.timeout_ns) continue;
+        const uint64_t waited = llmpari_cuda_peer_clock() - began;
+        if (waited < a.timeout_ns) continue;
         if (atomicCAS(&state->failed, 0u, 1u + (uint32_t)peer) == 0u) {
             llmpari_cuda_peer_release(a.host + 4 * rank + 1, flag);
             llmpari_cuda_peer_release(a.host + 4 * rank + 2, blockIdx.x);
+            llmpari_cuda_peer_release(a.host + 4 * rank + 3, __float_as_uint((float)waited * 1e-9f));
             llmpari_cuda_peer_release(a.host + 4 * rank, 1u + (uint32_t)peer);
         }
         return false;
@@ -5658,7 +5660,7 @@ struct llmpar_cuda_peer {          // a group of ranks; the world is the first
     char    *memory[LLMPARI_PEERS];
     uint32_t *host;                // pinned
     int64_t  half, one_shot, id, groups;
-    double   timeout_s;
+    double   timeout_s, longest_s; // longest: the root's, of all kernels of communicators so far; under the mutex
     uint32_t joined, freed;        // of a group: who has it, who is done with it
     int32_t  ready;                // of a group: 0 while a member makes it, 1, -1 = it could not be made
     llmpari_cuda_peer_end  end[LLMPARI_PEERS];
@@ -5695,13 +5697,20 @@ LLMPARI_CUDA_FN void llmpari_cuda_peer_look(llmpar_cuda_peer *team) {
     for (int32_t r = 0; r < team->n; r++) {
         const uint32_t who = __atomic_load_n(&team->host[4 * r], __ATOMIC_ACQUIRE);
         char why[200];
+        float waited;
         if (!who) continue;
-        snprintf(why, sizeof why, "rank %d waited %g s for rank %d, which did not come (flag %u, block %u)", (int)team->member[r], team->timeout_s, (int)team->member[who - 1],
-                 (unsigned)__atomic_load_n(&team->host[4 * r + 1], __ATOMIC_ACQUIRE), (unsigned)__atomic_load_n(&team->host[4 * r + 2], __ATOMIC_ACQUIRE));
+        const uint32_t flag = __atomic_load_n(&team->host[4 * r + 1], __ATOMIC_ACQUIRE), block = __atomic_load_n(&team->host[4 * r + 2], __ATOMIC_ACQUIRE);
+        const uint32_t bits = __atomic_load_n(&team->host[4 * r + 3], __ATOMIC_ACQUIRE);
+        memcpy(&waited, &bits, 4);
+        snprintf(why, sizeof why, "rank %d waited %.3g s for rank %d, which did not come (flag %u, block %u)", (int)team->member[r], (double)waited, (int)team->member[who - 1],
+                 (unsigned)flag, (unsigned)block);
         llmpari_cuda_peer_stop(team, LLMPAR_TIMEOUT, why);
         return;
     }
 }
+
+// How long a kernel that is on a stream may wait for other ranks. Under the mutex.
+LLMPARI_CUDA_FN double llmpari_cuda_peer_patience(const llmpar_cuda_peer *team) { return team->root->longest_s > team->timeout_s ? team->root->longest_s : team->timeout_s; }
 
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_sound(llmpar_cuda_peer *team, llmpar_error *err) {
     pthread_mutex_lock(&team->root->mutex);
@@ -5734,15 +5743,16 @@ typedef struct llmpari_cuda_peer_work {
     llmpar_dtype  dtype;
     llmpar_reduce reduce;
     int32_t way, root;
+    double  timeout_s;
     int64_t count, counts[LLMPARI_PEERS * LLMPARI_PEERS];      // counts: AllGather, ReduceScatter: [n]; else [rank][to]
     const void *send[LLMPARI_PEERS];
     void       *recv[LLMPARI_PEERS];
 } llmpari_cuda_peer_work;
 
-LLMPARI_CUDA_FN void llmpari_cuda_peer_begin(const llmpar_cuda_peer *team, llmpari_cuda_peer_args *a) {
+LLMPARI_CUDA_FN void llmpari_cuda_peer_begin(const llmpar_cuda_peer *team, double timeout_s, llmpari_cuda_peer_args *a) {
     memset(a, 0, sizeof *a);
     a->host       = team->host;
-    a->timeout_ns = (uint64_t)(1e9 * team->timeout_s);
+    a->timeout_ns = (uint64_t)(1e9 * (timeout_s < 1e9 ? timeout_s : 1e9));
     a->half       = team->half;
     a->n          = team->n;
     a->slots      = 1;
@@ -5818,7 +5828,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_launch(const llmpar_cuda_peer *t
     const bool slots = two_shot || w->kind == LLMPAR_REDUCE_SCATTER || w->kind == LLMPAR_ALL_TO_ALL || w->kind == LLMPAR_PERMUTE;
     llmpari_cuda_peer_args a;
     bool more = w->kind != LLMPAR_ALL_REDUCE || w->count > 0;
-    llmpari_cuda_peer_begin(team, &a);
+    llmpari_cuda_peer_begin(team, w->timeout_s, &a);
     a.reduce = (int32_t)w->reduce;
     a.slots  = slots ? team->n : 1;
     a.slot   = slots ? team->half / team->n / 256 * 256 : team->half;
@@ -5920,6 +5930,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_peer_run(llmpar_cuda_peer *team, const llmp
     w.way    = call->way;
     w.root   = call->root;
     w.count  = call->kind == LLMPAR_BARRIER ? 0 : call->count;
+    w.timeout_s = team->timeout_s;
     for (int32_t r = 0; r < team->n && call->kind != LLMPAR_BARRIER; r++) { w.send[r] = call->send[r]; w.recv[r] = call->recv[r]; }
     LLMPARI_CUDA_TRY(llmpari_cuda_peer_check(team, &w, call->rank_plus_1 - 1, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_peer_sound(team, err));
@@ -5932,7 +5943,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_norm_launch(const llmpar_cuda_pe
     const int64_t bytes = d->columns * llmpari_cuda_bytes(d->dtype);
     uint64_t bits = (uint64_t)bytes;
     memset(&a, 0, sizeof a);
-    llmpari_cuda_peer_begin(team, &a.peer);
+    llmpari_cuda_peer_begin(team, team->timeout_s, &a.peer);
     a.columns   = d->columns;
     a.row_bytes = llmpari_cuda_up(bytes, 16) * 16;
     a.eps       = d->eps;
@@ -5979,7 +5990,9 @@ LLMPAR_DEF llmpar_status llmpar_cuda_peer_norm(llmpar_cuda_peer *team, const llm
 
 LLMPAR_DEF llmpar_status llmpar_cuda_peer_wait(llmpar_cuda_peer *team, llmpar_error *err) {
     if (!team) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "peers is NULL");
-    const double until = llmpari_cuda_now() + 2 * team->timeout_s + 1;                     // a kernel gives up before
+    pthread_mutex_lock(&team->root->mutex);
+    const double until = llmpari_cuda_now() + 2 * llmpari_cuda_peer_patience(team) + 1;    // a kernel gives up before
+    pthread_mutex_unlock(&team->root->mutex);
     llmpar_status status = LLMPAR_OK;
     for (int32_t r = 0; r < (team->one_device ? 1 : team->n) && !status; r++) {
         const llmpari_cuda_on on(team->device[r]);
@@ -6183,6 +6196,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_time(llmpar_cuda_peer *team, voi
     w.dtype = LLMPAR_BF16;
     w.way   = way;
     w.count = bytes / 2;
+    w.timeout_s = team->timeout_s;
     for (int32_t r = 0; r < team->n; r++) { w.send[r] = buffer[r]; w.recv[r] = buffer[r]; }
     *seconds = INFINITY;
     for (int turn = 0; turn < 4; turn++) {                     // the first one warms up
@@ -6244,8 +6258,11 @@ LLMPARI_CUDA_FN void llmpari_cuda_peer_nap(llmpar_cuda_peer *root) {
     pthread_cond_timedwait(&root->cond, &root->mutex, &until);
 }
 
-LLMPARI_CUDA_FN void llmpari_cuda_peer_work_of(const llmpar_cuda_peer *team, const llmpari_cuda_peer_slot *slot, llmpari_cuda_peer_work *w) {
+// A complete call, for a rank's part of it.
+LLMPARI_CUDA_FN void llmpari_cuda_peer_work_of(const llmpar_cuda_peer *team, const llmpari_cuda_peer_slot *slot, int32_t rank, llmpari_cuda_peer_work *w) {
     memset(w, 0, sizeof *w);
+    w->timeout_s = slot->call[rank].timeout_s;
+    for (int32_t r = 0; r < team->n && team->one_device; r++) w->timeout_s = slot->call[r].timeout_s > w->timeout_s ? slot->call[r].timeout_s : w->timeout_s;     // one kernel for all
     w->kind   = slot->call[0].kind;
     w->dtype  = slot->call[0].dtype;
     w->reduce = slot->call[0].reduce;
@@ -6294,7 +6311,8 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_advance(llmpari_cuda_peer_end *e
         if (slot->seq != end->launched + 1 || slot->arrived != all || slot->status) return LLMPAR_OK;
         if (slot->launched >> end->rank & 1u) continue;
         const llmpari_cuda_on on(team->device[end->rank]);
-        llmpari_cuda_peer_work_of(team, slot, &w);
+        llmpari_cuda_peer_work_of(team, slot, end->rank, &w);
+        if (w.timeout_s > team->root->longest_s) team->root->longest_s = w.timeout_s;
         llmpar_status status = llmpari_cuda_peer_launch(team, &w, team->one_device ? -1 : end->rank, err);
         const cudaError_t error = status ? cudaSuccess : cudaEventRecord(slot->event[r], (cudaStream_t)team->stream[r]);
         if (error != cudaSuccess) status = llmpari_cuda_error(err, error, "cudaEventRecord", __LINE__, __func__);
@@ -6335,9 +6353,11 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_claim(llmpari_cuda_peer_end *end
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_post_call(llmpari_cuda_peer_end *end, const llmpar_call *call, llmpar_error *err) {
     llmpar_cuda_peer *team = end->team;
     llmpari_cuda_peer_slot *slot = NULL;
+    const double timeout_s = call->timeout_s > 0 ? call->timeout_s : end->comm.timeout_s;
     char why[400];
-    LLMPARI_CUDA_TRY(llmpari_cuda_peer_claim(end, call->timeout_s > 0 ? call->timeout_s : end->comm.timeout_s, &slot, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_claim(end, timeout_s, &slot, err));
     slot->call[end->rank] = *call;
+    slot->call[end->rank].timeout_s = timeout_s;
     for (int32_t s = 0; s < team->n; s++) {
         slot->counts  [end->rank * LLMPARI_PEERS + s] = call->send_counts ? call->send_counts[s] : 0;
         slot->expected[end->rank * LLMPARI_PEERS + s] = call->recv_counts ? call->recv_counts[s] : 0;
@@ -6427,9 +6447,10 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_wait(llmpar_comm *comm, int
     pthread_mutex_lock(&team->root->mutex);
     *done = slot->seq != ticket + 1 || (slot->retired >> end->rank & 1u);
     if (*done) { pthread_mutex_unlock(&team->root->mutex); return LLMPAR_OK; }
-    const double timeout_s = slot->call[end->rank].timeout_s > 0 ? slot->call[end->rank].timeout_s : comm->timeout_s;
+    const double timeout_s = slot->call[end->rank].timeout_s;
     llmpar_status status = llmpari_cuda_peer_await(end, slot, block, timeout_s, &launched, err);
     const cudaEvent_t event = slot->event[team->one_device ? 0 : end->rank];
+    const double patience_s = timeout_s + 2 * llmpari_cuda_peer_patience(team) + 1;
     pthread_mutex_unlock(&team->root->mutex);
     if (!status && !launched) return LLMPAR_OK;
     if (launched && !team->stream_ordered) {                   // even in a world that has stopped: nobody may touch the buffers when this returns
@@ -6438,7 +6459,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_wait(llmpar_comm *comm, int
         if (!block && now == cudaErrorNotReady) return LLMPAR_OK;
         llmpar_error own;
         llmpar_error *told = err ? err : &own;
-        if (block) status = llmpari_cuda_poll(event, llmpari_cuda_now() + timeout_s + 2 * team->timeout_s + 1, told);
+        if (block) status = llmpari_cuda_poll(event, llmpari_cuda_now() + patience_s, told);
         else if (now != cudaSuccess) status = llmpari_cuda_error(told, now, "cudaEventQuery", __LINE__, __func__);
         if (status) {                                          // the GPU has failed: the others need not wait for this rank
             char why[480];

@@ -504,6 +504,52 @@ static void dead_test(int dead) {
     emulator_devices(1);
 }
 
+// Calls with a time of their own on two devices. Rank 1's part is put on its stream 0.6 s late: rank 0, whose team would wait 0.2 s, waits for it. Then not at all: rank 0 gives up
+// after the call's 0.2 s, where its team would have waited 40 s, and says how long it has waited.
+struct patient_case { llmpar_cuda_peer *peers; float *data[2]; double timeout_s; bool comes; llmpar_status status[2]; llmpar_error err[2]; std::atomic<int> begun; };
+static void patient_rank(llmpar_comm *comm, void *user) {
+    patient_case *p = (patient_case *)user;
+    const int r = comm->rank;
+    llmpar_request request;
+    llmpar_call call = LLMPAR_ZERO;
+    (void)cudaSetDevice(r);
+    call.kind = LLMPAR_ALL_REDUCE; call.send = call.recv = p->data[r]; call.count = 32; call.timeout_s = p->timeout_s;
+    while (p->begun < 1 - r) sched_yield();                    // the last one that starts puts its part on its stream at once
+    p->status[r] = llmpar_start(comm, &call, &request, &p->err[r]);
+    p->begun++;
+    while (p->begun < 2) sched_yield();
+    if (r == 1 && p->comes) std::this_thread::sleep_for(std::chrono::milliseconds(600));
+    while (r == 1 && !p->comes && p->begun < 3) sched_yield();
+    if (!p->status[r]) p->status[r] = llmpar_wait(&request, &p->err[r]);
+    p->begun++;
+}
+static void patient_test(void) {
+    llmpar_error err;
+    static const int device[2] = { 0, 1 };
+    emulator_devices(2);
+    for (int comes = 1; comes >= 0; comes--) {
+        patient_case p;
+        llmpar_cuda_peer_desc desc = {};
+        desc.n_ranks = 2; desc.device = device; desc.buffer_bytes = 4096; desc.blocks = 1; desc.timeout_s = comes ? 0.2 : 40;
+        CHECK_OK(llmpar_cuda_peer_create(&desc, &p.peers, &err), err);
+        for (int r = 0; r < 2; r++) { (void)cudaSetDevice(r); p.data[r] = device_room<float>(32); CUDA_TEST_OK(cudaMemset(p.data[r], 0, 128)); }
+        (void)cudaSetDevice(0);
+        p.timeout_s = comes ? 30 : 0.2; p.comes = comes; p.begun = 0;
+        run_threads(2, patient_rank, p.peers, &p);
+        if (comes) { CHECK_OK(p.status[0], p.err[0]); CHECK_OK(p.status[1], p.err[1]); }
+        else {
+            double waited = 0;
+            int late = -1;
+            CHECK_EQ(p.status[0], LLMPAR_TIMEOUT);
+            CHECK(sscanf(p.err[0].text, "rank 0 waited %lf s for rank %d, which did not come", &waited, &late) == 2 && waited >= 0.2 && waited < 40 && late == 1);
+            CHECK_EQ(p.status[1], LLMPAR_ABORTED);
+        }
+        device_release();
+        llmpar_cuda_peer_free(p.peers);
+    }
+    emulator_devices(1);
+}
+
 static void devices_test(int cases) {
     static const int device[4] = { 2, 0, 3, 1 };
     llmpar_error err;
@@ -604,6 +650,7 @@ int main(void) {
     TEST("store buffer: with fences clean, without them seen") buffer_test(test_stress() ? 2000 : test_short() ? 20 : 200);
     TEST("several devices, a thread each") devices_test(test_short() ? 2 : 8);
     TEST("a device that never comes is named") { dead_test(2); dead_test(0); }
+    TEST("a call's own deadline") patient_test();
     TEST("captured in a graph") graph_test();
     TEST("no memory") sweep_test();
 #endif
