@@ -679,7 +679,8 @@ LLMPAR_CUDA_DEF void         *llmpar_cuda_peer_stream(const llmpar_cuda_peer *pe
 // Waits for what was launched, at most the deadline; LLMPAR_TIMEOUT with the rank that was waited for in vain.
 LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_peer_wait(llmpar_cuda_peer *peers, llmpar_error *err);
 
-// A collective, launched for all ranks by one thread, or by each rank's thread for itself. Counts are in elements. Puts it on the streams and returns.
+// A collective, launched for all ranks by one thread, or by each rank's thread for itself. Counts are in elements. Puts it on the streams and returns. What one rank writes must not overlap
+// what another one, that is launched with it, reads or writes: LLMPAR_BAD_ARGUMENT naming both.
 typedef struct llmpar_cuda_peer_call {
     llmpar_collective  kind;       // AllReduce, AllGather, ReduceScatter, AllToAll, Permute, Broadcast, Barrier
     llmpar_dtype       dtype;      // reductions: f32, bf16, f16; else any
@@ -699,8 +700,8 @@ LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_peer_run(llmpar_cuda_peer *peers, cons
 typedef struct llmpar_cuda_peer_norm_desc {
     const void *const *send;       // [n]: [rows, columns] of each rank
     void *const       *residual;   // [n]: [rows, columns], in and out; NULL = no residual
-    const void *const *weight;     // [n]: [columns]
-    void *const       *out;        // [n]: [rows, columns]; may be send
+    const void *const *weight;     // [n]: [columns]; ranks may share it
+    void *const       *out;        // [n]: [rows, columns]; may be the rank's send. Nothing else may overlap what is written, of any rank
     int64_t            rows, columns;
     llmpar_dtype       dtype;      // of all: f32, bf16, f16
     float              eps;
@@ -5868,6 +5869,44 @@ LLMPARI_CUDA_FN void llmpari_cuda_peer_extent(const llmpari_cuda_peer_work *w, i
     *receives = w->kind == LLMPAR_BARRIER ? 0 : w->kind == LLMPAR_ALL_GATHER ? sum : w->kind == LLMPAR_REDUCE_SCATTER ? w->counts[rank] : in;
 }
 
+// A range of a rank's memory: what is it called, where, how long.
+typedef struct llmpari_cuda_peer_range { const char *name; int32_t rank; const void *at; int64_t bytes; } llmpari_cuda_peer_range;
+LLMPARI_CUDA_FN llmpari_cuda_peer_range llmpari_cuda_peer_range_of(const char *name, int32_t rank, const void *at, int64_t bytes) {
+    llmpari_cuda_peer_range range = { name, rank, at, at ? bytes : 0 };
+    return range;
+}
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_apart(const llmpari_cuda_peer_range *a, const llmpari_cuda_peer_range *b, llmpar_error *err) {
+    const uintptr_t p = (uintptr_t)a->at, q = (uintptr_t)b->at;
+    if (a->bytes == 0 || b->bytes == 0 || p >= q + (uintptr_t)b->bytes || q >= p + (uintptr_t)a->bytes) return LLMPAR_OK;
+    return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d's %s [%p, %lld bytes] overlaps rank %d's %s [%p, %lld bytes]; give what is written memory of its own", (int)a->rank, a->name, a->at,
+                             (long long)a->bytes, (int)b->rank, b->name, b->at, (long long)b->bytes);
+}
+
+// What ranks [first, end) write is theirs alone, but for the in-place rules of llmpar_call.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_overlap(const llmpar_cuda_peer *team, const llmpari_cuda_peer_work *w, int32_t first, int32_t end, llmpar_error *err) {
+    const int64_t bytes = llmpari_cuda_bytes(w->dtype);
+    llmpari_cuda_peer_range send[LLMPARI_PEERS], recv[LLMPARI_PEERS];
+    for (int32_t r = first; r < end; r++) {
+        int64_t sends, receives;
+        llmpari_cuda_peer_extent(w, team->n, r, &sends, &receives);
+        send[r] = llmpari_cuda_peer_range_of("send", r, w->send[r], sends * bytes);
+        recv[r] = llmpari_cuda_peer_range_of("recv", r, w->recv[r], receives * bytes);
+    }
+    int64_t before = 0;                                        // elements of the ranks below a
+    for (int32_t a = 0; a < end; before += w->counts[a++]) {
+        if (a < first) continue;
+        const char *to = (const char *)w->recv[a], *from = (const char *)w->send[a];
+        const bool in_place = w->kind == LLMPAR_ALL_REDUCE || w->kind == LLMPAR_BROADCAST ? to == from : w->kind == LLMPAR_ALL_GATHER ? from == to + before * bytes
+                            : w->kind == LLMPAR_REDUCE_SCATTER && to == from + before * bytes;
+        for (int32_t b = first; b < end; b++) {
+            if (a != b || !in_place) LLMPARI_CUDA_TRY(llmpari_cuda_peer_apart(&recv[a], &send[b], err));
+            if (a < b) LLMPARI_CUDA_TRY(llmpari_cuda_peer_apart(&recv[a], &recv[b], err));
+        }
+    }
+    return LLMPAR_OK;
+}
+
+// Pointers of a rank, or of all (rank -1), with the counts that it knows.
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_check(const llmpar_cuda_peer *team, const llmpari_cuda_peer_work *w, int32_t rank, llmpar_error *err) {
     const bool reduces = w->kind == LLMPAR_ALL_REDUCE || w->kind == LLMPAR_REDUCE_SCATTER;
     for (int32_t r = rank < 0 ? 0 : rank; r < (rank < 0 ? team->n : rank + 1); r++) {
@@ -5932,9 +5971,11 @@ LLMPAR_DEF llmpar_status llmpar_cuda_peer_run(llmpar_cuda_peer *team, const llmp
     w.count  = call->kind == LLMPAR_BARRIER ? 0 : call->count;
     w.timeout_s = team->timeout_s;
     for (int32_t r = 0; r < team->n && call->kind != LLMPAR_BARRIER; r++) { w.send[r] = call->send[r]; w.recv[r] = call->recv[r]; }
-    LLMPARI_CUDA_TRY(llmpari_cuda_peer_check(team, &w, call->rank_plus_1 - 1, err));
+    const int32_t rank = call->rank_plus_1 - 1;
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_check(team, &w, rank, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_overlap(team, &w, rank < 0 ? 0 : rank, rank < 0 ? team->n : rank + 1, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_peer_sound(team, err));
-    return llmpari_cuda_peer_launch(team, &w, call->rank_plus_1 - 1, err);
+    return llmpari_cuda_peer_launch(team, &w, rank, err);
 }
 
 // Rows as many as a half holds at a time.
@@ -5966,6 +6007,28 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_norm_launch(const llmpar_cuda_pe
     return LLMPAR_OK;
 }
 
+// Residual and out are written: they are the rank's alone, but that out may be its send.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_norm_overlap(const llmpar_cuda_peer *team, const llmpar_cuda_peer_norm_desc *d, llmpar_error *err) {
+    enum { OUT, RESIDUAL, SEND, WEIGHT, KINDS };
+    const int64_t row = d->columns * llmpari_cuda_bytes(d->dtype);
+    llmpari_cuda_peer_range range[LLMPARI_PEERS * KINDS];
+    int32_t n = 0;
+    for (int32_t r = 0; r < team->n; r++) {
+        if (d->rank_plus_1 && r != d->rank_plus_1 - 1) continue;
+        range[n++] = llmpari_cuda_peer_range_of("out", r, d->out[r], d->rows * row);
+        range[n++] = llmpari_cuda_peer_range_of("residual", r, d->residual ? d->residual[r] : NULL, d->rows * row);
+        range[n++] = llmpari_cuda_peer_range_of("send", r, d->send[r], d->rows * row);
+        range[n++] = llmpari_cuda_peer_range_of("weight", r, d->weight[r], row);
+    }
+    for (int32_t a = 0; a < n; a++)
+        for (int32_t b = 0; b < n; b++) {
+            const bool in_place = a % KINDS == OUT && b == a + SEND && range[a].at == range[b].at;
+            if (a % KINDS > RESIDUAL || a == b || in_place) continue;
+            LLMPARI_CUDA_TRY(llmpari_cuda_peer_apart(&range[a], &range[b], err));
+        }
+    return LLMPAR_OK;
+}
+
 LLMPAR_DEF llmpar_status llmpar_cuda_peer_norm(llmpar_cuda_peer *team, const llmpar_cuda_peer_norm_desc *d, llmpar_error *err) {
     if (!team || !d) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is NULL", team ? "desc" : "peers");
     LLMPARI_CUDA_TRY(llmpari_cuda_float("dtype", d->dtype, err));
@@ -5984,6 +6047,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_peer_norm(llmpar_cuda_peer *team, const llm
         LLMPARI_CUDA_TRY(llmpari_cuda_peer_pointer("out", r, d->out[r], align, false, err));
         if (d->residual) LLMPARI_CUDA_TRY(llmpari_cuda_peer_pointer("residual", r, d->residual[r], align, false, err));
     }
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_norm_overlap(team, d, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_peer_sound(team, err));
     return llmpari_cuda_peer_norm_launch(team, d, err);
 }

@@ -372,6 +372,55 @@ static void wrong_test(void) {
     }
 }
 
+// What a rank writes may not overlap what another one, that is launched with it, reads or writes; and its own only in place. Before any launch.
+static void overlap_test(void) {
+    llmpar_error err;
+    llmpar_cuda_peer *three = virtual_ranks(3, 4096, 2);
+    float *d = device_room<float>(256);
+    const void *send[3] = { d, d + 8, d + 16 }, *weight[3] = { d + 200, d + 200, d + 204 };
+    void *recv[3] = { d + 32, d + 56, d + 80 }, *residual[3] = { d + 104, d + 112, d + 120 };
+    int64_t counts[9] = { 2, 3, 2, 2, 2, 2, 2, 2, 2 };
+    llmpar_cuda_peer_call call = {}, c;
+    call.count = 8; call.send = send; call.recv = recv; call.counts = counts;
+    static const llmpar_collective kinds[5] = { LLMPAR_ALL_REDUCE, LLMPAR_ALL_GATHER, LLMPAR_REDUCE_SCATTER, LLMPAR_ALL_TO_ALL, LLMPAR_BROADCAST };
+    for (llmpar_collective kind : kinds) {
+        c = call; c.kind = kind;
+        CHECK_OK(llmpar_cuda_peer_run(three, &c, &err), err);
+        CHECK_OK(llmpar_cuda_peer_wait(three, &err), err);
+        recv[1] = d + 33;                                      // writes where rank 0 writes
+        CHECK_FAIL(llmpar_cuda_peer_run(three, &c, &err), LLMPAR_BAD_ARGUMENT, err, "rank 0's recv");
+        CHECK(strstr(err.text, "overlaps rank 1's recv") != NULL);
+        recv[1] = d + 56;
+        if (kind == LLMPAR_BROADCAST) c.root = 2;              // who reads
+        recv[0] = (float *)d + 17;                             // writes what rank 2 reads
+        CHECK_FAIL(llmpar_cuda_peer_run(three, &c, &err), LLMPAR_BAD_ARGUMENT, err, "rank 0's recv");
+        CHECK(strstr(err.text, "overlaps rank 2's send") != NULL);
+        recv[0] = d + 32;
+        recv[2] = (float *)d + 17;                             // what it reads itself, but not in place
+        CHECK_FAIL(llmpar_cuda_peer_run(three, &c, &err), LLMPAR_BAD_ARGUMENT, err, "overlaps rank 2's send");
+        recv[2] = d + 80;
+    }
+    c = call; c.kind = LLMPAR_ALL_REDUCE;                      // neighbours do not overlap, in place is allowed
+    recv[0] = d; recv[1] = d + 8; recv[2] = d + 16;
+    CHECK_OK(llmpar_cuda_peer_run(three, &c, &err), err);
+    recv[1] = (float *)d + 7;
+    CHECK_FAIL(llmpar_cuda_peer_run(three, &c, &err), LLMPAR_BAD_ARGUMENT, err, "rank 0's recv");
+    recv[0] = d + 32; recv[1] = d + 56; recv[2] = d + 80;
+    llmpar_cuda_peer_norm_desc norm = {};
+    norm.send = send; norm.out = recv; norm.weight = weight; norm.residual = residual; norm.rows = 2; norm.columns = 4; norm.eps = 1e-5f;
+    CHECK_OK(llmpar_cuda_peer_norm(three, &norm, &err), err);
+    recv[1] = d + 8;          CHECK_OK(llmpar_cuda_peer_norm(three, &norm, &err), err);
+    recv[1] = (float *)d + 9; CHECK_FAIL(llmpar_cuda_peer_norm(three, &norm, &err), LLMPAR_BAD_ARGUMENT, err, "rank 1's out"); CHECK(strstr(err.text, "rank 1's send") != NULL);
+    recv[1] = d + 16;         CHECK_FAIL(llmpar_cuda_peer_norm(three, &norm, &err), LLMPAR_BAD_ARGUMENT, err, "rank 1's out"); CHECK(strstr(err.text, "rank 2's send") != NULL);
+    recv[1] = d + 197;        CHECK_FAIL(llmpar_cuda_peer_norm(three, &norm, &err), LLMPAR_BAD_ARGUMENT, err, "rank 1's out"); CHECK(strstr(err.text, "rank 0's weight") != NULL);
+    recv[1] = d + 56;
+    residual[2] = d + 111;    CHECK_FAIL(llmpar_cuda_peer_norm(three, &norm, &err), LLMPAR_BAD_ARGUMENT, err, "rank 0's residual"); CHECK(strstr(err.text, "rank 2's residual") != NULL);
+    residual[2] = recv[2];    CHECK_FAIL(llmpar_cuda_peer_norm(three, &norm, &err), LLMPAR_BAD_ARGUMENT, err, "rank 2's out"); CHECK(strstr(err.text, "rank 2's residual") != NULL);
+    CHECK_OK(llmpar_cuda_peer_wait(three, &err), err);
+    device_release();
+    llmpar_cuda_peer_free(three);
+}
+
 static void errors_test(void) {
     llmpar_error err;
     llmpar_cuda_peer *peers = NULL, *two = virtual_ranks(2, 4096, 2);
@@ -646,6 +695,7 @@ int main(void) {
     TEST("groups along the axes of a mesh") group_test();
     TEST("a rank that does not come, ranks that disagree, abort") wrong_test();
     TEST("bad input, field by field") errors_test();
+    TEST("what ranks write does not overlap") overlap_test();
 #ifdef LLMPAR_CUDA_EMULATED
     TEST("store buffer: with fences clean, without them seen") buffer_test(test_stress() ? 2000 : test_short() ? 20 : 200);
     TEST("several devices, a thread each") devices_test(test_short() ? 2 : 8);
