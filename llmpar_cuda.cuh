@@ -5644,6 +5644,7 @@ typedef struct llmpari_cuda_peer_end { llmpar_comm comm; llmpar_cuda_peer *team;
 // Call `seq - 1` of a team's communicators; a call uses slot number % LLMPARI_PEER_FLIGHT.
 typedef struct llmpari_cuda_peer_slot {
     int64_t       seq;             // 0 = free
+    int64_t       ticket;          // 0 = not complete; else the how manieth of the world's calls it was that all members had started
     uint32_t      arrived, launched, retired;          // bit per rank
     llmpar_status status;          // of all members
     llmpar_call   call[LLMPARI_PEERS];
@@ -5656,6 +5657,7 @@ struct llmpar_cuda_peer {          // a group of ranks; the world is the first
     llmpar_cuda_peer *root, *next, *parent;            // next: of all groups
     llmpar_allocator  allocator;
     int32_t  n, blocks, member[LLMPARI_PEERS], device[LLMPARI_PEERS];      // member: number in the world
+    int32_t  place[LLMPARI_PEERS]; // of each of the world's ranks here; -1 = not a member
     bool     one_device, own_stream, stream_ordered;
     void    *stream[LLMPARI_PEERS];
     char    *memory[LLMPARI_PEERS];
@@ -5667,6 +5669,9 @@ struct llmpar_cuda_peer {          // a group of ranks; the world is the first
     llmpari_cuda_peer_end  end[LLMPARI_PEERS];
     llmpari_cuda_peer_slot slot[LLMPARI_PEER_FLIGHT];
     bool     locks;                // the root's, and what follows: under the mutex
+    int64_t  tickets;              // calls that were complete so far
+    int32_t  making;               // groups whose memory is being made
+    int64_t  horizon;              // tickets when the first of them was begun
     pthread_mutex_t mutex;
     pthread_cond_t  cond;
     llmpar_status   stopped;       // why the world has stopped
@@ -6211,7 +6216,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_open(llmpar_cuda_peer *team, con
     LLMPARI_CUDA_TRY(llmpari_cuda_peer_devices(team, desc, err));
     for (int32_t r = 0; r < team->n; r++) {
         const llmpari_cuda_on on(team->device[r]);
-        team->member[r] = r;
+        team->member[r] = team->place[r] = r;
         if (team->one_device && r > 0) team->stream[r] = team->stream[0];
         else if (desc->stream) team->stream[r] = desc->stream[r];
         else {
@@ -6364,24 +6369,50 @@ LLMPARI_CUDA_FN bool llmpari_cuda_peer_agree(const llmpar_cuda_peer *team, llmpa
     return true;
 }
 
-// Launches what all have started: with virtual ranks for all, else the rank's own part; in the order of the calls. Under the mutex, so that no other call comes between.
-LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_advance(llmpari_cuda_peer_end *end, llmpar_error *err) {
+// A rank's next call that is complete and not on its stream yet, of all its teams: the one that was complete first. All ranks put their calls on their streams in this one order, so that no
+// two GPUs wait for each other, whatever groups the calls are of. Under the mutex.
+LLMPARI_CUDA_FN llmpari_cuda_peer_slot *llmpari_cuda_peer_next(llmpar_cuda_peer *root, int32_t member, llmpari_cuda_peer_end **of) {
+    llmpari_cuda_peer_slot *next = NULL;
+    for (llmpar_cuda_peer *t = root; t; t = t->next) {
+        const int32_t r = t->place[member];
+        if (r < 0 || (t != root && t->ready <= 0)) continue;
+        llmpari_cuda_peer_end *end = &t->end[r];
+        for (; end->launched < end->started; end->launched++) {
+            llmpari_cuda_peer_slot *slot = &t->slot[end->launched % LLMPARI_PEER_FLIGHT];
+            if (slot->seq == end->launched + 1 && (slot->launched >> r & 1u)) continue;    // by another rank's thread: virtual ranks
+            if (slot->seq == end->launched + 1 && slot->ticket && (!next || slot->ticket < next->ticket)) { next = slot; *of = end; }
+            break;
+        }
+    }
+    return next;
+}
+
+// A call's kernels: with virtual ranks for all, else the rank's own part. Under the mutex, so that no other call comes between.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_put(llmpari_cuda_peer_end *end, llmpari_cuda_peer_slot *slot, llmpar_error *err) {
     llmpar_cuda_peer *team = end->team;
-    const uint32_t all = (1u << team->n) - 1;
-    for (; end->launched < end->started; end->launched++) {
-        llmpari_cuda_peer_slot *slot = &team->slot[end->launched % LLMPARI_PEER_FLIGHT];
-        llmpari_cuda_peer_work w;
-        const int32_t r = team->one_device ? 0 : end->rank;
-        if (slot->seq != end->launched + 1 || slot->arrived != all || slot->status) return LLMPAR_OK;
-        if (slot->launched >> end->rank & 1u) continue;
-        const llmpari_cuda_on on(team->device[end->rank]);
-        llmpari_cuda_peer_work_of(team, slot, end->rank, &w);
-        if (w.timeout_s > team->root->longest_s) team->root->longest_s = w.timeout_s;
-        llmpar_status status = llmpari_cuda_peer_launch(team, &w, team->one_device ? -1 : end->rank, err);
-        const cudaError_t error = status ? cudaSuccess : cudaEventRecord(slot->event[r], (cudaStream_t)team->stream[r]);
-        if (error != cudaSuccess) status = llmpari_cuda_error(err, error, "cudaEventRecord", __LINE__, __func__);
+    const int32_t r = team->one_device ? 0 : end->rank;
+    const llmpari_cuda_on on(team->device[end->rank]);
+    llmpari_cuda_peer_work w;
+    llmpari_cuda_peer_work_of(team, slot, end->rank, &w);
+    if (w.timeout_s > team->root->longest_s) team->root->longest_s = w.timeout_s;
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_launch(team, &w, team->one_device ? -1 : end->rank, err));
+    const cudaError_t error = cudaEventRecord(slot->event[r], (cudaStream_t)team->stream[r]);
+    if (error != cudaSuccess) return llmpari_cuda_error(err, error, "cudaEventRecord", __LINE__, __func__);
+    return LLMPAR_OK;
+}
+
+// Puts a rank's complete calls on its stream. Under the mutex. While a group's memory is being made, only those that were complete before: making it may wait for what runs on any of the GPUs,
+// and must not wait for a kernel that waits for the rank that makes it.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_advance(llmpari_cuda_peer_end *self, llmpar_error *err) {
+    llmpar_cuda_peer *root = self->team->root;
+    const int32_t member = self->team->member[self->rank];
+    llmpari_cuda_peer_end *end = NULL;
+    for (llmpari_cuda_peer_slot *slot; !root->stopped && (slot = llmpari_cuda_peer_next(root, member, &end)) != NULL; end->launched++) {
+        llmpar_cuda_peer *team = end->team;
+        if (root->making && slot->ticket > root->horizon && !team->one_device) return LLMPAR_OK;
+        const llmpar_status status = llmpari_cuda_peer_put(end, slot, err);
         if (status) { llmpari_cuda_peer_stop(team, status, err ? err->text : "a launch failed"); return status; }
-        slot->launched |= team->one_device ? all : 1u << end->rank;
+        slot->launched |= team->one_device ? (1u << team->n) - 1 : 1u << end->rank;
     }
     return LLMPAR_OK;
 }
@@ -6428,9 +6459,12 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_post_call(llmpari_cuda_peer_end 
     }
     slot->arrived |= 1u << end->rank;
     end->started++;
-    if (slot->arrived == (1u << team->n) - 1 && !llmpari_cuda_peer_agree(team, slot, why, sizeof why)) {
-        slot->status = LLMPAR_MISMATCH;
-        llmpari_cuda_peer_stop(team, LLMPAR_MISMATCH, why);
+    if (slot->arrived == (1u << team->n) - 1) {
+        if (llmpari_cuda_peer_agree(team, slot, why, sizeof why)) slot->ticket = ++team->root->tickets;
+        else {
+            slot->status = LLMPAR_MISMATCH;
+            llmpari_cuda_peer_stop(team, LLMPAR_MISMATCH, why);
+        }
     }
     const llmpar_status status = slot->status ? LLMPAR_OK : llmpari_cuda_peer_advance(end, err);
     pthread_cond_broadcast(&team->root->cond);
@@ -6475,7 +6509,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_start(llmpar_comm *comm, co
 LLMPARI_CUDA_FN void llmpari_cuda_peer_retire(llmpari_cuda_peer_end *end, llmpari_cuda_peer_slot *slot) {
     slot->retired |= 1u << end->rank;
     if (slot->retired != (1u << end->team->n) - 1) return;
-    slot->seq = 0;
+    slot->seq = slot->ticket = 0;
     slot->arrived = slot->launched = slot->retired = 0;
     slot->status = LLMPAR_OK;
     pthread_cond_broadcast(&end->team->root->cond);
@@ -6493,9 +6527,10 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_await(llmpari_cuda_peer_end *end
         if (team->root->stopped) return llmpari_cuda_peer_stopped(team, err);
         if (!block) return LLMPAR_OK;
         if (llmpari_cuda_now() > until) {
-            char who[80], why[200];
+            char who[80], why[240];
             llmpari_cuda_peer_missing(team, slot->arrived, who, sizeof who);
-            snprintf(why, sizeof why, "rank %d waited %g s for %s to call %s #%lld", (int)team->member[end->rank], timeout_s, who,
+            if (slot->ticket) snprintf(who, sizeof who, "a rank that makes a group");
+            snprintf(why, sizeof why, "rank %d waited %g s for %s%s %s #%lld", (int)team->member[end->rank], timeout_s, who, slot->ticket ? ", to begin" : " to call",
                      llmpar_collective_name(slot->call[end->rank].kind), (long long)slot->seq - 1);
             return llmpari_cuda_peer_give_up(team, LLMPAR_TIMEOUT, err, why);
         }
@@ -6576,8 +6611,10 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_team(llmpari_cuda_peer_end *end,
     team->one_shot  = n <= 2 && root->n > 2 ? INT64_MAX : root->one_shot;
     team->timeout_s = root->timeout_s;
     team->id        = ++root->groups;
+    for (int32_t i = 0; i < LLMPARI_PEERS; i++) team->place[i] = -1;
     for (int32_t i = 0; i < n; i++) {
         team->member[i] = parent->member[members[i]];
+        team->place[team->member[i]] = i;
         team->device[i] = parent->device[members[i]];
         team->stream[i] = parent->stream[members[i]];
     }
@@ -6587,7 +6624,8 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_team(llmpari_cuda_peer_end *end,
     return LLMPAR_OK;
 }
 
-// The first member that comes makes the group's memory, without the mutex: CUDA may wait for kernels that wait for other ranks' launches. The others wait for it.
+// The first member that comes makes the group's memory, on all members' GPUs, without the mutex: CUDA may wait for kernels that wait for other ranks' launches. So its own parts of
+// what is complete are launched before, and nobody launches what is complete only later. The others wait for it.
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_group(llmpar_comm *comm, const int32_t *members, int32_t n, llmpar_comm **sub, llmpar_error *err) {
     llmpari_cuda_peer_end *end = (llmpari_cuda_peer_end *)comm->impl;
     llmpar_cuda_peer *root = end->team->root, *team = NULL;
@@ -6596,12 +6634,15 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_group(llmpar_comm *comm, co
     while (me < n && members[me] != comm->rank) me++;
     if (me == n) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d is not a member of the group that it asks for", (int)comm->rank);
     pthread_mutex_lock(&root->mutex);
-    llmpar_status status = root->stopped ? llmpari_cuda_peer_stopped(end->team, err) : llmpari_cuda_peer_team(end, members, n, me, &team, &fresh, err);
+    llmpar_status status = root->stopped ? llmpari_cuda_peer_stopped(end->team, err) : llmpari_cuda_peer_advance(end, err);
+    if (!status) status = llmpari_cuda_peer_team(end, members, n, me, &team, &fresh, err);
     if (!status) team->joined |= 1u << me;
     if (fresh) {
+        if (root->making++ == 0) root->horizon = root->tickets;
         pthread_mutex_unlock(&root->mutex);
         status = llmpari_cuda_peer_furnish(team, err);
         pthread_mutex_lock(&root->mutex);
+        root->making--;
         team->ready = status ? -1 : 1;
         if (status) llmpari_cuda_peer_stop(end->team, status, err ? err->text : "a group could not be made");
         pthread_cond_broadcast(&root->cond);

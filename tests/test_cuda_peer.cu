@@ -1,8 +1,23 @@
 // >>peer of llmpar_cuda.cuh: virtual ranks in one launch and ranks as threads, against sums in rank order on the host. Bits are compared. On the emulator also: several devices, a store
 // buffer that shows missing fences, ranks that do not come.
-#include "cuda_test.h"
 #include <atomic>
+#include <condition_variable>
 #include <thread>
+#include <pthread.h>
+#ifndef __CUDACC__
+#include "cuda_runtime.h"
+// The emulator's kernels run in their thread's CUDA calls alone: a thread that waits for others lets them run too, as a GPU would.
+static int driving_wait(pthread_cond_t *cond, pthread_mutex_t *mutex, const struct timespec *) {
+    struct timespec until;
+    (void)emulator_drive();
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_nsec += 500000;
+    if (until.tv_nsec >= 1000000000) { until.tv_nsec -= 1000000000; until.tv_sec++; }
+    return pthread_cond_timedwait(cond, mutex, &until);
+}
+#define pthread_cond_timedwait driving_wait
+#endif
+#include "cuda_test.h"
 
 enum { MOST = LLMPAR_CUDA_PEERS };
 static const llmpar_dtype dtypes[3] = { LLMPAR_F32, LLMPAR_BF16, LLMPAR_F16 };
@@ -599,6 +614,97 @@ static void patient_test(void) {
     emulator_devices(1);
 }
 
+// Four devices of a mesh dp=2,tp=2: calls on the world and on groups of it in one order, groups made while calls are in flight, where an allocation may wait for any of the GPUs, and each rank
+// waits for its calls in an order of its own.
+enum { MIXED_CALLS = 14, MIXED_COUNT = 40 };
+struct mixed_case { llmpar_cuda_peer *peers; uint64_t seed; const int *device; float *data[4][MIXED_CALLS]; int axes[MIXED_CALLS]; std::atomic<int> groups; };
+static uint64_t mixed_random(uint64_t *state, uint64_t n) { *state = *state * 6364136223846793005u + 1442695040888963407u; return (*state >> 33) % n; }
+static float mixed_value(int rank, int call) { return (float)(rank * 10 + call + 1); }
+static void mixed_rank(llmpar_comm *world, void *user) {
+    mixed_case *m = (mixed_case *)user;
+    const int rank = world->rank;
+    uint64_t shared = m->seed, own = m->seed * 77 + (uint64_t)rank;
+    std::vector<std::pair<llmpar_comm *, int>> comms = { { world, 3 } };
+    std::vector<llmpar_request> open;
+    llmpar_error err = LLMPAR_ZERO;
+    llmpar_mesh mesh;
+    llmpar_status status = llmpar_mesh_parse("dp=2,tp=2", &mesh, &err);
+    (void)cudaSetDevice(m->device[rank]);
+    auto wait_one = [&]() {
+        const size_t i = (size_t)mixed_random(&own, open.size());
+        status = llmpar_wait(&open[i], &err);
+        open.erase(open.begin() + (std::ptrdiff_t)i);
+    };
+    for (int k = 0; k < MIXED_CALLS && !status;) {
+        if (mixed_random(&shared, 3) == 0 && comms.size() < 5) {
+            const int axes = 1 + (int)mixed_random(&shared, 3);
+            llmpar_comm *group = NULL;
+            status = llmpar_comm_group(world, &mesh, (llmpar_axes)axes, &group, &err);
+            comms.push_back({ group, axes });
+            continue;
+        }
+        const auto &on = comms[(size_t)mixed_random(&shared, comms.size())];
+        llmpar_call call = LLMPAR_ZERO;
+        llmpar_request request;
+        call.kind = LLMPAR_ALL_REDUCE; call.send = call.recv = m->data[rank][k]; call.count = k % 2 ? MIXED_COUNT : MIXED_COUNT * 20;
+        if (rank == 0) m->axes[k] = on.second;
+        status = llmpar_start(on.first, &call, &request, &err);
+        if (!status) open.push_back(request);
+        while (!status && !open.empty() && mixed_random(&own, 5) < 2) wait_one();
+        k++;
+    }
+    while (!status && !open.empty()) wait_one();
+    if (!status) status = llmpar_barrier(world, &err);
+    if (!status && cudaDeviceSynchronize() != cudaSuccess) status = LLMPAR_ABORTED;
+    if (!status) status = llmpar_comm_sound(world, &err);
+    m->groups += (int)comms.size() - 1;
+    for (size_t i = 1; i < comms.size(); i++) llmpar_comm_free(comms[i].first);
+    if (status) { printf("rank %d: %s\n", rank, err.text); thread_wrong++; }
+}
+static void mixed_run(const llmpar_cuda_peer_desc *desc, uint64_t seed, int *groups) {
+    llmpar_error err;
+    mixed_case m;
+    m.seed = seed; m.device = desc->device; m.groups = 0;
+    CHECK_OK(llmpar_cuda_peer_create(desc, &m.peers, &err), err);
+    for (int r = 0; r < 4; r++)
+        for (int k = 0; k < MIXED_CALLS; k++) {
+            (void)cudaSetDevice(desc->device[r]);
+            m.data[r][k] = device(std::vector<float>(MIXED_COUNT * 20, mixed_value(r, k)));
+        }
+    (void)cudaSetDevice(0);
+    thread_wrong = 0;
+    emulator_slow_alloc(1);
+    run_threads(4, mixed_rank, m.peers, &m);
+    emulator_slow_alloc(0);
+    CHECK_EQ(thread_wrong, 0);
+    *groups += m.groups;
+    for (int r = 0; r < 4 && !thread_wrong; r++)
+        for (int k = 0; k < MIXED_CALLS; k++) {
+            float want = 0;
+            int wrong = 0;
+            for (int s = 0; s < 4; s++) if (((m.axes[k] & 1) || r / 2 == s / 2) && ((m.axes[k] & 2) || r % 2 == s % 2)) want += mixed_value(s, k);
+            for (float v : host(m.data[r][k], k % 2 ? MIXED_COUNT : MIXED_COUNT * 20)) wrong += v != want;
+            CHECK_EQ(wrong, 0);
+        }
+    device_release();
+    llmpar_cuda_peer_free(m.peers);
+}
+static void mixed_test(int cases) {
+    static const int device[4] = { 1, 3, 0, 2 };
+    llmpar_cuda_peer_desc desc = {};
+    int groups = 0;
+    emulator_devices(4);
+    desc.n_ranks = 4; desc.device = device; desc.buffer_bytes = 4096; desc.blocks = 2; desc.timeout_s = 10; desc.one_shot_bytes = 1000;
+    for (int c = 0; c < cases && !thread_wrong; c++) {
+        emulator_order(c % 3);
+        desc.stream_ordered = c / 3 % 2;
+        mixed_run(&desc, (uint64_t)c + 1, &groups);
+    }
+    CHECK(groups > 0);
+    emulator_order(0);
+    emulator_devices(1);
+}
+
 static void devices_test(int cases) {
     static const int device[4] = { 2, 0, 3, 1 };
     llmpar_error err;
@@ -699,6 +805,7 @@ int main(void) {
 #ifdef LLMPAR_CUDA_EMULATED
     TEST("store buffer: with fences clean, without them seen") buffer_test(test_stress() ? 2000 : test_short() ? 20 : 200);
     TEST("several devices, a thread each") devices_test(test_short() ? 2 : 8);
+    TEST("calls on several groups, groups made meanwhile, waits in any order") mixed_test(test_stress() ? 200 : test_short() ? 3 : 12);
     TEST("a device that never comes is named") { dead_test(2); dead_test(0); }
     TEST("a call's own deadline") patient_test();
     TEST("captured in a graph") graph_test();

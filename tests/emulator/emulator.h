@@ -253,7 +253,8 @@ struct emulator_launch {
 };
 
 struct emulator_options {
-    std::atomic<int> order{0}, quiet{0}, devices{1}, late{0}, peers{1};
+    std::atomic<int> order{0}, quiet{0}, devices{1}, late{0}, peers{1}, slow_alloc{0};
+    std::atomic<int> running[64] = {};        // what is left on the streams of each device
     std::atomic<int64_t> fail{0}, calls{0};
     std::atomic<int> fail_error{0};
     std::atomic<uint64_t> buffer{0};
@@ -302,6 +303,7 @@ inline void emulator_order(int order)        { emulator_option().order = order; 
 inline void emulator_devices(int n)          { emulator_option().devices = n; }                  // 0: no GPU; -1: no driver
 inline void emulator_peers(int yes)          { emulator_option().peers = yes; }                  // can devices read each other's memory?
 inline void emulator_late(int n)             { emulator_option().late = n; }                     // the next n queries say cudaErrorNotReady; -1: all
+inline void emulator_slow_alloc(int yes)     { emulator_option().slow_alloc = yes; }             // cudaMalloc waits for all that runs on the device, whoever launched it, as CUDA's may
 inline void emulator_patience(double s)      { emulator_option().patience = s; }                 // how long a kernel may spin before it is called stuck
 inline void emulator_buffer(uint64_t seed)   { emulator_option().buffer = seed; }                // store-buffer mode; 0: off
 // The n-th runtime call from now on fails with `error` (n = 1: the next one); 0: none. Frees, destroys and error texts are not counted.
@@ -976,6 +978,7 @@ inline bool emulator_drive() {
             s->ops.pop_front();
             s->owner = nullptr;
             s->pending--;
+            emulator_option().running[s->device]--;
             progress = true;
         }
         if (s->ops.empty()) me.streams.erase(me.streams.begin() + (std::ptrdiff_t)i); else i++;
@@ -1003,6 +1006,7 @@ inline cudaError_t emulator_put(cudaStream_t stream, std::function<std::function
         std::lock_guard<std::recursive_mutex> hold(s->lock);
         s->ops.push_back(make());
         s->pending++;
+        emulator_option().running[s->device]++;
     }
     if (std::find(me.streams.begin(), me.streams.end(), s) == me.streams.end()) me.streams.push_back(s);
     for (int round = 0; s->pending > 0 && round < 4; round++) if (emulator_drive()) round = 0;
@@ -1197,6 +1201,7 @@ EMULATOR_API cudaError_t cudaMalloc(void **memory, size_t bytes) {
     if (!memory) return emulator_return(cudaErrorInvalidValue);
     *memory = nullptr;
     if (bytes == 0) return cudaSuccess;
+    if (emulator_option().slow_alloc) (void)emulator_wait([]() { return emulator_option().running[emulator_me().device] == 0; });
     if (bytes > (size_t)1 << 32 || !(*memory = emulator_alloc(bytes, cudaMemoryTypeDevice, emulator_me().device))) return emulator_return(cudaErrorMemoryAllocation);
     return cudaSuccess;
 }
