@@ -669,6 +669,10 @@ typedef struct llmpar_cuda_peer_desc {
     double           timeout_s;    // 0 = 60 s; at most 1e9. Of llmpar_cuda_peer_run and _norm, and at first of the communicators, whose kernels take llmpar_call.timeout_s or the comm's
     int32_t          blocks;       // most blocks of 256 threads of a rank; 0 = 64, virtual ranks 256; less when the GPU cannot hold them at once
     bool             stream_ordered;   // llmpar_wait returns when the call is on the stream: what comes after it there finds the result, the host does not. false: when it is done
+    llmpar_comm *const *beyond;    // [n_ranks] each rank's end of another communicator of the same ranks on device memory, as >>nccl's: the communicators hand AllReduces of more than
+                                   // beyond_bytes over to it. Its calls go on the rank's stream, or are done when its llmpar_wait returns. Used in the rank's thread alone, until peers
+                                   // are freed. NULL = none; LLMPAR_UNSUPPORTED with virtual ranks
+    int64_t          beyond_bytes; // 0 = buffer_bytes; see llmpar_cuda_peer_measure_beyond
     llmpar_allocator allocator;    // of host memory
 } llmpar_cuda_peer_desc;
 typedef struct llmpar_cuda_peer llmpar_cuda_peer;
@@ -715,8 +719,17 @@ LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_peer_measure(llmpar_cuda_peer *peers, 
 
 // A rank's end as llmpar.h's communicator, for the rank's thread; owned by peers. Buffers are device memory. Virtual ranks: the call is launched when the last rank's thread has started it,
 // all work of all ranks must be on the one stream. Several GPUs: each thread launches its part, at the latest when it waits. Groups have mailboxes of their own. Send and Recv are
-// LLMPAR_UNSUPPORTED (a Permute does what a pipeline's step needs), and so are sums of integers.
+// LLMPAR_UNSUPPORTED (a Permute does what a pipeline's step needs), and so are sums of integers. Ranks put their calls on their streams in one order, whatever groups these are of and in
+// whatever order ranks wait for them.
+// With `beyond`, a large AllReduce is given to it in its turn, when all ranks have started it, and what comes after it waits until `beyond` has put it on the stream (its llmpar_wait). Its sums
+// have the order, and so the bits, of `beyond`: NCCL's is not rank order. llmpar_comm_group makes the same group of `beyond`, so it waits for the other members, and before that until all that
+// this rank has started is on its stream; it is freed with the group. An error of `beyond` stops this world, with its text, and what stops this world aborts `beyond`.
 LLMPAR_CUDA_DEF llmpar_comm  *llmpar_cuda_peer_comm(llmpar_cuda_peer *peers, int32_t rank);     // NULL: no such rank
+
+// Times AllReduces of the comm's group with peer's kernels and with `beyond`, from twice the mailbox (at most 64 MiB) down to 64 KiB, and hands over from then on what is larger than the largest
+// size at which the kernels were not slower: *beyond_bytes (may be NULL; INT64_MAX = nothing). By the slowest rank's times: the same on all. Every member calls it, in its thread, while nothing
+// else runs (some tens of milliseconds); groups that are made of the comm later inherit it. Takes device memory of the largest size meanwhile. LLMPAR_BAD_ARGUMENT without `beyond`.
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_peer_measure_beyond(llmpar_comm *comm, int64_t *beyond_bytes, llmpar_error *err);
 
 #ifdef LLMPAR_NCCL
 // ============================================================================================================
@@ -5651,6 +5664,9 @@ typedef struct llmpari_cuda_peer_slot {
     int64_t       counts[LLMPARI_PEERS * LLMPARI_PEERS];   // as in llmpar_cuda_peer_call
     int64_t       expected[LLMPARI_PEERS * LLMPARI_PEERS]; // AllToAll: [rank][from]
     cudaEvent_t   event[LLMPARI_PEERS];
+    bool          beyond;          // complete: it is handed over
+    uint32_t      given;           // to `beyond`; launched: it is on the stream, the request is done
+    llmpar_request request[LLMPARI_PEERS];
 } llmpari_cuda_peer_slot;
 
 struct llmpar_cuda_peer {          // a group of ranks; the world is the first
@@ -5662,7 +5678,8 @@ struct llmpar_cuda_peer {          // a group of ranks; the world is the first
     void    *stream[LLMPARI_PEERS];
     char    *memory[LLMPARI_PEERS];
     uint32_t *host;                // pinned
-    int64_t  half, one_shot, id, groups;
+    int64_t  half, one_shot, id, groups, beyond_bytes;
+    llmpar_comm *beyond[LLMPARI_PEERS];                // NULL = none, with one_device too; a group's are its own
     double   timeout_s, longest_s; // longest: the root's, of all kernels of communicators so far; under the mutex
     uint32_t joined, freed;        // of a group: who has it, who is done with it
     int32_t  ready;                // of a group: 0 while a member makes it, 1, -1 = it could not be made
@@ -5672,6 +5689,7 @@ struct llmpar_cuda_peer {          // a group of ranks; the world is the first
     int64_t  tickets;              // calls that were complete so far
     int32_t  making;               // groups whose memory is being made
     int64_t  horizon;              // tickets when the first of them was begun
+    bool     busy[LLMPARI_PEERS];  // a thread of the rank is in `beyond`, without the mutex: no other one may put the rank's calls on its stream
     pthread_mutex_t mutex;
     pthread_cond_t  cond;
     llmpar_status   stopped;       // why the world has stopped
@@ -5695,6 +5713,7 @@ LLMPARI_CUDA_FN void llmpari_cuda_peer_stop(llmpar_cuda_peer *team, llmpar_statu
     root->stopped = status;
     snprintf(root->why, sizeof root->why, "%s", why);
     for (llmpar_cuda_peer *t = root; t; t = t->next) if (t == root || t->ready > 0) __atomic_store_n(&t->host[LLMPARI_PEER_ABORT], 1u, __ATOMIC_RELEASE);
+    for (int32_t r = 0; r < root->n; r++) if (root->beyond[r]) llmpar_comm_abort(root->beyond[r], root->why);          // it never waits for this mutex
     pthread_cond_broadcast(&root->cond);
 }
 
@@ -6090,6 +6109,7 @@ LLMPARI_CUDA_FN void llmpari_cuda_peer_drop(llmpar_cuda_peer *team) {
         for (int s = 0; s < LLMPARI_PEER_FLIGHT; s++) if (team->slot[s].event[r]) (void)cudaEventDestroy(team->slot[s].event[r]);
         if (team->own_stream && team->stream[r] && (r == 0 || !team->one_device)) (void)cudaStreamDestroy((cudaStream_t)team->stream[r]);
         if (team->memory[r]) (void)cudaFree(team->memory[r]);
+        if (team != team->root) llmpar_comm_free(team->beyond[r]);
     }
     if (team->host) (void)cudaFreeHost(team->host);
     if (team->locks) { pthread_mutex_destroy(&team->mutex); pthread_cond_destroy(&team->cond); }
@@ -6098,11 +6118,9 @@ LLMPARI_CUDA_FN void llmpari_cuda_peer_drop(llmpar_cuda_peer *team) {
 }
 
 LLMPAR_DEF void llmpar_cuda_peer_free(llmpar_cuda_peer *peers) {
-    while (peers) {
-        llmpar_cuda_peer *next = peers->next;
-        llmpari_cuda_peer_drop(peers);
-        peers = next;
-    }
+    llmpar_cuda_peer *next;
+    for (llmpar_cuda_peer *t = peers ? peers->next : NULL; t; t = next) { next = t->next; llmpari_cuda_peer_drop(t); }
+    if (peers) llmpari_cuda_peer_drop(peers);
 }
 
 // A rank's mailbox, zeroed: on a stream of its own, for kernels of other streams may be waiting for this rank's host.
@@ -6206,6 +6224,21 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_devices(llmpar_cuda_peer *team, 
     return LLMPAR_OK;
 }
 
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_take_beyond(llmpar_cuda_peer *team, const llmpar_cuda_peer_desc *desc, llmpar_error *err) {
+    team->beyond_bytes = desc->beyond_bytes ? desc->beyond_bytes : team->half;
+    for (int32_t r = 0; r < team->n && desc->beyond; r++) {
+        const llmpar_comm *beyond = desc->beyond[r];
+        if (!beyond) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "beyond[%d] is NULL", (int)r);
+        if (beyond->rank != r || beyond->size != team->n)
+            return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "beyond[%d] is the end of rank %d of %d; it must be that of rank %d of %d", (int)r, (int)beyond->rank, (int)beyond->size, (int)r,
+                                     (int)team->n);
+    }
+    if (desc->beyond && team->one_device && team->n > 1)
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "beyond: virtual ranks run in one launch and cannot be handed over one by one; pass device[%d], or NULL here", (int)team->n);
+    for (int32_t r = 0; r < team->n && desc->beyond && !team->one_device; r++) team->beyond[r] = desc->beyond[r];
+    return LLMPAR_OK;
+}
+
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_open(llmpar_cuda_peer *team, const llmpar_cuda_peer_desc *desc, llmpar_error *err) {
     team->root       = team;
     team->half       = llmpari_cuda_up(desc->buffer_bytes ? desc->buffer_bytes : (int64_t)8 << 20, 4096) * 4096;
@@ -6214,6 +6247,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_open(llmpar_cuda_peer *team, con
     team->own_stream = !desc->stream;
     team->stream_ordered = desc->stream_ordered;
     LLMPARI_CUDA_TRY(llmpari_cuda_peer_devices(team, desc, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_take_beyond(team, desc, err));
     for (int32_t r = 0; r < team->n; r++) {
         const llmpari_cuda_on on(team->device[r]);
         team->member[r] = team->place[r] = r;
@@ -6237,6 +6271,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_peer_create(const llmpar_cuda_peer_desc *de
     if (desc->n_ranks < 1 || desc->n_ranks > LLMPARI_PEERS) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_ranks=%d; it must be 1 to %d", (int)desc->n_ranks, LLMPARI_PEERS);
     LLMPARI_CUDA_TRY(llmpari_cuda_size("buffer_bytes", desc->buffer_bytes, (int64_t)1 << 36, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("one_shot_bytes", desc->one_shot_bytes, INT64_MAX, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("beyond_bytes", desc->beyond_bytes, INT64_MAX, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("blocks", desc->blocks, LLMPARI_PEER_BLOCKS, err));
     if (!(desc->timeout_s >= 0 && desc->timeout_s <= 1e9)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "timeout_s=%g; it must be 0 (60 s) to 1e9", desc->timeout_s);
     if (llmpar_cuda_devices(&why) == 0) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "no GPU: %s", why);
@@ -6401,22 +6436,6 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_put(llmpari_cuda_peer_end *end, 
     return LLMPAR_OK;
 }
 
-// Puts a rank's complete calls on its stream. Under the mutex. While a group's memory is being made, only those that were complete before: making it may wait for what runs on any of the GPUs,
-// and must not wait for a kernel that waits for the rank that makes it.
-LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_advance(llmpari_cuda_peer_end *self, llmpar_error *err) {
-    llmpar_cuda_peer *root = self->team->root;
-    const int32_t member = self->team->member[self->rank];
-    llmpari_cuda_peer_end *end = NULL;
-    for (llmpari_cuda_peer_slot *slot; !root->stopped && (slot = llmpari_cuda_peer_next(root, member, &end)) != NULL; end->launched++) {
-        llmpar_cuda_peer *team = end->team;
-        if (root->making && slot->ticket > root->horizon && !team->one_device) return LLMPAR_OK;
-        const llmpar_status status = llmpari_cuda_peer_put(end, slot, err);
-        if (status) { llmpari_cuda_peer_stop(team, status, err ? err->text : "a launch failed"); return status; }
-        slot->launched |= team->one_device ? (1u << team->n) - 1 : 1u << end->rank;
-    }
-    return LLMPAR_OK;
-}
-
 // The world's end as a rank sees it that did not find it out itself.
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_stopped(const llmpar_cuda_peer *team, llmpar_error *err) {
     return LLMPARI_CUDA_FAIL(err, LLMPAR_ABORTED, "aborted: %s", team->root->why);
@@ -6426,6 +6445,79 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_give_up(llmpar_cuda_peer *team, 
     return LLMPARI_CUDA_FAIL(err, status, "%s", why);
 }
 
+// A rank's part of a call that `beyond` does: given to it once, then asked for until it is on the stream, so that nothing comes before it there that comes after it on another rank's. Without the
+// mutex meanwhile: it may wait for other ranks, which need the mutex to come. block: returns when it is there.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_hand_over(llmpari_cuda_peer_end *end, llmpari_cuda_peer_slot *slot, bool block, bool *done, llmpar_error *err) {
+    llmpar_cuda_peer *team = end->team, *root = team->root;
+    const int32_t r = end->rank, member = team->member[r];
+    const bool fresh = !(slot->given >> r & 1u);
+    llmpar_request *request = &slot->request[r];
+    llmpar_status status = LLMPAR_OK;
+    llmpar_error told;
+    char why[480];
+    memset(&told, 0, sizeof told);
+    slot->given |= 1u << r;
+    root->busy[member] = true;
+    pthread_mutex_unlock(&root->mutex);
+    {
+        const llmpari_cuda_on on(team->device[r]);
+        if (fresh) status = llmpar_start(team->beyond[r], &slot->call[r], request, &told);
+        if (!status) { *done = block; status = block ? llmpar_wait(request, &told) : llmpar_test(request, done, &told); }
+        if (!status && *done) {
+            const cudaError_t error = cudaEventRecord(slot->event[r], (cudaStream_t)team->stream[r]);
+            if (error != cudaSuccess) status = llmpari_cuda_error(&told, error, "cudaEventRecord", __LINE__, __func__);
+        }
+    }
+    pthread_mutex_lock(&root->mutex);
+    root->busy[member] = false;
+    pthread_cond_broadcast(&root->cond);
+    if (!status) return LLMPAR_OK;
+    if (root->stopped) return llmpari_cuda_peer_stopped(team, err);
+    snprintf(why, sizeof why, "rank %d, AllReduce #%lld of %lld elements, handed over: %.360s", (int)member, (long long)slot->seq - 1, (long long)slot->call[r].count,
+             strncmp(told.text, "aborted: ", 9) == 0 ? told.text + 9 : told.text);
+    return llmpari_cuda_peer_give_up(team, status, err, why);
+}
+
+// What `beyond` has of a call of a world that has stopped ends: its world has been stopped too. Nobody touches the call's buffers after that. Under the mutex.
+LLMPARI_CUDA_FN void llmpari_cuda_peer_recall(llmpari_cuda_peer_end *end, llmpari_cuda_peer_slot *slot) {
+    llmpar_cuda_peer *root = end->team->root;
+    const int32_t member = end->team->member[end->rank];
+    if (!(slot->given >> end->rank & 1u)) return;
+    while (root->busy[member]) llmpari_cuda_peer_nap(root);
+    root->busy[member] = true;
+    pthread_mutex_unlock(&root->mutex);
+    {
+        const llmpari_cuda_on on(end->team->device[end->rank]);
+        (void)llmpar_wait(&slot->request[end->rank], NULL);
+    }
+    pthread_mutex_lock(&root->mutex);
+    root->busy[member] = false;
+    pthread_cond_broadcast(&root->cond);
+}
+
+// Puts a rank's complete calls on its stream, in their order; those up to ticket `until` even if that takes waiting for `beyond`. Under the mutex, which is released while `beyond` is asked.
+// While a group's memory is being made, only those that were complete before: making it may wait for what runs on any of the GPUs, and must not wait for a kernel that waits for the rank that
+// makes it.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_advance(llmpari_cuda_peer_end *self, int64_t until, llmpar_error *err) {
+    llmpar_cuda_peer *root = self->team->root;
+    const int32_t member = self->team->member[self->rank];
+    llmpari_cuda_peer_end *end = NULL;
+    for (llmpari_cuda_peer_slot *slot; !root->stopped && !root->busy[member] && (slot = llmpari_cuda_peer_next(root, member, &end)) != NULL; ) {
+        llmpar_cuda_peer *team = end->team;
+        bool done = true;
+        if (root->making && slot->ticket > root->horizon && !team->one_device) return LLMPAR_OK;
+        if (slot->beyond) LLMPARI_CUDA_TRY(llmpari_cuda_peer_hand_over(end, slot, slot->ticket <= until, &done, err));
+        else {
+            const llmpar_status status = llmpari_cuda_peer_put(end, slot, err);
+            if (status) { llmpari_cuda_peer_stop(team, status, err ? err->text : "a launch failed"); return status; }
+        }
+        if (!done) return LLMPAR_OK;
+        slot->launched |= team->one_device ? (1u << team->n) - 1 : 1u << end->rank;
+        end->launched++;
+    }
+    return LLMPAR_OK;
+}
+
 // The slot of the rank's next call, free or begun by others. Under the mutex; waits for those who still need it.
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_claim(llmpari_cuda_peer_end *end, double timeout_s, llmpari_cuda_peer_slot **out, llmpar_error *err) {
     llmpar_cuda_peer *team = end->team;
@@ -6433,7 +6525,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_claim(llmpari_cuda_peer_end *end
     const double until = llmpari_cuda_now() + timeout_s;
     while (!team->root->stopped && slot->seq && slot->seq != end->started + 1) {
         char who[80], why[200];
-        LLMPARI_CUDA_TRY(llmpari_cuda_peer_advance(end, err));
+        LLMPARI_CUDA_TRY(llmpari_cuda_peer_advance(end, 0, err));
         llmpari_cuda_peer_missing(team, slot->retired, who, sizeof who);
         snprintf(why, sizeof why, "rank %d has %d calls in flight and waited %g s for %s to wait for the first of them", (int)team->member[end->rank], LLMPARI_PEER_FLIGHT, timeout_s, who);
         if (llmpari_cuda_now() > until) return llmpari_cuda_peer_give_up(team, LLMPAR_TIMEOUT, err, why);
@@ -6460,13 +6552,15 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_post_call(llmpari_cuda_peer_end 
     slot->arrived |= 1u << end->rank;
     end->started++;
     if (slot->arrived == (1u << team->n) - 1) {
-        if (llmpari_cuda_peer_agree(team, slot, why, sizeof why)) slot->ticket = ++team->root->tickets;
-        else {
+        if (llmpari_cuda_peer_agree(team, slot, why, sizeof why)) {
+            slot->ticket = ++team->root->tickets;
+            slot->beyond = team->beyond[0] && call->kind == LLMPAR_ALL_REDUCE && call->count * llmpari_cuda_bytes(call->dtype) > team->beyond_bytes;
+        } else {
             slot->status = LLMPAR_MISMATCH;
             llmpari_cuda_peer_stop(team, LLMPAR_MISMATCH, why);
         }
     }
-    const llmpar_status status = slot->status ? LLMPAR_OK : llmpari_cuda_peer_advance(end, err);
+    const llmpar_status status = slot->status ? LLMPAR_OK : llmpari_cuda_peer_advance(end, 0, err);
     pthread_cond_broadcast(&team->root->cond);
     return status;
 }
@@ -6510,7 +6604,8 @@ LLMPARI_CUDA_FN void llmpari_cuda_peer_retire(llmpari_cuda_peer_end *end, llmpar
     slot->retired |= 1u << end->rank;
     if (slot->retired != (1u << end->team->n) - 1) return;
     slot->seq = slot->ticket = 0;
-    slot->arrived = slot->launched = slot->retired = 0;
+    slot->arrived = slot->launched = slot->given = slot->retired = 0;
+    slot->beyond = false;
     slot->status = LLMPAR_OK;
     pthread_cond_broadcast(&end->team->root->cond);
 }
@@ -6521,7 +6616,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_await(llmpari_cuda_peer_end *end
     const double until = llmpari_cuda_now() + timeout_s;
     for (;;) {
         if (slot->status) return LLMPARI_CUDA_FAIL(err, slot->status, "%s", team->root->why);
-        if (!team->root->stopped) LLMPARI_CUDA_TRY(llmpari_cuda_peer_advance(end, err));
+        if (!team->root->stopped) LLMPARI_CUDA_TRY(llmpari_cuda_peer_advance(end, block ? slot->ticket : 0, err));
         *launched = slot->launched >> end->rank & 1u;
         if (*launched) return LLMPAR_OK;
         if (team->root->stopped) return llmpari_cuda_peer_stopped(team, err);
@@ -6529,7 +6624,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_await(llmpari_cuda_peer_end *end
         if (llmpari_cuda_now() > until) {
             char who[80], why[240];
             llmpari_cuda_peer_missing(team, slot->arrived, who, sizeof who);
-            if (slot->ticket) snprintf(who, sizeof who, "a rank that makes a group");
+            if (slot->ticket) snprintf(who, sizeof who, "a rank that makes a group, or for its other calls");
             snprintf(why, sizeof why, "rank %d waited %g s for %s%s %s #%lld", (int)team->member[end->rank], timeout_s, who, slot->ticket ? ", to begin" : " to call",
                      llmpar_collective_name(slot->call[end->rank].kind), (long long)slot->seq - 1);
             return llmpari_cuda_peer_give_up(team, LLMPAR_TIMEOUT, err, why);
@@ -6548,6 +6643,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_wait(llmpar_comm *comm, int
     if (*done) { pthread_mutex_unlock(&team->root->mutex); return LLMPAR_OK; }
     const double timeout_s = slot->call[end->rank].timeout_s;
     llmpar_status status = llmpari_cuda_peer_await(end, slot, block, timeout_s, &launched, err);
+    if (status) llmpari_cuda_peer_recall(end, slot);
     const cudaEvent_t event = slot->event[team->one_device ? 0 : end->rank];
     const double patience_s = timeout_s + 2 * llmpari_cuda_peer_patience(team) + 1;
     pthread_mutex_unlock(&team->root->mutex);
@@ -6609,6 +6705,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_team(llmpari_cuda_peer_end *end,
     team->stream_ordered = root->stream_ordered;
     team->half      = root->half;
     team->one_shot  = n <= 2 && root->n > 2 ? INT64_MAX : root->one_shot;
+    team->beyond_bytes = parent->beyond_bytes;
     team->timeout_s = root->timeout_s;
     team->id        = ++root->groups;
     for (int32_t i = 0; i < LLMPARI_PEERS; i++) team->place[i] = -1;
@@ -6624,6 +6721,39 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_team(llmpari_cuda_peer_end *end,
     return LLMPAR_OK;
 }
 
+// Until all that a rank has started, on any comm, is on its stream: until the other ranks have started it too. Under the mutex.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_settle(llmpari_cuda_peer_end *self, llmpar_error *err) {
+    llmpar_cuda_peer *root = self->team->root;
+    const int32_t member = self->team->member[self->rank];
+    const double until = llmpari_cuda_now() + self->comm.timeout_s;
+    for (;;) {
+        llmpari_cuda_peer_end *behind = NULL;
+        LLMPARI_CUDA_TRY(llmpari_cuda_peer_advance(self, INT64_MAX, err));
+        if (root->stopped) return llmpari_cuda_peer_stopped(self->team, err);
+        for (llmpar_cuda_peer *t = root; t; t = t->next)
+            if (t->place[member] >= 0 && t->end[t->place[member]].launched < t->end[t->place[member]].started) behind = &t->end[t->place[member]];
+        if (!behind) return LLMPAR_OK;
+        if (llmpari_cuda_now() > until) {
+            const llmpari_cuda_peer_slot *slot = &behind->team->slot[behind->launched % LLMPARI_PEER_FLIGHT];
+            char who[80], why[240];
+            llmpari_cuda_peer_missing(behind->team, slot->arrived, who, sizeof who);
+            snprintf(why, sizeof why, "rank %d makes a group, and waited %g s for %s to call %s #%lld, which it has started before", (int)member, self->comm.timeout_s, who,
+                     llmpar_collective_name(slot->call[behind->rank].kind), (long long)behind->launched);
+            return llmpari_cuda_peer_give_up(root, LLMPAR_TIMEOUT, err, why);
+        }
+        llmpari_cuda_peer_nap(root);
+    }
+}
+
+// A member's end of the same group of `beyond`. Without the mutex.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_group_beyond(llmpari_cuda_peer_end *end, llmpar_cuda_peer *team, const int32_t *members, int32_t me, llmpar_error *err) {
+    llmpar_comm *beyond = end->team->beyond[end->rank];
+    const llmpari_cuda_on on(team->device[me]);
+    LLMPARI_CUDA_TRY(beyond->vtable->group(beyond, members, team->n, &team->beyond[me], err));
+    team->beyond[me]->timeout_s = end->comm.timeout_s;
+    return LLMPAR_OK;
+}
+
 // The first member that comes makes the group's memory, on all members' GPUs, without the mutex: CUDA may wait for kernels that wait for other ranks' launches. So its own parts of
 // what is complete are launched before, and nobody launches what is complete only later. The others wait for it.
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_group(llmpar_comm *comm, const int32_t *members, int32_t n, llmpar_comm **sub, llmpar_error *err) {
@@ -6634,7 +6764,8 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_group(llmpar_comm *comm, co
     while (me < n && members[me] != comm->rank) me++;
     if (me == n) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d is not a member of the group that it asks for", (int)comm->rank);
     pthread_mutex_lock(&root->mutex);
-    llmpar_status status = root->stopped ? llmpari_cuda_peer_stopped(end->team, err) : llmpari_cuda_peer_advance(end, err);
+    const bool beyond = end->team->beyond[end->rank] && n > 1;
+    llmpar_status status = root->stopped ? llmpari_cuda_peer_stopped(end->team, err) : beyond ? llmpari_cuda_peer_settle(end, err) : llmpari_cuda_peer_advance(end, 0, err);
     if (!status) status = llmpari_cuda_peer_team(end, members, n, me, &team, &fresh, err);
     if (!status) team->joined |= 1u << me;
     if (fresh) {
@@ -6648,10 +6779,22 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_group(llmpar_comm *comm, co
         pthread_cond_broadcast(&root->cond);
     }
     while (!status && !team->ready) {
-        status = root->stopped ? llmpari_cuda_peer_stopped(end->team, err) : llmpari_cuda_peer_advance(end, err);
+        status = root->stopped ? llmpari_cuda_peer_stopped(end->team, err) : llmpari_cuda_peer_advance(end, 0, err);
         if (!status) llmpari_cuda_peer_nap(root);
     }
     if (!status && team->ready < 0) status = llmpari_cuda_peer_stopped(end->team, err);
+    if (!status && beyond) {
+        llmpar_error told;
+        char why[480];
+        memset(&told, 0, sizeof told);
+        pthread_mutex_unlock(&root->mutex);
+        status = llmpari_cuda_peer_group_beyond(end, team, members, me, &told);
+        pthread_mutex_lock(&root->mutex);
+        if (status) {
+            snprintf(why, sizeof why, "rank %d, the group of `beyond`: %.400s", (int)team->member[me], strncmp(told.text, "aborted: ", 9) == 0 ? told.text + 9 : told.text);
+            status = root->stopped ? llmpari_cuda_peer_stopped(end->team, err) : llmpari_cuda_peer_give_up(end->team, status, err, why);
+        }
+    }
     if (!status) *sub = &team->end[me].comm;
     pthread_mutex_unlock(&root->mutex);
     return status;
@@ -6670,19 +6813,107 @@ LLMPARI_CUDA_FN void llmpari_cuda_peer_comm_free(llmpar_comm *comm) {
     llmpari_cuda_peer_end *end = (llmpari_cuda_peer_end *)comm->impl;
     llmpar_cuda_peer *root = end->team->root;
     if (end->team == root) return;
+    {
+        const llmpari_cuda_on on(end->team->device[end->rank]);
+        llmpar_comm_free(end->team->beyond[end->rank]);
+        end->team->beyond[end->rank] = NULL;
+    }
     pthread_mutex_lock(&root->mutex);
     end->team->freed |= 1u << end->rank;
     pthread_mutex_unlock(&root->mutex);
 }
 
-// Whatever team's kernels have found out.
+// Whatever team's kernels have found out, and `beyond`.
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_sound(llmpar_comm *comm, llmpar_error *err) {
-    llmpar_cuda_peer *root = ((llmpari_cuda_peer_end *)comm->impl)->team->root;
+    const llmpari_cuda_peer_end *end = (const llmpari_cuda_peer_end *)comm->impl;
+    llmpar_cuda_peer *root = end->team->root;
+    llmpar_comm *beyond = root->beyond[end->team->member[end->rank]];
+    llmpar_error told;
+    char why[480];
+    memset(&told, 0, sizeof told);
+    const llmpar_status over_there = beyond ? llmpar_comm_sound(beyond, &told) : LLMPAR_OK;
+    snprintf(why, sizeof why, "rank %d, `beyond`: %.400s", (int)end->team->member[end->rank], strncmp(told.text, "aborted: ", 9) == 0 ? told.text + 9 : told.text);
     pthread_mutex_lock(&root->mutex);
+    if (over_there) llmpari_cuda_peer_stop(root, over_there, why);
     for (llmpar_cuda_peer *t = root; t && !root->stopped; t = t->next) if (t == root || t->ready > 0) llmpari_cuda_peer_look(t);
     const llmpar_status status = root->stopped ? LLMPARI_CUDA_FAIL(err, root->stopped, "%s", root->why) : LLMPAR_OK;
     pthread_mutex_unlock(&root->mutex);
     return status;
+}
+
+// ---- `beyond`, measured
+
+// Seconds of an AllReduce of a rank's: the least of three times eight, after as many that warm up.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_time_comm(llmpari_cuda_peer_end *end, llmpar_comm *comm, void *buffer, int64_t bytes, cudaEvent_t event, float *seconds, llmpar_error *err) {
+    enum { RUNS = 8 };
+    for (int turn = 0; turn < 4; turn++) {
+        LLMPARI_CUDA_TRY(llmpar_barrier(&end->comm, err));
+        const double began = llmpari_cuda_now();
+        for (int run = 0; run < RUNS; run++) LLMPARI_CUDA_TRY(llmpar_all_reduce(comm, buffer, buffer, bytes / 2, LLMPAR_BF16, LLMPAR_SUM, err));
+        LLMPARI_CUDA_CALL(err, cudaEventRecord(event, (cudaStream_t)end->team->stream[end->rank]));
+        LLMPARI_CUDA_TRY(llmpari_cuda_poll(event, llmpari_cuda_now() + RUNS * (2 * end->team->timeout_s + 1), err));
+        const float took = (float)(llmpari_cuda_now() - began) / RUNS;
+        if (turn == 1 || (turn > 1 && took < *seconds)) *seconds = took;
+    }
+    return LLMPAR_OK;
+}
+
+// times: [2] for each size, the kernels' and those of `beyond`, from the largest size down; then the slowest rank's.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_time_sizes(llmpari_cuda_peer_end *end, void *buffer, int64_t most, int32_t sizes, float *times, cudaEvent_t event, llmpar_error *err) {
+    llmpar_cuda_peer *team = end->team;
+    cudaStream_t stream = (cudaStream_t)team->stream[end->rank];
+    LLMPARI_CUDA_CALL(err, cudaMemsetAsync(buffer, 0, (size_t)most, stream));
+    for (int32_t i = 0; i < 2 * sizes; i++)
+        LLMPARI_CUDA_TRY(llmpari_cuda_peer_time_comm(end, i % 2 ? team->beyond[end->rank] : &end->comm, buffer, most >> i / 2, event, &times[i], err));
+    LLMPARI_CUDA_CALL(err, cudaMemcpyAsync(buffer, times, (size_t)(2 * sizes) * sizeof *times, cudaMemcpyHostToDevice, stream));
+    LLMPARI_CUDA_TRY(llmpar_all_reduce(&end->comm, buffer, buffer, 2 * sizes, LLMPAR_F32, LLMPAR_MAX, err));
+    LLMPARI_CUDA_CALL(err, cudaEventRecord(event, stream));
+    LLMPARI_CUDA_TRY(llmpari_cuda_poll(event, llmpari_cuda_now() + 2 * team->timeout_s + 1, err));
+    LLMPARI_CUDA_TRY(llmpar_comm_sound(&end->comm, err));
+    LLMPARI_CUDA_CALL(err, cudaMemcpyAsync(times, buffer, (size_t)(2 * sizes) * sizeof *times, cudaMemcpyDeviceToHost, stream));
+    LLMPARI_CUDA_CALL(err, cudaEventRecord(event, stream));
+    return llmpari_cuda_poll(event, llmpari_cuda_now() + 2 * team->timeout_s + 1, err);
+}
+
+// The largest size at which the kernels were not slower; larger than `most` it is not known, and taken to be as at `most`.
+LLMPARI_CUDA_FN int64_t llmpari_cuda_peer_crossover(const float *times, int64_t most, int32_t sizes) {
+    for (int32_t i = 0; i < sizes; i++) if (times[2 * i] <= times[2 * i + 1]) return i ? most >> i : INT64_MAX;
+    return most >> sizes;
+}
+
+LLMPAR_DEF llmpar_status llmpar_cuda_peer_measure_beyond(llmpar_comm *comm, int64_t *beyond_bytes, llmpar_error *err) {
+    enum { SIZES = 16 };
+    if (!comm || comm->vtable != llmpari_cuda_peer_vtable())
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, comm ? "comm is not one of llmpar_cuda_peer_comm, or a group of one" : "comm is NULL");
+    llmpari_cuda_peer_end *end = (llmpari_cuda_peer_end *)comm->impl;
+    llmpar_cuda_peer *team = end->team;
+    if (!team->beyond[end->rank]) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "there is no `beyond` to measure: see llmpar_cuda_peer_desc");
+    const int64_t most = llmpari_cuda_min(2 * team->half, (int64_t)64 << 20), least = llmpari_cuda_min(64 << 10, most / 4);
+    const llmpari_cuda_on on(team->device[end->rank]);
+    float times[2 * SIZES] = { 0 };
+    void *buffer = NULL;
+    cudaEvent_t event = NULL;
+    llmpar_error told;
+    int32_t sizes = 0;
+    while (most >> sizes >= least) sizes++;
+    memset(&told, 0, sizeof told);
+    pthread_mutex_lock(&team->root->mutex);
+    team->beyond_bytes = INT64_MAX;                            // of all members, before the first barrier is over
+    pthread_mutex_unlock(&team->root->mutex);
+    cudaError_t error = cudaMalloc(&buffer, (size_t)most);
+    if (error == cudaSuccess) error = cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+    llmpar_status status = error != cudaSuccess ? llmpari_cuda_error(&told, error, "cudaMalloc", __LINE__, __func__)
+                                                : llmpari_cuda_peer_time_sizes(end, buffer, most, sizes, times, event, &told);
+    if (status) llmpar_comm_abort(comm, told.text);            // the others wait for this rank
+    if (event) (void)cudaEventDestroy(event);
+    (void)cudaFree(buffer);
+    if (status) return LLMPARI_CUDA_FAIL(err, status, "%s", told.text);
+    const int64_t found = llmpari_cuda_peer_crossover(times, most, sizes);
+    pthread_mutex_lock(&team->root->mutex);
+    team->beyond_bytes = found;
+    pthread_mutex_unlock(&team->root->mutex);
+    if (beyond_bytes) *beyond_bytes = found;
+    return LLMPAR_OK;
 }
 
 static const llmpar_comm_vtable *llmpari_cuda_peer_vtable(void) {
