@@ -1,21 +1,9 @@
 // >>peer of llmpar_cuda.cuh: virtual ranks in one launch and ranks as threads, against sums in rank order on the host. Bits are compared. On the emulator also: several devices, a store
 // buffer that shows missing fences, ranks that do not come.
 #include <atomic>
-#include <condition_variable>
 #include <thread>
-#include <pthread.h>
 #ifndef __CUDACC__
-#include "cuda_runtime.h"
-// The emulator's kernels run in their thread's CUDA calls alone: a thread that waits for others lets them run too, as a GPU would.
-static int driving_wait(pthread_cond_t *cond, pthread_mutex_t *mutex, const struct timespec *) {
-    struct timespec until;
-    (void)emulator_drive();
-    clock_gettime(CLOCK_REALTIME, &until);
-    until.tv_nsec += 500000;
-    if (until.tv_nsec >= 1000000000) { until.tv_nsec -= 1000000000; until.tv_sec++; }
-    return pthread_cond_timedwait(cond, mutex, &until);
-}
-#define pthread_cond_timedwait driving_wait
+#include "driving_wait.h"
 #endif
 #include "cuda_test.h"
 
