@@ -399,7 +399,9 @@ inline emulator_fiber *emulator_new_fiber() {
 #endif
     void *at = mmap(nullptr, f->bytes + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (at == MAP_FAILED) { fprintf(stderr, "emulator: no memory for a stack\n"); abort(); }
-    mprotect(at, 4096, PROT_NONE);
+#ifndef EMULATOR_TSAN
+    mprotect(at, 4096, PROT_NONE);                             // not under TSan, which maps enough itself: without it neighbours are one mapping, and a process may have 65530
+#endif
     f->low = (unsigned char *)at + 4096;
     return f;
 }
@@ -700,9 +702,26 @@ inline unsigned atomicInc(unsigned *at, unsigned most) { return emulator_update(
 
 // ---- blocks and launches
 
+#ifdef EMULATOR_TSAN
+// Free blocks of all OS threads: TSan keeps some mappings of a fiber even when it is destroyed, of 65530 that a process may have. Puts b there, or takes one (b NULL; NULL: there is none).
+// The lock is no mutex: TSan would see an order of the ranks' threads in it.
+inline EMULATOR_RAW emulator_block *emulator_pooled(emulator_block *b) {
+    static std::vector<emulator_block *> *pool = new std::vector<emulator_block *>;
+    static char lock;
+    emulator_ignore quiet;
+    while (__atomic_test_and_set(&lock, __ATOMIC_ACQUIRE)) sched_yield();
+    if (b) pool->push_back(b);
+    else if (!pool->empty()) { b = pool->back(); pool->pop_back(); }
+    __atomic_clear(&lock, __ATOMIC_RELEASE);
+    return b;
+}
+#endif
 inline emulator_block *emulator_new_block(emulator_launch *launch) {
     emulator_worker &me = emulator_me();
     emulator_block *b;
+#ifdef EMULATOR_TSAN
+    if (emulator_block *pooled = emulator_pooled(nullptr)) me.blocks.push_back(pooled);
+#endif
     if (me.blocks.empty()) b = new emulator_block{}; else { b = me.blocks.back(); me.blocks.pop_back(); }
     uint64_t i = launch->started++;
     i = (i * launch->step + launch->offset) % launch->blocks;
@@ -739,6 +758,10 @@ inline void emulator_free_block(emulator_block *b) {
         if (thread.tsan) { __tsan_destroy_fiber(thread.tsan); thread.tsan = nullptr; }
 #endif
     }
+#ifdef EMULATOR_TSAN
+    emulator_pooled(b);
+    return;
+#endif
     me.blocks.push_back(b);
 }
 inline void emulator_list_waiting(emulator_block *b, char *text, size_t bytes) {               // "32 threads at __syncthreads in line 7, the first (0,0,0)", one for each place
