@@ -658,8 +658,8 @@ LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_fold(const llmpar_cuda_fold_desc *desc
 //   two-shot   a rank reduces one slice and puts it back into its mailbox, then everyone reads the slices: two barriers, 2 (n-1)/n V
 // All blocks of a call run at the same time: launches are cooperative, and no larger than the GPU takes at once. What a call needs to know lies on the device, so that it may be
 // captured in a graph. Messages that are longer than a mailbox go in pieces.
-// A rank that does not come: kernels look at the clock; after timeout_s they leave, note whom they waited for, and from then on every call fails with LLMPAR_TIMEOUT and that
-// rank's number. Results of a call that has failed so are undefined. Memory is freed by llmpar_cuda_peer_free alone.
+// A rank that does not come: kernels look at the clock; after timeout_s they leave, note whom they waited for and how long, and from then on every call fails with LLMPAR_TIMEOUT and
+// that rank's number. Results of a call that has failed so are undefined. Memory is freed by llmpar_cuda_peer_free alone.
 
 #define LLMPAR_CUDA_PEERS 8        // most ranks
 
@@ -669,9 +669,13 @@ typedef struct llmpar_cuda_peer_desc {
     void *const     *stream;       // [n_ranks] what each rank's calls run on; virtual ranks: [1], all on one. NULL = own streams (llmpar_cuda_peer_stream)
     int64_t          buffer_bytes; // of a half of a mailbox; 0 = 8 MiB
     int64_t          one_shot_bytes;   // AllReduces up to here go one-shot, beyond two-shot; 0 = 512 KiB up to 4 ranks, else 256 KiB (those of vLLM's custom_all_reduce), 2 ranks: always
-    double           timeout_s;    // 0 = 60 s; at most 1e9. Of the kernels, and at first of the communicators
+    double           timeout_s;    // 0 = 60 s; at most 1e9. Of llmpar_cuda_peer_run and _norm, and at first of the communicators, whose kernels take llmpar_call.timeout_s or the comm's
     int32_t          blocks;       // most blocks of 256 threads of a rank; 0 = 64, virtual ranks 256; less when the GPU cannot hold them at once
     bool             stream_ordered;   // llmpar_wait returns when the call is on the stream: what comes after it there finds the result, the host does not. false: when it is done
+    llmpar_comm *const *beyond;    // [n_ranks] each rank's end of another communicator of the same ranks on device memory, as >>nccl's: the communicators hand AllReduces of more than
+                                   // beyond_bytes over to it. Its calls go on the rank's stream, or are done when its llmpar_wait returns. Used in the rank's thread alone, until peers
+                                   // are freed. NULL = none; LLMPAR_UNSUPPORTED with virtual ranks
+    int64_t          beyond_bytes; // 0 = buffer_bytes; see llmpar_cuda_peer_measure_beyond
     llmpar_allocator allocator;    // of host memory
 } llmpar_cuda_peer_desc;
 typedef struct llmpar_cuda_peer llmpar_cuda_peer;
@@ -682,7 +686,8 @@ LLMPAR_CUDA_DEF void         *llmpar_cuda_peer_stream(const llmpar_cuda_peer *pe
 // Waits for what was launched, at most the deadline; LLMPAR_TIMEOUT with the rank that was waited for in vain.
 LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_peer_wait(llmpar_cuda_peer *peers, llmpar_error *err);
 
-// A collective, launched for all ranks by one thread, or by each rank's thread for itself. Counts are in elements. Puts it on the streams and returns.
+// A collective, launched for all ranks by one thread, or by each rank's thread for itself. Counts are in elements. Puts it on the streams and returns. What one rank writes must not overlap
+// what another one, that is launched with it, reads or writes: LLMPAR_BAD_ARGUMENT naming both.
 typedef struct llmpar_cuda_peer_call {
     llmpar_collective  kind;       // AllReduce, AllGather, ReduceScatter, AllToAll, Permute, Broadcast, Barrier
     llmpar_dtype       dtype;      // reductions: f32, bf16, f16; else any
@@ -702,8 +707,8 @@ LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_peer_run(llmpar_cuda_peer *peers, cons
 typedef struct llmpar_cuda_peer_norm_desc {
     const void *const *send;       // [n]: [rows, columns] of each rank
     void *const       *residual;   // [n]: [rows, columns], in and out; NULL = no residual
-    const void *const *weight;     // [n]: [columns]
-    void *const       *out;        // [n]: [rows, columns]; may be send
+    const void *const *weight;     // [n]: [columns]; ranks may share it
+    void *const       *out;        // [n]: [rows, columns]; may be the rank's send. Nothing else may overlap what is written, of any rank
     int64_t            rows, columns;
     llmpar_dtype       dtype;      // of all: f32, bf16, f16
     float              eps;
@@ -717,8 +722,17 @@ LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_peer_measure(llmpar_cuda_peer *peers, 
 
 // A rank's end as llmpar.h's communicator, for the rank's thread; owned by peers. Buffers are device memory. Virtual ranks: the call is launched when the last rank's thread has started it,
 // all work of all ranks must be on the one stream. Several GPUs: each thread launches its part, at the latest when it waits. Groups have mailboxes of their own. Send and Recv are
-// LLMPAR_UNSUPPORTED (a Permute does what a pipeline's step needs), and so are sums of integers.
+// LLMPAR_UNSUPPORTED (a Permute does what a pipeline's step needs), and so are sums of integers. Ranks put their calls on their streams in one order, whatever groups these are of and in
+// whatever order ranks wait for them.
+// With `beyond`, a large AllReduce is given to it in its turn, when all ranks have started it, and what comes after it waits until `beyond` has put it on the stream (its llmpar_wait). Its sums
+// have the order, and so the bits, of `beyond`: NCCL's is not rank order. llmpar_comm_group makes the same group of `beyond`, so it waits for the other members, and before that until all that
+// this rank has started is on its stream; it is freed with the group. An error of `beyond` stops this world, with its text, and what stops this world aborts `beyond`.
 LLMPAR_CUDA_DEF llmpar_comm  *llmpar_cuda_peer_comm(llmpar_cuda_peer *peers, int32_t rank);     // NULL: no such rank
+
+// Times AllReduces of the comm's group with peer's kernels and with `beyond`, from twice the mailbox (at most 64 MiB) down to 64 KiB, and hands over from then on what is larger than the largest
+// size at which the kernels were not slower: *beyond_bytes (may be NULL; INT64_MAX = nothing). By the slowest rank's times: the same on all. Every member calls it, in its thread, while nothing
+// else runs (some tens of milliseconds); groups that are made of the comm later inherit it. Takes device memory of the largest size meanwhile. LLMPAR_BAD_ARGUMENT without `beyond`.
+LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_peer_measure_beyond(llmpar_comm *comm, int64_t *beyond_bytes, llmpar_error *err);
 
 #ifdef LLMPAR_NCCL
 // ============================================================================================================
@@ -5432,7 +5446,7 @@ typedef struct llmpari_cuda_peer_args {
     char       *memory[LLMPARI_PEERS];
     const char *send[LLMPARI_PEERS];
     char       *recv[LLMPARI_PEERS];
-    uint32_t   *host;              // [LLMPARI_PEERS][4] who, flag, block of a rank that waited in vain; the word to stop at
+    uint32_t   *host;              // [LLMPARI_PEERS][4] who, flag, block of a rank that waited in vain, and how long (bits of a float, seconds); the word to stop at
     uint64_t    timeout_ns;
     int64_t     half, slot;        // bytes
     int64_t     bytes  [LLMPARI_PEERS * LLMPARI_PEERS];    // what a rank puts into a slot
@@ -5487,10 +5501,12 @@ LLMPARI_DEVICE bool llmpari_cuda_peer_wait_flag(const llmpari_cuda_peer_args &a,
         if (look % LOOKS) continue;
         if (llmpari_cuda_peer_acquire(&state->failed)) return false;
         if (llmpari_cuda_peer_acquire(a.host + LLMPARI_PEER_ABORT)) { atomicCAS(&state->failed, 0u, 1u + LLMPARI_PEERS); return false; }
-        if (llmpari_cuda_peer_clock() - began < a.timeout_ns) continue;
+        const uint64_t waited = llmpari_cuda_peer_clock() - began;
+        if (waited < a.timeout_ns) continue;
         if (atomicCAS(&state->failed, 0u, 1u + (uint32_t)peer) == 0u) {
             llmpari_cuda_peer_release(a.host + 4 * rank + 1, flag);
             llmpari_cuda_peer_release(a.host + 4 * rank + 2, blockIdx.x);
+            llmpari_cuda_peer_release(a.host + 4 * rank + 3, __float_as_uint((float)waited * 1e-9f));
             llmpari_cuda_peer_release(a.host + 4 * rank, 1u + (uint32_t)peer);
         }
         return false;
@@ -5703,29 +5719,39 @@ typedef struct llmpari_cuda_peer_end { llmpar_comm comm; llmpar_cuda_peer *team;
 // Call `seq - 1` of a team's communicators; a call uses slot number % LLMPARI_PEER_FLIGHT.
 typedef struct llmpari_cuda_peer_slot {
     int64_t       seq;             // 0 = free
+    int64_t       ticket;          // 0 = not complete; else the how manieth of the world's calls it was that all members had started
     uint32_t      arrived, launched, retired;          // bit per rank
     llmpar_status status;          // of all members
     llmpar_call   call[LLMPARI_PEERS];
     int64_t       counts[LLMPARI_PEERS * LLMPARI_PEERS];   // as in llmpar_cuda_peer_call
     int64_t       expected[LLMPARI_PEERS * LLMPARI_PEERS]; // AllToAll: [rank][from]
     cudaEvent_t   event[LLMPARI_PEERS];
+    bool          beyond;          // complete: it is handed over
+    uint32_t      given;           // to `beyond`; launched: it is on the stream, the request is done
+    llmpar_request request[LLMPARI_PEERS];
 } llmpari_cuda_peer_slot;
 
 struct llmpar_cuda_peer {          // a group of ranks; the world is the first
     llmpar_cuda_peer *root, *next, *parent;            // next: of all groups
     llmpar_allocator  allocator;
     int32_t  n, blocks, member[LLMPARI_PEERS], device[LLMPARI_PEERS];      // member: number in the world
+    int32_t  place[LLMPARI_PEERS]; // of each of the world's ranks here; -1 = not a member
     bool     one_device, own_stream, stream_ordered;
     void    *stream[LLMPARI_PEERS];
     char    *memory[LLMPARI_PEERS];
     uint32_t *host;                // pinned
-    int64_t  half, one_shot, id, groups;
-    double   timeout_s;
+    int64_t  half, one_shot, id, groups, beyond_bytes;
+    llmpar_comm *beyond[LLMPARI_PEERS];                // NULL = none, with one_device too; a group's are its own
+    double   timeout_s, longest_s; // longest: the root's, of all kernels of communicators so far; under the mutex
     uint32_t joined, freed;        // of a group: who has it, who is done with it
     int32_t  ready;                // of a group: 0 while a member makes it, 1, -1 = it could not be made
     llmpari_cuda_peer_end  end[LLMPARI_PEERS];
     llmpari_cuda_peer_slot slot[LLMPARI_PEER_FLIGHT];
     bool     locks;                // the root's, and what follows: under the mutex
+    int64_t  tickets;              // calls that were complete so far
+    int32_t  making;               // groups whose memory is being made
+    int64_t  horizon;              // tickets when the first of them was begun
+    bool     busy[LLMPARI_PEERS];  // a thread of the rank is in `beyond`, without the mutex: no other one may put the rank's calls on its stream
     pthread_mutex_t mutex;
     pthread_cond_t  cond;
     llmpar_status   stopped;       // why the world has stopped
@@ -5749,6 +5775,7 @@ LLMPARI_CUDA_FN void llmpari_cuda_peer_stop(llmpar_cuda_peer *team, llmpar_statu
     root->stopped = status;
     snprintf(root->why, sizeof root->why, "%s", why);
     for (llmpar_cuda_peer *t = root; t; t = t->next) if (t == root || t->ready > 0) __atomic_store_n(&t->host[LLMPARI_PEER_ABORT], 1u, __ATOMIC_RELEASE);
+    for (int32_t r = 0; r < root->n; r++) if (root->beyond[r]) llmpar_comm_abort(root->beyond[r], root->why);          // it never waits for this mutex
     pthread_cond_broadcast(&root->cond);
 }
 
@@ -5757,13 +5784,20 @@ LLMPARI_CUDA_FN void llmpari_cuda_peer_look(llmpar_cuda_peer *team) {
     for (int32_t r = 0; r < team->n; r++) {
         const uint32_t who = __atomic_load_n(&team->host[4 * r], __ATOMIC_ACQUIRE);
         char why[200];
+        float waited;
         if (!who) continue;
-        snprintf(why, sizeof why, "rank %d waited %g s for rank %d, which did not come (flag %u, block %u)", (int)team->member[r], team->timeout_s, (int)team->member[who - 1],
-                 (unsigned)__atomic_load_n(&team->host[4 * r + 1], __ATOMIC_ACQUIRE), (unsigned)__atomic_load_n(&team->host[4 * r + 2], __ATOMIC_ACQUIRE));
+        const uint32_t flag = __atomic_load_n(&team->host[4 * r + 1], __ATOMIC_ACQUIRE), block = __atomic_load_n(&team->host[4 * r + 2], __ATOMIC_ACQUIRE);
+        const uint32_t bits = __atomic_load_n(&team->host[4 * r + 3], __ATOMIC_ACQUIRE);
+        memcpy(&waited, &bits, 4);
+        snprintf(why, sizeof why, "rank %d waited %.3g s for rank %d, which did not come (flag %u, block %u)", (int)team->member[r], (double)waited, (int)team->member[who - 1],
+                 (unsigned)flag, (unsigned)block);
         llmpari_cuda_peer_stop(team, LLMPAR_TIMEOUT, why);
         return;
     }
 }
+
+// How long a kernel that is on a stream may wait for other ranks. Under the mutex.
+LLMPARI_CUDA_FN double llmpari_cuda_peer_patience(const llmpar_cuda_peer *team) { return team->root->longest_s > team->timeout_s ? team->root->longest_s : team->timeout_s; }
 
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_sound(llmpar_cuda_peer *team, llmpar_error *err) {
     pthread_mutex_lock(&team->root->mutex);
@@ -5796,15 +5830,16 @@ typedef struct llmpari_cuda_peer_work {
     llmpar_dtype  dtype;
     llmpar_reduce reduce;
     int32_t way, root;
+    double  timeout_s;
     int64_t count, counts[LLMPARI_PEERS * LLMPARI_PEERS];      // counts: AllGather, ReduceScatter: [n]; else [rank][to]
     const void *send[LLMPARI_PEERS];
     void       *recv[LLMPARI_PEERS];
 } llmpari_cuda_peer_work;
 
-LLMPARI_CUDA_FN void llmpari_cuda_peer_begin(const llmpar_cuda_peer *team, llmpari_cuda_peer_args *a) {
+LLMPARI_CUDA_FN void llmpari_cuda_peer_begin(const llmpar_cuda_peer *team, double timeout_s, llmpari_cuda_peer_args *a) {
     memset(a, 0, sizeof *a);
     a->host       = team->host;
-    a->timeout_ns = (uint64_t)(1e9 * team->timeout_s);
+    a->timeout_ns = (uint64_t)(1e9 * (timeout_s < 1e9 ? timeout_s : 1e9));
     a->half       = team->half;
     a->n          = team->n;
     a->slots      = 1;
@@ -5880,7 +5915,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_launch(const llmpar_cuda_peer *t
     const bool slots = two_shot || w->kind == LLMPAR_REDUCE_SCATTER || w->kind == LLMPAR_ALL_TO_ALL || w->kind == LLMPAR_PERMUTE;
     llmpari_cuda_peer_args a;
     bool more = w->kind != LLMPAR_ALL_REDUCE || w->count > 0;
-    llmpari_cuda_peer_begin(team, &a);
+    llmpari_cuda_peer_begin(team, w->timeout_s, &a);
     a.reduce = (int32_t)w->reduce;
     a.slots  = slots ? team->n : 1;
     a.slot   = slots ? team->half / team->n / 256 * 256 : team->half;
@@ -5920,6 +5955,44 @@ LLMPARI_CUDA_FN void llmpari_cuda_peer_extent(const llmpari_cuda_peer_work *w, i
     *receives = w->kind == LLMPAR_BARRIER ? 0 : w->kind == LLMPAR_ALL_GATHER ? sum : w->kind == LLMPAR_REDUCE_SCATTER ? w->counts[rank] : in;
 }
 
+// A range of a rank's memory: what is it called, where, how long.
+typedef struct llmpari_cuda_peer_range { const char *name; int32_t rank; const void *at; int64_t bytes; } llmpari_cuda_peer_range;
+LLMPARI_CUDA_FN llmpari_cuda_peer_range llmpari_cuda_peer_range_of(const char *name, int32_t rank, const void *at, int64_t bytes) {
+    llmpari_cuda_peer_range range = { name, rank, at, at ? bytes : 0 };
+    return range;
+}
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_apart(const llmpari_cuda_peer_range *a, const llmpari_cuda_peer_range *b, llmpar_error *err) {
+    const uintptr_t p = (uintptr_t)a->at, q = (uintptr_t)b->at;
+    if (a->bytes == 0 || b->bytes == 0 || p >= q + (uintptr_t)b->bytes || q >= p + (uintptr_t)a->bytes) return LLMPAR_OK;
+    return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d's %s [%p, %lld bytes] overlaps rank %d's %s [%p, %lld bytes]; give what is written memory of its own", (int)a->rank, a->name, a->at,
+                             (long long)a->bytes, (int)b->rank, b->name, b->at, (long long)b->bytes);
+}
+
+// What ranks [first, end) write is theirs alone, but for the in-place rules of llmpar_call.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_overlap(const llmpar_cuda_peer *team, const llmpari_cuda_peer_work *w, int32_t first, int32_t end, llmpar_error *err) {
+    const int64_t bytes = llmpari_cuda_bytes(w->dtype);
+    llmpari_cuda_peer_range send[LLMPARI_PEERS], recv[LLMPARI_PEERS];
+    for (int32_t r = first; r < end; r++) {
+        int64_t sends, receives;
+        llmpari_cuda_peer_extent(w, team->n, r, &sends, &receives);
+        send[r] = llmpari_cuda_peer_range_of("send", r, w->send[r], sends * bytes);
+        recv[r] = llmpari_cuda_peer_range_of("recv", r, w->recv[r], receives * bytes);
+    }
+    int64_t before = 0;                                        // elements of the ranks below a
+    for (int32_t a = 0; a < end; before += w->counts[a++]) {
+        if (a < first) continue;
+        const char *to = (const char *)w->recv[a], *from = (const char *)w->send[a];
+        const bool in_place = w->kind == LLMPAR_ALL_REDUCE || w->kind == LLMPAR_BROADCAST ? to == from : w->kind == LLMPAR_ALL_GATHER ? from == to + before * bytes
+                            : w->kind == LLMPAR_REDUCE_SCATTER && to == from + before * bytes;
+        for (int32_t b = first; b < end; b++) {
+            if (a != b || !in_place) LLMPARI_CUDA_TRY(llmpari_cuda_peer_apart(&recv[a], &send[b], err));
+            if (a < b) LLMPARI_CUDA_TRY(llmpari_cuda_peer_apart(&recv[a], &recv[b], err));
+        }
+    }
+    return LLMPAR_OK;
+}
+
+// Pointers of a rank, or of all (rank -1), with the counts that it knows.
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_check(const llmpar_cuda_peer *team, const llmpari_cuda_peer_work *w, int32_t rank, llmpar_error *err) {
     const bool reduces = w->kind == LLMPAR_ALL_REDUCE || w->kind == LLMPAR_REDUCE_SCATTER;
     for (int32_t r = rank < 0 ? 0 : rank; r < (rank < 0 ? team->n : rank + 1); r++) {
@@ -5982,10 +6055,13 @@ LLMPAR_DEF llmpar_status llmpar_cuda_peer_run(llmpar_cuda_peer *team, const llmp
     w.way    = call->way;
     w.root   = call->root;
     w.count  = call->kind == LLMPAR_BARRIER ? 0 : call->count;
+    w.timeout_s = team->timeout_s;
     for (int32_t r = 0; r < team->n && call->kind != LLMPAR_BARRIER; r++) { w.send[r] = call->send[r]; w.recv[r] = call->recv[r]; }
-    LLMPARI_CUDA_TRY(llmpari_cuda_peer_check(team, &w, call->rank_plus_1 - 1, err));
+    const int32_t rank = call->rank_plus_1 - 1;
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_check(team, &w, rank, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_overlap(team, &w, rank < 0 ? 0 : rank, rank < 0 ? team->n : rank + 1, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_peer_sound(team, err));
-    return llmpari_cuda_peer_launch(team, &w, call->rank_plus_1 - 1, err);
+    return llmpari_cuda_peer_launch(team, &w, rank, err);
 }
 
 // Rows as many as a half holds at a time.
@@ -5994,7 +6070,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_norm_launch(const llmpar_cuda_pe
     const int64_t bytes = d->columns * llmpari_cuda_bytes(d->dtype);
     uint64_t bits = (uint64_t)bytes;
     memset(&a, 0, sizeof a);
-    llmpari_cuda_peer_begin(team, &a.peer);
+    llmpari_cuda_peer_begin(team, team->timeout_s, &a.peer);
     a.columns   = d->columns;
     a.row_bytes = llmpari_cuda_up(bytes, 16) * 16;
     a.eps       = d->eps;
@@ -6017,6 +6093,28 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_norm_launch(const llmpar_cuda_pe
     return LLMPAR_OK;
 }
 
+// Residual and out are written: they are the rank's alone, but that out may be its send.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_norm_overlap(const llmpar_cuda_peer *team, const llmpar_cuda_peer_norm_desc *d, llmpar_error *err) {
+    enum { OUT, RESIDUAL, SEND, WEIGHT, KINDS };
+    const int64_t row = d->columns * llmpari_cuda_bytes(d->dtype);
+    llmpari_cuda_peer_range range[LLMPARI_PEERS * KINDS];
+    int32_t n = 0;
+    for (int32_t r = 0; r < team->n; r++) {
+        if (d->rank_plus_1 && r != d->rank_plus_1 - 1) continue;
+        range[n++] = llmpari_cuda_peer_range_of("out", r, d->out[r], d->rows * row);
+        range[n++] = llmpari_cuda_peer_range_of("residual", r, d->residual ? d->residual[r] : NULL, d->rows * row);
+        range[n++] = llmpari_cuda_peer_range_of("send", r, d->send[r], d->rows * row);
+        range[n++] = llmpari_cuda_peer_range_of("weight", r, d->weight[r], row);
+    }
+    for (int32_t a = 0; a < n; a++)
+        for (int32_t b = 0; b < n; b++) {
+            const bool in_place = a % KINDS == OUT && b == a + SEND && range[a].at == range[b].at;
+            if (a % KINDS > RESIDUAL || a == b || in_place) continue;
+            LLMPARI_CUDA_TRY(llmpari_cuda_peer_apart(&range[a], &range[b], err));
+        }
+    return LLMPAR_OK;
+}
+
 LLMPAR_DEF llmpar_status llmpar_cuda_peer_norm(llmpar_cuda_peer *team, const llmpar_cuda_peer_norm_desc *d, llmpar_error *err) {
     if (!team || !d) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is NULL", team ? "desc" : "peers");
     LLMPARI_CUDA_TRY(llmpari_cuda_float("dtype", d->dtype, err));
@@ -6035,13 +6133,16 @@ LLMPAR_DEF llmpar_status llmpar_cuda_peer_norm(llmpar_cuda_peer *team, const llm
         LLMPARI_CUDA_TRY(llmpari_cuda_peer_pointer("out", r, d->out[r], align, false, err));
         if (d->residual) LLMPARI_CUDA_TRY(llmpari_cuda_peer_pointer("residual", r, d->residual[r], align, false, err));
     }
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_norm_overlap(team, d, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_peer_sound(team, err));
     return llmpari_cuda_peer_norm_launch(team, d, err);
 }
 
 LLMPAR_DEF llmpar_status llmpar_cuda_peer_wait(llmpar_cuda_peer *team, llmpar_error *err) {
     if (!team) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "peers is NULL");
-    const double until = llmpari_cuda_now() + 2 * team->timeout_s + 1;                     // a kernel gives up before
+    pthread_mutex_lock(&team->root->mutex);
+    const double until = llmpari_cuda_now() + 2 * llmpari_cuda_peer_patience(team) + 1;    // a kernel gives up before
+    pthread_mutex_unlock(&team->root->mutex);
     llmpar_status status = LLMPAR_OK;
     for (int32_t r = 0; r < (team->one_device ? 1 : team->n) && !status; r++) {
         const llmpari_cuda_on on(team->device[r]);
@@ -6070,6 +6171,7 @@ LLMPARI_CUDA_FN void llmpari_cuda_peer_drop(llmpar_cuda_peer *team) {
         for (int s = 0; s < LLMPARI_PEER_FLIGHT; s++) if (team->slot[s].event[r]) (void)cudaEventDestroy(team->slot[s].event[r]);
         if (team->own_stream && team->stream[r] && (r == 0 || !team->one_device)) (void)cudaStreamDestroy((cudaStream_t)team->stream[r]);
         if (team->memory[r]) (void)cudaFree(team->memory[r]);
+        if (team != team->root) llmpar_comm_free(team->beyond[r]);
     }
     if (team->host) (void)cudaFreeHost(team->host);
     if (team->locks) { pthread_mutex_destroy(&team->mutex); pthread_cond_destroy(&team->cond); }
@@ -6078,11 +6180,9 @@ LLMPARI_CUDA_FN void llmpari_cuda_peer_drop(llmpar_cuda_peer *team) {
 }
 
 LLMPAR_DEF void llmpar_cuda_peer_free(llmpar_cuda_peer *peers) {
-    while (peers) {
-        llmpar_cuda_peer *next = peers->next;
-        llmpari_cuda_peer_drop(peers);
-        peers = next;
-    }
+    llmpar_cuda_peer *next;
+    for (llmpar_cuda_peer *t = peers ? peers->next : NULL; t; t = next) { next = t->next; llmpari_cuda_peer_drop(t); }
+    if (peers) llmpari_cuda_peer_drop(peers);
 }
 
 // A rank's mailbox, zeroed: on a stream of its own, for kernels of other streams may be waiting for this rank's host.
@@ -6186,6 +6286,21 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_devices(llmpar_cuda_peer *team, 
     return LLMPAR_OK;
 }
 
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_take_beyond(llmpar_cuda_peer *team, const llmpar_cuda_peer_desc *desc, llmpar_error *err) {
+    team->beyond_bytes = desc->beyond_bytes ? desc->beyond_bytes : team->half;
+    for (int32_t r = 0; r < team->n && desc->beyond; r++) {
+        const llmpar_comm *beyond = desc->beyond[r];
+        if (!beyond) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "beyond[%d] is NULL", (int)r);
+        if (beyond->rank != r || beyond->size != team->n)
+            return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "beyond[%d] is the end of rank %d of %d; it must be that of rank %d of %d", (int)r, (int)beyond->rank, (int)beyond->size, (int)r,
+                                     (int)team->n);
+    }
+    if (desc->beyond && team->one_device && team->n > 1)
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "beyond: virtual ranks run in one launch and cannot be handed over one by one; pass device[%d], or NULL here", (int)team->n);
+    for (int32_t r = 0; r < team->n && desc->beyond && !team->one_device; r++) team->beyond[r] = desc->beyond[r];
+    return LLMPAR_OK;
+}
+
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_open(llmpar_cuda_peer *team, const llmpar_cuda_peer_desc *desc, llmpar_error *err) {
     team->root       = team;
     team->half       = llmpari_cuda_up(desc->buffer_bytes ? desc->buffer_bytes : (int64_t)8 << 20, 4096) * 4096;
@@ -6194,9 +6309,10 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_open(llmpar_cuda_peer *team, con
     team->own_stream = !desc->stream;
     team->stream_ordered = desc->stream_ordered;
     LLMPARI_CUDA_TRY(llmpari_cuda_peer_devices(team, desc, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_take_beyond(team, desc, err));
     for (int32_t r = 0; r < team->n; r++) {
         const llmpari_cuda_on on(team->device[r]);
-        team->member[r] = r;
+        team->member[r] = team->place[r] = r;
         if (team->one_device && r > 0) team->stream[r] = team->stream[0];
         else if (desc->stream) team->stream[r] = desc->stream[r];
         else {
@@ -6217,6 +6333,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_peer_create(const llmpar_cuda_peer_desc *de
     if (desc->n_ranks < 1 || desc->n_ranks > LLMPARI_PEERS) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "n_ranks=%d; it must be 1 to %d", (int)desc->n_ranks, LLMPARI_PEERS);
     LLMPARI_CUDA_TRY(llmpari_cuda_size("buffer_bytes", desc->buffer_bytes, (int64_t)1 << 36, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("one_shot_bytes", desc->one_shot_bytes, INT64_MAX, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("beyond_bytes", desc->beyond_bytes, INT64_MAX, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("blocks", desc->blocks, LLMPARI_PEER_BLOCKS, err));
     if (!(desc->timeout_s >= 0 && desc->timeout_s <= 1e9)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "timeout_s=%g; it must be 0 (60 s) to 1e9", desc->timeout_s);
     if (llmpar_cuda_devices(&why) == 0) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "no GPU: %s", why);
@@ -6245,6 +6362,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_time(llmpar_cuda_peer *team, voi
     w.dtype = LLMPAR_BF16;
     w.way   = way;
     w.count = bytes / 2;
+    w.timeout_s = team->timeout_s;
     for (int32_t r = 0; r < team->n; r++) { w.send[r] = buffer[r]; w.recv[r] = buffer[r]; }
     *seconds = INFINITY;
     for (int turn = 0; turn < 4; turn++) {                     // the first one warms up
@@ -6306,8 +6424,11 @@ LLMPARI_CUDA_FN void llmpari_cuda_peer_nap(llmpar_cuda_peer *root) {
     pthread_cond_timedwait(&root->cond, &root->mutex, &until);
 }
 
-LLMPARI_CUDA_FN void llmpari_cuda_peer_work_of(const llmpar_cuda_peer *team, const llmpari_cuda_peer_slot *slot, llmpari_cuda_peer_work *w) {
+// A complete call, for a rank's part of it.
+LLMPARI_CUDA_FN void llmpari_cuda_peer_work_of(const llmpar_cuda_peer *team, const llmpari_cuda_peer_slot *slot, int32_t rank, llmpari_cuda_peer_work *w) {
     memset(w, 0, sizeof *w);
+    w->timeout_s = slot->call[rank].timeout_s;
+    for (int32_t r = 0; r < team->n && team->one_device; r++) w->timeout_s = slot->call[r].timeout_s > w->timeout_s ? slot->call[r].timeout_s : w->timeout_s;     // one kernel for all
     w->kind   = slot->call[0].kind;
     w->dtype  = slot->call[0].dtype;
     w->reduce = slot->call[0].reduce;
@@ -6345,24 +6466,35 @@ LLMPARI_CUDA_FN bool llmpari_cuda_peer_agree(const llmpar_cuda_peer *team, llmpa
     return true;
 }
 
-// Launches what all have started: with virtual ranks for all, else the rank's own part; in the order of the calls. Under the mutex, so that no other call comes between.
-LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_advance(llmpari_cuda_peer_end *end, llmpar_error *err) {
-    llmpar_cuda_peer *team = end->team;
-    const uint32_t all = (1u << team->n) - 1;
-    for (; end->launched < end->started; end->launched++) {
-        llmpari_cuda_peer_slot *slot = &team->slot[end->launched % LLMPARI_PEER_FLIGHT];
-        llmpari_cuda_peer_work w;
-        const int32_t r = team->one_device ? 0 : end->rank;
-        if (slot->seq != end->launched + 1 || slot->arrived != all || slot->status) return LLMPAR_OK;
-        if (slot->launched >> end->rank & 1u) continue;
-        const llmpari_cuda_on on(team->device[end->rank]);
-        llmpari_cuda_peer_work_of(team, slot, &w);
-        llmpar_status status = llmpari_cuda_peer_launch(team, &w, team->one_device ? -1 : end->rank, err);
-        const cudaError_t error = status ? cudaSuccess : cudaEventRecord(slot->event[r], (cudaStream_t)team->stream[r]);
-        if (error != cudaSuccess) status = llmpari_cuda_error(err, error, "cudaEventRecord", __LINE__, __func__);
-        if (status) { llmpari_cuda_peer_stop(team, status, err ? err->text : "a launch failed"); return status; }
-        slot->launched |= team->one_device ? all : 1u << end->rank;
+// A rank's next call that is complete and not on its stream yet, of all its teams: the one that was complete first. All ranks put their calls on their streams in this one order, so that no
+// two GPUs wait for each other, whatever groups the calls are of. Under the mutex.
+LLMPARI_CUDA_FN llmpari_cuda_peer_slot *llmpari_cuda_peer_next(llmpar_cuda_peer *root, int32_t member, llmpari_cuda_peer_end **of) {
+    llmpari_cuda_peer_slot *next = NULL;
+    for (llmpar_cuda_peer *t = root; t; t = t->next) {
+        const int32_t r = t->place[member];
+        if (r < 0 || (t != root && t->ready <= 0)) continue;
+        llmpari_cuda_peer_end *end = &t->end[r];
+        for (; end->launched < end->started; end->launched++) {
+            llmpari_cuda_peer_slot *slot = &t->slot[end->launched % LLMPARI_PEER_FLIGHT];
+            if (slot->seq == end->launched + 1 && (slot->launched >> r & 1u)) continue;    // by another rank's thread: virtual ranks
+            if (slot->seq == end->launched + 1 && slot->ticket && (!next || slot->ticket < next->ticket)) { next = slot; *of = end; }
+            break;
+        }
     }
+    return next;
+}
+
+// A call's kernels: with virtual ranks for all, else the rank's own part. Under the mutex, so that no other call comes between.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_put(llmpari_cuda_peer_end *end, llmpari_cuda_peer_slot *slot, llmpar_error *err) {
+    llmpar_cuda_peer *team = end->team;
+    const int32_t r = team->one_device ? 0 : end->rank;
+    const llmpari_cuda_on on(team->device[end->rank]);
+    llmpari_cuda_peer_work w;
+    llmpari_cuda_peer_work_of(team, slot, end->rank, &w);
+    if (w.timeout_s > team->root->longest_s) team->root->longest_s = w.timeout_s;
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_launch(team, &w, team->one_device ? -1 : end->rank, err));
+    const cudaError_t error = cudaEventRecord(slot->event[r], (cudaStream_t)team->stream[r]);
+    if (error != cudaSuccess) return llmpari_cuda_error(err, error, "cudaEventRecord", __LINE__, __func__);
     return LLMPAR_OK;
 }
 
@@ -6375,6 +6507,79 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_give_up(llmpar_cuda_peer *team, 
     return LLMPARI_CUDA_FAIL(err, status, "%s", why);
 }
 
+// A rank's part of a call that `beyond` does: given to it once, then asked for until it is on the stream, so that nothing comes before it there that comes after it on another rank's. Without the
+// mutex meanwhile: it may wait for other ranks, which need the mutex to come. block: returns when it is there.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_hand_over(llmpari_cuda_peer_end *end, llmpari_cuda_peer_slot *slot, bool block, bool *done, llmpar_error *err) {
+    llmpar_cuda_peer *team = end->team, *root = team->root;
+    const int32_t r = end->rank, member = team->member[r];
+    const bool fresh = !(slot->given >> r & 1u);
+    llmpar_request *request = &slot->request[r];
+    llmpar_status status = LLMPAR_OK;
+    llmpar_error told;
+    char why[480];
+    memset(&told, 0, sizeof told);
+    slot->given |= 1u << r;
+    root->busy[member] = true;
+    pthread_mutex_unlock(&root->mutex);
+    {
+        const llmpari_cuda_on on(team->device[r]);
+        if (fresh) status = llmpar_start(team->beyond[r], &slot->call[r], request, &told);
+        if (!status) { *done = block; status = block ? llmpar_wait(request, &told) : llmpar_test(request, done, &told); }
+        if (!status && *done) {
+            const cudaError_t error = cudaEventRecord(slot->event[r], (cudaStream_t)team->stream[r]);
+            if (error != cudaSuccess) status = llmpari_cuda_error(&told, error, "cudaEventRecord", __LINE__, __func__);
+        }
+    }
+    pthread_mutex_lock(&root->mutex);
+    root->busy[member] = false;
+    pthread_cond_broadcast(&root->cond);
+    if (!status) return LLMPAR_OK;
+    if (root->stopped) return llmpari_cuda_peer_stopped(team, err);
+    snprintf(why, sizeof why, "rank %d, AllReduce #%lld of %lld elements, handed over: %.360s", (int)member, (long long)slot->seq - 1, (long long)slot->call[r].count,
+             strncmp(told.text, "aborted: ", 9) == 0 ? told.text + 9 : told.text);
+    return llmpari_cuda_peer_give_up(team, status, err, why);
+}
+
+// What `beyond` has of a call of a world that has stopped ends: its world has been stopped too. Nobody touches the call's buffers after that. Under the mutex.
+LLMPARI_CUDA_FN void llmpari_cuda_peer_recall(llmpari_cuda_peer_end *end, llmpari_cuda_peer_slot *slot) {
+    llmpar_cuda_peer *root = end->team->root;
+    const int32_t member = end->team->member[end->rank];
+    if (!(slot->given >> end->rank & 1u)) return;
+    while (root->busy[member]) llmpari_cuda_peer_nap(root);
+    root->busy[member] = true;
+    pthread_mutex_unlock(&root->mutex);
+    {
+        const llmpari_cuda_on on(end->team->device[end->rank]);
+        (void)llmpar_wait(&slot->request[end->rank], NULL);
+    }
+    pthread_mutex_lock(&root->mutex);
+    root->busy[member] = false;
+    pthread_cond_broadcast(&root->cond);
+}
+
+// Puts a rank's complete calls on its stream, in their order; those up to ticket `until` even if that takes waiting for `beyond`. Under the mutex, which is released while `beyond` is asked.
+// While a group's memory is being made, only those that were complete before: making it may wait for what runs on any of the GPUs, and must not wait for a kernel that waits for the rank that
+// makes it.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_advance(llmpari_cuda_peer_end *self, int64_t until, llmpar_error *err) {
+    llmpar_cuda_peer *root = self->team->root;
+    const int32_t member = self->team->member[self->rank];
+    llmpari_cuda_peer_end *end = NULL;
+    for (llmpari_cuda_peer_slot *slot; !root->stopped && !root->busy[member] && (slot = llmpari_cuda_peer_next(root, member, &end)) != NULL; ) {
+        llmpar_cuda_peer *team = end->team;
+        bool done = true;
+        if (root->making && slot->ticket > root->horizon && !team->one_device) return LLMPAR_OK;
+        if (slot->beyond) LLMPARI_CUDA_TRY(llmpari_cuda_peer_hand_over(end, slot, slot->ticket <= until, &done, err));
+        else {
+            const llmpar_status status = llmpari_cuda_peer_put(end, slot, err);
+            if (status) { llmpari_cuda_peer_stop(team, status, err ? err->text : "a launch failed"); return status; }
+        }
+        if (!done) return LLMPAR_OK;
+        slot->launched |= team->one_device ? (1u << team->n) - 1 : 1u << end->rank;
+        end->launched++;
+    }
+    return LLMPAR_OK;
+}
+
 // The slot of the rank's next call, free or begun by others. Under the mutex; waits for those who still need it.
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_claim(llmpari_cuda_peer_end *end, double timeout_s, llmpari_cuda_peer_slot **out, llmpar_error *err) {
     llmpar_cuda_peer *team = end->team;
@@ -6382,7 +6587,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_claim(llmpari_cuda_peer_end *end
     const double until = llmpari_cuda_now() + timeout_s;
     while (!team->root->stopped && slot->seq && slot->seq != end->started + 1) {
         char who[80], why[200];
-        LLMPARI_CUDA_TRY(llmpari_cuda_peer_advance(end, err));
+        LLMPARI_CUDA_TRY(llmpari_cuda_peer_advance(end, 0, err));
         llmpari_cuda_peer_missing(team, slot->retired, who, sizeof who);
         snprintf(why, sizeof why, "rank %d has %d calls in flight and waited %g s for %s to wait for the first of them", (int)team->member[end->rank], LLMPARI_PEER_FLIGHT, timeout_s, who);
         if (llmpari_cuda_now() > until) return llmpari_cuda_peer_give_up(team, LLMPAR_TIMEOUT, err, why);
@@ -6397,20 +6602,27 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_claim(llmpari_cuda_peer_end *end
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_post_call(llmpari_cuda_peer_end *end, const llmpar_call *call, llmpar_error *err) {
     llmpar_cuda_peer *team = end->team;
     llmpari_cuda_peer_slot *slot = NULL;
+    const double timeout_s = call->timeout_s > 0 ? call->timeout_s : end->comm.timeout_s;
     char why[400];
-    LLMPARI_CUDA_TRY(llmpari_cuda_peer_claim(end, call->timeout_s > 0 ? call->timeout_s : end->comm.timeout_s, &slot, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_peer_claim(end, timeout_s, &slot, err));
     slot->call[end->rank] = *call;
+    slot->call[end->rank].timeout_s = timeout_s;
     for (int32_t s = 0; s < team->n; s++) {
         slot->counts  [end->rank * LLMPARI_PEERS + s] = call->send_counts ? call->send_counts[s] : 0;
         slot->expected[end->rank * LLMPARI_PEERS + s] = call->recv_counts ? call->recv_counts[s] : 0;
     }
     slot->arrived |= 1u << end->rank;
     end->started++;
-    if (slot->arrived == (1u << team->n) - 1 && !llmpari_cuda_peer_agree(team, slot, why, sizeof why)) {
-        slot->status = LLMPAR_MISMATCH;
-        llmpari_cuda_peer_stop(team, LLMPAR_MISMATCH, why);
+    if (slot->arrived == (1u << team->n) - 1) {
+        if (llmpari_cuda_peer_agree(team, slot, why, sizeof why)) {
+            slot->ticket = ++team->root->tickets;
+            slot->beyond = team->beyond[0] && call->kind == LLMPAR_ALL_REDUCE && call->count * llmpari_cuda_bytes(call->dtype) > team->beyond_bytes;
+        } else {
+            slot->status = LLMPAR_MISMATCH;
+            llmpari_cuda_peer_stop(team, LLMPAR_MISMATCH, why);
+        }
     }
-    const llmpar_status status = slot->status ? LLMPAR_OK : llmpari_cuda_peer_advance(end, err);
+    const llmpar_status status = slot->status ? LLMPAR_OK : llmpari_cuda_peer_advance(end, 0, err);
     pthread_cond_broadcast(&team->root->cond);
     return status;
 }
@@ -6453,8 +6665,9 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_start(llmpar_comm *comm, co
 LLMPARI_CUDA_FN void llmpari_cuda_peer_retire(llmpari_cuda_peer_end *end, llmpari_cuda_peer_slot *slot) {
     slot->retired |= 1u << end->rank;
     if (slot->retired != (1u << end->team->n) - 1) return;
-    slot->seq = 0;
-    slot->arrived = slot->launched = slot->retired = 0;
+    slot->seq = slot->ticket = 0;
+    slot->arrived = slot->launched = slot->given = slot->retired = 0;
+    slot->beyond = false;
     slot->status = LLMPAR_OK;
     pthread_cond_broadcast(&end->team->root->cond);
 }
@@ -6465,15 +6678,16 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_await(llmpari_cuda_peer_end *end
     const double until = llmpari_cuda_now() + timeout_s;
     for (;;) {
         if (slot->status) return LLMPARI_CUDA_FAIL(err, slot->status, "%s", team->root->why);
-        if (!team->root->stopped) LLMPARI_CUDA_TRY(llmpari_cuda_peer_advance(end, err));
+        if (!team->root->stopped) LLMPARI_CUDA_TRY(llmpari_cuda_peer_advance(end, block ? slot->ticket : 0, err));
         *launched = slot->launched >> end->rank & 1u;
         if (*launched) return LLMPAR_OK;
         if (team->root->stopped) return llmpari_cuda_peer_stopped(team, err);
         if (!block) return LLMPAR_OK;
         if (llmpari_cuda_now() > until) {
-            char who[80], why[200];
+            char who[80], why[240];
             llmpari_cuda_peer_missing(team, slot->arrived, who, sizeof who);
-            snprintf(why, sizeof why, "rank %d waited %g s for %s to call %s #%lld", (int)team->member[end->rank], timeout_s, who,
+            if (slot->ticket) snprintf(who, sizeof who, "a rank that makes a group, or for its other calls");
+            snprintf(why, sizeof why, "rank %d waited %g s for %s%s %s #%lld", (int)team->member[end->rank], timeout_s, who, slot->ticket ? ", to begin" : " to call",
                      llmpar_collective_name(slot->call[end->rank].kind), (long long)slot->seq - 1);
             return llmpari_cuda_peer_give_up(team, LLMPAR_TIMEOUT, err, why);
         }
@@ -6489,9 +6703,11 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_wait(llmpar_comm *comm, int
     pthread_mutex_lock(&team->root->mutex);
     *done = slot->seq != ticket + 1 || (slot->retired >> end->rank & 1u);
     if (*done) { pthread_mutex_unlock(&team->root->mutex); return LLMPAR_OK; }
-    const double timeout_s = slot->call[end->rank].timeout_s > 0 ? slot->call[end->rank].timeout_s : comm->timeout_s;
+    const double timeout_s = slot->call[end->rank].timeout_s;
     llmpar_status status = llmpari_cuda_peer_await(end, slot, block, timeout_s, &launched, err);
+    if (status) llmpari_cuda_peer_recall(end, slot);
     const cudaEvent_t event = slot->event[team->one_device ? 0 : end->rank];
+    const double patience_s = timeout_s + 2 * llmpari_cuda_peer_patience(team) + 1;
     pthread_mutex_unlock(&team->root->mutex);
     if (!status && !launched) return LLMPAR_OK;
     if (launched && !team->stream_ordered) {                   // even in a world that has stopped: nobody may touch the buffers when this returns
@@ -6500,7 +6716,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_wait(llmpar_comm *comm, int
         if (!block && now == cudaErrorNotReady) return LLMPAR_OK;
         llmpar_error own;
         llmpar_error *told = err ? err : &own;
-        if (block) status = llmpari_cuda_poll(event, llmpari_cuda_now() + timeout_s + 2 * team->timeout_s + 1, told);
+        if (block) status = llmpari_cuda_poll(event, llmpari_cuda_now() + patience_s, told);
         else if (now != cudaSuccess) status = llmpari_cuda_error(told, now, "cudaEventQuery", __LINE__, __func__);
         if (status) {                                          // the GPU has failed: the others need not wait for this rank
             char why[480];
@@ -6551,10 +6767,13 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_team(llmpari_cuda_peer_end *end,
     team->stream_ordered = root->stream_ordered;
     team->half      = root->half;
     team->one_shot  = n <= 2 && root->n > 2 ? INT64_MAX : root->one_shot;
+    team->beyond_bytes = parent->beyond_bytes;
     team->timeout_s = root->timeout_s;
     team->id        = ++root->groups;
+    for (int32_t i = 0; i < LLMPARI_PEERS; i++) team->place[i] = -1;
     for (int32_t i = 0; i < n; i++) {
         team->member[i] = parent->member[members[i]];
+        team->place[team->member[i]] = i;
         team->device[i] = parent->device[members[i]];
         team->stream[i] = parent->stream[members[i]];
     }
@@ -6564,7 +6783,41 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_team(llmpari_cuda_peer_end *end,
     return LLMPAR_OK;
 }
 
-// The first member that comes makes the group's memory, without the mutex: CUDA may wait for kernels that wait for other ranks' launches. The others wait for it.
+// Until all that a rank has started, on any comm, is on its stream: until the other ranks have started it too. Under the mutex.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_settle(llmpari_cuda_peer_end *self, llmpar_error *err) {
+    llmpar_cuda_peer *root = self->team->root;
+    const int32_t member = self->team->member[self->rank];
+    const double until = llmpari_cuda_now() + self->comm.timeout_s;
+    for (;;) {
+        llmpari_cuda_peer_end *behind = NULL;
+        LLMPARI_CUDA_TRY(llmpari_cuda_peer_advance(self, INT64_MAX, err));
+        if (root->stopped) return llmpari_cuda_peer_stopped(self->team, err);
+        for (llmpar_cuda_peer *t = root; t; t = t->next)
+            if (t->place[member] >= 0 && t->end[t->place[member]].launched < t->end[t->place[member]].started) behind = &t->end[t->place[member]];
+        if (!behind) return LLMPAR_OK;
+        if (llmpari_cuda_now() > until) {
+            const llmpari_cuda_peer_slot *slot = &behind->team->slot[behind->launched % LLMPARI_PEER_FLIGHT];
+            char who[80], why[240];
+            llmpari_cuda_peer_missing(behind->team, slot->arrived, who, sizeof who);
+            snprintf(why, sizeof why, "rank %d makes a group, and waited %g s for %s to call %s #%lld, which it has started before", (int)member, self->comm.timeout_s, who,
+                     llmpar_collective_name(slot->call[behind->rank].kind), (long long)behind->launched);
+            return llmpari_cuda_peer_give_up(root, LLMPAR_TIMEOUT, err, why);
+        }
+        llmpari_cuda_peer_nap(root);
+    }
+}
+
+// A member's end of the same group of `beyond`. Without the mutex.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_group_beyond(llmpari_cuda_peer_end *end, llmpar_cuda_peer *team, const int32_t *members, int32_t me, llmpar_error *err) {
+    llmpar_comm *beyond = end->team->beyond[end->rank];
+    const llmpari_cuda_on on(team->device[me]);
+    LLMPARI_CUDA_TRY(beyond->vtable->group(beyond, members, team->n, &team->beyond[me], err));
+    team->beyond[me]->timeout_s = end->comm.timeout_s;
+    return LLMPAR_OK;
+}
+
+// The first member that comes makes the group's memory, on all members' GPUs, without the mutex: CUDA may wait for kernels that wait for other ranks' launches. So its own parts of
+// what is complete are launched before, and nobody launches what is complete only later. The others wait for it.
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_group(llmpar_comm *comm, const int32_t *members, int32_t n, llmpar_comm **sub, llmpar_error *err) {
     llmpari_cuda_peer_end *end = (llmpari_cuda_peer_end *)comm->impl;
     llmpar_cuda_peer *root = end->team->root, *team = NULL;
@@ -6573,21 +6826,37 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_group(llmpar_comm *comm, co
     while (me < n && members[me] != comm->rank) me++;
     if (me == n) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d is not a member of the group that it asks for", (int)comm->rank);
     pthread_mutex_lock(&root->mutex);
-    llmpar_status status = root->stopped ? llmpari_cuda_peer_stopped(end->team, err) : llmpari_cuda_peer_team(end, members, n, me, &team, &fresh, err);
+    const bool beyond = end->team->beyond[end->rank] && n > 1;
+    llmpar_status status = root->stopped ? llmpari_cuda_peer_stopped(end->team, err) : beyond ? llmpari_cuda_peer_settle(end, err) : llmpari_cuda_peer_advance(end, 0, err);
+    if (!status) status = llmpari_cuda_peer_team(end, members, n, me, &team, &fresh, err);
     if (!status) team->joined |= 1u << me;
     if (fresh) {
+        if (root->making++ == 0) root->horizon = root->tickets;
         pthread_mutex_unlock(&root->mutex);
         status = llmpari_cuda_peer_furnish(team, err);
         pthread_mutex_lock(&root->mutex);
+        root->making--;
         team->ready = status ? -1 : 1;
         if (status) llmpari_cuda_peer_stop(end->team, status, err ? err->text : "a group could not be made");
         pthread_cond_broadcast(&root->cond);
     }
     while (!status && !team->ready) {
-        status = root->stopped ? llmpari_cuda_peer_stopped(end->team, err) : llmpari_cuda_peer_advance(end, err);
+        status = root->stopped ? llmpari_cuda_peer_stopped(end->team, err) : llmpari_cuda_peer_advance(end, 0, err);
         if (!status) llmpari_cuda_peer_nap(root);
     }
     if (!status && team->ready < 0) status = llmpari_cuda_peer_stopped(end->team, err);
+    if (!status && beyond) {
+        llmpar_error told;
+        char why[480];
+        memset(&told, 0, sizeof told);
+        pthread_mutex_unlock(&root->mutex);
+        status = llmpari_cuda_peer_group_beyond(end, team, members, me, &told);
+        pthread_mutex_lock(&root->mutex);
+        if (status) {
+            snprintf(why, sizeof why, "rank %d, the group of `beyond`: %.400s", (int)team->member[me], strncmp(told.text, "aborted: ", 9) == 0 ? told.text + 9 : told.text);
+            status = root->stopped ? llmpari_cuda_peer_stopped(end->team, err) : llmpari_cuda_peer_give_up(end->team, status, err, why);
+        }
+    }
     if (!status) *sub = &team->end[me].comm;
     pthread_mutex_unlock(&root->mutex);
     return status;
@@ -6606,19 +6875,107 @@ LLMPARI_CUDA_FN void llmpari_cuda_peer_comm_free(llmpar_comm *comm) {
     llmpari_cuda_peer_end *end = (llmpari_cuda_peer_end *)comm->impl;
     llmpar_cuda_peer *root = end->team->root;
     if (end->team == root) return;
+    {
+        const llmpari_cuda_on on(end->team->device[end->rank]);
+        llmpar_comm_free(end->team->beyond[end->rank]);
+        end->team->beyond[end->rank] = NULL;
+    }
     pthread_mutex_lock(&root->mutex);
     end->team->freed |= 1u << end->rank;
     pthread_mutex_unlock(&root->mutex);
 }
 
-// Whatever team's kernels have found out.
+// Whatever team's kernels have found out, and `beyond`.
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_sound(llmpar_comm *comm, llmpar_error *err) {
-    llmpar_cuda_peer *root = ((llmpari_cuda_peer_end *)comm->impl)->team->root;
+    const llmpari_cuda_peer_end *end = (const llmpari_cuda_peer_end *)comm->impl;
+    llmpar_cuda_peer *root = end->team->root;
+    llmpar_comm *beyond = root->beyond[end->team->member[end->rank]];
+    llmpar_error told;
+    char why[480];
+    memset(&told, 0, sizeof told);
+    const llmpar_status over_there = beyond ? llmpar_comm_sound(beyond, &told) : LLMPAR_OK;
+    snprintf(why, sizeof why, "rank %d, `beyond`: %.400s", (int)end->team->member[end->rank], strncmp(told.text, "aborted: ", 9) == 0 ? told.text + 9 : told.text);
     pthread_mutex_lock(&root->mutex);
+    if (over_there) llmpari_cuda_peer_stop(root, over_there, why);
     for (llmpar_cuda_peer *t = root; t && !root->stopped; t = t->next) if (t == root || t->ready > 0) llmpari_cuda_peer_look(t);
     const llmpar_status status = root->stopped ? LLMPARI_CUDA_FAIL(err, root->stopped, "%s", root->why) : LLMPAR_OK;
     pthread_mutex_unlock(&root->mutex);
     return status;
+}
+
+// ---- `beyond`, measured
+
+// Seconds of an AllReduce of a rank's: the least of three times eight, after as many that warm up.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_time_comm(llmpari_cuda_peer_end *end, llmpar_comm *comm, void *buffer, int64_t bytes, cudaEvent_t event, float *seconds, llmpar_error *err) {
+    enum { RUNS = 8 };
+    for (int turn = 0; turn < 4; turn++) {
+        LLMPARI_CUDA_TRY(llmpar_barrier(&end->comm, err));
+        const double began = llmpari_cuda_now();
+        for (int run = 0; run < RUNS; run++) LLMPARI_CUDA_TRY(llmpar_all_reduce(comm, buffer, buffer, bytes / 2, LLMPAR_BF16, LLMPAR_SUM, err));
+        LLMPARI_CUDA_CALL(err, cudaEventRecord(event, (cudaStream_t)end->team->stream[end->rank]));
+        LLMPARI_CUDA_TRY(llmpari_cuda_poll(event, llmpari_cuda_now() + RUNS * (2 * end->team->timeout_s + 1), err));
+        const float took = (float)(llmpari_cuda_now() - began) / RUNS;
+        if (turn == 1 || (turn > 1 && took < *seconds)) *seconds = took;
+    }
+    return LLMPAR_OK;
+}
+
+// times: [2] for each size, the kernels' and those of `beyond`, from the largest size down; then the slowest rank's.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_time_sizes(llmpari_cuda_peer_end *end, void *buffer, int64_t most, int32_t sizes, float *times, cudaEvent_t event, llmpar_error *err) {
+    llmpar_cuda_peer *team = end->team;
+    cudaStream_t stream = (cudaStream_t)team->stream[end->rank];
+    LLMPARI_CUDA_CALL(err, cudaMemsetAsync(buffer, 0, (size_t)most, stream));
+    for (int32_t i = 0; i < 2 * sizes; i++)
+        LLMPARI_CUDA_TRY(llmpari_cuda_peer_time_comm(end, i % 2 ? team->beyond[end->rank] : &end->comm, buffer, most >> i / 2, event, &times[i], err));
+    LLMPARI_CUDA_CALL(err, cudaMemcpyAsync(buffer, times, (size_t)(2 * sizes) * sizeof *times, cudaMemcpyHostToDevice, stream));
+    LLMPARI_CUDA_TRY(llmpar_all_reduce(&end->comm, buffer, buffer, 2 * sizes, LLMPAR_F32, LLMPAR_MAX, err));
+    LLMPARI_CUDA_CALL(err, cudaEventRecord(event, stream));
+    LLMPARI_CUDA_TRY(llmpari_cuda_poll(event, llmpari_cuda_now() + 2 * team->timeout_s + 1, err));
+    LLMPARI_CUDA_TRY(llmpar_comm_sound(&end->comm, err));
+    LLMPARI_CUDA_CALL(err, cudaMemcpyAsync(times, buffer, (size_t)(2 * sizes) * sizeof *times, cudaMemcpyDeviceToHost, stream));
+    LLMPARI_CUDA_CALL(err, cudaEventRecord(event, stream));
+    return llmpari_cuda_poll(event, llmpari_cuda_now() + 2 * team->timeout_s + 1, err);
+}
+
+// The largest size at which the kernels were not slower; larger than `most` it is not known, and taken to be as at `most`.
+LLMPARI_CUDA_FN int64_t llmpari_cuda_peer_crossover(const float *times, int64_t most, int32_t sizes) {
+    for (int32_t i = 0; i < sizes; i++) if (times[2 * i] <= times[2 * i + 1]) return i ? most >> i : INT64_MAX;
+    return most >> sizes;
+}
+
+LLMPAR_DEF llmpar_status llmpar_cuda_peer_measure_beyond(llmpar_comm *comm, int64_t *beyond_bytes, llmpar_error *err) {
+    enum { SIZES = 16 };
+    if (!comm || comm->vtable != llmpari_cuda_peer_vtable())
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, comm ? "comm is not one of llmpar_cuda_peer_comm, or a group of one" : "comm is NULL");
+    llmpari_cuda_peer_end *end = (llmpari_cuda_peer_end *)comm->impl;
+    llmpar_cuda_peer *team = end->team;
+    if (!team->beyond[end->rank]) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "there is no `beyond` to measure: see llmpar_cuda_peer_desc");
+    const int64_t most = llmpari_cuda_min(2 * team->half, (int64_t)64 << 20), least = llmpari_cuda_min(64 << 10, most / 4);
+    const llmpari_cuda_on on(team->device[end->rank]);
+    float times[2 * SIZES] = { 0 };
+    void *buffer = NULL;
+    cudaEvent_t event = NULL;
+    llmpar_error told;
+    int32_t sizes = 0;
+    while (most >> sizes >= least) sizes++;
+    memset(&told, 0, sizeof told);
+    pthread_mutex_lock(&team->root->mutex);
+    team->beyond_bytes = INT64_MAX;                            // of all members, before the first barrier is over
+    pthread_mutex_unlock(&team->root->mutex);
+    cudaError_t error = cudaMalloc(&buffer, (size_t)most);
+    if (error == cudaSuccess) error = cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+    llmpar_status status = error != cudaSuccess ? llmpari_cuda_error(&told, error, "cudaMalloc", __LINE__, __func__)
+                                                : llmpari_cuda_peer_time_sizes(end, buffer, most, sizes, times, event, &told);
+    if (status) llmpar_comm_abort(comm, told.text);            // the others wait for this rank
+    if (event) (void)cudaEventDestroy(event);
+    (void)cudaFree(buffer);
+    if (status) return LLMPARI_CUDA_FAIL(err, status, "%s", told.text);
+    const int64_t found = llmpari_cuda_peer_crossover(times, most, sizes);
+    pthread_mutex_lock(&team->root->mutex);
+    team->beyond_bytes = found;
+    pthread_mutex_unlock(&team->root->mutex);
+    if (beyond_bytes) *beyond_bytes = found;
+    return LLMPAR_OK;
 }
 
 static const llmpar_comm_vtable *llmpari_cuda_peer_vtable(void) {

@@ -3,6 +3,9 @@
 #ifndef LLMPAR_NCCL
 #define LLMPAR_NCCL
 #endif
+#ifndef __CUDACC__
+#include "driving_wait.h"
+#endif
 #include "cuda_test.h"
 #include "jobs.h"
 #include <atomic>
@@ -570,6 +573,93 @@ static void test_faults(void) {
 }
 #endif
 
+#ifdef LLMPAR_CUDA_EMULATED
+// A peer world on four devices whose large AllReduces go to NCCL, on the same streams: small and large ones in flight on the world and on groups of it, waited for in each rank's own order.
+// NCCL puts its calls on the stream some polls after it was given them: what comes after must not overtake them.
+enum { OVER = 4, OVER_CALLS = 12 };
+typedef struct { llmpar_cuda_peer *peers; llmpar_comm *nccl[OVER]; void *stream[OVER]; uint64_t seed; bool ordered, split; std::atomic<int64_t> handed; } over_task;
+static llmpar_status over_calls(llmpar_comm *world, over_task *t, llmpar_error *err) {
+    const int rank = world->rank;
+    uint64_t shared = t->seed, own = t->seed * 31 + (uint64_t)rank;
+    llmpar_mesh mesh;
+    llmpar_comm *comm[3] = { world };
+    float *data[OVER_CALLS];
+    llmpar_request request[OVER_CALLS] = {};
+    float want[OVER_CALLS];
+    int64_t count[OVER_CALLS];
+    TRY(llmpar_mesh_parse("a=2,b=2", &mesh, err));
+    for (int k = 0; k < OVER_CALLS; k++) {
+        if (k == 2 || k == 5) {                                   // ranks meet on the host, where the emulator's kernels stand still
+            for (int i = 0; i < k; i++) TRY(llmpar_wait(&request[i], err));
+            NEED(cudaDeviceSynchronize() == cudaSuccess);
+            TRY(llmpar_comm_group(world, &mesh, k == 2 ? 1 : 2, &comm[k == 2 ? 1 : 2], err));
+        }
+        const int on = (int)rank_below(&shared, k <= 2 ? 1 : k <= 5 ? 2 : 3);
+        count[k] = rank_below(&shared, 2) ? 30 : 600;
+        want[k] = 0;
+        for (int s = 0; s < OVER; s++) if (on == 0 || (on == 1 ? s % 2 == rank % 2 : s / 2 == rank / 2)) want[k] += (float)(s * 20 + k);
+        const std::vector<float> v((size_t)count[k], (float)(rank * 20 + k));
+        NEED(cudaMalloc((void **)&data[k], (size_t)count[k] * 4) == cudaSuccess && cudaMemcpy(data[k], v.data(), v.size() * 4, cudaMemcpyHostToDevice) == cudaSuccess);
+        llmpar_call call = LLMPAR_ZERO;
+        call.kind = LLMPAR_ALL_REDUCE; call.send = call.recv = data[k]; call.count = count[k];
+        TRY(llmpar_start(comm[on], &call, &request[k], err));
+        while (rank_below(&own, 3) == 0) TRY(llmpar_wait(&request[rank_below(&own, k + 1)], err));
+    }
+    for (int k = OVER_CALLS; k-- > 0; ) TRY(llmpar_wait(&request[k], err));
+    TRY(llmpar_barrier(world, err));
+    NEED(cudaDeviceSynchronize() == cudaSuccess);
+    TRY(llmpar_comm_sound(world, err));
+    for (int k = 0; k < OVER_CALLS; k++) {
+        std::vector<float> got((size_t)count[k]);
+        NEED(cudaMemcpy(got.data(), data[k], got.size() * 4, cudaMemcpyDeviceToHost) == cudaSuccess && cudaFree(data[k]) == cudaSuccess);
+        for (float x : got) NEED(x == want[k]);
+    }
+    llmpar_comm_free(comm[2]);
+    llmpar_comm_free(comm[1]);
+    return LLMPAR_OK;
+}
+static llmpar_status over_rank(llmpar_comm *host, void *user, llmpar_error *err) {
+    over_task *t = (over_task *)user;
+    const int r = host->rank;
+    llmpar_nccl_desc desc = LLMPAR_ZERO;
+    cudaStream_t stream;
+    this_is(r);
+    NEED(cudaSetDevice(r) == cudaSuccess && cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess);
+    desc.host = host; desc.stream = t->stream[r] = stream; desc.timeout_s = 20; desc.split = t->split;
+    TRY(llmpar_nccl_create(&desc, &t->nccl[r], err));
+    TRY(llmpar_barrier(host, err));
+    if (r == 0) {
+        static const int32_t device[OVER] = { 0, 1, 2, 3 };
+        llmpar_cuda_peer_desc peer = LLMPAR_ZERO;
+        peer.n_ranks = OVER; peer.device = device; peer.stream = t->stream; peer.buffer_bytes = 4096; peer.blocks = 1; peer.timeout_s = 20; peer.stream_ordered = t->ordered;
+        peer.beyond = t->nccl; peer.beyond_bytes = 500;
+        TRY(llmpar_cuda_peer_create(&peer, &t->peers, err));
+    }
+    TRY(llmpar_barrier(host, err));
+    TRY(over_calls(llmpar_cuda_peer_comm(t->peers, r), t, err));
+    TRY(llmpar_barrier(host, err));
+    if (r == 0) llmpar_cuda_peer_free(t->peers);
+    t->handed += t->nccl[r]->stats.calls[LLMPAR_ALL_REDUCE];
+    TRY(llmpar_barrier(host, err));
+    llmpar_comm_free(t->nccl[r]);
+    return cudaStreamDestroy(stream) == cudaSuccess ? LLMPAR_OK : bad(err, "cannot destroy a stream");
+}
+static void test_over(void) {
+    llmpar_error err = LLMPAR_ZERO;
+    over_task t;
+    t.handed = 0;
+    emulator_devices(OVER);
+    TEST("a peer communicator hands over to NCCL") for (int i = 0; i < (test_stress() ? 200 : test_short() ? 4 : 12); i++) {
+        t.seed = (uint64_t)i + 5; t.ordered = i % 2; t.split = i / 2 % 2;
+        stub_new_test(t.seed);
+        CHECK_OK(ranks_run(OVER, 20, over_rank, &t, &err), err);
+        CHECK(stub_clean());
+    }
+    CHECK(t.handed > 0);
+    emulator_devices(1);
+}
+#endif
+
 int main(void) {
     if (!cuda_test_begin()) return test_done();
     test_seed(1);
@@ -577,6 +667,7 @@ int main(void) {
     test_collectives(&seed);
     test_bad_input();
 #ifdef LLMPAR_CUDA_EMULATED
+    test_over();
     test_errors();
     test_faults();
 #endif

@@ -1,8 +1,11 @@
 // >>peer of llmpar_cuda.cuh: virtual ranks in one launch and ranks as threads, against sums in rank order on the host. Bits are compared. On the emulator also: several devices, a store
 // buffer that shows missing fences, ranks that do not come.
-#include "cuda_test.h"
 #include <atomic>
 #include <thread>
+#ifndef __CUDACC__
+#include "driving_wait.h"
+#endif
+#include "cuda_test.h"
 
 enum { MOST = LLMPAR_CUDA_PEERS };
 static const llmpar_dtype dtypes[3] = { LLMPAR_F32, LLMPAR_BF16, LLMPAR_F16 };
@@ -374,6 +377,55 @@ static void wrong_test(void) {
     }
 }
 
+// What a rank writes may not overlap what another one, that is launched with it, reads or writes; and its own only in place. Before any launch.
+static void overlap_test(void) {
+    llmpar_error err;
+    llmpar_cuda_peer *three = virtual_ranks(3, 4096, 2);
+    float *d = device_room<float>(256);
+    const void *send[3] = { d, d + 8, d + 16 }, *weight[3] = { d + 200, d + 200, d + 204 };
+    void *recv[3] = { d + 32, d + 56, d + 80 }, *residual[3] = { d + 104, d + 112, d + 120 };
+    int64_t counts[9] = { 2, 3, 2, 2, 2, 2, 2, 2, 2 };
+    llmpar_cuda_peer_call call = {}, c;
+    call.count = 8; call.send = send; call.recv = recv; call.counts = counts;
+    static const llmpar_collective kinds[5] = { LLMPAR_ALL_REDUCE, LLMPAR_ALL_GATHER, LLMPAR_REDUCE_SCATTER, LLMPAR_ALL_TO_ALL, LLMPAR_BROADCAST };
+    for (llmpar_collective kind : kinds) {
+        c = call; c.kind = kind;
+        CHECK_OK(llmpar_cuda_peer_run(three, &c, &err), err);
+        CHECK_OK(llmpar_cuda_peer_wait(three, &err), err);
+        recv[1] = d + 33;                                      // writes where rank 0 writes
+        CHECK_FAIL(llmpar_cuda_peer_run(three, &c, &err), LLMPAR_BAD_ARGUMENT, err, "rank 0's recv");
+        CHECK(strstr(err.text, "overlaps rank 1's recv") != NULL);
+        recv[1] = d + 56;
+        if (kind == LLMPAR_BROADCAST) c.root = 2;              // who reads
+        recv[0] = (float *)d + 17;                             // writes what rank 2 reads
+        CHECK_FAIL(llmpar_cuda_peer_run(three, &c, &err), LLMPAR_BAD_ARGUMENT, err, "rank 0's recv");
+        CHECK(strstr(err.text, "overlaps rank 2's send") != NULL);
+        recv[0] = d + 32;
+        recv[2] = (float *)d + 17;                             // what it reads itself, but not in place
+        CHECK_FAIL(llmpar_cuda_peer_run(three, &c, &err), LLMPAR_BAD_ARGUMENT, err, "overlaps rank 2's send");
+        recv[2] = d + 80;
+    }
+    c = call; c.kind = LLMPAR_ALL_REDUCE;                      // neighbours do not overlap, in place is allowed
+    recv[0] = d; recv[1] = d + 8; recv[2] = d + 16;
+    CHECK_OK(llmpar_cuda_peer_run(three, &c, &err), err);
+    recv[1] = (float *)d + 7;
+    CHECK_FAIL(llmpar_cuda_peer_run(three, &c, &err), LLMPAR_BAD_ARGUMENT, err, "rank 0's recv");
+    recv[0] = d + 32; recv[1] = d + 56; recv[2] = d + 80;
+    llmpar_cuda_peer_norm_desc norm = {};
+    norm.send = send; norm.out = recv; norm.weight = weight; norm.residual = residual; norm.rows = 2; norm.columns = 4; norm.eps = 1e-5f;
+    CHECK_OK(llmpar_cuda_peer_norm(three, &norm, &err), err);
+    recv[1] = d + 8;          CHECK_OK(llmpar_cuda_peer_norm(three, &norm, &err), err);
+    recv[1] = (float *)d + 9; CHECK_FAIL(llmpar_cuda_peer_norm(three, &norm, &err), LLMPAR_BAD_ARGUMENT, err, "rank 1's out"); CHECK(strstr(err.text, "rank 1's send") != NULL);
+    recv[1] = d + 16;         CHECK_FAIL(llmpar_cuda_peer_norm(three, &norm, &err), LLMPAR_BAD_ARGUMENT, err, "rank 1's out"); CHECK(strstr(err.text, "rank 2's send") != NULL);
+    recv[1] = d + 197;        CHECK_FAIL(llmpar_cuda_peer_norm(three, &norm, &err), LLMPAR_BAD_ARGUMENT, err, "rank 1's out"); CHECK(strstr(err.text, "rank 0's weight") != NULL);
+    recv[1] = d + 56;
+    residual[2] = d + 111;    CHECK_FAIL(llmpar_cuda_peer_norm(three, &norm, &err), LLMPAR_BAD_ARGUMENT, err, "rank 0's residual"); CHECK(strstr(err.text, "rank 2's residual") != NULL);
+    residual[2] = recv[2];    CHECK_FAIL(llmpar_cuda_peer_norm(three, &norm, &err), LLMPAR_BAD_ARGUMENT, err, "rank 2's out"); CHECK(strstr(err.text, "rank 2's residual") != NULL);
+    CHECK_OK(llmpar_cuda_peer_wait(three, &err), err);
+    device_release();
+    llmpar_cuda_peer_free(three);
+}
+
 static void errors_test(void) {
     llmpar_error err;
     llmpar_cuda_peer *peers = NULL, *two = virtual_ranks(2, 4096, 2);
@@ -506,6 +558,325 @@ static void dead_test(int dead) {
     emulator_devices(1);
 }
 
+// Calls with a time of their own on two devices. Rank 1's part is put on its stream 0.6 s late: rank 0, whose team would wait 0.2 s, waits for it. Then not at all: rank 0 gives up
+// after the call's 0.2 s, where its team would have waited 40 s, and says how long it has waited.
+struct patient_case { llmpar_cuda_peer *peers; float *data[2]; double timeout_s; bool comes; llmpar_status status[2]; llmpar_error err[2]; std::atomic<int> begun; };
+static void patient_rank(llmpar_comm *comm, void *user) {
+    patient_case *p = (patient_case *)user;
+    const int r = comm->rank;
+    llmpar_request request;
+    llmpar_call call = LLMPAR_ZERO;
+    (void)cudaSetDevice(r);
+    call.kind = LLMPAR_ALL_REDUCE; call.send = call.recv = p->data[r]; call.count = 32; call.timeout_s = p->timeout_s;
+    while (p->begun < 1 - r) sched_yield();                    // the last one that starts puts its part on its stream at once
+    p->status[r] = llmpar_start(comm, &call, &request, &p->err[r]);
+    p->begun++;
+    while (p->begun < 2) sched_yield();
+    if (r == 1 && p->comes) std::this_thread::sleep_for(std::chrono::milliseconds(600));
+    while (r == 1 && !p->comes && p->begun < 3) sched_yield();
+    if (!p->status[r]) p->status[r] = llmpar_wait(&request, &p->err[r]);
+    p->begun++;
+}
+static void patient_test(void) {
+    llmpar_error err;
+    static const int device[2] = { 0, 1 };
+    emulator_devices(2);
+    for (int comes = 1; comes >= 0; comes--) {
+        patient_case p;
+        llmpar_cuda_peer_desc desc = {};
+        desc.n_ranks = 2; desc.device = device; desc.buffer_bytes = 4096; desc.blocks = 1; desc.timeout_s = comes ? 0.2 : 40;
+        CHECK_OK(llmpar_cuda_peer_create(&desc, &p.peers, &err), err);
+        for (int r = 0; r < 2; r++) { (void)cudaSetDevice(r); p.data[r] = device_room<float>(32); CUDA_TEST_OK(cudaMemset(p.data[r], 0, 128)); }
+        (void)cudaSetDevice(0);
+        p.timeout_s = comes ? 30 : 0.2; p.comes = comes; p.begun = 0;
+        run_threads(2, patient_rank, p.peers, &p);
+        if (comes) { CHECK_OK(p.status[0], p.err[0]); CHECK_OK(p.status[1], p.err[1]); }
+        else {
+            double waited = 0;
+            int late = -1;
+            CHECK_EQ(p.status[0], LLMPAR_TIMEOUT);
+            CHECK(sscanf(p.err[0].text, "rank 0 waited %lf s for rank %d, which did not come", &waited, &late) == 2 && waited >= 0.2 && waited < 40 && late == 1);
+            CHECK_EQ(p.status[1], LLMPAR_ABORTED);
+        }
+        device_release();
+        llmpar_cuda_peer_free(p.peers);
+    }
+    emulator_devices(1);
+}
+
+// Four devices of a mesh dp=2,tp=2: calls on the world and on groups of it in one order, groups made while calls are in flight, where an allocation may wait for any of the GPUs, and each rank
+// waits for its calls in an order of its own.
+enum { MIXED_CALLS = 14, MIXED_COUNT = 40 };
+struct mixed_case { llmpar_cuda_peer *peers; uint64_t seed; const int *device; float *data[4][MIXED_CALLS]; int axes[MIXED_CALLS]; std::atomic<int> groups; };
+static uint64_t mixed_random(uint64_t *state, uint64_t n) { *state = *state * 6364136223846793005u + 1442695040888963407u; return (*state >> 33) % n; }
+static float mixed_value(int rank, int call) { return (float)(rank * 10 + call + 1); }
+static void mixed_rank(llmpar_comm *world, void *user) {
+    mixed_case *m = (mixed_case *)user;
+    const int rank = world->rank;
+    uint64_t shared = m->seed, own = m->seed * 77 + (uint64_t)rank;
+    std::vector<std::pair<llmpar_comm *, int>> comms = { { world, 3 } };
+    std::vector<llmpar_request> open;
+    llmpar_error err = LLMPAR_ZERO;
+    llmpar_mesh mesh;
+    llmpar_status status = llmpar_mesh_parse("dp=2,tp=2", &mesh, &err);
+    (void)cudaSetDevice(m->device[rank]);
+    auto wait_one = [&]() {
+        const size_t i = (size_t)mixed_random(&own, open.size());
+        status = llmpar_wait(&open[i], &err);
+        open.erase(open.begin() + (std::ptrdiff_t)i);
+    };
+    for (int k = 0; k < MIXED_CALLS && !status;) {
+        if (mixed_random(&shared, 3) == 0 && comms.size() < 5) {
+            const int axes = 1 + (int)mixed_random(&shared, 3);
+            llmpar_comm *group = NULL;
+            status = llmpar_comm_group(world, &mesh, (llmpar_axes)axes, &group, &err);
+            comms.push_back({ group, axes });
+            continue;
+        }
+        const auto &on = comms[(size_t)mixed_random(&shared, comms.size())];
+        llmpar_call call = LLMPAR_ZERO;
+        llmpar_request request;
+        call.kind = LLMPAR_ALL_REDUCE; call.send = call.recv = m->data[rank][k]; call.count = k % 2 ? MIXED_COUNT : MIXED_COUNT * 20;
+        if (rank == 0) m->axes[k] = on.second;
+        status = llmpar_start(on.first, &call, &request, &err);
+        if (!status) open.push_back(request);
+        while (!status && !open.empty() && mixed_random(&own, 5) < 2) wait_one();
+        k++;
+    }
+    while (!status && !open.empty()) wait_one();
+    if (!status) status = llmpar_barrier(world, &err);
+    if (!status && cudaDeviceSynchronize() != cudaSuccess) status = LLMPAR_ABORTED;
+    if (!status) status = llmpar_comm_sound(world, &err);
+    m->groups += (int)comms.size() - 1;
+    for (size_t i = 1; i < comms.size(); i++) llmpar_comm_free(comms[i].first);
+    if (status) { printf("rank %d: %s\n", rank, err.text); thread_wrong++; }
+}
+static void mixed_run(const llmpar_cuda_peer_desc *desc, uint64_t seed, int *groups) {
+    llmpar_error err;
+    mixed_case m;
+    m.seed = seed; m.device = desc->device; m.groups = 0;
+    CHECK_OK(llmpar_cuda_peer_create(desc, &m.peers, &err), err);
+    for (int r = 0; r < 4; r++)
+        for (int k = 0; k < MIXED_CALLS; k++) {
+            (void)cudaSetDevice(desc->device[r]);
+            m.data[r][k] = device(std::vector<float>(MIXED_COUNT * 20, mixed_value(r, k)));
+        }
+    (void)cudaSetDevice(0);
+    thread_wrong = 0;
+    emulator_slow_alloc(1);
+    run_threads(4, mixed_rank, m.peers, &m);
+    emulator_slow_alloc(0);
+    CHECK_EQ(thread_wrong, 0);
+    *groups += m.groups;
+    for (int r = 0; r < 4 && !thread_wrong; r++)
+        for (int k = 0; k < MIXED_CALLS; k++) {
+            float want = 0;
+            int wrong = 0;
+            for (int s = 0; s < 4; s++) if (((m.axes[k] & 1) || r / 2 == s / 2) && ((m.axes[k] & 2) || r % 2 == s % 2)) want += mixed_value(s, k);
+            for (float v : host(m.data[r][k], k % 2 ? MIXED_COUNT : MIXED_COUNT * 20)) wrong += v != want;
+            CHECK_EQ(wrong, 0);
+        }
+    device_release();
+    llmpar_cuda_peer_free(m.peers);
+}
+// A second world on the same streams, whose ends are `beyond` of the first.
+struct two_worlds { llmpar_cuda_peer *other; void *stream[4]; llmpar_comm *end[4]; };
+static void two_worlds_open(two_worlds *w, const int *device, bool ordered, double timeout_s, llmpar_cuda_peer_desc *desc) {
+    llmpar_error err;
+    llmpar_cuda_peer_desc other = {};
+    other.n_ranks = 4; other.device = device; other.buffer_bytes = 4096; other.blocks = 2; other.timeout_s = timeout_s; other.stream_ordered = ordered;
+    CHECK_OK(llmpar_cuda_peer_create(&other, &w->other, &err), err);
+    for (int r = 0; r < 4; r++) { w->stream[r] = llmpar_cuda_peer_stream(w->other, r); w->end[r] = llmpar_cuda_peer_comm(w->other, r); }
+    *desc = other;
+    desc->stream = w->stream; desc->beyond = w->end; desc->beyond_bytes = 1000;
+}
+static void beyond_test(int cases) {
+    static const int device[4] = { 2, 0, 3, 1 };
+    int groups = 0;
+    int64_t handed = 0;
+    emulator_devices(4);
+    for (int c = 0; c < cases && !thread_wrong; c++) {
+        two_worlds w;
+        llmpar_cuda_peer_desc desc;
+        two_worlds_open(&w, device, c % 2, 10, &desc);
+        desc.stream_ordered = c / 2 % 2;
+        emulator_order(c % 3);
+        mixed_run(&desc, (uint64_t)c + 1000, &groups);
+        for (int r = 0; r < 4; r++) { handed += w.end[r]->stats.calls[LLMPAR_ALL_REDUCE]; CHECK(w.end[r]->stats.payload_bytes[LLMPAR_ALL_REDUCE] == 3200 * w.end[r]->stats.calls[LLMPAR_ALL_REDUCE]); }
+        for (llmpar_cuda_peer *t = w.other->next; t; t = t->next) CHECK_EQ(t->freed, (1u << t->n) - 1);        // with the groups of the first
+        llmpar_cuda_peer_free(w.other);
+    }
+    CHECK(groups > 0 && handed > 0);
+    emulator_order(0);
+    emulator_devices(1);
+}
+
+// An end of `beyond` that fails when it is started (1) or waited for (2), or never finishes (3).
+struct odd_end { llmpar_comm comm; llmpar_comm *inner; int kind; llmpar_request request; std::atomic<bool> aborted; };
+static llmpar_status odd_start(llmpar_comm *comm, const llmpar_call *call, int64_t *ticket, llmpar_error *err) {
+    odd_end *odd = (odd_end *)comm->impl;
+    *ticket = 0;
+    if (odd->kind == 1) { snprintf(err->text, sizeof err->text, "the wire is cut"); return LLMPAR_IO_FAILED; }
+    return odd->kind ? LLMPAR_OK : llmpar_start(odd->inner, call, &odd->request, err);
+}
+static llmpar_status odd_wait(llmpar_comm *comm, int64_t, bool block, bool *done, llmpar_error *err) {
+    odd_end *odd = (odd_end *)comm->impl;
+    const double until = llmpari_cuda_now() + comm->timeout_s;
+    *done = false;
+    if (!odd->kind) return block ? (*done = true, llmpar_wait(&odd->request, err)) : llmpar_test(&odd->request, done, err);
+    while (block && !odd->aborted && odd->kind == 3 && llmpari_cuda_now() < until) sched_yield();
+    if (!block && !odd->aborted && odd->kind == 3) return LLMPAR_OK;
+    *done = true;
+    if (err) snprintf(err->text, sizeof err->text, odd->aborted ? "aborted: by another" : "the wire is silent");
+    return odd->aborted ? LLMPAR_ABORTED : odd->kind == 3 ? LLMPAR_TIMEOUT : LLMPAR_IO_FAILED;
+}
+static void odd_abort(llmpar_comm *comm, const char *why) { odd_end *odd = (odd_end *)comm->impl; odd->aborted = true; llmpar_comm_abort(odd->inner, why); }
+static void odd_free(llmpar_comm *) {}
+static const llmpar_comm_vtable odd_vtable = { odd_start, odd_wait, NULL, odd_abort, odd_free, NULL, NULL, NULL };
+
+struct odd_case { int kind; float *data[4]; const int *device; llmpar_status status[4]; llmpar_error err[4]; std::atomic<int> begun; };
+static void odd_rank(llmpar_comm *comm, void *user) {
+    odd_case *o = (odd_case *)user;
+    const int r = comm->rank;
+    llmpar_request request[3] = {};
+    (void)cudaSetDevice(o->device[r]);
+    for (int k = 0; k < 3; k++) {                              // the large one is beyond
+        llmpar_call call = LLMPAR_ZERO;
+        call.kind = LLMPAR_ALL_REDUCE; call.send = call.recv = o->data[r] + 400 * k; call.count = k == 1 ? 400 : 10;
+        const llmpar_status status = llmpar_start(comm, &call, &request[k], &o->err[r]);
+        if (status && !o->status[r]) o->status[r] = status;
+    }
+    o->begun++;
+    while (o->begun < 4) sched_yield();
+    if (o->kind == 4 && r == 3) llmpar_comm_abort(comm, "has had enough");
+    for (int k = 0; k < 3; k++) {
+        llmpar_error err = LLMPAR_ZERO;
+        const llmpar_status status = llmpar_wait(&request[k], &err);
+        if (status && !o->status[r]) { o->status[r] = status; o->err[r] = err; }
+    }
+    o->begun++;
+    while (o->begun < 8) if (!emulator_drive()) sched_yield(); // its kernels go on in its own calls
+    (void)cudaDeviceSynchronize();
+}
+static void beyond_wrong_test(void) {
+    static const int device[4] = { 0, 1, 2, 3 };
+    static odd_end odd[4];
+    llmpar_error err;
+    emulator_devices(4);
+    for (int kind = 0; kind <= 4; kind++) {
+        two_worlds w;
+        llmpar_cuda_peer_desc desc;
+        llmpar_cuda_peer *peers = NULL;
+        llmpar_comm *end[4];
+        odd_case o;
+        memset(o.status, 0, sizeof o.status);
+        memset(o.err, 0, sizeof o.err);
+        two_worlds_open(&w, device, false, kind == 4 ? 60 : 0.5, &desc);
+        if (kind == 0) w.other->timeout_s = 60;
+        for (int r = 0; r < 4; r++) {
+            odd[r].comm.vtable = &odd_vtable; odd[r].comm.rank = r; odd[r].comm.size = 4; odd[r].comm.timeout_s = kind == 4 ? 60 : 0.5; odd[r].comm.impl = &odd[r];
+            odd[r].inner = w.end[r]; odd[r].kind = r != 2 ? 0 : kind == 4 ? 3 : kind; odd[r].aborted = false;
+            end[r] = &odd[r].comm;
+        }
+        desc.beyond = end;
+        if (kind == 0) desc.timeout_s = 60;
+        CHECK_OK(llmpar_cuda_peer_create(&desc, &peers, &err), err);
+        for (int r = 0; r < 4; r++) { (void)cudaSetDevice(device[r]); o.data[r] = device_room<float>(1200); CUDA_TEST_OK(cudaMemset(o.data[r], 0, 4800)); }
+        (void)cudaSetDevice(0);
+        o.kind = kind; o.device = device; o.begun = 0;
+        if (kind == 0) for (int r = 0; r < 4; r++) w.end[r]->timeout_s = 60;
+        run_threads(4, odd_rank, peers, &o);
+        for (int r = 0; r < 4; r++) {
+            if (kind == 0) { CHECK_OK(o.status[r], o.err[r]); continue; }
+            CHECK(o.status[r] != LLMPAR_OK);
+            if (kind <= 2) CHECK_EQ(o.status[r], r == 2 ? LLMPAR_IO_FAILED : LLMPAR_ABORTED);
+            if (kind <= 2) CHECK(strstr(o.err[r].text, "rank 2, AllReduce #1 of 400 elements, handed over: the wire is") != NULL || (r == 2 && strstr(o.err[r].text, "the wire is")));
+            if (kind == 3) CHECK(strstr(o.err[r].text, "the wire is silent") != NULL || strstr(o.err[r].text, "for rank 2 to call AllReduce") != NULL);
+            if (kind == 4) CHECK(o.status[r] == LLMPAR_ABORTED && strstr(o.err[r].text, "rank 3: has had enough") != NULL);
+        }
+        for (int r = 0; r < 4 && kind; r++) {                  // for good, in both worlds
+            CHECK_EQ(llmpar_barrier(llmpar_cuda_peer_comm(peers, r), &err), LLMPAR_ABORTED);
+            CHECK_EQ(llmpar_barrier(w.end[r], &err), LLMPAR_ABORTED);
+        }
+        device_release();
+        llmpar_cuda_peer_free(peers);
+        llmpar_cuda_peer_free(w.other);
+    }
+    // What stops `beyond` is told by llmpar_comm_sound; bad descs.
+    two_worlds w;
+    llmpar_cuda_peer_desc desc, bad;
+    llmpar_cuda_peer *peers = NULL;
+    two_worlds_open(&w, device, true, 5, &desc);
+    llmpar_comm *end[4] = { w.end[0], w.end[1], w.end[3], w.end[2] };
+    bad = desc; bad.beyond = end;         CHECK_FAIL(llmpar_cuda_peer_create(&bad, &peers, &err), LLMPAR_BAD_ARGUMENT, err, "beyond[2] is the end of rank 3 of 4");
+    end[1] = NULL;                        CHECK_FAIL(llmpar_cuda_peer_create(&bad, &peers, &err), LLMPAR_BAD_ARGUMENT, err, "beyond[1] is NULL");
+    bad = desc; bad.beyond_bytes = -1;    CHECK_FAIL(llmpar_cuda_peer_create(&bad, &peers, &err), LLMPAR_BAD_ARGUMENT, err, "beyond_bytes=-1");
+    bad = desc; bad.device = NULL;        CHECK_FAIL(llmpar_cuda_peer_create(&bad, &peers, &err), LLMPAR_UNSUPPORTED, err, "virtual ranks");
+    CHECK_OK(llmpar_cuda_peer_create(&desc, &peers, &err), err);
+    CHECK_OK(llmpar_comm_sound(llmpar_cuda_peer_comm(peers, 1), &err), err);
+    llmpar_comm_abort(w.end[3], "is gone");
+    CHECK_FAIL(llmpar_comm_sound(llmpar_cuda_peer_comm(peers, 1), &err), LLMPAR_ABORTED, err, "rank 3: is gone");
+    CHECK_FAIL(llmpar_barrier(llmpar_cuda_peer_comm(peers, 0), &err), LLMPAR_ABORTED, err, "rank 3: is gone");
+    llmpar_cuda_peer_free(peers);
+    llmpar_cuda_peer_free(w.other);
+    emulator_devices(1);
+}
+
+struct measure_case { const int *device; int64_t found[4]; };
+static void measure_rank(llmpar_comm *comm, void *user) {
+    measure_case *m = (measure_case *)user;
+    llmpar_error err = LLMPAR_ZERO;
+    (void)cudaSetDevice(m->device[comm->rank]);
+    if (llmpar_cuda_peer_measure_beyond(comm, &m->found[comm->rank], &err) || llmpar_barrier(comm, &err)) { printf("rank %d: %s\n", (int)comm->rank, err.text); thread_wrong++; }
+    (void)cudaDeviceSynchronize();
+}
+// By times the crossover is what the definition says; measured, it is one of the sizes, the same on all ranks, and used.
+static void measure_test(void) {
+    static const int device[4] = { 0, 1, 2, 3 };
+    llmpar_error err;
+    const float wins[6] = { 1, 2, 1, 2, 1, 2 }, loses[6] = { 3, 2, 3, 2, 3, 2 }, crosses[6] = { 3, 2, 2, 2, 1, 2 };
+    CHECK_EQ(llmpari_cuda_peer_crossover(wins, 8192, 3), INT64_MAX);
+    CHECK_EQ(llmpari_cuda_peer_crossover(loses, 8192, 3), 1024);
+    CHECK_EQ(llmpari_cuda_peer_crossover(crosses, 8192, 3), 4096);
+    emulator_devices(4);
+    two_worlds w;
+    llmpar_cuda_peer_desc desc;
+    llmpar_cuda_peer *peers = NULL;
+    measure_case m = { device, { 0, 0, 0, 0 } };
+    two_worlds_open(&w, device, true, 20, &desc);
+    CHECK_OK(llmpar_cuda_peer_create(&desc, &peers, &err), err);
+    thread_wrong = 0;
+    run_threads(4, measure_rank, peers, &m);
+    CHECK_EQ(thread_wrong, 0);
+    for (int r = 0; r < 4; r++) {
+        CHECK_EQ(m.found[r], m.found[0]);
+        CHECK_EQ(w.end[r]->stats.calls[LLMPAR_ALL_REDUCE], 3 * 4 * 8);         // `beyond` alone; nothing was handed over meanwhile
+    }
+    CHECK(m.found[0] == INT64_MAX || m.found[0] == 4096 || m.found[0] == 2048 || m.found[0] == 1024);
+    CHECK_EQ(peers->beyond_bytes, m.found[0]);
+    CHECK_FAIL(llmpar_cuda_peer_measure_beyond(w.end[0], NULL, &err), LLMPAR_BAD_ARGUMENT, err, "no `beyond`");
+    CHECK_FAIL(llmpar_cuda_peer_measure_beyond(NULL, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "comm is NULL");
+    llmpar_cuda_peer_free(peers);
+    llmpar_cuda_peer_free(w.other);
+    emulator_devices(1);
+}
+
+static void mixed_test(int cases) {
+    static const int device[4] = { 1, 3, 0, 2 };
+    llmpar_cuda_peer_desc desc = {};
+    int groups = 0;
+    emulator_devices(4);
+    desc.n_ranks = 4; desc.device = device; desc.buffer_bytes = 4096; desc.blocks = 2; desc.timeout_s = 10; desc.one_shot_bytes = 1000;
+    for (int c = 0; c < cases && !thread_wrong; c++) {
+        emulator_order(c % 3);
+        desc.stream_ordered = c / 3 % 2;
+        mixed_run(&desc, (uint64_t)c + 1, &groups);
+    }
+    CHECK(groups > 0);
+    emulator_order(0);
+    emulator_devices(1);
+}
+
 static void devices_test(int cases) {
     static const int device[4] = { 2, 0, 3, 1 };
     llmpar_error err;
@@ -602,10 +973,16 @@ int main(void) {
     TEST("groups along the axes of a mesh") group_test();
     TEST("a rank that does not come, ranks that disagree, abort") wrong_test();
     TEST("bad input, field by field") errors_test();
+    TEST("what ranks write does not overlap") overlap_test();
 #ifdef LLMPAR_CUDA_EMULATED
     TEST("store buffer: with fences clean, without them seen") buffer_test(test_stress() ? 2000 : test_short() ? 20 : 200);
     TEST("several devices, a thread each") devices_test(test_short() ? 2 : 8);
+    TEST("calls on several groups, groups made meanwhile, waits in any order") mixed_test(test_stress() ? 200 : test_short() ? 3 : 12);
+    TEST("large AllReduces handed over to another communicator") beyond_test(test_stress() ? 200 : test_short() ? 3 : 12);
+    TEST("another communicator that fails or hangs, abort") beyond_wrong_test();
+    TEST("the crossover to another communicator") measure_test();
     TEST("a device that never comes is named") { dead_test(2); dead_test(0); }
+    TEST("a call's own deadline") patient_test();
     TEST("captured in a graph") graph_test();
     TEST("no memory") sweep_test();
 #endif

@@ -254,7 +254,8 @@ struct emulator_launch {
 };
 
 struct emulator_options {
-    std::atomic<int> order{0}, quiet{0}, devices{1}, late{0}, peers{1};
+    std::atomic<int> order{0}, quiet{0}, devices{1}, late{0}, peers{1}, slow_alloc{0};
+    std::atomic<int> running[64] = {};        // what is left on the streams of each device
     std::atomic<int64_t> fail{0}, calls{0};
     std::atomic<int> fail_error{0};
     std::atomic<uint64_t> buffer{0};
@@ -303,6 +304,7 @@ inline void emulator_order(int order)        { emulator_option().order = order; 
 inline void emulator_devices(int n)          { emulator_option().devices = n; }                  // 0: no GPU; -1: no driver
 inline void emulator_peers(int yes)          { emulator_option().peers = yes; }                  // can devices read each other's memory?
 inline void emulator_late(int n)             { emulator_option().late = n; }                     // the next n queries say cudaErrorNotReady; -1: all
+inline void emulator_slow_alloc(int yes)     { emulator_option().slow_alloc = yes; }             // cudaMalloc waits for all that runs on the device, whoever launched it, as CUDA's may
 inline void emulator_patience(double s)      { emulator_option().patience = s; }                 // how long a kernel may spin before it is called stuck
 inline void emulator_buffer(uint64_t seed)   { emulator_option().buffer = seed; }                // store-buffer mode; 0: off
 // The n-th runtime call from now on fails with `error` (n = 1: the next one); 0: none. Frees, destroys and error texts are not counted.
@@ -398,7 +400,9 @@ inline emulator_fiber *emulator_new_fiber() {
 #endif
     void *at = mmap(nullptr, f->bytes + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (at == MAP_FAILED) { fprintf(stderr, "emulator: no memory for a stack\n"); abort(); }
-    mprotect(at, 4096, PROT_NONE);
+#ifndef EMULATOR_TSAN
+    mprotect(at, 4096, PROT_NONE);                             // not under TSan, which maps enough itself: without it neighbours are one mapping, and a process may have 65530
+#endif
     f->low = (unsigned char *)at + 4096;
     return f;
 }
@@ -721,9 +725,26 @@ inline unsigned atomicInc(unsigned *at, unsigned most) { return emulator_update(
 
 // ---- blocks and launches
 
+#ifdef EMULATOR_TSAN
+// Free blocks of all OS threads: TSan keeps some mappings of a fiber even when it is destroyed, of 65530 that a process may have. Puts b there, or takes one (b NULL; NULL: there is none).
+// The lock is no mutex: TSan would see an order of the ranks' threads in it.
+inline EMULATOR_RAW emulator_block *emulator_pooled(emulator_block *b) {
+    static std::vector<emulator_block *> *pool = new std::vector<emulator_block *>;
+    static char lock;
+    emulator_ignore quiet;
+    while (__atomic_test_and_set(&lock, __ATOMIC_ACQUIRE)) sched_yield();
+    if (b) pool->push_back(b);
+    else if (!pool->empty()) { b = pool->back(); pool->pop_back(); }
+    __atomic_clear(&lock, __ATOMIC_RELEASE);
+    return b;
+}
+#endif
 inline emulator_block *emulator_new_block(emulator_launch *launch) {
     emulator_worker &me = emulator_me();
     emulator_block *b;
+#ifdef EMULATOR_TSAN
+    if (emulator_block *pooled = emulator_pooled(nullptr)) me.blocks.push_back(pooled);
+#endif
     if (me.blocks.empty()) b = new emulator_block{}; else { b = me.blocks.back(); me.blocks.pop_back(); }
     uint64_t i = launch->started++;
     i = (i * launch->step + launch->offset) % launch->blocks;
@@ -760,6 +781,10 @@ inline void emulator_free_block(emulator_block *b) {
         if (thread.tsan) { __tsan_destroy_fiber(thread.tsan); thread.tsan = nullptr; }
 #endif
     }
+#ifdef EMULATOR_TSAN
+    emulator_pooled(b);
+    return;
+#endif
     me.blocks.push_back(b);
 }
 inline void emulator_list_waiting(emulator_block *b, char *text, size_t bytes) {               // "32 threads at __syncthreads in line 7, the first (0,0,0)", one for each place
@@ -999,6 +1024,7 @@ inline bool emulator_drive() {
             s->ops.pop_front();
             s->owner = nullptr;
             s->pending--;
+            emulator_option().running[s->device]--;
             progress = true;
         }
         if (s->ops.empty()) me.streams.erase(me.streams.begin() + (std::ptrdiff_t)i); else i++;
@@ -1026,6 +1052,7 @@ inline cudaError_t emulator_put(cudaStream_t stream, std::function<std::function
         std::lock_guard<std::recursive_mutex> hold(s->lock);
         s->ops.push_back(make());
         s->pending++;
+        emulator_option().running[s->device]++;
     }
     if (std::find(me.streams.begin(), me.streams.end(), s) == me.streams.end()) me.streams.push_back(s);
     for (int round = 0; s->pending > 0 && round < 4; round++) if (emulator_drive()) round = 0;
@@ -1230,6 +1257,7 @@ EMULATOR_API cudaError_t cudaMalloc(void **memory, size_t bytes) {
     if (!memory) return emulator_return(cudaErrorInvalidValue);
     *memory = nullptr;
     if (bytes == 0) return cudaSuccess;
+    if (emulator_option().slow_alloc) (void)emulator_wait([]() { return emulator_option().running[emulator_me().device] == 0; });
     if (bytes > (size_t)1 << 32 || !(*memory = emulator_alloc(bytes, cudaMemoryTypeDevice, emulator_me().device))) return emulator_return(cudaErrorMemoryAllocation);
     return cudaSuccess;
 }
