@@ -1118,7 +1118,7 @@ template <typename T> LLMPARI_DEVICE void llmpari_cuda_store_pack(T *to, const l
 // Host: may rows that begin at `pointer` and lie `stride` elements apart be read in packs?
 template <typename T> static bool llmpari_cuda_packs(const T *pointer, int64_t stride) { return (uintptr_t)pointer % 16 == 0 && stride * (int64_t)sizeof(T) % 16 == 0; }
 
-// 16 bytes as words, which stay in four registers where elements of 2 bytes would take eight.
+// 16 bytes of anything as words, which stay in four registers where elements of 2 bytes would take eight.
 typedef llmpari_cuda_pack<uint32_t> llmpari_cuda_words;
 template <typename T> LLMPARI_DEVICE llmpari_cuda_words llmpari_cuda_load_words(const T *from) { return *reinterpret_cast<const llmpari_cuda_words *>(from); }
 
@@ -5464,8 +5464,6 @@ typedef struct llmpari_cuda_peer_norm_args {
     bool        aligned;           // all rows to 16 bytes
 } llmpari_cuda_peer_norm_args;
 
-typedef llmpari_cuda_pack<uint32_t> llmpari_cuda_bits;     // 16 bytes of anything
-
 LLMPARI_DEVICE llmpari_cuda_peer_state *llmpari_cuda_peer_own(const llmpari_cuda_peer_args &a, int rank) { return reinterpret_cast<llmpari_cuda_peer_state *>(a.memory[rank]); }
 LLMPARI_DEVICE uint32_t *llmpari_cuda_peer_flag(const llmpari_cuda_peer_args &a, int of, int from) {
     return reinterpret_cast<uint32_t *>(a.memory[of] + LLMPARI_PEER_FLAGS) + blockIdx.x * LLMPARI_PEERS + from;
@@ -5526,17 +5524,17 @@ LLMPARI_DEVICE bool llmpari_cuda_peer_barrier(const llmpari_cuda_peer_args &a, i
 }
 
 // 16 bytes from or to memory that need not be aligned to more than U; beyond `valid` bytes zeros are read and nothing is written.
-template <typename U> LLMPARI_DEVICE llmpari_cuda_bits llmpari_cuda_peer_read(const char *from, int64_t valid, bool aligned) {
-    if (aligned && valid >= 16) return *reinterpret_cast<const llmpari_cuda_bits *>(from);
+template <typename U> LLMPARI_DEVICE llmpari_cuda_words llmpari_cuda_peer_read(const char *from, int64_t valid, bool aligned) {
+    if (aligned && valid >= 16) return *reinterpret_cast<const llmpari_cuda_words *>(from);
     llmpari_cuda_pack<U> pack;
     LLMPARI_CUDA_UNROLL
     for (int j = 0; j < llmpari_cuda_pack<U>::n; j++) pack.at[j] = j * (int)sizeof(U) < valid ? reinterpret_cast<const U *>(from)[j] : (U)0;
-    llmpari_cuda_bits bits;
+    llmpari_cuda_words bits;
     memcpy(&bits, &pack, 16);
     return bits;
 }
-template <typename U> LLMPARI_DEVICE void llmpari_cuda_peer_write(char *to, const llmpari_cuda_bits &bits, int64_t valid, bool aligned) {
-    if (aligned && valid >= 16) { *reinterpret_cast<llmpari_cuda_bits *>(to) = bits; return; }
+template <typename U> LLMPARI_DEVICE void llmpari_cuda_peer_write(char *to, const llmpari_cuda_words &bits, int64_t valid, bool aligned) {
+    if (aligned && valid >= 16) { *reinterpret_cast<llmpari_cuda_words *>(to) = bits; return; }
     llmpari_cuda_pack<U> pack;
     memcpy(&pack, &bits, 16);
     LLMPARI_CUDA_UNROLL
@@ -5556,7 +5554,7 @@ template <typename U> LLMPARI_DEVICE void llmpari_cuda_peer_post(const llmpari_c
     for (int s = 0; s < a.slots; s++) {
         const int64_t bytes = a.bytes[rank * LLMPARI_PEERS + s];
         const char *from = a.send[rank] + a.send_at[rank * LLMPARI_PEERS + s];
-        llmpari_cuda_bits *to = reinterpret_cast<llmpari_cuda_bits *>(box + s * a.slot);
+        llmpari_cuda_words *to = reinterpret_cast<llmpari_cuda_words *>(box + s * a.slot);
         const bool aligned = llmpari_cuda_peer_aligned(from);
         int64_t first, end;
         llmpari_cuda_peer_share(bytes, &first, &end);
@@ -5595,8 +5593,8 @@ template <typename T> LLMPARI_DEVICE llmpari_cuda_pack<T> llmpari_cuda_peer_sum(
     return out;
 }
 
-template <typename T> LLMPARI_DEVICE llmpari_cuda_bits llmpari_cuda_peer_bits(const llmpari_cuda_pack<T> &pack) { llmpari_cuda_bits bits; memcpy(&bits, &pack, 16); return bits; }
-template <typename T> LLMPARI_DEVICE llmpari_cuda_pack<T> llmpari_cuda_peer_unbits(const llmpari_cuda_bits &bits) { llmpari_cuda_pack<T> pack; memcpy(&pack, &bits, 16); return pack; }
+template <typename T> LLMPARI_DEVICE llmpari_cuda_words llmpari_cuda_peer_bits(const llmpari_cuda_pack<T> &pack) { llmpari_cuda_words bits; memcpy(&bits, &pack, 16); return bits; }
+template <typename T> LLMPARI_DEVICE llmpari_cuda_pack<T> llmpari_cuda_peer_unbits(const llmpari_cuda_words &bits) { llmpari_cuda_pack<T> pack; memcpy(&pack, &bits, 16); return pack; }
 
 // The unsigned integer of an element's bytes.
 template <int N> struct llmpari_cuda_unsigned     { typedef uint32_t type; };
@@ -5629,7 +5627,7 @@ template <typename U> LLMPARI_DEVICE void llmpari_cuda_peer_fetch(const llmpari_
     for (int i = 0; i < a.n; i++) {
         const int from = rank + i < a.n ? rank + i : rank + i - a.n, slot = a.slots == 1 ? 0 : own_slots ? from : rank;
         const int64_t bytes = a.bytes[from * LLMPARI_PEERS + slot];
-        const llmpari_cuda_bits *in = reinterpret_cast<const llmpari_cuda_bits *>(llmpari_cuda_peer_half(a, from, calls) + slot * a.slot);
+        const llmpari_cuda_words *in = reinterpret_cast<const llmpari_cuda_words *>(llmpari_cuda_peer_half(a, from, calls) + slot * a.slot);
         char *to = a.recv[rank] + a.recv_at[rank * LLMPARI_PEERS + from];
         const bool aligned = llmpari_cuda_peer_aligned(to);
         int64_t first, end;
@@ -5682,7 +5680,7 @@ template <typename T> __global__ void __launch_bounds__(256, 4) llmpari_cuda_pee
     char *box = llmpari_cuda_peer_half(a.peer, rank, calls), *residual = a.residual[rank], *out = a.peer.recv[rank], *keep = residual ? residual : out;
     for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x)
         for (int64_t u = threadIdx.x; u < units; u += blockDim.x)
-            llmpari_cuda_peer_store(reinterpret_cast<llmpari_cuda_bits *>(box + row * a.row_bytes) + u,
+            llmpari_cuda_peer_store(reinterpret_cast<llmpari_cuda_words *>(box + row * a.row_bytes) + u,
                                     llmpari_cuda_peer_read<U>(a.peer.send[rank] + row * bytes + 16 * u, bytes - 16 * u, a.aligned));
     if (!llmpari_cuda_peer_barrier(a.peer, rank, 2 * calls + 1, &word[0])) return;
     for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {

@@ -303,6 +303,7 @@ static void group_rank(llmpar_comm *comm, void *user) {
     for (int turn = 0; turn < 2 && !status; turn++)
         for (llmpar_axes axes = 1; axes <= 3 && !status; axes++) {
             status = llmpar_comm_group(comm, &mesh, axes, &group, &err);
+            if (!status && group->stats.calls[LLMPAR_ALL_REDUCE]) { snprintf(err.text, sizeof err.text, "a group that was used before still counts its calls"); status = LLMPAR_MISMATCH; }
             if (!status) status = llmpar_all_reduce(group, data, data, 10, LLMPAR_F32, LLMPAR_SUM, &err);
             if (!status && group->size != (axes == 3 ? 4 : 2)) status = LLMPAR_MISMATCH;
             if (!status) status = llmpar_barrier(comm, &err);
