@@ -12,6 +12,7 @@ typedef struct far_memory {
     int64_t   uploads, waits, tickets;
     struct { void *to; const void *from; size_t bytes; } later[2];
     int       n_later;
+    bool      fails;               // what it is asked to upload or to fetch next is an error: a kernel has failed
     llmpar_ops cpu, ops;           // ops: what an exec gets
     llmpar_comm *world;            // comm over the inner one; takes the far memory
 } far_memory;
@@ -88,7 +89,7 @@ static void *far_alloc_host(void *user, size_t bytes) { (void)user; return mallo
 static void  far_free_host(void *user, void *memory, size_t bytes) { (void)user; (void)bytes; free(memory); }
 static llmpar_status far_upload(void *user, void *to, const void *from, size_t bytes, llmpar_error *err) {
     far_memory *f = (far_memory *)user;
-    (void)err;
+    if (f->fails) { snprintf(err->text, sizeof err->text, "a kernel failed"); return err->status = LLMPAR_ABORTED; }
     far_open(f); far_catch_up(f);
     if (bytes) memcpy(to, from, bytes);
     far_close(f);

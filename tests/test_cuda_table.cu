@@ -596,10 +596,16 @@ static void test_dead_peer(void) {
     emulator_fail(0);
     CHECK(ops.upload(ops.user, NULL, NULL, 0, &e) != LLMPAR_OK);
     CHECK_OK(ops.upload(ops.user, NULL, NULL, 0, &e), e);
-    // A GPU's error in one rank's wait stops the world.
+    // So does a download that fails, of the world that it is given; and a GPU's error in one rank's wait.
     llmpar_cuda_peer_desc two = LLMPAR_ZERO;
     llmpar_cuda_peer *others;
     two.n_ranks = 2; two.buffer_bytes = 4096;
+    CHECK_OK(llmpar_cuda_peer_create(&two, &others, &e), e);
+    llmpar_ops broken = ops;
+    broken.download = failing_download; downloads = 1;
+    CHECK_FAIL(llmpari_exec_download(&broken, llmpar_cuda_peer_comm(others, 0), got, x, sizeof got, &e), LLMPAR_ABORTED, e, "a download failed");
+    CHECK(llmpar_comm_sound(llmpar_cuda_peer_comm(others, 1), &e) != LLMPAR_OK && strstr(e.text, "a download failed"));
+    llmpar_cuda_peer_free(others);
     CHECK_OK(llmpar_cuda_peer_create(&two, &others, &e), e);
     for (int r = 0; r < 2; r++) CHECK_OK(llmpar_start(llmpar_cuda_peer_comm(others, r), &call, &request[r], &e), e);
     emulator_fail(2);                                          // the first asks for the current device
