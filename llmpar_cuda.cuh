@@ -672,6 +672,8 @@ typedef struct llmpar_cuda_peer_desc {
     double           timeout_s;    // 0 = 60 s; at most 1e9. Of llmpar_cuda_peer_run and _norm, and at first of the communicators, whose kernels take llmpar_call.timeout_s or the comm's
     int32_t          blocks;       // most blocks of 256 threads of a rank; 0 = 64, virtual ranks 256; less when the GPU cannot hold them at once
     bool             stream_ordered;   // llmpar_wait returns when the call is on the stream: what comes after it there finds the result, the host does not. false: when it is done
+    int32_t          groups;       // several GPUs: of how many different groups a rank may be a member; 0 = 8, at most 1024. Their mailboxes are allocated at once, 2 buffer_bytes each: later CUDA
+                                   // might wait for kernels that wait for the rank that asks. Virtual ranks: not looked at, as many as there is memory for
     llmpar_comm *const *beyond;    // [n_ranks] each rank's end of another communicator of the same ranks on device memory, as >>nccl's: the communicators hand AllReduces of more than
                                    // beyond_bytes over to it. Its calls go on the rank's stream, or are done when its llmpar_wait returns. Used in the rank's thread alone, until peers
                                    // are freed. NULL = none; LLMPAR_UNSUPPORTED with virtual ranks
@@ -5742,13 +5744,13 @@ struct llmpar_cuda_peer {          // a group of ranks; the world is the first
     llmpar_comm *beyond[LLMPARI_PEERS];                // NULL = none, with one_device too; a group's are its own
     double   timeout_s, longest_s; // longest: the root's, of all kernels of communicators so far; under the mutex
     uint32_t joined, freed;        // of a group: who has it, who is done with it
-    int32_t  ready;                // of a group: 0 while a member makes it, 1, -1 = it could not be made
+    bool     ready;                // its mailboxes and words are there
     llmpari_cuda_peer_end  end[LLMPARI_PEERS];
     llmpari_cuda_peer_slot slot[LLMPARI_PEER_FLIGHT];
     bool     locks;                // the root's, and what follows: under the mutex
     int64_t  tickets;              // calls that were complete so far
-    int32_t  making;               // groups whose memory is being made
-    int64_t  horizon;              // tickets when the first of them was begun
+    char    *pool[LLMPARI_PEERS];  // several GPUs: of each rank 1 + most_groups mailboxes, the world's first, and how many are taken
+    int32_t  most_groups, boxes[LLMPARI_PEERS], words; // words: sets of pinned words that are taken, of 1 + n most_groups from `host` on
     bool     busy[LLMPARI_PEERS];  // a thread of the rank is in `beyond`, without the mutex: no other one may put the rank's calls on its stream
     pthread_mutex_t mutex;
     pthread_cond_t  cond;
@@ -5772,7 +5774,7 @@ LLMPARI_CUDA_FN void llmpari_cuda_peer_stop(llmpar_cuda_peer *team, llmpar_statu
     if (root->stopped) return;
     root->stopped = status;
     snprintf(root->why, sizeof root->why, "%s", why);
-    for (llmpar_cuda_peer *t = root; t; t = t->next) if (t == root || t->ready > 0) __atomic_store_n(&t->host[LLMPARI_PEER_ABORT], 1u, __ATOMIC_RELEASE);
+    for (llmpar_cuda_peer *t = root; t; t = t->next) if (t->ready) __atomic_store_n(&t->host[LLMPARI_PEER_ABORT], 1u, __ATOMIC_RELEASE);
     for (int32_t r = 0; r < root->n; r++) if (root->beyond[r]) llmpar_comm_abort(root->beyond[r], root->why);          // it never waits for this mutex
     pthread_cond_broadcast(&root->cond);
 }
@@ -6168,10 +6170,11 @@ LLMPARI_CUDA_FN void llmpari_cuda_peer_drop(llmpar_cuda_peer *team) {
         const llmpari_cuda_on on(team->device[r]);
         for (int s = 0; s < LLMPARI_PEER_FLIGHT; s++) if (team->slot[s].event[r]) (void)cudaEventDestroy(team->slot[s].event[r]);
         if (team->own_stream && team->stream[r] && (r == 0 || !team->one_device)) (void)cudaStreamDestroy((cudaStream_t)team->stream[r]);
-        if (team->memory[r]) (void)cudaFree(team->memory[r]);
+        if (team->pool[r]) (void)cudaFree(team->pool[r]);
+        else if (team->memory[r] && team->root->one_device) (void)cudaFree(team->memory[r]);
         if (team != team->root) llmpar_comm_free(team->beyond[r]);
     }
-    if (team->host) (void)cudaFreeHost(team->host);
+    if (team->host && (team == team->root || team->root->one_device)) (void)cudaFreeHost(team->host);
     if (team->locks) { pthread_mutex_destroy(&team->mutex); pthread_cond_destroy(&team->cond); }
     if (allocator.free) allocator.free(team, sizeof *team, allocator.user);
     else free(team);
@@ -6183,27 +6186,46 @@ LLMPAR_DEF void llmpar_cuda_peer_free(llmpar_cuda_peer *peers) {
     if (peers) llmpari_cuda_peer_drop(peers);
 }
 
-// A rank's mailbox, zeroed: on a stream of its own, for kernels of other streams may be waiting for this rank's host.
-LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_mailbox(llmpar_cuda_peer *team, int32_t r, llmpar_error *err) {
+LLMPARI_CUDA_FN int64_t llmpari_cuda_peer_box(const llmpar_cuda_peer *team) { return LLMPARI_PEER_DATA + 2 * team->half; }     // bytes of a mailbox
+
+// n mailboxes on a rank's GPU, zeroed: on a stream of its own, as others may be waiting.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_boxes(llmpar_cuda_peer *team, int32_t r, int64_t n, char **boxes, llmpar_error *err) {
     const llmpari_cuda_on on(team->device[r]);
     cudaStream_t stream;
     void *memory = NULL;
-    LLMPARI_CUDA_CALL(err, cudaMalloc(&memory, (size_t)(LLMPARI_PEER_DATA + 2 * team->half)));
-    team->memory[r] = (char *)memory;
+    LLMPARI_CUDA_CALL(err, cudaMalloc(&memory, (size_t)(n * llmpari_cuda_peer_box(team))));
+    *boxes = (char *)memory;
     LLMPARI_CUDA_CALL(err, cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-    cudaError_t error = cudaMemsetAsync(memory, 0, LLMPARI_PEER_DATA, stream);
+    cudaError_t error = cudaSuccess;
+    for (int64_t i = 0; i < n && error == cudaSuccess; i++) error = cudaMemsetAsync(*boxes + i * llmpari_cuda_peer_box(team), 0, LLMPARI_PEER_DATA, stream);
     if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
     (void)cudaStreamDestroy(stream);
     LLMPARI_CUDA_CALL(err, error);
+    return LLMPAR_OK;
+}
+
+// A rank's mailbox and events. Virtual ranks' kernels wait for no host, so that memory may be asked for while they run; several GPUs' may, so theirs is there from the beginning.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_mailbox(llmpar_cuda_peer *team, int32_t r, llmpar_error *err) {
+    llmpar_cuda_peer *root = team->root;
+    const int32_t member = team->member[r];
+    if (root->one_device) LLMPARI_CUDA_TRY(llmpari_cuda_peer_boxes(team, r, 1, &team->memory[r], err));
+    else {
+        if (root->boxes[member] > root->most_groups)
+            return LLMPARI_CUDA_FAIL(err, LLMPAR_NO_MEMORY, "rank %d has been a member of %d different groups, as many as there are mailboxes for: pass groups=%d or more in llmpar_cuda_peer_desc",
+                                     (int)member, (int)root->most_groups, (int)root->most_groups + 1);
+        team->memory[r] = root->pool[member] + root->boxes[member]++ * llmpari_cuda_peer_box(team);
+    }
+    const llmpari_cuda_on on(team->device[r]);
     for (int s = 0; s < LLMPARI_PEER_FLIGHT && (r == 0 || !team->one_device); s++) LLMPARI_CUDA_CALL(err, cudaEventCreateWithFlags(&team->slot[s].event[r], cudaEventDisableTiming));
     return LLMPAR_OK;
 }
 
 static const llmpar_comm_vtable *llmpari_cuda_peer_vtable(void);
 
-// Mailboxes, pinned words and ends of a team whose devices and streams are known.
+// Mailboxes, pinned words and ends of a team whose devices and streams are known. With several GPUs nothing here waits for one, but for the world's.
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_furnish(llmpar_cuda_peer *team, llmpar_error *err) {
-    void *host = NULL;
+    enum { WORDS = (LLMPARI_PEER_ABORT + 1 + 63) / 64 * 64 };              // lines of their own
+    llmpar_cuda_peer *root = team->root;
     for (int32_t r = 0; r < team->n; r++) {
         LLMPARI_CUDA_TRY(llmpari_cuda_peer_mailbox(team, r, err));
         llmpari_cuda_peer_end *end = &team->end[r];
@@ -6217,9 +6239,14 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_furnish(llmpar_cuda_peer *team, 
         end->comm.late      = -1;
         end->comm.impl      = end;
     }
-    LLMPARI_CUDA_CALL(err, cudaHostAlloc(&host, 4 * (LLMPARI_PEER_ABORT + 1), cudaHostAllocPortable | cudaHostAllocMapped));
-    memset(host, 0, 4 * (LLMPARI_PEER_ABORT + 1));
-    team->host = (uint32_t *)host;
+    if (team == root || root->one_device) {
+        const size_t bytes = 4 * WORDS * (size_t)(root->one_device ? 1 : 1 + root->n * root->most_groups);
+        void *host = NULL;
+        LLMPARI_CUDA_CALL(err, cudaHostAlloc(&host, bytes, cudaHostAllocPortable | cudaHostAllocMapped));
+        memset(host, 0, bytes);
+        team->host = (uint32_t *)host;
+    } else team->host = root->host + WORDS * (int64_t)++root->words;
+    team->ready = true;
     return LLMPAR_OK;
 }
 
@@ -6306,6 +6333,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_open(llmpar_cuda_peer *team, con
     team->timeout_s  = desc->timeout_s > 0 ? desc->timeout_s : 60;
     team->own_stream = !desc->stream;
     team->stream_ordered = desc->stream_ordered;
+    team->most_groups = desc->groups ? desc->groups : 8;
     LLMPARI_CUDA_TRY(llmpari_cuda_peer_devices(team, desc, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_peer_take_beyond(team, desc, err));
     for (int32_t r = 0; r < team->n; r++) {
@@ -6320,6 +6348,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_open(llmpar_cuda_peer *team, con
         }
     }
     LLMPARI_CUDA_TRY(llmpari_cuda_peer_blocks(team, desc->blocks, err));
+    for (int32_t r = 0; r < team->n && !team->one_device; r++) LLMPARI_CUDA_TRY(llmpari_cuda_peer_boxes(team, r, 1 + team->most_groups, &team->pool[r], err));
     return llmpari_cuda_peer_furnish(team, err);
 }
 
@@ -6333,6 +6362,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_peer_create(const llmpar_cuda_peer_desc *de
     LLMPARI_CUDA_TRY(llmpari_cuda_size("one_shot_bytes", desc->one_shot_bytes, INT64_MAX, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("beyond_bytes", desc->beyond_bytes, INT64_MAX, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("blocks", desc->blocks, LLMPARI_PEER_BLOCKS, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("groups", desc->groups, 1024, err));
     if (!(desc->timeout_s >= 0 && desc->timeout_s <= 1e9)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "timeout_s=%g; it must be 0 (60 s) to 1e9", desc->timeout_s);
     if (llmpar_cuda_devices(&why) == 0) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "no GPU: %s", why);
     llmpar_cuda_peer *team = (llmpar_cuda_peer *)llmpari_cuda_peer_alloc(&desc->allocator, sizeof *team);
@@ -6470,7 +6500,7 @@ LLMPARI_CUDA_FN llmpari_cuda_peer_slot *llmpari_cuda_peer_next(llmpar_cuda_peer 
     llmpari_cuda_peer_slot *next = NULL;
     for (llmpar_cuda_peer *t = root; t; t = t->next) {
         const int32_t r = t->place[member];
-        if (r < 0 || (t != root && t->ready <= 0)) continue;
+        if (r < 0 || !t->ready) continue;
         llmpari_cuda_peer_end *end = &t->end[r];
         for (; end->launched < end->started; end->launched++) {
             llmpari_cuda_peer_slot *slot = &t->slot[end->launched % LLMPARI_PEER_FLIGHT];
@@ -6556,8 +6586,6 @@ LLMPARI_CUDA_FN void llmpari_cuda_peer_recall(llmpari_cuda_peer_end *end, llmpar
 }
 
 // Puts a rank's complete calls on its stream, in their order; those up to ticket `until` even if that takes waiting for `beyond`. Under the mutex, which is released while `beyond` is asked.
-// While a group's memory is being made, only those that were complete before: making it may wait for what runs on any of the GPUs, and must not wait for a kernel that waits for the rank that
-// makes it.
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_advance(llmpari_cuda_peer_end *self, int64_t until, llmpar_error *err) {
     llmpar_cuda_peer *root = self->team->root;
     const int32_t member = self->team->member[self->rank];
@@ -6565,7 +6593,6 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_advance(llmpari_cuda_peer_end *s
     for (llmpari_cuda_peer_slot *slot; !root->stopped && !root->busy[member] && (slot = llmpari_cuda_peer_next(root, member, &end)) != NULL; ) {
         llmpar_cuda_peer *team = end->team;
         bool done = true;
-        if (root->making && slot->ticket > root->horizon && !team->one_device) return LLMPAR_OK;
         if (slot->beyond) LLMPARI_CUDA_TRY(llmpari_cuda_peer_hand_over(end, slot, slot->ticket <= until, &done, err));
         else {
             const llmpar_status status = llmpari_cuda_peer_put(end, slot, err);
@@ -6684,7 +6711,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_await(llmpari_cuda_peer_end *end
         if (llmpari_cuda_now() > until) {
             char who[80], why[240];
             llmpari_cuda_peer_missing(team, slot->arrived, who, sizeof who);
-            if (slot->ticket) snprintf(who, sizeof who, "a rank that makes a group, or for its other calls");
+            if (slot->ticket) snprintf(who, sizeof who, "its calls before it");
             snprintf(why, sizeof why, "rank %d waited %g s for %s%s %s #%lld", (int)team->member[end->rank], timeout_s, who, slot->ticket ? ", to begin" : " to call",
                      llmpar_collective_name(slot->call[end->rank].kind), (long long)slot->seq - 1);
             return llmpari_cuda_peer_give_up(team, LLMPAR_TIMEOUT, err, why);
@@ -6741,7 +6768,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_team(llmpari_cuda_peer_end *end,
     llmpar_cuda_peer *parent = end->team, *root = parent->root, **last = &root->next;
     *fresh = false;
     for (llmpar_cuda_peer *t = root->next; t; last = &t->next, t = t->next) {
-        bool same = t->parent == parent && t->n == n && t->ready >= 0;
+        bool same = t->parent == parent && t->n == n && t->ready;
         for (int32_t i = 0; i < n && same; i++) same = t->member[i] == parent->member[members[i]];
         if (same && t->freed == (1u << n) - 1) {                                           // nobody's any more: its mailboxes serve the new one
             t->joined = t->freed = 0;
@@ -6814,8 +6841,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_group_beyond(llmpari_cuda_peer_e
     return LLMPAR_OK;
 }
 
-// The first member that comes makes the group's memory, on all members' GPUs, without the mutex: CUDA may wait for kernels that wait for other ranks' launches. So its own parts of
-// what is complete are launched before, and nobody launches what is complete only later. The others wait for it.
+// The first member that comes makes the group. With `beyond` all wait until everyone has made its group, and before that for what this rank has started.
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_group(llmpar_comm *comm, const int32_t *members, int32_t n, llmpar_comm **sub, llmpar_error *err) {
     llmpari_cuda_peer_end *end = (llmpari_cuda_peer_end *)comm->impl;
     llmpar_cuda_peer *root = end->team->root, *team = NULL;
@@ -6825,24 +6851,13 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_group(llmpar_comm *comm, co
     if (me == n) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "rank %d is not a member of the group that it asks for", (int)comm->rank);
     pthread_mutex_lock(&root->mutex);
     const bool beyond = end->team->beyond[end->rank] && n > 1;
-    llmpar_status status = root->stopped ? llmpari_cuda_peer_stopped(end->team, err) : beyond ? llmpari_cuda_peer_settle(end, err) : llmpari_cuda_peer_advance(end, 0, err);
+    llmpar_status status = root->stopped ? llmpari_cuda_peer_stopped(end->team, err) : beyond ? llmpari_cuda_peer_settle(end, err) : LLMPAR_OK;
     if (!status) status = llmpari_cuda_peer_team(end, members, n, me, &team, &fresh, err);
     if (!status) team->joined |= 1u << me;
     if (fresh) {
-        if (root->making++ == 0) root->horizon = root->tickets;
-        pthread_mutex_unlock(&root->mutex);
         status = llmpari_cuda_peer_furnish(team, err);
-        pthread_mutex_lock(&root->mutex);
-        root->making--;
-        team->ready = status ? -1 : 1;
         if (status) llmpari_cuda_peer_stop(end->team, status, err ? err->text : "a group could not be made");
-        pthread_cond_broadcast(&root->cond);
     }
-    while (!status && !team->ready) {
-        status = root->stopped ? llmpari_cuda_peer_stopped(end->team, err) : llmpari_cuda_peer_advance(end, 0, err);
-        if (!status) llmpari_cuda_peer_nap(root);
-    }
-    if (!status && team->ready < 0) status = llmpari_cuda_peer_stopped(end->team, err);
     if (!status && beyond) {
         llmpar_error told;
         char why[480];
@@ -6895,7 +6910,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_sound(llmpar_comm *comm, ll
     snprintf(why, sizeof why, "rank %d, `beyond`: %.400s", (int)end->team->member[end->rank], strncmp(told.text, "aborted: ", 9) == 0 ? told.text + 9 : told.text);
     pthread_mutex_lock(&root->mutex);
     if (over_there) llmpari_cuda_peer_stop(root, over_there, why);
-    for (llmpar_cuda_peer *t = root; t && !root->stopped; t = t->next) if (t == root || t->ready > 0) llmpari_cuda_peer_look(t);
+    for (llmpar_cuda_peer *t = root; t && !root->stopped; t = t->next) if (t->ready) llmpari_cuda_peer_look(t);
     const llmpar_status status = root->stopped ? LLMPARI_CUDA_FAIL(err, root->stopped, "%s", root->why) : LLMPAR_OK;
     pthread_mutex_unlock(&root->mutex);
     return status;

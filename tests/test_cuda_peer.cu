@@ -440,6 +440,7 @@ static void errors_test(void) {
     bad = desc; bad.buffer_bytes = -1;     CHECK_FAIL(llmpar_cuda_peer_create(&bad, &peers, &err), LLMPAR_BAD_ARGUMENT, err, "buffer_bytes=-1");
     bad = desc; bad.one_shot_bytes = -1;   CHECK_FAIL(llmpar_cuda_peer_create(&bad, &peers, &err), LLMPAR_BAD_ARGUMENT, err, "one_shot_bytes=-1");
     bad = desc; bad.blocks = 257;          CHECK_FAIL(llmpar_cuda_peer_create(&bad, &peers, &err), LLMPAR_BAD_ARGUMENT, err, "blocks=257");
+    bad = desc; bad.groups = -1;           CHECK_FAIL(llmpar_cuda_peer_create(&bad, &peers, &err), LLMPAR_BAD_ARGUMENT, err, "groups=-1");
     bad = desc; bad.timeout_s = NAN;       CHECK_FAIL(llmpar_cuda_peer_create(&bad, &peers, &err), LLMPAR_BAD_ARGUMENT, err, "timeout_s");
     bad = desc; bad.device = twice;        CHECK_FAIL(llmpar_cuda_peer_create(&bad, &peers, &err), LLMPAR_BAD_ARGUMENT, err, "both on device 0");
     bad = desc; bad.device = far;          CHECK_FAIL(llmpar_cuda_peer_create(&bad, &peers, &err), LLMPAR_BAD_ARGUMENT, err, "device[1]=99");
@@ -878,6 +879,54 @@ static void mixed_test(int cases) {
     emulator_devices(1);
 }
 
+// Two devices with room for two groups of a rank: a third of other members is refused, one that was freed comes back.
+static void room_test(void) {
+    static const int device[2] = { 0, 1 };
+    static const int32_t alone[1] = { 0 }, both[2] = { 0, 1 }, turned[2] = { 1, 0 };
+    llmpar_error err;
+    llmpar_cuda_peer *peers;
+    llmpar_cuda_peer_desc desc = {};
+    emulator_devices(2);
+    desc.n_ranks = 2; desc.device = device; desc.buffer_bytes = 4096; desc.groups = 2;
+    CHECK_OK(llmpar_cuda_peer_create(&desc, &peers, &err), err);
+    llmpar_comm *world = llmpar_cuda_peer_comm(peers, 0), *group[2], *third;
+    CHECK_OK(world->vtable->group(world, alone, 1, &group[0], &err), err);
+    CHECK_OK(world->vtable->group(world, both, 2, &group[1], &err), err);
+    llmpar_comm_free(group[0]);
+    CHECK_OK(world->vtable->group(world, alone, 1, &third, &err), err);
+    CHECK(third == group[0]);
+    CHECK_FAIL(world->vtable->group(world, turned, 2, &third, &err), LLMPAR_NO_MEMORY, err, "2 different groups");
+    llmpar_cuda_peer_free(peers);
+    emulator_devices(1);
+}
+
+// In a group of ranks 2 and 3 of four, 3 starts its part and never puts it on its stream: 2 names it by its number in the world.
+static void named_test(void) {
+    static const int device[4] = { 0, 1, 2, 3 };
+    static const int32_t members[2] = { 2, 3 };
+    llmpar_error err;
+    llmpar_cuda_peer *peers;
+    llmpar_cuda_peer_desc desc = {};
+    emulator_devices(4);
+    desc.n_ranks = 4; desc.device = device; desc.buffer_bytes = 4096; desc.timeout_s = 0.2;
+    CHECK_OK(llmpar_cuda_peer_create(&desc, &peers, &err), err);
+    llmpar_request request[2];
+    for (int i = 1; i >= 0; i--) {
+        llmpar_comm *world = llmpar_cuda_peer_comm(peers, 2 + i), *group;
+        llmpar_call call = LLMPAR_ZERO;
+        (void)cudaSetDevice(2 + i);
+        CHECK_OK(world->vtable->group(world, members, 2, &group, &err), err);
+        call.kind = LLMPAR_ALL_REDUCE; call.send = call.recv = device_room<float>(8); call.count = 8;
+        CHECK_OK(llmpar_start(group, &call, &request[i], &err), err);
+    }
+    CHECK_FAIL(llmpar_wait(&request[0], &err), LLMPAR_TIMEOUT, err, "s for rank 3, which did not come");
+    CHECK_EQ(llmpar_wait(&request[1], &err), LLMPAR_ABORTED);
+    (void)cudaSetDevice(0);
+    device_release();
+    llmpar_cuda_peer_free(peers);
+    emulator_devices(1);
+}
+
 static void devices_test(int cases) {
     static const int device[4] = { 2, 0, 3, 1 };
     llmpar_error err;
@@ -978,6 +1027,7 @@ int main(void) {
 #ifdef LLMPAR_CUDA_EMULATED
     TEST("store buffer: with fences clean, without them seen") buffer_test(test_stress() ? 2000 : test_short() ? 20 : 200);
     TEST("several devices, a thread each") devices_test(test_short() ? 2 : 8);
+    TEST("several devices: room for groups, who is named in one") { room_test(); named_test(); }
     TEST("calls on several groups, groups made meanwhile, waits in any order") mixed_test(test_stress() ? 200 : test_short() ? 3 : 12);
     TEST("large AllReduces handed over to another communicator") beyond_test(test_stress() ? 200 : test_short() ? 3 : 12);
     TEST("another communicator that fails or hangs, abort") beyond_wrong_test();
