@@ -46,7 +46,7 @@ help:
 	@echo "make stress     the same tests with the full counts (minutes)"
 	@echo "make bench      speed of planner, pipeline schedules, experts, kernels, collectives (beside MPI's), decode and prefill, with ratios to this machine's limits"
 	@echo "make hygiene    warnings, language standards, symbols, contents, README snippets"
-	@echo "make sanitize   the tests under ASan+UBSan and under TSan; of the emulated kernels peer's and the emulator's own, EMULATED=all: all of them"
+	@echo "make sanitize   the tests under ASan+UBSan and under TSan; of the emulated kernels peer's under the first, the emulator's own under the second, EMULATED=all: all under both"
 	@echo "make cuda       with nvcc, where it is: llmpar_cuda.cuh for sm_80, sm_90 and sm_100, its tests and examples; CUDA_ARCHS=native: for this machine's GPU alone; CUDNN_FRONTEND=folder: with cuDNN"
 	@echo "make fuzz       libFuzzer on every parser, FUZZ_S=60 seconds each"
 	@echo "make gpu        on a machine with an NVIDIA GPU: all of it built for that GPU, tested, checked by compute-sanitizer and timed, in under 8 minutes"

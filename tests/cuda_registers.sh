@@ -3,9 +3,10 @@
 # threads resident by registers, shared memory and block size (__launch_bounds__), 128-bit loads and stores in the kernels that are bound by bandwidth: in the machine code where cuobjdump is found
 # (PATH, nvcc's folder, $CUOBJDUMP), else in the PTX. Prints a table. `cuda_registers.sh spill` adds a kernel that spills, has a stack and too many registers, and is to fail.
 NVCC=${NVCC:-nvcc}; command -v "$NVCC" > /dev/null 2>&1 || NVCC=/usr/local/cuda/bin/nvcc
-B=${B:-build}; D=$B/cuda; archs=${CUDA_ARCHS:-80 90 100}
+B=${B:-build}; D=$B/cuda; mkdir -p "$D"
 command -v "$NVCC" > /dev/null 2>&1 || { echo "SKIP nvcc is not installed"; echo "0 passed, 0 failed, 1 skipped"; exit 0; }
 sh tests/cuda.sh library > "$B/cuda_registers.out" 2>&1 || { cat "$B/cuda_registers.out"; echo "0 passed, 1 failed"; exit 1; }
+archs=$(cat "$D/archs")
 if [ -z "${CUOBJDUMP:-}" ]; then
     for at in cuobjdump "$(dirname "$(command -v "$NVCC")")/cuobjdump"; do command -v "$at" > /dev/null 2>&1 && CUOBJDUMP=$at && break; done
 fi

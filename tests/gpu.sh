@@ -5,6 +5,7 @@
 B=${B:-build}; D=$B/cuda; passed=0; failed=0; skipped=0; begin=$(date +%s); limit=${LIMIT:-480}
 smi=$(nvidia-smi --query-gpu=name,driver_version,memory.total,compute_cap --format=csv,noheader 2> /dev/null | head -n 1)
 [ -n "$smi" ] || { echo "SKIP no GPU: nvidia-smi finds none"; echo "0 passed, 0 failed, 1 skipped"; exit 0; }
+mkdir -p "$D"
 row()  { printf '| %-34s | %-9s | %s |\n' "$1" "$2" "$3"; }
 left() { echo $((limit - $(date +%s) + begin)); }
 skip() { skipped=$((skipped + 1)); row "$1" SKIP "$2"; }
@@ -26,9 +27,10 @@ arch=$(printf '%s\n' "$smi" | awk -F', ' '{ gsub("\\.", "", $4); print $4 }')
 echo "GPU: $smi"
 row "what" "result" "figures"; row "---" "---" "---"
 step "build for sm_$arch" 300 env CUDA_ARCHS="$arch" sh tests/cuda.sh
-for program in "$D"/test_cuda_*; do
-    case $program in *.log|*.o) continue ;; esac
-    [ -x "$program" ] && step "$(basename "$program")" 60 "./$program"
+for source in tests/test_cuda_*.cu; do
+    sed -n '1,5p' "$source" | grep -qi 'emulator only' && continue
+    name=$(basename "$source" .cu)
+    if [ -x "$D/$name" ]; then step "$name" 60 "./$D/$name"; else skip "$name" "was not built"; fi
 done
 # The kernels with barriers, shared memory and protocols first; what no time is left for says so.
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer /opt/nvidia/*/compute-sanitizer 2> /dev/null | head -n 1)
