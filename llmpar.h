@@ -1390,6 +1390,7 @@ typedef struct llmpar_comm_vtable {
     bool          (*quick)(llmpar_comm *comm, const llmpar_call *call, llmpar_status *status, llmpar_error *err);   // start and wait in one for a small
                                    // AllReduce, or false: nothing was done; may be NULL
     llmpar_status (*sound)(llmpar_comm *comm, llmpar_error *err);      // see llmpar_comm_sound; NULL where llmpar_wait tells all
+    void         *(*stream)(const llmpar_comm *comm);                  // of a device, that calls go on; NULL where they do not
 } llmpar_comm_vtable;
 
 struct llmpar_comm {
@@ -1770,6 +1771,7 @@ typedef struct llmpar_ops {
     llmpar_status (*wait)    (void *user, int64_t ticket, llmpar_error *err);
     bool invariant;                // every kernel gives a row, a column or a head the same bits whatever rows, columns and heads else are in the call. Needed to run an
                                    //   invariant graph with a table of one's own. llmpar_ops_cpu leaves it false: who replaces a kernel would inherit the promise
+    void *stream;                  // of a device, that the kernels go on: the world's calls must go on the same one. NULL: the default stream, or none
 } llmpar_ops;
 
 // Portable kernels; GEMM by CBLAS when built with LLMPAR_CBLAS. The portable ones keep the promise of `invariant`, CBLAS does not.
@@ -15699,7 +15701,7 @@ LLMPARI_FN void llmpari_self_free(llmpar_comm *comm) {
 }
 
 LLMPAR_DEF llmpar_status llmpar_comm_self(const llmpar_allocator *allocator, llmpar_comm **comm, llmpar_error *err) {
-    static const llmpar_comm_vtable vtable = { llmpari_self_start, llmpari_self_wait, llmpari_self_group, llmpari_self_abort, llmpari_self_free, NULL, NULL, NULL };
+    static const llmpar_comm_vtable vtable = { llmpari_self_start, llmpari_self_wait, llmpari_self_group, llmpari_self_abort, llmpari_self_free, NULL, NULL, NULL, NULL };
     if (!comm) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "llmpar_comm_self: comm is NULL");
     *comm = NULL;
     llmpari_self *self = (llmpari_self *)llmpari_alloc(allocator, sizeof *self);
@@ -16960,7 +16962,7 @@ LLMPARI_FN llmpar_status llmpari_threads_shrink(llmpar_comm *comm, llmpar_comm *
 LLMPARI_FN llmpari_team *llmpari_team_new(llmpar_threads *world, int32_t n, int64_t parent) {
     static const llmpar_comm_vtable vtable = {
         llmpari_threads_start, llmpari_threads_wait, llmpari_threads_group, llmpari_threads_comm_abort, llmpari_threads_comm_free,
-        llmpari_threads_shrink, llmpari_threads_quick, NULL
+        llmpari_threads_shrink, llmpari_threads_quick, NULL, NULL
     };
     int64_t large = 2 * llmpari_max(world->tuning.mailbox_bytes, world->tuning.staged_bytes) / n;       // what a member may have in a box: see llmpari_tuned_size
     large = (llmpari_max(large, LLMPARI_BOX) + LLMPARI_LINE - 1) / LLMPARI_LINE * LLMPARI_LINE;
@@ -18890,7 +18892,7 @@ LLMPARI_FN void llmpari_mpi_end_drop(llmpari_mpi_world *world, llmpari_mpi_end *
 
 // An end with members[n] of parent, this rank being `me` of them, or of the whole world without one; NULL: no memory.
 LLMPARI_FN llmpari_mpi_end *llmpari_mpi_end_new(llmpari_mpi_world *world, llmpari_mpi_end *parent, const int32_t *members, int32_t n, int32_t me) {
-    static const llmpar_comm_vtable vtable = { llmpari_mpi_start, llmpari_mpi_wait, llmpari_mpi_group, llmpari_mpi_abort, llmpari_mpi_free, llmpari_mpi_shrink, NULL, NULL };
+    static const llmpar_comm_vtable vtable = { llmpari_mpi_start, llmpari_mpi_wait, llmpari_mpi_group, llmpari_mpi_abort, llmpari_mpi_free, llmpari_mpi_shrink, NULL, NULL, NULL };
     int64_t small = llmpari_max(1024, llmpari_min(LLMPARI_MPI_SMALL, (1 << 16) / n / 128 * 128)), staging = n == 1 ? 0 : llmpari_max(world->desc.staging_bytes, (int64_t)4096 * n);
     size_t bytes = llmpari_mpi_layout(NULL, NULL, n, small, staging), clear = llmpari_mpi_layout(NULL, NULL, n, 0, 0);
     llmpari_mpi_end *end = (llmpari_mpi_end *)llmpari_alloc(&world->allocator, bytes);
@@ -23781,13 +23783,18 @@ LLMPARI_FN llmpar_status llmpari_exec_agree(llmpar_comm *world, llmpar_status mi
     return LLMPARI_FAIL(err, (llmpar_status)worst, "another rank could not create its exec: %s", llmpar_status_text((llmpar_status)worst));
 }
 
-// Small messages need a communicator for memory of the host: world, unless that moves a device's.
-LLMPARI_FN llmpar_status llmpari_exec_host_check(const llmpar_comm *world, const llmpar_comm *host, llmpar_error *err) {
+// Small messages need a communicator for memory of the host: world, unless that moves a device's; and that must go with the ops.
+LLMPARI_FN llmpar_status llmpari_exec_host_check(const llmpar_comm *world, const llmpar_comm *host, const llmpar_ops *ops, llmpar_error *err) {
     if (!host && world->vtable->sound && world->size > 1)
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "world moves memory of a device and host_world is NULL: pass a communicator over the same ranks that moves memory of the host (threads', MPI's)");
     if (host && (host->rank != world->rank || host->size != world->size))
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "host_world is rank %d of %d, world is rank %d of %d; they must be the same ranks", (int)host->rank, (int)host->size, (int)world->rank,
                             (int)world->size);
+    if (world->size > 1 && world->vtable->stream && !(ops && ops->alloc))
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "world moves memory of a device, ops compute in the host's: pass a device's ops, or a world of threads or MPI");
+    if (world->size > 1 && world->vtable->stream && world->vtable->stream(world) != ops->stream)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "world's calls go on stream %p, the kernels of ops on %p, and neither would wait for the other: make both with the same stream",
+                            world->vtable->stream(world), ops->stream);
     return LLMPAR_OK;
 }
 
@@ -23799,7 +23806,7 @@ LLMPAR_DEF llmpar_status llmpar_exec_create(const llmpar_exec_desc *desc, llmpar
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc, its plan (of llmpar_solve) or its world is NULL");
     LLMPARI_TRY(llmpar_mesh_check(&desc->plan->graph->mesh, desc->world->size, err));
     llmpar_comm *host = desc->host_world ? desc->host_world : desc->world;
-    LLMPARI_TRY(llmpari_exec_host_check(desc->world, desc->host_world, err));
+    LLMPARI_TRY(llmpari_exec_host_check(desc->world, desc->host_world, desc->ops, err));
     llmpar_status status = llmpari_exec_agree(host, llmpari_exec_build(desc, &x, err), err);
     if (!status) status = llmpari_exec_agree(host, llmpari_exec_connect(x, err), err);
     if (status) { llmpar_exec_free(x); return status; }
@@ -24777,7 +24784,7 @@ LLMPAR_DEF llmpar_status llmpar_engine_create(const llmpar_engine_desc *desc, ll
     memset(&mine, 0, sizeof mine);
     if (!desc || !desc->world || !engine) return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s is NULL", !desc ? "desc" : !engine ? "engine" : "world");
     *engine = NULL;
-    LLMPARI_TRY(llmpari_exec_host_check(desc->world, desc->host_world, err));
+    LLMPARI_TRY(llmpari_exec_host_check(desc->world, desc->host_world, desc->ops, err));
     llmpar_comm *host = desc->host_world ? desc->host_world : desc->world;
     // Each part is agreed on before the next one begins, since the next one makes collectives: a rank that fails leaves nobody waiting.
     llmpar_status status = llmpari_engine_prepare(desc, &e, &checkpoint, &mine);

@@ -666,7 +666,7 @@ LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_fold(const llmpar_cuda_fold_desc *desc
 typedef struct llmpar_cuda_peer_desc {
     int32_t          n_ranks;      // 1 to LLMPAR_CUDA_PEERS
     const int32_t   *device;       // [n_ranks] GPU of each rank, all different; NULL = virtual ranks on the current device
-    void *const     *stream;       // [n_ranks] what each rank's calls run on; virtual ranks: [1], all on one. NULL = own streams (llmpar_cuda_peer_stream)
+    void *const     *stream;       // [n_ranks] what each rank's calls run on; virtual ranks: [1], all on one. NULL = those of `beyond`, or own ones (llmpar_cuda_peer_stream)
     int64_t          buffer_bytes; // of a half of a mailbox; 0 = 8 MiB
     int64_t          one_shot_bytes;   // AllReduces up to here go one-shot, beyond two-shot; 0 = 512 KiB up to 4 ranks, else 256 KiB (those of vLLM's custom_all_reduce), 2 ranks: always
     double           timeout_s;    // 0 = 60 s; at most 1e9. Of llmpar_cuda_peer_run and _norm, and at first of the communicators, whose kernels take llmpar_call.timeout_s or the comm's
@@ -675,7 +675,7 @@ typedef struct llmpar_cuda_peer_desc {
     int32_t          groups;       // several GPUs: of how many different groups a rank may be a member; 0 = 8, at most 1024. Their mailboxes are allocated at once, 2 buffer_bytes each: later CUDA
                                    // might wait for kernels that wait for the rank that asks. Virtual ranks: not looked at, as many as there is memory for
     llmpar_comm *const *beyond;    // [n_ranks] each rank's end of another communicator of the same ranks on device memory, as >>nccl's: the communicators hand AllReduces of more than
-                                   // beyond_bytes over to it. Its calls go on the rank's stream, or are done when its llmpar_wait returns. Used in the rank's thread alone, until peers
+                                   // beyond_bytes over to it. Its calls go on the rank's stream (checked, where it has one), or are done when its llmpar_wait returns. Used in the rank's thread alone, until peers
                                    // are freed. NULL = none; LLMPAR_UNSUPPORTED with virtual ranks
     int64_t          beyond_bytes; // 0 = buffer_bytes; see llmpar_cuda_peer_measure_beyond
     llmpar_allocator allocator;    // of host memory
@@ -683,7 +683,8 @@ typedef struct llmpar_cuda_peer_desc {
 typedef struct llmpar_cuda_peer llmpar_cuda_peer;
 // Errors: LLMPAR_UNSUPPORTED when a GPU cannot read another's memory, or has no cooperative launch.
 LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_peer_create(const llmpar_cuda_peer_desc *desc, llmpar_cuda_peer **peers, llmpar_error *err);
-LLMPAR_CUDA_DEF void          llmpar_cuda_peer_free(llmpar_cuda_peer *peers);                   // when nothing runs any more; frees the groups too
+LLMPAR_CUDA_DEF void          llmpar_cuda_peer_free(llmpar_cuda_peer *peers);                   // when nothing runs any more; frees the groups too, not those of `beyond`:
+                                   // with it each rank frees its groups in its thread before (NCCL ends a communicator when all its members do)
 LLMPAR_CUDA_DEF void         *llmpar_cuda_peer_stream(const llmpar_cuda_peer *peers, int32_t rank);
 // Waits for what was launched, at most the deadline; LLMPAR_TIMEOUT with the rank that was waited for in vain.
 LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_peer_wait(llmpar_cuda_peer *peers, llmpar_error *err);
@@ -5467,8 +5468,8 @@ typedef struct llmpari_cuda_peer_norm_args {
 } llmpari_cuda_peer_norm_args;
 
 LLMPARI_DEVICE llmpari_cuda_peer_state *llmpari_cuda_peer_own(const llmpari_cuda_peer_args &a, int rank) { return reinterpret_cast<llmpari_cuda_peer_state *>(a.memory[rank]); }
-LLMPARI_DEVICE uint32_t *llmpari_cuda_peer_flag(const llmpari_cuda_peer_args &a, int of, int from) {
-    return reinterpret_cast<uint32_t *>(a.memory[of] + LLMPARI_PEER_FLAGS) + blockIdx.x * LLMPARI_PEERS + from;
+LLMPARI_DEVICE uint32_t *llmpari_cuda_peer_flag(const llmpari_cuda_peer_args &a, unsigned block, int of, int from) {
+    return reinterpret_cast<uint32_t *>(a.memory[of] + LLMPARI_PEER_FLAGS) + block * LLMPARI_PEERS + from;
 }
 LLMPARI_DEVICE char *llmpari_cuda_peer_half(const llmpari_cuda_peer_args &a, int rank, uint32_t calls) { return a.memory[rank] + LLMPARI_PEER_DATA + (calls & 1u) * a.half; }
 
@@ -5481,19 +5482,21 @@ LLMPARI_DEVICE bool llmpari_cuda_peer_enter(const llmpari_cuda_peer_args &a, int
     __syncthreads();
     return word[1] == 0;
 }
-// The last block of a rank counts the call: no block reads the count after that.
+// The last block of a rank counts the call: no block reads the count after that. Every 2^20 calls it brings the flags of blocks up to date that calls have not had: flags wrap around.
 LLMPARI_DEVICE void llmpari_cuda_peer_leave(const llmpari_cuda_peer_args &a, int rank, uint32_t calls) {
     __syncthreads();
     if (threadIdx.x != 0) return;
     llmpari_cuda_peer_state *state = llmpari_cuda_peer_own(a, rank);
     if (atomicAdd(&state->blocks, 1u) != gridDim.x - 1) return;
     (void)atomicExch(&state->blocks, 0u);
+    for (unsigned block = gridDim.x; block < LLMPARI_PEER_BLOCKS && calls % (1u << 20) == (1u << 20) - 1; block++)
+        for (int of = 0; of < a.n; of++) llmpari_cuda_peer_release(llmpari_cuda_peer_flag(a, block, of, rank), 2 * calls + 2);
     llmpari_cuda_peer_release(&state->calls, calls + 1);
 }
 
 LLMPARI_DEVICE bool llmpari_cuda_peer_wait_flag(const llmpari_cuda_peer_args &a, int rank, int peer, uint32_t flag) {
     enum { LOOKS = 256 };          // at the flag, before one at the clock
-    const uint32_t *at = llmpari_cuda_peer_flag(a, rank, peer);
+    const uint32_t *at = llmpari_cuda_peer_flag(a, blockIdx.x, rank, peer);
     llmpari_cuda_peer_state *state = llmpari_cuda_peer_own(a, rank);
     const uint64_t began = llmpari_cuda_peer_clock();
     for (uint32_t look = 1; (int32_t)(llmpari_cuda_peer_acquire(at) - flag) < 0; look++) {
@@ -5518,7 +5521,7 @@ LLMPARI_DEVICE bool llmpari_cuda_peer_wait_flag(const llmpari_cuda_peer_args &a,
 LLMPARI_DEVICE bool llmpari_cuda_peer_barrier(const llmpari_cuda_peer_args &a, int rank, uint32_t flag, uint32_t *word) {
     __syncthreads();
     if ((int)threadIdx.x < a.n) {
-        llmpari_cuda_peer_release(llmpari_cuda_peer_flag(a, (int)threadIdx.x, rank), flag);
+        llmpari_cuda_peer_release(llmpari_cuda_peer_flag(a, blockIdx.x, (int)threadIdx.x, rank), flag);
         if (!llmpari_cuda_peer_wait_flag(a, rank, (int)threadIdx.x, flag)) atomicExch(&word[1], 1u);
     }
     __syncthreads();
@@ -5780,7 +5783,7 @@ LLMPARI_CUDA_FN void llmpari_cuda_peer_stop(llmpar_cuda_peer *team, llmpar_statu
 }
 
 // What kernels have found out: stops the world when one of its ranks has waited in vain. Under the mutex.
-LLMPARI_CUDA_FN void llmpari_cuda_peer_look(llmpar_cuda_peer *team) {
+LLMPARI_CUDA_FN void llmpari_cuda_peer_look_at(llmpar_cuda_peer *team) {
     for (int32_t r = 0; r < team->n; r++) {
         const uint32_t who = __atomic_load_n(&team->host[4 * r], __ATOMIC_ACQUIRE);
         char why[200];
@@ -5795,13 +5798,16 @@ LLMPARI_CUDA_FN void llmpari_cuda_peer_look(llmpar_cuda_peer *team) {
         return;
     }
 }
+LLMPARI_CUDA_FN void llmpari_cuda_peer_look(llmpar_cuda_peer *root) {
+    for (llmpar_cuda_peer *t = root; t && !root->stopped; t = t->next) if (t->ready) llmpari_cuda_peer_look_at(t);
+}
 
 // How long a kernel that is on a stream may wait for other ranks. Under the mutex.
 LLMPARI_CUDA_FN double llmpari_cuda_peer_patience(const llmpar_cuda_peer *team) { return team->root->longest_s > team->timeout_s ? team->root->longest_s : team->timeout_s; }
 
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_sound(llmpar_cuda_peer *team, llmpar_error *err) {
     pthread_mutex_lock(&team->root->mutex);
-    llmpari_cuda_peer_look(team);
+    llmpari_cuda_peer_look(team->root);
     const llmpar_status status = team->root->stopped ? LLMPARI_CUDA_FAIL(err, team->root->stopped, "%s", team->root->why) : LLMPAR_OK;
     pthread_mutex_unlock(&team->root->mutex);
     return status;
@@ -6172,7 +6178,6 @@ LLMPARI_CUDA_FN void llmpari_cuda_peer_drop(llmpar_cuda_peer *team) {
         if (team->own_stream && team->stream[r] && (r == 0 || !team->one_device)) (void)cudaStreamDestroy((cudaStream_t)team->stream[r]);
         if (team->pool[r]) (void)cudaFree(team->pool[r]);
         else if (team->memory[r] && team->root->one_device) (void)cudaFree(team->memory[r]);
-        if (team != team->root) llmpar_comm_free(team->beyond[r]);
     }
     if (team->host && (team == team->root || team->root->one_device)) (void)cudaFreeHost(team->host);
     if (team->locks) { pthread_mutex_destroy(&team->mutex); pthread_cond_destroy(&team->cond); }
@@ -6319,6 +6324,9 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_take_beyond(llmpar_cuda_peer *te
         if (beyond->rank != r || beyond->size != team->n)
             return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "beyond[%d] is the end of rank %d of %d; it must be that of rank %d of %d", (int)r, (int)beyond->rank, (int)beyond->size, (int)r,
                                      (int)team->n);
+        if (desc->stream && beyond->vtable->stream && beyond->vtable->stream(beyond) != desc->stream[r])
+            return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "beyond[%d] works on stream %p, rank %d on %p; give both the same, or stream=NULL here", (int)r, beyond->vtable->stream(beyond),
+                                     (int)r, desc->stream[r]);
     }
     if (desc->beyond && team->one_device && team->n > 1)
         return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "beyond: virtual ranks run in one launch and cannot be handed over one by one; pass device[%d], or NULL here", (int)team->n);
@@ -6331,7 +6339,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_open(llmpar_cuda_peer *team, con
     team->half       = llmpari_cuda_up(desc->buffer_bytes ? desc->buffer_bytes : (int64_t)8 << 20, 4096) * 4096;
     team->one_shot   = desc->one_shot_bytes ? desc->one_shot_bytes : team->n <= 2 ? INT64_MAX : team->n <= 4 ? 512 << 10 : 256 << 10;
     team->timeout_s  = desc->timeout_s > 0 ? desc->timeout_s : 60;
-    team->own_stream = !desc->stream;
+    team->own_stream = !desc->stream && !(desc->beyond && desc->beyond[0] && desc->beyond[0]->vtable->stream);
     team->stream_ordered = desc->stream_ordered;
     team->most_groups = desc->groups ? desc->groups : 8;
     LLMPARI_CUDA_TRY(llmpari_cuda_peer_devices(team, desc, err));
@@ -6341,6 +6349,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_open(llmpar_cuda_peer *team, con
         team->member[r] = team->place[r] = r;
         if (team->one_device && r > 0) team->stream[r] = team->stream[0];
         else if (desc->stream) team->stream[r] = desc->stream[r];
+        else if (team->beyond[r] && team->beyond[r]->vtable->stream) team->stream[r] = team->beyond[r]->vtable->stream(team->beyond[r]);
         else {
             cudaStream_t stream;
             LLMPARI_CUDA_CALL(err, cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
@@ -6378,7 +6387,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_peer_create(const llmpar_cuda_peer_desc *de
     return LLMPAR_OK;
 }
 
-LLMPAR_DEF void *llmpar_cuda_peer_stream(const llmpar_cuda_peer *peers, int32_t rank) { return rank >= 0 && rank < peers->n ? peers->stream[rank] : NULL; }
+LLMPAR_DEF void *llmpar_cuda_peer_stream(const llmpar_cuda_peer *peers, int32_t rank) { return peers && rank >= 0 && rank < peers->n ? peers->stream[rank] : NULL; }
 LLMPAR_DEF llmpar_comm *llmpar_cuda_peer_comm(llmpar_cuda_peer *peers, int32_t rank) { return peers && rank >= 0 && rank < peers->n ? &peers->end[rank].comm : NULL; }
 
 // ---- the crossover, measured
@@ -6676,7 +6685,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_start(llmpar_comm *comm, co
     }
     pthread_mutex_lock(&team->root->mutex);
     *ticket = end->started;
-    if (!team->root->stopped) llmpari_cuda_peer_look(team);
+    llmpari_cuda_peer_look(team->root);
     if (team->root->stopped) status = llmpari_cuda_peer_stopped(team, err);
     else if (status) {
         char why[480];
@@ -6703,9 +6712,9 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_await(llmpari_cuda_peer_end *end
     const double until = llmpari_cuda_now() + timeout_s;
     for (;;) {
         if (slot->status) return LLMPARI_CUDA_FAIL(err, slot->status, "%s", team->root->why);
-        if (!team->root->stopped) LLMPARI_CUDA_TRY(llmpari_cuda_peer_advance(end, block ? slot->ticket : 0, err));
+        const llmpar_status status = team->root->stopped ? LLMPAR_OK : llmpari_cuda_peer_advance(end, block ? slot->ticket : 0, err);
         *launched = slot->launched >> end->rank & 1u;
-        if (*launched) return LLMPAR_OK;
+        if (*launched || status) return status;
         if (team->root->stopped) return llmpari_cuda_peer_stopped(team, err);
         if (!block) return LLMPAR_OK;
         if (llmpari_cuda_now() > until) {
@@ -6740,10 +6749,12 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_wait(llmpar_comm *comm, int
         const cudaError_t now = block ? cudaErrorNotReady : cudaEventQuery(event);
         if (!block && now == cudaErrorNotReady) return LLMPAR_OK;
         llmpar_error own;
-        llmpar_error *told = err ? err : &own;
-        if (block) status = llmpari_cuda_poll(event, llmpari_cuda_now() + patience_s, told);
-        else if (now != cudaSuccess) status = llmpari_cuda_error(told, now, "cudaEventQuery", __LINE__, __func__);
-        if (status) {                                          // the GPU has failed: the others need not wait for this rank
+        llmpar_error *told = err && !status ? err : &own;
+        llmpar_status ended = LLMPAR_OK;
+        if (block) ended = llmpari_cuda_poll(event, llmpari_cuda_now() + patience_s, told);
+        else if (now != cudaSuccess) ended = llmpari_cuda_error(told, now, "cudaEventQuery", __LINE__, __func__);
+        if (!status) status = ended;
+        if (ended) {                                           // the GPU has failed: the others need not wait for this rank
             char why[480];
             snprintf(why, sizeof why, "rank %d: %.400s", (int)team->member[end->rank], told->text);
             pthread_mutex_lock(&team->root->mutex);
@@ -6754,7 +6765,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_wait(llmpar_comm *comm, int
     pthread_mutex_lock(&team->root->mutex);
     if (!status) {
         const bool before = team->root->stopped != LLMPAR_OK;
-        llmpari_cuda_peer_look(team);
+        llmpari_cuda_peer_look(team->root);
         if (team->root->stopped) status = before ? llmpari_cuda_peer_stopped(team, err) : LLMPARI_CUDA_FAIL(err, team->root->stopped, "%s", team->root->why);
     }
     llmpari_cuda_peer_retire(end, slot);
@@ -6767,20 +6778,27 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_wait(llmpar_comm *comm, int
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_team(llmpari_cuda_peer_end *end, const int32_t *members, int32_t n, int32_t me, llmpar_cuda_peer **out, bool *fresh, llmpar_error *err) {
     llmpar_cuda_peer *parent = end->team, *root = parent->root, **last = &root->next;
     *fresh = false;
+    llmpar_cuda_peer *begun = NULL, *old = NULL;
     for (llmpar_cuda_peer *t = root->next; t; last = &t->next, t = t->next) {
         bool same = t->parent == parent && t->n == n && t->ready;
         for (int32_t i = 0; i < n && same; i++) same = t->member[i] == parent->member[members[i]];
-        if (same && t->freed == (1u << n) - 1) {                                           // nobody's any more: its mailboxes serve the new one
-            t->joined = t->freed = 0;
-            t->id = ++root->groups;
-            for (int32_t i = 0; i < n; i++) {
-                llmpar_comm *comm = &t->end[i].comm;
-                comm->id = t->id;
-                memset(&comm->stats, 0, sizeof comm->stats);
-            }
-        }
-        if (same && !(t->joined >> me & 1u)) { *out = t; return LLMPAR_OK; }
+        if (!same) continue;
+        if (t->freed == (1u << n) - 1) old = t;                                            // nobody's any more: its mailboxes serve a new one
+        else if (!(t->joined >> me & 1u) && (!begun || t->id < begun->id)) begun = t;      // members may be several groups ahead
     }
+    if (!begun && old) {
+        begun = old;
+        old->joined = old->freed = 0;
+        old->id = ++root->groups;
+        old->one_shot = n <= 2 && root->n > 2 ? INT64_MAX : root->one_shot;
+        old->beyond_bytes = parent->beyond_bytes;
+        for (int32_t i = 0; i < n; i++) {
+            llmpar_comm *comm = &old->end[i].comm;
+            comm->id = old->id;
+            memset(&comm->stats, 0, sizeof comm->stats);
+        }
+    }
+    if (begun) { *out = begun; return LLMPAR_OK; }
     llmpar_cuda_peer *team = (llmpar_cuda_peer *)llmpari_cuda_peer_alloc(&root->allocator, sizeof *team);
     if (!team) return LLMPARI_CUDA_FAIL(err, LLMPAR_NO_MEMORY, "no memory for a group of %d ranks", (int)n);
     team->allocator = root->allocator;
@@ -6812,7 +6830,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_team(llmpari_cuda_peer_end *end,
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_settle(llmpari_cuda_peer_end *self, llmpar_error *err) {
     llmpar_cuda_peer *root = self->team->root;
     const int32_t member = self->team->member[self->rank];
-    const double until = llmpari_cuda_now() + self->comm.timeout_s;
+    const double timeout_s = self->comm.timeout_s > 0 ? self->comm.timeout_s : 60, until = llmpari_cuda_now() + timeout_s;
     for (;;) {
         llmpari_cuda_peer_end *behind = NULL;
         LLMPARI_CUDA_TRY(llmpari_cuda_peer_advance(self, INT64_MAX, err));
@@ -6824,7 +6842,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_settle(llmpari_cuda_peer_end *se
             const llmpari_cuda_peer_slot *slot = &behind->team->slot[behind->launched % LLMPARI_PEER_FLIGHT];
             char who[80], why[240];
             llmpari_cuda_peer_missing(behind->team, slot->arrived, who, sizeof who);
-            snprintf(why, sizeof why, "rank %d makes a group, and waited %g s for %s to call %s #%lld, which it has started before", (int)member, self->comm.timeout_s, who,
+            snprintf(why, sizeof why, "rank %d makes a group, and waited %g s for %s to call %s #%lld, which it has started before", (int)member, timeout_s, who,
                      llmpar_collective_name(slot->call[behind->rank].kind), (long long)behind->launched);
             return llmpari_cuda_peer_give_up(root, LLMPAR_TIMEOUT, err, why);
         }
@@ -6910,7 +6928,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_peer_comm_sound(llmpar_comm *comm, ll
     snprintf(why, sizeof why, "rank %d, `beyond`: %.400s", (int)end->team->member[end->rank], strncmp(told.text, "aborted: ", 9) == 0 ? told.text + 9 : told.text);
     pthread_mutex_lock(&root->mutex);
     if (over_there) llmpari_cuda_peer_stop(root, over_there, why);
-    for (llmpar_cuda_peer *t = root; t && !root->stopped; t = t->next) if (t->ready) llmpari_cuda_peer_look(t);
+    llmpari_cuda_peer_look(root);
     const llmpar_status status = root->stopped ? LLMPARI_CUDA_FAIL(err, root->stopped, "%s", root->why) : LLMPAR_OK;
     pthread_mutex_unlock(&root->mutex);
     return status;
@@ -6991,9 +7009,10 @@ LLMPAR_DEF llmpar_status llmpar_cuda_peer_measure_beyond(llmpar_comm *comm, int6
     return LLMPAR_OK;
 }
 
+static void *llmpari_cuda_peer_comm_stream(const llmpar_comm *comm) { const llmpari_cuda_peer_end *end = (const llmpari_cuda_peer_end *)comm->impl; return end->team->stream[end->rank]; }
 static const llmpar_comm_vtable *llmpari_cuda_peer_vtable(void) {
     static const llmpar_comm_vtable vtable = { llmpari_cuda_peer_comm_start, llmpari_cuda_peer_comm_wait, llmpari_cuda_peer_comm_group, llmpari_cuda_peer_comm_abort,
-                                               llmpari_cuda_peer_comm_free, NULL, NULL, llmpari_cuda_peer_comm_sound };
+                                               llmpari_cuda_peer_comm_free, NULL, NULL, llmpari_cuda_peer_comm_sound, llmpari_cuda_peer_comm_stream };
     return &vtable;
 }
 #endif // LLMPARI_CUDA_KERNELS
@@ -7648,8 +7667,9 @@ LLMPARI_CUDA_FN void          llmpari_nccl_free(llmpar_comm *comm);
 LLMPARI_CUDA_FN llmpar_status llmpari_nccl_group(llmpar_comm *comm, const int32_t *members, int32_t n, llmpar_comm **sub, llmpar_error *err);
 LLMPARI_CUDA_FN llmpar_status llmpari_nccl_shrink(llmpar_comm *comm, llmpar_comm **survivors, llmpar_error *err);
 LLMPARI_CUDA_FN llmpar_status llmpari_nccl_comm_sound(llmpar_comm *comm, llmpar_error *err) { return llmpari_nccl_sound(((llmpari_nccl *)comm->impl)->world, true, err); }
+LLMPARI_CUDA_FN void *llmpari_nccl_comm_stream(const llmpar_comm *comm) { return ((const llmpari_nccl *)comm->impl)->stream; }
 static const llmpar_comm_vtable llmpari_nccl_vtable = { llmpari_nccl_start, llmpari_nccl_finish, llmpari_nccl_group, llmpari_nccl_abort, llmpari_nccl_free, llmpari_nccl_shrink,
-                                                       NULL, llmpari_nccl_comm_sound };
+                                                       NULL, llmpari_nccl_comm_sound, llmpari_nccl_comm_stream };
 
 // Lets NCCL finish, or gives it up, and unlinks the comm; true: it was the last of its world.
 LLMPARI_CUDA_FN bool llmpari_nccl_close(llmpari_nccl *q) {
@@ -8444,6 +8464,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_ops(llmpar_cuda *cuda, const llmpar_cuda_op
     cuda->tables = t;
     cuda->destroy_table = llmpari_cuda_table_destroy;
     ops->user = t;
+    ops->stream = cuda->stream;
 #define LLMPARI_CUDA_SET(name) ops->name = llmpari_cuda_op_##name;
     LLMPARI_CUDA_SET(gemm) LLMPARI_CUDA_SET(norm) LLMPARI_CUDA_SET(rope) LLMPARI_CUDA_SET(attention) LLMPARI_CUDA_SET(unary) LLMPARI_CUDA_SET(binary) LLMPARI_CUDA_SET(gated)
     LLMPARI_CUDA_SET(bias) LLMPARI_CUDA_SET(softmax) LLMPARI_CUDA_SET(embed) LLMPARI_CUDA_SET(permute) LLMPARI_CUDA_SET(grouped) LLMPARI_CUDA_SET(combine) LLMPARI_CUDA_SET(box)

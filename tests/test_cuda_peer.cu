@@ -609,22 +609,31 @@ static void patient_test(void) {
 // Four devices of a mesh dp=2,tp=2: calls on the world and on groups of it in one order, groups made while calls are in flight, where an allocation may wait for any of the GPUs, and each rank
 // waits for its calls in an order of its own.
 enum { MIXED_CALLS = 14, MIXED_COUNT = 40 };
-struct mixed_case { llmpar_cuda_peer *peers; uint64_t seed; const int *device; float *data[4][MIXED_CALLS]; int axes[MIXED_CALLS]; std::atomic<int> groups; };
+struct mixed_case { llmpar_cuda_peer *peers; uint64_t seed; const int *device; float *data[4][MIXED_CALLS]; int axes[MIXED_CALLS]; std::atomic<int> groups; bool ordered; };
 static uint64_t mixed_random(uint64_t *state, uint64_t n) { *state = *state * 6364136223846793005u + 1442695040888963407u; return (*state >> 33) % n; }
 static float mixed_value(int rank, int call) { return (float)(rank * 10 + call + 1); }
+static float mixed_want(int rank, int call, int axes) {
+    float want = 0;
+    for (int s = 0; s < 4; s++) if (((axes & 1) || rank / 2 == s / 2) && ((axes & 2) || rank % 2 == s % 2)) want += mixed_value(s, call);
+    return want;
+}
 static void mixed_rank(llmpar_comm *world, void *user) {
     mixed_case *m = (mixed_case *)user;
     const int rank = world->rank;
     uint64_t shared = m->seed, own = m->seed * 77 + (uint64_t)rank;
     std::vector<std::pair<llmpar_comm *, int>> comms = { { world, 3 } };
-    std::vector<llmpar_request> open;
+    struct started { llmpar_request request; int call, axes; };
+    std::vector<started> open;
     llmpar_error err = LLMPAR_ZERO;
     llmpar_mesh mesh;
     llmpar_status status = llmpar_mesh_parse("dp=2,tp=2", &mesh, &err);
     (void)cudaSetDevice(m->device[rank]);
     auto wait_one = [&]() {
         const size_t i = (size_t)mixed_random(&own, open.size());
-        status = llmpar_wait(&open[i], &err);
+        status = llmpar_wait(&open[i].request, &err);
+        const float *data = m->data[rank][open[i].call], want = mixed_want(rank, open[i].call, open[i].axes);          // the host may read what is waited for, unless that is on the stream
+        for (int k = 0; k < MIXED_COUNT && !status && !m->ordered; k++)
+            if (data[k] != want) { snprintf(err.text, sizeof err.text, "call %d: %g instead of %g after its wait", open[i].call, (double)data[k], (double)want); status = LLMPAR_MISMATCH; }
         open.erase(open.begin() + (std::ptrdiff_t)i);
     };
     for (int k = 0; k < MIXED_CALLS && !status;) {
@@ -641,7 +650,7 @@ static void mixed_rank(llmpar_comm *world, void *user) {
         call.kind = LLMPAR_ALL_REDUCE; call.send = call.recv = m->data[rank][k]; call.count = k % 2 ? MIXED_COUNT : MIXED_COUNT * 20;
         if (rank == 0) m->axes[k] = on.second;
         status = llmpar_start(on.first, &call, &request, &err);
-        if (!status) open.push_back(request);
+        if (!status) open.push_back({ request, k, on.second });
         while (!status && !open.empty() && mixed_random(&own, 5) < 2) wait_one();
         k++;
     }
@@ -656,7 +665,7 @@ static void mixed_rank(llmpar_comm *world, void *user) {
 static void mixed_run(const llmpar_cuda_peer_desc *desc, uint64_t seed, int *groups) {
     llmpar_error err;
     mixed_case m;
-    m.seed = seed; m.device = desc->device; m.groups = 0;
+    m.seed = seed; m.device = desc->device; m.groups = 0; m.ordered = desc->stream_ordered;
     CHECK_OK(llmpar_cuda_peer_create(desc, &m.peers, &err), err);
     for (int r = 0; r < 4; r++)
         for (int k = 0; k < MIXED_CALLS; k++) {
@@ -672,9 +681,8 @@ static void mixed_run(const llmpar_cuda_peer_desc *desc, uint64_t seed, int *gro
     *groups += m.groups;
     for (int r = 0; r < 4 && !thread_wrong; r++)
         for (int k = 0; k < MIXED_CALLS; k++) {
-            float want = 0;
+            const float want = mixed_want(r, k, m.axes[k]);
             int wrong = 0;
-            for (int s = 0; s < 4; s++) if (((m.axes[k] & 1) || r / 2 == s / 2) && ((m.axes[k] & 2) || r % 2 == s % 2)) want += mixed_value(s, k);
             for (float v : host(m.data[r][k], k % 2 ? MIXED_COUNT : MIXED_COUNT * 20)) wrong += v != want;
             CHECK_EQ(wrong, 0);
         }
@@ -734,7 +742,7 @@ static llmpar_status odd_wait(llmpar_comm *comm, int64_t, bool block, bool *done
 }
 static void odd_abort(llmpar_comm *comm, const char *why) { odd_end *odd = (odd_end *)comm->impl; odd->aborted = true; llmpar_comm_abort(odd->inner, why); }
 static void odd_free(llmpar_comm *) {}
-static const llmpar_comm_vtable odd_vtable = { odd_start, odd_wait, NULL, odd_abort, odd_free, NULL, NULL, NULL };
+static const llmpar_comm_vtable odd_vtable = { odd_start, odd_wait, NULL, odd_abort, odd_free, NULL, NULL, NULL, NULL };
 
 struct odd_case { int kind; float *data[4]; const int *device; llmpar_status status[4]; llmpar_error err[4]; std::atomic<int> begun; };
 static void odd_rank(llmpar_comm *comm, void *user) {
@@ -812,6 +820,11 @@ static void beyond_wrong_test(void) {
     llmpar_comm *end[4] = { w.end[0], w.end[1], w.end[3], w.end[2] };
     bad = desc; bad.beyond = end;         CHECK_FAIL(llmpar_cuda_peer_create(&bad, &peers, &err), LLMPAR_BAD_ARGUMENT, err, "beyond[2] is the end of rank 3 of 4");
     end[1] = NULL;                        CHECK_FAIL(llmpar_cuda_peer_create(&bad, &peers, &err), LLMPAR_BAD_ARGUMENT, err, "beyond[1] is NULL");
+    void *const turned[4] = { w.stream[1], w.stream[0], w.stream[2], w.stream[3] };
+    bad = desc; bad.stream = turned;      CHECK_FAIL(llmpar_cuda_peer_create(&bad, &peers, &err), LLMPAR_BAD_ARGUMENT, err, "beyond[0] works on stream");
+    bad = desc; bad.stream = NULL;        CHECK_OK(llmpar_cuda_peer_create(&bad, &peers, &err), err);
+    for (int r = 0; r < 4; r++) CHECK(llmpar_cuda_peer_stream(peers, r) == w.stream[r]);
+    llmpar_cuda_peer_free(peers);
     bad = desc; bad.beyond_bytes = -1;    CHECK_FAIL(llmpar_cuda_peer_create(&bad, &peers, &err), LLMPAR_BAD_ARGUMENT, err, "beyond_bytes=-1");
     bad = desc; bad.device = NULL;        CHECK_FAIL(llmpar_cuda_peer_create(&bad, &peers, &err), LLMPAR_UNSUPPORTED, err, "virtual ranks");
     CHECK_OK(llmpar_cuda_peer_create(&desc, &peers, &err), err);
@@ -908,7 +921,7 @@ static void named_test(void) {
     llmpar_cuda_peer *peers;
     llmpar_cuda_peer_desc desc = {};
     emulator_devices(4);
-    desc.n_ranks = 4; desc.device = device; desc.buffer_bytes = 4096; desc.timeout_s = 0.2;
+    desc.n_ranks = 4; desc.device = device; desc.buffer_bytes = 4096; desc.timeout_s = 0.2; desc.stream_ordered = true;
     CHECK_OK(llmpar_cuda_peer_create(&desc, &peers, &err), err);
     llmpar_request request[2];
     for (int i = 1; i >= 0; i--) {
@@ -919,11 +932,133 @@ static void named_test(void) {
         call.kind = LLMPAR_ALL_REDUCE; call.send = call.recv = device_room<float>(8); call.count = 8;
         CHECK_OK(llmpar_start(group, &call, &request[i], &err), err);
     }
-    CHECK_FAIL(llmpar_wait(&request[0], &err), LLMPAR_TIMEOUT, err, "s for rank 3, which did not come");
+    CHECK_OK(llmpar_wait(&request[0], &err), err);             // it is on the stream
+    CHECK_FAIL(llmpar_cuda_peer_wait(peers, &err), LLMPAR_TIMEOUT, err, "rank 2 waited");
+    CHECK(strstr(err.text, "s for rank 3, which did not come") != NULL);
     CHECK_EQ(llmpar_wait(&request[1], &err), LLMPAR_ABORTED);
+    CHECK_EQ(llmpar_barrier(llmpar_cuda_peer_comm(peers, 0), &err), LLMPAR_ABORTED);
     (void)cudaSetDevice(0);
     device_release();
     llmpar_cuda_peer_free(peers);
+    emulator_devices(1);
+}
+
+// A group is freed and made again by one member before the other has freed it, and once more: the other one follows in that order. What comes back has the world's crossover.
+static void again_test(void) {
+    static const int32_t both[2] = { 0, 1 };
+    llmpar_error err;
+    llmpar_cuda_peer *peers = virtual_ranks(2, 4096, 2);
+    llmpar_comm *world[2], *a[2], *b[2], *c[2];
+    for (int r = 0; r < 2; r++) { world[r] = llmpar_cuda_peer_comm(peers, r); CHECK_OK(world[r]->vtable->group(world[r], both, 2, &a[r], &err), err); }
+    llmpar_comm_free(a[0]);
+    CHECK_OK(world[0]->vtable->group(world[0], both, 2, &b[0], &err), err);
+    CHECK_OK(world[0]->vtable->group(world[0], both, 2, &c[0], &err), err);
+    llmpar_comm_free(a[1]);
+    CHECK_OK(world[1]->vtable->group(world[1], both, 2, &b[1], &err), err);
+    CHECK_OK(world[1]->vtable->group(world[1], both, 2, &c[1], &err), err);
+    CHECK(b[0]->id == b[1]->id && c[0]->id == c[1]->id && b[0]->id != c[0]->id);
+    for (int r = 0; r < 2; r++) { llmpar_comm_free(b[r]); llmpar_comm_free(c[r]); }
+    peers->one_shot = peers->beyond_bytes = 12345;
+    CHECK_OK(world[0]->vtable->group(world[0], both, 2, &a[0], &err), err);
+    const llmpar_cuda_peer *team = ((llmpari_cuda_peer_end *)a[0]->impl)->team;
+    CHECK(team->one_shot == 12345 && team->beyond_bytes == 12345);
+    CHECK(llmpar_cuda_peer_stream(NULL, 0) == NULL);
+    llmpar_cuda_peer_free(peers);
+}
+
+// As after 2^20 - 1 calls of one block: the next one brings the flags of all blocks up to date.
+static void many_calls_test(void) {
+    enum { N = 40000 };
+    llmpar_error err;
+    llmpar_cuda_peer *peers = virtual_ranks(2, 1 << 20, 100);
+    const uint32_t calls = (1u << 20) - 1;
+    for (int r = 0; r < 2; r++) {
+        uint32_t *box = (uint32_t *)(void *)peers->memory[r];
+        box[0] = calls;
+        for (int s = 0; s < 2; s++) box[LLMPARI_PEER_FLAGS / 4 + s] = 2 * calls;
+    }
+    float *a = device(std::vector<float>(N, 1)), *b = device(std::vector<float>(N, 2));
+    const void *send[2] = { a, b };
+    void *recv[2] = { a, b };
+    llmpar_cuda_peer_call call = LLMPAR_ZERO;
+    call.kind = LLMPAR_ALL_REDUCE; call.send = send; call.recv = recv;
+    for (call.count = 10; call.count <= N; call.count += N - 10) {
+        CHECK_OK(llmpar_cuda_peer_run(peers, &call, &err), err);
+        CHECK_OK(llmpar_cuda_peer_wait(peers, &err), err);
+        if (call.count > 10) continue;
+        for (int r = 0; r < 2; r++) for (int k = 0; k < LLMPARI_PEER_BLOCKS; k++) for (int s = 0; s < 2; s++)
+            CHECK((int32_t)(((uint32_t *)(void *)peers->memory[r])[LLMPARI_PEER_FLAGS / 4 + k * LLMPARI_PEERS + s] - 2 * calls) > 0);
+    }
+    const std::vector<float> got = host(b, N);
+    CHECK(got[0] == 6 && got[N - 1] == 3);
+    device_release();
+    llmpar_cuda_peer_free(peers);
+}
+
+// Rank 0's call is on its stream, behind other work, when what comes after it fails in the other communicator: its wait tells of that when the kernel is done with the buffer, not before.
+struct late_case { llmpar_cuda_peer *peers; float *data[2]; std::atomic<int> step, gate; llmpar_status status; float after; };
+static late_case *late_now;
+static __global__ void late_gate_kernel(int *) { while (!late_now->gate) emulator_spin(); }
+static llmpar_status late_start(llmpar_comm *, const llmpar_call *, int64_t *ticket, llmpar_error *) { *ticket = 0; return LLMPAR_OK; }
+static llmpar_status late_wait(llmpar_comm *, int64_t, bool block, bool *done, llmpar_error *err) {
+    *done = late_now->step >= 3 || block;
+    if (*done && err) snprintf(err->text, sizeof err->text, "the wire is cut");
+    return *done ? LLMPAR_IO_FAILED : LLMPAR_OK;
+}
+static void late_abort(llmpar_comm *, const char *) {}
+static const llmpar_comm_vtable late_vtable = { late_start, late_wait, NULL, late_abort, odd_free, NULL, NULL, NULL, NULL };
+static void late_rank(llmpar_comm *world, void *user) {
+    late_case *c = (late_case *)user;
+    const int r = world->rank;
+    llmpar_error err = LLMPAR_ZERO;
+    llmpar_request request[2] = {};
+    llmpar_call call = LLMPAR_ZERO;
+    auto until = [&](int step) { while (c->step < step) if (!emulator_drive()) sched_yield(); };
+    (void)cudaSetDevice(r);
+    if (r == 0) {
+        int *none = NULL;
+        void *args[] = { &none };
+        (void)cudaLaunchKernel(late_gate_kernel, dim3(1), dim3(1), args, 0, (cudaStream_t)llmpar_cuda_peer_stream(c->peers, 0));
+        until(1);
+    }
+    call.kind = LLMPAR_ALL_REDUCE;
+    for (int k = 0; k < 2; k++) {
+        call.send = call.recv = c->data[r] + 2000 * k; call.count = k ? 1000 : 10;
+        if (llmpar_start(world, &call, &request[k], &err)) thread_wrong++;
+    }
+    if (r == 1) {
+        bool done = false;
+        c->step = 1; until(2);
+        (void)llmpar_test(&request[0], &done, &err);
+        c->step = 3; until(4);
+    } else {
+        c->step = 2; until(3);                                 // rank 1 has put its part on its stream
+        std::thread opener([c]() { std::this_thread::sleep_for(std::chrono::milliseconds(300)); c->gate = 1; });
+        c->status = llmpar_wait(&request[0], &err);
+        c->after = c->gate ? c->data[0][0] : -1;
+        opener.join();
+        c->step = 4;
+    }
+    (void)cudaDeviceSynchronize();
+    for (int k = 0; k < 2; k++) (void)llmpar_wait(&request[k], NULL);
+}
+static void late_test(void) {
+    static const int device_of[2] = { 0, 1 };
+    llmpar_comm end[2] = {}, *ends[2] = { &end[0], &end[1] };
+    llmpar_cuda_peer_desc desc = {};
+    llmpar_error err;
+    late_case c;
+    emulator_devices(2);
+    for (int r = 0; r < 2; r++) { end[r].vtable = &late_vtable; end[r].rank = r; end[r].size = 2; end[r].timeout_s = 5; end[r].impl = &end[r]; }
+    desc.n_ranks = 2; desc.device = device_of; desc.buffer_bytes = 4096; desc.blocks = 2; desc.timeout_s = 5; desc.beyond = ends; desc.beyond_bytes = 1000;
+    CHECK_OK(llmpar_cuda_peer_create(&desc, &c.peers, &err), err);
+    for (int r = 0; r < 2; r++) { (void)cudaSetDevice(r); c.data[r] = device(std::vector<float>(4000, 1.f + (float)r)); }
+    (void)cudaSetDevice(0);
+    c.step = c.gate = 0; c.status = LLMPAR_OK; c.after = 0; late_now = &c; thread_wrong = 0;
+    run_threads(2, late_rank, c.peers, &c);
+    CHECK(c.status != LLMPAR_OK && c.after == 3 && thread_wrong == 0);
+    device_release();
+    llmpar_cuda_peer_free(c.peers);
     emulator_devices(1);
 }
 
@@ -1028,6 +1163,9 @@ int main(void) {
     TEST("store buffer: with fences clean, without them seen") buffer_test(test_stress() ? 2000 : test_short() ? 20 : 200);
     TEST("several devices, a thread each") devices_test(test_short() ? 2 : 8);
     TEST("several devices: room for groups, who is named in one") { room_test(); named_test(); }
+    TEST("groups freed and made again in any order") again_test();
+    TEST("flags of blocks that are idle for long") many_calls_test();
+    TEST("a wait that fails leaves no kernel behind") late_test();
     TEST("calls on several groups, groups made meanwhile, waits in any order") mixed_test(test_stress() ? 200 : test_short() ? 3 : 12);
     TEST("large AllReduces handed over to another communicator") beyond_test(test_stress() ? 200 : test_short() ? 3 : 12);
     TEST("another communicator that fails or hangs, abort") beyond_wrong_test();

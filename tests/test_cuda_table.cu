@@ -576,6 +576,12 @@ static void test_dead_peer(void) {
     first.device_plus_1 = 1; first.stream = llmpar_cuda_peer_stream(peers, 0);
     CHECK_OK(llmpar_cuda_create(&first, &cuda, &e), e);
     CHECK_OK(llmpar_cuda_ops(cuda, NULL, &ops, &e), e);
+    llmpar_comm *end = llmpar_cuda_peer_comm(peers, 0);        // a world and ops that do not go together
+    llmpar_ops elsewhere = ops;
+    elsewhere.stream = &e;
+    CHECK_OK(llmpari_exec_host_check(end, end, &ops, &e), e);
+    CHECK_FAIL(llmpari_exec_host_check(end, end, &elsewhere, &e), LLMPAR_BAD_ARGUMENT, e, "make both with the same stream");
+    CHECK_FAIL(llmpari_exec_host_check(end, end, NULL, &e), LLMPAR_BAD_ARGUMENT, e, "ops compute in the host's");
     for (int i = 0; i < 64; i++) one[i] = 1;
     CUDA_TEST_OK(cudaSetDevice(1)); CUDA_TEST_OK(cudaMalloc(&y, sizeof one)); CUDA_TEST_OK(cudaMemcpy(y, one, sizeof one, cudaMemcpyHostToDevice));
     CUDA_TEST_OK(cudaSetDevice(0)); x = ops.alloc(ops.user, sizeof one);
