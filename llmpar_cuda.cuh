@@ -73,7 +73,7 @@ LLMPAR_DEF int llmpar_cuda_devices(const char **why);
 
 typedef struct llmpar_cuda_desc {
     int32_t device_plus_1;         // 1 + number of the device; 0 = local rank of the launcher's environment (torchrun, srun, mpirun; modulo the number of devices), else 0
-    void   *stream;                // what everything runs on; NULL = one of its own
+    void   *stream;                // what everything runs on; NULL = one of its own (llmpar_cuda_stream), which no other stream waits for
     double  timeout_s;             // how long llmpar_cuda_wait waits; 0 = 60 s
 } llmpar_cuda_desc;
 typedef struct llmpar_cuda llmpar_cuda;
@@ -675,8 +675,8 @@ typedef struct llmpar_cuda_peer_desc {
     int32_t          groups;       // several GPUs: of how many different groups a rank may be a member; 0 = 8, at most 1024. Their mailboxes are allocated at once, 2 buffer_bytes each: later CUDA
                                    // might wait for kernels that wait for the rank that asks. Virtual ranks: not looked at, as many as there is memory for
     llmpar_comm *const *beyond;    // [n_ranks] each rank's end of another communicator of the same ranks on device memory, as >>nccl's: the communicators hand AllReduces of more than
-                                   // beyond_bytes over to it. Its calls go on the rank's stream (checked, where it has one), or are done when its llmpar_wait returns. Used in the rank's thread alone, until peers
-                                   // are freed. NULL = none; LLMPAR_UNSUPPORTED with virtual ranks
+                                   // beyond_bytes over to it. Its calls go on the rank's stream (checked, where it has one), or are done when its llmpar_wait returns. Used in the rank's
+                                   // thread alone, until peers are freed. NULL = none; LLMPAR_UNSUPPORTED with virtual ranks
     int64_t          beyond_bytes; // 0 = buffer_bytes; see llmpar_cuda_peer_measure_beyond
     llmpar_allocator allocator;    // of host memory
 } llmpar_cuda_peer_desc;
@@ -733,8 +733,8 @@ LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_peer_measure(llmpar_cuda_peer *peers, 
 LLMPAR_CUDA_DEF llmpar_comm  *llmpar_cuda_peer_comm(llmpar_cuda_peer *peers, int32_t rank);     // NULL: no such rank
 
 // Times AllReduces of the comm's group with peer's kernels and with `beyond`, from twice the mailbox (at most 64 MiB) down to 64 KiB, and hands over from then on what is larger than the largest
-// size at which the kernels were not slower: *beyond_bytes (may be NULL; INT64_MAX = nothing). By the slowest rank's times: the same on all. Every member calls it, in its thread, while nothing
-// else runs (some tens of milliseconds); groups that are made of the comm later inherit it. Takes device memory of the largest size meanwhile. LLMPAR_BAD_ARGUMENT without `beyond`.
+// size at which the kernels were not slower: *beyond_bytes (may be NULL; INT64_MAX = nothing; 32768 where `beyond` always won). By the slowest rank's times: the same on all. Every member
+// calls it, in its thread, while nothing else runs (some tens of milliseconds); groups that are made of the comm later inherit it. Takes device memory of the largest size meanwhile. LLMPAR_BAD_ARGUMENT without `beyond`.
 LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_peer_measure_beyond(llmpar_comm *comm, int64_t *beyond_bytes, llmpar_error *err);
 
 #ifdef LLMPAR_NCCL
@@ -767,7 +767,7 @@ LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_peer_measure_beyond(llmpar_comm *comm,
 
 typedef struct llmpar_nccl_desc {
     llmpar_comm     *host;         // the same ranks on the host: llmpar_threads' (a GPU for each thread), llmpar_mpi_create's, ...; outlives the world. NULL: ranks meet as the environment says
-    void            *stream;       // what calls go on; NULL = CUDA's default stream
+    void            *stream;       // what calls go on: with an exec llmpar_cuda_stream of its ops (any other is refused there); NULL = CUDA's default stream
     double           timeout_s;    // of all comms, see llmpar_comm; 0 = 60 s
     bool             host_wait;    // llmpar_wait waits until the result is there
     bool             split;        // groups by ncclCommSplit even with `host`
@@ -812,6 +812,7 @@ typedef struct llmpar_cuda_ops_desc {
     bool    invariant;             // kernels with fixed orders of adding, those of llmpar_ops_cpu built without contraction: for invariant graphs. Slower
     int64_t workspace_bytes;       // for cuBLASLt; 0 = 32 MiB
 } llmpar_cuda_ops_desc;
+// Several ranks: `world` moves the device's memory on cuda's stream (llmpar_cuda_peer_comm or llmpar_nccl_create with the same stream: another one is refused), host_world the host's.
 // Belongs to cuda, which must outlive all execs with it. desc NULL = zeroed. Allocates the workspace and two pinned buffers of 4 MiB for uploads.
 LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_ops(llmpar_cuda *cuda, const llmpar_cuda_ops_desc *desc, llmpar_ops *ops, llmpar_error *err);
 

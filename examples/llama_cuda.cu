@@ -81,6 +81,7 @@ static llmpar_status rank_main(llmpar_comm *host, void *user, llmpar_error *err)
     TRY(llmpar_engine_create(&desc, &engine, err));
     TRY(generate(engine, o, host->rank == 0, err));
     const llmpar_engine_stats stats = llmpar_engine_get_stats(engine);
+    TRY(llmpar_barrier(host, err));                            // the text before the figures
     if (host->rank == 0) printf("\n"), fprintf(stderr, "%lld tokens of prompt in %.3f s, %lld more in %.3f s: %.1f tokens/s\n", (long long)stats.prefill_tokens, stats.prefill_s,
                                                (long long)stats.decode_tokens, stats.decode_s, stats.decode_s > 0 ? (double)stats.decode_tokens / stats.decode_s : 0.0);
     fprintf(stderr, "rank %d on device %d: %.2f MB read, %.2f MB of memory\n", (int)host->rank, llmpar_cuda_device(cuda), 1e-6 * (double)stats.weight_bytes_read, 1e-6 * (double)stats.memory_bytes);

@@ -6,7 +6,7 @@
 NVCC=${NVCC:-nvcc}; B=${B:-build}; D=$B/cuda
 archs=${CUDA_ARCHS:-80 90 100}
 archs=$(printf '%s\n' $archs | sort -n | tr '\n' ' '); archs=${archs% }              # the lowest first: its PTX is for all
-[ -n "$archs" ] || { echo "FAIL CUDA_ARCHS names no architecture"; echo "0 passed, 1 failed"; exit 1; }
+case $archs in native) ;; ""|*[!0-9\ ]*) echo "FAIL CUDA_ARCHS=\"${CUDA_ARCHS:-}\": numbers of architectures (\"80 90 100\"), or native"; echo "0 passed, 1 failed"; exit 1 ;; esac
 if [ "$archs" = native ]; then
     archs=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | head -n 1 | tr -d .)
     [ -n "$archs" ] || { echo "FAIL CUDA_ARCHS=native, but nvidia-smi finds no GPU"; echo "0 passed, 1 failed"; exit 1; }
@@ -21,7 +21,7 @@ printf '#include <nccl.h>\n' | "$NVCC" -x cu -E - > /dev/null 2>&1 && nccl="-DLL
 cudnn=""
 dnn="${CUDNN_FRONTEND:+-isystem $CUDNN_FRONTEND}"
 printf '#if !__has_include(<cudnn_frontend.h>) || !__has_include(<cudnn.h>)\n#error none\n#endif\n' | "$NVCC" -std=c++17 $dnn -x cu -E - > /dev/null 2>&1 && cudnn="-DLLMPAR_CUDNN $dnn -lcudnn -lnvrtc"
-[ -n "$cudnn" ] || [ -z "${CUDNN:-}" ] || { echo "FAIL CUDNN=$CUDNN, but cudnn_frontend.h or cudnn.h is not found: pip install nvidia-cudnn-frontend; CUDNN_FRONTEND=its include folder"; echo "0 passed, 1 failed"; exit 1; }
+[ -n "$cudnn" ] || [ -z "${CUDNN:-}${CUDNN_FRONTEND:-}" ] || { echo "FAIL CUDNN=${CUDNN:-} CUDNN_FRONTEND=${CUDNN_FRONTEND:-}, but cudnn_frontend.h or cudnn.h is not found: pip install nvidia-cudnn-frontend; CUDNN_FRONTEND=its include folder"; echo "0 passed, 1 failed"; exit 1; }
 # The library as an engine has it that has llmpar.h's implementation elsewhere.
 printf '#define LLMPAR_CUDA_IMPLEMENTATION\n#include "llmpar_cuda.cuh"\n' > "$D/library.cu.new"
 cmp -s "$D/library.cu.new" "$D/library.cu" || cp "$D/library.cu.new" "$D/library.cu"; rm -f "$D/library.cu.new"
