@@ -734,7 +734,8 @@ LLMPAR_CUDA_DEF llmpar_comm  *llmpar_cuda_peer_comm(llmpar_cuda_peer *peers, int
 
 // Times AllReduces of the comm's group with peer's kernels and with `beyond`, from twice the mailbox (at most 64 MiB) down to 64 KiB, and hands over from then on what is larger than the largest
 // size at which the kernels were not slower: *beyond_bytes (may be NULL; INT64_MAX = nothing; 32768 where `beyond` always won). By the slowest rank's times: the same on all. Every member
-// calls it, in its thread, while nothing else runs (some tens of milliseconds); groups that are made of the comm later inherit it. Takes device memory of the largest size meanwhile. LLMPAR_BAD_ARGUMENT without `beyond`.
+// calls it, in its thread, while nothing else runs (some tens of milliseconds); groups that are made of the comm later inherit it. Takes device memory of the largest size meanwhile.
+// LLMPAR_BAD_ARGUMENT without `beyond`.
 LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_peer_measure_beyond(llmpar_comm *comm, int64_t *beyond_bytes, llmpar_error *err);
 
 #ifdef LLMPAR_NCCL
