@@ -38,7 +38,7 @@
 //   LLMPAR_CUDNN                   llmpar_cuda_prefill (>>attend) uses cuDNN 9.8 or newer through NVIDIA's headers cudnn_frontend 1.13 or newer (pip install nvidia-cudnn-frontend, or
 //                                  github.com/NVIDIA/cudnn-frontend; C++17; they alone take a compiler some 40 s); link -lcudnn -lnvrtc
 //   LLMPAR_STATIC                  as in llmpar.h
-// Needs CUDA 12 or 13, sm_80 or newer. Streams are void * (a cudaStream_t); NULL is CUDA's default stream.
+// Needs CUDA 12 or 13, sm_80 or newer, of nvcc C++17 (its default; not -std=c++14). Streams are void * (a cudaStream_t); NULL is CUDA's default stream.
 
 #ifndef LLMPAR_CUDA_H
 #define LLMPAR_CUDA_H
@@ -77,7 +77,7 @@ typedef struct llmpar_cuda_desc {
     double  timeout_s;             // how long llmpar_cuda_wait waits; 0 = 60 s
 } llmpar_cuda_desc;
 typedef struct llmpar_cuda llmpar_cuda;
-// Errors: LLMPAR_UNSUPPORTED with what llmpar_cuda_devices says when there is no GPU.
+// Errors: LLMPAR_UNSUPPORTED with what llmpar_cuda_devices says when there is no GPU, with its compute capability when the device is older than 8.0 (sm_80).
 LLMPAR_DEF llmpar_status llmpar_cuda_create(const llmpar_cuda_desc *desc, llmpar_cuda **cuda, llmpar_error *err);
 LLMPAR_DEF void          llmpar_cuda_free(llmpar_cuda *cuda);
 LLMPAR_DEF int           llmpar_cuda_device(const llmpar_cuda *cuda);
@@ -288,7 +288,7 @@ typedef struct llmpar_cuda_attention_desc {
     void *workspace;               // llmpar_cuda_attention_workspace bytes, aligned to 16; NULL when that is 0
 } llmpar_cuda_attention_desc;
 LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_attention(const llmpar_cuda_attention_desc *desc, void *stream, llmpar_error *err);
-LLMPAR_CUDA_DEF int64_t llmpar_cuda_attention_workspace(const llmpar_cuda_attention_desc *desc);   // bytes: splits * batch * queries * q_heads * (D + 1) * 4 where keys are split
+LLMPAR_CUDA_DEF int64_t llmpar_cuda_attention_workspace(const llmpar_cuda_attention_desc *desc);   // bytes: splits * batch * queries * q_heads * (D + 1) * 4 where keys are split; refused sizes: 0
 // Over how many blocks to split the keys when `blocks` would run without: the fewest that make 4 blocks for each of `sms` multiprocessors (as many as run at a time), but 128 keys each at
 // least, and 64 at most. Pure.
 LLMPAR_CUDA_DEF int32_t llmpar_cuda_attention_splits(int64_t blocks, int64_t n_keys, int32_t sms);
@@ -402,7 +402,7 @@ typedef struct llmpar_cuda_sample_desc {
     void         *workspace;       // llmpar_cuda_sample_workspace bytes, aligned to 8
 } llmpar_cuda_sample_desc;
 typedef struct llmpar_cuda_sample_exchange { void *data; int64_t count; bool largest; } llmpar_cuda_sample_exchange;    // i64 values on the device; MAX if largest, else SUM
-LLMPAR_CUDA_DEF int64_t llmpar_cuda_sample_workspace(const llmpar_cuda_sample_desc *desc);
+LLMPAR_CUDA_DEF int64_t llmpar_cuda_sample_workspace(const llmpar_cuda_sample_desc *desc);     // bytes; 0 for rows, n or ranks that are negative or above what llmpar_cuda_sample takes
 LLMPAR_CUDA_DEF int32_t llmpar_cuda_sample_steps(const llmpar_cuda_sample_desc *desc);
 LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_sample_step(const llmpar_cuda_sample_desc *desc, int32_t step, llmpar_cuda_sample_exchange *exchange, void *stream, llmpar_error *err);
 LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_sample(const llmpar_cuda_sample_desc *desc, void *stream, llmpar_error *err);      // one rank: all steps
@@ -508,6 +508,7 @@ typedef struct llmpar_cuda_dispatch_desc {
     int32_t *block_expert;         // [llmpar_cuda_dispatch_room / block]; padded[n_experts] / block are written, numbers from 0 on
     void    *workspace;            // llmpar_cuda_dispatch_workspace bytes, aligned to 8; NULL where that is 0
 } llmpar_cuda_dispatch_desc;
+// Both look at tokens, k, first, n_experts and block alone; 0 where llmpar_cuda_dispatch refuses these: negative, or above their limits.
 LLMPAR_CUDA_DEF int64_t llmpar_cuda_dispatch_workspace(const llmpar_cuda_dispatch_desc *desc);
 LLMPAR_CUDA_DEF int64_t llmpar_cuda_dispatch_room(const llmpar_cuda_dispatch_desc *desc);    // the most that padded[n_experts] can be: a multiple of block
 LLMPAR_CUDA_DEF llmpar_status llmpar_cuda_dispatch(const llmpar_cuda_dispatch_desc *desc, void *stream, llmpar_error *err);
@@ -532,7 +533,7 @@ typedef struct llmpar_cuda_combine_desc {
     llmpar_dtype   dtype;          // of y: f32, bf16 or f16
     bool           out_f32;        // out is f32; else of y's dtype
     bool           tree;           // along section tree's tree over the expert ids; else in order of j, and ids, n_experts, experts, pieces are not looked at
-    bool           pieces;         // out[p, tokens, n] for the llmpar_tree_pieces of `experts`, `stride` elements apart
+    bool           pieces;         // out[p, tokens, n] for the llmpar_tree_pieces of `experts`, `stride` elements apart: at least tokens * n where there are several
     int64_t        n_experts;
     llmpar_range   experts;        // ids that count
     const int32_t *ids;            // [tokens, k]; -1 = none
@@ -563,7 +564,8 @@ typedef struct llmpar_cuda_gemm_desc {
     int64_t        experts, b_stride;
     const int64_t *offsets;        // [experts + 1] on the device; NULL when experts is 0
     // Granules, as llmpar.h's invariant mode adds them: k in parts of `granule`, every part a product of its own as above; they are pushed on section tree's stack, the topmost added
-    // to the one below merges[i] times after part i; what is left are `pieces` values, piece p at c + p * piece_stride. granule 0 = none. Not with accumulate.
+    // to the one below merges[i] times after part i; what is left are `pieces` values, piece p at c + p * piece_stride, one [m, n] after the other: piece_stride is at least (m - 1) ldc + n
+    // where there are several (with offsets, whose rows the host does not know: not 0). granule 0 = none. Not with accumulate.
     int64_t        granule, pieces, piece_stride;
     int32_t        depth;          // most values on the stack, at most LLMPAR_TREE_PIECES
     const uint8_t *merges;         // [ceil(k / granule)] on the device
@@ -906,6 +908,8 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_error(llmpar_error *err, cudaError_t 
 LLMPARI_CUDA_FN int64_t llmpari_cuda_min(int64_t a, int64_t b) { return a < b ? a : b; }
 LLMPARI_CUDA_FN int64_t llmpari_cuda_max(int64_t a, int64_t b) { return a > b ? a : b; }
 LLMPARI_CUDA_FN int64_t llmpari_cuda_up(int64_t a, int64_t b) { return (a + b - 1) / b; }      // a / b rounded up
+// a * b, at most 2^60, so that products and sums of two fit; 0 where a or b is negative.
+LLMPARI_CUDA_FN int64_t llmpari_cuda_times(int64_t a, int64_t b) { return a <= 0 || b <= 0 ? 0 : a > ((int64_t)1 << 60) / b ? (int64_t)1 << 60 : a * b; }
 
 LLMPARI_CUDA_FN double llmpari_cuda_now(void) {
     struct timespec t;
@@ -936,6 +940,7 @@ struct llmpar_cuda {
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_open(const llmpar_cuda_desc *desc, llmpar_cuda *cuda, llmpar_error *err) {
     const char *why, *local = getenv("LOCAL_RANK");
     llmpar_launch launch;
+    int major = 0, minor = 0;
     const int n = llmpar_cuda_devices(&why);
     if (n == 0) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "no GPU: %s", why);
     cuda->device = desc->device_plus_1 > 0 ? desc->device_plus_1 - 1 : 0;
@@ -952,6 +957,9 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_open(const llmpar_cuda_desc *desc, ll
         return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "device_plus_1=%d, but this process sees devices 0 to %d (CUDA_VISIBLE_DEVICES narrows them)", (int)desc->device_plus_1, n - 1);
     if (!(desc->timeout_s >= 0)) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "timeout_s=%g; pass 0 (60 s) or more", desc->timeout_s);
     cuda->timeout_s = desc->timeout_s > 0 ? desc->timeout_s : 60;
+    LLMPARI_CUDA_CALL(err, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, cuda->device));
+    LLMPARI_CUDA_CALL(err, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, cuda->device));
+    if (major < 8) return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "device %d has compute capability %d.%d; the kernels need 8.0 (sm_80) or newer", cuda->device, major, minor);
     LLMPARI_CUDA_CALL(err, cudaSetDevice(cuda->device));
     cuda->stream = desc->stream;
     if (!cuda->stream) {
@@ -1029,6 +1037,14 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_check_unless(bool none, const char *n
     return none ? LLMPAR_OK : llmpari_cuda_check(name, pointer, align, false, err);
 }
 
+// What is written may not overlap what is read; bytes of each.
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_apart(const char *to, const void *written, int64_t to_bytes, const char *from, const void *read, int64_t from_bytes, llmpar_error *err) {
+    const uintptr_t a = (uintptr_t)written, b = (uintptr_t)read;
+    if (to_bytes <= 0 || from_bytes <= 0 || a >= b + (uintptr_t)from_bytes || b >= a + (uintptr_t)to_bytes) return LLMPAR_OK;
+    return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "%s [%p, %lld bytes] overlaps %s [%p, %lld bytes]; give it memory of its own", to, (void *)a, (long long)to_bytes, from, (void *)b,
+                             (long long)from_bytes);
+}
+
 // 0 <= value <= most
 LLMPARI_CUDA_FN llmpar_status llmpari_cuda_size(const char *name, int64_t value, int64_t most, llmpar_error *err) {
     if (value >= 0 && value <= most) return LLMPAR_OK;
@@ -1043,6 +1059,10 @@ LLMPARI_CUDA_FN int64_t llmpari_cuda_bytes(llmpar_dtype dtype) { return dtype ==
 
 #ifdef LLMPARI_CUDA_KERNELS
 // ---- launching; what kernels have in common
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "llmpar_cuda.cuh needs sm_80 or newer: give nvcc -arch=sm_80, -arch=native on a machine with such a GPU, or no older -gencode"
+#endif
 
 #define LLMPARI_DEVICE static __device__ __forceinline__
 // Before a loop: all of its turns, or n of them, become straight code, so that arrays stay in registers; or none, where a slow path would take registers from the fast one.
@@ -2811,15 +2831,10 @@ static llmpar_status llmpari_cuda_attend_exact_launch(const llmpari_cuda_attend<
 }
 
 static int32_t llmpari_cuda_attention_choice(const llmpar_cuda_attention_desc *desc) {
-    const int64_t slots = desc->kv.slots ? desc->kv.slots : desc->kv.block_table ? desc->kv.max_blocks * desc->kv.block_size : 0;
+    const int64_t slots = desc->kv.slots ? desc->kv.slots : desc->kv.block_table ? llmpari_cuda_times(desc->kv.max_blocks, desc->kv.block_size) : 0;
     if (desc->exact) return 1;
     const int64_t n_keys = desc->n_keys ? llmpari_cuda_min(desc->n_keys, slots) : slots;
     return desc->splits ? desc->splits : llmpari_cuda_attend_splits(llmpari_cuda_bytes(desc->dtype), desc->batch, desc->queries, desc->q_heads, desc->kv_heads, n_keys);
-}
-LLMPAR_DEF int64_t llmpar_cuda_attention_workspace(const llmpar_cuda_attention_desc *desc) {
-    if (!desc) return 0;
-    const int64_t splits = llmpari_cuda_attention_choice(desc);
-    return splits > 1 ? splits * desc->batch * desc->queries * desc->q_heads * (desc->d + 1) * 4 : 0;
 }
 
 // desc checked, nothing empty
@@ -2870,6 +2885,12 @@ static llmpar_status llmpari_cuda_attention_sizes(const llmpar_cuda_attention_de
     if (desc->exact && (desc->dtype != LLMPAR_F32 || desc->soft_cap > 0 || desc->sinks))
         return LLMPARI_CUDA_FAIL(err, LLMPAR_UNSUPPORTED, "exact is for f32 without soft_cap and sinks, as the CPU's kernel");
     return LLMPAR_OK;
+}
+
+LLMPAR_DEF int64_t llmpar_cuda_attention_workspace(const llmpar_cuda_attention_desc *desc) {
+    if (!desc || llmpari_cuda_attention_sizes(desc, NULL)) return 0;
+    const int64_t splits = llmpari_cuda_attention_choice(desc);
+    return splits > 1 ? llmpari_cuda_times(splits * desc->batch, 4 * desc->queries * desc->q_heads * (desc->d + 1)) : 0;
 }
 
 // Everything of the desc; *empty: there is nothing to do, and pointers were not looked at.
@@ -2953,7 +2974,7 @@ LLMPAR_DEF const char *llmpar_cuda_prefill_plain(const llmpar_cuda_attention_des
     if (!llmpari_cuda_cache_packs(kv) || !llmpari_cuda_packs(kv.k, kv.stride_head)) return "kv: addresses or strides are not multiples of 16 bytes";
     if (desc->batch > 65535)                            return "batch: more than 65535 rows";        // pytorch#180718
     if ((double)desc->batch * (double)desc->queries * desc->q_heads * desc->d > 2147483647.0 ||
-        (double)(desc->batch - 1) * (double)kv.stride_row + (double)kv.slots * (double)kv.stride_slot + (double)desc->kv_heads * (double)kv.stride_head > 2147483647.0)
+        (double)(desc->batch - 1) * (double)kv.stride_row + (double)(kv.slots - 1) * (double)kv.stride_slot + (double)(desc->kv_heads - 1) * (double)kv.stride_head + desc->d > 2147483647.0)
         return "size: q or the cache spans 2^31 elements or more";
     return NULL;
 }
@@ -3382,7 +3403,9 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_shard(int64_t rows, int64_t n, int64_
     LLMPARI_CUDA_TRY(llmpari_cuda_float("dtype", dtype, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("rows", rows, INT32_MAX, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("vocabulary", vocabulary, 1 << 30, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_size("n", n, vocabulary, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("n", n, 1 << 30, err));
+    if (n > vocabulary)
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "n=%lld columns here, but vocabulary=%lld; vocabulary is the columns of all ranks", (long long)n, (long long)vocabulary);
     LLMPARI_CUDA_TRY(llmpari_cuda_size("first", first, vocabulary - n, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("stride", stride, (int64_t)1 << 40, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("ranks", ranks, 1 << 20, err));
@@ -3606,7 +3629,7 @@ LLMPARI_CUDA_FN int llmpari_cuda_sample_splits(const llmpar_cuda_sample_desc *de
 }
 LLMPARI_CUDA_FN bool llmpari_cuda_sample_top(const llmpar_cuda_sample_desc *desc) { return desc->temperature > 0 && desc->top_p > 0 && desc->top_p < 1; }
 LLMPAR_DEF int64_t llmpar_cuda_sample_workspace(const llmpar_cuda_sample_desc *desc) {
-    if (!desc) return 0;
+    if (!desc || llmpari_cuda_size("rows", desc->rows, 65535, NULL) || llmpari_cuda_size("n", desc->n, 1 << 30, NULL) || llmpari_cuda_size("ranks", desc->ranks, 1 << 20, NULL)) return 0;
     const int64_t bins = llmpari_cuda_sample_top(desc) ? LLMPARI_CUDA_SAMPLE_ROUNDS * LLMPARI_CUDA_SAMPLE_BINS + 4 * (LLMPARI_CUDA_SAMPLE_ROUNDS + 1) : 0;
     return 8 * desc->rows * (2 + (desc->ranks ? desc->ranks : 1) + llmpari_cuda_sample_splits(desc) + bins);
 }
@@ -4594,14 +4617,23 @@ template <int PHASE> __global__ void __launch_bounds__(1024) llmpari_cuda_sort_k
 // Ids of a block, and the number of blocks.
 LLMPARI_CUDA_FN int64_t llmpari_cuda_sort_chunk(int64_t n) { return n <= LLMPARI_CUDA_SORT_CHUNK ? n : llmpari_cuda_max(LLMPARI_CUDA_SORT_CHUNK, llmpari_cuda_up(n, 128)); }
 
+#define LLMPARI_CUDA_MAX_PLACES ((int64_t)INT32_MAX - (1 << 20))
+LLMPARI_CUDA_FN llmpar_status llmpari_cuda_dispatch_sizes(const llmpar_cuda_dispatch_desc *desc, llmpar_error *err) {
+    const int64_t most = LLMPARI_CUDA_MAX_PLACES;
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("tokens", desc->tokens, most, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("k", desc->k, desc->tokens ? most / desc->tokens : most, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("n_experts", desc->n_experts, LLMPAR_CUDA_MAX_BINS, err));
+    LLMPARI_CUDA_TRY(llmpari_cuda_size("first", desc->first, INT32_MAX, err));
+    return llmpari_cuda_size("block", desc->block, 1 << 20, err);
+}
 LLMPAR_DEF int64_t llmpar_cuda_dispatch_workspace(const llmpar_cuda_dispatch_desc *desc) {
-    if (!desc) return 0;
+    if (!desc || llmpari_cuda_dispatch_sizes(desc, NULL)) return 0;
     const int64_t n = desc->tokens * desc->k;
     if (n <= LLMPARI_CUDA_SORT_CHUNK) return 0;
     return 4 * (llmpari_cuda_up(n, llmpari_cuda_sort_chunk(n)) * desc->n_experts + 2 * (desc->n_experts + 1));
 }
 LLMPAR_DEF int64_t llmpar_cuda_dispatch_room(const llmpar_cuda_dispatch_desc *desc) {
-    if (!desc) return 0;
+    if (!desc || llmpari_cuda_dispatch_sizes(desc, NULL)) return 0;
     const int64_t n = desc->tokens * desc->k, block = desc->block ? desc->block : 1;
     return (n + llmpari_cuda_min(n, desc->n_experts) * (block - 1)) / block * block;
 }
@@ -4633,15 +4665,10 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_dispatch_launch(const llmpar_cuda_dis
 
 LLMPAR_DEF llmpar_status llmpar_cuda_dispatch(const llmpar_cuda_dispatch_desc *desc, void *stream, llmpar_error *err) {
     if (!desc) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc is NULL");
-    const int64_t most = INT32_MAX - (1 << 20);
-    LLMPARI_CUDA_TRY(llmpari_cuda_size("tokens", desc->tokens, most, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_size("k", desc->k, desc->tokens ? most / desc->tokens : most, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_size("n_experts", desc->n_experts, LLMPAR_CUDA_MAX_BINS, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_size("first", desc->first, INT32_MAX, err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_size("block", desc->block, 1 << 20, err));
-    if (llmpar_cuda_dispatch_room(desc) > most)
+    LLMPARI_CUDA_TRY(llmpari_cuda_dispatch_sizes(desc, err));
+    if (llmpar_cuda_dispatch_room(desc) > LLMPARI_CUDA_MAX_PLACES)
         return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "tokens=%lld with k=%lld in blocks of %lld can be %lld rows, the most is %lld; dispatch fewer at a time", (long long)desc->tokens,
-                                 (long long)desc->k, (long long)desc->block, (long long)llmpar_cuda_dispatch_room(desc), (long long)most);
+                                 (long long)desc->k, (long long)desc->block, (long long)llmpar_cuda_dispatch_room(desc), (long long)LLMPARI_CUDA_MAX_PLACES);
     LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->tokens * desc->k == 0, "ids", desc->ids, 4, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("counts", desc->counts, 4, true, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("offsets", desc->offsets, 8, true, err));
@@ -4704,6 +4731,9 @@ LLMPAR_DEF llmpar_status llmpar_cuda_permute(const llmpar_cuda_permute_desc *des
     LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "x", desc->x, 1, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "to", desc->to, 4, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "y", desc->y, 1, err));
+    if (!none)
+        LLMPARI_CUDA_TRY(llmpari_cuda_apart("y", desc->y, llmpari_cuda_times(desc->count, desc->bytes), "x", desc->x,
+                                            llmpari_cuda_times(desc->rows - 1, desc->stride ? desc->stride : desc->bytes) + desc->bytes, err));
     return llmpari_cuda_permute_launch(desc, stream, err);
 }
 
@@ -4858,6 +4888,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_combine(const llmpar_cuda_combine_desc *des
     if (!desc) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc is NULL");
     const int64_t most = (int64_t)1 << 40;
     llmpar_range piece[LLMPAR_TREE_PIECES];
+    int32_t pieces = 1;
     LLMPARI_CUDA_TRY(llmpari_cuda_float("dtype", desc->dtype, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("tokens", desc->tokens, INT32_MAX, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_size("k", desc->k, LLMPAR_CUDA_MAX_SUM, err));
@@ -4867,16 +4898,25 @@ LLMPAR_DEF llmpar_status llmpar_cuda_combine(const llmpar_cuda_combine_desc *des
     LLMPARI_CUDA_TRY(llmpari_cuda_size("stride", desc->stride, most, err));
     if (desc->tree) {
         LLMPARI_CUDA_TRY(llmpari_cuda_size("n_experts", desc->n_experts, INT32_MAX - 1, err));
-        if (llmpar_tree_pieces(desc->n_experts, desc->experts, piece) < 0)
+        pieces = llmpar_tree_pieces(desc->n_experts, desc->experts, piece);
+        if (pieces < 0)
             return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "experts [%lld, +%lld) are not inside [0, n_experts=%lld)", (long long)desc->experts.first, (long long)desc->experts.count,
                                      (long long)desc->n_experts);
+        if (!desc->pieces) pieces = 1;
+        if (pieces > 1 && desc->stride < desc->tokens * desc->n)
+            return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "stride=%lld, but each of the %d pieces has tokens * n = %lld elements; pass that or more", (long long)desc->stride, (int)pieces,
+                                     (long long)(desc->tokens * desc->n));
     }
     const bool none = desc->tokens == 0 || desc->n == 0;
     LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || !desc->tree || desc->k == 0, "ids", desc->ids, 4, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || desc->k == 0, "from", desc->from, 4, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check("weights", desc->weights, 4, true, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || desc->count == 0 || desc->k == 0, "y", desc->y, llmpari_cuda_bytes(desc->dtype), err));
-    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "out", desc->out, desc->out_f32 ? 4 : llmpari_cuda_bytes(desc->dtype), err));
+    const int64_t out_bytes = desc->out_f32 ? 4 : llmpari_cuda_bytes(desc->dtype), y_n = llmpari_cuda_times(desc->count, desc->n);
+    LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none, "out", desc->out, out_bytes, err));
+    if (!none && pieces > 0 && desc->k > 0)
+        LLMPARI_CUDA_TRY(llmpari_cuda_apart("out", desc->out, llmpari_cuda_times((pieces - 1) * desc->stride + llmpari_cuda_times(desc->tokens, desc->n), out_bytes), "y", desc->y,
+                                            llmpari_cuda_times(y_n, llmpari_cuda_bytes(desc->dtype)), err));
     return llmpari_cuda_combine_launch(desc, stream, err);
 }
 
@@ -5067,6 +5107,10 @@ LLMPAR_DEF llmpar_status llmpar_cuda_gemm(const llmpar_cuda_gemm_desc *desc, voi
         LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(desc->k == 0, "merges", desc->merges, 1, err));
     }
     const bool none = desc->n == 0 || (!grouped && desc->m == 0);
+    const int64_t apart = none ? 0 : grouped ? 1 : llmpari_cuda_times(desc->m - 1, desc->ldc) + desc->n;
+    if (desc->granule && desc->pieces > 1 && desc->piece_stride < apart)
+        return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "piece_stride=%lld, but each of the pieces=%lld spans %s%lld elements; pass that or more", (long long)desc->piece_stride,
+                                 (long long)desc->pieces, grouped ? "at least " : "", (long long)apart);
     if (grouped) LLMPARI_CUDA_TRY(llmpari_cuda_check("offsets", desc->offsets, 8, false, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || desc->k == 0, "a", desc->a, 4, err));
     LLMPARI_CUDA_TRY(llmpari_cuda_check_unless(none || desc->k == 0, "b", desc->b, llmpari_cuda_bytes(desc->b_dtype), err));

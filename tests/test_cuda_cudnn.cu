@@ -45,6 +45,15 @@ static void test_choice(void) {
     CUDNN(g.queries = (1 << 21) - 1); PLAIN(g.queries = 1 << 21, "size"); CUDNN(g.kv.slots = (1 << 22) + (1 << 21)); PLAIN(g.kv.slots = 1 << 23, "size");
     PLAIN((g.kv.stride_row = (int64_t)1 << 31, g.kv.stride_slot = 136, g.kv.stride_head = 64), "size");
     CUDNN((g.batch = 1, g.kv.stride_row = (int64_t)1 << 31, g.kv.stride_slot = 136, g.kv.stride_head = 64));
+    // One head of slots side by side: how far heads are apart says nothing.
+    CUDNN((g.batch = 1, g.q_heads = g.kv_heads = 1, g.d = 128, g.kv.slots = 1 << 23, g.kv.stride_row = g.kv.stride_head = 1 << 30, g.kv.stride_slot = 128));
+    CUDNN((g.batch = 1, g.q_heads = g.kv_heads = 1, g.d = 120, g.kv.slots = 1 << 24, g.kv.stride_row = g.kv.stride_head = 1 << 30, g.kv.stride_slot = 128));
+    PLAIN((g.batch = 1, g.q_heads = g.kv_heads = 1, g.d = 128, g.kv.slots = 1 << 24, g.kv.stride_row = g.kv.stride_head = 1 << 30, g.kv.stride_slot = 128), "size");
+    g = sound(); g.splits = 2; CHECK_EQ(llmpar_cuda_attention_workspace(&g), 2 * 2 * 100 * 8 * 65 * 4);
+    g.batch = g.queries = -1; CHECK_EQ(llmpar_cuda_attention_workspace(&g), 0);
+    g = sound(); g.splits = 2; g.d = -1; CHECK_EQ(llmpar_cuda_attention_workspace(&g), 0);
+    g = sound(); g.splits = 2; g.batch = -2; CHECK_EQ(llmpar_cuda_attention_workspace(&g), 0);
+    g = sound(); g.kv.slots = 0; g.kv.block_table = table; g.kv.max_blocks = g.kv.block_size = (int64_t)1 << 40; CHECK(llmpar_cuda_attention_workspace(&g) >= 0);
     const int32_t even[6] = { 0, 0, 1, 1, 2, 2 }, uneven[6] = { 0, 0, 0, 1, 2, 2 };
     CHECK(llmpar_cuda_heads_even(even, 6, 3)); CHECK(!llmpar_cuda_heads_even(uneven, 6, 3)); CHECK(!llmpar_cuda_heads_even(even, 6, 4)); CHECK(!llmpar_cuda_heads_even(even, 6, 0));
     CHECK(llmpar_cuda_heads_even(even, 0, 2)); CHECK(!llmpar_cuda_heads_even(even, 6, 6));

@@ -103,6 +103,9 @@ int main(void) {
         CHECK_OK(llmpari_cuda_size("rows", 10, 10, &err), err);
         CHECK_FAIL(llmpari_cuda_size("rows", 11, 10, &err), LLMPAR_BAD_ARGUMENT, err, "rows=11; it must be 0 to 10");
         CHECK_FAIL(llmpari_cuda_size("rows", -1, 10, &err), LLMPAR_BAD_ARGUMENT, err, "rows=-1");
+        const int64_t much = (int64_t)1 << 60;
+        CHECK_EQ(llmpari_cuda_times(3, 5), 15); CHECK_EQ(llmpari_cuda_times(-3, -5), 0); CHECK_EQ(llmpari_cuda_times(3, -5), 0); CHECK_EQ(llmpari_cuda_times(3, 0), 0);
+        CHECK_EQ(llmpari_cuda_times(much / 4, 4), much); CHECK_EQ(llmpari_cuda_times(much / 4 + 1, 4), much); CHECK_EQ(llmpari_cuda_times(INT64_MAX, INT64_MAX), much);
         for (llmpar_dtype d : { LLMPAR_F32, LLMPAR_BF16, LLMPAR_F16 }) { CHECK_OK(llmpari_cuda_float("dtype", d, &err), err); CHECK_EQ(llmpari_cuda_bytes(d), dtype_bytes(d)); }
         for (llmpar_dtype d : { LLMPAR_I32, LLMPAR_I64, LLMPAR_U8 }) { CHECK_FAIL(llmpari_cuda_float("dtype", d, &err), LLMPAR_UNSUPPORTED, err, "the kernels know f32, bf16 and f16"); CHECK_EQ(llmpari_cuda_bytes(d), dtype_bytes(d)); }
     }
@@ -177,6 +180,15 @@ int main(void) {
         CHECK_FAIL(llmpar_cuda_create(NULL, &cuda, &err), LLMPAR_UNSUPPORTED, err, "no GPU: no NVIDIA driver");
         CHECK(cuda == NULL && cudaPeekAtLastError() == cudaSuccess);
         emulator_devices(1);
+    }
+    TEST("a GPU that is too old") {
+        emulator_capability(75);
+        CHECK_FAIL(llmpar_cuda_create(NULL, &cuda, &err), LLMPAR_UNSUPPORTED, err, "device 0 has compute capability 7.5; the kernels need 8.0 (sm_80)");
+        CHECK(cuda == NULL);
+        emulator_capability(80);
+        CHECK_OK(llmpar_cuda_create(NULL, &cuda, &err), err);
+        llmpar_cuda_free(cuda);
+        emulator_capability(90);
     }
     TEST("three devices: LOCAL_RANK picks modulo, the wrong device's memory is refused") {
         emulator_devices(3);

@@ -338,6 +338,13 @@ static void test_sample(void) {
         good.workspace = device_room<char>(llmpar_cuda_sample_workspace(&good));
         d = good; d.rows = 65536;      CHECK_FAIL(llmpar_cuda_sample(&d, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "rows=65536");
         d = good; d.n = -1;            CHECK_FAIL(llmpar_cuda_sample(&d, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "n=-1");
+        d = good; d.vocabulary = 0;    CHECK_FAIL(llmpar_cuda_sample(&d, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "n=4 columns here, but vocabulary=0; vocabulary is");
+        CHECK(llmpar_cuda_sample_workspace(&good) > 0); CHECK_EQ(llmpar_cuda_sample_workspace(NULL), 0);
+        d = good; d.rows = -1;         CHECK_EQ(llmpar_cuda_sample_workspace(&d), 0);
+        d = good; d.rows = INT64_MAX;  CHECK_EQ(llmpar_cuda_sample_workspace(&d), 0);
+        d = good; d.n = -1;            CHECK_EQ(llmpar_cuda_sample_workspace(&d), 0);
+        d = good; d.n = INT64_MAX;     CHECK_EQ(llmpar_cuda_sample_workspace(&d), 0);
+        d = good; d.ranks = -1;        CHECK_EQ(llmpar_cuda_sample_workspace(&d), 0);
         d = good; d.first = 1;         CHECK_FAIL(llmpar_cuda_sample(&d, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "first=1");
         d = good; d.vocabulary = (int64_t)1 << 31; CHECK_FAIL(llmpar_cuda_sample(&d, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "vocabulary=");
         d = good; d.stride = 2;        CHECK_FAIL(llmpar_cuda_sample(&d, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "stride=2");

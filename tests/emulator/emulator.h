@@ -1,6 +1,11 @@
 // emulator.h - CUDA threads on a CPU, for tests. Every CUDA thread is a fiber; blocks run one after another, and beside one another where they wait for each other.
 //
-// What it finds: shared memory that is read before it is written (0xFF bytes, which are NaN), indices outside of shared arrays and device buffers, barriers that not all threads
+// One's own .cu on it, from this repository's root (a kernel is launched by cudaLaunchKernel, as <<<>>> is no C++, and has shared memory by LLMPARI_SHARED(type, name, n), not __shared__):
+//   g++ -x c++ -std=c++17 -O1 -g -DLLMPAR_STATIC -Itests/emulator -I. own.cu -o own -lpthread -lm
+// In it under #ifdef LLMPAR_CUDA_EMULATED: emulator_devices(n) for n GPUs (there is one; 0: none), emulator_order(i) for the order in which threads run: 0 forward, 1 reverse, 2 shuffled.
+//
+// What it finds: shared memory that is read before it is written (0xFF bytes, which are NaN), indices outside of shared arrays, writes right outside of device memory when it is freed
+// (guards around it; after a launch too while there are few allocations; with -fsanitize=address at the access itself, and reads too), barriers that not all threads
 // reach or that they reach in different lines, shuffles from lanes that are outside of the mask or gone, and with three orders of the threads and ThreadSanitizer missing barriers;
 // with emulator_buffer(seed) missing fences: plain stores of emulator_store are seen by others as late as is allowed.
 // A fault ends the launch: cudaErrorLaunchFailure, emulator_error() has the text, and stderr unless emulator_quiet(1).
@@ -254,7 +259,7 @@ struct emulator_launch {
 };
 
 struct emulator_options {
-    std::atomic<int> order{0}, quiet{0}, devices{1}, late{0}, peers{1}, slow_alloc{0};
+    std::atomic<int> order{0}, quiet{0}, devices{1}, late{0}, peers{1}, slow_alloc{0}, capability{90};
     std::atomic<int> running[64] = {};        // what is left on the streams of each device
     std::atomic<int64_t> fail{0}, calls{0};
     std::atomic<int> fail_error{0};
@@ -302,6 +307,7 @@ inline void emulator_clear()                 { emulator_me().error[0] = 0; emula
 inline void emulator_quiet(int quiet)        { emulator_option().quiet = quiet; }
 inline void emulator_order(int order)        { emulator_option().order = order; }                // 0 forward, 1 reverse, 2 shuffled
 inline void emulator_devices(int n)          { emulator_option().devices = n; }                  // 0: no GPU; -1: no driver
+inline void emulator_capability(int c)       { emulator_option().capability = c; }               // 10 * major + minor; 90 unless told
 inline void emulator_peers(int yes)          { emulator_option().peers = yes; }                  // can devices read each other's memory?
 inline void emulator_late(int n)             { emulator_option().late = n; }                     // the next n queries say cudaErrorNotReady; -1: all
 inline void emulator_slow_alloc(int yes)     { emulator_option().slow_alloc = yes; }             // cudaMalloc waits for all that runs on the device, whoever launched it, as CUDA's may
@@ -399,7 +405,8 @@ inline emulator_fiber *emulator_new_fiber() {
     f->bytes = 64 * 1024;
 #endif
     void *at = mmap(nullptr, f->bytes + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (at == MAP_FAILED) { fprintf(stderr, "emulator: no memory for a stack\n"); abort(); }
+    if (at == MAP_FAILED) { fprintf(stderr, "emulator: no memory for a stack: every thread of the blocks that run beside one another has one; raise vm.max_map_count (sysctl), which two "
+                                        "mappings a stack use up, or launch fewer blocks or threads\n"); abort(); }
 #ifndef EMULATOR_TSAN
     mprotect(at, 4096, PROT_NONE);                             // not under TSan, which maps enough itself: without it neighbours are one mapping, and a process may have 65530
 #endif
@@ -1184,8 +1191,8 @@ EMULATOR_API cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr 
         case cudaDevAttrL2CacheSize: *value = 1 << 20; break;
         case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2048; break;
         case cudaDevAttrUnifiedAddressing: *value = 1; break;
-        case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
-        case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
+        case cudaDevAttrComputeCapabilityMajor: *value = emulator_option().capability / 10; break;
+        case cudaDevAttrComputeCapabilityMinor: *value = emulator_option().capability % 10; break;
         case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = EMULATOR_SHARED_MOST + 1024; break;
         case cudaDevAttrCooperativeLaunch: *value = 1; break;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = EMULATOR_SHARED_MOST; break;
