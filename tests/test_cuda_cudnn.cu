@@ -50,7 +50,8 @@ static void test_choice(void) {
     CUDNN((g.batch = 1, g.q_heads = g.kv_heads = 1, g.d = 120, g.kv.slots = 1 << 24, g.kv.stride_row = g.kv.stride_head = 1 << 30, g.kv.stride_slot = 128));
     PLAIN((g.batch = 1, g.q_heads = g.kv_heads = 1, g.d = 128, g.kv.slots = 1 << 24, g.kv.stride_row = g.kv.stride_head = 1 << 30, g.kv.stride_slot = 128), "size");
     g = sound(); g.splits = 2; CHECK_EQ(llmpar_cuda_attention_workspace(&g), 2 * 2 * 100 * 8 * 65 * 4);
-    g.batch = g.queries = -1; CHECK_EQ(llmpar_cuda_attention_workspace(&g), 0);
+    g.queries = g.q_heads = -1; CHECK_EQ(llmpar_cuda_attention_workspace(&g), 0);
+    g = sound(); g.splits = 2; g.batch = (int64_t)1 << 62; CHECK_EQ(llmpar_cuda_attention_workspace(&g), 0);
     g = sound(); g.splits = 2; g.d = -1; CHECK_EQ(llmpar_cuda_attention_workspace(&g), 0);
     g = sound(); g.splits = 2; g.batch = -2; CHECK_EQ(llmpar_cuda_attention_workspace(&g), 0);
     g = sound(); g.kv.slots = 0; g.kv.block_table = table; g.kv.max_blocks = g.kv.block_size = (int64_t)1 << 40; CHECK(llmpar_cuda_attention_workspace(&g) >= 0);
