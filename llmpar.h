@@ -1390,7 +1390,7 @@ typedef struct llmpar_comm_vtable {
     bool          (*quick)(llmpar_comm *comm, const llmpar_call *call, llmpar_status *status, llmpar_error *err);   // start and wait in one for a small
                                    // AllReduce, or false: nothing was done; may be NULL
     llmpar_status (*sound)(llmpar_comm *comm, llmpar_error *err);      // see llmpar_comm_sound; NULL where llmpar_wait tells all
-    void         *(*stream)(const llmpar_comm *comm);                  // of a device, that calls go on; NULL where they do not
+    void         *(*stream)(const llmpar_comm *comm);                  // of a device, whose memory calls move, going on that stream; NULL: memory of the host
 } llmpar_comm_vtable;
 
 struct llmpar_comm {
@@ -23790,6 +23790,9 @@ LLMPARI_FN llmpar_status llmpari_exec_host_check(const llmpar_comm *world, const
     if (host && (host->rank != world->rank || host->size != world->size))
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "host_world is rank %d of %d, world is rank %d of %d; they must be the same ranks", (int)host->rank, (int)host->size, (int)world->rank,
                             (int)world->size);
+    if (world->size > 1 && !world->vtable->stream && ops && ops->alloc)
+        return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "ops compute in memory of their own, world moves memory of the host: pass a communicator for ops' memory (peer pointers, NCCL), and this one as "
+                            "host_world");
     if (world->size > 1 && world->vtable->stream && !(ops && ops->alloc))
         return LLMPARI_FAIL(err, LLMPAR_BAD_ARGUMENT, "world moves memory of a device, ops compute in the host's: pass a device's ops, or a world of threads or MPI");
     if (world->size > 1 && world->vtable->stream && world->vtable->stream(world) != ops->stream)

@@ -151,8 +151,9 @@ static void far_comm_free(llmpar_comm *comm) {
     free(c);
     free(comm);
 }
+static void *far_stream(const llmpar_comm *comm) { (void)comm; return NULL; }      // far memory's, not the host's
 static llmpar_comm *far_comm_new(far_memory *f, llmpar_comm *inner) {
-    static const llmpar_comm_vtable vtable = { far_start, far_done, far_group, far_abort, far_comm_free, NULL, NULL, NULL, NULL };
+    static const llmpar_comm_vtable vtable = { far_start, far_done, far_group, far_abort, far_comm_free, NULL, NULL, NULL, far_stream };
     llmpar_comm *comm = (llmpar_comm *)calloc(1, sizeof *comm);
     far_comm *c = (far_comm *)calloc(1, sizeof *c);
     if (!comm || !c) abort();

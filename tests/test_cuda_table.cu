@@ -320,6 +320,7 @@ struct job {
     bool        cuda, invariant, keep;
     int         fails;             // on rank 1: 1 = what tells of kernels' errors, 2 = a download
     bool        stopped;           // rank 1 has stopped the world itself
+    llmpar_cuda_peer *peers;       // the world of virtual ranks
     const char *prompt;
     int         tokens;
     int32_t     text[MOST][TOKENS];
@@ -367,9 +368,11 @@ static llmpar_status failing_upload(void *user, void *to, const void *from, size
     snprintf(err->text, sizeof err->text, "a kernel failed");
     return err->status = LLMPAR_ABORTED;
 }
-static llmpar_status run_rank(llmpar_comm *world, void *user, llmpar_error *err) {
+static llmpar_status run_rank(llmpar_comm *host, void *user, llmpar_error *err) {
     job *j = (job *)user;
     llmpar_engine_desc desc = LLMPAR_ZERO;
+    llmpar_comm *world = j->cuda ? llmpar_cuda_peer_comm(j->peers, host->rank) : host;
+    desc.host_world = host;
     desc.folder = j->folder; desc.mesh = &j->mesh; desc.world = world; desc.max_prompt = (int64_t)strlen(j->prompt); desc.max_context = 64; desc.invariant = j->invariant; desc.keep_dtype = j->keep;
     desc.experts_way = strstr(j->folder, "moe") && llmpar_mesh_find(&j->mesh, "ep") >= 0 ? LLMPAR_EXPERTS_PARTIAL : LLMPAR_EXPERTS_AUTO;
     if (!j->cuda) return run_engine(world, j, &desc, err);
@@ -378,7 +381,7 @@ static llmpar_status run_rank(llmpar_comm *world, void *user, llmpar_error *err)
     llmpar_cuda_ops_desc table = LLMPAR_ZERO;
     llmpar_ops ops;
     table.invariant = j->invariant; table.workspace_bytes = 1 << 20;
-    device.timeout_s = 20;
+    device.timeout_s = 20; device.device_plus_1 = 1; device.stream = llmpar_cuda_peer_stream(j->peers, host->rank);
     TRY(llmpar_cuda_create(&device, &cuda, err));
     llmpar_status status = llmpar_cuda_ops(cuda, &table, &ops, err);
     desc.ops = &ops;
@@ -397,7 +400,13 @@ static llmpar_status run(job *j, const char *model, const char *mesh, llmpar_err
     j->folder = path;
     TRY(llmpar_mesh_parse(mesh, &j->mesh, err));
     threads.n_ranks = llmpar_mesh_size(&j->mesh); threads.timeout_s = 60;
-    return llmpar_threads_run(&threads, run_rank, j, err);
+    llmpar_cuda_peer_desc peers = LLMPAR_ZERO;
+    peers.n_ranks = threads.n_ranks; peers.buffer_bytes = 1 << 16; peers.blocks = 2; peers.stream_ordered = true;
+    if (j->cuda) TRY(llmpar_cuda_peer_create(&peers, &j->peers, err));
+    const llmpar_status status = llmpar_threads_run(&threads, run_rank, j, err);
+    if (j->cuda) llmpar_cuda_peer_free(j->peers);
+    j->peers = NULL;
+    return status;
 }
 static void compare(const char *model, const char *mesh, bool invariant, bool keep) {
     llmpar_error err = LLMPAR_ZERO;
@@ -582,6 +591,10 @@ static void test_dead_peer(void) {
     CHECK_OK(llmpari_exec_host_check(end, end, &ops, &e), e);
     CHECK_FAIL(llmpari_exec_host_check(end, end, &elsewhere, &e), LLMPAR_BAD_ARGUMENT, e, "make both with the same stream");
     CHECK_FAIL(llmpari_exec_host_check(end, end, NULL, &e), LLMPAR_BAD_ARGUMENT, e, "ops compute in the host's");
+    llmpar_comm_vtable of_host = *end->vtable;
+    llmpar_comm threads = *end;
+    of_host.stream = NULL; threads.vtable = &of_host;
+    CHECK_FAIL(llmpari_exec_host_check(&threads, end, &ops, &e), LLMPAR_BAD_ARGUMENT, e, "world moves memory of the host");
     for (int i = 0; i < 64; i++) one[i] = 1;
     CUDA_TEST_OK(cudaSetDevice(1)); CUDA_TEST_OK(cudaMalloc(&y, sizeof one)); CUDA_TEST_OK(cudaMemcpy(y, one, sizeof one, cudaMemcpyHostToDevice));
     CUDA_TEST_OK(cudaSetDevice(0)); x = ops.alloc(ops.user, sizeof one);
