@@ -5177,7 +5177,7 @@ LLMPARI_CUDA_FN llmpar_status llmpari_cuda_squares_launch(const llmpar_cuda_squa
     return llmpari_cuda_launch("squares", llmpari_cuda_squares_sum_kernel, dim3(1), dim3(256), 0, stream, err, (const double *)d->workspace, (int)blocks, d->accumulate, d->sum);
 }
 
-LLMPAR_DEF int64_t llmpar_cuda_squares_workspace(const llmpar_cuda_squares_desc *desc) { return llmpari_cuda_squares_blocks(desc) * (int64_t)sizeof(double); }
+LLMPAR_DEF int64_t llmpar_cuda_squares_workspace(const llmpar_cuda_squares_desc *desc) { return desc && desc->n >= 0 ? llmpari_cuda_squares_blocks(desc) * (int64_t)sizeof(double) : 0; }
 
 LLMPAR_DEF llmpar_status llmpar_cuda_squares(const llmpar_cuda_squares_desc *desc, void *stream, llmpar_error *err) {
     if (!desc) return LLMPARI_CUDA_FAIL(err, LLMPAR_BAD_ARGUMENT, "desc is NULL");

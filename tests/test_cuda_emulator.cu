@@ -69,7 +69,7 @@ __global__ void early_exit(float *y, int) {                    // legal: those t
 __global__ void outside_index(float *y, int sound) { LLMPARI_SHARED(float, s, 8); s[sound ? 7 : 8] = 1; y[0] = s[7]; }
 __global__ void outside_pointer(float *y, int by) { LLMPARI_SHARED(float, s, 8); float *p = s; for (int i = 0; i < 8; i++) s[i] = 1; p[by] = 2; y[0] = p[0]; }
 __global__ void outside_dynamic(float *y, int at) { LLMPARI_SHARED_DYNAMIC(float, s); s[at] = 3; y[0] = s[at]; }
-__global__ void both_kinds(float *y, int) { LLMPARI_SHARED(float, s, 4096); LLMPARI_SHARED_DYNAMIC(float, d); s[0] = d[0] = 3; y[0] = s[0] + d[0]; }       // 16 KiB and the launch's
+__global__ void both_kinds(float *y, int) { LLMPARI_SHARED(float, s, 4096); LLMPARI_SHARED_DYNAMIC(float, d); if (threadIdx.x) return; s[0] = d[0] = 3; y[0] = s[0] + d[0]; }       // 16 KiB and the launch's
 __global__ void outside_device(float *y, int at) { y[at] = 1; }
 __global__ void unwritten(float *y, int sound) { LLMPARI_SHARED(float, s, 4); if (sound) s[0] = 1; y[blockIdx.x] = s[0]; if (!sound) s[0] = 2; }
 __global__ void many_arrays(float *y, int) {                   // two of a kind in one kernel are two; C-like uses compile

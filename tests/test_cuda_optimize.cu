@@ -206,6 +206,7 @@ static void test_bad_input(void) {
         s.n = 8; s.x = x; s.sum = x + 16; s.workspace = x + 32;
         CHECK_OK(llmpar_cuda_squares(&s, NULL, &err), err);
         CHECK_FAIL(llmpar_cuda_squares(NULL, NULL, &err), LLMPAR_BAD_ARGUMENT, err, "desc is NULL");
+        CHECK_EQ(llmpar_cuda_squares_workspace(NULL), 0);
 #define BAD_SQUARES(change, code, text) BAD(llmpar_cuda_squares_desc, llmpar_cuda_squares, s, change, code, text)
         BAD_SQUARES(d.dtype = LLMPAR_I32, LLMPAR_UNSUPPORTED, "dtype=3");
         BAD_SQUARES(d.n = -1, LLMPAR_BAD_ARGUMENT, "n=-1");
